@@ -3,9 +3,9 @@
 All ranks of the group call each function, in the same order. `group`: a gloo process group, or one of its channels.
 
 Messages travel along a binomial tree of the ranks. Values go up to rank 0 and are merged on the way. The result goes down to all
-ranks. A rank exchanges messages with at most log2(P) other ranks, and a value makes at most log2(P) hops each way. Ranks are
-numbered node by node. So if the number of ranks per node is a power of two, the lower branches stay within a node. The upper
-branches connect the first ranks of the nodes. Values have the plain types that `wire` can encode.
+ranks. With P ranks, a rank exchanges messages with at most log2(P) other ranks (rounded up), and a value makes at most log2(P)
+hops in each direction. Ranks are numbered node by node. So if the number of ranks per node is a power of two, the lower branches
+stay within a node. The upper branches connect the first ranks of the nodes. Values have the plain types that `wire` can encode.
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ def _attempt(group: Group, work: Callable[[], T]) -> RankOutcome:
 
 
 def _share(group: Group, mine: RankOutcome, merge: Callable[[T, T], object], whole: bool) -> Any:
-    """Merges all ranks' outcomes onto rank 0, and sends the error to all ranks; with `whole`, sends the merged value, too."""
+    """Merges all ranks' outcomes onto rank 0, and sends the error, if any, to all ranks.
+
+    With `whole`, also sends the merged value to all ranks.
+    """
 
     def join(one: RankOutcome, other: RankOutcome) -> RankOutcome:
         if one.error or other.error:

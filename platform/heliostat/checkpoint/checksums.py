@@ -1,7 +1,7 @@
 """Checks checkpoint data in blocks of 1 MiB. Every block of a chunk has a CRC-32, and unchecked bytes are never used.
 
-To read a part of a chunk, a reader reads the complete blocks that contain this part. The overhead is less than two blocks per
-chunk, and zero for a complete chunk. Adjacent blocks of a file are read together.
+To read a part of a chunk, a reader reads the complete blocks that contain this part. So it reads less than two blocks per chunk
+in addition, and no additional bytes for a complete chunk. Adjacent blocks of a file are read together.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def read(
 ) -> tuple[int, Block | None]:
     """Reads blocks, checks them, and fills the targets. Calls `progressed` after each request.
 
-    Returns the number of bytes read, and the first block with a wrong checksum; None if all blocks are intact.
+    Returns the number of bytes read, and the first block with a wrong checksum, or None if all blocks are intact.
     """
     import torch
 

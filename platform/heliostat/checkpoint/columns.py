@@ -5,7 +5,8 @@ has a part of every row. In the matrix's own order (row after row), these parts 
 blocks of columns, one block after another. Within a block, one row follows another. In this order, a worker's shard is one
 slice. With one block, this order is the matrix's own order.
 
-To read a matrix in another order, each stored block contributes a rectangle. The functions only compute; they do no I/O.
+When a matrix is read in another order, each stored block contributes a rectangle to a wanted block. The functions only compute;
+they do no I/O.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ ROWS = Columns(1, 1)  # the tensor's own order, for any width
 class Rectangle(NamedTuple):
     """Describes the elements that some rows of a stored block contribute to a wanted block.
 
-    The rows start at element `start` of the stored order, and have `width` elements each. In each row, the first `skip`
-    elements are skipped. The next `columns` elements go to the wanted block, from column `into` on.
+    In the stored order, the first of these rows starts at element `start`, and each row has `width` elements. In each row, the
+    first `skip` elements are skipped. The next `columns` elements go to the wanted block, from column `into` on.
     """
 
     start: int
@@ -57,8 +58,9 @@ class Move(NamedTuple):
 
 
 def moves(have: Columns, want: Columns, numel: int, first: int, stop: int, most: int) -> Iterator[Move]:
-    """Plans reads of the elements [first, stop) of a matrix of `numel` elements in the wanted order, about `most` elements per
-    move.
+    """Plans how to read the elements [first, stop), counted in the wanted order, of a matrix of `numel` elements.
+
+    A move has about `most` elements.
 
     The first and the last row of a move may contain elements that aren't wanted.
     """

@@ -1,8 +1,8 @@
 """Copies a rank's slices of the training state into a flat buffer in host memory, from which other ranks can get their slices.
 
 All slices are ranges of flat tensors (`flat_shard`). So a rank finds its slices even in copies from a run with another world
-size. The copies of a save (`HostCopy`) are views of a buffer. Every save reuses this buffer, because allocating memory takes
-longer than copying. For GPUs the buffer is pinned, and a separate stream fills it during training.
+size. The copies of a save (`HostCopy`) are views of a buffer. Every save uses the same buffer again, because allocating new
+memory takes longer than copying. For GPUs the buffer is pinned, and a separate stream fills it during training.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def unpack(state: Mapping[str, torch.Tensor], ranges: Iterable[FlatRange], buffe
 
 
 def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> list[CopiedBytes]:
-    """Finds each wanted byte in one of the ranks' copies, and joins adjacent bytes.
+    """Finds each wanted byte in the copy of one of the ranks, and joins adjacent bytes into pieces.
 
     Raises TrainingError if no copy has a byte.
     """
@@ -112,7 +112,7 @@ def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> li
 
 
 def _append(copied: list[CopiedBytes], piece: CopiedBytes) -> None:
-    """Appends a piece; merges it with the previous one if the bytes between them are padding in both buffers."""
+    """Appends a piece; merges it with the previous piece if there is only padding between the two pieces, in both buffers."""
     if copied and copied[-1].rank == piece.rank:
         last = copied[-1]
         gap = piece.source - last.source - last.size

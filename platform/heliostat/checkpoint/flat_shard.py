@@ -1,4 +1,4 @@
-"""Represents a rank's slice of a parameter as a tensor that records which elements of the complete tensor it holds."""
+"""Represents a rank's slice of a parameter as a tensor that records which elements of the complete parameter this slice holds."""
 
 from __future__ import annotations
 

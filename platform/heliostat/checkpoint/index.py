@@ -1,6 +1,6 @@
 """Defines and checks the contents of `checkpoint.json`, and of each shard's index, such as `shard-00000.json`.
 
-Thanks to these checks, readers get only known types, and only places inside the shards.
+Because of these checks, the values that readers get have known types, and all places are inside the shards.
 
 Since format 4, `checkpoint.json` records for every tensor which shards hold which elements (`placement`). A shard's index
 records the byte range of each chunk, and a CRC-32 for each of the chunk's blocks (`checksums`). The index is written before
@@ -124,7 +124,7 @@ def _fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
 
 
 def _in_runs(tensor: Tensor) -> Tensor:
-    """Returns a tensor of any format in the newest form."""
+    """Returns a tensor's entry of any format in the form of the newest format."""
     if tensor.chunks is None:
         return tensor
     ordered = sorted(tensor.chunks, key=lambda c: c.start)
@@ -178,7 +178,7 @@ def seal(data: bytes) -> SealedIndex:
 def decode_shard(data: bytes, shard: Shard, tensors: Mapping[str, Tensor]) -> Places:
     """Decodes a shard's index.
 
-    Raises ValueError if the index differs from the size or CRC-32 in `checkpoint.json`, or doesn't fit the tensors.
+    Raises ValueError if the index differs from the size or CRC-32 in `checkpoint.json`, or if the index doesn't fit the tensors.
     """
     if seal(data) != shard.index:
         raise ValueError("its bytes have changed since they were written (CRC-32)")

@@ -1,8 +1,8 @@
 """Defines the layout of a checkpoint in storage: a folder such as `checkpoints/step-00000100`.
 
-`checkpoint.json` is written last, and makes the folder valid. It lists every shard and its index with their sizes, and which
-shards hold which elements of each tensor (`placement`). Its last entry is its own CRC-32. A shard's index (`index`) lists the
-place of each chunk of elements in the shard, and a CRC-32 for each block of a chunk.
+`checkpoint.json` is written last, and makes the folder valid. It lists every shard and its index with their sizes. It also
+records which shards hold which elements of each tensor (`placement`). Its last entry is the CRC-32 of all bytes before this
+entry. A shard's index (`index`) lists the place of each chunk of elements in the shard, and a CRC-32 for each block of a chunk.
 
 A checkpoint is unusable if `checkpoint.json` is missing or damaged, or if a shard or an index is missing or has the wrong size.
 Damage inside an index or a shard is detected when it is read, always before its data is used. All these faults raise
@@ -323,7 +323,10 @@ def files(index: TensorIndex) -> Iterator[tuple[str, int]]:
 
 
 def latest(run: Location, before: int | None = None) -> SavedCheckpoint | None:
-    """Returns the newest complete checkpoint, or the newest one before step `before`. Logs a warning for each incomplete one."""
+    """Returns the newest complete checkpoint, or the newest one before step `before`.
+
+    Logs a warning for each incomplete checkpoint.
+    """
     for step in reversed(steps(run)):
         if before is None or step < before:
             try:

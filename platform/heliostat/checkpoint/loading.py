@@ -76,7 +76,10 @@ def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
 
 
 def _turns(checkpoint: SavedCheckpoint, name: str, tensor: torch.Tensor) -> bool:
-    """Returns whether the orders of a tensor in the checkpoint and in the state have rows of the same width."""
+    """Compares the order of a tensor in the checkpoint with its order in the state.
+
+    Returns whether the rows of both have the same width.
+    """
     return len({order.width for order in (checkpoint.order(name), _order(tensor)) if order != ROWS}) <= 1
 
 
@@ -109,7 +112,7 @@ def _read(
 def _shards(source: SavedCheckpoint, targets: dict[str, torch.Tensor], starts: dict[str, int], turned: set[str]) -> Iterable[int]:
     """Lists the shards whose indexes are needed.
 
-    For a tensor that is stored in another order, these are all shards with elements of it.
+    For a tensor that is stored in another order than in the state, these are all shards with elements of this tensor.
     """
     wanted = {n: (0, math.prod(source.tensors[n].shape)) if n in turned else (starts[n], t.numel()) for n, t in targets.items()}
     return sorted({shard for n, (first, numel) in wanted.items() for shard in source.needed(n, first, numel)})
@@ -120,8 +123,8 @@ def casts(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> str | 
 
     `load` rounds a tensor if the engine's dtype has fewer bits than the checkpoint's.
 
-    At another ZeRO stage or precision, the same model has other dtypes. For example, its buffers have low precision under
-    zero.Init.
+    If the checkpoint was saved at another ZeRO stage or precision, the same model can have other dtypes. For example, zero.Init
+    gives buffers low precision.
     """
     changed: dict[str, list[str]] = {}
     tensors = checkpoint.tensors

@@ -4,8 +4,8 @@ Each rank plans its own shard; all plans are merged into one small table.
 
 A tensor's chunks are stored as runs. A run `[shard, shards, start, numel]` is `shards` consecutive shards with `numel` elements
 each. The first shard has the elements from `start` on. ZeRO shards evenly, so a tensor has one or two runs on any number of
-ranks. With `train.zero.shard_group_size`, it has one run per worker. `fault` checks the table: each element must be in exactly
-one chunk.
+ranks. With `train.zero.shard_group_size`, a tensor has one run per worker. `fault` checks the table: each element must be in
+exactly one chunk.
 """
 
 from __future__ import annotations
@@ -97,7 +97,10 @@ def owners(names: Iterable[str], world: int) -> dict[str, int]:
 
 
 def merge(one: WrittenPart, other: WrittenPart) -> WrittenPart:
-    """Appends the part of the following ranks (`other`) to the part of the first ranks (`one`). Changes and returns `one`."""
+    """Adds the shards and tensors of the following ranks (`other`) to those of the first ranks (`one`).
+
+    Changes and returns `one`.
+    """
     base = len(one.shards)
     one.shards.extend(other.shards)
     for name, entry in other.tensors.items():
@@ -132,7 +135,7 @@ def runs(chunks: Iterable[Chunk]) -> list[Run]:
 def chunks(runs: Iterable[Run], first: int = 0, stop: int | None = None) -> Iterator[Chunk]:
     """Yields the chunks that hold any of the elements [first, stop).
 
-    Without `stop`, yields all chunks. Doesn't iterate over other chunks.
+    Without `stop`, yields all chunks, whatever `first` is. Doesn't iterate over the chunks that it doesn't yield.
     """
     for shard, shards, start, numel in runs:
         low, high = 0, shards

@@ -1,8 +1,9 @@
-"""Decides which checkpoints to keep: the newest, the best by an evaluation score, and one every given number of steps.
+"""Decides which checkpoints to keep: the newest, the best by an evaluation score, and one checkpoint per given number of steps.
 
 After a save, all other checkpoints are deleted: complete checkpoints that no rule keeps, and remains of failed saves. Checkpoints
 of later steps are deleted, too, because the run couldn't load them and returned to an earlier checkpoint. Frozen parameters stay
-if a checkpoint refers to them. A benchmark's score may come late. A checkpoint without a score isn't the best one.
+if a checkpoint refers to them. A benchmark's score may come only after later saves. Until a checkpoint has a score, it can't be
+the best one.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] |
 
 
 class Pruner:
-    """Applies a retention policy to a run's folder. Caches scores that it has read.
+    """Applies a retention policy to a run's folder. Caches the scores that it has read.
 
     `fence`: the lease of the driver that prunes, if several drivers could prune.
     """
@@ -136,7 +137,10 @@ class Pruner:
 
 
 def score(run: Location, checkpoint: SavedCheckpoint, policy: Policy) -> float:
-    """Returns the best metric's value for a checkpoint, from its index or from a benchmark; nan if there is none yet."""
+    """Returns a checkpoint's value of the metric that decides which checkpoint is best.
+
+    The value comes from the checkpoint's index or from a benchmark; it is nan if there is no value yet.
+    """
     if policy.best and policy.best.is_late:
         return _benchmark(run, checkpoint.step, checkpoint.index.written, policy.best.metric)
     value = checkpoint.index.metrics.get(policy.best.metric) if policy.best else None

@@ -37,7 +37,7 @@ class Entry:
 
 
 def write(path: Path, entries: list[Entry], metadata: dict[str, str]) -> dict[str, int]:
-    """Writes the file and syncs it to disk; returns the byte at which each tensor starts.
+    """Writes the file and syncs it to disk; returns, for each tensor, the byte of the file at which the tensor starts.
 
     Raises StorageError if the disk is full.
     """

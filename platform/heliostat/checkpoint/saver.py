@@ -1,8 +1,9 @@
 """Saves checkpoints in parallel with training: `Saver.save` returns at once if the saver is attached to the optimizer.
 
-State is copied to host memory during the next forward and backward pass. Only the next optimizer step waits for the copy; on a
-GPU, only its kernels wait. The background thread that copies also writes and uploads (`writing`). `failed` shows whether a save
-has failed; the next call raises its error on all workers. At most one save is in flight: the next save waits for it.
+State is copied to host memory during the next forward and backward pass. Only the next optimizer step waits for the copy. On a
+GPU, only the step's kernels wait, and the host doesn't. The background thread that copies also writes and uploads (`writing`).
+`failed` shows whether a save has failed; the next call of `save` or `wait` raises the error of this save on all workers. At most
+one save is in flight: the next save waits for it.
 """
 
 from __future__ import annotations
@@ -166,7 +167,10 @@ class Saver:
         self.blocked_s += time.perf_counter() - started
 
     def _pass_on_progress(self) -> None:
-        """Reports progress if something was written since the last check. So a save without progress counts as a stall."""
+        """Reports progress if something was written since the last check.
+
+        So the watchdog can detect a save that makes no progress.
+        """
         written, self._written = self._written, 0
         if written:
             self._progressed()
@@ -198,7 +202,7 @@ class Saver:
             self._prune(step)
 
     def _prune(self, step: int) -> None:
-        """Removes old checkpoints. The new one is complete, so a failure of the store is only a warning."""
+        """Removes old checkpoints. If the store fails meanwhile, only logs a warning, because the new checkpoint is complete."""
         try:
             self._pruner.prune(step)
             self._unpruned = 0
@@ -226,8 +230,8 @@ class Keeper:
     """Saves one worker's frozen parameters, once per run. All workers make the same calls in the same order.
 
     The folder `checkpoints/frozen-<digest>` is named after the content on all ranks, and checkpoints refer to it by name. Every
-    save checks the content again. Changed content is written again under another name. A resumed run uses the folder of the
-    checkpoint that it loaded, with any number of workers and any precision, until the parameters change.
+    save checks whether the content has changed. If so, the new content is written under another name. A resumed run uses the
+    folder of the checkpoint that it loaded, with any number of workers and any precision, until the parameters change.
     """
 
     def __init__(self, run: Location, group: Group, write: Callable[[Location, dict[str, FlatShard]], None]) -> None:
@@ -236,7 +240,7 @@ class Keeper:
         self._loaded = self._folder = ""
 
     def loaded(self, checkpoint: SavedCheckpoint, slices: dict[str, FlatShard]) -> None:
-        """Records that the slices were loaded from the checkpoint, perhaps cast.
+        """Records that the slices were loaded from the checkpoint, and were perhaps cast.
 
         Until they change, later saves use the checkpoint's folder.
         """

@@ -1,4 +1,6 @@
-"""Writes a folder of tensors from all ranks. Each rank writes its own shard and the shard's index; `checkpoint.json` is last.
+"""Writes a folder of tensors from all ranks.
+
+Each rank writes its own shard and the shard's index. Then rank 0 writes `checkpoint.json`.
 
 A rank knows without messages which tensors it writes: its slices, and its share of the tensors that every rank holds
 completely. The ranks' tables of written chunks are merged on their way to rank 0 (`placement.merge`). If one rank fails, all

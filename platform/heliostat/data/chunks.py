@@ -32,7 +32,10 @@ class DamagedError(DataError):
 
 @dataclass(frozen=True)
 class Gathered:
-    """Holds the contents of samples. `faults`: index of a bad sample -> reason; the content of a bad sample is zero or null."""
+    """Holds the contents of samples.
+
+    `faults`: index of a bad sample -> reason; the content of a bad sample is zeros (tokens) or nulls (rows).
+    """
 
     content: Content
     faults: dict[int, str]
@@ -115,7 +118,7 @@ class Chunks:
 
 
 def _tokens(column: pa.ChunkedArray) -> np.ndarray:
-    """Joins all documents of a row group: int32 [tokens]."""
+    """Joins the tokens of all documents of a row group, end to end: int32 [tokens]."""
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
 
 

@@ -41,7 +41,9 @@ def write(location: Location, rows: Sequence[Mapping[str, Any]], meta: Mapping[s
 
 
 def _meta(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], bool]:
-    """Returns a dataset's metadata, and whether the run recorded this version; ({}, False) if there is no dataset.
+    """Returns a dataset's metadata, and whether this is the version that the run recorded.
+
+    Returns ({}, False) if there is no dataset.
 
     A `prepare` may have replaced a collection since the run began. So this function returns the version whose parts the run
     trains on, or the newest version if no version matches.

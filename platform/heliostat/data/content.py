@@ -105,7 +105,10 @@ def _values(column: pa.ChunkedArray) -> list[bytes | None]:
 
 
 def sample_bytes_1(content: Content) -> Iterator[bytes | memoryview | pa.Buffer]:
-    """Yields the bytes of each sample for receipts of version 1: without names and types, and with null bytes as empty bytes."""
+    """Yields the bytes of each sample for receipts of version 1.
+
+    They contain no names and types, and a null is the same as an empty value.
+    """
     if isinstance(content, np.ndarray):
         yield from sample_bytes(content)
         return

@@ -6,7 +6,7 @@ The counts are exact. The complete windows before a step contain a prefix of eve
 epoch are counted at once. Only the samples of the last window are located one by one.
 
 In each epoch of its source, a sample is in exactly one window; the window's permutation decides its position. So `visits`
-computes only the windows that contain samples of the row group: in most cases one per epoch.
+computes only the windows that contain samples of the row group. In most cases, this is one window per epoch.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def counts(order: Order, step: int) -> list[np.ndarray]:
 
 
 def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
-    """Sums the counts of row groups by shard, in manifest order. Shards with a count of 0 are left out."""
+    """Adds up the counts of the row groups of each shard. The shards are in manifest order, without those whose count is 0."""
     out: dict[str, int] = {}
     for path, count in zip(manifest.paths, chunk_counts.tolist(), strict=True):
         if count:
@@ -113,7 +113,7 @@ def ranges(manifest: Manifest, seen: dict[str, int]) -> Iterator[tuple[str, str]
 class Visit:
     """Describes one use of a sample in a run.
 
-    `step` counts from 1; `place`: index among the virtual rank's samples of the step.
+    `step` counts from 1; `place`: the sample's index among the samples that the virtual rank has in this step.
     """
 
     step: int

@@ -145,8 +145,9 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
     `first_step`: step at which the sequence starts; default: the recorded plan's first step, or 0. Weight changes before this
     step have already taken effect.
 
-    Raises ConfigError if the worker count doesn't divide the recorded run's virtual ranks. Also raises it if a virtual rank's
-    samples come from one source, and `train.micro_batch_size` doesn't divide their number.
+    Raises ConfigError if the worker count doesn't divide the recorded run's virtual ranks. Also raises ConfigError if all samples
+    of a virtual rank in a step must come from one source, and `train.micro_batch_size` doesn't divide the number of these
+    samples.
     """
     length = job.data.sequence_length
     lanes = job.virtual_ranks if job.data.virtual_ranks or recorded is None else recorded.shape.lanes
@@ -186,7 +187,10 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
 
 
 def sample_bytes(sequence_length: int | None, manifests: list[Manifest]) -> int:
-    """Computes the mean bytes of a sample: stored bytes for rows, int32 values for tokens."""
+    """Computes the mean number of bytes of a sample.
+
+    For rows, these are the stored bytes; for tokens, the bytes of the int32 values.
+    """
     stored = sum(int(m.chunks["bytes"].to_numpy().sum()) for m in manifests)
     return 4 * sequence_length if sequence_length else max(1, stored // max(1, sum(m.rows for m in manifests)))
 
@@ -241,10 +245,10 @@ class Dataset:
     def load(self, positions: np.ndarray, replace: bool = True) -> Loaded:
         """Loads the samples at positions of the global sequence, and replaces bad ones.
 
-        The replacement is the next good sample of the same source in the window; after the window's last sample comes its first.
-        If the source has no good sample there, the next good sample of any source is used. So the choice depends only on the
-        window's content. It doesn't depend on the process that reads, or on the step at which a run resumes. Raises
-        DataError for a bad sample if `replace` is false, or if its window has no good sample.
+        The replacement is the next good sample of the same source in the window; the search continues with the window's first
+        sample after its last one. If the source has no good sample there, the next good sample of any source is used. So the
+        choice depends only on the window's content. It doesn't depend on the process that reads, or on the step at which a run
+        resumes. Raises DataError for a bad sample if `replace` is false, or if its window has no good sample.
         """
         samples = self.order.locate(positions)
         gathered = self.gather(samples)
@@ -273,7 +277,7 @@ class Dataset:
 
 
 def _replacement(at: int, window: SamplePlaces, read: Gathered, reason: str) -> int:
-    """Finds the replacement of the sample at index `at` of a window, as an index.
+    """Finds the replacement of the sample at index `at` of a window. Returns the replacement's index in the window.
 
     Raises DataError if the window has no good sample.
     """

@@ -1,12 +1,12 @@
-"""Copies tensors between host and device while the device computes. All CUDA streams and events for copies are made here.
+"""Copies tensors between host and device while the device computes. Only this module makes CUDA streams and events for copies.
 
     for batch in on_device(batches, device, complete): ...  # meanwhile, the next batch is copied and completed
     norm = LateRead(tensor); ...; norm.values()             # reads the values later, without a wait in between
     with HostTensors(): loss = model(x)                     # autograd's saved tensors stay on the host until their use
     copies.mark(state); with copies.queue(): ...            # another thread copies state to the host (`CopyStream`)
 
-On a CPU, nothing can overlap, so each of these makes a plain copy, or no copy. Copies without a wait use pinned host memory,
-because CUDA waits for copies from pageable memory.
+On a CPU, copies and computation can't overlap. So each of these functions makes a plain copy, or no copy. Copies without a wait
+use pinned host memory, because CUDA waits for copies from pageable memory.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class LateRead:
 class HostTensors(saved_tensors_hooks):
     """Keeps tensors that autograd saves within the context in host memory. Copies each tensor back to the device before its use.
 
-    Copies run on separate streams. The backward pass uses tensors in reverse order. So when the backward pass takes a tensor, the
-    copy of the tensor that was saved before it begins.
+    Copies run on separate streams. The backward pass uses tensors in the reverse of the order in which they were saved. So when
+    the backward pass takes a tensor, the tensor saved just before this one begins to be copied back.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class _Saved:
     """Holds a tensor in host memory.
 
     `before`: the tensor that autograd saved before this one, while it is needed; `restored`: whether this tensor was already
-    copied back to the device. Most tensors are copied back once.
+    copied back to the device. Most tensors are needed once, and so are copied back once.
     """
 
     def __init__(self, tensor: torch.Tensor, before: weakref.ref[_Saved] | None) -> None:

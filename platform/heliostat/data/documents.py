@@ -55,8 +55,9 @@ def pieces(dataset: Manifest, path: str, id: str) -> list[Piece]:
 
 
 def current(dataset: Manifest, path: str) -> str | None:
-    """Returns the path of the shard in `dataset` with the same number as `path`, a shard of an earlier version; None if there
-    is none.
+    """Returns the path of the shard in `dataset` with the same number as the shard `path` of an earlier version.
+
+    Returns None if there is no such shard.
     """
     folder = path.rpartition("/")[0] + "/"
     return next((p for p in dataset.paths if p.startswith(folder)), None)

@@ -3,7 +3,8 @@
 - It reads only the footers of the new shards, several in parallel, and no data.
 - The shards in the manifest must exist with their recorded sizes.
 - The previous version stays readable by its digest. So runs that began with the previous version keep their sample order.
-- Indexing shards together or one after another gives the same digest. Without new shards, nothing is written.
+- It doesn't matter whether shards are indexed together or one after another: the digest is the same. Without new shards, nothing
+  is written.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
 
 
 def _meta(before: dict[str, Any], added: pa.Table) -> dict[str, Any]:
-    """Updates the metadata with the counts in the footers, and removes the entries that footers can't update."""
+    """Updates the metadata with the counts in the footers. Removes entries whose new value can't be computed from footers."""
     meta = {k: v for k, v in before.items() if k not in NOT_IN_FOOTERS}
     if "documents" in meta:  # each document is one row
         meta["documents"] += int(added["rows"].to_numpy().sum())

@@ -88,7 +88,9 @@ def _parts(tokens: np.ndarray, end: int | None) -> list[np.ndarray]:
 
 
 def text(tokenizer: Tokenizer, tokens: np.ndarray, end: int | None, markers: Markers) -> str:
-    """Returns the original text of a document. Its spans, which each end with the token `end`, may be rearranged.
+    """Returns the original text of a document.
+
+    The document consists of spans, each of which ends with the token `end` and may be rearranged.
 
     Exception: if the tokenizer puts a space before each text, the space before a span that isn't rearranged may differ.
     """
@@ -117,9 +119,10 @@ def find(tokenizer: Tokenizer, named: Sequence[str]) -> Markers:
 
 
 def encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
-    """Encodes the pieces of a text so that their tokens, joined, decode to the text.
+    """Encodes the pieces of a text. If you join the pieces' tokens and decode them, you get the text.
 
-    Some tokenizers put a space before each text; the pieces get none. Raises ConfigError if the tokenizer can't avoid it.
+    Some tokenizers put a space before each text, but these pieces don't get such a space. Raises ConfigError if the tokenizer
+    can't avoid it.
     """
     before, alone, behind = (tokenizer.encode(text, add_special_tokens=False).ids for text in (ANCHOR, PROBE, ANCHOR + PROBE))
     anchor = "" if behind == before + alone else ANCHOR

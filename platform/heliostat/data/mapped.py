@@ -4,8 +4,8 @@ reread.
 Callers keep tables of fewer than LARGE rows in the process's own memory.
 
 The files are in a folder that only this user can write: `heliostat-tables-UID` in the folder for temporary files. One process
-makes a table while the others wait. If the file can't be written, each process keeps its own table. A process that writes a
-file also deletes the files that were not opened for a day.
+makes a table while the others wait. If the file can't be written, each process keeps its own table. When a process writes a file,
+it also deletes the files that no process has opened for a day.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WAIT_S = 600  # seconds to wait for another process that makes the same table
 def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
     """Returns the table that `build` makes. One process of the machine builds it, and the others open its file.
 
-    `key`: JSON-like; contains everything that the table depends on.
+    `key`: a value that JSON can represent, with everything that the table depends on.
     """
     file = local_files.cache("tables") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
     if (opened := _open(file)) is not None:
@@ -59,7 +59,7 @@ def _open(file: Path) -> pa.Table | None:
 
 
 def _write(file: Path, table: pa.Table) -> None:
-    """Writes the table atomically, and removes files that were not used for a day."""
+    """Writes the table atomically, and removes files that no process has used for a day."""
     local_files.remove_unused(file)
     part = file.with_suffix(f".{os.getpid()}.part")
     try:

@@ -153,7 +153,10 @@ class Mixture:
         return self._by(low), low
 
     def _due(self, first: np.ndarray, last: np.ndarray, time: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sorts the sources' units [first, last) by due time, counted from `time`; returns (source, unit number)."""
+        """Sorts the units [first, last) of all sources by due time, which is counted from `time`.
+
+        Returns (source, unit number).
+        """
         sizes = last - first
         source = np.repeat(np.arange(len(sizes)), sizes)
         item = np.arange(len(source)) - np.repeat(np.cumsum(sizes) - sizes - first, sizes)
@@ -237,8 +240,9 @@ def sections(
 
 
 def _affordable(mixture: Mixture, left: np.ndarray, batch: int, most: int | None) -> int | None:
-    """Computes for how many complete steps the sources' remaining samples (`left`) last, at most `most`; None if they never run
-    out.
+    """Computes for how many complete steps the sources' remaining samples (`left`) are enough.
+
+    The result is at most `most`, or None if the samples never run out.
     """
 
     def fits(steps: int) -> bool:

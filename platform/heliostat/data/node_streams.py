@@ -4,8 +4,8 @@ A small run has one stream. A run with many ranks has one stream per node, or pe
 
 The executor of a Ray Dataset is one thread, which takes 10 to 20 ms per block of 8 MB. So a run with one stream gets only 0.4 to
 0.8 GB/s on any number of nodes. Consecutive blocks belong to consecutive ranks. So a stream reads complete windows if it serves
-at least as many ranks as a window has blocks. Then no other stream reads these windows, unless the ranks of a node don't fill
-windows exactly. The samples, their order, and their digests don't depend on the number of streams.
+at least as many ranks as a window has blocks. No other stream then reads these windows, except at the ends of a stream's ranks,
+where a window can be shared. The samples, their order, and their digests don't depend on the number of streams.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ LOOKED_AT = 1000  # windows over which `reads` averages
 
 @dataclass(frozen=True)
 class StreamLimits:
-    """Holds the parameters of `stream.dataset` other than the task. `memory`: bytes in flight, for each stream."""
+    """Holds the parameters of `stream.dataset` other than the task.
+
+    `memory`: the maximum number of bytes in flight, for each stream separately.
+    """
 
     memory: int
     sample_bytes: int
@@ -126,7 +129,7 @@ def groups(nodes: Sequence[str], least: int) -> list[list[int]]:
 
 
 def reads(grouped: Sequence[Sequence[int]], shape: Shape) -> float:
-    """Computes how many streams read a window, on average; 1 if the ranks of each group fill complete windows."""
+    """Computes how many streams read a window, on average. The result is 1 if the ranks of each group fill complete windows."""
     owner = {rank: group for group, ranks in enumerate(grouped) for rank in ranks}
     size = per_window(shape)
     windows = [range(first, first + size) for first in range(0, LOOKED_AT * size, size)]

@@ -1,8 +1,10 @@
-"""Splits samples into training and held-out samples, by the content of each row group alone: not by the seed or by other data.
+"""Splits samples into training and held-out samples, by the content of each row group alone.
 
-Each row group has a *place* between 0 and 1, and is held out if its place is below `evaluate.fraction`. So a larger fraction
-includes the samples of a smaller one, at any sequence length. A document is in one row group, or in several row groups with the
-same place. So complete row groups hold out complete documents.
+The seed and other data have no influence.
+
+Each row group has a *place* between 0 and 1, and is held out if its place is below `evaluate.fraction`. So the samples that a
+larger fraction holds out include those of a smaller fraction, at any sequence length. A document is in one row group, or in
+several row groups with the same place. So complete row groups hold out complete documents.
 
 If the manifest has the documents' places (hashes of their texts), a row group's place is their maximum. `prepare` ends row groups
 at 1, 2, and 5 tenths, hundredths, and so on. At these fractions, exactly the documents below the fraction are held out.
@@ -72,7 +74,7 @@ class Split:
 
 
 def split(source: Manifest, sequence_length: int | None, fraction: float, version: int = NEWEST) -> Split:
-    """Splits a dataset into training and held-out samples by the rules of a data plan version.
+    """Splits a dataset into training and held-out samples, by the rules of a version of the data plan.
 
     `sequence_length`: tokens per sample, None for rows; `fraction`: share of the data to hold out.
     """

@@ -167,7 +167,7 @@ class Ahead(BackpressurePolicy):
 def numbered(count: int, numbers: Callable[[], Iterable[int]], context: ray.data.DataContext) -> ray.data.Dataset:
     """Makes the Ray Dataset of rows {id: number}, at most `count`.
 
-    The dataset produces rows as fast as the next stage takes them.
+    The dataset produces rows only as fast as the next stage takes them.
 
     With `target_max_block_size` 1 in the context, each block has one row. The task requests no CPU, so that Ray doesn't fuse it
     with the next stage. One fused task would do all work of that stage.
@@ -187,8 +187,8 @@ def dataset(
     """Makes the Ray Dataset of the task's blocks, with one Ray block for each.
 
     At most `concurrency` windows are in flight, fewer if `memory_limit` (bytes) doesn't allow that many. `sample_bytes`: mean
-    size of a sample; `labels`: only nodes with these Ray labels fetch; `own_cpu`: each fetch task reserves one of Ray's CPUs.
-    If it is false, the fetch tasks share the CPUs of other tasks.
+    size of a sample; `labels`: only nodes with these Ray labels fetch; `own_cpu`: each fetch task reserves one of Ray's CPUs. If
+    `own_cpu` is false, the fetch tasks share the CPUs of other tasks.
     """
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1  # one block per yielded row
@@ -284,7 +284,7 @@ def iterate(part: DataIterator, plan: DataPlan, order: Order, rank: int, workers
 
 
 def begun(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Fetches the first block in a thread while the caller does other work; yields it, then the blocks after it."""
+    """Fetches the first block in a thread while the caller does other work; then yields this block, and the blocks after it."""
     first: Future[pa.Table] = Future()
 
     def fetch() -> None:

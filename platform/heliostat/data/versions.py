@@ -4,9 +4,9 @@ A shard's name has its number and the digest of its bytes: `shards/00017/3f2a...
 after their content, too: `files/tokenizer-9c01....json`. So a new version never overwrites an old one, versions share equal
 files, and equal input gives equal names. Guarantees:
 
-- Only two kinds of files are removed: files in a replaced version's manifest, and files with names of these two forms that no
-  version lists. A killed `prepare` leaves files of the second kind. They are removed when they are a day old, because another
-  `prepare` may be writing younger ones.
+- heliostat removes only two kinds of files: files that a replaced version's manifest lists, and files that no version lists, with
+  names of these two forms. A killed `prepare` leaves files of the second kind. heliostat removes these when they are a day old,
+  because another `prepare` may still be writing younger files.
 - A replaced version stays for `keep_s` seconds, for the runs that read it. A later `prepare` removes it.
 - `prepared.json` is the folder's record. A folder that has other files, but neither record nor manifest, isn't a dataset of
   heliostat.
@@ -110,7 +110,7 @@ def write_record(location: Location, record: Mapping[str, object]) -> None:
 
 
 def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds this process to the record as the one that prepares the dataset, writes the record, and returns it.
+    """Writes into the record that this process prepares the dataset. Returns the record.
 
     Raises ConfigError if another process of this machine is preparing the dataset.
     """
@@ -172,7 +172,10 @@ def paths(version: Manifest) -> set[str]:
 
 
 def mark(location: Location, newest: Manifest | None, record: Mapping[str, Any], now: float | None = None) -> dict[str, Any]:
-    """Marks every kept version except `newest` as replaced, and returns the record. Versions marked earlier keep their time."""
+    """Marks every kept version except `newest` as replaced, and returns the record.
+
+    Versions that are already marked keep the time of their mark.
+    """
     now = time.time() if now is None else now
     known = record.get("replaced", {})
     own = manifest.version_name(newest.digest) if newest else ""
@@ -183,7 +186,7 @@ def mark(location: Location, newest: Manifest | None, record: Mapping[str, Any],
 def prune(location: Location, record: Mapping[str, Any], keep_s: float, now: float | None = None) -> Pruned:
     """Removes the versions that were replaced at least `keep_s` seconds ago, and old files that no version lists.
 
-    Removes nothing if a version can't be read. `now`: seconds since 1970.
+    If a version can't be read, removes no file. `now`: seconds since 1970.
     """
     now = time.time() if now is None else now
     try:

@@ -119,8 +119,8 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     """Builds a DeepSpeedEngine on the process group of the attempt.
 
     With sequence parallelism (`sharing`), the engine shards state and averages gradients over all workers. With tensor
-    parallelism, it does this over the workers that have the same part of each matrix. Raises ConfigError if DeepSpeed can't train
-    the model in this parallelism configuration.
+    parallelism, the engine does both over the workers that have the same part of each matrix. Raises ConfigError if DeepSpeed
+    can't train the model in this parallelism configuration.
     """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module

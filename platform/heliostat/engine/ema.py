@@ -36,8 +36,11 @@ class AveragedWeights:
         torch._foreach_lerp_(list(self._averages.values()), [s.local for s in self._masters.values()], rate)
 
     def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """Returns views of this rank's slices of the averages, to save with the other training state. `whole`: returns the
-        complete slices, to load into. Otherwise, returns only the part that this rank saves."""
+        """Returns views of this rank's slices of the averages, to save with the other training state.
+
+        With `whole`, returns the complete slices, into which a checkpoint can be loaded. Without it, returns only the parts of
+        the slices that this rank saves.
+        """
         parameters = dict(self.sharded.trained())
         shards = {n: s.holding(self._averages[n]) for n, s in self._masters.items()}
         return {f"{EMA}.{n}": s if whole else self.sharded.share(parameters[n], s) for n, s in shards.items()}

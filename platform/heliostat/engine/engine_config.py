@@ -11,7 +11,7 @@ CPU_BUCKET = 32_000_000  # elements; at every bucket, the workers wait for each 
 
 
 def engine_config(job: Job) -> dict[str, Any]:
-    """Builds the DeepSpeed config of a job. The keys of `train.deepspeed` override single keys of the config."""
+    """Builds the DeepSpeed config of a job. Each key of `train.deepspeed` replaces the same key of this config."""
     train, offload = job.train, job.train.zero.offload
     zero: dict[str, Any] = {"stage": train.zero.stage}
     if not job.workers.gpus:

@@ -11,7 +11,8 @@ these:
 
 All other workers build the model without weights (`recipes.weightless`). A custom recipe may read weights in its `build`, so the
 first worker runs such a `build` with and without weights. If the results differ (`recipes.build_difference`), the workers of each
-node build the model with weights in turns. These workers keep everything except the weights, and log the cost.
+node build the model with weights in turns. These workers discard the weights, and keep the other results of `build`. heliostat
+logs the cost of this.
 """
 
 from __future__ import annotations

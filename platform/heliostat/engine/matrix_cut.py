@@ -18,8 +18,7 @@ Slice = tuple[tuple[int, int], int]  # ((start in the parameter, elements), offs
 
 
 def announce(sharded: ShardedState, hidden: set[torch.nn.Parameter], device: torch.device) -> None:
-    """Passes the slices of the `hidden` matrices on all workers to the optimizer. The optimizer's state must exist.
-    Collective."""
+    """Tells the optimizer which slice of each `hidden` matrix every worker has. The optimizer's state must exist. Collective."""
     optimizer: Any = sharded.optimizer
     flats = [(flat, group) for flat, group in sharded.groups() if group[0] in hidden]
     ours = [[_slice(sharded.place(p)) for p in group] for _, group in flats]

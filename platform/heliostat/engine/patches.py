@@ -93,7 +93,7 @@ def _replace(owner: object, name: str, value: object) -> None:
 def import_without_mlflow() -> None:
     """Imports DeepSpeed and hides MLflow from it, because DeepSpeed's autotuner imports MLflow if it is installed.
 
-    DeepSpeed 0.19.8. Without it a worker's imports take 11 s instead of 8 s.
+    Patch for DeepSpeed 0.19.8. Without it a worker's imports take 11 s instead of 8 s.
     """
     imported = sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
     try:
@@ -107,7 +107,7 @@ def import_without_mlflow() -> None:
 def import_muon_without_compiler() -> None:
     """Imports DeepSpeed's Muon, which every `initialize` imports, while `torch.compile` does nothing.
 
-    DeepSpeed 0.19.8. Without it the module decorates a function with the compiler, whose import takes 1 s.
+    Patch for DeepSpeed 0.19.8. Without it the module decorates a function with the compiler, whose import takes 1 s.
     """
 
     def same(function: Callable[..., object] | None = None, **_: object) -> Callable[..., object]:
@@ -124,7 +124,7 @@ def import_muon_without_compiler() -> None:
 def cache_numa_cores() -> None:
     """Makes DeepSpeed ask the system for the cores of NUMA nodes only once.
 
-    DeepSpeed 0.19.8. Without it ZeRO-3 on a CPU runs the program `numactl` in each reduction.
+    Patch for DeepSpeed 0.19.8. Without it ZeRO-3 on a CPU runs the program `numactl` in each reduction.
     """
     numa: Any = importlib.import_module("deepspeed.utils.numa")
     if not hasattr(numa.get_numa_cores, "cache_info"):
@@ -135,7 +135,7 @@ def cache_numa_cores() -> None:
 def silence_memory_reports() -> None:
     """Turns off memory reports during the construction of a bf16 optimizer, and limits DeepSpeed's log to errors.
 
-    DeepSpeed 0.19.8. Without it each bf16 engine collects all garbage six times before it prints reports, which takes 3 s.
+    Patch for DeepSpeed 0.19.8. Without it each bf16 engine collects all garbage six times for its reports, which takes 3 s.
     """
     bf16: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
     _replace(bf16, "see_memory_usage", _nothing)
@@ -146,7 +146,7 @@ def silence_memory_reports() -> None:
 def skip_shared_memory_kernel() -> None:
     """Marks the shared-memory all-reduce for CPUs as incompatible, because training never calls it.
 
-    DeepSpeed 0.19.8. Without it every `initialize` on a CPU compiles the kernel: 27 s, and a crash without g++.
+    Patch for DeepSpeed 0.19.8. Without it every `initialize` on a CPU compiles the kernel: 27 s, and a crash without g++.
     """
     ops: Any = importlib.import_module("deepspeed.ops")
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -163,8 +163,8 @@ def _nothing(*_: object, **__: object) -> None:
 def share_second_copies() -> None:
     """Makes all parts of a model keep their secondary copies (`train.zero.hpz_partition_size`) in one process group.
 
-    DeepSpeed 0.19.8; https://github.com/deepspeedai/DeepSpeed/issues/4901. Without it the second part of a model that is
-    partitioned during construction fails: DeepSpeed rejects a second group.
+    Patch for DeepSpeed 0.19.8 (https://github.com/deepspeedai/DeepSpeed/issues/4901). Without it the second part of a model that
+    is partitioned during construction fails: DeepSpeed rejects a second group.
     """
     groups: Any = importlib.import_module("deepspeed.utils.groups")
     make = groups._create_zero_param_parallel_group
@@ -181,7 +181,7 @@ def share_second_copies() -> None:
 def set_model_parallel_unit(unit: object) -> None:
     """Sets the object that DeepSpeed asks for its process groups. None removes it.
 
-    DeepSpeed 0.19.8. Without it an engine uses the groups of the previous engine in the same process.
+    Patch for DeepSpeed 0.19.8. Without it an engine uses the groups of the previous engine in the same process.
     """
     groups: Any = importlib.import_module("deepspeed.utils.groups")
     _replace(groups, "mpu", unit)
@@ -192,7 +192,7 @@ def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.Proc
     """Forms groups of `workers` workers that shard experts. Returns this worker's group, and the group of the workers with the
     same experts. `name`: DeepSpeed's name for both groups. Collective.
 
-    DeepSpeed 0.19.8. Without it DeepSpeed forms groups of experts only for its own mixture layer, which no model here has.
+    Patch for DeepSpeed 0.19.8. Without it DeepSpeed forms groups of experts only for its own mixture layer, which is unused.
     """
     groups: Any = importlib.import_module("deepspeed.utils.groups")
     groups._create_expert_and_data_parallel(workers)
@@ -203,7 +203,7 @@ def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.Proc
 def place_expert(parameter: Any, whole: Any, name: str, same_experts: dist.ProcessGroup) -> None:
     """Partitions a parameter as ZeRO-3 has partitioned `whole`, but only over the workers that have the same experts.
 
-    DeepSpeed 0.19.8. Without it ZeRO-3 partitions the parameter over all workers, and so mixes different experts.
+    Patch for DeepSpeed 0.19.8. Without it ZeRO-3 partitions the parameter over all workers, and so mixes different experts.
     """
     parameter.ds_zero_placement_family = "autoep_expert"  # DeepSpeed's name for parameters that a group has completely
     parameter.ds_zero_partition_group_name, parameter.ds_zero_partition_process_group = name, same_experts
@@ -215,7 +215,7 @@ def place_expert(parameter: Any, whole: Any, name: str, same_experts: dist.Proce
 def partition_within(group: dist.ProcessGroup) -> Iterator[None]:
     """Makes `deepspeed.zero.Init` partition over the workers of a group inside the context, even where transformers opens it.
 
-    DeepSpeed 0.19.8. Without it a model is partitioned over all workers during construction: transformers passes no group.
+    Patch for DeepSpeed 0.19.8. Without it construction partitions a model over all workers, because transformers passes no group.
     """
     init: Any = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
     whole = init.__init__
@@ -239,7 +239,7 @@ def divide_matrices(model: torch.nn.Module, settings: object, workers: int) -> t
     """Replaces a model's linear layers and embeddings with AutoTP's, which contain this worker's part of each matrix. Returns the
     group of the workers that share the matrices, and a function to call after the parameters have their values. Collective.
 
-    DeepSpeed 0.19.8. Without it AutoTP shards a model during engine construction, after every worker has built it completely.
+    Patch for DeepSpeed 0.19.8. Without it AutoTP shards a model only after every worker has built it completely.
     """
     from deepspeed import init_distributed
     from deepspeed.accelerator import get_accelerator
@@ -272,7 +272,7 @@ def divide_matrices(model: torch.nn.Module, settings: object, workers: int) -> t
 def matrix_part(parameter: Any) -> MatrixPart | None:
     """Reads how AutoTP has sharded a parameter. Returns None if AutoTP hasn't sharded it.
 
-    DeepSpeed 0.19.8. Without it only AutoTP's own checkpoints can read its marks.
+    Patch for DeepSpeed 0.19.8. Without it only AutoTP's own checkpoints can read its marks.
     """
     from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
@@ -286,7 +286,7 @@ def matrix_part(parameter: Any) -> MatrixPart | None:
 def stop_input_check(engine: DeepSpeedEngine) -> None:
     """Removes the hook by which an engine with AutoTP sends its first batch to the other workers of its group.
 
-    DeepSpeed 0.19.8. Without it the engine sends that batch again, after `SampleGroup` has distributed it.
+    Patch for DeepSpeed 0.19.8. Without it the engine sends that batch again, after `SampleGroup` has distributed it.
     """
     if engine.first_dataloader_check is not None:
         engine.first_dataloader_check.remove()
@@ -297,7 +297,7 @@ def stop_input_check(engine: DeepSpeedEngine) -> None:
 def release_modules() -> None:
     """Empties the stack of modules and the cache of ZeRO-3's coordinator, which the garbage collector doesn't see.
 
-    DeepSpeed 0.19.8. Without it a destroyed engine stays in memory.
+    Patch for DeepSpeed 0.19.8. Without it a destroyed engine stays in memory.
     """
     offload: Any = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
     coordinator: Any = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
@@ -312,7 +312,7 @@ def release_modules() -> None:
 def forget_groups() -> None:
     """Removes DeepSpeed's backend and all its process groups.
 
-    DeepSpeed 0.19.8. Without it an engine on a new process group uses the groups of the previous attempt.
+    Patch for DeepSpeed 0.19.8. Without it an engine on a new process group uses the groups of the previous attempt.
     """
     communication: Any = importlib.import_module("deepspeed.comm.comm")
     _replace(communication, "cdb", None)
@@ -325,8 +325,8 @@ def forget_groups() -> None:
 def restart_numbering() -> None:
     """Makes DeepSpeed number parameters and modules from 0 again. (The counter of modules is in a default argument.)
 
-    DeepSpeed 0.19.8. Without it a worker that survived an attempt and a new worker number the same parameter differently. So they
-    gather different parameters together.
+    Patch for DeepSpeed 0.19.8. Without it a worker that survived an attempt and a new worker number the same parameter
+    differently. So they gather different parameters together.
     """
     init: Any = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
     offload: Any = importlib.import_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
@@ -345,9 +345,9 @@ def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) 
     """Makes a ZeRO-3 optimizer average its gradients over the groups of workers before each step.
 
     All three functions change a tensor in place, over the groups. `average` averages the gradients, `equalize` sets a norm to the
-    first group's norm, and `agree` sets a flag to the largest. DeepSpeed 0.19.8. Without it gradients can't be averaged over
-    groups: DeepSpeed reduces after every micro-batch, clips and checks for overflow in one call, and knows only the workers of
-    one group.
+    first group's norm, and `agree` sets a flag to the largest. Patch for DeepSpeed 0.19.8. Without it gradients can't be averaged
+    over groups: DeepSpeed reduces after every micro-batch, clips and checks for overflow in one call, and knows only the workers
+    of one group.
     """
     step, norms, within = zero.step, zero._get_norm_groups, zero.has_overflow
 
@@ -376,7 +376,7 @@ def read_norms(at_once: bool) -> None:
     """Makes ZeRO's optimizers check the gradient norm before every step (`at_once`), as fp16's loss scale needs, or never. If
     never, the training loop checks the norm one step later, and ends the attempt if it isn't finite.
 
-    DeepSpeed 0.19.8. Without it stages 1 to 3 wait for the device before every step, and with clipping once more.
+    Patch for DeepSpeed 0.19.8. Without it stages 1 to 3 wait for the device before every step, and with clipping once more.
     """
     utils: Any = importlib.import_module("deepspeed.runtime.utils")
     names = ("bf16_optimizer", "zero.stage_1_and_2", "zero.stage3")

@@ -1,7 +1,8 @@
 """Joins, aborts, and leaves the process group of an attempt, in a process that outlives the attempt.
 
 An aborted NCCL collective returns buffers that it hasn't written, without an error. So `obey` records the order to abort before
-it aborts the group, and `check` raises an error from then on. Numbers that reached the host before `check` returned are valid.
+it aborts the group, and `check` raises an error from then on. If `check` returns without an error, the numbers that reached the
+host before are valid.
 """
 
 from __future__ import annotations
@@ -86,8 +87,10 @@ def leave() -> None:
 
 
 def reforms() -> bool:
-    """Checks whether this process can form another NCCL group after an abort. It can't if NCCL's watchdog would end the process
-    first."""
+    """Checks whether this process can form another NCCL group after an abort.
+
+    It can't form one if NCCL's watchdog would end the process before that.
+    """
     return all(os.environ.get(name, value) == value for name, value in HELD_BACK.items())
 
 
@@ -133,8 +136,9 @@ def _abort(abort: threading.Event) -> None:
 
 
 def bind_near(domain: int, bus: int, device: int, devices: Path = DEVICES) -> set[int]:
-    """Binds this thread, and all threads that it starts later, to the CPU cores near a GPU (Linux only). Returns these cores.
-    Returns an empty set if the cores aren't known, or if this process may use none of them.
+    """Binds this thread, and all threads that it starts later, to the CPU cores near a GPU (Linux only).
+
+    Returns these cores. Returns an empty set if these cores aren't known, or if this process isn't allowed to use any of them.
 
     Without this, on machines with two processors, kernel launches and copies between host and device cross the link between the
     processors. Earlier limits of the worker's cores stay in force.

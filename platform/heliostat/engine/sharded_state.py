@@ -17,7 +17,8 @@ contains one slice, so a checkpoint loads in any parallelism configuration. The 
 
 `zero_state` is the backend for DeepSpeed's ZeRO. Another backend, such as FSDP2, is one file with one subclass of `ShardedState`:
 
-- memory of the optimizer: `optimizer`, `groups`, `place`, and `original`, which locates a slice in a second way, for `prove`;
+- memory of the optimizer: `optimizer`, `groups`, `place`, and `original`, which locates a slice in a second way, so that `prove`
+  can compare both;
 - weights that the forward pass uses: `weights`, `refresh`, `release`, `gathered`;
 - values assembled from all workers, for comparisons: `full`, `full_gradient`;
 - workers with the same state: `replicas`, `weight_replicas`, `matrix_part`;
@@ -68,9 +69,9 @@ class ShardedState(ABC):
     - `optimizer`: steps the tensors of `groups`.
     - `moments`: the keys of the optimizer state, by trained parameter. Moments in `copies` begin as the master weight, others as
       0.
-    - `replicas`: this worker's index among the workers with the same slices, and the number of these workers.
-    - `weight_replicas`: as `replicas`, but for the parts of parameters that aren't trained.
-    - `matrix_part`: as `replicas`, but for the workers that shard matrices.
+    - `replicas`: this worker's index among the workers that have the same slices, and the number of these workers.
+    - `weight_replicas`: the same two numbers for workers that have the same parts of the parameters that aren't trained.
+    - `matrix_part`: this worker's index among the workers that shard matrices together, and the number of these workers.
     """
 
     optimizer: torch.optim.Optimizer

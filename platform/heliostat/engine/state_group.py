@@ -68,7 +68,7 @@ class StateGroup:
     def average(self, engine: DeepSpeedEngine) -> None:
         """Makes the engine's optimizer average the gradients over the groups before each step.
 
-        Either all groups make a step, or none does: they check the averaged fp16 gradients for overflow together.
+        The groups check the averaged fp16 gradients for overflow together. So either all groups make a step, or no group does.
         """
         first = dist.get_global_rank(self.across, 0)
         patches.before_step(

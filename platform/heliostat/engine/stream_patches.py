@@ -1,6 +1,6 @@
 """Orders DeepSpeed's CUDA streams on the GPU, and names its gradient reduction for profilers.
 
-DeepSpeed makes the host wait for one stream, and leaves another stream without an order.
+DeepSpeed makes the host wait for one stream, and doesn't order the work of another stream.
 
 CUDA streams run concurrently: one stream sees another stream's writes only if it waits for them. `tests/twin` is a simulated
 device that raises an error if an operation uses memory for which its stream hasn't waited. So it shows which streams must wait.
@@ -21,8 +21,8 @@ from heliostat.engine.patches import _nothing, _patch, _replace
 def order_reductions(zero: Any) -> None:
     """Makes work that is queued after a backward pass wait on the GPU for ZeRO's reductions, while the host continues.
 
-    With `train.zero.offload.optimizer`, the host still waits, because it reads the sums from its own memory. DeepSpeed 0.19.8.
-    Without it the host waits for the GPU after every micro-batch at stages 2 and 3, and then the GPU waits for the host.
+    With `train.zero.offload.optimizer`, the host still waits, because it reads the sums from its own memory. Patch for DeepSpeed
+    0.19.8. Without it the host waits for the GPU after every micro-batch at stages 2 and 3, and then the GPU waits for the host.
     """
     if hasattr(zero, "reduce_and_partition_stream"):
         if not zero.offload_optimizer:
@@ -53,7 +53,7 @@ def _order_epilogue(zero: Any) -> None:
 def order_gathers(zero: Any) -> None:
     """Makes ZeRO-3's gathers on a GPU wait for the weights that each step writes.
 
-    DeepSpeed 0.19.8. Without it a forward pass can gather weights from before the step if no parameter is persistent
+    Patch for DeepSpeed 0.19.8. Without it a forward pass can gather weights from before the step if no parameter is persistent
     (`stage3_param_persistence_threshold: 0`). DeepSpeed waits for the GPU only while it gathers persistent parameters.
     """
     step = zero.step
@@ -70,7 +70,7 @@ def order_gathers(zero: Any) -> None:
 def gathers_wait(zero: Any) -> None:
     """Makes ZeRO-3's next gathers wait for the work that is queued on the current stream. Does nothing on a CPU.
 
-    DeepSpeed 0.19.8. Without it a forward pass after a restore can gather weights that are only partly written.
+    Patch for DeepSpeed 0.19.8. Without it a forward pass after a restore can gather weights that are only partly written.
     """
     gathering = vars(zero.parameter_offload)["_DeepSpeedZeRoOffload__allgather_stream"]
     if gathering is not None:
@@ -81,7 +81,7 @@ def gathers_wait(zero: Any) -> None:
 def name_reduction() -> None:
     """Marks the gradient reduction for profilers, except its part inside the backward pass.
 
-    DeepSpeed 0.19.8. Without it a trace doesn't show where the backward pass ends and the reduction begins.
+    Patch for DeepSpeed 0.19.8. Without it a trace doesn't show where the backward pass ends and the reduction begins.
     """
     engine: Any = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
     reduce = engine.allreduce_gradients

@@ -1,8 +1,8 @@
 """Shards the matrices of each layer over the workers of a group (`train.parallel.tensor`), with DeepSpeed's AutoTP.
 
 Ranks [0, n) are the first group, [n, 2n) the second, and so on. Some weights are cut by rows (column-parallel: by outputs) or by
-columns (row-parallel: by inputs). Each worker has an equal part of these weights, and all of every other weight. ZeRO shards a
-worker's weights over the workers with the same part, one per group.
+columns (row-parallel: by inputs). Each worker has an equal part of these weights, and every other weight completely. ZeRO shards
+a worker's weights over the workers with the same part, one per group.
 
 heliostat passes the name of every module to AutoTP, and turns off AutoTP's own search by name patterns.
 """

@@ -2,7 +2,7 @@
 
 Only this module, `patches`, and `stream_patches` use DeepSpeed's internals. `adapter` requires the DeepSpeed version that it was
 written for, and an optimizer with all `parts` that its class names. DeepSpeed's public accessors can't locate the slices: if the
-optimizer's memory is on the host, they return copies on the GPU.
+optimizer's memory is on the host, these accessors return copies on the GPU.
 
 The dynamic loss scale of fp16 is also state. Gradients are computed from the loss times a scale. When they overflow, the scale
 halves, and the step is skipped and counted. After a while without overflow, the scale doubles (Micikevicius et al. 2018, arXiv
@@ -29,8 +29,11 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # at
 
 @patches.guard
 def adapter(engine: DeepSpeedEngine, moments: Moments, copies: Collection[str], replica: Replica | None) -> ShardedState:
-    """Makes the adapter of an engine that was just initialized. `replica`: the index of this worker's group, and the number of
-    groups that each have all state (`StateGroup`). Raises ConfigError if this version of DeepSpeed keeps its state elsewhere."""
+    """Makes the adapter of an engine that was just initialized.
+
+    `replica`: the index of this worker's group, and the number of groups that each have all state (`StateGroup`). Raises
+    ConfigError if this version of DeepSpeed keeps its state in other attributes.
+    """
     shared = SummedApart if hasattr(engine.optimizer, "bf16_groups") else Partitioned
     kind: type[ZeroState] = (Replicated, shared, shared, Divided)[engine.zero_optimization_stage()]
     for name in kind.parts:

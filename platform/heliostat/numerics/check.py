@@ -62,7 +62,10 @@ def _rows(files: dict[str, Any], limits: Thresholds) -> list[DifferenceRow]:
 
 
 def _together(parts: list[dict[str, object]]) -> DifferenceRow:
-    """Joins the rows of all workers. The result has the worst difference of all rows, and the faults of all rows."""
+    """Joins the rows of all workers.
+
+    The joined row has the worst difference of all workers' rows, and the faults of all these rows.
+    """
     rows = [DifferenceRow.parse(part) for part in parts]
     worst = max(rows, key=lambda row: row.worst)
     worst.count, worst.faults = sum(r.count for r in rows), [fault for r in rows for fault in r.faults]

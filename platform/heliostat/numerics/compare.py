@@ -20,7 +20,7 @@ def relative(value: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> fl
 
 
 def floors(gradients: Tensors, share: float) -> dict[str, float]:
-    """Computes, by parameter, a lower limit of the norm by which the gradient's difference is divided.
+    """Computes, for each parameter, the smallest norm by which the difference of its gradients may be divided.
 
     The limit is `share` of the norm that the parameter's gradient would have if all elements of the complete gradient were
     equally large.
@@ -59,7 +59,7 @@ def explain_gradient(
 
 
 def explain_update(value: torch.Tensor, right: torch.Tensor, limit: float) -> str:
-    """Finds the cause of a wrong update. Returns an empty string if the cause is unknown."""
+    """Finds the cause of a wrong update. Returns an empty string if it can't find the cause."""
     size = float(value.norm())
     if not size:
         return "the weights didn't change"

@@ -1,8 +1,8 @@
 """Runs the small job on a worker: the training loop's own step, engine, data path, checkpoints, and receipts, without Ray.
 
-`play` runs on every worker of the job's parallelism configuration. `resume` runs on the single worker of another configuration.
-Both write their results to a folder: the tensors before and after each step (`weights-STEP`, `gradients-STEP`), and everything
-else as JSON.
+`play` runs on every worker of the job's parallelism configuration. `resume` runs on one worker, with another parallelism
+configuration. Both write their results to a folder: the tensors before and after each step (`weights-STEP`, `gradients-STEP`),
+and everything else as JSON.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Differences are relative norms: the norm of the difference, divided by the norm of the result of one plain process in fp32. Each
 step begins from the engine's own weights. So nothing accumulates over steps, and a limit covers one step's rounding. The limits
-are about ten times the differences of healthy jobs, and below any fault that would affect training.
+are about ten times the differences of healthy jobs, and are smaller than the differences that any fault with an effect on
+training would cause.
 """
 
 from __future__ import annotations

@@ -62,8 +62,10 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
 
 
 def left_out(job: Job) -> str:
-    """Lists the job's settings that the trial leaves out, because it compares two workers with a plain process. Empty if it
-    leaves out no settings."""
+    """Lists the job's settings that the trial leaves out, because it compares two workers with a plain process.
+
+    The list is empty if the trial leaves out no settings.
+    """
     keys = {"train.ema": job.train.ema, "train.zero.shard_group_size": job.train.zero.shard_group_size,
             "train.zero.quantize_weights": job.train.zero.quantize_weights}  # fmt: skip
     named = ", ".join(key for key, value in keys.items() if value)
@@ -115,7 +117,7 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
 
 
 def _loaded(job: Job, sources: list[Manifest]) -> Recipe:
-    """Loads the recipe of a trial. Its MLP tiles are so small that each sample has several tiles."""
+    """Loads the recipe of a trial. The tiles of its MLPs are so small that each sample has several tiles."""
     recipe = loading.load(job, sources)
     if isinstance(recipe, CausalLM):
         recipe.tile = TILE

@@ -38,7 +38,7 @@ class WithAdamW(torch.optim.Optimizer):
     """Updates `orthogonal` groups by Muon, with the state `momentum_buffer`. Updates the other groups by AdamW, with the states
     `exp_avg` and `exp_avg_sq`.
 
-    The class name avoids "Muon", because DeepSpeed treats optimizers with Muon in their name differently.
+    The class name doesn't contain "Muon", because DeepSpeed handles optimizers with "Muon" in their name in a special way.
     """
 
     def __init__(self, groups: list[dict[str, object]], adamw: AdamWKeys, muon: MuonKeys) -> None:

@@ -80,7 +80,7 @@ class ScheduleFreeStep(UpdateRule):
 
     The parameters are y = (1 - beta1) z + beta1 x. Gradients are computed at y. z is the iterate, which AdamW without a first
     moment updates. x is the average, which is evaluated and exported. Both begin as the parameter. x is stored, not recomputed
-    from y and z, so that checkpoints contain it like other averages of weights.
+    from y and z, so that checkpoints contain x in the same form as other averages of weights.
     """
 
     def __init__(self, groups: list[dict[str, object]], lr: float, betas: tuple[float, float], eps: float) -> None:

@@ -2,8 +2,8 @@
 
 ZeRO gives each worker flat slices of parameters, cut at any element. The workers exchange the slice boundaries once
 (`Matrix.spans`), so each worker knows what it sends and receives. One all-to-all sends the slices of a batch of matrices to the
-owners. Another all-to-all returns slices of the results. So a worker has in memory only its slices, and the complete matrices of
-a batch that it owns.
+owners. Another all-to-all returns slices of the results. So a worker has only two things in memory: its own slices, and those
+complete matrices of one batch that it owns.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tests whether a model supports samples that are cut over several workers (sequence parallelism).
 
-A model supports this under three conditions: only attention mixes tokens, all attention uses transformers' interface, and there
-are only masks for causality and documents. The code of each architecture decides that.
+A model supports this under three conditions: only attention mixes tokens, all attention uses transformers' interface, and the
+only masks are those for causality and documents. Whether a model meets these conditions depends on the code of its architecture.
 
 The test needs one process. Each row of a batch is a stretch of one sample, and the attention of a small model joins the rows. The
 model's logits must match those of the uncut sample.

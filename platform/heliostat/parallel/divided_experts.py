@@ -54,8 +54,11 @@ def _forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Computes a layer's experts for the tokens of all workers of its group. `top_k_index` numbers the experts of all these
-    workers. Larger numbers mean that a token has no expert."""
+    """Computes a layer's experts for the tokens of all workers of its group.
+
+    `top_k_index` contains numbers of the experts of all these workers. A number larger than the last expert's number means that
+    the token has no expert.
+    """
     each, count = top_k_index.shape[-1], module.num_experts  # `count`: this worker's experts
     flat = top_k_index.reshape(-1)
     tokens = torch.zeros(module.all_experts + 1, dtype=torch.int64, device=flat.device)
@@ -73,8 +76,11 @@ def _forward(
 
 
 def _computed(module: ExpertLayer, rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Computes each row with its expert. It adds one row of zeros, so that weights have a gradient even if no row arrived.
-    Otherwise, other workers would wait for this gradient."""
+    """Computes each row with its expert.
+
+    Adds one row of zeros, so that the weights have a gradient even if no row arrived. Without a gradient here, the other workers
+    would wait for it.
+    """
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])

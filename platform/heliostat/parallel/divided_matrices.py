@@ -37,8 +37,11 @@ _known: dict[str, str] = {}  # faults of the models that this process has tested
 
 
 def of(model: PreTrainedModel) -> dict[str, Kind]:
-    """Returns how each module's weight is sharded. Leaves out the modules that every worker has completely. Empty if transformers
-    shards a weight in a way that heliostat doesn't support."""
+    """Returns how each module's weight is sharded.
+
+    Leaves out the modules that every worker has completely. Returns an empty result if transformers shards a weight in a way that
+    heliostat doesn't support.
+    """
     base, plan = model.base_model_prefix, dict(_plan(model.config))
     if not KINDS.keys() >= set(plan.values()):
         return {}
@@ -89,8 +92,8 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
     """Computes the largest difference between the logits of a small model's parts and of the complete model, in standard
     deviations of the logits.
 
-    Also lists the modules that each part has completely, but with only a part of their input. The workers would have different
-    gradients for these modules.
+    Also lists the modules that are complete in each part, but get only a part of their input there. With these modules, the
+    workers would compute different gradients.
     """
     torch.manual_seed(0)
     model = recipe.build().eval().double()  # random weights saturate the softmax, which amplifies fp32 rounding to 1e-3

@@ -2,7 +2,7 @@
 
 A mask of all pairs grows with the square of the sample's length: 16 GiB at 131,072 tokens. Here, queries attend in blocks of
 `ROWS`. Each block has its own mask, against the keys up to the block's last query. The backward pass recomputes each block, so
-only one mask is in memory at a time. Pairs in which the key comes after the complete block are never computed.
+only one mask is in memory at a time. Pairs whose key comes after the last query of the block are never computed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ def mask(documents: torch.Tensor, first: int, end: int) -> torch.Tensor:
 
 
 def mask_bytes(length: int, itemsize: int) -> int:
-    """Counts the bytes of a sample's largest mask. Each pair has one byte, and `itemsize` bytes for the bias that fused kernels
-    derive from the mask."""
+    """Counts the bytes of a sample's largest mask.
+
+    Each pair of tokens takes one byte in the mask. It takes `itemsize` more bytes in the bias that fused kernels compute from the
+    mask.
+    """
     return min(ROWS, length) * length * (1 + itemsize)
 
 

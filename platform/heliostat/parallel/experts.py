@@ -54,8 +54,10 @@ def biases(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 @contextmanager
 def watched(model: torch.nn.Module) -> Iterator[RoutingWatch]:
-    """Records the routing of a model, or of an engine's model, during forward passes inside the context. It doesn't record
-    recomputation by activation checkpointing, which runs later."""
+    """Records the routing of a model, or of an engine's model, during forward passes inside the context.
+
+    The recomputation by activation checkpointing isn't recorded, because it runs later, outside the context.
+    """
     module = getattr(model, "module", model)
     watch = _watches.get(module)
     if watch is None:

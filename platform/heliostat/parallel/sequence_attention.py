@@ -1,10 +1,10 @@
 """Computes the attention of samples whose tokens are cut into stretches, one per worker (Ulysses; Jacobs et al. 2023, arXiv
 2309.14509).
 
-Before attention, a worker has all heads of some tokens. The workers of a group exchange them for some heads of all tokens. After
-attention, they reverse the exchange. DeepSpeed's `UlyssesSPAttentionHF` does that around the model's own attention. This package
-can't import the engine, so the engine passes the class in (`exchanging`). Nothing else in a model may mix tokens, which `cutting`
-tests.
+Before attention, a worker has all heads of some tokens. The workers of a group then exchange values, so that each worker has some
+heads of all tokens. After attention, the workers reverse the exchange. DeepSpeed's `UlyssesSPAttentionHF` does that around the
+model's own attention. This package can't import the engine, so the engine passes the class in (`exchanging`). No other part of a
+model may mix tokens; `cutting` tests this.
 """
 
 from __future__ import annotations

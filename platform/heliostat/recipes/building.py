@@ -34,8 +34,10 @@ def frozen_modules(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Modu
 
 
 def rest(recipe: Recipe, model: torch.nn.Module) -> None:
-    """Puts frozen submodules back into evaluation mode after `train()`. In this mode, they use no dropout, and don't update
-    running statistics."""
+    """Puts frozen submodules back into evaluation mode after a call of `train()`.
+
+    In evaluation mode, they use no dropout, and don't update running statistics.
+    """
     for module in frozen_modules(recipe, model):
         module.eval()
 

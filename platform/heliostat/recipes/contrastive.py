@@ -1,7 +1,8 @@
 """Computes the contrastive loss of pairs of embeddings, and retrieval scores. All functions are pure.
 
-The loss is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) in both directions: each query against all texts, and each text
-against all queries. Pairs with the same query or text aren't negatives of each other, so the loss leaves them out.
+The loss is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) in both directions: it compares each query with all texts, and
+each text with all queries. Two pairs with the same query or the same text aren't negatives of each other. So the loss leaves out
+the matrix entries of these two pairs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def contrast(
     [pairs, 2], the ids of the query and the text of each pair.
 
     `some`: computes only the contribution of these pairs. It compares their queries with all texts, and their texts with all
-    queries. Then the matrix of all pairs is never in memory.
+    queries. With `some`, the complete matrix of all queries and all texts is never in memory.
     """
     own = torch.arange(len(query), device=query.device)[some or slice(None)]
     mine = names if some is None else names[some]
@@ -54,8 +55,11 @@ def blocks(pairs: int, rows: int = BLOCK) -> list[slice | None]:
 
 
 def ranks(query: np.ndarray, text: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """Computes each pair's rank: the position, from 1, of the nearest correct text among all distinct texts. The texts of all
-    pairs with the same query are correct. At equal distances, wrong texts come first."""
+    """Computes each pair's rank: the position, from 1, of the nearest correct text among all distinct texts.
+
+    The texts of all pairs with the same query are correct. If several texts have the same distance, the wrong texts come before
+    the correct ones.
+    """
     _, first, number = np.unique(names[:, 1], return_index=True, return_inverse=True)
     _, query_of = np.unique(names[:, 0], return_inverse=True)
     order, texts = np.argsort(query_of, kind="stable"), text[first]

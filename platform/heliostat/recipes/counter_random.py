@@ -6,8 +6,9 @@
 The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). It has no state: it encrypts a
 counter, here (block, stream, key), with the seed. It uses torch's integer operations.
 
-A normal number is the inverse of the normal distribution at a word, computed from a table of parabolas. This needs only
-multiplications and additions, which IEEE 754 defines to the last bit. Logarithms and sines differ between devices.
+To make a normal number from a word, the module computes the inverse of the normal distribution function at this word, from a
+table of parabolas. This needs only multiplications and additions, which IEEE 754 defines to the last bit. Logarithms and sines
+aren't used, because their last bits differ between devices.
 """
 
 from __future__ import annotations
@@ -74,8 +75,10 @@ def uniform(words: torch.Tensor) -> torch.Tensor:
 
 
 def normal(words: torch.Tensor) -> torch.Tensor:
-    """Maps words to normal numbers: fp32, between -6.34 and 6.34. They are within 2e-7 of the exact inverse. For numbers above 1,
-    this error is relative."""
+    """Maps words to normal numbers: fp32, between -6.34 and 6.34.
+
+    They differ by at most 2e-7 from the exact inverse. For numbers above 1, this limit is a relative error.
+    """
     signed = (words << 1).sub_(WORD).float()  # its absolute value / 2^33 is the tail probability
     bits = signed.view(torch.int32)
     number = (bits >> FRACTION).bitwise_and_((1 << 31 - FRACTION) - 1).sub_(127 << CUTS).flatten()

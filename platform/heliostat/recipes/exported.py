@@ -39,7 +39,7 @@ class TrainedFacts(TypedDict):
 
 @open_
 class Origin(TypedDict):
-    """Describes an exported model's origin: its run, and the version of its data plan."""
+    """Describes an exported model's origin: the run that trained it, and the version of that run's data plan."""
 
     data_version: NotRequired[Whole]
 

@@ -1,8 +1,9 @@
 """Reads a pretrained model's weights from safetensors files, one tensor at a time. The tensors in the files must match the
 model's tensors.
 
-transformers renames and converts the tensors of some architectures, and diffusers the tensors of old folders. For these, `find`
-raises UnreadableError with the reason, and the library itself must load the folder.
+transformers renames and converts the tensors of some architectures, and diffusers renames and converts the tensors of old
+folders. For these architectures and folders, `find` raises UnreadableError with the reason, and the library itself must load the
+folder.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
 
 
 def _spellings(name: str, prefix: str) -> list[str]:
-    """Lists the names that a tensor may have in a folder. The model in the folder may have a head or not."""
+    """Lists the names that a tensor may have in a folder. The names depend on whether the model in the folder has a head."""
     return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
 
 

@@ -1,5 +1,7 @@
-"""Loads the recipe that a job names, and binds it to the job's datasets. Only this module converts `recipe: package.module:Class`
-to an object."""
+"""Loads the recipe that a job names, and binds it to the job's datasets.
+
+No other module converts `recipe: package.module:Class` to an object.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
     @property
     @abstractmethod
     def max_tokens(self) -> int:
-        """Returns the maximum number of tokens of a text."""
+        """Returns the maximum number of tokens per text."""
 
     @abstractmethod
     def first(self) -> PreTrainedModel:

@@ -1,7 +1,7 @@
 """Lets recipes build models that the engine partitions among workers during construction (ZeRO stage 3).
 
 Recipes can't import the engine. Instead, the engine sets a `Partitioner` here while it builds a model, and recipes call the
-functions of this module. Without a `Partitioner`, for example below stage 3 or on the driver, models are built as usual.
+functions of this module. If no `Partitioner` is set, for example at stages 0 to 2 or on the driver, models are built as usual.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Defines the protocol between the engine and a recipe (docs/guides/recipe.md).
 
 A recipe derives from `Recipe` and implements `build`, `batch` and `loss`. The other base classes are abilities, such as export
-and serving. If a recipe lacks an ability that its job needs, the job fails before the first step (`recipes.conformance`).
+and serving. If a recipe lacks an ability that a job needs, this job fails before the first step (`recipes.conformance`).
 
 The engine owns data order, ZeRO, accumulation, precision, checkpoints, metrics and restarts. A recipe owns the model, batches,
 losses, and scores. Every process makes its own recipe object, from only the job and the datasets.
@@ -89,7 +89,7 @@ class Recipe(ABC):
         """Takes values from the datasets (tokenizer, vocabulary size). Raises ConfigError if the datasets don't fit the model."""
 
     def assumed(self) -> str:
-        """Describes what a plan without datasets assumes, such as a vocabulary size. Empty if it assumes nothing."""
+        """Describes the assumptions of a plan without datasets, such as a vocabulary size. Returns "" if there are none."""
         return ""
 
     def presume(self, rows: int) -> Content | None:  # noqa: B027
@@ -130,7 +130,7 @@ class Recipe(ABC):
         return Group() if len(shape) > 1 else Group(weight_decay=0.0)
 
     def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:  # noqa: B027
-        """Changes the buffers that balance experts, equally on all workers. `routed`: as in `Loss`, but for the global batch."""
+        """Changes the buffers that balance experts, equally on all workers. `routed`: `Loss.routed` of the global batch."""
 
     def exact(self, model: torch.nn.Module) -> list[str]:
         """Lists the names of buffers that stay in fp32 at every precision."""
@@ -168,7 +168,7 @@ class CouplesSamples(Recipe):
 
     @abstractmethod
     def represent(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """Computes each sample's values for the loss, [batch, ...] by name, from only batch, weights, and random numbers."""
+        """Computes each sample's values for the loss, [batch, ...] by name, from only its batch, weights, and random numbers."""
 
     @abstractmethod
     def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
@@ -261,7 +261,7 @@ class CutsSamples(ABC):
 
     @abstractmethod
     def exchange(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-        """Makes the model exchange the data that tokens need from other ranges. Workers have the ranges in rank order."""
+        """Makes the model exchange the data that tokens need from other ranges. Worker i of the group has range i."""
 
     @abstractmethod
     def exchanged(self, parts: int) -> int:
@@ -320,7 +320,7 @@ class Generates(Exports):
 
 
 class Paints(Generates):
-    """Generates images for prompts with its exports. Options may differ per call. For `model serve` and `model play`."""
+    """Generates images for prompts with its exports. Each call may have other options. `model serve` and `model play` use it."""
 
     @staticmethod
     @abstractmethod

@@ -10,8 +10,8 @@ rewrites the file every RENEW_S, and marks the lease as released at the end. A d
 released, or its holder is dead. A holder is dead if its process is gone or, on another machine, if it was silent for SILENCE_S.
 Clocks of two machines are never compared.
 
-The number is the fencing token. If a live holder was taken for dead, it finds a higher number, and stops without writing. It
-checks for a higher number before it writes each `checkpoint.json`, and before it prunes anything.
+The number is the fencing token. If another driver wrongly considered a live holder dead, this holder finds a higher number, and
+stops without writing. It checks for a higher number before it writes each `checkpoint.json`, and before it prunes anything.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ class Fence:
     number: int
 
     def check(self) -> None:
-        """Checks that this lease is still the newest. Raises LeaseError if another driver has taken over."""
+        """Checks that this lease is still the newest lease of the folder.
+
+        Raises LeaseError if another driver has taken a newer one.
+        """
         newest = newest_number(self.folder)
         if newest != self.number:
             by = _read(self.folder, newest) if newest else None
@@ -136,8 +139,9 @@ def take(
 ) -> Lease:
     """Takes the folder's lease. Raises ConfigError if another driver has it.
 
-    Waits up to SILENCE_S seconds if only time shows whether that driver is alive. The other arguments are for the error. `doing`:
-    the driver's action on the folder; `instead`: advice for the user; `field`: the field that chose the folder.
+    Waits up to SILENCE_S seconds if heliostat can find out whether that driver is alive only by waiting. The other arguments are
+    for the error. `doing`: the driver's action on the folder; `instead`: advice for the user; `field`: the field that chose the
+    folder.
     """
     for _ in range(TRIES):
         number = newest_number(folder)
@@ -174,7 +178,7 @@ def holder(folder: Location, number: int) -> Holder | None:
 
 
 def clear(folder: Location) -> None:
-    """Deletes everything in the folder except its leases, so that no later lease reuses the number of an earlier driver."""
+    """Deletes everything in the folder except its leases, so that no later lease gets a number that an earlier driver had."""
     for name in folder.folders():
         if name != LEASE:
             folder.join(name).delete()
@@ -194,7 +198,7 @@ def _place(folder: Location, number: int) -> Location:
 
 
 def _read(folder: Location, number: int) -> Holder | None:
-    """Reads the holder of a lease; None if the file is missing or damaged, because then no process can be checked."""
+    """Reads the holder of a lease; None if the file is missing or damaged, because it then names no process to check."""
     for wait in (0.1, 1.0, 0.0):  # without hard links, a new file is empty for a moment
         try:
             return Holder(**json.loads(_place(folder, number).read()))

@@ -1,8 +1,8 @@
 """Makes temporary folders, shares a cache between the processes of a machine, and creates files without overwriting others.
 
 `tempfile` removes a temporary folder only if its process ends normally. So `temporary_folder` also removes the folders of killed
-processes. A cache is in a folder of this user only. One process makes an entry while the others wait for its lock. An entry that
-no process used for a day is deleted.
+processes. A cache is in a folder of this user only. One process makes an entry while the other processes wait for the entry's
+lock. An entry that no process used for a day is deleted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NEW_S = 60.0  # seconds: a younger folder may not be locked yet
 def temporary_folder(prefix: str) -> Iterator[Path]:
     """Makes a temporary folder and locks it.
 
-    First removes this machine's unlocked folders, because their processes were killed.
+    First removes this machine's temporary folders that no process has locked, because the processes that made them were killed.
     """
     prefix = f"{prefix}{socket.gethostname()}-"  # the lock of a folder on a shared file system is valid on one machine only
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
@@ -124,7 +124,7 @@ def put_new(path: str, data: bytes) -> bool:
 
 
 def takes_files(folder: Path) -> bool:
-    """Returns whether files can be created in a folder. No user can do so in folders of the kernel, such as /proc."""
+    """Returns whether files can be created in a folder. In folders of the kernel, such as /proc, no user can create files."""
     if os.statvfs(folder).f_blocks:
         return True
     try:
@@ -135,7 +135,7 @@ def takes_files(folder: Path) -> bool:
 
 
 def require_database(key: str, place: Path) -> None:
-    """Raises ConfigError, which names the key, if a file exists that isn't an SQLite database. An empty file is accepted."""
+    """Raises ConfigError, which names the key, if the file exists but isn't an SQLite database. An empty file is valid."""
     try:
         with place.open("rb") as file:
             begin = file.read(len(SQLITE))

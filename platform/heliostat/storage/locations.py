@@ -4,8 +4,8 @@
   its end, pyarrow completes the upload anyway. So readers of uploads compare sizes.
 - A store that throttles, fails, hangs, or breaks connections is retried with exponential backoff and jitter. A StorageError is
   raised if the store doesn't answer within HELIOSTAT_RETRY_BUDGET_S seconds (60, read at every call).
-- Rejected credentials, and requests that can't succeed, fail at once. The next request reads the credentials again.
-- A missing object raises FileNotFoundError. Damaged content is never reported as a fault of the store.
+- Rejected credentials, and requests that can't succeed, fail at once. The request after that reads the credentials again.
+- A missing object raises FileNotFoundError. heliostat never reports damaged content as a fault of the store.
 
 Credentials come from the environment only (`AWS_*`, instance roles). `s3_client` describes the query of a URI. A Location pickles
 as its URI.
@@ -128,8 +128,8 @@ class Location:
     def join(self, *parts: str) -> Location:
         """Returns the location of a path inside this folder. Raises DataError for a part that is absolute or contains `..`.
 
-        Names come from listings and records, which other people may have written. Percent signs and backslashes are characters of
-        a name: neither disks nor stores resolve them.
+        Names come from listings and records, and other people may have written these. Percent signs and backslashes are
+        characters of a name: neither disks nor stores resolve them.
         """
         if leaving := next((p for p in parts if p.startswith("/") or ".." in p.split("/")), None):
             raise DataError(
@@ -196,7 +196,7 @@ class Location:
         self.send(copy, local.stat().st_size)
 
     def send(self, fill: Callable[[pa.NativeFile], object], size: int, synced: bool = False) -> None:
-        """Writes the bytes that `fill` puts into the stream, about `size` bytes. After a fault, `fill` may be called again."""
+        """Writes the bytes that `fill` puts into the stream, about `size` bytes. Calls `fill` again if the store has a fault."""
         self.attempt(lambda: self._put(fill, synced), retry_budget() + size / UPLOAD_BYTES_PER_S)
 
     def _put(self, fill: Callable[[pa.NativeFile], object], synced: bool = False) -> None:
@@ -235,7 +235,7 @@ class Location:
         return sorted((i.path[len(self.path) + 1 :], i.size) for i in infos if i.type == pafs.FileType.File)
 
     def tree(self) -> list[Listed]:
-        """Lists all files below this folder, sorted by path. A store lists many folders in parallel, for large inputs."""
+        """Lists all files below this folder, sorted by path. On a store, lists many folders in parallel, for large inputs."""
         if self.is_s3:
             return s3_client.files_below(
                 self.path, lambda path, recursive: self.attempt(lambda: self._objects.listing(path, recursive))
@@ -244,7 +244,7 @@ class Location:
         return sorted((_listed(i) for i in infos if i.type == pafs.FileType.File), key=lambda i: i.path)
 
     def info(self) -> Listed | None:
-        """Describes the file here, or a folder on a disk; None if nothing exists here."""
+        """Describes the file here, or on a disk also the folder here. Returns None if nothing exists here."""
         if self.is_s3:
             try:
                 return self.attempt(lambda: self._objects.head(self.path))
@@ -291,7 +291,7 @@ class Location:
 
         Raises StorageError if the store is unreachable, and AccessError if the store rejects the request.
 
-        Also raises AccessError if the store lacks the bucket. A failed request is repeated for up to PROBE_S.
+        A missing bucket also raises AccessError. A failed request is repeated for up to PROBE_S.
         """
         if not self.is_s3:
             self.attempt(lambda: self.fs.get_file_info(self.path), budget_s=0)
@@ -355,8 +355,8 @@ class Location:
     def attempt(self, operation: Callable[[], T], budget_s: float | None = None) -> T:
         """Runs an operation on this place, such as reading a row group, and repeats it while the store fails.
 
-        The operation must be repeatable from its start. FileNotFoundError, and errors about the content, pass through at once. An
-        attempt begins only if it ends within the budget (seconds), assuming that it takes as long as the last one.
+        The operation must be repeatable from its start. FileNotFoundError, and errors about the content, pass through at once. A
+        new attempt begins only if it would end within the budget (seconds) when it takes as long as the last one.
         """
         budget_s = retry_budget() if budget_s is None else budget_s
         return retries.retry(operation, budget_s, BACKOFF, self._judge, self._give_up, self._tell)

@@ -53,8 +53,8 @@ class Format(Generic[T]):
     def read(self, place: Location | Path) -> T:
         """Reads the record in a file. Raises FileNotFoundError if the file is missing, `error` if the record is invalid.
 
-        An object's length is requested before its bytes. So if another process replaces the file meanwhile, the bytes may be
-        truncated, or followed by other bytes. In this case, the file is read again.
+        An object's length is requested before its bytes. So if another process replaces the file between these two requests, the
+        bytes may be truncated, or other bytes may follow them. In this case, the file is read again.
         """
         data = _bytes(place)
         for _ in range(AGAIN):
@@ -72,7 +72,7 @@ class Format(Generic[T]):
         return [self.parse(line, f"{place}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
     def build(self, raw: object, where: object) -> T:
-        """Builds the record from plain data that is already decoded. `where`: names its source in errors."""
+        """Builds the record from plain data that is already decoded. `where`: the name of the data's source, for errors."""
         return self.parse(json.dumps(raw).encode(), where)
 
     def encode(self, record: T) -> bytes:

@@ -108,7 +108,9 @@ def retry_budget() -> float:
 
 
 def patience(budget_s: float) -> tuple[int, float]:
-    """Splits the retry budget into attempts per request, and seconds of silence per attempt: together less than half the budget.
+    """Splits the retry budget into a number of attempts per request, and the seconds of silence that each attempt may have.
+
+    All attempts of a request together take less than half the budget.
 
     The SDK repeats single requests, so that one fault doesn't undo a large upload. The SDK pauses up to 1 s, then up to 2 s.
     `Location.attempt` repeats complete operations.
@@ -120,7 +122,7 @@ def diagnose(error: OSError) -> str:
     """Classifies an error: `refused`, `missing`, `hopeless`, `fault` (of the store, so a retry can help) or `content`.
 
     pyarrow has one class for all these errors. Errors of its S3 client contain AWS or S3, and errors of the operating system have
-    a number. An OSError without either comes from a Parquet or codec library, and is about the bytes.
+    a number. An OSError with neither of these comes from a Parquet or codec library. Its cause is in the bytes.
     """
     _, mark, answer = str(error).rpartition("AWS Error")  # the text before it contains names of key and bucket
     words = re.sub(r"[^a-z0-9]", "", answer.lower())

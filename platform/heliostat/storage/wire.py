@@ -133,7 +133,10 @@ def _unpack_table(data: bytes) -> pa.Table:
 
 
 def _pack_error(value: HeliostatError) -> bytes:
-    """Encodes an error: its class in `heliostat.errors` (or its base class there), its arguments, and its attributes."""
+    """Encodes an error: its class, its arguments, and its attributes.
+
+    If the class isn't in `heliostat.errors`, encodes its base class there.
+    """
     value = innermost(value) or value
     kind = next(c for c in type(value).__mro__ if c.__module__ == errors.__name__)
     args = value.args if type(value) is kind else (str(value),)

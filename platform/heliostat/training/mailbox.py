@@ -9,8 +9,8 @@ The answer to a heartbeat is the driver's orders:
 - `abort`: leave NCCL's collectives, because a worker has failed
 
 A run has one mailbox. Every message carries the number of an attempt. The driver receives events of an earlier attempt, and drops
-them. Other messages of an earlier attempt change nothing, and a worker of an earlier attempt that still sends heartbeats is
-ordered to abort.
+them. Other messages of an earlier attempt have no effect. A worker of an earlier attempt that still sends heartbeats is ordered
+to abort.
 """
 
 from __future__ import annotations
@@ -68,9 +68,11 @@ class Orders(TypedDict, total=False):
 
 
 class Drained(NamedTuple):
-    """Holds the messages since the last drain. `events`: each with the number of its attempt. `heartbeats`: the last one of each
-    rank. `lost`: number of events that were dropped at the limit. `stale`: number of other messages of earlier attempts, also
-    dropped."""
+    """Holds the messages since the last drain.
+
+    `events`: each with the number of its attempt. `heartbeats`: the last one of each rank. `lost`: number of events that were
+    dropped at the limit. `stale`: number of messages of earlier attempts that the mailbox dropped, without events.
+    """
 
     events: list[tuple[int, Event]]
     heartbeats: dict[int, Pulse]
@@ -121,7 +123,10 @@ class MailboxState:
             self._orders |= orders
 
     def decide(self, attempt: int, step: int, stop: int) -> None:
-        """Decides whether the workers that wait after `step` continue or stop. The first decision for a step counts."""
+        """Decides whether the workers that wait after `step` continue or stop.
+
+        If there are several decisions for a step, the first one is used.
+        """
         if self._present(attempt):
             self._decisions.setdefault(step, stop)
 

@@ -3,10 +3,10 @@
 Each node of a run has one keeper, an actor that outlives the workers.
 
 A copy is the part of the state that one worker has after one step, as bytes. A copy arrives in pieces, several at a time, and the
-keeper checksums each piece on arrival. A copy is valid once it is sealed: complete, and with the checksums that its worker
-computed. Copies with the same id form a *generation*: one copy per worker of an attempt, after the same step. A keeper keeps two
-generations, because the newest may be incomplete. A keeper accepts only copies of the current attempt, and counts rejected
-copies.
+keeper checksums each piece on arrival. A copy is valid once it is sealed: it is then complete, and its checksums equal those that
+its worker computed. Copies with the same id form a *generation*: one copy per worker of an attempt, after the same step. A keeper
+keeps two generations, because the newest may be incomplete. A keeper accepts only copies of the current attempt, and counts
+rejected copies.
 """
 
 from __future__ import annotations
@@ -81,14 +81,16 @@ def attempt_of(id: str) -> int:
 
 
 def summed(data: np.ndarray, start: int) -> Sum:
-    """Computes the XXH3 checksum of a piece that begins at byte `start` of its copy. Runs at memory speed; other threads run
-    meanwhile."""
+    """Computes the XXH3 checksum of a piece that begins at byte `start` of its copy.
+
+    Runs at memory speed, and lets other threads run meanwhile.
+    """
     return Sum(start, len(data), xxhash.xxh3_64_intdigest(data.data))
 
 
 @dataclass
 class Copy:
-    """Holds one copy. Sealing sets its `facts`, its `layout`, and `own`: the state that only its worker has.
+    """Holds one copy. Sealing sets its `facts`, its `layout`, and `own`: the part of the state that no other worker has.
 
     `own` is encoded by `wire`, because a keeper doesn't import its classes.
     """
@@ -178,7 +180,7 @@ class MemoryKeeper:
             raise ValueError(f"rejected an in-memory checkpoint of attempt {attempt} in attempt {self._attempt}")
 
     def held(self) -> list[tuple[str, int, CopyFacts]]:
-        """Lists the sealed copies: id, rank, and the facts that their generation shares."""
+        """Lists the sealed copies. For each copy: its id, its rank, and the facts that all copies of its generation share."""
         with self._changing:
             return [(id, rank, copy.facts) for (id, rank), copy in self._copies.items() if copy.facts]
 

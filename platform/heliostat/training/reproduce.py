@@ -101,7 +101,7 @@ def read_curve(client: Any, run_id: str) -> dict[int, float]:
 
 
 def again(recorded: RecordedRun, steps: int) -> dict[str, Any]:
-    """Builds the job of the new run: the recorded job, on its first worker count, up to step `steps`."""
+    """Builds the job of the new run: the recorded job with its first number of workers, up to step `steps`."""
     job = spec.with_rules(json.loads(json.dumps(recorded.job)))
     job["name"] = f"{job['name'][:94]}-again"
     job["train"]["stop_after"] = steps

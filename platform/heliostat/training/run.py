@@ -110,7 +110,7 @@ def _require_settled(job: Job) -> None:
 
 
 def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
-    """Finds the run's newest checkpoint. Raises ConfigError if the run has one but `resume` is false."""
+    """Finds the run's newest checkpoint. Raises ConfigError if there is a checkpoint, but `resume` is false."""
     checkpoint = layout.latest(job.run_folder)
     if checkpoint and not resume:
         raise ConfigError(
@@ -122,7 +122,7 @@ def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
 
 
 def _plan(job: Job, recipe: Any, checkpoint: SavedCheckpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
-    """Plans the job's data to match the checkpoint's data plan, or else the recorded plan.
+    """Plans the job's data to match the checkpoint's data plan, or, without a checkpoint, the recorded plan.
 
     Raises ConfigError if the samples would differ. With a checkpoint and `allow_change`, logs a warning instead.
     """
@@ -146,8 +146,10 @@ def _plan(job: Job, recipe: Any, checkpoint: SavedCheckpoint | None, recorded: D
 
 
 def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, Any]:
-    """Trains from the checkpoint and exports the model. If all steps are done, completes only the missing work after the
-    training."""
+    """Trains from the checkpoint and exports the model.
+
+    If all steps are done, completes only the work after the training that is still missing.
+    """
     job = run.job
     if checkpoint is None or checkpoint.step < job.last_step:
         run.spending.require_left()
@@ -165,8 +167,9 @@ def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, 
 
 
 def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
-    """Trains a job to its last step as part of something larger, such as a sweep. Starts from its last checkpoint if it has one;
-    exports nothing.
+    """Trains a job to its last step as part of something larger, such as a sweep.
+
+    Starts from its last checkpoint if it has one; exports nothing.
 
     Returns the summary of the training, which is also in the run's folder.
     """

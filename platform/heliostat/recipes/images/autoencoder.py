@@ -233,7 +233,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
 
 class Reconstructions:
-    """Generates reconstructions of some images, each next to its original."""
+    """Generates reconstructions of some images. Each reconstruction is next to its original image."""
 
     def __init__(self, recipe: Autoencoder) -> None:
         self.recipe, self.count = recipe, SHOWN

@@ -105,7 +105,11 @@ class PromptGallery:
         return self._judge
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
-        """Generates one image for each prompt with the exported model. Returns the classifier's prediction for each image."""
+        """Generates one image for each prompt with the exported model.
+
+        Returns each prompt with a text: the label that the classifier predicts for the image, or the image's size if there is no
+        classifier.
+        """
         pipeline = diffusers_folder.load(folder)
         draws = generators([self.samples.seed + i for i in range(len(self.prompts))])
         steps, guidance = self.samples.steps, self.samples.guidance

@@ -1,4 +1,6 @@
-"""Classifies images with a classifier that is trained on the real images, and measures its accuracy on held-out real images.
+"""Classifies images with a classifier that is trained on the real images.
+
+Measures the classifier's accuracy on held-out real images.
 
 The classifier is a support vector machine on at most 16 x 16 pixels. It trains in seconds, is deterministic, and is good enough
 for small images. Every fifth image is held out to measure the accuracy.
@@ -25,7 +27,7 @@ HELD = 5
 
 class Judge:
     def __init__(self, images: list[np.ndarray], labels: list[str]) -> None:
-        """Trains the classifier on the labeled images. Raises ConfigError if the images have fewer than two labels."""
+        """Trains the classifier on the labeled images. Raises ConfigError if the images have fewer than two different labels."""
         from sklearn.svm import SVC
 
         self.labels = sorted(set(labels) - {""})

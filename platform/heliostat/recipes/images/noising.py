@@ -8,8 +8,8 @@ Flow matching (`flow`; Liu et al. 2022, arXiv 2209.03003): x_s = (1 - s) x_0 + s
 noise - x_0.
 
 `zero_terminal_snr` (Lin et al. 2023, arXiv 2305.08891) makes the last step pure noise. `min_snr` weights the loss (Hang et al.
-2023, arXiv 2303.09556). With both, the last step would have the weight 0, and the network would never learn it. Then the weight
-is computed as if the signal-to-noise ratio were at least one, like Salimans and Ho's "truncated SNR".
+2023, arXiv 2303.09556). With both, the last step would have the weight 0, and the network would never learn it. So with both,
+signal-to-noise ratios below one count as one in the weight, as in Salimans and Ho's "truncated SNR".
 """
 
 from __future__ import annotations

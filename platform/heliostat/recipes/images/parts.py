@@ -129,8 +129,11 @@ class Parts:
         return config.text_width(self.model.text)
 
     def text_width(self) -> int:
-        """Returns the width of the text embeddings. Without datasets, uses the backbone's key for this width if it is set,
-        because the encoder's folder may be missing."""
+        """Returns the width of the text embeddings.
+
+        Without datasets, uses the backbone's key for this width if the job sets this key, because the encoder's folder may be
+        missing.
+        """
         width = self._given().get(config.TEXT_WIDTHS[self.arch][0])
         return width if self.facts is None and width else self.width
 
@@ -147,8 +150,11 @@ class Parts:
         return self.shape()[0] if said is None else said
 
     def _conditioned(self, keys: config.Keys) -> bool:
-        """Checks whether a PixArt model needs resolutions and aspect ratios. Its key `use_additional_conditions` decides this. If
-        the key is None, a model with a side of 128 latents needs them, as in diffusers' class."""
+        """Checks whether a PixArt model needs resolutions and aspect ratios as inputs.
+
+        Its key `use_additional_conditions` decides this. If the key is None, a model with a side of 128 latents needs them, as in
+        diffusers' class.
+        """
         said = keys.get("use_additional_conditions")
         known = "pretrained" in self.model.backbone or "use_additional_conditions" in keys
         return self.arch == "pixart" and known and bool(keys.get("sample_size", 128) == 128 if said is None else said)
@@ -229,8 +235,11 @@ class Parts:
         return model
 
     def companions(self) -> dict[str, Companion]:
-        """Lists the frozen encoders. They are on the device in every step. If the datasets contain their outputs, they are on the
-        device only while images are generated."""
+        """Lists the frozen encoders.
+
+        They are on the device in every step. Exception: if the datasets contain an encoder's outputs, the encoder is on the
+        device only while images are generated.
+        """
         assert self.facts
         parts = {}
         if self.model.text.pretrained:

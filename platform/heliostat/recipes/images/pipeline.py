@@ -38,7 +38,10 @@ def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
 
 
 def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Embeds token ids as [n, tokens, width]. T5 masks padding. CLIP attends to padding, as in CLIP's training."""
+    """Embeds token ids as [n, tokens, width].
+
+    T5 masks padding. CLIP doesn't mask padding, because its training didn't mask padding.
+    """
     if "t5" in text_encoder.config.model_type:
         return text_encoder(input_ids=ids, attention_mask=mask)[0]
     return text_encoder(input_ids=ids)[0]
@@ -58,8 +61,9 @@ def denoise(
     draws: list[torch.Generator],
     device: Any,
 ) -> torch.Tensor:
-    """Denoises random samples of the given shape, in fp32. `say(noisy, t)` returns predictions for 2n samples: n without text,
-    then n with text.
+    """Denoises random samples of the given shape, in fp32.
+
+    `say(noisy, t)` returns 2n predictions for n samples: first n predictions without text, then n predictions with text.
 
     Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598). A guidance of 1 turns it off.
     """

@@ -2,7 +2,7 @@
 
 FID: the Frechet distance between normal distributions fitted to the features (Heusel et al. 2017, arXiv 1706.08500). KID: the
 unbiased squared maximum mean discrepancy with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401). For few
-images, KID is unbiased, but FID isn't.
+images, FID is biased, and KID isn't.
 
 Compare only values with the same extractor and the same numbers of images. The real images go through the model once
 (`Reference`).
@@ -56,8 +56,11 @@ def _kernel_of_itself(a: np.ndarray) -> np.ndarray:
 
 
 def shares(rows: list[int], limit: int) -> list[int]:
-    """Divides `limit` images, or all if there are fewer, among the datasets in proportion to their sizes. The remainder comes
-    from the first datasets."""
+    """Divides `limit` images among the datasets in proportion to their sizes.
+
+    If there are fewer images in total, takes all of them. The images that remain after rounding down come from the first
+    datasets.
+    """
     total = max(1, sum(rows))
     taken = [n * min(limit, total) // total for n in rows]
     for i, n in enumerate(rows):
@@ -77,7 +80,7 @@ class Reference:
         self._within = _alike(self.known, self.known, same=True)
 
     def distances(self, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Computes the FID and the KID between generated and real images, and the number of real images."""
+        """Computes the FID and the KID between generated and real images. Also returns the number of real images."""
         drawn = extract(self.folder, pictures, progressed)
         near = _alike(drawn, drawn, same=True) + self._within - 2 * _alike(drawn, self.known)
         return {"fid": fid(drawn, self.known), "kid": near, "real_images": float(len(self.known))}

@@ -195,8 +195,10 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return PromptGallery(self) if self.model.samples.prompts else None
 
     def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Say]:
-        """Returns a function that makes the `say(noisy, t)` of `pipeline.denoise` for given prompts, with the model that is being
-        trained."""
+        """Returns a function that makes the `say(noisy, t)` of `pipeline.denoise` for given prompts.
+
+        It uses the model in training.
+        """
         dtype = next(model.parameters()).dtype
 
         def of(prompts: list[str]) -> Say:

@@ -1,6 +1,6 @@
 """Chooses the attention implementation of a language model: `train.attention`.
 
-Each GPU kernel has a CPU reference implementation with the same results. Trials on a small model, and the plan, use the
+Each GPU kernel has a CPU reference implementation with the same results. The plan, and trials on a small model, use the
 reference. A job that trains on CPUs can't use a GPU kernel.
 """
 
@@ -30,8 +30,10 @@ def twin(name: str | None) -> str | None:
 
 
 def chosen(config: PreTrainedConfig, name: str | None, shapes_only: bool) -> PreTrainedConfig:
-    """Returns the configuration of a model with this attention. If the model has only shapes, the attention is the CPU
-    reference."""
+    """Returns the model's configuration with the attention that the job chose.
+
+    If the model has only shapes, uses the CPU reference instead.
+    """
     if name is None:
         return config
     name = (twin(name) if shapes_only else name) or name

@@ -1,6 +1,6 @@
 """Reads a chat's messages, and converts them to tokens with the chat template of the model's tokenizer.
 
-transformers runs the model maker's template in a sandbox.
+The template comes from the model's author, and transformers runs it in a sandbox.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Checkpoints activations: keeps only the input of a layer, and recomputes the layer in the backward pass.
 
 `train.activation_checkpointing` selects all layers, or the first N. The layers after the first N keep all their activations. The
-backward pass has released these activations when it recomputes the first of the N layers. So they use only memory that one
-recomputed layer needs anyway.
+backward pass has released these activations before it recomputes any of the first N layers. So these activations use only memory
+that the recomputation of one layer needs anyway.
 
 With `train.activation_offload`, the layers' inputs are in host memory until the backward pass. With `selective`, all layers keep
 their expensive outputs (`recipes.text.selective`).

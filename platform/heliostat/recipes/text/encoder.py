@@ -42,7 +42,7 @@ def load(
 
 
 def _options(config: PreTrainedConfig) -> dict[str, bool]:
-    """Leaves out the pooler of some architectures, because the training wouldn't train it."""
+    """Leaves out the pooler that some architectures have, because the training doesn't use this pooler."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class(config)).parameters else {}
 
 

@@ -134,8 +134,11 @@ def asks_router_loss(config: PreTrainedConfig) -> bool:
 
 
 def require_router_loss(recipe: MixtureModel, refused: bool) -> None:
-    """Raises ConfigError if the job asks for a router's loss that the model doesn't compute. Logs a warning if the model has a
-    router's loss, and the job doesn't say whether to use it. `refused`: the job says not to use it."""
+    """Raises ConfigError if the job asks for a router's loss that the model doesn't compute.
+
+    Logs a warning if the model has a router's loss, and the job doesn't set whether to use this loss. `refused`: the job turns
+    the router's loss off.
+    """
     config = recipe.config
     weight = router_loss_weight(config)
     if not asks_router_loss(config):

@@ -1,8 +1,9 @@
 """Multiplies the linear layers of a language model in float8: `train.fp8` (Micikevicius et al. 2022, arXiv 2209.05433).
 
-Each matrix multiplication scales each input tensor by its largest number, and rounds it: to E4M3 in the forward pass, and
-gradients to E5M2. Weights keep their precision, so optimizers, checkpoints, and exports are unaffected. The backward pass needs
-the rounded input, half the size of bf16, and the weight, which ZeRO-3 may release between the passes.
+Each matrix multiplication scales each input tensor by its largest number, and rounds it. It rounds gradients to E5M2, and all
+other tensors to E4M3. Weights keep their precision, so optimizers, checkpoints, and exports are unaffected. The backward pass
+needs the rounded input, which takes half the memory of bf16. It also needs the weight, which ZeRO-3 may release between the
+passes.
 
 A CPU uses the same rounded numbers, but multiplies them in fp32.
 """

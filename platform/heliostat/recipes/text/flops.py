@@ -4,8 +4,8 @@ Each weight that multiplies a token counts 6 FLOPs: 2 in the forward pass, and 4
 2001.08361). Embeddings (lookups), vectors (norms, biases), and experts that a token isn't routed to don't count.
 
 Attention multiplies queries with keys, and weights with values: 6 x length x heads x (key width + value width) per token. As is
-customary, this counts the full square: windows and the causal mask don't reduce it. The module reads only shapes, so it works for
-parameters that ZeRO-3 has partitioned.
+customary, this counts all pairs of tokens: windows and the causal mask don't reduce the number. The module reads only shapes, so
+it works for parameters that ZeRO-3 has partitioned.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _routed(module: str, shape: tuple[int, ...], config: PreTrainedConfig) -> bo
 
 
 def attended(model: torch.nn.Module, config: PreTrainedConfig) -> int:
-    """Counts the token-to-token multiplications of one token, over all layers and heads."""
+    """Counts the multiplications in which attention combines one token with all tokens, over all layers and heads."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     total = 0
     for module in model.modules():

@@ -36,7 +36,10 @@ def read(model: Mapping[str, object]) -> Init:
 
 
 def output_projections(names: Iterable[str]) -> list[str]:
-    """Selects the parameters that are output projections. Selects none if a branch of a layer lacks an output projection."""
+    """Selects the parameters that are output projections.
+
+    If any branch of a layer lacks an output projection, selects no parameters.
+    """
     branches, projections = defaultdict[str, set[str]](set), list[str]()
     for name in names:
         if inside := re.match(r"(.*?\.\d+)\.(.+)", name):

@@ -2,8 +2,8 @@
 
 transformers skips a mask that has no effect. To decide this, it reads two facts from a batch: whether samples contain several
 documents, and whether there is padding. Recipes know the first fact, and pass it to `unread`. Instead of reading the second fact,
-`unread` assumes padding. So a batch without padding gets a mask that it doesn't need. On a CPU, transformers still reads both
-facts.
+`unread` assumes padding. So even a batch without padding gets a mask, although it doesn't need one. On a CPU, transformers still
+reads both facts.
 """
 
 from __future__ import annotations

@@ -83,8 +83,10 @@ def _check_activation(name: str) -> None:
 
 
 def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the heads must divide the width and don't. With an explicit head size, or in an architecture whose
-    defaults break this rule, the rule doesn't apply."""
+    """Raises ConfigError if the heads must divide the width and don't.
+
+    The heads needn't divide the width if the job sets the head size, or if the architecture's own defaults break this rule.
+    """
     field, default = kind.__dataclass_fields__.get("head_dim"), kind()
     if "head_dim" in keys or isinstance(getattr(field, "default", None), int):
         return

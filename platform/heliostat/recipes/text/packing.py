@@ -1,6 +1,8 @@
-"""Tests whether packed documents attend to each other in a model. A change of the text before a document boundary must not change
-the logits after the boundary. heliostat tests this, because it depends on each architecture's code, and a list of architectures
-would become outdated."""
+"""Tests whether packed documents attend to each other in a model.
+
+A change of the text before a document boundary must not change the logits after the boundary. heliostat tests each model instead
+of keeping a list of architectures. The result depends on each architecture's code, so a list would become outdated.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,10 @@ def packings() -> list[np.ndarray]:
 
 
 def leak(logits: list[torch.Tensor]) -> float:
-    """Compares the logits [1, tokens, vocabulary] of `packings`. Returns their difference after the boundary, divided by their
-    difference before the boundary."""
+    """Compares the logits [1, tokens, vocabulary] of `packings`.
+
+    Returns the size of the differences after the boundary, divided by the size of the differences before the boundary.
+    """
     first, *others = [x.float() for x in logits]
     before = (others[0][:, : BOUNDARY - 1] - first[:, : BOUNDARY - 1]).abs().max().item()
     behind = max((o[:, BOUNDARY:] - first[:, BOUNDARY:]).abs().max().item() for o in others)

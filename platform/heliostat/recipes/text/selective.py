@@ -1,8 +1,8 @@
 """Keeps the expensive outputs of a checkpointed layer, for `train.activation_checkpointing: selective`; recomputes the rest.
 
-Matrix multiplications with weights, and fused attention, are expensive. They take nearly all of the time, but the size of their
-outputs grows only linearly with the number of tokens. Norms, activations, residuals, rotations, and unfused attention are
-recomputed. The scores of unfused attention grow with the square of the number of tokens.
+Matrix multiplications with weights, and fused attention, are expensive. They take nearly all of the computing time. But their
+outputs are small enough to keep: the size grows only linearly with the number of tokens. Norms, activations, residuals,
+rotations, and unfused attention are recomputed. The scores of unfused attention grow with the square of the number of tokens.
 
 The forward pass records the outputs, in the order of the operations. When autograd recomputes the layer, it runs the same
 operations, and gets the recorded outputs instead. torch's contexts (`create_selective_checkpoint_contexts`) reject an output that
@@ -88,7 +88,7 @@ class KeptOutputs:
 
     @property
     def is_other(self) -> bool:
-        """Checks whether an output was changed in place after it was kept."""
+        """Checks whether the output was changed in place after it was kept, so that it no longer has the kept values."""
         return self.versions != tuple(t._version for t in _tensors(self.out))
 
 

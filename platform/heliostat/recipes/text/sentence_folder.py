@@ -59,7 +59,7 @@ def read(folder: Path) -> Embedding | None:
     """Reads how the folder's model embeds texts. Returns None if the folder doesn't record it. Raises ConfigError if the pooling
     or a module isn't supported.
 
-    A folder without a list of modules may have only the pooling.
+    A folder without a list of modules may still have a pooling file.
     """
     if not embeds(folder):
         return None

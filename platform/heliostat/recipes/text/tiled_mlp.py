@@ -54,8 +54,10 @@ TILE_ROWS = tile_rows  # the original, even while the plan replaces `tile_rows` 
 
 
 def use(model: torch.nn.Module, rows: int | None = None) -> None:
-    """Makes a model's MLPs compute in tiles of `rows` tokens; by default, of `tile_rows`. Raises UnfitForTiles if a layer has no
-    MLP."""
+    """Makes a model's MLPs compute in tiles of `rows` tokens; the default is the number that `tile_rows` chooses.
+
+    Raises UnfitForTiles if a layer has no MLP.
+    """
     for mlp in modules(model):
         mlp.forward = partial(_forward, mlp, mlp.forward, rows)
         mlp.gathered_whole = True
@@ -109,8 +111,11 @@ def _tiles(whole: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
 
 
 class KeepForBackward(torch.autograd.Function):
-    """Keeps a tensor for the backward pass of the next operation. The recomputation of a checkpointed layer ends at the last kept
-    tensor. So it skips the MLP, which recomputes its own tiles."""
+    """Keeps a tensor for the backward pass of the next operation.
+
+    The recomputation of a checkpointed layer ends at the last kept tensor. So this recomputation skips the MLP, which recomputes
+    its own tiles.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:

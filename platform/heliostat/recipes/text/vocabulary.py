@@ -2,7 +2,8 @@
 tokens in both, and each token has the same text.
 
 Files can't be compared, because the same tokenizer can be written in many ways. The comparison ignores what doesn't affect
-training: templates, padding, truncation, and special tokens that only one of them has, because no text contains them.
+training: templates, padding, truncation, and special tokens that only one of the two tokenizers has, because no text contains
+these tokens.
 """
 
 from __future__ import annotations

@@ -104,7 +104,10 @@ def information(name: HubName) -> ModelInfo | DatasetInfo:
 
 
 def receive(name: HubName, path: str, size: int, partial: Path) -> None:
-    """Downloads a file of a pinned name to `partial`, and continues a partial download. `size`: bytes of the complete file."""
+    """Downloads a file of a pinned name to the path `partial`.
+
+    If a part of the file is already there, continues this download. `size`: bytes of the complete file.
+    """
     from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -132,7 +135,7 @@ def receive(name: HubName, path: str, size: int, partial: Path) -> None:
 
 @contextmanager
 def kept(key: str, name: HubName) -> Iterator[None]:
-    """Turns an OSError into an error that explains why files can't be kept in the cache."""
+    """Turns an OSError into an error that explains why files can't be written to the cache."""
     try:
         yield
     except OSError as e:
@@ -140,7 +143,7 @@ def kept(key: str, name: HubName) -> Iterator[None]:
 
 
 def missing(key: str, name: HubName, what: str) -> ConfigError:
-    """Makes the error for files that the cache lacks while HF_HUB_OFFLINE is set."""
+    """Makes the error for files that aren't in the cache and can't be downloaded, because HF_HUB_OFFLINE is set."""
     fix = f"Unset it, or run on a machine with a network and copy the cache: {name.command}"
     return ConfigError(f"{key}: {_unless_folder(name)}{cache()} lacks {what} of {name.repo} (HF_HUB_OFFLINE is set). {fix}")
 
@@ -183,12 +186,12 @@ def _rejected(name: HubName, status: int, error: Exception) -> str:
 
 
 def _may_be_folder(name: HubName) -> bool:
-    """Returns whether a name may be meant as a relative path, which doesn't exist here."""
+    """Returns whether the user may have meant a name as a relative path, although this path doesn't exist."""
     return name.kind == "model" and not name.pinned
 
 
 def _unless_folder(name: HubName) -> str:
-    """Returns the start of an error for a name that may be meant as a path; "" for other names."""
+    """Returns the start of an error for a name that the user may have meant as a path. Returns "" for other names."""
     return f"no folder {str(name).partition('@')[0]!r} here, and " if _may_be_folder(name) else ""
 
 
@@ -199,7 +202,7 @@ def _unconnected(error: Exception) -> bool:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Returns whether an error without an answer comes from the network."""
+    """Returns whether an error comes from the network. Use it for errors without an answer of the Hub."""
     kinds = {base.__name__ for one in _chain(error) for base in type(one).__mro__}
     return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"})  # the first is a class of the HTTP library
 

@@ -57,7 +57,10 @@ class HubFile:
 
 
 def resolve(key: str, name: HubName) -> HubName:
-    """Pins a name to the current commit of its revision; without a network, to its commit at the last download."""
+    """Pins a name to the current commit of its revision.
+
+    Without a network, pins the name to the commit that the revision had at the last download.
+    """
     if name.pinned:
         return name
     reference = _repository(name) / "refs" / name.revision
@@ -83,7 +86,10 @@ def resolve(key: str, name: HubName) -> HubName:
 
 
 def listing(key: str, name: HubName) -> list[HubFile]:
-    """Lists all files in the repository of a pinned name, sorted by path; without a network, the files in the cache."""
+    """Lists all files in the repository of a pinned name, sorted by path.
+
+    Without a network, lists only the files in the cache.
+    """
     kept = _repository(name) / "heliostat" / f"{name.revision}.json"
     with suppress(OSError, ValueError, TypeError):
         return _kept(kept)
@@ -137,7 +143,7 @@ def of_folder(path: Path) -> HubName | None:
 def download(key: str, name: HubName, wanted: Iterable[HubFile]) -> None:
     """Downloads the files of a pinned name that the cache lacks, and checks the hash of each once.
 
-    Raises DataError if a file differs from the Hub's list. The file is removed, so the next command downloads it again.
+    Raises DataError if a file differs from the Hub's list. heliostat removes this file, so the next command downloads it again.
     """
     lacking = [f for f in wanted if not _is_checked(name, f)]
     absent = [f for f in lacking if not (_snapshot(name) / f.path).is_file()]
@@ -269,7 +275,9 @@ def _snapshot(name: HubName) -> Path:
 
 
 def _downloaded(name: HubName) -> list[HubFile]:
-    """Lists a commit's files in the cache. Where the cache has links, a file's hash is the name of the link's target.
+    """Lists the files of a commit that are in the cache.
+
+    If a file in the cache is a link, the name of the link's target is the file's hash.
 
     The list is empty if there are no such files. It is also empty if a download in the repository was interrupted, because some
     files may be missing.
@@ -301,7 +309,8 @@ def _write(place: Path, text: str) -> None:
 def model(key: str, name: HubName, weights: bool = True, tokenizer: bool = False) -> Path:
     """Downloads a pinned model and returns its folder; without `weights`, only its configuration and tokenizer.
 
-    Raises ConfigError for a model without safetensors, unless only its `tokenizer` is wanted: loading a pickle can run code.
+    Raises ConfigError for a model without safetensors, because loading a pickle can run code. With `tokenizer`, only the
+    tokenizer is wanted, and there is no such error.
     """
     listed = [f for f in listing(key, name) if not f.path.startswith(ELSEWHERE)]
     inside = f"{name.inside}/" if name.inside else ""
@@ -341,7 +350,10 @@ def _usual(files: list[HubFile]) -> list[HubFile]:
 
 
 def weight_bytes(path: Path) -> int:
-    """Counts the bytes of a model's weights in its folder; for a model of the Hub, from the Hub's list of files."""
+    """Counts the bytes of a model's weights.
+
+    For a model of the Hub, uses the Hub's list of files; for other models, the files in the folder.
+    """
     if (name := of_folder(path)) is None:
         return sum(p.stat().st_size for p in path.rglob(f"*{WEIGHTS}"))
     prefix = f"{name.inside}/" if name.inside else ""
@@ -349,7 +361,10 @@ def weight_bytes(path: Path) -> int:
 
 
 def absent_weights(path: Path) -> dict[str, str]:
-    """Returns the SHA-256 of each weight file that the Hub has and this folder of the cache lacks, by name; else {}."""
+    """Returns, by name, the SHA-256 of each weight file that the Hub has and this folder of the cache lacks.
+
+    For any other folder, returns {}.
+    """
     if (name := of_folder(path)) is None:
         return {}
     prefix = f"{name.inside}/" if name.inside else ""

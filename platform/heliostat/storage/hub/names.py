@@ -60,7 +60,7 @@ def model(name: str) -> HubName | None:
 
 
 def _is_revision(text: str) -> bool:
-    """Returns whether a text can be a revision, which is also a path in the cache."""
+    """Returns whether a text can be a revision. The cache also uses the revision as a path."""
     return is_inside(text) and re.fullmatch(r"[\w./-]+", text) is not None
 
 
@@ -69,7 +69,7 @@ def is_dataset(uri: str) -> bool:
 
 
 def dataset(key: str, uri: str) -> HubName:
-    """Parses the URI of a dataset, with its revision after the name or at the end.
+    """Parses the URI of a dataset. The revision can be after the dataset's name, or at the end of the URI.
 
     Raises ConfigError if the URI isn't a dataset's.
     """

@@ -2,7 +2,7 @@
 
 The driver's thread never waits for long. The thread drains the mailbox. It orders the workers to stop after a checkpoint in three
 cases: a user asks for it, a node's provider takes a node away, or the cluster has room for more workers. If no worker makes
-progress any more, it ends the workers.
+progress any more, the thread ends the workers.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ SETTLE_S = 10.0  # seconds for the other workers to return after a worker has fa
 class Start:
     """Holds the inputs of an attempt.
 
-    `mailbox`: carries the attempt's number. `job`: has a fixed worker count. `counts`: the worker counts to which the run may
-    change.
+    `mailbox`: carries the attempt's number. `job`: has a fixed worker count. `counts`: the numbers of workers with which the run
+    may continue later.
     """
 
     mailbox: AttemptMailbox
@@ -85,8 +85,8 @@ class Attempt:
     ) -> None:
         """Prepares the attempt.
 
-        `take` gets every event of the mailbox, in order, with the number of its attempt. `beat` is called often. Both run in the
-        thread that calls `run`.
+        The function `take` is called with every event of the mailbox, in order, and with the number of the event's attempt.
+        `beat` is called often. Both run in the thread that calls `run`.
         """
         self.start, self.job, self.pool, self.signals, self._hand_over, self._beat = start, start.job, pool, signals, take, beat
         self._mailbox = start.mailbox
@@ -196,13 +196,13 @@ class Attempt:
         self._hand_over(self._mailbox.attempt, event)
 
     def _release(self) -> None:
-        """Releases workers that wait at a pause point, once it is decided whether they continue."""
+        """Releases workers that wait at a pause point, after a decision whether these workers continue or stop."""
         if self._paused_at is not None and (stop := self.start.pauses.get(self._paused_at)) is not None:
             self._mailbox.decide(self._paused_at, stop)
             self._paused_at = None
 
     def _look(self) -> None:
-        """Checks for reasons to order the workers to stop, or to give them up."""
+        """Checks whether there is a reason to order the workers to stop, or a reason to give them up."""
         now = time.monotonic()
         if self.signals.name:
             self._decide(orders.StopAsked(self.signals.name, now))
@@ -337,9 +337,9 @@ class Attempt:
     def _gather(self, working: dict[ray.ObjectRef[WorkerSummary], Member]) -> Ended:
         """Waits for all workers, which are given in rank order.
 
-        Once one worker has ended, the others end, too: all at the same step, or because the driver orders them to abort. The
-        driver sends this order as soon as a worker reports its error, because that worker may never end. SETTLE_S seconds later,
-        the driver ends the workers that are still running.
+        Once one worker has ended, the other workers also end. Either all workers end at the same step, or the driver orders the
+        others to abort. The driver sends this order as soon as a worker reports its error, because that worker may never end.
+        SETTLE_S seconds later, the driver ends the workers that are still running.
         """
         ended, ranks, waiting = Ended(), {one: rank for rank, one in enumerate(working)}, list(working)
         while waiting:
@@ -362,7 +362,10 @@ class Attempt:
         return NodeStreams(fetch, job.replicas, limits)
 
     def _dealt(self, members: list[Member]) -> list[DataIterator | None]:
-        """Returns each worker's part of the stream, in rank order. Of the workers that share samples, only the first reads."""
+        """Returns each worker's part of the stream, in rank order.
+
+        In each group of workers that share samples, only the first worker reads, so the parts of the others are None.
+        """
         sharing = self.job.train.parallel.sharing
         others = [None] * (sharing - 1)
         parts = self._streams.parts([member.node for member in members[::sharing]])

@@ -1,4 +1,4 @@
-"""Explains why an attempt's workers failed, and decides which of their processes the next attempt can use.
+"""Explains why an attempt's workers failed, and decides which of the workers' processes the next attempt can use.
 
 The cause is the first error that no other error explains. A broken device has priority over all others. Three kinds of error are
 the cause only if there is no other: the loss of a peer, an error after the order to abort, and a worker that didn't end by
@@ -163,7 +163,10 @@ def _named(lost: Sequence[Failure]) -> str:
 
 
 def _alive(error: Exception | None) -> bool:
-    """Returns whether the process survived: its task raised the error, not Ray because of a dead process."""
+    """Returns whether the process survived.
+
+    It did if its own task raised the error. It didn't if Ray raised the error because the process is dead.
+    """
     return isinstance(error, ray.exceptions.RayTaskError)
 
 

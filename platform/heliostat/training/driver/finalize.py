@@ -126,7 +126,10 @@ class Beside:
         self._process: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
-        """Starts the process if the job asks for it and it isn't running: at the first checkpoint, and again if it has died."""
+        """Starts the process if the job asks for one and none is running.
+
+        So the process starts at the first checkpoint, and again after its death.
+        """
         if self.asked is None or (self._process and self._process.poll() is None):
             return
         run = self.job.run_folder

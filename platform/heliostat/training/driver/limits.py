@@ -54,7 +54,10 @@ class Spending:
         return True
 
     def check(self) -> str:
-        """Returns a description of the limit that is reached and of the time or cost so far. Empty if no limit is reached."""
+        """Returns a text with the limit that is reached, and the time or cost so far.
+
+        The text is empty if no limit is reached.
+        """
         hours, worker_hours = self._ledger.spent()
         spent = worker_hours * (self._rate or 0.0)
         scope = "over all commands" if self._ledger.complete else "in this command; can't read the ledger of earlier commands"

@@ -1,6 +1,6 @@
 """Manages in-memory checkpoints: creates a keeper on each node, and finds the newest complete generation of copies.
 
-A generation is used only if it is complete, so if it has a sealed copy of every worker's part. All copies must be of the same
+A generation is used only if it is complete: it must have a sealed copy of every worker's part. All copies must be of the same
 attempt, step, and world size, and share the same facts. Each copy must still have the checksums that it was sealed with.
 Otherwise the run resumes from storage.
 """
@@ -49,7 +49,7 @@ class Memory:
         self._keepers = {}
 
     def newest(self, attempt: int, at_least: int, data: str, avoided: Collection[str] = ()) -> CopySource | None:
-        """Finds the newest complete generation of step `at_least` or a later step. Skips generations with a damaged copy.
+        """Finds the newest complete generation whose step is at least `at_least`. Skips generations with a damaged copy.
 
         `attempt`: the attempt that begins; copies of earlier attempts can't arrive any more. `data`: the digest of the data plan
         that the generation must have.
@@ -111,8 +111,8 @@ class Memory:
 def whole(by_node: Mapping[str, Iterable[Held]], data: str) -> list[tuple[str, int, int]]:
     """Lists the generations for which every rank's copy exists, as (id, step, world), newest first.
 
-    `by_node`: the sealed copies by node. `data`: as in `Memory.newest`. A generation whose copies differ in their shared facts is
-    incomplete, and isn't listed.
+    `by_node`: the sealed copies by node. `data`: has the same meaning as in `Memory.newest`. A generation whose copies differ in
+    their shared facts is incomplete, and isn't listed.
     """
     by_id: dict[str, list[tuple[int, CopyFacts]]] = {}
     for copies in by_node.values():

@@ -81,7 +81,10 @@ class RoomFound:
 
 @dataclass(frozen=True)
 class WorkerEnded:
-    """Reports that a worker has ended, or has `failed`. A reported error is enough, because the worker may never end."""
+    """Reports that a worker has ended, or has `failed`.
+
+    A worker that has reported an error counts as failed at once, because it may never end.
+    """
 
     failed: bool
     now: float

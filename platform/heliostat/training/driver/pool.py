@@ -1,4 +1,4 @@
-"""Keeps the processes of a run's workers, which outlive attempts: Ray actors, each in its own slot (`training.driver.slots`).
+"""Keeps the processes of a run's workers between attempts. Each process is a Ray actor in its own slot (`training.driver.slots`).
 
     with WorkerPool(job.workers) as pool:
         members = pool.take(3)      # three new processes
@@ -83,7 +83,7 @@ class WorkerPool:
     def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
         """Treats nodes as lost for some time, before Ray knows that they are lost.
 
-        `for_good`: excludes them permanently, although they live.
+        `for_good`: excludes the nodes permanently, although they are still running.
         """
         self._slots.avoid(out, for_good)
 
@@ -101,8 +101,8 @@ class WorkerPool:
     def take(self, count: int, patient: bool = True) -> list[Member]:
         """Returns `count` live processes, ordered by node and GPU. Raises TrainingError if the processes don't start.
 
-        Waits for their resources. If not `patient`, raises PlacementError after 30 s, because there may be room for fewer
-        workers.
+        Waits for the resources of the processes. If not `patient`, raises PlacementError after 30 s, because there may be room
+        for fewer workers.
         """
         try:
             self.trim(count)
@@ -123,7 +123,8 @@ class WorkerPool:
     def sees(self, member: Member, gpus: tuple[str, ...]) -> bool:
         """Records the GPUs that a process will see.
 
-        Returns whether the process can see these GPUs. Once CUDA is initialized, a process can't see other GPUs.
+        Returns whether the process can see these GPUs. Once a process has initialized CUDA, it can see only the GPUs that it saw
+        before.
         """
         return self._seen.setdefault(member, gpus) == gpus
 
@@ -243,7 +244,7 @@ def meeting(first: Member) -> str:
 
     The rendezvous is a file in the session's folder on a private Ray, and a TCP port of the first worker on other clusters. A TCP
     port needs no token: any process that reaches it can write what the workers read, and pose as one of them. On a machine with
-    other users, this is true even for a port on loopback. The workers of a private Ray are all on one machine. So a file, which
+    other users, even a port on loopback has this danger. The workers of a private Ray are all on one machine. So a file, which
     only this user can open, is enough.
     """
     if os.environ.get("RAY_ADDRESS"):

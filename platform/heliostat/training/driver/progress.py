@@ -114,7 +114,7 @@ class ProgressReporter:
 
 
 class Speed:
-    """Estimates the time of the remaining steps, from the time per step since the first report."""
+    """Estimates the time that the remaining steps will take, from the mean time per step since the first report."""
 
     def __init__(self, steps: int) -> None:
         self._steps, self._began, self._last = steps, (0, 0.0), (0, 0.0)
@@ -131,7 +131,7 @@ class Speed:
 
 
 def line(name: str, done: int, steps: int, parts: list[tuple[int, str]], left: float | None, width: int) -> str:
-    """Renders the live progress line. If `width` characters aren't enough, drops the least important parts first."""
+    """Renders the live progress line. If the line is longer than `width` characters, drops its least important parts first."""
     full = round(BAR * done / steps) if steps else 0
     bar = "━" * full + "╌" * (BAR - full)
     ahead = f"ETA {duration(left)}" if left is not None else ""

@@ -1,13 +1,13 @@
 """Decides how a run continues when an attempt ends. The decisions are pure functions; `run` carries them out.
 
 - Final: errors that would recur, such as a faulty job, damaged data, or a non-finite loss. A store that rejects both workers and
-  driver is final, too (`suspects`). If it rejects only workers, this is a failure.
+  driver is final, too (`suspects`). If the store rejects only workers, this is a failure.
 - Corrupt checkpoint: the run resumes from the previous checkpoint.
 - Loss spike: the run resumes from before the spike.
 - Failure: any other error that a machine may have caused: a dead worker or node, a lack of memory, a store's outage, or a stall.
 
-The last three kinds use retries. The number of retries without a new checkpoint is limited, and each retry waits longer than the
-previous one. Preemptions, resizes, and waiting for resources aren't failures, and have no limit.
+Corrupt checkpoints, loss spikes, and failures use retries. The number of retries without a new checkpoint is limited, and each
+retry waits longer than the previous one. Preemptions, resizes, and waiting for resources aren't failures, and have no limit.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ class Budget:
 
 
 def choose(allowed: list[int], room: int) -> int:
-    """Chooses the worker count to start with: the largest of `allowed` that fits in `room`. If none fits, returns the smallest,
-    for which the run then waits."""
+    """Chooses the worker count to start with: the largest of `allowed` that fits in `room`.
+
+    If none of them fits, returns the smallest of `allowed`, and the run waits for its resources.
+    """
     return max((n for n in allowed if n <= room), default=min(allowed))

@@ -121,7 +121,10 @@ class DrivenRun:
         return self._with_mlflow_run(lambda: self._finalize(last, summary))
 
     def catch_up(self) -> None:
-        """Completes the record in MLflow if an earlier command couldn't: its metrics, or only the status of the finished run."""
+        """Completes the record in MLflow if an earlier command couldn't complete it.
+
+        Adds the missing metrics, or only sets the status of the finished run.
+        """
         ended = liveness.last(self.job.run_folder)
         if (ended and ended.outcome != "finished") or self.job.run_folder.join(paths.UNLOGGED).exists():
             self._with_mlflow_run(dict)
@@ -157,7 +160,7 @@ class DrivenRun:
     # training --------------------------------------------------------------------------------------------------------
 
     def _train(self) -> endings.Ending:
-        """Starts attempts one after another until the last step is done, or another attempt would be useless."""
+        """Starts attempts one after another until the last step is done, or until another attempt would be useless."""
         from heliostat.cluster import nodes
         from heliostat.cluster.connect import connect
         from heliostat.training.driver.memory import Memory
@@ -285,7 +288,7 @@ class DrivenRun:
             self.hooks.hear(event)
 
     def _from_memory(self, attempt: int) -> CopySource | None:
-        """Looks for in-memory checkpoints of the newest checkpoint's step or a later step.
+        """Looks for in-memory checkpoints of a step that isn't before the step of the newest checkpoint in storage.
 
         The attempt starts from them if they exist.
         """

@@ -28,7 +28,10 @@ class Signals:
             signal.signal(number, handler)
 
     def limit(self, name: str) -> None:
-        """Requests a stop because a limit was reached. The first signal that follows doesn't interrupt yet."""
+        """Requests a stop because a limit was reached.
+
+        The first signal after this request doesn't interrupt at once; the second one does.
+        """
         if not self.name:
             self.name, self._by_limit = name, True
 

@@ -4,9 +4,10 @@
     slots.fill(3)            # waits for three slots, all or none
     slots.give_back([2])     # the other slots stay
 
-Missing slots are taken together or not at all. If the slots don't fit now, one placement group for all missing slots waits in
-Ray's queue. The group reserves nothing until Ray can place it completely; then groups of one bundle replace it. If the missing
-slots don't come within 30 seconds, the run releases the slots that it holds. So no half-placed run holds resources for long.
+A run takes all missing slots together, or none of them. If the slots don't fit now, one placement group for all missing slots
+waits in Ray's queue. The group reserves nothing until Ray can place it completely; then groups of one bundle replace it. If the
+missing slots don't come within 30 seconds, the run releases the slots that it holds. So no half-placed run holds resources for
+long.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Slots:
     def _pin(self, nodes: list[str]) -> bool:
         """Takes a slot on each of the nodes if all are available within AT_ONCE_S seconds.
 
-        Otherwise takes no slot. Returns whether it took the slots.
+        If one of the nodes isn't available in time, takes no slot. Returns whether it took the slots.
         """
         groups = self._open = [self._ask([node], 1) for node in nodes]
         until = time.monotonic() + AT_ONCE_S

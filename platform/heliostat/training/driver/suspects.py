@@ -1,4 +1,4 @@
-"""Decides which nodes and checkpoints a failure calls into question.
+"""Decides which nodes and checkpoints may be bad after a failure.
 
 After two faults of its devices, or two unexplained failures with no new checkpoint between them, a node is excluded until the
 command ends. A node is avoided for some time if a store rejects the node's requests but not the driver's. The node's credentials
@@ -63,7 +63,7 @@ def exclude(bad: Sequence[str], job: Job, count: int, pool: WorkerPool) -> str:
 
 
 def avoid_refused(bad: str, job: Job, count: int, pool: WorkerPool) -> None:
-    """Avoids a node that a store has rejected, for some time, if other nodes have room for `count` workers."""
+    """Avoids, for some time, a node whose requests a store has rejected, if other nodes have room for `count` workers."""
     if bad and _room_without([bad], job, pool) >= count:
         pool.avoid([bad])
         log.warning("the store rejects requests from node %s, so heliostat avoids that node for some time", bad)
@@ -78,7 +78,10 @@ def _room_without(out: Sequence[str], job: Job, pool: WorkerPool) -> int:
 
 
 def refuses_driver(error: AccessError, job: Job) -> bool:
-    """Checks whether the store rejects this process, too: in the run's folder, at a data source, or at the place of the error."""
+    """Checks whether the store rejects requests of this process, and not only of the workers.
+
+    Tries the run's folder, the data sources, and the place of the error.
+    """
     try:
         job.run_folder.join(run_folder.PROBE).write(b"")
         for place in [*job.sources, *([Location(error.place)] if error.place else [])]:
@@ -92,9 +95,9 @@ def refuses_driver(error: AccessError, job: Job) -> bool:
 
 
 def trusted(run: Location, error: HeliostatError) -> SavedCheckpoint | None:
-    """Finds the newest checkpoint that the error doesn't call into question.
+    """Finds the newest checkpoint that the error doesn't make doubtful.
 
-    If a CorruptionError leaves no checkpoint, returns the newest one, and logs a warning.
+    If a CorruptionError makes all checkpoints doubtful, returns the newest checkpoint, and logs a warning.
     """
     if isinstance(error, CorruptCheckpointError):
         return layout.latest(run, error.step)

@@ -23,7 +23,7 @@ FRAME = re.compile(r'  File "(?:.*/)?([^"/]+)", line (\d+), in (\S+)')
 def wait_s(workers: int) -> float:
     """Computes the seconds to wait for all stack traces.
 
-    A worker gets the order with its next heartbeat, and the more workers there are, the longer the time between heartbeats.
+    A worker gets the order with its next heartbeat. With more workers, the time between two heartbeats of a worker is longer.
     """
     return interval(workers) + ANSWER_S
 
@@ -37,7 +37,7 @@ def collect(
 ) -> dict[int, str]:
     """Collects the stack traces that arrive within `wait_s` seconds after the order. Returns them by rank.
 
-    `drain` returns new events. `take` gets the events that aren't stack traces.
+    `drain` returns new events. `take` is called with the events that aren't stack traces.
     """
     stacks: dict[int, str] = {}
     deadline = clock() + wait_s(workers)
@@ -71,8 +71,9 @@ def text(stacks: dict[int, str], workers: int) -> str:
 def stalled(heartbeats: Mapping[int, Pulse], workers: int, now: float, limit: float, since: float) -> str | None:
     """Explains why the workers count as stalled. Returns None if the workers aren't stalled.
 
-    `limit`: seconds. `since`: when the watch began. The progress of one worker is enough, because the others may wait for it. A
-    worker that sends no heartbeat for `limit` seconds is stalled itself.
+    `limit`: seconds. `since`: when the watch began. If one worker makes progress, none counts as stalled, because the other
+    workers may be waiting for this worker. Exception: a worker that sends no heartbeat for `limit` seconds always counts as
+    stalled.
     """
     moved = max([since, *(p["moved"] for p in heartbeats.values())])
     if now - moved > limit:

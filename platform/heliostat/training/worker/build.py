@@ -152,7 +152,7 @@ class Worker:
     def end(self) -> None:
         """Ends the threads that send heartbeats and metrics, make batches, and copy into memory.
 
-        On a broken device, the thread that copies may not end.
+        If the device is broken, the thread that copies may never end.
         """
         self.heartbeat.end()
         self.profiler.end()
@@ -165,7 +165,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Returns whether a thread is still saving, or making batches."""
+        """Returns whether one of the threads is still saving a checkpoint or making batches."""
         return self.state.saver.busy or (self.ahead is not None and self.ahead.busy)
 
     def _progressed(self) -> None:
@@ -180,5 +180,5 @@ class Worker:
 
 
 def _nodes() -> int:
-    """Computes the number of the workers' nodes, assuming that all nodes have as many workers as this worker's node."""
+    """Computes the number of nodes that the workers run on. Assumes that every node has as many workers as this worker's node."""
     return max(1, round(int(os.environ["WORLD_SIZE"]) / int(os.environ["LOCAL_WORLD_SIZE"])))

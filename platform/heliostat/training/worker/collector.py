@@ -1,8 +1,8 @@
 """Keeps Python's garbage collector off the step path.
 
-By default, the collector runs after some number of new objects, so in a different step on each worker. All other workers then
-wait for this worker in the next collective. Here, the collector runs between steps, after the same steps on all workers. It
-collects young objects after every EVERY-th step, and all objects after evaluations and saves.
+By default, the collector runs after some number of new objects, so it runs in a different step on each worker. All other workers
+then wait in the next collective for the worker whose collector runs. Here, the collector runs between steps, after the same steps
+on all workers. It collects young objects after every EVERY-th step, and all objects after evaluations and saves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EVERY = 10  # steps; garbage in reference cycles can hold a step's tensors, so i
 def spare_imports() -> None:
     """Excludes all objects that exist so far, such as imported modules, from later garbage collections.
 
-    Processes that the fork server forks inherit this.
+    This also holds in processes that the fork server forks from this process.
     """
     if not gc.get_freeze_count():
         gc.freeze()

@@ -53,7 +53,7 @@ class Posts:
             self.post_of_any(event)
 
     def tell(self, event: Kept) -> None:
-        """Posts an event that must not be lost."""
+        """Posts an event that must not be lost: it is kept until a checkpoint contains it."""
         self.unsaved.append(event)
         self.post(event)
 
@@ -166,8 +166,8 @@ class Hook:
     def on_norm(self, step: int, norm: float) -> None:
         """Acts on a step's gradient norm, once per step. `step` counts from 0.
 
-        The call comes after the next step. It comes earlier if a report, comparison, evaluation, or save that depends on the step
-        is due.
+        The call comes after the next step. The call comes earlier if a report, comparison, evaluation, or save that depends on
+        the step is due.
         """
 
     def cause(self, norms: list[tuple[int, float]]) -> HeliostatError | None:
@@ -187,5 +187,5 @@ class Hook:
     def on_save(self, done: int, due: Due) -> None:
         """Acts after `done` steps are completed and reported.
 
-        Use it for work that reads or saves the weights. Meanwhile, the clock of the steps is stopped.
+        Use this method for work that reads or saves the weights. The time of this work doesn't count as time of the steps.
         """

@@ -5,10 +5,10 @@ First, every worker represents its micro-batches without gradients. An all-gathe
 step's samples, in sample order. Each worker computes the loss of all these samples, and the loss's gradients with respect to the
 representations.
 
-Second, each worker represents each micro-batch again, with the same random numbers. The worker computes the inner product of
-these representations with the gradients from the first pass. The backward pass of this product gives the micro-batch's
-contribution to the gradient of the loss. So the loss doesn't depend on how samples are divided into micro-batches and workers.
-The model's activations take the memory of one micro-batch.
+Second, each worker represents each micro-batch again, with the same random numbers as in the first pass. The worker computes the
+inner product of these representations with the gradients from the first pass. The backward pass of this product gives the
+micro-batch's contribution to the gradient of the loss. So the loss doesn't depend on how samples are divided into micro-batches
+and workers. The model's activations take the memory of one micro-batch.
 
 The cost of coupling grows with the square of the number of samples. In a step of more than SHARED_FROM samples, each worker
 computes the contribution of its share of the samples (`couple_some`), one block at a time. The workers then sum losses and

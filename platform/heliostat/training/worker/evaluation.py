@@ -1,7 +1,7 @@
 """Evaluates a run during training: scores the held-out samples, and draws a recipe's pictures, on all workers together.
 
-Each worker reads its held-out samples once. A recipe's `gallery()` has `count` pictures. Picture i depends on the weights and i
-alone, so any worker can draw it.
+Each worker reads its held-out samples once. A recipe's `gallery()` has `count` pictures. Picture number i depends only on the
+weights and on i, so any worker can draw it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AT_ONCE = 64  # pictures per call of `draw`
 
 
 class Evaluations(Hook):
-    """Scores the model as often as the job asks for, with the averaged weights if the job keeps an average."""
+    """Scores the model as often as the job asks for. Uses the averaged weights if the job keeps an average."""
 
     def __init__(self, context: Context, state: TrainingState, recipe: Recipe, dataset: Dataset, sharing: SampleGroup) -> None:
         self.context, self.state, self.engine, self.recipe = context, state, state.engine, recipe
@@ -99,7 +99,7 @@ class HeldOut:
     ) -> dict[str, float]:
         """Computes the recipe's scores on all held-out samples, on all workers together. Calls `progressed` after each batch.
 
-        Rank 0 gets the tensors that the recipe gathers, and computes the metrics from them. Every worker gets the result.
+        Rank 0 gets the tensors that the recipe gathers, and computes the metrics from them. Every worker gets all scores.
         """
         names: list[str] = []
         totals = torch.zeros(0, dtype=torch.float64)
@@ -133,7 +133,7 @@ class HeldOut:
 def _added(totals: torch.Tensor, unread: deque[tuple[LateRead, torch.Tensor]], but: int = 0) -> torch.Tensor:
     """Adds unread batches to the totals, float64 [names].
 
-    Leaves out the last `but` batches, which the device may still compute.
+    Leaves out the last `but` batches, because the device may still be computing them.
     """
     while len(unread) > but:
         scores, counted = unread.popleft()
@@ -197,8 +197,8 @@ def show(
 ) -> tuple[dict[str, float], dict[str, bytes]]:
     """Draws the gallery. Returns the scores, on every rank, and the PNG images by name, on rank 0.
 
-    All ranks call this function together. Every rank draws the same number of pictures, because ZeRO-3's all-gathers need that.
-    Calls `progressed` regularly.
+    All ranks call this function together. Every rank draws the same number of pictures, because all ranks must take part in
+    ZeRO-3's all-gathers. Calls `progressed` regularly.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     each = -(-gallery.count // world)

@@ -1,8 +1,8 @@
-"""Sends a worker's heartbeat: a thread reports its progress to the mailbox and follows the driver's orders.
+"""Sends a worker's heartbeat: a thread reports the worker's progress to the mailbox, and follows the driver's orders.
 
-The loop only counts (`heartbeat.progress += 1`) and asks (`heartbeat.stop`). Workers stop together: at every step, each worker
-contributes the highest stop code that it knows. `StopConsensus` gives all workers the highest of these codes, while the step's
-work runs.
+The loop only counts (`heartbeat.progress += 1`) and asks (`heartbeat.stop`). All workers stop at the same step. For this, each
+worker contributes at every step the highest stop code that it knows. `StopConsensus` gives all workers the highest of these
+codes, while the step's work runs.
 """
 
 from __future__ import annotations

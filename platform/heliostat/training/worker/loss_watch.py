@@ -19,9 +19,11 @@ NAMED = 8  # samples that an error message lists
 
 
 class LossWatch(Hook):
-    """Watches the losses and gradient norms of all workers. The values are the same on every worker, so the errors are, too.
+    """Watches the losses and gradient norms of all workers.
 
-    `saved`: a function that waits for the save in flight, which is of an earlier step.
+    The values are the same on every worker, so every worker raises the same errors.
+
+    `saved`: a function that waits until the save in flight, of an earlier step, is complete.
     """
 
     def __init__(self, context: Context, dataset: Dataset, saved: Callable[[], object]) -> None:

@@ -5,8 +5,8 @@ only the next optimizer step waits for it. On a GPU, the copy is queued on a sep
 kernels wait for the copy; the host doesn't.
 
 Then a separate thread sends the copy to the keepers (`training.memory_keeper`) in pieces, several at a time. A worker that dies
-or is late leaves a generation incomplete, and an incomplete generation isn't used. If a worker's copy fails, or training waits
-too long for it, all workers agree to make no more copies, because generations without that worker's part would be useless.
+or is late leaves a generation incomplete, and an incomplete generation isn't used. If a worker's copy fails, or if training waits
+too long for the copy, all workers agree to make no more copies, because generations without that worker's part would be useless.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class MemoryCopies:
     def wait(self) -> None:
         """Waits until the copy in flight has arrived.
 
-        If it fails, records why; at the next `keep`, the workers agree to make no more copies.
+        If the copy fails, records the reason. At the next `keep`, the workers then agree to make no more copies.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -112,7 +112,7 @@ class MemoryCopies:
             log.warning("worker %d: an in-memory checkpoint failed: %s", self._rank, self._failed)
 
     def _agree_off(self, group: dist.ProcessGroup) -> bool:
-        """Returns whether any worker's copy has failed, and reports this once. All workers call it together."""
+        """Returns whether any worker's copy has failed. Reports the first failure to the user. All workers call it together."""
         failed = [(rank, why) for rank, why in enumerate(together(group, lambda: self._failed)) if why]
         if not failed:
             return False
@@ -208,7 +208,8 @@ def restore(
     """Reads this worker's slices of a generation into the state. Returns the facts that all copies share, and on rank 0 each
     worker's own bytes.
 
-    `same`: whether this worker needs exactly the copy of its own rank. Raises TrainingError if a keeper doesn't answer.
+    `same`: whether this worker needs exactly the slices that the copy of its own rank contains. Raises TrainingError if a keeper
+    doesn't answer.
     """
     near = {old: min(holders, key=lambda h: h[0] != node)[1] for old, holders in source.holders.items()}
     own: dict[int, bytes] = _ask({old: near[old].own.remote(source.id, old) for old in sorted(near) if rank == 0})

@@ -10,8 +10,8 @@ While a step computes, a thread reads the next step's samples and makes its batc
     ahead.settle()                  # afterwards the thread is idle, so batches may be made elsewhere
     ahead.end()                     # waits for the thread, up to a deadline
 
-Samples and errors of batches made ahead count only once their step takes them. Only one thread at a time makes batches, because a
-recipe's `batch` needn't be thread-safe.
+Samples and errors of batches made ahead count only once their step takes them. Only one thread at a time makes batches, because
+recipes don't have to make `batch` thread-safe.
 
 A recipe should derive a batch's random numbers from the samples' keys. If it uses process-wide generators, it would change the
 random numbers of the current step. So the thread stops before such a draw (`_OwnNumbers`). From that step on, `take` makes the
@@ -100,7 +100,8 @@ def seeded(
 
     Calls `progressed` after each micro-batch.
 
-    By then, the host has handed the micro-batch to the device. The device's queue is short, so the host needs no extra wait.
+    When it calls `progressed`, the host has handed the micro-batch to the device. The device's queue is short, so the host
+    doesn't need to wait until the device has finished.
     """
     for micro, batch in zip(micros, on_device([micro.batch for micro in micros], device, recipe.complete), strict=True):
         torch.manual_seed(micro.seed)
@@ -186,7 +187,7 @@ class BatchesAhead:
             begun.outcome.set_exception(e)
 
     def _made(self, step: int, samples: StepSamples) -> StepBatches | StepSamples:
-        """Makes a step's batches. If that would draw from process-wide generators, returns only the samples."""
+        """Makes a step's batches. If making them would draw from process-wide generators, returns only the samples."""
         before = () if self._compared else _states()
         try:
             with _OwnNumbers():
@@ -208,7 +209,7 @@ class _OwnNumbers(TorchDispatchMode):
     """Raises _SharedNumbers if this thread, inside the context, would draw from a process-wide generator or set its state.
 
     This class can't intercept functions of `random` and NumPy that a recipe has imported by name. The check of the first batches
-    detects these.
+    detects these functions.
 
     The mode is on this thread's stack only. `TorchDispatchMode.__enter__` would also set process-wide flags. With these flags,
     `torch.compile` of older torch versions leaves a step uncompiled in another thread.

@@ -76,7 +76,9 @@ class NodeMonitor:
 
 
 def gpus() -> tuple[dict[str, float], dict[int, str]]:
-    """Measures every GPU that this process sees. Returns the values, and by GPU number the reason why a GPU couldn't be read.
+    """Measures every GPU that this process sees.
+
+    Returns the values. For each GPU that couldn't be read, also returns the reason, by the GPU's number.
 
     NVML reads a GPU without CUDA. `torch.cuda.mem_get_info` would create a CUDA context of about 500 MB on each GPU.
     """

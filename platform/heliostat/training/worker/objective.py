@@ -2,7 +2,8 @@
 
 The objective of a step is its loss plus its weighted parts. The loss is the sum of all its terms, divided by their number. Each
 part with a weight adds this weight times the part's mean over the step's micro-batches. DeepSpeed averages over micro-batches and
-workers, which is exactly right for the parts. The sum of terms is scaled so that it stays a sum.
+workers. This gives the right result for the parts. The sum of terms is scaled in advance, so that it is still a sum after the
+averaging.
 
 A loss that couples the samples of a step is computed once for all samples (`coupled`). A micro-batch's share is then the
 contribution of its samples to the gradient.
@@ -76,7 +77,7 @@ class Objective:
     ) -> Iterator[LossShare]:
         """Yields each micro-batch's share of a loss over all samples of the step.
 
-        In the logged loss, all micro-batches have equal shares.
+        For the log, the loss is divided equally among the micro-batches.
         """
         with device_ranges.named("forward"):
             step = coupled.first_pass(recipe, engine, micros, self._checked, terms, self._progressed)
@@ -178,7 +179,7 @@ def load(routed: torch.Tensor) -> dict[str, torch.Tensor]:
     `routed`: tokens, int64 [steps, layers, experts + 1]; the last column counts assignments that no expert accepted.
 
     - `imbalance`: the tokens of a layer's busiest expert divided by the mean of all experts, averaged over layers; 1 if all
-      experts have equally many tokens
+      experts have the same number of tokens
     - `imbalance_worst`: this ratio for the layer where it is largest
     - `unused`: the share of experts without a token
     - `dropped`: the share of assignments that no expert accepted

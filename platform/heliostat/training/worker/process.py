@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class WorkerFacts(TypedDict):
     """Describes a worker's process: its id, its node's id and address, its GPUs' ids.
 
-    `spent`: whether the process must not be used again.
+    `spent`: true if the process must not be used again.
     """
 
     pid: int
@@ -114,7 +114,10 @@ def _raised(error: BaseException) -> BaseException:
 
 
 def _own(error: BaseException) -> HeliostatError:
-    """Returns an error that is certain to reach the driver."""
+    """Returns the innermost error of heliostat if the driver can receive it.
+
+    Otherwise, returns a WorkerError that describes the error.
+    """
     known = innermost(error)
     return known if known and _arrives(known) else WorkerError(f"the workers failed: {faults.describe(error)}")
 

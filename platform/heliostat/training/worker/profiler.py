@@ -2,7 +2,8 @@
 
 Without an order, this costs one check per step.
 
-A profile never ends a run: an error becomes the answer's `problem`. A thread writes the files while training continues.
+A profile never ends a run: if an error occurs, the answer to the request contains it as `problem`. A thread writes the files
+while training continues.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ END_S = 5.0  # seconds to write the files, when a worker ends; the driver waits 
 
 @dataclass
 class Recording:
-    """Holds the current profile: its first step, counted from 0, and its steps so far. `running`: the resources to turn off at
-    its end."""
+    """Holds the current profile: its first step, counted from 0, and its steps so far.
+
+    `running`: the contexts to close when the profile ends.
+    """
 
     request: ProfileRequest
     first: int

@@ -11,10 +11,10 @@ follow from the step. So each worker reads the samples itself, and must compute 
 Training waits for one extra micro-batch per check. Other steps have no extra cost. Gradients are computed outside the engine,
 which never sees them.
 
-The bits of most workers count as right. Without a majority, the error lists all workers on that kind of device. Only workers on
-the same kind of device are compared. Unlike training, the check requests deterministic kernels (`kernels`). If bits differ, all
-workers compute again. A worker whose own two results differ is at fault. If this is so for most workers, their kernels aren't
-deterministic. Then the check proves nothing, and turns itself off.
+If most workers have the same bits, these bits count as right. If no bits have a majority, the error lists all workers on that
+kind of device. Only workers on the same kind of device are compared. Unlike training, the check requests deterministic kernels
+(`kernels`). If bits differ, all workers compute again. A worker whose first and second result differ is at fault. If the two
+results of most workers differ, their kernels aren't deterministic. Then the check proves nothing, and turns itself off.
 """
 
 from __future__ import annotations
@@ -242,9 +242,9 @@ def kernels(compiled: bool) -> Iterator[None]:
     `compiled`: whether the model, a part of it, or its attention is compiled.
 
     The request for torch's deterministic algorithms has `warn_only`. Otherwise an operation without a deterministic kernel would
-    raise an error. Fused attention ignores such a request: its backward pass sums in any order. So the request is strict around
-    each attention kernel; all of these have a deterministic form. Compiled models ignore such modes, so the request isn't strict
-    for compiled models. flash-attn's own kernels read an environment variable.
+    raise an error. Fused attention ignores a request with `warn_only`: its backward pass sums in any order. So the request is
+    strict around each attention kernel; all of these have a deterministic form. Compiled models ignore such modes, so the request
+    isn't strict for compiled models. flash-attn's own kernels read an environment variable.
     """
     uninitialized: Any = torch.utils.deterministic  # Any, because type checkers don't know this module's properties
     cudnn = torch.backends.cudnn

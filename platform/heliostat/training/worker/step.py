@@ -51,8 +51,9 @@ HELD_POLL_S = 0.05
 
 
 class Stepper:
-    """Computes steps: forward and backward passes, and the optimizer's step, over this worker's share of each global batch. Keeps
-    their results on this worker until the report.
+    """Computes steps: forward and backward passes, and the optimizer's step, over this worker's share of each global batch.
+
+    Keeps the results of the steps on this worker until the report.
 
     `losses`: this worker's part of each step's loss. `added`: its part of the other terms of the objective.
     """
@@ -80,8 +81,10 @@ class Stepper:
 
     @property
     def norms(self) -> list[float]:
-        """Returns the gradient norm before clipping, over all workers, of each step since the last report. Waits for the
-        device."""
+        """Returns the gradient norm of each step since the last report.
+
+        The norms are over all workers, and before clipping. Waits for the device.
+        """
         self.read_norms()
         return self._norms
 

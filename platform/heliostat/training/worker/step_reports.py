@@ -36,8 +36,11 @@ class StepResults(NamedTuple):
 
 
 class StepsSummary(TypedDict):
-    """Summarizes an attempt's steps. Rates exclude the first step, which warms up. `data_wait`: the share of the time spent
-    waiting for data, 0 to 1."""
+    """Summarizes an attempt's steps.
+
+    The rates don't count the first step, because it also warms up. `data_wait`: the share of the time spent waiting for data, 0
+    to 1.
+    """
 
     train_loss: float | None
     tokens_per_second: float
@@ -80,7 +83,10 @@ class StepReports:
         self._since += time.perf_counter() - begun
 
     def report(self, done: int) -> None:
-        """Combines the results of the steps up to `done` from all workers, and posts them. All workers call it together."""
+        """Combines the results from all workers of the steps up to `done`, and posts the combined results.
+
+        All workers call this method together.
+        """
         now, first = time.perf_counter(), self._reported
         waited = self.ledger.totals().get("data", 0.0)
         seconds, wait = now - self._since, waited - self._waited

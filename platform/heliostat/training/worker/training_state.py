@@ -97,8 +97,10 @@ class TrainingState(Hook):
         return self.sharded.tensors(whole) | (self.average.state(whole) if self.average else {})
 
     def after_step(self, done: int, due: Due) -> None:
-        """Waits for the last copy before the step is reported. So once a step is reported, all copies of earlier steps have
-        arrived."""
+        """Waits for the last copy before the step is reported.
+
+        So when a step is reported, all copies of earlier steps have arrived at the keepers.
+        """
         if self.memory and due.keeps:
             with self.context.ledger("checkpoint"):
                 self.memory.wait()
@@ -141,7 +143,7 @@ class TrainingState(Hook):
             return False
 
     def wait(self) -> None:
-        """Waits until the save and the copy in flight are complete."""
+        """Waits until the save in flight and the copy in flight are complete."""
         self._saved()
         if self.memory:
             self.memory.wait()
@@ -222,8 +224,11 @@ class TrainingState(Hook):
         self.memory.keep(facts, own, self.tensors(), self.context.control)
 
     def _metrics(self, done: int) -> dict[str, float | None]:
-        """Returns the metrics of a checkpoint. With `checkpoint.best`, leaves out scores of an earlier step, so that an unscored
-        checkpoint can't count as the best."""
+        """Returns the metrics of a checkpoint.
+
+        With `checkpoint.best`, leaves out scores of an earlier step, so that a checkpoint without a score of its own step can't
+        count as the best.
+        """
         latest = self.context.latest
         scores = latest.scores if self.context.job.checkpoint.best is None or latest.scored_at == done else {}
         return {"train_loss": latest.loss, **scores}

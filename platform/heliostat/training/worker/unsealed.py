@@ -11,7 +11,7 @@ written, the next one covers its steps, too.
 
 `quarantine/step-00000100.jsonl` in the run's folder lists the samples replaced in the steps of the receipt with the same name.
 Each entry has the step, dataset, shard, row group, row, and reason, and the replacement's shard, row group, and row. If no sample
-was replaced, there is no file. Steps count from 1; in older lists, without `counted_from`, from 0.
+was replaced, there is no file. Steps count from 1. Older lists don't have the field `counted_from`, and their steps count from 0.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Unsealed:
 
 
 def _of_steps(lanes: list[np.ndarray]) -> list[str]:
-    """Computes the digests of steps from the digests of all workers' virtual ranks. There may be no steps."""
+    """Computes the digests of steps from the digests of all workers' virtual ranks. The list of steps may be empty."""
     return receipt.step_digests(receipt.in_lane_order(lanes)) if lanes and len(lanes[0]) else []
 
 
