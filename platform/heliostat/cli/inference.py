@@ -117,8 +117,8 @@ def infer(
     run_ = run(model_folder(model, mlflow), input_, to, checked, workers, out.quiet, engine)
     prices = hardware.table()
     run_ |= {"cost": hardware.cost(run_["devices"], prices), "currency": prices["currency"]}
-    without = f", {run_['bad']:,} without one (bad.parquet)" if run_["bad"] else ""
-    cut = f", {run_['truncated']:,} of them for inputs that were cut" if run_["truncated"] else ""
+    without = f", {run_['bad']:,} inputs have no answer (bad.parquet)" if run_["bad"] else ""
+    cut = f", {run_['truncated']:,} of them to inputs that were cut" if run_["truncated"] else ""
     many, what = (run_["answers"], "images") if task == "embed-images" else (run_["tokens"], "tokens")
     pace = f"{many:,} {what}, {many / max(run_['seconds'], 0.1):,.0f} per second"
     cost = "unknown (the price table lacks this GPU)" if run_["cost"] is None else f"{run_['cost']:,.2f} {run_['currency']}"
@@ -144,7 +144,8 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Maximum number of held-out samples")] = 256,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="Tokens per sample", show_default="the model's own")] = None,
     fraction: Annotated[
-        float | None, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction", show_default="the job's, or 0.01")
+        float | None,
+        typer.Option(min=0.0001, max=0.9999, help="Fraction of the dataset that is held out", show_default="the job's, or 0.01"),
     ] = None,
     mlflow: TrackingUri = None,
 ) -> None:

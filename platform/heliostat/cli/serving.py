@@ -27,7 +27,11 @@ AnyModel = Annotated[
 ]
 Index = Annotated[
     str | None,
-    typer.Option("--index", metavar="INDEX", help="Also serve an index of `heliostat search index`: a folder or s3:// URI"),
+    typer.Option(
+        "--index",
+        metavar="INDEX",
+        help="Index of `heliostat search index` to serve in addition to the model: a folder or s3:// URI",
+    ),
 ]
 Open = Annotated[bool, flag("--no-keys", help="Answer requests without a key")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Maximum number of tokens of an answer")]
@@ -42,7 +46,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="The model's name for clients", show_default="its own name")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FOLDER", help="Also serve a LoRA adapter of the model, under this name; may be repeated"),
+        typer.Option(
+            metavar="NAME=FOLDER", help="LoRA adapter to serve in addition to the model, under this name; may be repeated"
+        ),
     ] = None,
     keys: Keys = Path(".heliostat/serve/keys"),
     open_: Open = False,

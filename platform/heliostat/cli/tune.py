@@ -51,7 +51,8 @@ def tune(
     ] = False,
     overwrite: Annotated[bool, flag("--overwrite", help="Delete the sweep of this name and start from scratch")] = False,
     transfer: Annotated[
-        Path | None, typer.Option(metavar="JOB", help="A large job: scale the learning rate to it from the widths of the sweep")
+        Path | None,
+        typer.Option(metavar="JOB", help="A large job; heliostat extrapolates its learning rate from the widths in the sweep"),
     ] = None,
     cluster: Target = None,
     follow: Follow = False,

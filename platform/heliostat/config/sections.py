@@ -66,7 +66,7 @@ class Data(Strict):
         if not isinstance(value, dict) or not isinstance(value.get("path"), str):
             return value
         if "sources" in value:
-            raise ValueError("path is short for one source, but sources is also set. Remove one of them")
+            raise ValueError("path and sources are both set, but path is the short form of sources. Remove one of them")
         return {"sources": [{"path": value["path"]}]} | {key: part for key, part in value.items() if key != "path"}
 
 

@@ -66,7 +66,7 @@ class Zero(Strict):
 NOT_OFFERED = {
     "pipeline": "heliostat doesn't split models into stages, but train.zero.stage 3 shards their layers over all workers",
     "context": "use sequence, which splits samples over workers",
-    "data": "it follows from workers.count and sequence or tensor",
+    "data": "heliostat computes it from workers.count and sequence or tensor",
 }
 
 
@@ -248,7 +248,7 @@ class Train(Strict):
         if len(lengths := [key for key in LENGTHS if value.get(key) is not None]) > 1:
             raise ValueError(f"{' and '.join(lengths)} each set the length of the run. Keep one")
         for key in (key for key in GROWING if key in value):
-            why = f"{GROWING[key]}; the data order, resuming, and the schedule need that"
+            why = f"{GROWING[key]}. The data order, resuming, and the schedule rely on this"
             raise ValueError(f"{key} isn't supported: {why}. Remove it, and use train.schedule.warmup_steps")
         return {key: setting for key, setting in value.items() if key not in RETIRED}
 
