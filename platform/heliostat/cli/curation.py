@@ -36,7 +36,7 @@ Id = Annotated[
     str | None,
     typer.Option(
         "--id",
-        help="Choose the document by its id: its path in the input, then # and the record, such as a.jsonl#12",
+        help="Choose the document by its id, which is its path in the input, such as a.html, or a.jsonl#12 for a record",
         metavar="ID",
     ),
 ]
@@ -151,8 +151,8 @@ def _ways(dataset: Manifest, id: str, mlflow: str | None) -> Report:
 
 def _print_forgotten(report: Report) -> None:
     tokens = f", {report['tokens']:,} tokens" if report["tokens"] else ""
-    out.print(f"dataset {report['dataset']} is ready: {report['documents']:,} documents{tokens}, digest {report['digest'][:12]}, "
-              f"no longer contains {', '.join(report['forgotten'])}")  # fmt: skip
+    out.print(f"dataset {report['dataset']} is ready: {report['documents']:,} documents{tokens}, digest {report['digest'][:12]}; "
+              f"it no longer contains {', '.join(report['forgotten'])}")  # fmt: skip
     if report["shard"]:
         out.print(f"  the document was in shard {report['shard']['path']} of version {report['previous'][:12]}")
     else:

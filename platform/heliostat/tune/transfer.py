@@ -75,7 +75,7 @@ def check(plan: SweepPlan, big: Path) -> Job:
         raise ConfigError(f"--transfer: the sweep's space has no {LR}. Add it")
     for name, model in ((str(big), job.model), (plan.sweep.job, _models(plan)[0])):
         if not isinstance(model.get(WIDTH), int):
-            raise ConfigError(f"--transfer: model.{WIDTH} of {name}, the width, isn't set. Set the width")
+            raise ConfigError(f"--transfer: {name} doesn't set model.{WIDTH}, which is the width of the model. Set it")
     return job
 
 

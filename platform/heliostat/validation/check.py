@@ -324,7 +324,7 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
     if (count := len(order.held_out(wanted))) < min(wanted, sum(order.held_shares(wanted))):
         lines.append(
             f"evaluate.samples: only {count:,} held-out samples can be scored, not {wanted:,}. evaluate.fraction "
-            f"{fraction:g} holds out {sum(held_rows):,} of {sum(total):,} samples. Raise it, or set "
+            f"{fraction:g} holds out {sum(held_rows):,} of {sum(total):,} samples. Raise the fraction, or set "
             f"evaluate.samples to {count}"
         )
     for i, (mine, of, known) in enumerate(zip(held_rows, total, has_places, strict=True)):
