@@ -17,7 +17,9 @@ from heliostat.errors import ConfigError
 @command(MODEL, example="models:/quickstart-lm/1 --prompt 'class '")
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Option(help="The text to continue, or a description of the image")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text for the model to continue, or description of the image to generate")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one prompt per line; needs --out")] = None,
     prefix: Annotated[
         str | None,
@@ -26,14 +28,17 @@ def generate(
     suffix: Annotated[str | None, typer.Option(help="Text after the answer: a file, or the text itself")] = None,
     seed: Seed = 0,
     to: Annotated[
-        str | None, typer.Option("--out", metavar="FILE", help="File to write the answer to; for --prompts a folder")
+        str | None,
+        typer.Option(
+            "--out", metavar="FILE", help="File to write the answer to; with --prompts, a folder to write the answers to"
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="With --prompts: number of models that run in parallel")] = 1,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     steps: Annotated[int | None, typer.Option(help="Images: sampler steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Images: classifier-free guidance scale; 1: none")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Images: classifier-free guidance scale; 1 turns guidance off")] = None,
     sampler: Annotated[str | None, typer.Option(help="Images: ddpm, ddim, dpm++, or euler")] = None,
     grid: Annotated[int | None, typer.Option(help="Images: number of images, in one row")] = None,
     width: Annotated[int | None, typer.Option(help="Images: width in pixels")] = None,
@@ -83,7 +88,10 @@ def infer(
     ],
     task: Annotated[str, typer.Option(help="continue, chat, score, embed, classify, or embed-images")] = "continue",
     column: Annotated[
-        str, typer.Option(help="Column of the input", show_default="text; messages for chat; image for embed-images")
+        str,
+        typer.Option(
+            help="Column of the input", show_default="text, with --task chat: messages, with --task embed-images: image"
+        ),
     ] = "",
     keep: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="Copy this column of the input to the output; may be repeated")

@@ -105,7 +105,10 @@ Reranker = Annotated[
 ]
 Keys = Annotated[
     Path,
-    typer.Option(metavar="FILE", help="A file of API keys, one KEY or NAME KEY per line; a missing file is made with a new key"),
+    typer.Option(
+        metavar="FILE",
+        help="A file of API keys. Each line is KEY, or NAME and KEY. If the file is missing, it is made with a new key",
+    ),
 ]
 Target = Annotated[
     str | None,

@@ -72,7 +72,7 @@ def ask(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A language model that answers from the passages; by default the passages are shown",
+            help="Language model that answers the question from the passages. Without it, the passages are shown",
             metavar="MODEL",
             autocompletion=completion.models,
         ),

@@ -137,7 +137,9 @@ def promote(
         str, typer.Option(help="Metric whose value must not be worse than for the alias's current model")
     ] = "eval/loss",
     maximize: Annotated[bool, flag("--maximize", help="Larger values of the metric are better")] = False,
-    force: Annotated[bool, flag("--force", help="Promote the model even if it fails a rule; the history records it")] = False,
+    force: Annotated[
+        bool, flag("--force", help="Promote the model even if it fails a rule; the history records that you used --force")
+    ] = False,
     mlflow: TrackingUri = None,
 ) -> None:
     """Give a registered model an alias, unless it is worse than the alias's current model or fails a rule."""

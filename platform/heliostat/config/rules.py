@@ -274,7 +274,7 @@ def _precision_faults(job: Ruled) -> Iterator[str]:
         where = f"train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}"
         yield (
             f"train.grad_accum_dtype: fp32 isn't supported with {where}: DeepSpeed sums in host memory in low "
-            "precision. Use stage 3, or same"
+            "precision. Use stage 3, or set train.grad_accum_dtype to same"
         )
 
 

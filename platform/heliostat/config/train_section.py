@@ -31,8 +31,8 @@ QUANTIZED_GRADIENTS = "DeepSpeed's kernels read gradients in bf16 and fp32 as if
 
 class Zero(Strict):
     stage: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: what the workers shard. 0: nothing; 1: optimizer state; 2: also gradients; 3: also weights. Stage 0 needs
-    `precision: fp32`."""
+    """ZeRO stage: what the workers shard. 0: nothing; 1: optimizer state; 2: optimizer state and gradients; 3: optimizer state,
+    gradients, and weights. Stage 0 needs `precision: fp32`."""
     offload: Offload = Offload()
     """Offloads state from GPU memory."""
     shard_group_size: Annotated[Group | None, Was("divide_within")] = None

@@ -115,5 +115,6 @@ def tell(carried: Transfer) -> list[str]:
     far = carried.width / max(carried.rates)
     return [
         *lines,
-        f"lr ~ width^{carried.power:.2f} ({how}); at width {carried.width:,}, {far:.1f} times the widest: lr {carried.rate:.3g}",
+        f"lr ~ width^{carried.power:.2f} ({how}); at width {carried.width:,}, {far:.1f} times the sweep's largest width: "
+        f"lr {carried.rate:.3g}",
     ]

@@ -295,7 +295,7 @@ def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, cha
     order = make_order(data_plan, manifests)
     if order.runs_out is not None and order.runs_out < order.data_step(job.last_step - 1) + 1:
         raise ConfigError(
-            f"train.steps: the data lasts for {order.runs_out} steps with max_epochs ({job.train.steps}). Raise a "
+            f"train.steps: the data lasts for {order.runs_out} steps with max_epochs, but {job.train.steps} are set. Raise a "
             "source's max_epochs, or lower train.steps"
         )
     if job.evaluate:
