@@ -54,7 +54,7 @@ def _print_made(result: Report, to: str) -> None:
     out.print(f"{to} has {size} of {result['dataset']['digest'][:12]}: {result['added']:,} documents added, "
               f"{result['deleted']:,} deleted, {result['kept']:,} unchanged")  # fmt: skip
     for count, what in (
-        (result["empty"], "documents have no text, so no passage"),
+        (result["empty"], "documents have no text, so they have no passages"),
         (result["unembedded"], "passages have no embedding: the model embeds none of their tokens, or failed"),
         (result["truncated"], "passages are too long for the embedder, which embeds only their beginnings"),
     ):

@@ -138,7 +138,7 @@ def promote(
     ] = "eval/loss",
     maximize: Annotated[bool, flag("--maximize", help="Larger values of the metric are better")] = False,
     force: Annotated[
-        bool, flag("--force", help="Promote the model even if it fails a rule; the history records that you used --force")
+        bool, flag("--force", help="Promote the model even if it fails a rule; the history records the failed rules")
     ] = False,
     mlflow: TrackingUri = None,
 ) -> None:

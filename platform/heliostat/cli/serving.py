@@ -61,7 +61,7 @@ def serve(
     concurrent: Annotated[int, typer.Option(help="Maximum number of concurrent requests per key; 0: no limit")] = 256,
     per_minute: Annotated[int, typer.Option(help="Maximum number of requests per key and per minute; 0: no limit")] = 0,
     deadline: Annotated[float, typer.Option(help="Maximum number of seconds of an answer")] = 300.0,
-    poll: Annotated[float, typer.Option(help="Seconds between two checks of the alias")] = 2.0,
+    poll: Annotated[float, typer.Option(help="Seconds between two checks whether the alias has a new version")] = 2.0,
     cluster: OnCluster = None,
     stop: Annotated[bool, flag("--stop", help="Stop the endpoint that a killed command left on the cluster")] = False,
     mlflow: TrackingUri = None,

@@ -148,7 +148,7 @@ def _carry(folder: str, big: Path) -> dict[str, object]:
     result, path = transfer.carry(plan, read(plan.folder), transfer.check(plan, big), big)
     for line in transfer.tell(result):
         out.print(line)
-    out.print(f"the job with this learning rate is in {path}")
+    out.print(f"the large job with this learning rate is in {path}")
     return {**asdict(result), "job": str(path)}
 
 

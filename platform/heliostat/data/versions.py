@@ -94,8 +94,8 @@ def read_record(location: Location) -> dict[str, Any]:
     except DataError as e:
         first = min(i.base_name for i in files)
         raise ConfigError(
-            f"output: {location}: not empty, and not a heliostat dataset ({RECORD} is missing, {first!r} is "
-            "there). Use another folder, or empty this one"
+            f"output: {location}: not empty, and not a heliostat dataset (it contains {first!r}, but "
+            f"not {RECORD}). Use another folder, or empty this one"
         ) from e
     return {}
 

@@ -219,7 +219,7 @@ class Crew:
         if lost and task.careful and (crash := trouble.learn(self.work.note(self.kind, task.key), error)):
             self.last = crash.id
             log.warning(
-                "%s: %s crashes its process at %s, so heliostat leaves it out (%s)",
+                "%s: %s crashes its process at %s, so heliostat leaves this document out (%s)",
                 self.kind,
                 printable(crash.id),
                 crash.stage,

@@ -33,7 +33,7 @@ def find(dataset: Manifest, id: str | None = None, url: str | None = None, text:
     """Finds documents by id, URL, or text; returns the fate of each (`reasons.END`). ConfigError if no document matches."""
     if id is not None:
         rows, what = reasons.end_of(dataset, id), f"--id: {id!r}: no document has this id"
-        what += ". An id is the path in the input, with `#line`, `#row` or `#byte` if a file has several documents"
+        what += ". An id is the path in the input. If a file has several documents, `#line`, `#row` or `#byte` follows the path"
     elif url is not None:
         rows, what = reasons.with_column(dataset, "url", url), f"--url: {url!r}: no document has this url"
     else:
