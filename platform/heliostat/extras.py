@@ -38,7 +38,7 @@ MODULES = {
 def require(extra: str, *modules: str, what: str = "this") -> None:
     """Raises MissingExtraError if one of an extra's modules isn't installed. `what`: the part of heliostat that needs it."""
     unknown = set(modules) - set(MODULES[extra])
-    assert modules and not unknown, f"the extra {extra!r} does not bring {unknown or 'nothing'}"
+    assert modules and not unknown, f"the extra {extra!r} doesn't contain the modules {unknown or 'nothing'}"
     for module in modules:
         if find_spec(module) is None:
             raise missing(what, extra, module)

@@ -204,7 +204,7 @@ def test_a_part_of_an_extra_that_is_missing_is_found_before_it_is_needed(monkeyp
 def test_what_is_installed_is_not_missed():
     extras.require("images", "diffusers", "PIL", "sklearn")
     assert extras.bringing("diffusers.models") == "images" and extras.bringing("diffusers_else") is None
-    with pytest.raises(AssertionError, match="does not bring"):
+    with pytest.raises(AssertionError, match="doesn't contain the modules"):
         extras.require("images", "optuna")
 
 

@@ -40,7 +40,7 @@ def test_an_elastic_run_has_multiples_of_those_that_divide_experts():
     elastic = {KEY: 2, "train.zero.stage": 3}
     assert job(**elastic, **{"workers.count": [1, 8]}).worker_counts() == [2, 4]  # of 8 samples in micro-batches of 2
     (line,) = faults(**{**elastic, KEY: 4, "workers.count": [1, 3]})
-    assert line == f"{KEY}: 4: workers.count 1 to 3 has no multiple of it. Change one of them"
+    assert line == f"{KEY}: 4: no number from 1 to 3 (workers.count) is a multiple. Change one of the two keys"
 
 
 @pytest.mark.parametrize(

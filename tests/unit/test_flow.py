@@ -53,4 +53,9 @@ def test_a_cluster_without_a_node_that_carries_the_labels_is_warned_of_once(tmp_
     monkeypatch.setattr(crew, "LOOK_S", 0.0)
     made = crew.Crew(flow.Flow(Work(Location(str(tmp_path))), {"pool": "data"}), "read", flow.execute, print, 1, 0, 0.0)
     assert not made.full and not made.full
-    assert caplog.text.count("read: no node has CPUs with the labels {'pool': 'data'}, so tasks wait for such a node") == 1
+    assert (
+        caplog.text.count(
+            "read: tasks wait for a node with CPUs and the labels {'pool': 'data'}. The cluster has no such node now"
+        )
+        == 1
+    )

@@ -179,7 +179,7 @@ def test_a_lock_that_another_process_keeps_is_waited_for_with_a_deadline(hub, mo
     lock = files.client.cache() / ".locks" / "models--org--m" / f"{weights.hash}.lock"
     with (
         WeakFileLock(lock),
-        pytest.raises(StorageError, match=r"another process has the lock .*Delete this lock"),
+        pytest.raises(StorageError, match=r"another process has held the lock .*Delete this lock"),
     ):
         files.model("k", name)
 

@@ -132,7 +132,7 @@ def test_any_job_of_five_keys_is_valid_on_any_workers(seed):
 
 
 def test_path_is_one_source_and_no_more():
-    with pytest.raises(ConfigError, match="data: path is short for one source, but sources is also set"):
+    with pytest.raises(ConfigError, match="data: path and sources are both set"):
         made(five() | {"data": {"path": "a", "sources": [{"path": "b"}], "sequence_length": 16}})
     changed = spec.apply(five(), ["data.sources.0.weight=2.0", "data.seed=3"])
     assert made(changed).data.sources[0].weight == 2 and made(changed).data.seed == 3
@@ -140,7 +140,7 @@ def test_path_is_one_source_and_no_more():
     two = ["data.sources=[{path: a}, {path: b}]"]
     assert [Path(source.path).name for source in made(spec.apply(five(), two)).data.sources] == ["a", "b"]
     assert [Path(source.path).name for source in made(spec.apply(spec.apply(five(), two), ["data.path=c"])).data.sources] == ["c"]
-    with pytest.raises(ConfigError, match="path is short for one source, but sources is also set"):
+    with pytest.raises(ConfigError, match="path and sources are both set"):
         made(spec.apply(five(), [*two, "data.path=c"]))
 
 

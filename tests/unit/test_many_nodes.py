@@ -44,7 +44,7 @@ GPUS = {**FOUR, "workers.gpus": 1}
         ({**GPUS, "train.zero.quantize_gradients": True}, "train.zero: quantize_gradients isn't supported: DeepSpeed's"),
         ({"train.compile": "deepcompile"}, "train.compile: deepcompile isn't supported: DeepSpeed's passes begin at"),
         ({"train.zero.shard_group_size": 4, "train.zero.stage": 3, "workers.count": [1, 3]},
-         "train.zero.shard_group_size: 4: workers.count 1 to 3 has no multiple of it"),
+         "train.zero.shard_group_size: 4: no number from 1 to 3 (workers.count) is a multiple"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_or_was_not_tried_is_one_line(changes, line):

@@ -62,7 +62,7 @@ def test_layouts_that_are_not_offered_are_refused_by_name(key):
 def test_an_elastic_run_has_multiples_of_those_that_share_a_sample():
     assert job(**{KEY: 2, "workers.count": [1, 8]}).worker_counts() == [2, 4, 8]
     (line,) = faults(**{KEY: 4, "workers.count": [1, 3]})
-    assert line == f"{KEY}: 4: workers.count 1 to 3 has no multiple of it. Change one of them"
+    assert line == f"{KEY}: 4: no number from 1 to 3 (workers.count) is a multiple. Change one of the two keys"
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,11 @@ def test_a_huge_batch_is_checked_at_once(workspace):
             {"train.zero.offload.optimizer": "cpu", "train.zero.stage": 0, "train.precision": "fp32"},
             "train.zero.offload.optimizer: needs train.zero.stage 1, 2, or 3. Set it",
         ),
-        ({"train.zero.offload.param": "nvme", "train.zero.stage": 3}, "train.zero.offload.nvme_path: required with param"),
-        ({"train.zero.offload.nvme_path": "/nvme"}, "train.zero.offload.nvme_path: required with param"),
+        (
+            {"train.zero.offload.param": "nvme", "train.zero.stage": 3},
+            "train.zero.offload.nvme_path: needed with train.zero.offload.param",
+        ),
+        ({"train.zero.offload.nvme_path": "/nvme"}, "train.zero.offload.nvme_path: needed with train.zero.offload.param"),
         ({"data.sources": [{"path": "a"}, {"path": "b"}, {"path": "a"}]}, "data.sources: a path is listed twice"),
         ({"train.schedule.warmup_steps": 100}, "train.schedule.warmup_steps: 100 isn't below train.steps 100"),
         ({"train.schedule.warmup_steps": 5000}, "train.schedule.warmup_steps: 5000 isn't below train.steps 100"),

@@ -84,7 +84,7 @@ def test_a_condition_must_name_an_earlier_key_and_a_value_that_it_may_have():
     space = made(d={"uniform": [0, 1], "when": {"s": 1}}, s={"choice": [1, 2]}, e={"uniform": [0, 1], "when": {"s": 3}})
     assert spaces.faults(space) == [
         "space.d.when: 's' must be an earlier key of the space",
-        "space.e.when: s is never 3. It is one of [1, 2]",
+        "space.e.when: s never has the value 3. Its values are [1, 2]",
     ]
 
 

@@ -89,7 +89,7 @@ def chaos(
     if job.train.steps < 4 * job.checkpoint.every:
         raise ConfigError(
             f"checkpoint.every: {job.checkpoint.every} gives fewer than four checkpoints in {job.train.steps} "
-            f"steps, too few for the faults. Set it to {max(1, job.train.steps // 8)}"
+            f"steps, but the faults need at least four. Set it to {max(1, job.train.steps // 8)}"
         )
     for fault in faults:
         if reason := fault.unable(job):

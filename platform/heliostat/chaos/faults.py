@@ -350,7 +350,7 @@ FAULTS = {
     for fault in (
         Fault("kill-worker", "a worker's process is killed", kill_worker),
         Fault("kill-node", "a Ray node is killed, with all that runs on it", kill_node, prepare_nodes, cannot_make_nodes),
-        Fault("hang", "a worker's process stops where it is, and stays", hang),
+        Fault("hang", "a worker's process is suspended, and stays suspended", hang),
         Fault("sigterm", "the command gets SIGTERM, and is submitted again", sigterm, notice="SIGTERM: stopping",
               submitted_again=True),
         Fault("kill-driver", "the command's process is killed, and it is submitted again", kill_driver, submitted_again=True),
@@ -359,11 +359,11 @@ FAULTS = {
         Fault("restart-head", "the cluster's head dies and starts again, and the command is submitted again", restart_head,
               prepare_head, cannot_make_nodes, submitted_again=True),
         Fault("s3-503", "the object store rejects a share of the requests", s3_503, prepare_s3, no_s3),
-        Fault("corrupt-shard", "a byte of a shard is wrong", met_corrupt_shard, prepare_corrupt_shard),
-        Fault("torn-checkpoint", "the newest checkpoint loses half of a shard, and a worker is killed", torn_checkpoint),
-        Fault("mlflow-down", "MLflow's server dies, and comes back", mlflow_down, prepare_mlflow,
+        Fault("corrupt-shard", "a shard has one wrong byte", met_corrupt_shard, prepare_corrupt_shard),
+        Fault("torn-checkpoint", "a shard of the newest checkpoint loses half its bytes, and a worker dies", torn_checkpoint),
+        Fault("mlflow-down", "MLflow's server is killed, and starts again later", mlflow_down, prepare_mlflow,
               notice=logger.AWAY, cured=logger.BACK),
-        Fault("disk-full", "the disk of the run's folder fills up, and is given room again", disk_full, prepare_disk,
+        Fault("disk-full", "the disk of the run's folder fills up, and later has free space again", disk_full, prepare_disk,
               no_disk, notice="can't save a checkpoint"),
     )
 }  # fmt: skip

@@ -83,7 +83,7 @@ def _follow(tasks: Benchmark, model: str, every: int, to: str, mlflow: str | Non
     for line in shown.missed(totals):
         out.print(line)
     unknown = sum(one["recorded"]["run_id"] is None for one in totals["steps"])
-    lacking = f", {unknown:,} of them not in MLflow" if unknown else ""
+    lacking = f", but MLflow doesn't have {unknown:,} of them" if unknown else ""
     out.print(f"scored {plural(len(totals['steps']), 'checkpoint')}{lacking}")
     finish({**totals, "file": to})
 
@@ -96,7 +96,12 @@ def make_suite(
     ],
     examples: Annotated[int, typer.Option(min=10, max=100_000, help="Maximum number of examples per task")] = 200,
     fraction: Annotated[
-        float, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction; at most the evaluate.fraction of the models' jobs")
+        float,
+        typer.Option(
+            min=0.0001,
+            max=0.9999,
+            help="Fraction of the dataset that is held out; at most evaluate.fraction in the jobs of the models",
+        ),
     ] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="Random seed; the same seed makes the same files")] = 0,
 ) -> None:
@@ -107,7 +112,7 @@ def make_suite(
         raise ConfigError(f"--out: {to} is not empty. Pass another folder")
     result = make(dataset, to, examples, fraction, seed)
     for name, count in result["tasks"].items():
-        fewer = "" if count == examples else f" instead of {examples:,}: the held-out text has no more"
+        fewer = "" if count == examples else f", not {examples:,}, because the held-out text is too short"
         out.print(f"{name}: {count:,} examples{fewer}")
     out.print(f"{result['suite']}: made from {result['documents']:,} held-out documents")
     out.print(f"Next:  heliostat model benchmark MODEL {result['suite']}")

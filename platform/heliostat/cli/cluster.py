@@ -32,7 +32,9 @@ def check_(
     job: Annotated[
         Path | None,
         typer.Option(
-            metavar="JOB", help="Also check that this job fits and its stores answer", autocompletion=completion.job_files
+            metavar="JOB",
+            help="Check as well that this job fits on the cluster, and that the job's stores answer",
+            autocompletion=completion.job_files,
         ),
     ] = None,
     setting: Settings = None,
@@ -70,7 +72,7 @@ def check_(
 @command(CLUSTER, example="clusters/local.yaml")
 def up(
     file: File,
-    restart: Annotated[bool, flag("--restart", help="Restart Ray where it runs; this ends its jobs")] = False,
+    restart: Annotated[bool, flag("--restart", help="If Ray runs already, restart it; this ends Ray's jobs")] = False,
 ) -> None:
     """Start a cluster, or join a running one: processes on this machine, `ray up`, or `kubectl apply`."""
     from heliostat.cluster import launch, review

@@ -64,7 +64,13 @@ def _be_quiet(quiet: bool) -> None:
 @REPORTING.command()
 def _reporting(
     json_: Annotated[
-        bool, flag("--json", help="Print one JSON object, on errors too (docs/cli.md)", callback=_be_quiet, expose_value=False)
+        bool,
+        flag(
+            "--json",
+            help="Print one JSON object, even if the command fails (docs/cli.md)",
+            callback=_be_quiet,
+            expose_value=False,
+        ),
     ] = False,
 ) -> None:
     """Defines the option `--json` of all commands that report."""

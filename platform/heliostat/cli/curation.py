@@ -29,9 +29,16 @@ Dataset = Annotated[
         autocompletion=completion.datasets,
     ),
 ]
-Url = Annotated[str | None, typer.Option("--url", help="Choose the document by its url, a column of the dataset", metavar="URL")]
+Url = Annotated[
+    str | None, typer.Option("--url", help="Choose the document by its value in the dataset's column `url`", metavar="URL")
+]
 Id = Annotated[
-    str | None, typer.Option("--id", help="Choose the document by its id: its path in the input, with #record", metavar="ID")
+    str | None,
+    typer.Option(
+        "--id",
+        help="Choose the document by its id, which is its path in the input, such as a.html, or a.jsonl#12 for a record",
+        metavar="ID",
+    ),
 ]
 Text = Annotated[Path | None, typer.Option("--text", help="Choose the document that has the text of this file", metavar="FILE")]
 
@@ -144,12 +151,12 @@ def _ways(dataset: Manifest, id: str, mlflow: str | None) -> Report:
 
 def _print_forgotten(report: Report) -> None:
     tokens = f", {report['tokens']:,} tokens" if report["tokens"] else ""
-    out.print(f"dataset {report['dataset']} is ready: {report['documents']:,} documents{tokens}, digest {report['digest'][:12]}, "
-              f"without {', '.join(report['forgotten'])}")  # fmt: skip
+    out.print(f"dataset {report['dataset']} is ready: {report['documents']:,} documents{tokens}, digest {report['digest'][:12]}; "
+              f"it no longer contains {', '.join(report['forgotten'])}")  # fmt: skip
     if report["shard"]:
         out.print(f"  the document was in shard {report['shard']['path']} of version {report['previous'][:12]}")
     else:
-        out.print("  the document was in no shard; the dataset had only its record")
+        out.print("  the document was in no shard; the dataset had only a record of the document")
     for hop in report["instead"]:
         out.print(f"  a near-duplicate is still in the dataset. Forget it, too: --id {hop['id']}")
     _print_runs(report)

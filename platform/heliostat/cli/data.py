@@ -49,7 +49,7 @@ def prepare(
         str | None,
         typer.Option(
             metavar="SHARE",
-            help="Dry run: try a share of the input, such as 0.1%, and predict documents, tokens, hours, and cost",
+            help="Dry run: process a share of the input, such as 0.1%; predict the tokens, hours, and cost of the whole input",
         ),
     ] = None,
     verbose: Verbose = False,

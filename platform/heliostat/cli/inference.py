@@ -17,7 +17,9 @@ from heliostat.errors import ConfigError
 @command(MODEL, example="models:/quickstart-lm/1 --prompt 'class '")
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Option(help="The text to continue, or a description of the image")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text for the model to continue, or description of the image to generate")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one prompt per line; needs --out")] = None,
     prefix: Annotated[
         str | None,
@@ -26,14 +28,17 @@ def generate(
     suffix: Annotated[str | None, typer.Option(help="Text after the answer: a file, or the text itself")] = None,
     seed: Seed = 0,
     to: Annotated[
-        str | None, typer.Option("--out", metavar="FILE", help="File to write the answer to; for --prompts a folder")
+        str | None,
+        typer.Option(
+            "--out", metavar="FILE", help="File to write the answer to; with --prompts, a folder to write the answers to"
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="With --prompts: number of models that run in parallel")] = 1,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     steps: Annotated[int | None, typer.Option(help="Images: sampler steps")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Images: classifier-free guidance scale; 1: none")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Images: classifier-free guidance scale; 1 turns guidance off")] = None,
     sampler: Annotated[str | None, typer.Option(help="Images: ddpm, ddim, dpm++, or euler")] = None,
     grid: Annotated[int | None, typer.Option(help="Images: number of images, in one row")] = None,
     width: Annotated[int | None, typer.Option(help="Images: width in pixels")] = None,
@@ -83,7 +88,10 @@ def infer(
     ],
     task: Annotated[str, typer.Option(help="continue, chat, score, embed, classify, or embed-images")] = "continue",
     column: Annotated[
-        str, typer.Option(help="Column of the input", show_default="text; messages for chat; image for embed-images")
+        str,
+        typer.Option(
+            help="Column of the input", show_default="text, with --task chat: messages, with --task embed-images: image"
+        ),
     ] = "",
     keep: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="Copy this column of the input to the output; may be repeated")
@@ -117,8 +125,8 @@ def infer(
     run_ = run(model_folder(model, mlflow), input_, to, checked, workers, out.quiet, engine)
     prices = hardware.table()
     run_ |= {"cost": hardware.cost(run_["devices"], prices), "currency": prices["currency"]}
-    without = f", {run_['bad']:,} without one (bad.parquet)" if run_["bad"] else ""
-    cut = f", {run_['truncated']:,} of them for inputs that were cut" if run_["truncated"] else ""
+    without = f", {run_['bad']:,} inputs have no answer (bad.parquet)" if run_["bad"] else ""
+    cut = f", {run_['truncated']:,} of them to inputs that were cut" if run_["truncated"] else ""
     many, what = (run_["answers"], "images") if task == "embed-images" else (run_["tokens"], "tokens")
     pace = f"{many:,} {what}, {many / max(run_['seconds'], 0.1):,.0f} per second"
     cost = "unknown (the price table lacks this GPU)" if run_["cost"] is None else f"{run_['cost']:,.2f} {run_['currency']}"
@@ -144,7 +152,8 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Maximum number of held-out samples")] = 256,
     sequence_length: Annotated[int | None, typer.Option(min=2, help="Tokens per sample", show_default="the model's own")] = None,
     fraction: Annotated[
-        float | None, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction", show_default="the job's, or 0.01")
+        float | None,
+        typer.Option(min=0.0001, max=0.9999, help="Fraction of the dataset that is held out", show_default="the job's, or 0.01"),
     ] = None,
     mlflow: TrackingUri = None,
 ) -> None:

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 Id = Annotated[
     str,
-    typer.Argument(help="The job's id: its run's name", metavar="ID", show_default=False, autocompletion=completion.jobs),
+    typer.Argument(
+        help="The job's id, which is the name of the run", metavar="ID", show_default=False, autocompletion=completion.jobs
+    ),
 ]
 
 

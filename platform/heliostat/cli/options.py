@@ -50,7 +50,7 @@ OnCluster = Annotated[
         "--cluster",
         "-c",
         metavar="CLUSTER",
-        help="A cluster that runs on this machine: its file or name",
+        help="File or name of a cluster that runs on this machine",
         show_default="$RAY_ADDRESS, or none",
         autocompletion=completion.clusters,
     ),
@@ -98,14 +98,17 @@ TopP = Annotated[
 Engine = Annotated[str, typer.Option("--engine", help="auto, transformers, or vllm; auto uses vllm if it can run the model")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed; the same seed gives the same answers")]
 Embedder = Annotated[
-    str | None, typer.Option("--embedder", metavar="MODEL", help="Folder of the index's embedder, if it has moved")
+    str | None, typer.Option("--embedder", metavar="MODEL", help="New folder of the index's embedder, if the embedder has moved")
 ]
 Reranker = Annotated[
     str | None, typer.Option("--reranker", metavar="MODEL", help="A cross-encoder that sorts the passages that the index finds")
 ]
 Keys = Annotated[
     Path,
-    typer.Option(metavar="FILE", help="A file of API keys, one KEY or NAME KEY per line; a missing file is made with a new key"),
+    typer.Option(
+        metavar="FILE",
+        help="A file of API keys. Each line is KEY, or NAME and KEY. If the file is missing, it is made with a new key",
+    ),
 ]
 Target = Annotated[
     str | None,
@@ -129,4 +132,4 @@ ClusterFile = Annotated[
     ),
 ]
 Queue = Annotated[str | None, typer.Option(metavar="NAME", help="Jobs of one queue run one after another")]
-Follow = Annotated[bool, flag("--follow", "-f", help="Show the log until the job is over; its outcome is the exit code")]
+Follow = Annotated[bool, flag("--follow", "-f", help="Show the log until the job ends; the exit code shows the job's outcome")]

@@ -28,7 +28,7 @@ def plan(
     calibrate: Annotated[
         str | None,
         typer.Option(
-            help="A run whose measured speed corrects the device's: an id or a folder",
+            help="Id or folder of a run; the run's measured speed corrects the device's speed",
             metavar="RUN",
             autocompletion=completion.runs,
         ),
@@ -140,7 +140,8 @@ def lines(p: Report) -> list[str]:
         f"{r['energy_kwh']:,.1f} kWh, cost {r['cost']:,.2f} (prices of {p['device']['prices']}; energy only "
         f"{r['energy_cost']:,.2f})",
         f"checkpoint {_size(c['bytes'])}, {c['upload_s']:.1f} s to storage, training waits {c['blocked_s']:.2f} s; every "
-        f"{c['every']} steps, best every {c['recommended_every']:,} (one failure in {c['hours_between_failures']:,.0f} hours)",
+        f"{c['every']} steps (recommended: every {c['recommended_every']:,}, at one failure in "
+        f"{c['hours_between_failures']:,.0f} hours)",
     ]
     if best := p["recommended"]:
         text.append(

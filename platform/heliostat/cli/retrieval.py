@@ -54,7 +54,7 @@ def _print_made(result: Report, to: str) -> None:
     out.print(f"{to} has {size} of {result['dataset']['digest'][:12]}: {result['added']:,} documents added, "
               f"{result['deleted']:,} deleted, {result['kept']:,} unchanged")  # fmt: skip
     for count, what in (
-        (result["empty"], "documents have no text, so no passage"),
+        (result["empty"], "documents have no text, so they have no passages"),
         (result["unembedded"], "passages have no embedding: the model embeds none of their tokens, or failed"),
         (result["truncated"], "passages are too long for the embedder, which embeds only their beginnings"),
     ):
@@ -72,7 +72,7 @@ def ask(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A language model that answers from the passages; by default the passages are shown",
+            help="Language model that answers the question from the passages. Without it, the passages are shown",
             metavar="MODEL",
             autocompletion=completion.models,
         ),
@@ -83,7 +83,7 @@ def ask(
     ] = None,
     questions: Annotated[
         Path | None,
-        typer.Option(help="Measure the index on a file of questions and their documents", metavar="FILE"),
+        typer.Option(help="Measure the index with a file of questions, each with the documents to find", metavar="FILE"),
     ] = None,
     embedder: Embedder = None,
     reranker: Reranker = None,
@@ -175,7 +175,7 @@ def _judge(index: SearchIndex, file: Path, reranker: Path | None) -> None:
         if mode != "bm25":  # the rows above already compare with bm25
             rows.append([f"{mode}+reranker over {mode}", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)])
     print_table(rows)
-    left = f"; {result['unknown']:,} more name documents that the index doesn't have" if result["unknown"] else ""
-    left += f"; {result['too_long']:,} more are too long for the embedder" if result["too_long"] else ""
-    out.print(f"{result['questions']:,} questions{left}; ± is half of a 95 % interval of the difference")
+    left = f"; {result['unknown']:,} other questions name documents that the index doesn't have" if result["unknown"] else ""
+    left += f"; {result['too_long']:,} other questions are too long for the embedder" if result["too_long"] else ""
+    out.print(f"{result['questions']:,} questions{left}; ± is half the width of the 95 % interval of the difference")
     finish(result)

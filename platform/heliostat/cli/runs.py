@@ -82,7 +82,8 @@ def lineage(
         ),
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(metavar="PATH", help="List the runs that trained on this shard: a path, or its end")
+        str | None,
+        typer.Option(metavar="PATH", help="List the runs that trained on this shard; pass its path, or the end of its path"),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(metavar="DIGEST", help="List the runs that trained on the dataset with this digest")
@@ -133,10 +134,12 @@ def promote(
         typer.Option(metavar="RULE", help="A score that the model must have, such as 'eval/loss<2.1'; may be repeated"),
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="Metric that must not be worse than that of the alias's current model")
+        str, typer.Option(help="Metric whose value must not be worse than for the alias's current model")
     ] = "eval/loss",
     maximize: Annotated[bool, flag("--maximize", help="Larger values of the metric are better")] = False,
-    force: Annotated[bool, flag("--force", help="Promote the model even if it fails a rule; the history records it")] = False,
+    force: Annotated[
+        bool, flag("--force", help="Promote the model even if it fails a rule; the history records the failed rules")
+    ] = False,
     mlflow: TrackingUri = None,
 ) -> None:
     """Give a registered model an alias, unless it is worse than the alias's current model or fails a rule."""
@@ -187,7 +190,7 @@ def profile(
 def reproduce(
     run: Run,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Number of steps to train, of the recorded schedule", show_default="all")
+        int | None, typer.Option(min=1, help="Number of steps of the recorded schedule to train", show_default="all")
     ] = None,
     setting: Settings = None,
     overwrite: Annotated[bool, flag("--overwrite", help="Delete an earlier reproduction of the run")] = False,

@@ -27,7 +27,11 @@ AnyModel = Annotated[
 ]
 Index = Annotated[
     str | None,
-    typer.Option("--index", metavar="INDEX", help="Also serve an index of `heliostat search index`: a folder or s3:// URI"),
+    typer.Option(
+        "--index",
+        metavar="INDEX",
+        help="Index of `heliostat search index` to serve in addition to the model: a folder or s3:// URI",
+    ),
 ]
 Open = Annotated[bool, flag("--no-keys", help="Answer requests without a key")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Maximum number of tokens of an answer")]
@@ -42,7 +46,9 @@ def serve(
     name: Annotated[str | None, typer.Option(help="The model's name for clients", show_default="its own name")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FOLDER", help="Also serve a LoRA adapter of the model, under this name; may be repeated"),
+        typer.Option(
+            metavar="NAME=FOLDER", help="LoRA adapter to serve in addition to the model, under this name; may be repeated"
+        ),
     ] = None,
     keys: Keys = Path(".heliostat/serve/keys"),
     open_: Open = False,
@@ -52,10 +58,10 @@ def serve(
     batch: Annotated[int, typer.Option(help="Batch size of a replica, in prompts")] = 16,
     max_tokens: MaxTokens = 1024,
     max_body: Annotated[int, typer.Option(help="Maximum number of bytes of a request")] = 1 << 20,
-    concurrent: Annotated[int, typer.Option(help="Concurrent requests per key; 0: no limit")] = 256,
-    per_minute: Annotated[int, typer.Option(help="Requests per key and minute; 0: no limit")] = 0,
+    concurrent: Annotated[int, typer.Option(help="Maximum number of concurrent requests per key; 0: no limit")] = 256,
+    per_minute: Annotated[int, typer.Option(help="Maximum number of requests per key and per minute; 0: no limit")] = 0,
     deadline: Annotated[float, typer.Option(help="Maximum number of seconds of an answer")] = 300.0,
-    poll: Annotated[float, typer.Option(help="Seconds between two checks of the alias")] = 2.0,
+    poll: Annotated[float, typer.Option(help="Seconds between two checks whether the alias has a new version")] = 2.0,
     cluster: OnCluster = None,
     stop: Annotated[bool, flag("--stop", help="Stop the endpoint that a killed command left on the cluster")] = False,
     mlflow: TrackingUri = None,

@@ -91,7 +91,7 @@ def _show_numerics(job: Path, checked: Checked) -> tuple[Report, NumericsError |
     print_table(_table(result["rows"]), left=(0, 4))
     if result["ok"]:
         limits = f"within the limits of {result['trial']['precision']}"
-        out.print(f"{job}: the same numbers as one plain process of torch in fp32, {limits}")
+        out.print(f"{job}: the numbers are the same as in one plain process of torch in fp32, {limits}")
         return result, None
     return result, NumericsError(f"{job}: {explain(result['faults'])}")
 
@@ -102,7 +102,8 @@ def _recomputed(t: Report) -> list[str]:
     return [
         f"{t['model']}; {t['optimizer']}, {t['precision']}, ZeRO stage {t['stage']}, {t['workers']} workers on {where}",
         f"{t['steps']} steps of {t['global_batch_size']} samples{tokens} in micro-batches of {t['micro_batch_size']}; "
-        f"from step {t['resumed']['step']} also on {t['resumed']['workers']} worker at stage {t['resumed']['stage']}",
+        f"the steps from {t['resumed']['step']} on again, resumed on "
+        f"{t['resumed']['workers']} worker at stage {t['resumed']['stage']}",
     ]
 
 
@@ -131,23 +132,28 @@ def train(
     job: Annotated[
         Path | None,
         typer.Argument(
-            help="A job file; none with --from-sweep", metavar="JOB", show_default=False, autocompletion=completion.job_files
+            help="A job file; leave it out with --from-sweep",
+            metavar="JOB",
+            show_default=False,
+            autocompletion=completion.job_files,
         ),
     ] = None,
     setting: Settings = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     allow_data_change: Annotated[
-        bool, flag("--allow-data-change", help="Resume on other data, as a new segment of the run")
+        bool, flag("--allow-data-change", help="Allow the run to resume on other data; the run gets a new segment")
     ] = False,
     alias: Annotated[
         str | None, typer.Option(metavar="NAME", help="Alias to assign to the registered model (mlflow.alias)")
     ] = None,
-    dry_run: Annotated[bool, flag("--dry-run", help="Train nothing: compute every rank's part in this process")] = False,
+    dry_run: Annotated[bool, flag("--dry-run", help="Don't train; compute in this process what each rank would do")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="With --dry-run: the number of ranks")] = None,
     from_sweep: Annotated[
         str | None,
-        typer.Option(metavar="SWEEP", help="Train a job of a sweep: its folder or name", autocompletion=completion.sweeps),
+        typer.Option(
+            metavar="SWEEP", help="Train a job of this sweep; pass the sweep's folder or name", autocompletion=completion.sweeps
+        ),
     ] = None,
     best: Annotated[bool, flag("--best", help="With --from-sweep: train the job of the best trial")] = False,
     verbose: Verbose = False,
@@ -230,7 +236,7 @@ def chaos(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="Faults to inject; also kill-driver, kill-driver-late, restart-head",
+            help="Faults to inject: names from the default list, or kill-driver, kill-driver-late, restart-head",
             show_default=ISSUE.replace(",", ", "),
         ),
     ] = ISSUE,

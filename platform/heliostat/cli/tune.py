@@ -51,7 +51,8 @@ def tune(
     ] = False,
     overwrite: Annotated[bool, flag("--overwrite", help="Delete the sweep of this name and start from scratch")] = False,
     transfer: Annotated[
-        Path | None, typer.Option(metavar="JOB", help="A large job: scale the learning rate to it from the widths of the sweep")
+        Path | None,
+        typer.Option(metavar="JOB", help="A large job; heliostat extrapolates its learning rate from the widths in the sweep"),
     ] = None,
     cluster: Target = None,
     follow: Follow = False,
@@ -147,7 +148,7 @@ def _carry(folder: str, big: Path) -> dict[str, object]:
     result, path = transfer.carry(plan, read(plan.folder), transfer.check(plan, big), big)
     for line in transfer.tell(result):
         out.print(line)
-    out.print(f"the job with this learning rate is in {path}")
+    out.print(f"the large job with this learning rate is in {path}")
     return {**asdict(result), "job": str(path)}
 
 

@@ -45,7 +45,9 @@ def _refuse(folder: Path, paths: list[str]) -> None:
     here = sorted(map(str, blocking)) + [path for path in paths if path != IGNORED and (folder / path).exists()]
     if here:
         more = f" and {len(here) - 1} more" if len(here) > 1 else ""
-        raise ConfigError(f"{folder}: already has {here[0]}{more}, so nothing was written. Pass another folder, or move them")
+        raise ConfigError(
+            f"{folder}: already has {here[0]}{more}, so nothing was written. Pass another folder, or empty this one"
+        )
 
 
 def _files(folder: Traversable, below: str) -> list[tuple[str, Traversable]]:

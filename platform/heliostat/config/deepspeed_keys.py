@@ -53,7 +53,7 @@ class ZeroKeys(Strict):
     use_multi_rank_bucket_allreduce: bool = True
     """Uses one all-reduce for a bucket whose parts belong to several workers."""
     sub_group_size: Positive = 1_000_000_000
-    """Elements per optimizer step at stage 3."""
+    """Elements that the optimizer updates at once at stage 3."""
     stage3_prefetch_bucket_size: Elements = 50_000_000
     """Elements of parameters to gather ahead of their use."""
     stage3_param_persistence_threshold: Elements = 100_000

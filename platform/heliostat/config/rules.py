@@ -78,7 +78,9 @@ def _group_faults(key: str, each: int, job: Ruled) -> list[str]:
         near = " or ".join(map(str, _multiples(workers.count, each)))
         return [f"{key} doesn't divide workers.count {workers.count}. Use {near} workers"]
     if workers.most // each * each < workers.least:
-        return [f"{key}: workers.count {workers.least} to {workers.most} has no multiple of it. Change one of them"]
+        return [
+            f"{key}: no number from {workers.least} to {workers.most} (workers.count) is a multiple. Change one of the two keys"
+        ]
     return []
 
 
@@ -272,7 +274,7 @@ def _precision_faults(job: Ruled) -> Iterator[str]:
         where = f"train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}"
         yield (
             f"train.grad_accum_dtype: fp32 isn't supported with {where}: DeepSpeed sums in host memory in low "
-            "precision. Use stage 3, or same"
+            "precision. Use stage 3, or set train.grad_accum_dtype to same"
         )
 
 
@@ -282,7 +284,7 @@ def _attention_faults(job: Ruled) -> Iterator[str]:
         return
     key = f"train.attention: {name!r}"
     if not job.workers.gpus:
-        yield f"{key} needs GPUs (workers.gpus is 0). Use sdpa, which computes the same"
+        yield f"{key} needs GPUs (workers.gpus is 0). Use sdpa, which gives the same results"
     if train.parallel.sequence > 1:
         yield f"{key} isn't supported with train.parallel.sequence. Use sdpa"
     if name.startswith("flash"):
@@ -314,8 +316,8 @@ def _optimizer_faults(job: Ruled) -> Iterator[str]:
     if optimizer.averages and job.train.schedule.name != "constant":
         name = job.train.schedule.name
         yield (
-            f"train.schedule.name: {name!r} isn't supported with optimizer {optimizer.name!r}, whose average replaces "
-            "it. Use constant"
+            f"train.schedule.name: {name!r} isn't supported with optimizer {optimizer.name!r}, whose average of the "
+            "weights replaces a schedule. Use constant"
         )
     if optimizer.averages and job.train.ema:
         yield f"train.ema: optimizer {optimizer.name!r} keeps an average of the weights itself. Remove train.ema"
@@ -334,7 +336,7 @@ def _offload_faults(job: Ruled) -> Iterator[str]:
     if offload.param and zero.stage != 3:
         yield f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}. Set it"
     if (offload.param == "nvme") != bool(offload.nvme_path):
-        yield "train.zero.offload.nvme_path: required with param 'nvme', and only then. Set both, or none"
+        yield "train.zero.offload.nvme_path: needed with train.zero.offload.param 'nvme', and only with it. Set both, or neither"
 
 
 def _mlflow_faults(job: Ruled) -> Iterator[str]:

@@ -16,7 +16,7 @@ class Source(Strict):
     weight: NonNegative = 1.0
     """Weight of the source's samples, relative to the other sources."""
     max_epochs: Annotated[Float, Field(gt=0)] | None = None
-    """Maximum passes over the source. Then the other sources share its weight. Unset: no limit."""
+    """Maximum passes over the source. After that, the other sources share the weight of this source. Unset: no limit."""
 
 
 class MixChange(Strict):
@@ -30,9 +30,9 @@ class Data(Strict):
     path: Annotated[str | None, Field(exclude=True)] = None
     """Dataset to train on. Short for `sources: [{path: ...}]`."""
     sources: Annotated[list[Source], Field(min_length=1), Filled("from `path`")]
-    """Datasets to mix, each path once."""
+    """Datasets to mix. Each path may be listed only once."""
     sequence_length: Annotated[int, Field(gt=1)] | None = None
-    """Tokens per sample. Required for token datasets; images have none."""
+    """Tokens per sample. Required for token datasets; image datasets don't have it."""
     seed: Seed = 0
     """Random seed for sample order."""
     virtual_ranks: Annotated[Count | None, Was("lanes")] = None
@@ -46,8 +46,8 @@ class Data(Strict):
     """`replace`: replaces the samples of a damaged row group with other samples from their shuffle window, and counts and lists
     the replaced samples. `fail`: stops the run. See docs/data-order.md#bad-data"""
     max_bad_fraction: Fraction = 0.01
-    """Maximum share of replaced samples, relative to an epoch (or to all trained samples, if more). If the share is higher, the
-    run stops."""
+    """Maximum share of replaced samples, relative to the samples of an epoch (or to all trained samples, if these are more). If
+    the share is higher, the run stops."""
     memory_limit: ByteSize = ByteSize(2 << 30)
     """Maximum bytes (`512MiB`) of samples in flight from storage to workers, per stream. Large runs have one stream per node."""
     one_source_batches: bool = False
@@ -66,7 +66,7 @@ class Data(Strict):
         if not isinstance(value, dict) or not isinstance(value.get("path"), str):
             return value
         if "sources" in value:
-            raise ValueError("path is short for one source, but sources is also set. Remove one of them")
+            raise ValueError("path and sources are both set, but path is the short form of sources. Remove one of them")
         return {"sources": [{"path": value["path"]}]} | {key: part for key, part in value.items() if key != "path"}
 
 
@@ -121,7 +121,8 @@ class Checkpoint(Strict):
     keep_every: Positive | None = None
     """Keeps checkpoints at multiples of this number of steps forever. Unset: none."""
     best: Best | None = None
-    """Also keeps the best checkpoints by a score. Unset: none. See docs/checkpoints.md#what-is-kept"""
+    """Keeps the best checkpoints by a score, in addition to the newest checkpoints. Unset: none. See
+    docs/checkpoints.md#what-is-kept"""
     grace: Annotated[Float, Field(gt=0)] = 60.0
     """Maximum seconds for the last checkpoint after SIGTERM, Ctrl-C, or a preemption notice."""
     memory_every: Positive | None = None
@@ -210,7 +211,7 @@ class Card(Strict):
     """Describes the model for its users: the model card, which exports and registered models contain."""
 
     license: Name | None = None
-    """SPDX identifier, for example `Apache-2.0`. Unset: the parent model's, or `unknown`."""
+    """SPDX identifier, for example `Apache-2.0`. Unset: the license of the parent model, or `unknown`."""
     summary: str = ""
     """Description of the model."""
     intended_use: str = ""

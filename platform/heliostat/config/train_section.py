@@ -31,8 +31,8 @@ QUANTIZED_GRADIENTS = "DeepSpeed's kernels read gradients in bf16 and fp32 as if
 
 class Zero(Strict):
     stage: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: what the workers shard. 0: nothing; 1: optimizer state; 2: also gradients; 3: also weights. Stage 0 needs
-    `precision: fp32`."""
+    """ZeRO stage: what the workers shard. 0: nothing; 1: optimizer state; 2: optimizer state and gradients; 3: optimizer state,
+    gradients, and weights. Stage 0 needs `precision: fp32`."""
     offload: Offload = Offload()
     """Offloads state from GPU memory."""
     shard_group_size: Annotated[Group | None, Was("divide_within")] = None
@@ -66,7 +66,7 @@ class Zero(Strict):
 NOT_OFFERED = {
     "pipeline": "heliostat doesn't split models into stages, but train.zero.stage 3 shards their layers over all workers",
     "context": "use sequence, which splits samples over workers",
-    "data": "it follows from workers.count and sequence or tensor",
+    "data": "heliostat computes it from workers.count and sequence or tensor",
 }
 
 
@@ -248,7 +248,7 @@ class Train(Strict):
         if len(lengths := [key for key in LENGTHS if value.get(key) is not None]) > 1:
             raise ValueError(f"{' and '.join(lengths)} each set the length of the run. Keep one")
         for key in (key for key in GROWING if key in value):
-            why = f"{GROWING[key]}; the data order, resuming, and the schedule need that"
+            why = f"{GROWING[key]}. The data order, resuming, and the schedule rely on this"
             raise ValueError(f"{key} isn't supported: {why}. Remove it, and use train.schedule.warmup_steps")
         return {key: setting for key, setting in value.items() if key not in RETIRED}
 

@@ -127,8 +127,10 @@ def _configured(name: HubName, listed: list[HubFile], wanted: str, compiled: Cal
     if not configs:
         return _trained(name, [f for f in listed if not _is_apart(f.path)])
     if not wanted and len(configs) > 1 and "" not in configs and "default" not in configs:
-        raise ConfigError(f"input: {name.repo} has {len(configs)} configurations. Choose one: "
-                          f"{names.DATASETS}{name.repo}/{next(iter(configs))} (of {', '.join(list(configs)[:20])})")  # fmt: skip
+        raise ConfigError(
+            f"input: {name.repo} has {len(configs)} configurations. Choose one: "
+            f"{names.DATASETS}{name.repo}/{next(iter(configs))} (the configurations are {', '.join(list(configs)[:20])})"
+        )
     chosen = wanted or ("default" if "default" in configs else next(iter(configs)))
     splits = {split: [f for f in listed if any(compiled(p).fullmatch(f.path) for p in paths)]
               for split, paths in configs[chosen].items()}  # fmt: skip
@@ -152,7 +154,7 @@ def _trained(name: HubName, listed: list[HubFile]) -> list[HubFile]:
     others = [f for f in listed if words[f.path] & OTHERS and TRAIN not in words[f.path]]
     if not others or not any(TRAIN in members for members in words.values()):
         return listed
-    log.info("input: %s: not read: %s of other splits, such as %s (to read them, put their path into the input)",
+    log.info("input: %s: heliostat doesn't read %s of other splits, such as %s. To read them, put their path into the input",
              name, plural(len(others), "file"), others[0].path)  # fmt: skip
     return [f for f in listed if f not in others]
 

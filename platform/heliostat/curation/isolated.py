@@ -119,7 +119,10 @@ class Isolated:
             raise RuntimeError(f"{self._function}: its process didn't start (exit code {self.close()})") from None
         for lack in set(started["lacks"]) - _logged:
             _logged.add(lack)
-            log.warning("can't fully isolate document parsers on this machine: %s. The remaining isolation is weaker", lack)
+            log.warning(
+                "can't fully isolate document parsers on this machine: %s. heliostat still isolates them, but less than usual",
+                lack,
+            )
 
     def close(self) -> int | None:
         """Ends the process, if there is one; returns its exit code."""

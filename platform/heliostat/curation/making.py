@@ -197,7 +197,7 @@ class Making(ABC):
         curated = self.curated(inputs)
         rows, meta = self._run(curated)
         if not rows:
-            raise DataError(f"the sample is empty after all stages ({meta.get('dropped')}). Choose a larger one")
+            raise DataError(f"the sample is empty after all stages ({meta.get('dropped')}). Choose a larger sample")
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, curated.runs, self.sample.fraction)
         shares = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)

@@ -152,19 +152,21 @@ class Prediction:
         kept, notes = self.funnel[SHARD]["kept"], list[str]()
         for name, share in self.repeated.items():
             if share.high - share.low > 0.01:
-                notes.append(f"{name}: the sample has few duplicates of its own documents: {share.seen:.1%} here, "
-                    f"{share.expected:.1%} expected in all input, {share.low:.1%} to {share.high:.1%} possible")  # fmt: skip
+                notes.append(f"{name}: few documents in the sample are duplicates of each other: {share.seen:.1%}. "
+                    f"For the whole input, {share.expected:.1%} are expected, and {share.low:.1%} to {share.high:.1%} are "
+                    "possible")  # fmt: skip
         for number, stage in enumerate(self.stages):
             if isinstance(stage, GlobalStage) and (name := tally.label(number, stage)) not in self.repeated:
                 notes.append(
-                    f"{name}: compares all documents, and the sample has few of them. It will drop more from the whole input"
+                    f"{name}: this stage compares all documents. In the whole input, it will drop a larger share than "
+                    "in the sample"
                 )
         if kept < FEW:
             notes.append(f"only {kept:,} documents of the sample are kept, so the estimates are rough. Choose a larger share")
         if (known := estimates.Z * self.spread) > GOOD:
             larger = estimates.enough(self.sample.fraction, self.spread, GOOD)
-            notes.append(f"bytes, tokens, and hours have an error of {known:.0%}, given the number of kept documents and their "
-                f"sizes. A share of {larger:.2g} would reduce it to {GOOD:.0%}")  # fmt: skip
+            notes.append(f"bytes, tokens, and hours have an error of {known:.0%}, which follows from the number and sizes of the "
+                f"kept documents. A share of {larger:.2g} would reduce the error to {GOOD:.0%}")  # fmt: skip
         return notes
 
 

@@ -51,8 +51,8 @@ def explain(facts: dict[str, Any]) -> list[str]:
             f"of CPU ({few} to {many}; {cost}), {wall} on {facts['cpus']} CPUs"
         ),
         (
-            "in brackets: 95 % interval, for independent documents, from the fewest to the most possible duplicates; "
-            "wider if neighbors are similar"
+            "in brackets: 95 % intervals, from the fewest to the most possible duplicates. They assume independent documents. "
+            "If neighboring documents are similar, the true intervals are wider"
         ),
         *(f"note: {note}" for note in facts["notes"]),
     ]

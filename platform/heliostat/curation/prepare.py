@@ -284,7 +284,7 @@ def _undo(output: Location, before: set[str], record: dict[str, Any], error: Bas
         versions.remove_all(output, sorted(set(versions.listing(output)) - before - needed))
         versions.release(output, record)
     except HeliostatError as e:
-        log.warning("%s. A later prepare removes the files", e)
+        log.warning("%s. The next `heliostat data prepare` removes the files", e)
 
 
 def _list(output: Location, listed: list[str]) -> None:
@@ -358,8 +358,8 @@ def _report(
     meta = dataset.meta
     if pruned.until is not None:
         until = datetime.fromtimestamp(pruned.until).isoformat(" ", "minutes")
-        log.info(("%s: keeping %d replaced versions for the runs that read them, the last until %s. A prepare after that "
-            "removes them (keep_days)"), dataset.location, pruned.kept, until)  # fmt: skip
+        log.info(("%s: heliostat keeps %d replaced versions, because runs may read them, the newest until %s. The first "
+            "`heliostat data prepare` after that date removes it (keep_days)"), dataset.location, pruned.kept, until)  # fmt: skip
     return {
         "dataset": str(dataset.location),
         "digest": dataset.digest,

@@ -40,9 +40,9 @@ class StagedPipeline(Pipeline):
     """Stages for documents, or for images with captions, between reading and shards, in this order: `{stage: NAME, KEY: VALUE}`.
     See docs/data/stages.md"""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
-    """Bytes of memory that a task may use in addition to its process at the start. Ray reserves them, so a node runs as many
-    tasks as fit; a log line says so if that is fewer than its CPUs. A Parquet file with large row groups needs more
-    (docs/benchmarks/curation.md), and so may a document of more than a fortieth of it."""
+    """Bytes of memory that a task may use in addition to its process at the start. Ray reserves this memory, so a node runs
+    only as many tasks as fit. If a node's memory fits fewer tasks than its CPUs, a log line reports it. Set more memory for a
+    Parquet file with large row groups (docs/benchmarks/curation.md), or for documents above a fortieth of this value."""
     work: str | None = None
     """Folder or `s3://` prefix for unfinished work, from which an interrupted run resumes. Unset: next to the output, with
     `.work` after its name. See docs/data/work.md"""

@@ -61,7 +61,7 @@ def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
         return None
     listed = {PurePosixPath(one["file"]).name for one in facts["answers_in"]}
     if others := {PurePosixPath(file.path or root.name).name for file in files} - listed:
-        log.warning("the dataset doesn't record which model wrote it: %s doesn't list %s", record, min(others))
+        log.warning("the dataset doesn't record which model wrote it, because %s doesn't list %s", record, min(others))
         return None
     return {name: value for name, value in facts.items() if name in InferenceFacts.__annotations__ and name != "answers_in"}
 

@@ -76,7 +76,8 @@ def expand(job: Job, recorded: DataPlan | None = None) -> Job:
             if not as_recorded and (now := manifest.read(place.join(name)).digest) != digest:
                 raise ConfigError(
                     f"data.sources: {source.path}: part {name} has digest {now[:12]}, but the collection lists "
-                    f"{digest[:12]}. A prepare is running, or was interrupted. Run it again"
+                    f"{digest[:12]}. A `heliostat data prepare` of the collection is running, or was interrupted. "
+                    "Run the prepare again"
                 )
         total = sum(meta["parts"].values())
         expanded.append((source, [(place.join(name).uri, rows / total) for name, rows in sorted(meta["parts"].items())]))

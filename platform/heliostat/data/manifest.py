@@ -319,7 +319,7 @@ def read(location: Location, digest: str | None = None) -> Manifest:
     except FileNotFoundError as e:
         raise DataError(f"{changed}, and heliostat didn't keep the earlier version") from e
     if manifest.digest != digest:
-        raise DataError(f"{changed}, and {VERSIONS}/{version_name(digest)} is {manifest.digest}, not {digest}")
+        raise DataError(f"{changed}, and {VERSIONS}/{version_name(digest)} has digest {manifest.digest}, not {digest}")
     return manifest
 
 

@@ -94,8 +94,8 @@ def read_record(location: Location) -> dict[str, Any]:
     except DataError as e:
         first = min(i.base_name for i in files)
         raise ConfigError(
-            f"output: {location}: not empty, and not a heliostat dataset ({RECORD} is missing, {first!r} is "
-            "there). Use another folder, or empty this one"
+            f"output: {location}: not empty, and not a heliostat dataset (it contains {first!r}, but "
+            f"not {RECORD}). Use another folder, or empty this one"
         ) from e
     return {}
 
@@ -117,7 +117,8 @@ def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(other := record.get("building"), dict):
         host, pid = other.get("host"), other.get("pid")
         if host != socket.gethostname():
-            log.warning("%s: a prepare on %r didn't finish, or is still running. Two prepares would damage each other's files",
+            log.warning("%s: `data prepare` on %r didn't finish, or is still running. "
+                        "Two concurrent prepares would damage each other's files",
                         location, host)  # fmt: skip
         elif pid != os.getpid() and _alive(pid, other.get("started")):
             raise ConfigError(f"output: {location}: process {pid} is preparing it. Wait for it, or stop it first")
@@ -193,7 +194,7 @@ def prune(location: Location, record: Mapping[str, Any], keep_s: float, now: flo
         versions = all_versions(location)
         newest = manifest.read(location)
     except DataError as e:
-        log.warning("%s. heliostat removes no files of the earlier versions", e)
+        log.warning("%s. So heliostat doesn't remove files of earlier versions", e)
         return NOTHING
     ages = {name: now - when for name, when in record.get("replaced", {}).items() if name in versions}
     gone = {name for name, age in ages.items() if age >= keep_s and name != manifest.version_name(newest.digest)}

@@ -155,7 +155,9 @@ def take(
                 continue
         if newest_number(folder) == number + 1:
             return Lease(folder, number + 1, mine)
-    raise ConfigError(f"{field}: {folder} is being {doing} by other commands, which were faster {TRIES} times. {instead}")
+    raise ConfigError(
+        f"{field}: {folder} is being {doing} by other commands. heliostat tried {TRIES} times to take the lease. {instead}"
+    )
 
 
 def holder(folder: Location, number: int) -> Holder | None:
@@ -166,7 +168,11 @@ def holder(folder: Location, number: int) -> Holder | None:
     if own.machine == _machine():
         return own if own.alive else None
     log.info(
-        "waiting up to %.0f s to see whether process %d on %s, which holds %s, is alive", SILENCE_S, own.pid, own.host, folder
+        "waiting up to %.0f s to see whether process %d on %s, which has the lease of %s, is alive",
+        SILENCE_S,
+        own.pid,
+        own.host,
+        folder,
     )
     deadline, before = time.monotonic() + SILENCE_S, own
     while time.monotonic() < deadline:

@@ -219,7 +219,7 @@ class Crew:
         if lost and task.careful and (crash := trouble.learn(self.work.note(self.kind, task.key), error)):
             self.last = crash.id
             log.warning(
-                "%s: %s crashes its process at %s, so heliostat leaves it out (%s)",
+                "%s: %s crashes its process at %s, so heliostat leaves this document out (%s)",
                 self.kind,
                 printable(crash.id),
                 crash.stage,
@@ -251,10 +251,10 @@ class Crew:
         self.looked, nodes = time.monotonic(), self.flow.nodes()
         self.memory = self.flow.memory_each(max(1, min(self.cpus, max(nodes, default=0))))
         if not any(nodes):
-            label = f" with the labels {self.flow.labels}" if self.flow.labels else ""
+            label = f" and the labels {self.flow.labels}" if self.flow.labels else ""
             log.log(
                 logging.DEBUG if self.alone else logging.WARNING,
-                "%s: no node has CPUs%s, so tasks wait for such a node",
+                "%s: tasks wait for a node with CPUs%s. The cluster has no such node now",
                 self.kind,
                 label,
             )

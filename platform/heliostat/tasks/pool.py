@@ -123,7 +123,7 @@ def _placed(actors: list[Any]) -> list[Any]:
         )
     if late:
         log.warning(
-            "started %d of %d actors, because other programs use the other resources. Continuing with these",
+            "started %d of %d actors, because other programs use the remaining resources. Continuing with the started actors",
             len(ready),
             len(actors),
         )

@@ -91,7 +91,7 @@ class Work:
         except (FileNotFoundError, ValueError):
             before = {}
         if difference := libraries.changed(before, versions):
-            log.warning("work: %s: repeating the work that depends on these libraries", ", ".join(difference))
+            log.warning("work: %s: heliostat repeats the work that depends on these libraries", ", ".join(difference))
         if before != before | versions:
             place.write(json.dumps(before | versions).encode())
 

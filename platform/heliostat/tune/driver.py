@@ -194,7 +194,9 @@ class _Tuning:
             )
             log.warning("running one trial after another: %s", missing)
         elif wanted and wanted > most:
-            log.warning("concurrency: there is room for %d trials of %d workers, not %d", most, workers.most, wanted)
+            log.warning(
+                "concurrency: there is room for %d trials of %d workers each, but not for %d trials", most, workers.most, wanted
+            )
         return max(1, min(wanted or most, most))
 
     def _complete(self) -> bool:

@@ -36,7 +36,8 @@ def note(plan: SweepPlan) -> str:
     """Describes a sweep in Markdown, for MLflow's UI."""
     sweep = plan.sweep
     what = f"Sweep of `{sweep.job}`: {sweep.searcher.name} search for the {sweep.mode}imum of `{sweep.metric}` over"
-    return f"{what} {', '.join(f'`{key}`' for key in sweep.space)}.\n\nThe trials are its child runs, and rows of `trials.json`."
+    trials = "The trials are the child runs of this run, and the rows of `trials.json`."
+    return f"{what} {', '.join(f'`{key}`' for key in sweep.space)}.\n\n{trials}"
 
 
 def columns(rows: list[Row]) -> list[str]:

@@ -102,7 +102,7 @@ def faults(space: Space) -> list[str]:
             if other not in before:
                 lines.append(f"space.{key}.when: {other!r} must be an earlier key of the space")
             elif space[other].listed and not set(map(repr, _listed(wanted))) & set(map(repr, space[other].values)):
-                lines.append(f"space.{key}.when: {other} is never {wanted!r}. It is one of {space[other].values}")
+                lines.append(f"space.{key}.when: {other} never has the value {wanted!r}. Its values are {space[other].values}")
         before.append(key)
     return lines
 

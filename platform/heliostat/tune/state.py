@@ -157,7 +157,7 @@ class SweepState:
         """Asks every trial to save a checkpoint and stop."""
         if not self.stopping:
             self.stopping, self.used_up = why, used_up
-            log.warning("%s: trials stop after a checkpoint. To continue: --resume", why)
+            log.warning("%s: trials stop after their next checkpoint. To continue the sweep, use --resume", why)
             self.folder.join("stop").write(why.encode())
 
     def _keep(self, record: TrialRecord) -> TrialRecord:

@@ -81,7 +81,9 @@ class Sweep(Strict):
                 faults.append(f"space.{key}: is also in `set`. Remove it from `space` or from `set`")
         points = math.prod(len(d.values) for d in self.space.values() if d.listed)
         if self.searcher.name == "grid" and points > MOST:
-            faults.append(f"space: the grid has {points:,} points, and a sweep has at most {MOST:,} trials. List fewer values")
+            faults.append(
+                f"space: the grid has {points:,} points, but a sweep can have at most {MOST:,} trials. List fewer values"
+            )
         faults += _scheduler_faults(self)
         if faults:
             raise ValueError("\n  ".join(faults))
@@ -280,7 +282,9 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
         if _below(key, FIXED_WHERE_COMPARED) and sweep.scheduler.name != "none":
             faults.append(f"space.{key}: trials of different lengths can't be compared. Use scheduler 'none', or set {key}")
     if isinstance(base.workers.count, list):
-        faults.append(f"job: workers.count {base.workers.count} is elastic, but a sweep needs a number. Set {{workers.count: N}}")
+        faults.append(
+            f"job: workers.count {base.workers.count} is elastic, but a sweep needs a fixed number. Set {{workers.count: N}}"
+        )
     if base.limits.hours or base.limits.cost:
         faults.append("job: limits apply to one run. Use the sweep's budget, and set {limits: {}}")
     if base.train.parallel.auto:
@@ -337,7 +341,7 @@ def _check_corners(plan: SweepPlan, where: str) -> None:
     seen: set[str] = set()
     kept: dict[tuple[str, ...], str] = {}
     for params in spaces.corners(plan.sweep.space):
-        job = _check_point(plan, params, f"{where}: a corner of the space isn't a valid job: {tell(params)}", seen)
+        job = _check_point(plan, params, f"{where}: the space contains values that don't make a valid job: {tell(params)}", seen)
         kept.setdefault(job.train.optimizer.state, job.train.optimizer.name)
     if plan.sweep.scheduler.exchanges and len(kept) > 1:
         what = " and ".join(f"{', '.join(state) or 'nothing'} ({name})" for state, name in kept.items())

@@ -75,7 +75,7 @@ def check(plan: SweepPlan, big: Path) -> Job:
         raise ConfigError(f"--transfer: the sweep's space has no {LR}. Add it")
     for name, model in ((str(big), job.model), (plan.sweep.job, _models(plan)[0])):
         if not isinstance(model.get(WIDTH), int):
-            raise ConfigError(f"--transfer: model.{WIDTH} of {name}, the width, isn't set. Set the width")
+            raise ConfigError(f"--transfer: {name} doesn't set model.{WIDTH}, which is the width of the model. Set it")
     return job
 
 
@@ -115,5 +115,6 @@ def tell(carried: Transfer) -> list[str]:
     far = carried.width / max(carried.rates)
     return [
         *lines,
-        f"lr ~ width^{carried.power:.2f} ({how}); at width {carried.width:,}, {far:.1f} times the widest: lr {carried.rate:.3g}",
+        f"lr ~ width^{carried.power:.2f} ({how}); at width {carried.width:,}, {far:.1f} times the sweep's largest width: "
+        f"lr {carried.rate:.3g}",
     ]

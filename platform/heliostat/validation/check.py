@@ -295,7 +295,7 @@ def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, cha
     order = make_order(data_plan, manifests)
     if order.runs_out is not None and order.runs_out < order.data_step(job.last_step - 1) + 1:
         raise ConfigError(
-            f"train.steps: the data lasts for {order.runs_out} steps with max_epochs ({job.train.steps}). Raise a "
+            f"train.steps: the data lasts for {order.runs_out} steps with max_epochs, but {job.train.steps} are set. Raise a "
             "source's max_epochs, or lower train.steps"
         )
     if job.evaluate:
@@ -324,7 +324,7 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
     if (count := len(order.held_out(wanted))) < min(wanted, sum(order.held_shares(wanted))):
         lines.append(
             f"evaluate.samples: only {count:,} held-out samples can be scored, not {wanted:,}. evaluate.fraction "
-            f"{fraction:g} holds out {sum(held_rows):,} of {sum(total):,} samples. Raise it, or set "
+            f"{fraction:g} holds out {sum(held_rows):,} of {sum(total):,} samples. Raise the fraction, or set "
             f"evaluate.samples to {count}"
         )
     for i, (mine, of, known) in enumerate(zip(held_rows, total, has_places, strict=True)):

@@ -26,7 +26,7 @@ class RepeatedSpans(RepeatingStage):
     libraries: ClassVar[tuple[str, ...]] = ("regex", "rensa")
 
     words: int = Field(100, ge=10)
-    """Number of words from which a shared span is always found."""
+    """Minimum words of a shared span that the stage always finds."""
 
     def signing(self) -> WordWindows:
         return WordWindows((self.words + 1) // 2)

@@ -135,7 +135,7 @@ class TextMaking(Reading):
             return
         if self.together is not None:
             many, alone = totals.together["documents"], totals.documents - totals.together["documents"]
-            message = "together: grouped %d documents by %d values of %r; %d have no value"
+            message = "together: grouped %d documents by %d values of column %r; %d documents have no value"
             level = logging.WARNING if alone else logging.INFO
             log.log(level, message, many, totals.together["groups"], self.together.column, alone)
         if totals.cut:
@@ -203,9 +203,9 @@ class TextMaking(Reading):
         report.rate = rate = self._rate(report, curated)
         notes = self._merged(report, curated)
         if rate.high > rate.low * 1.01:
-            notes.append(f"tokens: the sample's tokenizer fits the sample better than the final one will: {rate.low:.4f} "
-                f"tokens per byte here, {rate.high:.4f} on text that it didn't train on, {rate.expected:.4f} expected "
-                "for all")  # fmt: skip
+            notes.append(f"tokens: the sample's tokenizer fits the sample better than the final tokenizer will fit the "
+                f"input: {rate.low:.4f} tokens per byte of the sample, {rate.high:.4f} on text that it didn't train on. "
+                f"{rate.expected:.4f} are expected for the whole input")  # fmt: skip
         return notes
 
     def _merged(self, report: Prediction, curated: Curated) -> list[str]:
@@ -232,7 +232,7 @@ class TextMaking(Reading):
         self.flow.forget("merging")
         how = "once" if times == 1 else f"{times} times"
         return [(f"shards: the whole input has about {many:,} runs for {shards:,} shards, and heliostat merges its runs "
-            f"{how} first. The time for that is estimated from a part of the sample")]  # fmt: skip
+            f"{how} first. The time for this merging is estimated from a part of the sample")]  # fmt: skip
 
     def _rate(self, report: Prediction, curated: Curated) -> Rate:
         """Estimates the tokens per byte of the whole input. With a given tokenizer, it is the sample's value."""

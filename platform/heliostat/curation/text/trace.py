@@ -33,7 +33,7 @@ def find(dataset: Manifest, id: str | None = None, url: str | None = None, text:
     """Finds documents by id, URL, or text; returns the fate of each (`reasons.END`). ConfigError if no document matches."""
     if id is not None:
         rows, what = reasons.end_of(dataset, id), f"--id: {id!r}: no document has this id"
-        what += ". An id is the path in the input, with `#line`, `#row` or `#byte` if a file has several documents"
+        what += ". An id is the path in the input. If a file has several documents, `#line`, `#row` or `#byte` follows the path"
     elif url is not None:
         rows, what = reasons.with_column(dataset, "url", url), f"--url: {url!r}: no document has this url"
     else:
@@ -122,7 +122,10 @@ def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], note
     steps = [read]
     for again, _ in stages_again(by, document) if isinstance(document, Document) else ():
         if again["did"] == "cut" and end["stage"] not in {step["stage"] for step in steps}:
-            notes.append(f"the changes by {again['stage']} depend on all documents. The rest comes from the record")
+            notes.append(
+                f"the changes by {again['stage']} depend on all documents. So these and all later changes "
+                "come from the dataset's record"
+            )
             recorded = _recorded(funnel, end)
             return steps + recorded[next((i for i, step in enumerate(recorded) if step["stage"] == again["stage"]), None) :]
         if again["did"] == "cut":  # the document was dropped before, and isn't dropped now
@@ -137,7 +140,7 @@ def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], note
     today = f"dropped by {last['stage']}: {last['reason']}" if last["did"] == "dropped" else "kept"
     then = "kept" if end["stage"] in AFTER else f"dropped by {end['stage']}: {end['reason']}"
     if today != then:
-        notes.append(f"the input has changed: the document would now be {today}; it was {then}")
+        notes.append(f"the input has changed: today, the document would be {today}; in this dataset, it was {then}")
     return steps
 
 

@@ -195,7 +195,7 @@ def _fetch(key: str, name: HubName, file: HubFile) -> None:
                 locks.enter_context(WeakFileLock(lock / f"{file.hash}.lock", timeout=LOCK_S))
             except TimeoutError as e:  # filelock.Timeout
                 raise StorageError(
-                    f"{key}: {name}: another process has the lock {lock / file.hash}.lock for {LOCK_S / 60:.0f} minutes. "
+                    f"{key}: {name}: another process has held the lock {lock / file.hash}.lock for {LOCK_S / 60:.0f} minutes. "
                     "Delete this lock if no process is downloading"
                 ) from e
             if not blob.exists():
