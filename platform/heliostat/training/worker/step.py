@@ -2,9 +2,7 @@
 
 A step follows from its number alone: its samples, its micro-batches (`micro_batches`), and its learning rate. So a resumed run
 needs only the checkpoint. With the default virtual ranks (one per micro-batch), any number of workers computes the same
-micro-batches. The loss of a step is the sum of all its loss terms, divided by their number. The loss doesn't depend on the
-division into micro-batches (`objective`).
-
+micro-batches. A step's loss is the sum of its loss terms, divided by their number, however they are divided (`objective`).
 Hooks do all other work around the steps (`context`). The workers agree at every step whether to stop after it (`heartbeat`).
 
 The host never waits for the device between two steps. A thread makes the next step's batches (`BatchesAhead`). The norm of a
@@ -51,9 +49,7 @@ HELD_POLL_S = 0.05
 
 
 class Stepper:
-    """Computes steps: forward and backward passes, and the optimizer's step, over this worker's share of each global batch.
-
-    Keeps the results of the steps on this worker until the report.
+    """Computes steps over this worker's share of each global batch, and keeps their results until the report.
 
     `losses`: this worker's part of each step's loss. `added`: its part of the other terms of the objective.
     """
@@ -186,8 +182,7 @@ class Loop:
         pauses: Sequence[int],
         ahead: BatchesAhead,
     ) -> None:
-        """Prepares the loop. `pauses`: steps after which the workers wait for a decision. `ahead`: makes the batches of the
-        steps."""
+        """Prepares the loop. `pauses`: steps after which the workers wait for a decision. `ahead`: makes the batches."""
         self.context, self.job, self.ledger, self.stepper = context, context.job, context.ledger, stepper
         self.unsealed, self.reports, self.heartbeat = unsealed, reports, heartbeat
         self.hooks, self.pauses, self.ahead = hooks, pauses, ahead
@@ -266,8 +261,7 @@ class Loop:
                 hook.on_norm(step, norm)
 
     def _cause(self) -> HeliostatError | None:
-        """Returns the error of an earlier step that may have caused this step's error. For example, a recipe may reject NaN
-        weights."""
+        """Returns the error of an earlier step that may have caused this step's error, such as NaN weights."""
         try:
             norms = self.stepper.read_norms()
             self.context.progressed()  # raises after an abort, when the norms don't count
