@@ -175,7 +175,7 @@ def test_what_is_lost_of_them_is_found_and_no_checkpoint_before_is_tried(tmp_pat
     assert len(sums) == 1 and {row["case"] for row in told} == {"clone", "truth", "flipped", "cut", "again"}
     errors = {row["case"]: row for row in told if "error" in row}
     assert [row["error"] for row in errors.values()] == ["CheckpointError"] * 2
-    assert all("Restore it from a copy" in row["text"] and "frozen-" in row["text"] for row in errors.values())
+    assert all("Restore the file from a copy" in row["text"] and "frozen-" in row["text"] for row in errors.values())
 
 
 def indexed(*names: str) -> TensorIndex:

@@ -163,7 +163,9 @@ def test_a_model_with_another_tokenizer_is_refused_by_name_with_the_fix(tmp_path
     with pytest.raises(ConfigError) as e:
         made.bind([source])
     message = str(e.value)
-    assert message.startswith(f"model.pretrained: '{tmp_path / 'model'}': its tokenizer differs from that of data.sources.0.path")
+    assert message.startswith(
+        f"model.pretrained: '{tmp_path / 'model'}': the model's tokenizer differs from the tokenizer of data.sources.0.path"
+    )
     assert f"'{tmp_path / 'data'}'" in message and f"`tokenizer: {{path: {tmp_path / 'model'}}}`" in message
     assert "in the dataset's tokenizer and" in message and "\n" not in message
 

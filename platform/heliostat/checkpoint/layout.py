@@ -277,7 +277,7 @@ def decode(data: bytes) -> object:
 def _fault(what: str, step: int | None) -> CheckpointError:
     if step is not None:
         return CorruptCheckpointError(what, step)
-    return CheckpointError(f"{what}. Every checkpoint of the run needs it. Restore it from a copy")
+    return CheckpointError(f"{what}. Every checkpoint of the run needs this file. Restore the file from a copy")
 
 
 def open_checkpoint(run: Location, step: int) -> SavedCheckpoint:

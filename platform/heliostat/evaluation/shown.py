@@ -77,7 +77,9 @@ def _of_contamination(result: Result, seen: Row | None) -> list[str]:
         return [f"seen: unknown: {seen['unknown']}"]
     chunks = sum(one["chunks"] for one in seen["datasets"])
     short = sum(row["contamination"]["too_short"] for row in result["tasks"])
-    lines = [f"seen: examples that share {seen['n']} words in a row with the training data ({chunks:,} chunks)"]
+    lines = [
+        f"seen: examples that share {seen['n']} words in a row with the training data (compared with {chunks:,} chunks of it)"
+    ]
     if short:
         lines[0] += f"; {short:,} examples have fewer words and aren't compared"
     if seen["damaged"]:

@@ -159,7 +159,9 @@ def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, 
     recorded = checkpoint.index.job
     now = job.on(recorded["workers"]["count"]) if isinstance(job.workers.count, list) else job
     if changed := spec.changed_keys(recorded, now.dump()):
-        log.warning("the run ignores the changes in the job file: %s. Use another name", ", ".join(changed))
+        log.warning(
+            "the run ignores the changes in the job file: %s. To train with these changes, use another name", ", ".join(changed)
+        )
     run.catch_up()
     return result
 

@@ -108,7 +108,8 @@ class Reranker:
         tokenizer.enable_truncation(most, strategy="only_second")
         if needed >= most:
             raise ConfigError(
-                f"question: has {needed:,} tokens, but the reranker reads {most:,}, including a passage. Ask a shorter question"
+                f"question: has {needed:,} tokens, but the reranker reads at most {most:,} tokens for the question and a "
+                f"passage together. Ask a shorter question"
             )
 
 

@@ -241,7 +241,7 @@ class Attempt:
     def _too_little_to_read(self, beating: Mapping[str, int]) -> str | None:
         limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for a CPU"
         if nodes.starved_now(self.job, beating):
-            short = f"workers.cpus: {self.job.workers.cpus:g} per worker leaves no node a CPU to read the data"
+            short = f"workers.cpus: {self.job.workers.cpus:g} per worker, so no node has a CPU left to read the data"
             return f"{short}; {limit}. Lower workers.cpus, or add a node"
         waited = time.monotonic() - self._reading > nodes.SAY_S
         if os.environ.get("RAY_ADDRESS") and waited and (crowd := nodes.crowded_now(self.job)):
