@@ -190,6 +190,6 @@ def test_a_checkpoint_from_before_they_were_saved_exports_them_as_the_model_was_
         initial = export._initial(old, job(), Around(Adapted), names)
     torch.manual_seed(job().train.seed)
     assert torch.equal(initial["base.weight"], Adapted().base.weight) and set(initial) == {"base.weight", "base.bias"}
-    assert "has no frozen parameters, so 2 parameters get their initial values from the job's seed" in caplog.text
+    assert "the checkpoint has no frozen parameters, so 2 parameters get their initial values from the job's seed" in caplog.text
     frozen = layout.SavedCheckpoint(Location("/nowhere"), indexed(*(f"frozen.{n}" for n in names)))
     assert export._initial(layout.SavedCheckpoint(old.location, old.index, frozen), job(), Around(Adapted), names) == {}

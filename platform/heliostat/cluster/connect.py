@@ -59,7 +59,8 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
         init(address="auto", **options)
         if ray.available_resources().get("CPU", 0.0) < 1:
             log.warning(
-                "none of the cluster's %g CPUs is free, so its tasks wait for one", ray.cluster_resources().get("CPU", 0.0)
+                "none of the cluster's %g CPUs is free, so the tasks of this command wait for a free CPU",
+                ray.cluster_resources().get("CPU", 0.0),
             )
         return
     gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray itself doesn't check that the GPUs exist

@@ -59,7 +59,10 @@ def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
             "note": (f"is up{kept}. Submit a job through ssh: heliostat submit JOB.yaml --cluster {cluster.path}"),
         }
     if restart:
-        raise ConfigError(f"--restart: not supported for KubeRay. Run `heliostat cluster down {cluster.path}`, and up again")
+        raise ConfigError(
+            f"--restart: not supported for KubeRay. Run `heliostat cluster down {cluster.path}`, and then "
+            f"`heliostat cluster up {cluster.path}`"
+        )
     return {"name": cluster.name, "note": kuberay.start(cluster)}
 
 

@@ -51,7 +51,9 @@ def settled(
     if before is not None:
         kept = layouts.of(before)
         log.info(
-            "%s: the run already has as many workers, and keeps its parallelism configuration: %s", KEY, said(computed, kept)
+            "%s: the run already has this number of workers, so it keeps its parallelism configuration: %s",
+            KEY,
+            said(computed, kept),
         )
         return layouts.applied(computed, kept)
     plain, recipe, unread = bound(*check.check_job(computed), unread)

@@ -74,7 +74,10 @@ class Backend:
                     return
                 except self.lost as e:
                     if begun:
-                        said = "the replica that generated this answer died. Ask again with the same seed for the same text"
+                        said = (
+                            "the replica that generated this answer died. To get the same text, send the request again "
+                            "with the same seed"
+                        )
                         raise Refusal(503, said, code="replica_died") from e
                     self._again(e, left)
             await asyncio.sleep(PAUSE_S)

@@ -173,7 +173,7 @@ def served(
         return ServedModels(NoModel(called), None, uri, called, embeds, orders)
     source = VersionSource(model, store)
     if called == (name or source.name):
-        raise ConfigError(f"--name: the index also has the name {called!r}. Choose another name for the model")
+        raise ConfigError(f"--name: the index already has the name {called!r}. Choose another name for the model")
     return ServedModels(source, name or source.name, uri, called, embeds, orders)
 
 

@@ -110,7 +110,7 @@ export class Facts {
 
   take(item) {
     const finish = item.choices[0]?.finish_reason;
-    if (finish) this.ends = finish === "stop" ? "ended by the model" : "ended at the limit of tokens";
+    if (finish) this.ends = finish === "stop" ? "ended by the model" : "ended at the maximum number of tokens";
     if (!item.usage) return;
     const seconds = (performance.now() - this.began) / 1000;
     const tokens = item.usage.completion_tokens;
