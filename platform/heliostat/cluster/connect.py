@@ -100,7 +100,7 @@ def _confined(gpus: int) -> Iterator[None]:
             yield
         if server and (not runs or server.process.poll() is not None):
             why = f"exit code {server.process.poll()}" if runs else f"{server.launcher} can't be executed"
-            log.warning("workers take some seconds each to start, because the fork server isn't running (%s)", why)
+            log.warning("each worker takes some seconds to start, because the fork server isn't running (%s)", why)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         os.environ.clear()

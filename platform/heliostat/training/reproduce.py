@@ -116,7 +116,7 @@ def differences(recorded: RecordedRun, source: source_code.SourceCode, environme
     was, notes = recorded.starts[0]["code"], []
     now = source.facts()
     if was["commit"] != now["commit"]:
-        notes.append(f"code: commit {was['commit'] or 'unknown'} then, {now['commit'] or 'unknown'} now")
+        notes.append(f"code: the run used commit {was['commit'] or 'unknown'}; now it is {now['commit'] or 'unknown'}")
     if was["diff"] != now["diff"]:
         diff_place = f"code/{was['diff']}.diff in the run's artifacts" if was["diff"] else "none"
         notes.append(f"code: the uncommitted changes differ (in the recorded run: {diff_place}; now: {now['diff'] or 'none'})")

@@ -115,7 +115,7 @@ def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
     if checkpoint and not resume:
         raise ConfigError(
             f"name: run {job.name!r} already has checkpoints up to step {checkpoint.step} in {job.run_folder}. "
-            "Use --resume to continue, --overwrite to start from scratch (resume=True, overwrite=True), or "
+            "Use --resume to continue, --overwrite to start from scratch (in Python: resume=True, overwrite=True), or "
             "another name"
         )
     return checkpoint

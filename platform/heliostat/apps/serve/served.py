@@ -191,9 +191,9 @@ class Options(Strict):
     max_tokens: int = Field(1024, ge=1)
     """Maximum tokens of an answer."""
     at_once: int = Field(256, ge=0)
-    """Concurrent requests per key; 0 means no limit."""
+    """Maximum concurrent requests per key; 0 means no limit."""
     a_minute: int = Field(0, ge=0)
-    """Requests per key and minute; 0 means no limit."""
+    """Maximum requests per key and minute; 0 means no limit."""
     deadline_s: Float = Field(300.0, gt=0)
     """Maximum seconds of an answer."""
     poll_s: Float = Field(2.0, gt=0)

@@ -43,7 +43,8 @@ class NoiseObjective(Strict):
     zero_terminal_snr: bool = False
     """Rescales the schedule so that the last step is pure noise. Needs `prediction: v`."""
     min_snr: Float | None = Field(default=None, gt=0)
-    """Gamma of the min-SNR loss weight. With `zero_terminal_snr`, the ratio counts as at least 1. Not used with flow. Unset: all
+    """Gamma of the min-SNR loss weight. With `zero_terminal_snr`, the signal-to-noise ratio counts as at least 1. Not used "
+      "with flow. Unset: all
     steps have the same weight."""
     noise_offset: Float = Field(default=0.0, ge=0)
     """Fraction of the noise that is constant over each channel. Not used with flow."""

@@ -127,7 +127,7 @@ def _summary(report: PageData) -> str:
     if report["seconds"]:
         spent = sum(report["seconds"].values())
         facts["processor time"] = _time(spent)
-        facts |= {"its price": _price(report, spent)} if report["hour"] else {}
+        facts |= {"price of the processor time": _price(report, spent)} if report["hour"] else {}
     return f"<dl>{boxes(facts)}</dl>"
 
 
@@ -155,7 +155,7 @@ def _funnel(report: PageData) -> str:
                 f"{left:,} ({_share(left, total)})",
             )
         )
-    head = ["stage", "came", "kept", "dropped", "share dropped", "bytes", "CPU seconds", "MB/s a core", "price"]
+    head = ["stage", "documents received", "kept", "dropped", "share dropped", "bytes", "CPU seconds", "MB/s per core", "price"]
     return svg.bars("documents left", [(_plain(n), s, t) for n, s, t in shown]) + table(head, rows)
 
 
@@ -189,7 +189,7 @@ def _stage(name: str, part: PageData) -> list[str]:
     out += [side_by_side([d for d in drawn if d])] if any(drawn) else []
     if clusters := part.get("largest"):
         rows = [[f"{size:,}", _cut(id)] for size, id in clusters]
-        out += ["<h3>The largest clusters</h3>", table(["documents", "of which stayed"], rows)]
+        out += ["<h3>The largest clusters</h3>", table(["documents", "the document that was kept"], rows)]
     examples = part.get("examples", {})
     for rule in sorted(examples, key=lambda r: (r.startswith("kept "), r)):
         out.append(_examples(rule, examples[rule]))
