@@ -145,7 +145,7 @@ class SavedCheckpoint:
         place = self.places[chunk.shard].get((name, chunk.start))
         if place is None or place.numel != chunk.numel:
             file = self.location.join(indexes.shard_name(self.index.shards[chunk.shard].file))
-            raise self.fault(f"{file}: lacks the elements of {name!r} that {INDEX} lists for it")
+            raise self.fault(f"{file}: lacks the elements of {name!r} that {INDEX} lists for this file")
         return place
 
     def needed(self, name: str, first: int, numel: int) -> set[int]:

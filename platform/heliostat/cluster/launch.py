@@ -117,5 +117,5 @@ def _down_local(name: str) -> LaunchResult:
         have = ", ".join(s.name for s in local.known()) or "none"
         raise ConfigError(f"{name}: no such local cluster. Clusters: {have}")
     ended = local.down(name)
-    note = f"is down, {ended} processes ended" if state.nodes else "was joined, not started here, so it keeps running"
+    note = f"is down, {ended} processes ended" if state.nodes else "keeps running, because heliostat only joined it"
     return {"name": name, "note": note, "processes": ended}

@@ -127,7 +127,7 @@ def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list
     yield from _unsubmitted(kind, own, kinds)
     if own.egress is not None:
         if not _open(own.egress, DNS, kinds, "UDP"):
-            yield f"NetworkPolicy: {kind.name}: egress: pods can't look up names, not even the head's. Allow port {DNS}"
+            yield f"NetworkPolicy: {kind.name}: egress: pods can't look up names, not even the name of the head. Allow port {DNS}"
         autoscales = kind.name == "head" and cluster.spec.get("enableInTreeAutoscaling")
         if autoscales and not any(_open(own.egress, port, kinds) for port in KUBERNETES_API):
             yield ("NetworkPolicy: head: egress: the autoscaler can't reach Kubernetes. Allow port 443 or 6443 of its API")

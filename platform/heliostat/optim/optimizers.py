@@ -237,7 +237,8 @@ REFUSED = {
     ),
     **dict.fromkeys(
         ("adamw_8bit", "adamw8bit", "adamw_bnb_8bit"),
-        "isn't supported: ZeRO would split the blocks of its state, and resuming with other workers would change this state",
+        "isn't supported: ZeRO would split the blocks of its state, and resuming with another number of workers would change "
+        "this state",
     ),
     "adagrad": "isn't supported: DeepSpeed replaces it, and then steps only one parameter group",
     "lbfgs": "isn't supported: it needs several losses per step",

@@ -52,7 +52,7 @@ def require_class(field: str, path: str, target: object) -> type[Recipe]:
         if all(hasattr(target, name) for name in ("build", "batch", "loss")):
             raise ConfigError(
                 f"{field}: {path!r} uses the first recipe protocol. Derive it from {_named(Recipe)} and the "
-                f'classes of its other abilities, and let `loss` return a Loss: {GUIDE}, "From the first form"'
+                f'classes of its other abilities, and let `loss` return a Loss (see "From the first form" in {GUIDE})'
             )
         raise ConfigError(f"{field}: {path!r} isn't a recipe: it doesn't derive from {_named(Recipe)} ({GUIDE})")
     _refuse_gone(field, path, target)

@@ -111,7 +111,7 @@ class Backend:
 
     def _again(self, error: BaseException, left: int) -> None:
         self.retried += 1
-        log.warning("lost a replica (%s); %d attempts left for its request", type(error).__name__, left)
+        log.warning("lost a replica during a request (%s); %d attempts are left for this request", type(error).__name__, left)
         if not left:
             raise Refusal(503, f"{TRIES} replicas died during this request", code="replica_died", retry_after=5) from error
 

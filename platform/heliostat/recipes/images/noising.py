@@ -61,7 +61,10 @@ class NoiseObjective(Strict):
         if not flow and (self.timesteps != "uniform" or self.shift != 1.0):
             raise ValueError("timesteps 'logit_normal' and shift need prediction 'flow'. Remove them")
         if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError("zero_terminal_snr needs prediction 'v', because pure noise says nothing about the image")
+            raise ValueError(
+                "zero_terminal_snr needs prediction 'v', because the last step is pure noise, and a network that "
+                "predicts noise learns nothing from this step"
+            )
         return self
 
 
