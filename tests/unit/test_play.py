@@ -172,7 +172,7 @@ def test_a_search_finds_passages_and_what_is_wrong_is_refused(writer, answering_
         ("search", {"query": "a", "mode": "dense"}, 400, "the index has no embeddings. Use bm25"),
         ("search", {"query": "a", "model": writer.name}, 400, "isn't the index. The index is 'code-index'"),
         ("chat/completions", {**chat, "messages": [message, message]}, 400, "at most 1 item"),
-        ("chat/completions", {**chat, "messages": [{**message, "role": "system"}]}, 400, "expected one question"),
+        ("chat/completions", {**chat, "messages": [{**message, "role": "system"}]}, 400, "expected exactly one message"),
         ("chat/completions", {**chat, "messages": [{**message, "content": "zzzzqqq"}]}, 404, "no passage of the index"),
         ("chat/completions", {**chat, "messages": [{**message, "content": "line " * 600}]}, 400, "without any passage"),
         ("chat/completions", {**chat, "model": writer.name, "top": 3}, 400, "top: unknown parameter"),

@@ -189,7 +189,7 @@ def test_tokenizers_are_compared_by_everything_that_decides_about_tokens(change,
         added = {**other["added_tokens"][0], "id": 800, "content": "    ", "special": False}
         other["added_tokens"].append(added)
     made = model_folder(tmp_path / "model", json.dumps(other))
-    with pytest.raises(ConfigError, match="its tokenizer differs from that of"):
+    with pytest.raises(ConfigError, match="the model's tokenizer differs from the tokenizer of"):
         made.bind([source])
 
 
