@@ -238,8 +238,8 @@ def test_a_recipe_that_reads_its_weights_is_built_in_turns_and_says_so(case, tol
         assert rows[0]["said"] == rows[1]["said"] == []
     else:
         why = {"reads": "RuntimeError: Tensor.item()", "keeps": "model.kept"}[case]
-        assert len(rows[0]["said"]) == 1 and f"{case.title()}.build needs weights ({why}" in rows[0]["said"][0]
-        assert "2 turns, each with 0.0 GB of host memory" in rows[0]["said"][0]
+        assert len(rows[0]["said"]) == 1 and f"{case.title()}.build needs real weights ({why}" in rows[0]["said"][0]
+        assert "in 2 turns, and each worker uses 0.0 GB of host memory" in rows[0]["said"][0]
 
 
 def test_an_error_of_the_first_worker_is_raised_on_all(told) -> None:

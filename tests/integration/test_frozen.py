@@ -175,7 +175,7 @@ def test_what_is_lost_of_them_is_found_and_no_checkpoint_before_is_tried(tmp_pat
     assert len(sums) == 1 and {row["case"] for row in told} == {"clone", "truth", "flipped", "cut", "again"}
     errors = {row["case"]: row for row in told if "error" in row}
     assert [row["error"] for row in errors.values()] == ["CheckpointError"] * 2
-    assert all("Restore it from a copy" in row["text"] and "frozen-" in row["text"] for row in errors.values())
+    assert all("Restore the file from a copy" in row["text"] and "frozen-" in row["text"] for row in errors.values())
 
 
 def indexed(*names: str) -> TensorIndex:
@@ -190,6 +190,6 @@ def test_a_checkpoint_from_before_they_were_saved_exports_them_as_the_model_was_
         initial = export._initial(old, job(), Around(Adapted), names)
     torch.manual_seed(job().train.seed)
     assert torch.equal(initial["base.weight"], Adapted().base.weight) and set(initial) == {"base.weight", "base.bias"}
-    assert "has no frozen parameters, so 2 parameters get their initial values from the job's seed" in caplog.text
+    assert "the checkpoint has no frozen parameters, so 2 parameters get their initial values from the job's seed" in caplog.text
     frozen = layout.SavedCheckpoint(Location("/nowhere"), indexed(*(f"frozen.{n}" for n in names)))
     assert export._initial(layout.SavedCheckpoint(old.location, old.index, frozen), job(), Around(Adapted), names) == {}

@@ -167,7 +167,7 @@ def test_a_model_draws_a_grid_from_seeds(painter, open_, width, scheme):  # noqa
         assert not screen.driver.get_log("browser")
         screen.fill("draw", width="64")
         screen.go("draw")
-        assert "at most 4 times as many are allowed" in screen.error("draw")
+        assert "at most 4 times as many pixels" in screen.error("draw")
 
 
 def test_an_answer_is_seen_while_it_is_written_and_can_be_stopped(able, open_):

@@ -72,7 +72,7 @@ def test_workers_that_wait_for_the_rest_hold_nothing_after_a_while(pool, monkeyp
     remove_placement_group(others)
     waits.join(120)
     assert found and len(found[0]) == 3 and not found[0] & two
-    assert "Releasing these resources until there is room for all" in caplog.text
+    assert "Releasing these resources until there is room for all workers" in caplog.text
 
 
 def test_two_runs_that_do_not_both_fit_get_on_one_after_the_other(monkeypatch):

@@ -58,8 +58,14 @@ def test_a_run_on_a_full_node_says_within_ten_seconds_what_others_hold_and_train
     thread.join()
     assert result["steps"] == 6
     text = next(r.getMessage() for r in caplog.records if "no room" in r.getMessage())
-    assert "no room for 2 workers of 1 CPUs, and 1 CPU for reading the data: the 1 nodes that can hold them have 8 CPUs" in text
-    assert "others use 7 CPUs. There is room for 0 workers now, and for 7 without other jobs; waiting" in text
+    assert (
+        "no room for 2 workers of 1 CPUs, and 1 CPU for reading the data: the 1 nodes that can hold such workers have 8 CPUs"
+        in text
+    )
+    assert (
+        "other jobs use 7 CPUs. There is room for 0 workers now, and for 7 workers when the other jobs have ended; waiting"
+        in text
+    )
     assert said["no room"] - said["placing the workers"] < 10
 
 
@@ -86,4 +92,7 @@ def test_a_command_that_joins_a_cluster_without_a_free_cpu_says_so(others):
     code = "from heliostat.cluster.connect import connect; connect(1)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
     remove_placement_group(last)
-    assert done.returncode == 0 and "none of the cluster's 8 CPUs is free, so its tasks wait for one" in done.stderr, done.stderr
+    assert (
+        done.returncode == 0
+        and "none of the cluster's 8 CPUs is free, so the tasks of this command wait for a free CPU" in done.stderr
+    ), done.stderr

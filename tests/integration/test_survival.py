@@ -59,7 +59,7 @@ def test_killed_frozen_and_preempted_workers_cost_time_and_nothing_else(job_file
     assert attempts[3]["start_step"] == attempts[2]["reached"] and 30 < attempts[2]["reached"] < 40
     # the frozen worker cannot tell what it is at, the one that waited for it can
     (stacks,) = [folder.join("stacks", name).read().decode() for name, _ in folder.join("stacks").files()]
-    frozen = re.search(r"so frozen or dead: worker ([01])\n", stacks)  # whichever rank it was given
+    frozen = re.search(r"so they are frozen or dead: ([01])\n", stacks)  # whichever rank it was given
     assert frozen and f"worker {1 - int(frozen[1])}: thread" in stacks and "all_reduce" in stacks
     assert MlflowClient(tracking_uri=tracking).get_run(result["run_id"]).info.status == "FINISHED"
     _, left = psutil.wait_procs(actors("SplitCoordinator"), timeout=120)

@@ -186,7 +186,8 @@ def test_a_model_that_does_not_do_the_task_is_refused_in_a_line(writer, classifi
         (
             writer,
             "classify",
-            "contains LlamaForCausalLM, which has no classification head. Use a model ...ForSequenceClassification",
+            "contains LlamaForCausalLM, which has no classification head. Use a model whose class name ends with "
+            "ForSequenceClassification",
         ),
         (tmp_path / "one", "classify", "has one label (score)"),
         (tmp_path / "scores", "classify", "has problem_type regression"),

@@ -134,6 +134,6 @@ def test_what_a_folder_does_not_say_is_not_known_and_what_the_suite_names_must_b
     examples = contamination.Examples(13)
     examples.add("a", ["x"])
     told = contamination.measured(examples, tmp_path, [], lambda done, all_: None)
-    assert "doesn't record its training data. Set contamination.data" in told["unknown"]
+    assert "the model's folder doesn't name the training data. Set contamination.data" in told["unknown"]
     with pytest.raises(MissingDataError, match="no dataset here"):
         contamination.measured(examples, tmp_path, [str(tmp_path)], lambda done, all_: None)

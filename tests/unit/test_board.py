@@ -63,7 +63,7 @@ def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_fro
     found = watchdog.collect(workers, lambda: [event for _, event in state.drain().events], others.append, clock, sleep)
     assert set(found) == set(range(workers)) - frozen and [type(e) for e in others] == [Notice]
     told = watchdog.text(found, workers)
-    assert told.splitlines()[0].endswith("so frozen or dead: worker " + ", ".join(str(r) for r in sorted(frozen)))
+    assert told.splitlines()[0].endswith("so they are frozen or dead: " + ", ".join(str(r) for r in sorted(frozen)))
 
 
 def test_pulses_stay_as_many_as_the_board_can_answer():

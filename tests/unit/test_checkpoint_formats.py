@@ -129,7 +129,7 @@ def _forge(run: Location, data: bytes) -> None:
     [
         (
             {"chunks": [{"shard": 0, "start": 0, "numel": 12, "offset": 1 << 40, "crc32": []}]},
-            "lists chunks, as only formats 2 and 3 do",
+            "lists chunks, but only the formats 2 and 3 list chunks",
         ),
         ({"columns": [2, -4]}, "can't have 2 blocks of columns in rows of -4 elements"),
     ],

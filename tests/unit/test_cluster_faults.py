@@ -136,7 +136,7 @@ LAUNCHER_OPEN = {
         "export FI_PROVIDER=efa",
     ),
     "has no version": ("heliostat:0.1.0@sha256:change-me", "heliostat:latest"),
-    "the head runs work": ("{CPU: 0}", "{CPU: 8}"),
+    "so it runs workers": ("{CPU: 0}", "{CPU: 8}"),
 }
 
 
@@ -171,7 +171,7 @@ CLOUD_FAULTS = {
         ),
         "provider.use_internal_ips: not true": ("  use_internal_ips: true ", "  use_internal_ips: false "),
         "an image family changes": ("global/images/change-me", "global/images/family/common-nvidia-580"),
-        "the scope cloud-platform opens every service": ("auth/devstorage.read_write", "auth/cloud-platform"),
+        "the scope cloud-platform gives access to every service": ("auth/devstorage.read_write", "auth/cloud-platform"),
         "Ray doesn't watch for their termination notice": ("python -m heliostat.cluster.spot gcp", "true"),
         "no command logs in to us-central1-docker.pkg.dev": ("  - gcloud auth configure-docker", "  - 'true' #"),
         "the container sees no GPU": ("worker_run_options: [--gpus=all]", "worker_run_options: []"),

@@ -137,7 +137,9 @@ def test_workers_that_leave_the_data_tasks_no_cpu_are_refused(tmp_path):
         )
         return cluster_file.read(tmp_path / "c.yaml")
 
-    with pytest.raises(ConfigError, match=r"workers\.cpus: 2 workers of 1\.5 CPUs leave no node of .* the 1 CPU that reading"):
+    with pytest.raises(
+        ConfigError, match=r"workers\.cpus: 2 workers of 1\.5 CPUs fill the nodes of .*: no node has the 1 CPU left"
+    ):
         check_pools(wanted, cluster(2))
     check_pools(wanted, cluster(3))
     data = "  data: {resources: {CPU: 4}, node_config: {}, min_workers: 0, max_workers: 1, labels: {heliostat-pool: data}}\n"

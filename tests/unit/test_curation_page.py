@@ -71,7 +71,7 @@ def test_the_page_tells_the_funnel_and_nothing_from_documents_does_anything():
         "70",
         "few_words",
         "20 dropped for few_words",
-        "only just kept, by words",
+        "kept, and close to the limit of words",
         "0.10 USD",
         "1,234",
         "33.33%",

@@ -183,7 +183,7 @@ def test_measures_are_of_all_held_out_pairs(data) -> None:
 
 @pytest.mark.parametrize(("file", "value", "said"), [
     ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Dense", "path": "2"}], "module 'Dense' isn't supported"),
-    ("modules.json", [{"type": "a.Transformer", "path": ""}], "lists no Pooling module, or a Transformer module outside this"),
+    ("modules.json", [{"type": "a.Transformer", "path": ""}], "the Pooling module is missing, or the Transformer module is"),
     ("modules.json", {"a": 1}, "list of modules"),
     ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling by max_tokens isn't supported"),
     ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "pooling by mean, cls isn't"),

@@ -58,7 +58,7 @@ def test_a_failed_save_is_passed_over_counted_and_shown():
     for _ in range(3):
         state.settle()
     assert state.failed == 2 and state._in_a_row == 1
-    tolerated = f"(1 in a row; up to {TOLERATED} are allowed)"
+    tolerated = f"(failed saves in a row: 1; limit: {TOLERATED})"
     assert notices == [f"can't save a checkpoint {tolerated}. Training continues without this checkpoint: {AWAY}"] * 2
     logged = {point.key: point.value for point in points(Saved(step=5, blocked_s=1.0, failed=2))}
     assert logged == {"train/checkpoint/blocked_s": 1.0, "train/checkpoint/failed": 2}

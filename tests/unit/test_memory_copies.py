@@ -151,7 +151,7 @@ def test_all_workers_stop_together_when_a_copy_of_one_fails(monkeypatch):
     workers.end()
     assert [one._off for one in workers.all] == [True, True]
     assert workers.held(0) == ["0:2", "0:3"] and workers.held(1) == ["0:2"]
-    until = "until the workers start again, after 3 copies: worker 1: keeper lost"
+    until = "until the workers start again. 3 copies were made before. Worker 1: keeper lost"
     assert workers.notices == [f"checkpoint.memory_every: in-memory checkpoints are off {until}"]
 
 

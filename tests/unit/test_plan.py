@@ -326,7 +326,9 @@ def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*but H100 has 80; ") as refused:
         planner.plan(j, recipe)
     said = str(refused.value)
-    assert "gradients 44.9 (29.9 of them sums in fp32)" in said and "train.grad_accum_dtype: same needs no sums in fp32" in said
+    assert (
+        "gradients 44.9 (29.9 of them are sums in fp32)" in said and "train.grad_accum_dtype: same needs no sums in fp32" in said
+    )
     assert re.search(r"with enough memory, a step would take \d+ s \(MFU \d\d\.\d%\)$", said)
 
 

@@ -114,7 +114,7 @@ def test_pictures_follow_from_their_seeds_and_are_those_of_generate(painter, dra
     [
         ({"n": 11}, "n", "less than or equal to 10"),
         ({"size": "big"}, "size", "pattern"),
-        ({"size": "40x40"}, "size", "the model generates 8x8 pixels, and at most 4 times as many are allowed"),
+        ({"size": "40x40"}, "size", "the model generates 8x8 pixels, and an image may have at most 4 times as many pixels"),
         ({"response_format": "url"}, "response_format", "b64_json"),
         ({"quality": "hd"}, "quality", "isn't supported"),
         ({"steps": 1001}, "steps", "less than or equal to 1000"),
@@ -172,7 +172,7 @@ def test_a_search_finds_passages_and_what_is_wrong_is_refused(writer, answering_
         ("search", {"query": "a", "mode": "dense"}, 400, "the index has no embeddings. Use bm25"),
         ("search", {"query": "a", "model": writer.name}, 400, "isn't the index. The index is 'code-index'"),
         ("chat/completions", {**chat, "messages": [message, message]}, 400, "at most 1 item"),
-        ("chat/completions", {**chat, "messages": [{**message, "role": "system"}]}, 400, "expected one question"),
+        ("chat/completions", {**chat, "messages": [{**message, "role": "system"}]}, 400, "expected exactly one message"),
         ("chat/completions", {**chat, "messages": [{**message, "content": "zzzzqqq"}]}, 404, "no passage of the index"),
         ("chat/completions", {**chat, "messages": [{**message, "content": "line " * 600}]}, 400, "without any passage"),
         ("chat/completions", {**chat, "model": writer.name, "top": 3}, 400, "top: unknown parameter"),
@@ -289,7 +289,7 @@ def test_a_drawing_that_nobody_waits_for_any_more_ends_before_the_next_begins(pa
         ((None, None, None, None), "Pass a model, an index"),
         ((None, "n", "i", None), "--name: needs a model"),
         (("m", None, None, "e"), "--embedder: needs --index"),
-        (("a/code", None, "b/code", None), "the index also has the name 'code'"),
+        (("a/code", None, "b/code", None), "the index already has the name 'code'"),
     ],
 )
 def test_what_cannot_be_served_is_one_clear_error(given, said, tmp_path, monkeypatch):

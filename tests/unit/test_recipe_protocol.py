@@ -127,7 +127,7 @@ def workspace(tmp_path, monkeypatch):
         ("Silent", r"defines `evaluate`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe\S*\.Evaluates"),
         ("Unserved", r"defines `serving`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe[\w.]*\.Serves"),
         ("Mute", r"through its `generator`, but doesn't define it\. Derive the recipe from heliostat\.recipe[\w.]*\.Generates"),
-        ("Unasked", "defines no `prompts`, and MLflow logs a prompt with the model"),
+        ("Unasked", "defines no `prompts`, but MLflow logs a prompt with the model"),
         ("Unmeasured", "gathers embedding, but has no `measure` that uses them"),
     ],
 )
@@ -189,7 +189,7 @@ def test_scores_are_means_over_the_terms_unless_a_recipe_says_otherwise():
     recipe = Scored(job())
     assert recipe.metrics({"loss": 6.0, "right": 2.0, "terms": 4.0}) == {"loss": 1.5, "right": 0.5}
     assert recipe.scores == ("loss",) and recipe.measure({}) == {}
-    with pytest.raises(ConfigError, match=r"Scored\.evaluate returns no `terms` to divide by\. Add it"):
+    with pytest.raises(ConfigError, match=r"Scored\.evaluate returns no `terms` to divide by\. Add them"):
         recipe.metrics({"loss": 6.0})
 
 

@@ -77,7 +77,7 @@ def test_positions_that_begin_behind_the_padding_are_not_counted_as_room(model, 
     assert {p["document"]: p["rerank_cut"] for p in found} == {"d000": False, "d001": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 32}))
     assert Reranker(tmp_path).pairs.max_tokens == 32
-    with pytest.raises(ConfigError, match=r"question: has \d+ tokens, but the reranker reads 32"):
+    with pytest.raises(ConfigError, match=r"question: has \d+ tokens, but the reranker reads at most 32"):
         Reranker(tmp_path).order("y" * 40, passages(["x"]))
 
 

@@ -146,7 +146,7 @@ def test_an_index_is_judged_by_questions_of_known_documents(document_index):
     assert (told["questions"], told["unknown"], told["too_long"]) == (12, 1, 1)
     with pytest.raises(ConfigError, match="has none of the documents that the questions name"):
         judging.judge(document_index, asked[-1:])
-    with pytest.raises(ConfigError, match="all are too long for the embedder"):
+    with pytest.raises(ConfigError, match="all questions are too long for the embedder"):
         judging.judge(document_index, asked[-2:])
     assert told["modes"]["bm25"]["recall@10"] == 1 and told["modes"].keys() == {"bm25", "dense", "hybrid"}
     for mode, over in told["over_bm25"].items():

@@ -132,7 +132,10 @@ def test_workers_with_the_same_slice_save_a_part_each_and_load_all_of_it(places,
 def test_a_frozen_weight_in_a_file_is_refused_by_its_name():
     backend = Backend(model())
     backend.weights = lambda p: None  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match=r"^train\.zero\.offload\.param: nvme doesn't support 'frozen'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^train\.zero\.offload\.param: nvme offload doesn't support parameters that aren't trained, such as 'frozen'",
+    ):
         backend.frozen()
 
 

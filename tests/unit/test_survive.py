@@ -117,13 +117,13 @@ def test_what_is_missing_is_said_in_numbers_with_what_others_hold():
     workers, nodes = spec.Workers(cpus=2.0, gpus=1.0), {"a": {"CPU": 8, "GPU": 2}, "b": {"CPU": 8, "GPU": 2}}
     said = missing(workers, 4, nodes, {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 8.0}})
     assert said == (
-        "no room for 4 workers of 2 CPUs and 1 GPUs, and 1 CPU for reading the data: the 2 nodes that can hold them have 16 CPUs "
-        "and 4 GPUs, of which others use 6 CPUs and 3 GPUs. There is room for 1 workers now, and for 4 without "
-        "other jobs; waiting"
+        "no room for 4 workers of 2 CPUs and 1 GPUs, and 1 CPU for reading the data: the 2 nodes that can hold such workers have "
+        "16 CPUs and 4 GPUs, of which other jobs use 6 CPUs and 3 GPUs. There is room for 1 workers now, and for 4 workers when "
+        "the other jobs have ended; waiting"
     )
     assert missing(workers, 5, nodes, nodes, apart=True).endswith(
-        "for 4 workers now, and for 4 without other jobs; waiting for more nodes. To start earlier, lower workers.count or "
-        "workers.cpus"
+        "for 4 workers now, and for 4 workers when the other jobs have ended; waiting for more nodes. To start earlier, "
+        "lower workers.count or workers.cpus"
     )
     assert "no living node with the labels pool=x can hold 1 workers" in missing(spec.Workers(labels={"pool": "x"}), 1, {}, {})
 

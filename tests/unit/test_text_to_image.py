@@ -258,7 +258,7 @@ def test_another_pretrained_backbone_that_wants_more_than_images_and_captions_is
     UNet2DConditionModel(**keys, addition_embed_type="text_time", addition_time_embed_dim=8,
                          projection_class_embeddings_input_dim=24).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(
-        ConfigError, match=r"model\.backbone\.pretrained: the backbone needs more than images and captions \("
+        ConfigError, match=r"model\.backbone\.pretrained: the backbone needs more inputs than images and captions \("
     ) as e:
         recipe(dataset, backbone={"pretrained": str(tmp_path)})
     assert "\n" not in str(e.value)

@@ -163,7 +163,9 @@ def test_a_model_with_another_tokenizer_is_refused_by_name_with_the_fix(tmp_path
     with pytest.raises(ConfigError) as e:
         made.bind([source])
     message = str(e.value)
-    assert message.startswith(f"model.pretrained: '{tmp_path / 'model'}': its tokenizer differs from that of data.sources.0.path")
+    assert message.startswith(
+        f"model.pretrained: '{tmp_path / 'model'}': the model's tokenizer differs from the tokenizer of data.sources.0.path"
+    )
     assert f"'{tmp_path / 'data'}'" in message and f"`tokenizer: {{path: {tmp_path / 'model'}}}`" in message
     assert "in the dataset's tokenizer and" in message and "\n" not in message
 
@@ -187,7 +189,7 @@ def test_tokenizers_are_compared_by_everything_that_decides_about_tokens(change,
         added = {**other["added_tokens"][0], "id": 800, "content": "    ", "special": False}
         other["added_tokens"].append(added)
     made = model_folder(tmp_path / "model", json.dumps(other))
-    with pytest.raises(ConfigError, match="its tokenizer differs from that of"):
+    with pytest.raises(ConfigError, match="the model's tokenizer differs from the tokenizer of"):
         made.bind([source])
 
 

@@ -88,7 +88,7 @@ def plan_stream(job: Job, folder: str) -> ExactStream:
     checked = check_data(job, AnySamples(job), recorded)  # type: ignore[arg-type]
     if recorded and (changes := recorded.differences(checked.plan)):
         raise ConfigError(
-            f"{place}: has a data plan for other samples. Undo this, or pass another folder:\n  " + "\n  ".join(changes)
+            f"{place}: has a data plan for other samples. Undo these changes, or pass another folder:\n  " + "\n  ".join(changes)
         )
     return ExactStream(checked.job, checked.plan, str(place))
 

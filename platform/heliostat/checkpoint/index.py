@@ -112,7 +112,7 @@ def _fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
     if tensor.dtype not in BYTES:
         return f"unknown dtype {tensor.dtype[:20]!r}"
     if listed != (tensor.chunks is not None):  # chunks are checked and used only in formats that list them
-        return "has no chunks" if listed else f"lists chunks, as only formats {LISTED[0]} and {LISTED[1]} do"
+        return "has no chunks" if listed else f"lists chunks, but only the formats {LISTED[0]} and {LISTED[1]} list chunks"
     if tensor.columns != ROWS:
         parts, width = tensor.columns
         if parts < 2 or width < 1 or width % parts or math.prod(tensor.shape) % width:

@@ -145,7 +145,7 @@ class SavedCheckpoint:
         place = self.places[chunk.shard].get((name, chunk.start))
         if place is None or place.numel != chunk.numel:
             file = self.location.join(indexes.shard_name(self.index.shards[chunk.shard].file))
-            raise self.fault(f"{file}: lacks the elements of {name!r} that {INDEX} lists for it")
+            raise self.fault(f"{file}: lacks the elements of {name!r} that {INDEX} lists for this file")
         return place
 
     def needed(self, name: str, first: int, numel: int) -> set[int]:
@@ -277,7 +277,7 @@ def decode(data: bytes) -> object:
 def _fault(what: str, step: int | None) -> CheckpointError:
     if step is not None:
         return CorruptCheckpointError(what, step)
-    return CheckpointError(f"{what}. Every checkpoint of the run needs it. Restore it from a copy")
+    return CheckpointError(f"{what}. Every checkpoint of the run needs this file. Restore the file from a copy")
 
 
 def open_checkpoint(run: Location, step: int) -> SavedCheckpoint:

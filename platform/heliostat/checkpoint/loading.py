@@ -66,7 +66,7 @@ def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
         n for n in state if n not in missing and (list(state[n].shape) != tensors[n].shape or not _turns(checkpoint, n, state[n]))
     ]
     if missing or wrong:
-        what = f"has no {missing[0]!r}" if missing else f"has {wrong[0]!r} in another shape"
+        what = f"has no {missing[0]!r}" if missing else f"has {wrong[0]!r} in another shape than the model"
         raise CheckpointError(f"{checkpoint.location}: {what}. Another model made this checkpoint")
     for name, tensor in state.items():
         stored = safetensors_file.DTYPES[tensors[name].dtype]

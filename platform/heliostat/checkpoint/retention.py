@@ -43,7 +43,7 @@ class Result(TypedDict):
     tasks: list[TaskScore]
 
 
-RESULT = Format(Result, "result of a benchmark", DataError, fix="Delete this file. heliostat then scores its checkpoint again")
+RESULT = Format(Result, "result of a benchmark", DataError, fix="Delete this file. heliostat then scores the checkpoint again")
 
 
 class RetentionRow(TypedDict):

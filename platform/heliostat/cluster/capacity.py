@@ -109,9 +109,9 @@ def missing(
     used = _amount(have[0] - left[0], have[1] - left[1] if workers.gpus else 0)
     now, empty = room(workers, free, {}, apart), room(workers, all_, {}, apart)
     text = (
-        f"no room for {need}: the {len(all_)} nodes that can hold them have "
-        f"{_amount(have[0], have[1] if workers.gpus else 0)}, of which others use {used}. There is room for {now} "
-        f"workers now, and for {empty} without other jobs"
+        f"no room for {need}: the {len(all_)} nodes that can hold such workers have "
+        f"{_amount(have[0], have[1] if workers.gpus else 0)}, of which other jobs use {used}. There is room for {now} workers "
+        f"now, and for {empty} workers when the other jobs have ended"
     )
     return (
         f"{text}; "
@@ -157,8 +157,8 @@ def check_pools(job: Job, cluster: ClusterFile) -> None:
         return
     if not any(p in train for p in data) or room(need, nodes, {}) < need.least:
         raise ConfigError(
-            f"workers.cpus: {need.least} workers of {need.cpus:g} CPUs leave no node of {cluster.path} the "
-            f"{FETCHING:g} CPU that reading the data needs. Lower workers.cpus or workers.count, or add a node"
+            f"workers.cpus: {need.least} workers of {need.cpus:g} CPUs fill the nodes of {cluster.path}: no node has the "
+            f"{FETCHING:g} CPU left that reading the data needs. Lower workers.cpus or workers.count, or add a node"
         )
 
 

@@ -54,8 +54,8 @@ def _image(cluster: ClusterFile) -> Iterator[str]:
     for target in cluster.raw.get("file_mounts") or {}:
         if target.startswith("/root/") and not as_root:
             yield (
-                f"file_mounts: only root can read {target}, and the user in clusters/Dockerfile is ray. Put the file "
-                "below /home/ray, with RAY_AUTH_TOKEN_PATH"
+                f"file_mounts: only root can read {target}, and the user in clusters/Dockerfile is ray. Put the file below "
+                "/home/ray, and set RAY_AUTH_TOKEN_PATH to this place"
             )
 
 
@@ -152,7 +152,8 @@ def _gcp(cluster: ClusterFile) -> Iterator[str]:
         for account in config.get("serviceAccounts") or []:
             if BROAD_SCOPE in (account.get("scopes") or []):
                 yield (
-                    f"{where}.serviceAccounts: the scope cloud-platform opens every service. List only the scopes that nodes need"
+                    f"{where}.serviceAccounts: the scope cloud-platform gives access to every service. List only the scopes "
+                    "that nodes need"
                 )
         is_head = cluster.raw["available_node_types"].get(cluster.raw.get("head_node_type")) is node
         if not is_head and not config.get("serviceAccounts"):
@@ -210,7 +211,10 @@ def _launcher_ports(cluster: ClusterFile) -> Iterator[str]:
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
             starts = [c for c in cluster.raw.get(key) or [] if "ray start" in c]  # each command has its own shell
             if not starts or not all(map(_asks_for_token, starts)):  # if there are none: Ray's default, without a token
-                yield (f"{key}: the nodes don't ask for a token. Export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH in them")
+                yield (
+                    f"{key}: the nodes don't ask for a token. Export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH in each "
+                    "`ray start` command"
+                )
     for where, options in docker_options(cluster):
         if any(re.match(r"(-p|-P|--publish)", option) for option in options):
             yield f"{where}: publishes a port. Remove it, because only the cluster's nodes may reach Ray's ports"

@@ -59,7 +59,8 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
         init(address="auto", **options)
         if ray.available_resources().get("CPU", 0.0) < 1:
             log.warning(
-                "none of the cluster's %g CPUs is free, so its tasks wait for one", ray.cluster_resources().get("CPU", 0.0)
+                "none of the cluster's %g CPUs is free, so the tasks of this command wait for a free CPU",
+                ray.cluster_resources().get("CPU", 0.0),
             )
         return
     gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray itself doesn't check that the GPUs exist
@@ -99,7 +100,7 @@ def _confined(gpus: int) -> Iterator[None]:
             yield
         if server and (not runs or server.process.poll() is not None):
             why = f"exit code {server.process.poll()}" if runs else f"{server.launcher} can't be executed"
-            log.warning("workers take some seconds each to start, because the fork server isn't running (%s)", why)
+            log.warning("each worker takes some seconds to start, because the fork server isn't running (%s)", why)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         os.environ.clear()

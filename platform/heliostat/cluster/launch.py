@@ -59,7 +59,10 @@ def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
             "note": (f"is up{kept}. Submit a job through ssh: heliostat submit JOB.yaml --cluster {cluster.path}"),
         }
     if restart:
-        raise ConfigError(f"--restart: not supported for KubeRay. Run `heliostat cluster down {cluster.path}`, and up again")
+        raise ConfigError(
+            f"--restart: not supported for KubeRay. Run `heliostat cluster down {cluster.path}`, and then "
+            f"`heliostat cluster up {cluster.path}`"
+        )
     return {"name": cluster.name, "note": kuberay.start(cluster)}
 
 
@@ -114,5 +117,5 @@ def _down_local(name: str) -> LaunchResult:
         have = ", ".join(s.name for s in local.known()) or "none"
         raise ConfigError(f"{name}: no such local cluster. Clusters: {have}")
     ended = local.down(name)
-    note = f"is down, {ended} processes ended" if state.nodes else "was joined, not started here, so it keeps running"
+    note = f"is down, {ended} processes ended" if state.nodes else "keeps running, because heliostat only joined it"
     return {"name": name, "note": note, "processes": ended}

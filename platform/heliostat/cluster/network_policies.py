@@ -127,7 +127,7 @@ def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list
     yield from _unsubmitted(kind, own, kinds)
     if own.egress is not None:
         if not _open(own.egress, DNS, kinds, "UDP"):
-            yield f"NetworkPolicy: {kind.name}: egress: pods can't look up names, not even the head's. Allow port {DNS}"
+            yield f"NetworkPolicy: {kind.name}: egress: pods can't look up names, not even the name of the head. Allow port {DNS}"
         autoscales = kind.name == "head" and cluster.spec.get("enableInTreeAutoscaling")
         if autoscales and not any(_open(own.egress, port, kinds) for port in KUBERNETES_API):
             yield ("NetworkPolicy: head: egress: the autoscaler can't reach Kubernetes. Allow port 443 or 6443 of its API")
@@ -139,7 +139,10 @@ def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list
             )
     if own.ingress is not None and kind.name != SUBMITTER:
         if kind.name == "head" and cluster.kind == "RayJob" and not _open(own.ingress, DASHBOARD, kinds):
-            yield (f"NetworkPolicy: head: ingress: the operator can't ask for the job's state. Allow port {DASHBOARD} from it")
+            yield (
+                f"NetworkPolicy: head: ingress: the operator can't ask for the job's state. Allow port {DASHBOARD} from the "
+                "operator"
+            )
         if not _open(own.ingress, METRICS, kinds):
             yield f"NetworkPolicy: {kind.name}: ingress: Prometheus can't read Ray's metrics. Allow port {METRICS}"
 
@@ -151,8 +154,8 @@ def _unsubmitted(kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator
         return
     if kind.name == "head" and own.ingress is not None and not _lets_pods_through(own.ingress, named[SUBMITTER], DASHBOARD):
         yield (
-            "NetworkPolicy: head: ingress: the pod that submits the job can't reach the head. Allow port "
-            f"{DASHBOARD} from it, by a label of submitterPodTemplate"
+            "NetworkPolicy: head: ingress: the pod that submits the job can't reach the head. Allow port {DASHBOARD} from this "
+            "pod, selected by a label of submitterPodTemplate"
         )
     if kind.name == SUBMITTER and own.egress is not None and not _lets_pods_through(own.egress, named["head"], DASHBOARD):
         yield f"NetworkPolicy: {SUBMITTER}: egress: the pod can't reach the head. Allow port {DASHBOARD} to the head"

@@ -50,8 +50,8 @@ def crowded_now(job: Job) -> str | None:
     total = sum(labeled.values())
     return (
         f"no node has the {FETCHING:g} free CPU that reading the data needs: {len(labeled)} nodes have {total:g} "
-        f"CPUs, and {total - sum(left.values()):g} of them are in use by this run's workers, its reading, and "
-        "other jobs"
+        f"CPUs, and {total - sum(left.values()):g} of them are in use by this run's workers, by its data reading, and by other "
+        "jobs"
     )
 
 

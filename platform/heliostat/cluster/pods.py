@@ -44,8 +44,8 @@ def _made_by_kuberay(cluster: ClusterFile) -> Iterator[str]:
         template = cluster.raw["spec"].get("submitterPodTemplate")
         if template is None:
             yield (
-                "submitterPodTemplate: not set, so the pod that submits has no securityContext, which a restricted "
-                "namespace rejects. Add a template with one"
+                "submitterPodTemplate: not set, so the pod that submits has no securityContext, and a restricted namespace "
+                "rejects the pod. Add a template with a securityContext"
             )
         else:
             yield from _privileges("submitter", template["spec"])

@@ -108,7 +108,10 @@ def _sense(cluster: ClusterFile) -> Iterator[str]:
         if pool.image and (":" not in pool.image.rpartition("/")[2] or pool.image.endswith(":latest")):
             yield f"pool {pool.name}: image {pool.image} has no version, so later nodes may run other code. Add a version"
         if pool.head and pool.cpus and len(cluster.pools) > 1:
-            yield (f"pool {pool.name}: the head runs work ({pool.cpus:g} CPUs). With CPU: 0, losing a worker can't end the head")
+            yield (
+                f"pool {pool.name}: the head has {pool.cpus:g} CPUs, so it runs workers, and a failing worker can end the "
+                "head. Set CPU: 0"
+            )
     if "change-me" in cluster.path.read_text(encoding="utf-8"):
         yield "the file still contains change-me. Replace it with your values"
 

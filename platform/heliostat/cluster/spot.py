@@ -172,10 +172,15 @@ def leave(seconds: float, drains: Callable[[float], str], busy: Callable[[], boo
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m heliostat.cluster.spot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("who", choices=[*NOTICES, "now"], help="source of the notice: a provider, or `now`")
-    parser.add_argument("--seconds", type=float, default=90.0, help="seconds for the workers, with `now` (90)")
-    parser.add_argument("--url", default=METADATA, help=f"URL of the metadata service ({METADATA})")
-    parser.add_argument("--address", help="address of Ray's state server; default: this machine's")
-    parser.add_argument("--node-ip", help="address of the node; default: Ray's")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=90.0,
+        help="with `now`: maximum number of seconds to wait until the node's workers have ended [default: 90]",
+    )
+    parser.add_argument("--url", default=METADATA, help=f"URL of the metadata service [default: {METADATA}]")
+    parser.add_argument("--address", help="address of Ray's state server [default: the server that this machine uses]")
+    parser.add_argument("--node-ip", help="address of the node [default: the address that Ray uses]")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 

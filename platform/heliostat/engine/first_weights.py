@@ -63,8 +63,8 @@ def _in_turns(making: _Making, group: dist.ProcessGroup, why: str) -> None:
     turns = max(together(group, lambda: mine)) + 1
     if dist.get_rank() == 0:
         log.warning(
-            "recipe: %s.build needs weights (%s): the workers of a node call it in %d turns, each with %.1f GB of host memory. "
-            "See %s for what `build` may do without weights.",
+            "recipe: %s.build needs real weights (%s). So the workers of a node call it one after another, in %d turns, and "
+            "each worker uses %.1f GB of host memory. To avoid this, see in %s what `build` may do without weights.",
             type(making.recipe).__name__, why, turns, making.gigabytes, GUIDE,
         )  # fmt: skip
 

@@ -175,7 +175,10 @@ class ShardedState(ABC):
         for name, p in self.module.named_parameters():
             if not p.requires_grad:
                 if (part := self.weights(p)) is None:
-                    raise ConfigError(f"train.zero.offload.param: nvme doesn't support {name!r}, which isn't trained. Use cpu")
+                    raise ConfigError(
+                        f"train.zero.offload.param: nvme offload doesn't support parameters that aren't trained, "
+                        f"such as {name!r}. Use cpu"
+                    )
                 shard = division.placed(p, *part)
                 out[f"{FROZEN}.{name}"] = shard if whole else self._part(p, shard, self.weight_replicas)
         return out
@@ -249,7 +252,8 @@ class ShardedState(ABC):
                 mine.copy_(values)
         if lost:
             raise TrainingError(
-                f"train.zero: DeepSpeed keeps {len(lost)} tensors, {lost[0]!r} first, where a restore can't write them "
+                f"train.zero: DeepSpeed keeps {len(lost)} tensors, the first of which is {lost[0]!r}, in a place where a "
+                f"restore can't write them "
                 f"({self}). Install the version of DeepSpeed that heliostat requires"
             )
 

@@ -52,7 +52,7 @@ class KeptResult(TypedDict):
     recorded: dict[str, Any]
 
 
-KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="Delete it, and heliostat scores its checkpoint again")
+KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="Delete it, and heliostat scores the checkpoint again")
 
 
 @dataclass

@@ -57,7 +57,7 @@ def _evaluate(
         raise ConfigError(f"--fraction: {planned.held_fraction:g} of {data} holds out no sample. Pass a larger fraction")
     if len(held_out) < min(samples, sum(dataset.order.held_shares(samples))):
         log.warning(
-            "--samples: scoring fewer than the %d samples asked for, because --fraction %g holds out %d",
+            "--samples: %d samples were asked for, but --fraction %g holds out only %d, so heliostat scores fewer",
             samples,
             planned.held_fraction,
             len(held_out),

@@ -33,7 +33,8 @@ def require_language_model(folder: Path) -> None:
     """Raises ConfigError unless the folder contains a language model."""
     if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
         raise ConfigError(
-            f"{folder}: isn't a language model, but benchmarks are text. Score the model on its dataset: heliostat model evaluate"
+            f"{folder}: isn't a language model, but benchmarks need a language model. Score the model on its dataset: heliostat "
+            "model evaluate"
         )
 
 

@@ -52,7 +52,8 @@ def notes(result: Result) -> list[str]:
               for row in result["tasks"] if row.get("edit_similarity") is not None]  # fmt: skip
     lines += [_of_programs(row) for row in result["tasks"] if row.get("programs")]
     lines += _of_contamination(result, seen)
-    lines += [f"{row['task']}: {row['truncated']:,} examples are longer than the model's context, so the model saw only their end"
+    lines += [f"{row['task']}: {row['truncated']:,} examples are longer than the model's context, so the model saw only the end "
+              "of each of them"
               for row in result["tasks"] if row["truncated"]]  # fmt: skip
     if recorded["why_not"]:
         lines.append(f"not in MLflow: {recorded['why_not']}")
@@ -77,9 +78,11 @@ def _of_contamination(result: Result, seen: Row | None) -> list[str]:
         return [f"seen: unknown: {seen['unknown']}"]
     chunks = sum(one["chunks"] for one in seen["datasets"])
     short = sum(row["contamination"]["too_short"] for row in result["tasks"])
-    lines = [f"seen: examples that share {seen['n']} words in a row with the training data ({chunks:,} chunks)"]
+    lines = [
+        f"seen: examples that share {seen['n']} words in a row with the training data (compared with {chunks:,} chunks of it)"
+    ]
     if short:
-        lines[0] += f"; {short:,} examples have fewer words and aren't compared"
+        lines[0] += f"; {short:,} examples have fewer words, so they aren't compared"
     if seen["damaged"]:
         lines.append(f"seen: {seen['damaged']:,} damaged row groups aren't compared")
     return lines

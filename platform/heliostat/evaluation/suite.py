@@ -23,7 +23,7 @@ class SuiteEntry(Strict):
     task: Name
     """Name of the task: in a task file below `folder` (its line `task: NAME`), or in lm-eval."""
     fewshot: int | None = Field(None, ge=0, le=1000)
-    """Number of solved examples before each question. Unset: the value in the task file."""
+    """Number of few-shot examples before each question. Unset: the value in the task file."""
     metric: str | None = Field(None, min_length=1)
     """Metric that is the task's score, for example `acc_norm`. You can add a filter: `exact_match,strict-match`. Unset: the first
     metric in the task's `metric_list`."""
@@ -41,7 +41,7 @@ class Contamination(Strict):
     """Describes how heliostat searches the training data for the examples."""
 
     measure: bool = True
-    """Checks the examples against the training data; each run reads that data once."""
+    """Checks which examples share text with the training data. Each run reads the training data once for this check."""
     data: list[str] = []
     """Prepared datasets to check, as folders or `s3://` URIs. Unset: the datasets that the model was trained on, without their
     held-out samples."""
@@ -61,9 +61,9 @@ class Suite(Strict):
     examples: Positive | None = None
     """Maximum number of examples per task, from the start of the task. Unset: all examples."""
     fewshot: int | None = Field(None, ge=0, le=1000)
-    """Number of solved examples before each question, for tasks that don't set 0 themselves. Unset: the task's value, or 0."""
+    """Number of few-shot examples before each question. A task that sets 0 itself keeps 0. Unset: the task's value, or 0."""
     seed: Seed = 1234
-    """Random seed for the choice of solved examples. Unset: lm-eval's seed."""
+    """Random seed for the choice of few-shot examples. Unset: lm-eval's seed."""
     batch: int = Field(16, ge=1, le=4096)
     """Number of questions that the model answers in one batch."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

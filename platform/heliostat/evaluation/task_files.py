@@ -177,7 +177,8 @@ def _of_folder(place: Location, cache: Path, where: object) -> tuple[str, dict[s
     if len(readers) != 1:
         problem = f"files of several kinds ({', '.join(sorted(readers))})" if readers else f"no file of {', '.join(READERS)}"
         raise ConfigError(
-            f"{where}: dataset_path: {place} holds {problem}. Put one kind there, one file per split, for example test.jsonl"
+            f"{where}: dataset_path: {place} holds {problem}. Put files of one kind there, one file per split, for example "
+            f"test.jsonl"
         )
     splits: dict[str, list[str]] = {}
     for name in named:

@@ -109,7 +109,7 @@ def _own(name: str, root: Path, folder: Location) -> ConfigurableTask:
     except Exception as e:
         raise ConfigError(f"tasks: {name!r}: can't build this task of lm-eval: {_said(e, {})}") from e
     if not isinstance(task, ConfigurableTask) or getattr(task, "UNSAFE_CODE", False):
-        raise ConfigError(f"tasks: {name!r} runs its own code, or the model's. Use another task")
+        raise ConfigError(f"tasks: {name!r} runs its own code, or the model's code. Use another task")
     return task
 
 

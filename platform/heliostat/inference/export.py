@@ -75,7 +75,7 @@ def _initial(checkpoint: SavedCheckpoint, job: Job, recipe: Recipe, frozen: list
     if not (wanted := [n for n in frozen if n not in saved]):
         return {}
     log.warning(
-        "%s: has no frozen parameters, so %d parameters get their initial values from the job's seed",
+        "%s: the checkpoint has no frozen parameters, so %d parameters get their initial values from the job's seed",
         checkpoint.location,
         len(wanted),
     )

@@ -48,7 +48,7 @@ def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
     try:
         host.wait(DEADLINE_S)
     except subprocess.TimeoutExpired:
-        raise TrainingError(f"--numerics: didn't end within {DEADLINE_S:.0f} s: {_last(folder)}") from None
+        raise TrainingError(f"--numerics: the comparison didn't end within {DEADLINE_S:.0f} s: {_last(folder)}") from None
     finally:
         _end(host)
     if (failed := folder / "error.json").exists():

@@ -55,8 +55,8 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
     recipe = _loaded(small, sources)
     if not isinstance(recipe, CausalLM):
         raise ConfigError(
-            f"recipe: --numerics runs models of up to {LARGEST:,} parameters, and this one has {size:,}. It "
-            "shrinks only models of CausalLM by itself. Make this model smaller with --set model.KEY=VALUE"
+            f"recipe: --numerics runs models of up to {LARGEST:,} parameters, and this one has {size:,}. It can make only "
+            f"models of CausalLM smaller by itself. Make this model smaller with --set model.KEY=VALUE"
         )
     return SmallTrial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
 

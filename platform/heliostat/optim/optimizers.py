@@ -118,7 +118,7 @@ class RmsProp(Optimizer):
     alpha: Rate = 0.99
     """Decay rate of the mean of squared gradients."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    """Added to the square root."""
+    """Constant that is added to the square root of the mean of squared gradients."""
     weight_decay: NonNegative = 0.0
     """L2 penalty of matrices: the gradient of each weight increases by this factor times the weight."""
 
@@ -139,7 +139,7 @@ class Lion(Optimizer):
     name: Literal["lion"] = "lion"
     """Algorithm of the optimizer."""
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.99]
-    """Share of the momentum in an update, and decay rate of the momentum."""
+    """First: share of the momentum in an update. Second: decay rate of the momentum."""
     weight_decay: NonNegative = 0.5
     """Decoupled weight decay of matrices."""
 
@@ -195,7 +195,7 @@ class Muon(Optimizer):
     newton_schulz: Literal["fp32", "bf16"] = "fp32"
     """Precision of the orthogonalization. `bf16` is faster on GPUs, but then updates differ slightly between worker counts."""
     adamw_lr: Annotated[Float, Field(gt=0)] | None = None
-    """Peak learning rate of AdamW's parameters, which the schedule also scales. Unset: `lr`."""
+    """Peak learning rate of the parameters that AdamW trains. The schedule scales this rate like `lr`. Unset: `lr`."""
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """AdamW's decay rates of the first and the second moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
@@ -237,7 +237,8 @@ REFUSED = {
     ),
     **dict.fromkeys(
         ("adamw_8bit", "adamw8bit", "adamw_bnb_8bit"),
-        "isn't supported: ZeRO would split the blocks of its state, and resuming with other workers would change this state",
+        "isn't supported: ZeRO would split the blocks of its state, and resuming with another number of workers would change "
+        "this state",
     ),
     "adagrad": "isn't supported: DeepSpeed replaces it, and then steps only one parameter group",
     "lbfgs": "isn't supported: it needs several losses per step",

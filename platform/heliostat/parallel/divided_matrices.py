@@ -85,7 +85,7 @@ def _fault(small: LanguageModel) -> str:
     off, narrowed = played(small)
     if narrowed:
         return f"every worker would have all of {narrowed[0]!r}, but only a part of its input"
-    return "" if off <= TOLERANCE else f"the shards don't compute the same as the whole model (its logits differ by {off:.1%})"
+    return "" if off <= TOLERANCE else f"the shards' logits differ from the complete model's logits by {off:.1%}"
 
 
 def played(recipe: LanguageModel) -> tuple[float, list[str]]:

@@ -51,7 +51,9 @@ def settled(
     if before is not None:
         kept = layouts.of(before)
         log.info(
-            "%s: the run already has as many workers, and keeps its parallelism configuration: %s", KEY, said(computed, kept)
+            "%s: the run already has this number of workers, so it keeps its parallelism configuration: %s",
+            KEY,
+            said(computed, kept),
         )
         return layouts.applied(computed, kept)
     plain, recipe, unread = bound(*check.check_job(computed), unread)
@@ -60,12 +62,13 @@ def settled(
     best, where = ranked.candidates[0], f"{ranked.planner.workers} workers of {ranked.planner.device.name}"
     if ranked.changes is None:
         raise ConfigError(
-            f"{KEY}: no parallelism configuration fits on {where} (the nearest: {best.why}). Use more workers, or a smaller model"
+            f"{KEY}: no parallelism configuration fits on {where} (closest to fitting: {best.why}). Use more workers, or a "
+            "smaller model"
         )
     note = f"; computed without the datasets: {unread}" if unread else ""
     which = (
-        f"the fastest of {len(ranked.candidates)} parallelism configurations on {where}, {best.speed['step_s']:.3g} s "
-        "per step by the plan"
+        f"the fastest of {len(ranked.candidates)} parallelism configurations on {where}; the plan predicts "
+        f"{best.speed['step_s']:.3g} s per step"
     )
     log.info("%s: %s: %s%s", KEY, which, shown(ranked.changes), note)
     return schema.validate(Job, schema.apply(computed.dump(), ranked.changes), job.name)

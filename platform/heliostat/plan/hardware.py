@@ -150,7 +150,7 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
             host_bandwidth=raw.get("host_bandwidth", HOST_BANDWIDTH) * 1e9 / raw["per_node"] * units,
         )
     except (KeyError, TypeError) as e:
-        raise ConfigError(f"--prices: devices.{name}: lacks {e}, or it isn't a number") from e
+        raise ConfigError(f"--prices: devices.{name}: {e} is missing, or isn't a number") from e
 
 
 def find(name: str, memory: float, devices: Mapping[str, Machine]) -> str | None:

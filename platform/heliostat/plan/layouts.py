@@ -187,7 +187,8 @@ def why(one: Candidate, first: Candidate) -> str:
     part = max(more, key=lambda p: more[p])
     if slower < 1e-3 or more[part] <= 0:
         simpler = complexity(one.layout) < complexity(first.layout)
-        return f"{1000 * slower:.1f} ms slower, but simpler" if simpler else "as fast, but more complex"
+        return f"{1000 * slower:.1f} ms slower than the first, but simpler" if simpler else "as fast as the first, but more "
+        "complex"
     return f"+{more[part]:.2f} s {PARTS[part]}"
 
 
@@ -203,6 +204,6 @@ PARTS = {
 def _lacks(memory: dict[str, int]) -> str:
     if memory["total"] > memory["device"]:
         largest = max(("weights", "gradients", "optimizer", "working", "activations", "frozen"), key=lambda k: memory[k])
-        sums = f" ({memory['summed'] / GIB:.1f} of them sums in fp32)" if largest == "gradients" and memory["summed"] else ""
+        sums = f" ({memory['summed'] / GIB:.1f} of them are sums in fp32)" if largest == "gradients" and memory["summed"] else ""
         return f"{(memory['total'] - memory['device']) / GIB:.1f} GiB too much, {largest} {memory[largest] / GIB:.1f}{sums}"
     return f"{memory['host'] / GIB:.1f} GiB of host memory per worker, more than its share"

@@ -52,7 +52,7 @@ def require_class(field: str, path: str, target: object) -> type[Recipe]:
         if all(hasattr(target, name) for name in ("build", "batch", "loss")):
             raise ConfigError(
                 f"{field}: {path!r} uses the first recipe protocol. Derive it from {_named(Recipe)} and the "
-                f'classes of its other abilities, and let `loss` return a Loss: {GUIDE}, "From the first form"'
+                f'classes of its other abilities, and let `loss` return a Loss (see "From the first form" in {GUIDE})'
             )
         raise ConfigError(f"{field}: {path!r} isn't a recipe: it doesn't derive from {_named(Recipe)} ({GUIDE})")
     _refuse_gone(field, path, target)
@@ -75,7 +75,7 @@ def require_class(field: str, path: str, target: object) -> type[Recipe]:
         )
     if issubclass(target, Serves) and target.serving is Serves.serving and not issubclass(target, Generates):
         raise ConfigError(
-            f"{field}: {path!r} is served through its `generator`, but doesn't define it. Derive the recipe from "
+            f"{field}: {path!r} is served through its `generator`, but doesn't define `generator`. Derive the recipe from "
             f"{_named(Generates)}, or define `serving` ({GUIDE})"
         )
     return target
@@ -117,7 +117,7 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
     as_answers = isinstance(recipe, Serves) and type(recipe).serving is Serves.serving
     if as_answers and isinstance(recipe, Generates) and not recipe.prompts:
         raise ConfigError(
-            f"recipe: {job.recipe!r} defines no `prompts`, and MLflow logs a prompt with the model. Add prompts ({GUIDE})"
+            f"recipe: {job.recipe!r} defines no `prompts`, but MLflow logs a prompt with the model. Add prompts ({GUIDE})"
         )
     best = job.checkpoint.best
     if best and isinstance(recipe, Evaluates) and best.metric not in recipe.scores:

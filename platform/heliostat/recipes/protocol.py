@@ -199,7 +199,7 @@ class Evaluates(ABC):
         """Computes the metrics, among them `loss`, from the sums of `evaluate`: by default, each sum divided by that of
         `terms`."""
         if "terms" not in sums:
-            raise ConfigError(f"recipe: {type(self).__name__}.evaluate returns no `terms` to divide by. Add it ({GUIDE})")
+            raise ConfigError(f"recipe: {type(self).__name__}.evaluate returns no `terms` to divide by. Add them ({GUIDE})")
         return {name: total / max(1.0, sums["terms"]) for name, total in sums.items() if name != "terms"}
 
     def measure(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:

@@ -37,7 +37,7 @@ def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
     and the ledger."""
     ending = _of_step(run.join(run_folder.SUMMARY), last.step)
     if ending is None:
-        log.info("%s: no command recorded the end of training, so the last checkpoint and the ledger count", run)
+        log.info("%s: no command recorded the end of training, so heliostat uses the last checkpoint and the ledger", run)
         ending = from_checkpoint(last.step, last.index.metrics, job, _attempts(run))
     return ending
 

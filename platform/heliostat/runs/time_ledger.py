@@ -248,7 +248,7 @@ class LedgerRecorder:
                 )
             return
         if not first:
-            log.warning("read the run's ledger. Goodput and limits count all commands")
+            log.warning("read the run's ledger again. From now on, goodput and limits count all commands")
 
     def close(self, outcome: str, reason: str = "") -> None:
         """Closes the ledger at the end of the command, and waits until its file is written."""

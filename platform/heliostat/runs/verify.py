@@ -229,6 +229,9 @@ def explain(report: VerifyReport) -> str:
         return f"{report['repeated']:,} samples come twice within an epoch, so the order of samples is wrong"
     step, where, expected, actual = (first[k] for k in ("step", "where", "expected", "found"))
     if first["what"] == "receipt":
-        return f"step {step} is the first without a receipt, with {report['lost']:,} samples in total. A file is missing"
+        return (
+            f"step {step} is the first step without a receipt. In total, {report['lost']:,} samples have no receipt. "
+            "A file is missing"
+        )
     names = {"digest": "its samples' digest", "chain": "the chain after it", "data plan": "its data plan"}
     return f"step {step} is the first that differs: {names[str(first['what'])]} is {expected}, but {where} has {actual}"

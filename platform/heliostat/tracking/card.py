@@ -104,7 +104,7 @@ def note(job: Job, manifests: list[Manifest]) -> str:
     for source, m in zip(job.data.sources, manifests, strict=True):
         size = f"{m.tokens:,} tokens" if m.tokens else f"{m.rows:,} samples"
         lines.append(f"- data: **{_name(m)}**, {size}, weight {source.weight:g}")
-    lines.append("The whole run on one page is `report.html`, among the artifacts.")
+    lines.append("`report.html`, one of the run's artifacts, shows the complete run on one page.")
     return "\n\n".join(line for line in lines if line)
 
 

@@ -216,7 +216,7 @@ class RunOwner:
             case LossSpike():
                 self._facts["its loss spikes"] = lambda: self._record.spikes()
             case Corruption():
-                self._facts["what it found of corruption"] = lambda: self._tag(tags.CORRUPTION, event.text)
+                self._facts["the corruption that it found"] = lambda: self._tag(tags.CORRUPTION, event.text)
             case BadNodes():
                 self._bad_nodes.append(event.text)
                 self._facts["its bad nodes"] = lambda: self._tag(tags.BAD_NODES, "\n".join(self._bad_nodes))

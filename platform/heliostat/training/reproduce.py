@@ -116,17 +116,20 @@ def differences(recorded: RecordedRun, source: source_code.SourceCode, environme
     was, notes = recorded.starts[0]["code"], []
     now = source.facts()
     if was["commit"] != now["commit"]:
-        notes.append(f"code: commit {was['commit'] or 'unknown'} then, {now['commit'] or 'unknown'} now")
+        notes.append(f"code: the run used commit {was['commit'] or 'unknown'}; now it is {now['commit'] or 'unknown'}")
     if was["diff"] != now["diff"]:
         diff_place = f"code/{was['diff']}.diff in the run's artifacts" if was["diff"] else "none"
-        notes.append(f"code: changes beyond the commit differ (then: {diff_place}; now: {now['diff'] or 'none'})")
+        notes.append(f"code: the uncommitted changes differ (in the recorded run: {diff_place}; now: {now['diff'] or 'none'})")
     for name in sorted(recorded.environment.keys() | environment.keys()):
         before, here = recorded.environment.get(name, "absent"), environment.get(name, "absent")
         if before != here:
             notes.append(f"environment: {name} {before} then, {here} now")
     counts = sorted({a["workers"] for a in recorded.attempts})
     if len(counts) > 1:
-        notes.append(f"workers: the run used {', '.join(map(str, counts))} workers, so sums are rounded in another order now")
+        notes.append(
+            f"workers: the run used {', '.join(map(str, counts))} workers, and this run uses another number, so sums "
+            f"are rounded in another order"
+        )
     changed = {key for start in recorded.starts for key in start["changes"]} - {"workers.count"}
     if changed:
         notes.append(f"job: the run later continued with other settings ({', '.join(sorted(changed))}), which are not reproduced")

@@ -115,7 +115,7 @@ def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
     if checkpoint and not resume:
         raise ConfigError(
             f"name: run {job.name!r} already has checkpoints up to step {checkpoint.step} in {job.run_folder}. "
-            "Use --resume to continue, --overwrite to start from scratch (resume=True, overwrite=True), or "
+            "Use --resume to continue, --overwrite to start from scratch (in Python: resume=True, overwrite=True), or "
             "another name"
         )
     return checkpoint
@@ -161,7 +161,9 @@ def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, 
     recorded = checkpoint.index.job
     now = job.on(recorded["workers"]["count"]) if isinstance(job.workers.count, list) else job
     if changed := spec.changed_keys(recorded, now.dump()):
-        log.warning("the run ignores the changes in the job file: %s. Use another name", ", ".join(changed))
+        log.warning(
+            "the run ignores the changes in the job file: %s. To train with these changes, use another name", ", ".join(changed)
+        )
     run.catch_up()
     return result
 

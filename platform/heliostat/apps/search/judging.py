@@ -66,7 +66,9 @@ def judge(index: SearchIndex, questions: Sequence[tuple[str, set[str]]], reranke
     unknown, long = len(questions) - len(known), index.too_long([question for question, _ in known])
     known = [(question, right) for question, right in known if question not in long]
     if not known:
-        raise ConfigError(f"--questions: all are too long for the embedder of {index.place}, for example {min(long)[:80]!r}")
+        raise ConfigError(
+            f"--questions: all questions are too long for the embedder of {index.place}, for example {min(long)[:80]!r}"
+        )
     too_long = len(questions) - unknown - len(known)
     texts = [question for question, _ in known]
     results = {mode: index.search(texts, mode, DEPTH) for mode in index.modes if mode != "hybrid"}

@@ -38,7 +38,9 @@ def require(folder: Path) -> None:
     config = scoring.describe(str(folder), OPTION)
     named = config.get("architectures") or ["a model whose config.json has no architectures"]
     if not str(named[0]).endswith(HEAD):
-        raise ConfigError(f"{OPTION}: {folder} contains {named[0]}, which has no scoring head. Use a model ...{HEAD}")
+        raise ConfigError(
+            f"{OPTION}: {folder} contains {named[0]}, which has no scoring head. Use a model whose class name ends with {HEAD}"
+        )
     labels = scoring.labels(config)
     if len(labels) != 1:
         first = ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "")
@@ -108,7 +110,8 @@ class Reranker:
         tokenizer.enable_truncation(most, strategy="only_second")
         if needed >= most:
             raise ConfigError(
-                f"question: has {needed:,} tokens, but the reranker reads {most:,}, including a passage. Ask a shorter question"
+                f"question: has {needed:,} tokens, but the reranker reads at most {most:,} tokens for the question and a "
+                f"passage together. Ask a shorter question"
             )
 
 

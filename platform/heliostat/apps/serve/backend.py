@@ -74,7 +74,10 @@ class Backend:
                     return
                 except self.lost as e:
                     if begun:
-                        said = "the replica that generated this answer died. Ask again with the same seed for the same text"
+                        said = (
+                            "the replica that generated this answer died. To get the same text, send the request again "
+                            "with the same seed"
+                        )
                         raise Refusal(503, said, code="replica_died") from e
                     self._again(e, left)
             await asyncio.sleep(PAUSE_S)
@@ -108,7 +111,7 @@ class Backend:
 
     def _again(self, error: BaseException, left: int) -> None:
         self.retried += 1
-        log.warning("lost a replica (%s); %d attempts left for its request", type(error).__name__, left)
+        log.warning("lost a replica during a request (%s); %d attempts are left for this request", type(error).__name__, left)
         if not left:
             raise Refusal(503, f"{TRIES} replicas died during this request", code="replica_died", retry_after=5) from error
 

@@ -110,6 +110,7 @@ class Painter:
         w, h = options.get("width", width), options.get("height", height)
         if w * h > MOST_AREA * width * height:
             said = (
-                f"size: {w}x{h}: the model generates {width}x{height} pixels, and at most {MOST_AREA} times as many are allowed"
+                f"size: {w}x{h}: the model generates {width}x{height} pixels, and an image may have at most "
+                f"{MOST_AREA} times as many pixels"
             )
             raise Refusal(400, said, "size", "invalid_value")

@@ -131,7 +131,7 @@ def stop() -> bool:
     Raises ConfigError if the cluster serves other applications, or the endpoint's command is still running.
     """
     if not os.environ.get("RAY_ADDRESS"):
-        raise ConfigError("--stop: needs --cluster. Without one, the endpoint ends with its command")
+        raise ConfigError("--stop: needs --cluster. Without a cluster, the endpoint ends when its command ends")
     from heliostat.cluster.connect import connect, disconnect
 
     connect(cpus=1)
@@ -158,10 +158,14 @@ def end_left() -> bool:
     if not applications and not status.proxies:
         return False
     if not applications and not deployed.started_here():
-        raise ConfigError("others started this cluster's Ray Serve, and this endpoint would end it. Use another cluster")
+        raise ConfigError(
+            "another program started Ray Serve on this cluster, and the end of this endpoint would end Ray Serve "
+            "too. Use another cluster"
+        )
     if not all(_ours(name, set(one.deployments), FRONT in applications) for name, one in applications.items()):
         raise ConfigError(
-            "this cluster's Ray Serve has other applications, and this endpoint would end them. Use another cluster"
+            "this cluster's Ray Serve has other applications, and the end of this endpoint would end these too. Use another "
+            "cluster"
         )
     try:
         ray.get_actor(DRIVER, namespace=NAMESPACE)

@@ -173,7 +173,7 @@ def served(
         return ServedModels(NoModel(called), None, uri, called, embeds, orders)
     source = VersionSource(model, store)
     if called == (name or source.name):
-        raise ConfigError(f"--name: the index also has the name {called!r}. Choose another name for the model")
+        raise ConfigError(f"--name: the index already has the name {called!r}. Choose another name for the model")
     return ServedModels(source, name or source.name, uri, called, embeds, orders)
 
 
@@ -191,9 +191,9 @@ class Options(Strict):
     max_tokens: int = Field(1024, ge=1)
     """Maximum tokens of an answer."""
     at_once: int = Field(256, ge=0)
-    """Concurrent requests per key; 0 means no limit."""
+    """Maximum concurrent requests per key; 0 means no limit."""
     a_minute: int = Field(0, ge=0)
-    """Requests per key and minute; 0 means no limit."""
+    """Maximum requests per key and minute; 0 means no limit."""
     deadline_s: Float = Field(300.0, gt=0)
     """Maximum seconds of an answer."""
     poll_s: Float = Field(2.0, gt=0)

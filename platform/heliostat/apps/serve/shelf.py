@@ -52,7 +52,7 @@ class Shelf:
             raise Refusal(400, str(e), None, "invalid_value") from e
         except DataError as e:
             log.error("%s", e)
-            said = "a part of the served index is missing, or the index was replaced over a day ago. Restart the endpoint"
+            said = "a part of the served index is missing, or the index was replaced more than a day ago. Restart the endpoint"
             raise Refusal(503, said, None, "index_gone") from e
 
     async def prompt(self, request: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Passage]]:

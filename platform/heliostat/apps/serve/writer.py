@@ -156,7 +156,7 @@ class Writer:
         wanted = min(room, ask.limit) if ask.most is None else ask.most
         if wanted < 1 or wanted > room:
             said = (
-                f"{where}: {len(tokens)} tokens, and {max(wanted, 1)} for the answer, are more than the model's "
+                f"{where}: {len(tokens)} tokens and {max(wanted, 1)} tokens for the answer are together more than the model's "
                 f"maximum of {longest}"
             )
             raise Refusal(400, said, where, "context_length_exceeded")

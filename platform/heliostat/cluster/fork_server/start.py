@@ -42,7 +42,10 @@ def supported() -> bool:
     version = metadata.version("ray")
     if version.rpartition(".")[0] not in TESTED:
         log.warning(
-            ("Ray %s starts workers without the fork server, which takes some seconds each: the fork server was tested with %s"),
+            (
+                "Ray %s starts each worker without the fork server, which takes some seconds, because the fork server was tested "
+                "only with %s"
+            ),
             version,
             TESTED[-1],
         )

@@ -156,7 +156,9 @@ class BatchEngine(ABC):
             for i, answer in zip(chosen, batch, strict=True):
                 answers[i] = answer
         if len(open_) > 1 and all(answers[i].bad == "failed" for i in open_):
-            raise HeliostatError(f"the model answers no input: {answers[open_[0]].detail}")
+            raise HeliostatError(
+                f"the model can't answer any of the inputs. The first input failed with: {answers[open_[0]].detail}"
+            )
         return answers
 
     def encode(self, text: str) -> list[int]:

@@ -115,7 +115,10 @@ def _labels(folder: Path) -> list[str]:
     config = scoring.describe(str(folder), "--task classify")
     named = (config.get("architectures") or ["a model whose config.json has no architectures"])[0]
     if not str(named).endswith(HEAD):
-        raise ConfigError(f"--task classify: {folder} contains {named}, which has no classification head. Use a model ...{HEAD}")
+        raise ConfigError(
+            f"--task classify: {folder} contains {named}, which has no classification head. Use a model whose "
+            f"class name ends with {HEAD}"
+        )
     if config.get("problem_type") == "regression":
         raise ConfigError(f"--task classify: {folder} has problem_type regression, which has no classes. Use a classifier")
     if len(labels := scoring.labels(config)) < LEAST_LABELS:

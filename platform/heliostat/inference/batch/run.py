@@ -109,7 +109,9 @@ def answer(
     before_commit()
     missing = _missing(facts["settings"]["keep"], records)
     if missing:
-        log.warning("--keep: %s: the inputs have no such column, so the answers' column is empty", ", ".join(map(repr, missing)))
+        log.warning(
+            "--keep: %s: the inputs have no such column, so this column of the answers is empty", ", ".join(map(repr, missing))
+        )
     listed = [{"file": f"{tasks.ANSWERS}/{r['name']}.parquet", "rows": r["answers"]} for r in records if r["answers"]]
     gone = _others(place, {str(one["file"]) for one in listed})
     result = facts | {"inputs": _inputs(records), **_counts(records), "missing": missing, "deleted": sum(map(_rows, gone)),

@@ -43,7 +43,8 @@ class NoiseObjective(Strict):
     zero_terminal_snr: bool = False
     """Rescales the schedule so that the last step is pure noise. Needs `prediction: v`."""
     min_snr: Float | None = Field(default=None, gt=0)
-    """Gamma of the min-SNR loss weight. With `zero_terminal_snr`, the ratio counts as at least 1. Not used with flow. Unset: all
+    """Gamma of the min-SNR loss weight. With `zero_terminal_snr`, the signal-to-noise ratio counts as at least 1. Not used "
+      "with flow. Unset: all
     steps have the same weight."""
     noise_offset: Float = Field(default=0.0, ge=0)
     """Fraction of the noise that is constant over each channel. Not used with flow."""
@@ -60,7 +61,10 @@ class NoiseObjective(Strict):
         if not flow and (self.timesteps != "uniform" or self.shift != 1.0):
             raise ValueError("timesteps 'logit_normal' and shift need prediction 'flow'. Remove them")
         if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError("zero_terminal_snr needs prediction 'v', because pure noise says nothing about the image")
+            raise ValueError(
+                "zero_terminal_snr needs prediction 'v', because the last step is pure noise, and a network that "
+                "predicts noise learns nothing from this step"
+            )
         return self
 
 

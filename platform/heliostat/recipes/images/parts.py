@@ -66,9 +66,7 @@ class Parts:
         for name, digest in f.models.items():
             folder = folders[name]
             if folder is None or config.folder_digest(str(folder.pretrained)) != digest:
-                raise ConfigError(
-                    f"model.{name}.pretrained: this model didn't compute the datasets. Set it to the model that did"
-                )
+                raise ConfigError(f"model.{name}.pretrained: another model computed the datasets. Set this key to that model")
         if f.text and f.text != (self.model.text.length, self.width):
             raise ConfigError(
                 f"model.text.length: {self.model.text.length} given, but the datasets contain {f.text[0]}. Set it to {f.text[0]}"
@@ -168,7 +166,9 @@ class Parts:
             said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.length, self.width)))
         except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
             why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-            raise ConfigError(f"model.backbone.pretrained: the backbone needs more than images and captions ({why})") from e
+            raise ConfigError(
+                f"model.backbone.pretrained: the backbone needs more inputs than images and captions ({why})"
+            ) from e
         if said.shape != shape:
             raise ConfigError(
                 f"model.backbone.pretrained: the output has shape {tuple(said.shape[1:])} for images of shape {shape[1:]}"

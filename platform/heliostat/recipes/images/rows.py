@@ -60,7 +60,9 @@ def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
 
 def _facts(m: Manifest) -> DatasetFacts:
     if m.meta.get("content") not in ("images", "latents"):
-        raise ConfigError(f"data.sources: {m.location} contains no images. Make it with heliostat.pipelines:ImagePipeline")
+        raise ConfigError(
+            f"data.sources: {m.location} contains no images. Prepare this dataset with heliostat.pipelines:ImagePipeline"
+        )
     text = m.meta.get("text")
     return DatasetFacts(
         m.meta["content"], m.meta["channels"], (m.meta["size"][0], m.meta["size"][1]), m.meta.get("tokenizer"),

@@ -196,7 +196,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, field), ids)
         if what:
             raise ConfigError(
-                f"{field}: its tokenizer differs from that of data.sources.0.path {str(source.location)!r} ({what}). "
+                f"{field}: the model's tokenizer differs from the tokenizer of data.sources.0.path {str(source.location)!r} "
+                f"({what}). "
                 f"Prepare the dataset with the model's tokenizer: write `tokenizer: {{path: {files.shown(folder)}}}` in the "
                 "pipeline file"
             )

@@ -78,7 +78,8 @@ def require(recipe: MixtureModel) -> None:
     biased = len(experts.biases(model)) == len(layers) > 0
     if keys.router_bias_update_rate and not biased:
         raise ConfigError(
-            f"model.{RATE}: the routers of {kind!r} have no bias for choosing experts, unlike DeepSeek-V3. Remove this key"
+            f"model.{RATE}: the routers of {kind!r} have no bias for choosing experts, unlike the routers of DeepSeek-V3. "
+            f"Remove this key"
         )
     if recipe.job.train.compile and (keys.router_bias_update_rate or keys.router_z_loss_coef):
         named = RATE if keys.router_bias_update_rate else Z_LOSS

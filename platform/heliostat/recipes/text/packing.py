@@ -34,8 +34,9 @@ def require_apart(recipe: LanguageModel) -> None:
         ) from e
     if not leaked <= TOLERANCE:
         raise ConfigError(
-            f"data.document_mask: {kind!r} attends across packed documents: text before a boundary changes the "
-            f"logits after it (by {leaked:.1%} of the change of the logits before it). Set it to false"
+            f"data.document_mask: {kind!r} attends across packed documents: a change of the text before a boundary between "
+            f"documents also changes the logits after this boundary (by {leaked:.1%} of the change of the logits before the "
+            f"boundary). Set this key to false"
         )
 
 

@@ -84,11 +84,12 @@ def pooling_file(folder: Path) -> Path:
         raise ConfigError(f"{folder / MODULES}: module {unknown[0]!r} isn't supported. Supported: {', '.join(KINDS)}")
     if "Pooling" not in modules or modules.get("Transformer"):
         raise ConfigError(
-            f"{folder / MODULES}: lists no Pooling module, or a Transformer module outside this folder. Use another model"
+            f"{folder / MODULES}: the Pooling module is missing, or the Transformer module is outside this folder. Use another "
+            f"model"
         )
     place = Path(modules["Pooling"])
     if place.is_absolute() or ".." in place.parts:
-        raise ConfigError(f"{folder / MODULES}: its pooling is outside the folder. Use another model")
+        raise ConfigError(f"{folder / MODULES}: the Pooling module is outside this folder. Use another model")
     return folder / place / "config.json"
 
 

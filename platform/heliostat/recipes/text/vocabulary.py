@@ -65,7 +65,7 @@ def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | N
         sizes = f"of {len(plain[0]):,} and {len(plain[1]):,} tokens"
         return f"vocabularies {sizes}; {first!r} is {where[0]} in the dataset's tokenizer and {where[1]} in the model's tokenizer"
     if ours["model"].get("merges") != theirs["model"].get("merges"):
-        return "the tokens are equal, but the merges differ"
+        return "the tokenizers have the same tokens, but different merges"
     for key in sorted({*ours["model"], *theirs["model"]} - {"vocab", "merges"}):
         if ours["model"].get(key) != theirs["model"].get(key):
             return (

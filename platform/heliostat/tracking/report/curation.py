@@ -127,7 +127,7 @@ def _summary(report: PageData) -> str:
     if report["seconds"]:
         spent = sum(report["seconds"].values())
         facts["processor time"] = _time(spent)
-        facts |= {"its price": _price(report, spent)} if report["hour"] else {}
+        facts |= {"price of the processor time": _price(report, spent)} if report["hour"] else {}
     return f"<dl>{boxes(facts)}</dl>"
 
 
@@ -155,14 +155,14 @@ def _funnel(report: PageData) -> str:
                 f"{left:,} ({_share(left, total)})",
             )
         )
-    head = ["stage", "came", "kept", "dropped", "of those that came", "bytes", "CPU seconds", "MB/s a core", "price"]
+    head = ["stage", "documents received", "kept", "dropped", "share dropped", "bytes", "CPU seconds", "MB/s per core", "price"]
     return svg.bars("documents left", [(_plain(n), s, t) for n, s, t in shown]) + table(head, rows)
 
 
 def _costs(report: PageData) -> list[str]:
     if not report["seconds"]:
         return []
-    note = f", at {report['hour']:g} {escape(report['currency'])} for a core and hour" if report["hour"] else ""
+    note = f", at {report['hour']:g} {escape(report['currency'])} per core and hour" if report["hour"] else ""
     parts = [(_plain(name), report["seconds"][name]) for name in report["funnel"] if name in report["seconds"]]
     longest = max((spent for _, spent in parts), default=0.0) or 1.0
     rows = [
@@ -179,7 +179,7 @@ def _stage(name: str, part: PageData) -> list[str]:
     if dropped:
         reasons = sorted(dropped.items(), key=lambda kv: (-kv[1], kv[0]))
         rows = [[_cut(reason), f"{n:,}", _share(n, came), _cut(what.get(reason, ""))] for reason, n in reasons]
-        out.append(table(["dropped for", "documents", "of those that came", "meaning"], rows))
+        out.append(table(["dropped for", "documents", "share of the documents that reached the stage", "meaning"], rows))
     if counts:
         out.append(f"<p class='muted'>{escape(', '.join(f'{_plain(k)} {n:,}' for k, n in sorted(counts.items())))}</p>")
     limits = part.get("thresholds", {})
@@ -189,7 +189,7 @@ def _stage(name: str, part: PageData) -> list[str]:
     out += [side_by_side([d for d in drawn if d])] if any(drawn) else []
     if clusters := part.get("largest"):
         rows = [[f"{size:,}", _cut(id)] for size, id in clusters]
-        out += ["<h3>The largest clusters</h3>", table(["documents", "of which stayed"], rows)]
+        out += ["<h3>The largest clusters</h3>", table(["documents", "the document that was kept"], rows)]
     examples = part.get("examples", {})
     for rule in sorted(examples, key=lambda r: (r.startswith("kept "), r)):
         out.append(_examples(rule, examples[rule]))
@@ -199,7 +199,7 @@ def _stage(name: str, part: PageData) -> list[str]:
 def _examples(rule: str, examples: list[Any]) -> str:
     """Renders a rule's examples in a folded block: ids, measures, thumbnails of images, and the beginnings of their texts."""
     kind, _, subject = rule.partition(" ")
-    title = f"dropped for {subject}" if kind == "dropped" else f"only just kept, by {subject}"
+    title = f"dropped for {subject}" if kind == "dropped" else f"kept, and close to the limit of {subject}"
     shown = []
     for _, id, text, detail, measures, *thumbnails in examples[:EXAMPLES]:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in measures.items())
@@ -222,7 +222,7 @@ def _columns(report: PageData) -> list[str]:
     if not drawn:
         return []
     note = f"Counted in {report['sampled']:,} documents" + (", a random sample." if report["sampled"] >= SAMPLED else ".")
-    return ["<h2>What is in it</h2>", f"<p class='muted'>{note}</p>", side_by_side(drawn)]
+    return ["<h2>Contents of the dataset</h2>", f"<p class='muted'>{note}</p>", side_by_side(drawn)]
 
 
 def _numbers(values: list[object]) -> list[float]:

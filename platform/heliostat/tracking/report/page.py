@@ -158,7 +158,7 @@ def _spike_lines(spikes: list[tuple[int, float, float]]) -> list[str]:
     if not spikes:
         return []
     rows = [[f"{step:,}", f"{loss:.6g}", f"{limit:.6g}"] for step, loss, limit in spikes[-SPIKES:]]
-    older = f"<p class='muted'>and {len(spikes) - SPIKES:,} before them</p>" if len(spikes) > SPIKES else ""
+    older = f"<p class='muted'>and {len(spikes) - SPIKES:,} earlier spikes</p>" if len(spikes) > SPIKES else ""
     return [f"<h2>Loss spikes: {len(spikes):,}</h2>{table(['step', 'loss', 'limit'], rows)}{older}"]
 
 

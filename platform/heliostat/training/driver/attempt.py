@@ -241,7 +241,7 @@ class Attempt:
     def _too_little_to_read(self, beating: Mapping[str, int]) -> str | None:
         limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for a CPU"
         if nodes.starved_now(self.job, beating):
-            short = f"workers.cpus: {self.job.workers.cpus:g} per worker leaves no node a CPU to read the data"
+            short = f"workers.cpus: {self.job.workers.cpus:g} per worker, so no node has a CPU left to read the data"
             return f"{short}; {limit}. Lower workers.cpus, or add a node"
         waited = time.monotonic() - self._reading > nodes.SAY_S
         if os.environ.get("RAY_ADDRESS") and waited and (crowd := nodes.crowded_now(self.job)):
@@ -294,7 +294,7 @@ class Attempt:
         thread.join(END_S)
         self._drain()
         if thread.is_alive():
-            raise TrainingError(f"Ray didn't report the end of the workers within {END_S:.0f} s") from self._watch.fault
+            raise TrainingError(f"Ray didn't report within {END_S:.0f} s that the workers had ended") from self._watch.fault
 
     # the workers -----------------------------------------------------------------------------------------------------
 
@@ -349,7 +349,9 @@ class Attempt:
             if done or self._reported:
                 self._decide(orders.WorkerEnded(bool(ended.failures or self._reported), time.monotonic()))
             if not done and isinstance(self._decide(orders.Clock(time.monotonic())), orders.EndLate):
-                log.warning("ended %d workers that didn't end within %.0f s after another worker", len(waiting), SETTLE_S)
+                log.warning(
+                    "ended %d workers that were still running %.0f s after another worker had ended", len(waiting), SETTLE_S
+                )
                 ended.failures += [Failure.of(ranks[one], working[one], None) for one in waiting]
                 break
         return ended

@@ -95,7 +95,9 @@ def hourly(workers: Workers, nodes: Iterable[LivingNode]) -> float | None:
     known = {kind: devices.get(kind.split("-")[0]) for kind in kinds}
     if unknown := sorted(kind for kind, device in known.items() if device is None):
         names = ", ".join(sorted(d for d in devices if d != "cpu"))
-        raise ConfigError(f"limits.cost: the price table has no price for {unknown[0]} (it has {names}). Use limits.hours")
+        raise ConfigError(
+            f"limits.cost: the price table has no price for {unknown[0]}. It has prices for {names}. Use limits.hours instead"
+        )
     prices = [device["hour"] for device in known.values()]
     return workers.gpus * max(prices) if prices else None
 

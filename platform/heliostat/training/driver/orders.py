@@ -152,10 +152,10 @@ def decide(watch: WorkerWatch, event: AttemptEvent) -> Decision:
         case StopAsked(by=by) if watch.ordered < INTERRUPTED and watch.phase != "ended":
             return _give_up(watch, StoppedError(f"stopped by {by} before the first step. No progress was lost"))
         case NodesLeaving(count=count) if watch.ordered < PREEMPTED and watch.phase == "stepped":
-            why = f"{count} of the run's nodes are about to leave: stopping after a checkpoint"
+            why = f"{count} of the run's nodes are about to leave the cluster: stopping after a checkpoint"
             return _order(watch, PREEMPTED, why, event.now + watch.grace)
         case RoomFound(workers=workers) if watch.ordered < RESIZE and watch.phase == "stepped":
-            why = f"the cluster has room for {workers} workers in total: the run grows to them after the next checkpoint"
+            why = f"the cluster has room for {workers} workers in total: changing to this number after the next checkpoint"
             return _order(watch, RESIZE, why, watch.stop_by)  # the checkpoint is due anyway
         case WorkerEnded(failed=failed, now=now):
             back_by = now + watch.settle if watch.back_by == math.inf else watch.back_by

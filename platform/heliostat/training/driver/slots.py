@@ -145,8 +145,12 @@ class Slots:
                     have = f"{len(self.held)} of {count} workers"
                     self.give_all_back()
                     if not patient:
-                        raise PlacementError(f"can't place the workers: the cluster has room for {have} after {PLACE_S:.0f} s")
-                    log.warning("the cluster has room for %s. Releasing these resources until there is room for all", have)
+                        raise PlacementError(
+                            f"can't place the workers: after {PLACE_S:.0f} s, the cluster has room only for {have}"
+                        )
+                    log.warning(
+                        "the cluster has room for %s. Releasing these resources until there is room for all workers", have
+                    )
                     break
                 time.sleep(POLL_S)
             self._drop_open()

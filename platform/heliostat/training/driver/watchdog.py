@@ -64,7 +64,11 @@ def call(stack: str) -> str:
 def text(stacks: dict[int, str], workers: int) -> str:
     """Formats the stack traces by worker. The first line lists the workers that didn't answer."""
     silent = [str(r) for r in range(workers) if r not in stacks]
-    head = [f"no answer within {wait_s(workers):.0f} s, so frozen or dead: worker {', '.join(silent)}"] if silent else []
+    head = (
+        [f"no answer within {wait_s(workers):.0f} s from these workers, so they are frozen or dead: {', '.join(silent)}"]
+        if silent
+        else []
+    )
     return "\n\n".join([*head, *(f"worker {r}: {stacks[r]}" for r in sorted(stacks))])
 
 

@@ -74,6 +74,6 @@ class LossWatch(Hook):
         names = [f"{s}:{c}:{r}" for s, c, r in zip(ids.source[:NAMED], ids.chunk[:NAMED], ids.row[:NAMED], strict=True)]
         more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
         return NonFiniteError(
-            f"step {step + 1}: {what}. Training stopped before another checkpoint. Samples (source:chunk:row): "
+            f"step {step + 1}: {what}. Training stopped before it saved another checkpoint. Samples (source:chunk:row): "
             f"{', '.join(names)}{more}. Lower train.optimizer.lr, or look at the data, and use --resume"
         )

@@ -119,7 +119,7 @@ class MemoryCopies:
         self._off = True
         if self._rank == 0:
             (rank, why), more = failed[0], f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-            self._notice(f"{OFF} until the workers start again, after {self._kept} copies: worker {rank}{more}: {why}")
+            self._notice(f"{OFF} until the workers start again. {self._kept} copies were made before. Worker {rank}{more}: {why}")
         return True
 
     def end(self) -> None:

@@ -182,7 +182,8 @@ class CorruptionCheck(Hook):
             if "heckpoint" not in str(e):
                 raise
             raise ConfigError(
-                f"train.sdc_check: not supported for activation checkpointing with use_reentrant=True ({e}). Set it to False"
+                f"train.sdc_check: not supported for activation checkpointing with use_reentrant=True ({e}). Set use_reentrant "
+                f"to False"
             ) from e
         finally:
             self._rest(buffers)

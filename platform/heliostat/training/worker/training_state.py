@@ -136,7 +136,7 @@ class TrainingState(Hook):
             raise  # the next save would fail, too
         except StorageError as e:  # the same on all workers
             self.failed, self._in_a_row = self.failed + 1, self._in_a_row + 1
-            again = f"{self._in_a_row} in a row; up to {checkpoint.TOLERATED} are allowed"
+            again = f"failed saves in a row: {self._in_a_row}; limit: {checkpoint.TOLERATED}"
             if self._in_a_row > checkpoint.TOLERATED:
                 raise
             self.context.posts.notice(f"can't save a checkpoint ({again}). Training continues without this checkpoint: {e}")
@@ -273,7 +273,8 @@ class TrainingState(Hook):
             state |= frozen
         elif frozen:
             notice(
-                f"{saved.location}: has no frozen parameters, so {len(frozen)} of these keep the values of the model's `build`"
+                f"{saved.location}: the checkpoint has no frozen parameters, so the model's {len(frozen)} frozen parameters "
+                f"keep the values from `build`"
             )
         checkpoint.load(saved, state, context.control, context.progressed)
         notice(checkpoint.casts(saved, state))

@@ -161,8 +161,8 @@ def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
     if bad > allowed:
         raise DataError(
             f"data.max_bad_fraction: replaced {bad} bad samples by step {steps}, more than "
-            f"{job.data.max_bad_fraction:g} of {base:,}. Look at the shards in the warnings, prepare them again, "
-            "or raise the fraction"
+            f"{job.data.max_bad_fraction:g} of {base:,}. Look at the shards that the warnings name, prepare the dataset again, "
+            f"or raise the fraction"
         )
 
 

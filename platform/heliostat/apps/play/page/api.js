@@ -44,7 +44,7 @@ export async function* stream(path, body, signal) {
   let held = "";
   while (true) {
     const { value, done } = await reader.read();
-    if (done) throw new Error("the answer broke off");
+    if (done) throw new Error("the answer ended too early");
     held += value;
     const events = held.split("\n\n");
     held = events.pop();

@@ -4,7 +4,7 @@ import { post } from "./api.js";
 import { Facts, answered, find, form, make } from "./work.js";
 
 const MODES = { bm25: "by words (BM25)", dense: "by meaning", hybrid: "both" };
-const USED = { whole: "the model has read it", part: "the model has read its beginning", no: "no room for it: not read" };
+const USED = { whole: "the model has read it", part: "the model has read its beginning", no: "the model has no room for it, and hasn't read it" };
 
 function source(passage, number) {
   const title = make("h3", {}, make("b", {}, `[${number}]`), ` ${passage.document}`);

@@ -20,7 +20,7 @@ function about(here) {
   const told = [can[0].toUpperCase() + can.slice(1)];
   if (here.version !== here.model && here.model) told.push(here.version);
   if (here.text) told.push(here.text.longest ? `up to ${here.text.longest.toLocaleString("en")} tokens` : "any number of tokens");
-  if (here.images) told.push(`draws ${here.images.size.join(" × ")} pixels`);
+  if (here.images) told.push(`draws images of ${here.images.size.join(" × ")} pixels`);
   if (here.index) {
     const { documents, passages } = here.passages;
     told.push(`index ${here.index}: ${documents.toLocaleString("en")} documents in ${passages.toLocaleString("en")} passages`);

@@ -32,7 +32,7 @@ export function write(section, here) {
 
 export function complete(section, here) {
   continuation(section, here, (values) => {
-    if (!values.suffix) throw new Error("The text after the gap is empty. Add it, or use Write.");
+    if (!values.suffix) throw new Error("The text after the gap is empty. Add this text, or use the tab Write.");
     return { prompt: values.prefix, suffix: values.suffix };
   });
 }

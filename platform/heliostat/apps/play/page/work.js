@@ -85,7 +85,7 @@ export function sampling(aside, text) {
   const most = Math.min(200, Math.ceil((text.longest ?? Infinity) / 2), text.max_tokens);
   aside.prepend(
     slider("temperature", "Temperature", "0 always picks the most likely token", { min: 0, max: 2, step: 0.05 }, 0.8),
-    slider("top_p", "Top-p", "samples from the most likely tokens with this probability in total", { min: 0.05, max: 1, step: 0.05 }, 0.95),
+    slider("top_p", "Top-p", "samples only from the most likely tokens, whose probabilities add up to this value", { min: 0.05, max: 1, step: 0.05 }, 0.95),
     number("max_tokens", "Maximum tokens", { min: 1, max: text.max_tokens, step: 1 }, most),
     seed.element,
   );
@@ -110,7 +110,7 @@ export class Facts {
 
   take(item) {
     const finish = item.choices[0]?.finish_reason;
-    if (finish) this.ends = finish === "stop" ? "ended by the model" : "ended at the limit of tokens";
+    if (finish) this.ends = finish === "stop" ? "ended by the model" : "ended at the maximum number of tokens";
     if (!item.usage) return;
     const seconds = (performance.now() - this.began) / 1000;
     const tokens = item.usage.completion_tokens;

@@ -101,7 +101,9 @@ class ChatRoute(WritingRoute[ChatRequest]):
                 "unsupported_by_model",
             )
         elif body.messages[0].role != "user":
-            raise Refusal(400, "messages.0.role: expected one question, a message from the user", "messages", "invalid_value")
+            raise Refusal(
+                400, "messages.0.role: expected exactly one message, a question from the user", "messages", "invalid_value"
+            )
         most, where = body.max_tokens, "max_tokens"
         if body.max_completion_tokens is not None:
             most, where = body.max_completion_tokens, "max_completion_tokens"
