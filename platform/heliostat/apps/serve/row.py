@@ -1,4 +1,4 @@
-"""Converts the tokens of each request into the pieces of text that are sent. Both engines use it."""
+"""Converts the tokens of each request into the pieces of text that are sent to the client. Both engines use this module."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Stopping:
         self.stops, self.sent, self.stopped = stops, 0, False
 
     def feed(self, rest: str, last: bool = False) -> str:
-        """Takes the unsent text, and returns the beginning of it that can be sent now.
+        """Takes the unsent text. Returns the part at its beginning that can be sent now.
 
-        Holds back text that could be the beginning of a stop string, unless it is the `last` text. No stop string begins in the
-        sent part.
+        Keeps back text that could be the beginning of a stop string, unless `last` is true. No stop string begins in the sent
+        text.
         """
         ends = [place for stop in self.stops if (place := rest.find(stop)) >= 0]
         if ends:
