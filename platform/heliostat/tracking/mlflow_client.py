@@ -1,5 +1,4 @@
-"""Accesses runs in MLflow's store: sends metrics, reads artifacts, and finds runs. Converts each failure into one clear
-error."""
+"""Accesses runs in MLflow's store: sends metrics, reads artifacts, and finds runs. Each failure becomes one clear error."""
 
 from __future__ import annotations
 
@@ -78,7 +77,7 @@ def known(client: MlflowClient, run_id: str) -> dict[str, int]:
 def read_json(client: MlflowClient, run_id: str, artifact: str, kind: type[T]) -> T | None:
     """Reads a JSON artifact of a run; None if the run doesn't have it. Raises TrackingError if the artifact isn't JSON.
 
-    `kind`: the artifact's type. The type isn't checked, because heliostat itself wrote the artifact.
+    `kind`: the artifact's type. This function doesn't check the type, because heliostat itself wrote the artifact.
     """
     folder = artifact.rpartition("/")[0] or None
     if artifact not in {f.path for f in client.list_artifacts(run_id, folder)}:
