@@ -1,4 +1,4 @@
-"""Reads cluster files, starts local clusters, connects to clusters, and knows their nodes.
+"""Reads cluster files, starts local clusters, connects to clusters, and describes the clusters' nodes.
 
 Start at `cluster_file`.
 May import: `config`, `storage`.

@@ -1,6 +1,6 @@
 """Computes how many workers fit on a cluster's nodes, in addition to the tasks that read the data.
 
-The functions are pure. The plan applies them to cluster files; the driver and sweeps apply them to running nodes.
+The functions are pure. The plan calls them with the nodes of cluster files. The driver and sweeps call them with running nodes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def room(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, i
     """Computes how many workers fit on the nodes if one of the nodes also runs a data task; 0 if no node can run the data task.
 
     `free`: free resources by node. `in_use`: number of this run's workers on each node; their resources count as free. `apart`:
-    whether other nodes read the data; then no data task is counted.
+    whether other nodes read the data. If so, no data task is counted.
     """
     nodes = [{"CPU": r.get("CPU", 0.0) + in_use.get(n, 0) * workers.cpus,
               "GPU": r.get("GPU", 0.0) + in_use.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
@@ -51,7 +51,7 @@ def room(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, i
 
 
 def spots(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, int], count: int) -> list[str] | None:
-    """Chooses a node for each of `count` workers by `workers.placement`; None if not all of them fit.
+    """Chooses a node for each of `count` workers by `workers.placement`. Returns None if not all of the workers fit.
 
     `free`: free resources by node. `in_use`: number of this run's workers on each node.
     """
@@ -96,8 +96,8 @@ def missing(
 ) -> str:
     """Explains, in numbers, why `count` workers wait for resources.
 
-    `all_`: total resources of the nodes that the workers may use, by node. `free`: their free resources, by node. `apart`:
-    whether other nodes read the data.
+    `all_`: total resources of the nodes that the workers may use, by node. `free`: free resources of the same nodes, by node.
+    `apart`: whether other nodes read the data.
     """
     need = f"{count} workers of {_amount(workers.cpus, workers.gpus)}"
     need += "" if apart else f", and {FETCHING:g} CPU for reading the data"
@@ -142,7 +142,7 @@ def _meets(condition: str, value: str | None) -> bool:
 
 
 def check_pools(job: Job, cluster: ClusterFile) -> None:
-    """Raises ConfigError if the cluster at its maximum size has no room for the job's minimum of workers, or for a data task."""
+    """Raises ConfigError if the job's minimum of workers, or a data task, doesn't fit on the cluster at its maximum size."""
     need = job.workers
     train, data = _pools(cluster, "workers.labels", need.labels), _pools(cluster, "data.labels", job.data.labels)
     if not train or any(p.cpus is None for p in [*train, *data]):

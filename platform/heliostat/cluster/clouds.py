@@ -1,7 +1,7 @@
 """Warns about settings that fail at the first `ray up` on AWS or Google Cloud, and about open ports in any cluster file.
 
-Ray's launcher accepts such files, so the problems appear only when you already pay for machines. The rules come from the
-providers' documentation and from the code of Ray 2.60's launcher. None of them was tested on a cloud.
+Ray's launcher accepts files with such settings, so the problems appear only when you already pay for machines. The rules come
+from the providers' documentation and from the code of Ray 2.60's launcher. None of them was tested on a cloud.
 
 A process that reaches Ray's ports can run code on the cluster (CVE-2023-48022), unless Ray requires a token.
 """
@@ -32,7 +32,7 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _nodes(cluster: ClusterFile) -> Iterator[tuple[str, Section, Section, bool]]:
-    """Yields (key of its node_config, node_config, node type, whether it has GPUs) for every node type."""
+    """Yields for every node type: (key of its node_config, node_config, node type, whether the node type has GPUs)."""
     for name, node in (cluster.raw.get("available_node_types") or {}).items():
         yield f"available_node_types.{name}.node_config", node.get("node_config") or {}, node, bool(_gpus(node))
 
@@ -60,7 +60,7 @@ def _image(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _registry(cluster: ClusterFile) -> Iterator[str]:
-    """Warns about images in a private registry if no command logs in to the registry. Ray only runs a plain `docker pull`."""
+    """Warns about images in a private registry if no command logs in to the registry. Ray runs `docker pull` without a login."""
     nodes = (cluster.raw.get("available_node_types") or {}).values()
     registries = [
         *(cluster.raw.get("initialization_commands") or []),
@@ -164,8 +164,8 @@ def _gcp(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _gcp_addresses(cluster: ClusterFile) -> Iterator[str]:
-    """Warns about machines with a public address. A machine without `networkInterfaces` in the file gets a public address from
-    Ray."""
+    """Warns about machines with a public address. If the file has no `networkInterfaces` for a machine, Ray gives this machine a
+    public address."""
     for where, config, _, _ in _nodes(cluster):
         interfaces = config.get("networkInterfaces")
         if not interfaces:
@@ -195,7 +195,7 @@ DASHBOARD = re.compile(r"--dashboard-host[= ]+(\"[^\"]*\"|'[^']*'|\$\([^)]*\)|\S
 
 
 def open_ports(cluster: ClusterFile) -> Iterator[str]:
-    """Yields warnings about Ray's ports that other machines can reach, and about a Ray without a token."""
+    """Yields warnings about Ray's ports if other machines can reach them, and about a Ray that requires no token."""
     yield from _launcher_ports(cluster) if cluster.kind == "launcher" else _kuberay_ports(cluster.spec)
 
 

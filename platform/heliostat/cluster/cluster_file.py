@@ -28,8 +28,8 @@ Section = dict[str, Any]  # a mapping in a cluster file, or in its tool's output
 class NodePool:
     """Describes a pool of identical nodes.
 
-    `least` and `most` are the minimum and maximum number of nodes. `cpus` and `gpus` are the numbers per node; `cpus` is None
-    if Ray counts the CPUs.
+    `least` and `most` are the minimum and maximum number of nodes. `cpus` and `gpus` are the numbers per node; `cpus` is None if
+    the file doesn't set it and Ray counts each node's CPUs.
     """
 
     name: str
@@ -61,8 +61,8 @@ class ClusterFile:
     def pools(self) -> tuple[NodePool, ...]:
         """Returns the node pools.
 
-        Raises ConfigError if the file is too malformed to read the pools. Validation against the schema (`schemas`) then shows
-        the place of the error.
+        Raises ConfigError if the file is too malformed to read the pools. To find the place of the error, validate the file
+        against the schema (`schemas`).
         """
         with shaped(self.path):
             return tuple(_launcher_pools(self.raw) if self.kind == "launcher" else _kuberay_pools(self.spec))
@@ -110,7 +110,7 @@ def shaped(path: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> ClusterFile:
-    """Reads a cluster file; raises ConfigError if the file has neither format, or if the name or another required part is
+    """Reads a cluster file; raises ConfigError if the file is in neither format, or if the name or another required part is
     missing."""
     documents = _documents(path)
     schema.require_kind("cluster", path, documents[0])

@@ -1,7 +1,7 @@
 """Connects the driver to Ray: to the cluster that RAY_ADDRESS names, or to a private Ray on this machine.
 
-`RAY_ADDRESS` is set in every Ray job. If it isn't set, a private Ray without a dashboard starts. A private Ray has more logical
-CPUs than the machine has cores, because the data tasks that feed the workers mostly wait for I/O.
+`RAY_ADDRESS` is set in every Ray job. If `RAY_ADDRESS` isn't set, a private Ray without a dashboard starts. A private Ray has
+more logical CPUs than the machine has cores, because the data tasks that feed the workers mostly wait for I/O.
 
 Only this user can use a private Ray. A private Ray listens on loopback, requires its own token, and keeps its files, sockets,
 and token in a folder that only this user may enter.
@@ -43,7 +43,8 @@ def remote_environment(gpus: float) -> dict[str, dict[str, str]]:
 
 
 def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
-    """Joins the cluster of RAY_ADDRESS, or starts a private Ray with `cpus` logical CPUs. A second call does nothing.
+    """Joins the cluster that RAY_ADDRESS names. If it names none, starts a private Ray with `cpus` logical CPUs. A second call
+    does nothing.
 
     `gpus`: number of GPUs of a private Ray, at most the number in this machine. `verbose`: whether to show Ray's logs and the
     workers' output. Raises ConfigError if `gpus` isn't 0 and this machine has no GPU. Raises ClusterError if Ray doesn't
@@ -112,7 +113,8 @@ def _forking(launcher: Path) -> Iterator[None]:
     """Lets Ray start its Python processes through the launcher, without the dashboard's agent. Applies to a Ray that starts
     within the context.
 
-    Also replaces Ray's check of the agent's libraries, because the check would import them into this process for a second.
+    Replaces Ray's check of the agent's libraries too, because the check would import these libraries into this process, which
+    takes a second.
     """
     absent = ImportError("a private Ray has no dashboard")
     executable = patch.object(sys, "executable", str(launcher))
@@ -137,7 +139,8 @@ def _in_own_groups() -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Leaves a cluster, or ends a private Ray and kills its remaining processes. An actor's process may hang while it exits."""
+    """Leaves a cluster, or ends a private Ray. Kills the private Ray's remaining processes, because an actor's process may hang
+    while it exits."""
     if not ray.is_initialized():
         return
     node = ray_internals.own_node()
@@ -163,7 +166,7 @@ def _without_monitors(verbose: bool) -> Iterator[None]:
     - the dashboard's process, which Ray starts even without a dashboard
     - unless `verbose`, the log monitor, which polls for new log lines for the driver ten times per second
 
-    The dashboard's agent is replaced (`_forking`), because the raylet waits for an agent.
+    The dashboard's agent can't be left out, because the raylet waits for an agent. So `_forking` replaces it.
     """
     from ray._private.node import Node
 

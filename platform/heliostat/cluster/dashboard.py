@@ -46,8 +46,8 @@ def get(url: str, token: str | None = None, timeout: float = TIMEOUT_S) -> tuple
 
 
 def probe(url: str, token: str | None = None) -> int:
-    """Probes a Jobs API and returns its HTTP status: 200, 401 for a missing token, 403 for a wrong token, or 0 if there is no
-    answer."""
+    """Probes a Jobs API and returns the HTTP status: 200 for a success, 401 for a missing token, 403 for a wrong token, or 0 if
+    there is no answer."""
     return get(f"{url}/api/version", token, 3.0)[0]
 
 

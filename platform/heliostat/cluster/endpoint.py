@@ -3,8 +3,8 @@
 On clouds, the dashboard listens only on the head's loopback address. heliostat reaches the dashboard through `ray dashboard`
 (ssh) or `kubectl port-forward`. These commands run only while heliostat needs them.
 
-A Ray driver must run on a node of its cluster. For `--cluster` of `serve` and `infer`, `join` makes this process a driver of a
-cluster on this machine.
+A Ray driver must run on a node of its cluster. For the option `--cluster` of `serve` and `infer`, `join` makes this process a
+driver of a cluster on this machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ END_S = 10.0
 class Endpoint:
     """Holds the URL of a cluster's Jobs API and its token.
 
-    `here`: whether the cluster's nodes are on this machine, and can read its files. `file`: the cluster file, if known.
+    `here`: whether the cluster's nodes are on this machine, and so can read this machine's files. `file`: the cluster file, if
+    known.
     """
 
     url: str
@@ -130,7 +131,7 @@ def _port(cluster: ClusterFile) -> str:
 
 
 def kube_name(cluster: ClusterFile) -> str:
-    """Returns the RayCluster's name: the name in the file. For a RayJob, it is the name of the cluster that KubeRay made for
+    """Returns the RayCluster's name. This is the name in the file or, for a RayJob, the name of the cluster that KubeRay made for
     the job.
 
     Raises ClusterError if the job has no cluster yet.

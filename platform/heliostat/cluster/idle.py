@@ -1,4 +1,5 @@
-"""Ends a local cluster after some minutes without a job. `cluster up` starts this process, and `cluster down` ends it.
+"""Ends a local cluster after some minutes without a job. `cluster up` starts this module as a process, and `cluster down` ends
+the process.
 
     python -m heliostat.cluster.idle NAME MINUTES
 

@@ -1,8 +1,8 @@
-"""Starts a cluster or a job on Kubernetes. Waits until KubeRay has accepted and started it, and reports the operator's
-messages.
+"""Starts a cluster or a job on Kubernetes. Waits until KubeRay has accepted and started the cluster or job, and reports the
+operator's messages.
 
-`kubectl apply` succeeds as soon as Kubernetes has stored the file. The operator accepts or rejects the file later. It reports
-this in the resource's status and in events.
+`kubectl apply` succeeds as soon as Kubernetes has stored the file. The operator accepts or rejects the file later. The operator
+reports its decision in the resource's status and in events.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
     """Applies the file. Waits until the head of the cluster is ready, or until the job runs or is queued. Returns a note for
     the user.
 
-    Raises ClusterError if the operator rejects the file or the job fails, with the operator's reason. Raises ClusterError after
-    `seconds`, with the last warning.
+    Raises ClusterError if the operator rejects the file or the job fails, with the operator's reason. If the start takes longer
+    than `seconds`, raises ClusterError with the operator's last warning.
     """
     ask = Asker(cluster)
     earlier = ask.events()
@@ -99,8 +99,8 @@ class Asker:
     def events(self) -> list[KubernetesEvent]:
         """Returns the events; an empty list if the events can't be read.
 
-        If the first call fails, all later calls also return an empty list. Otherwise, events from before the start would count
-        as new.
+        If the first call fails, all later calls return an empty list too. Otherwise, events from before the start would count as
+        new.
         """
         first, self.first = self.first, False
         try:
@@ -172,8 +172,8 @@ def _status(cluster: ClusterFile) -> Section:
 
 
 def _events(cluster: ClusterFile) -> Iterator[KubernetesEvent]:
-    """Yields the events of the resource, and of the cluster and pods that KubeRay makes for this resource and names after
-    it."""
+    """Yields the events of the resource, and the events of the cluster and the pods that KubeRay makes for it. Their names begin
+    with the resource's name."""
     command = ["kubectl", "-n", cluster.namespace, "get", "events", "-o", "json"]
     for item in json.loads(tool(command, f"reading the events of {cluster.name}", 60)).get("items") or []:
         about = item.get("involvedObject") or item.get("regarding") or {}

@@ -1,4 +1,4 @@
-"""Starts and stops a cluster with the tool for its file: heliostat's own processes, `ray up` and `ray down`, or kubectl."""
+"""Starts and stops a cluster with the tool for its file: heliostat itself, `ray up` and `ray down`, or kubectl."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class LaunchResult(TypedDict):
 def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
     """Starts a cluster, or joins a running cluster.
 
-    `restart`: whether to restart Ray on nodes where Ray already runs, which ends their jobs. Raises ConfigError if `restart` is
-    set for KubeRay.
+    `restart`: whether to restart Ray on nodes where Ray already runs. A restart ends the jobs on these nodes. Raises ConfigError
+    if `restart` is set for KubeRay.
     """
     if cluster.local:
         state = local.up(cluster, restart)

@@ -5,8 +5,8 @@ nodes is in `.heliostat/clusters/NAME/` (`state.json`, `token`, `logs/`). With t
 their descendants.
 
 `up` doesn't change running nodes: it only restarts nodes that died. If a cluster already answers at the file's address, `up`
-joins this cluster, and `down` doesn't end it. If the file has `idle_timeout_minutes`, a process (`idle`) ends the cluster after
-this time without a job.
+joins this cluster, and `down` doesn't end it. If the file has `idle_timeout_minutes`, a process (the module `idle`) ends the
+cluster after this number of minutes without a job.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def url_of(cluster: ClusterFile) -> str:
 def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     """Starts the nodes that don't run, or joins a cluster that already answers at the file's address.
 
-    `restart`: whether to end the running nodes first. Raises ClusterError if a node doesn't start, with an error line of the
+    `restart`: whether to end the running nodes first. If a node doesn't start, raises ClusterError with an error line of the
     node's log.
     """
     state = read(cluster.name)
@@ -146,7 +146,8 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
 
 
 def _start_workers(cluster: ClusterFile, state: ClusterState) -> None:
-    """Starts all workers. On a busy machine, Ray may give up the start of a worker after 30 s; then retries it once."""
+    """Starts all workers. On a busy machine, Ray may give up after 30 s to start a worker. If so, tries once more to start this
+    worker."""
     try:
         _start(cluster, state, "worker", cluster.addresses[1:])
     except ClusterError as e:
@@ -183,7 +184,7 @@ def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
 
 
 def _watcher(state: ClusterState) -> psutil.Process | None:
-    """Returns the process that watches the cluster; None if that process has ended, or is the current process."""
+    """Returns the process that will end the idle cluster; None if that process has ended, or is the current process."""
     if state.watcher is None or state.watcher[0] == os.getpid():
         return None
     return processes.alive(*state.watcher)
@@ -243,7 +244,7 @@ def _join(state: ClusterState, answer: int) -> ClusterState:
 
 
 def _node_folder(name: str, index: int) -> Path:
-    """Returns a node's folder. A workspace gets the same folder each time.
+    """Returns a node's folder. The folder of a workspace's node has the same path each time.
 
     The folder's path is short, because the path of a socket in the folder must have fewer than 108 characters.
     """

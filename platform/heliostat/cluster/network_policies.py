@@ -1,4 +1,5 @@
-"""Warns about pods that a KubeRay file's NetworkPolicy objects leave open, and about connections that they wrongly block.
+"""Checks the NetworkPolicy objects of a KubeRay file. Warns about pods that the objects leave open, and about connections that
+the objects wrongly block.
 
 Kubernetes combines all policies that select a pod. A pod that no policy selects is open to every other pod.
 
@@ -27,7 +28,7 @@ Rule = Section  # a Kubernetes rule: `from` or `to`, and `ports`
 
 @dataclass(frozen=True)
 class PodRules:
-    """Lists the rules that apply to one kind of pod. A direction is None if no policy restricts it."""
+    """Lists the rules that apply to one kind of pod. The rules of a direction are None if no policy restricts this direction."""
 
     ingress: list[Rule] | None
     egress: list[Rule] | None
@@ -115,7 +116,7 @@ def _selects(selector: Section | None, labels: dict[str, str]) -> bool:
 
 
 def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator[str]:
-    """Yields a warning for each necessary connection of the pods that no rule allows."""
+    """Yields a warning for each connection that the pods need but no rule allows."""
     of_ray = [other for other in kinds if other.name != SUBMITTER]
     for direction, rules in (("ingress", own.ingress), ("egress", own.egress)):
         if kind.name == SUBMITTER or rules is None:
@@ -162,7 +163,7 @@ def _unsubmitted(kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator
 
 
 def _lets_pods_through(rules: list[Rule], kind: PodKind, port: int | None = None) -> bool:
-    """Checks whether a rule allows these pods, by their labels or because the rule has no peers.
+    """Checks whether a rule allows these pods: because the rule names their labels, or because the rule has no peers.
 
     The rule must cover every port. If `port` is given, a rule for that port is enough.
     """
@@ -179,7 +180,7 @@ def _lets_pods_through(rules: list[Rule], kind: PodKind, port: int | None = None
 
 
 def _open(rules: list[Rule], port: int, kinds: list[PodKind], protocol: str = "TCP") -> bool:
-    """Checks whether a rule opens the port to other peers than the cluster's own pods. A rule without ports opens all ports."""
+    """Checks whether a rule opens the port to peers that aren't the cluster's own pods. A rule without ports opens all ports."""
     for rule in rules:
         peers = rule.get("from") or rule.get("to")
         if peers and all(_own(peer, kinds) for peer in peers):

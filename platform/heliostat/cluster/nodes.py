@@ -42,7 +42,7 @@ def starved_now(job: Job, in_use: Mapping[str, int]) -> bool:
 
 
 def crowded_now(job: Job) -> str | None:
-    """Explains, in numbers, that no node has a free CPU for reading the run's data. Returns None if a node has a free CPU."""
+    """Explains with numbers that no node has a free CPU to read the run's data. Returns None if a node has a free CPU."""
     labeled, free = carrying(job.data.labels), ray_internals.free_resources()
     left = {n: free.get(n, {}).get("CPU", 0.0) for n in labeled}
     if any(cpus >= FETCHING - 1e-6 for cpus in left.values()):
@@ -62,7 +62,7 @@ class Shortage:
         self.job, self._due = job, time.monotonic() + SAY_S
 
     def told(self) -> str | None:
-        """Returns a report of the missing resources; None if no report is due, or if nothing is missing."""
+        """Returns a report of the missing resources; None if it isn't time for a report, or if nothing is missing."""
         if time.monotonic() < self._due:
             return None
         self._due = time.monotonic() + AGAIN_S
@@ -143,9 +143,9 @@ def _kill(pids: list[int]) -> None:
 
 
 def kill(processes: Collection[Mapping[str, Any]]) -> None:
-    """Kills processes, given as {node, pid}, with SIGKILL, which also ends frozen processes.
+    """Kills processes, each written as {node, pid}, with SIGKILL. This signal ends frozen processes too.
 
-    Waits at most 20 s until each node has sent the signals. Logs a warning about nodes that haven't sent them.
+    Waits at most 20 s until each node has sent the signals. Logs a warning about nodes that haven't sent the signals.
     """
     waiting = []
     for node in Counter(p["node"] for p in processes):

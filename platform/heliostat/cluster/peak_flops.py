@@ -1,10 +1,10 @@
 """Lists the peak FLOP/s of GPUs under the exact names that CUDA and ROCm report. MFU is a share of this peak.
 
-Variants of one name differ by up to a third (H100 PCIe: 756 TFLOP/s, H100 SXM: 989), so only complete names match. The peak is
-unknown for GPUs that aren't in the list, for virtual GPUs, and for MIG instances, whose names end with their slice (`MIG
+Devices with similar names may differ a lot (H100 PCIe: 756 TFLOP/s, H100 SXM: 989 TFLOP/s), so only complete names match. The
+peak is unknown for GPUs that aren't in the list, for virtual GPUs, and for MIG instances, whose names end with their slice (`MIG
 1g.10gb`).
 
-The figures are for dense matrices. They are half of the figures "with sparsity" in data sheets.
+The figures are for dense matrices. These figures are half of the figures that data sheets give "with sparsity".
 """
 
 from __future__ import annotations

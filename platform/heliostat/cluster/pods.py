@@ -1,4 +1,4 @@
-"""Warns about pod settings in a KubeRay manifest that would fail, or that are less safe than necessary."""
+"""Warns about pod settings in a KubeRay manifest that would fail, or that are less safe than they could be."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _made_by_kuberay(cluster: ClusterFile) -> Iterator[str]:
 
 
 def grace(cluster: ClusterFile, job: Job) -> Iterator[str]:
-    """Warns about preStop hooks that give the workers of a deleted pod less time than the job's `checkpoint.grace`."""
+    """Warns about preStop hooks that give the workers of a deleted pod less time than the job's `checkpoint.grace` requires."""
     if cluster.kind == "launcher":
         return
     for name, group in groups(cluster.spec):
@@ -98,7 +98,7 @@ def _gpu_pod(name: str, pod: Section) -> Iterator[str]:
 
 
 def _ending(name: str, pod: Section) -> Iterator[str]:
-    """Warns if a deleted pod doesn't drain its Ray node first, or has too little time to drain it."""
+    """Warns if a pod that is deleted doesn't first drain its Ray node, or has too little time to do so."""
     seconds, allowed = _hook_seconds(pod), float(pod.get("terminationGracePeriodSeconds", 30))
     if seconds is None:
         yield (

@@ -1,4 +1,4 @@
-"""Protects the user from other users of the machine, with private folders, token files, and a check of a server's owner."""
+"""Protects the user from other users of the machine: makes private folders and token files, and checks who owns a server."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(path: Path) -> Path:
 
 
 def write_token(path: Path, token: str | None = None) -> str:
-    """Writes a token to a new file that only this user can ever read, and returns the token.
+    """Writes a token to a new file that only this user can read from the start, and returns the token.
 
     `token`: None for a new random token of 64 hex digits.
     """

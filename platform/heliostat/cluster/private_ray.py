@@ -67,8 +67,8 @@ def worker_environment(gpus: float) -> dict[str, str]:
 def environment(gpus: float) -> dict[str, str]:
     """Returns the environment of a private Ray and all its workers.
 
-    Ray's processes inherit this environment, so workers that were started ahead fit every task. With a runtime environment, Ray
-    would start new workers. The workers import jobs/ and pipelines/ from the workspace.
+    Ray's processes inherit this environment, so a worker that Ray started in advance can run any task. If the variables were in a
+    runtime environment instead, Ray would start new workers. The workers import jobs/ and pipelines/ from the workspace.
     """
     before = {name: value for name, value in os.environ.items() if name not in AUTHENTICATION}
     path = os.pathsep.join(filter(None, [str(workspace.root()), before.get("PYTHONPATH")]))
@@ -94,9 +94,9 @@ def token_file() -> Path:
 def ahead(gpus: float, modules: Sequence[str] = TASKS) -> ForkServer | None:
     """Starts the fork server of a private Ray, which imports `modules`, and returns it.
 
-    Returns None if RAY_ADDRESS names a cluster, or if forking isn't supported. If a server already runs, it stays unchanged,
-    and its workers import missing modules themselves. For workers with GPUs the server imports no training module: the import
-    of DeepSpeed queries CUDA, and after that, forks can't use CUDA.
+    Returns None if RAY_ADDRESS names a cluster, or if forking isn't supported. If a fork server already runs, it stays unchanged,
+    and its workers import missing modules themselves. For workers with GPUs, the server imports no training module, because the
+    import of DeepSpeed queries CUDA. After such a query, forks can't use CUDA.
     """
     if os.environ.get("RAY_ADDRESS"):
         return None

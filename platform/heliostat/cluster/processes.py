@@ -1,7 +1,7 @@
 """Starts, finds, and ends processes on this machine: process trees, and the processes of Ray nodes.
 
 The processes of a node have the node's folder in their environment (`MARK`). Ray's agents, dashboard modules, and workers
-overwrite their environment with a title. They are recognized by open log files in the node's folder.
+overwrite their environment with a title. heliostat recognizes these processes by their open log files in the node's folder.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ PORT_TRIES = 100
 
 
 def alive(pid: int, created: float) -> psutil.Process | None:
-    """Returns the process with this id and start time; None if the process has ended. The id alone could belong to a later
-    process.
+    """Returns the process with this id and start time; None if the process has ended. The id alone isn't enough, because a later
+    process could have the same id.
 
     `created`: seconds since the epoch.
     """
@@ -44,7 +44,7 @@ def alive(pid: int, created: float) -> psutil.Process | None:
 
 
 def descendants(root: int) -> list[psutil.Process]:
-    """Lists the descendants of a process; empty if it has ended."""
+    """Lists the descendants of a process; empty if the process has ended."""
     try:
         return psutil.Process(root).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -52,7 +52,7 @@ def descendants(root: int) -> list[psutil.Process]:
 
 
 def family(root: int) -> list[psutil.Process]:
-    """Lists a process and its descendants; empty if it has ended."""
+    """Lists a process and its descendants; empty if the process has ended."""
     try:
         return [psutil.Process(root), *descendants(root)]
     except psutil.NoSuchProcess:
@@ -63,8 +63,8 @@ def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: f
     """Ends processes: sends SIGTERM, waits `patience_s`, then sends SIGKILL to the remaining processes and waits at most
     `kill_s`.
 
-    If `patience_s` is 0, sends only SIGKILL. The wait reaps children of this process, so their `Popen` objects get no exit
-    code.
+    If `patience_s` is 0, sends only SIGKILL. While it waits, it reaps children of this process. So the `Popen` objects of these
+    children get no exit code.
     """
     left = list(processes)
     for number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, kill_s)):
@@ -107,10 +107,10 @@ def detached(command: Sequence[str], log: Path, folder: Path | None = None, envi
 
 
 def free_port(host: str = "") -> int:
-    """Finds a free TCP port of an address, or of all addresses of this machine; ClusterError after 100 attempts.
+    """Finds a free TCP port of an address, or of all addresses of this machine. Raises ClusterError after 100 attempts.
 
-    The port isn't an ephemeral port. Ray opens hundreds of connections while it starts, and a connection could take an
-    ephemeral port before the server opens the port.
+    The port isn't an ephemeral port. Ray opens hundreds of connections while it starts, and one of these connections could take
+    an ephemeral port before the server opens it.
     """
     for _ in range(PORT_TRIES):
         port = PORTS.start + secrets.randbelow(len(PORTS))
@@ -123,7 +123,7 @@ def free_port(host: str = "") -> int:
 
 
 def listening_fault(url: str) -> str:
-    """Explains why a server can't listen at a URL's address; "" if the server can listen there.
+    """Explains why a server can't listen at a URL's address; returns "" if a server can listen there.
 
     The port may be in use by a connection of another process.
     """

@@ -1,7 +1,7 @@
 """Wraps private parts of Ray 2.60 for other modules: facts about nodes and sessions that Ray's public API doesn't have.
 
-Because of these private parts, `pyproject.toml` pins the version of Ray. While a private Ray starts, `connect` replaces other
-private parts of Ray.
+Because of these private parts, `pyproject.toml` pins the version of Ray. This module doesn't wrap all private parts that
+heliostat uses: while a private Ray starts, `connect` replaces others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """Maps the living nodes to their free resources. Ray's public `available_resources` has only the cluster's total."""
+    """Maps the living nodes to their free resources. Ray's public `available_resources` has only the sum over all nodes."""
     import ray
 
     resources: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
@@ -23,7 +23,7 @@ def free_resources() -> dict[str, dict[str, float]]:
 
 
 def draining_nodes() -> set[str]:
-    """Returns the ids of the draining nodes, which `ray.nodes` doesn't show."""
+    """Returns the ids of the draining nodes. `ray.nodes` doesn't show which nodes are draining."""
     import ray
 
     return set(ray._private.state.state.get_draining_nodes())
@@ -77,7 +77,7 @@ def actor_lives(actor: Any) -> bool:
 
 @contextmanager
 def without_notices(actor: str) -> Iterator[None]:
-    """Hides Ray's lines about an actor from standard output within the context. The context is for code that ends the actor on
+    """Within the context, Ray prints no lines about an actor to standard output. Use the context for code that ends the actor on
     purpose."""
     import ray
 

@@ -2,8 +2,8 @@
 
 Errors stop `cluster up`: violations of the tool's schema, settings that can't work, and secrets in plain text (`secrets`).
 
-Warnings don't stop `cluster up`. They report open ports, Ray without authentication, and pools that no job can request. They
-also report settings that would fail or be unsafe on a cloud (`clouds`) or in Kubernetes (`pods`).
+Warnings don't stop `cluster up`. They report open ports, Ray without authentication, pools that no job can request, and settings
+that would fail or be unsafe on a cloud (`clouds`) or in Kubernetes (`pods`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from heliostat.schema import nearest
 
 @dataclass(frozen=True)
 class FileReview:
-    """Holds a cluster file, and its errors and warnings with one line each."""
+    """Holds a cluster file, and its errors and warnings. Each error or warning is one line."""
 
     cluster: ClusterFile
     errors: list[str]
@@ -164,7 +164,7 @@ def found_in(line: str) -> str | None:
 
 
 def _refers(value: str) -> bool:
-    """Checks whether the value is the path of a file with a secret, not the secret itself."""
+    """Checks whether the value is the path of a file that contains a secret, and not the secret itself."""
     return value.lstrip("'\"").startswith(("/", "~", "./"))
 
 

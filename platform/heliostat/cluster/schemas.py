@@ -1,8 +1,8 @@
 """Validates a cluster file against the schema of the file's tool. The messages name the wrong key and the nearest valid key.
 
 The schema of cluster-launcher YAML is in the installed ray. The schemas of KubeRay manifests are the operator's CRDs, which
-aren't part of the repository. `HELIOSTAT_KUBERAY_CRDS` names the folder of the CRDs (default `../shared/kuberay-crds`). It
-contains `rayclusters.yaml` and `rayjobs.yaml`.
+aren't part of the repository. `HELIOSTAT_KUBERAY_CRDS` names the folder of the CRDs (default `../shared/kuberay-crds`). The
+folder contains `rayclusters.yaml` and `rayjobs.yaml`.
 """
 
 from __future__ import annotations

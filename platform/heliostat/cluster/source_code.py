@@ -1,8 +1,8 @@
 """Captures the code and environment of a run: the git commit, the changes since that commit, and the versions of Python and
 packages.
 
-A cluster has no `.git`, so `heliostat submit` sends this record in a file of the workspace (`workspace_package`). Files and
-lines that may contain secrets are left out of the difference from the commit, and only listed (`difference`).
+A cluster has no `.git`, so `heliostat submit` sends this record in a file of the workspace (`workspace_package`). The difference
+from the commit leaves out files and lines that may contain secrets, and only lists them (`difference`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SourceCode:
     """Describes the source code of a run.
 
     `diff`: the changes from the commit to the files that ran, in the format of `git apply`. `untracked`: files that git doesn't
-    track. `left_out`: changes that `diff` lacks, because they may contain secrets, or because git failed.
+    track. `left_out`: changes that aren't in `diff`, because they may contain secrets, or because git failed.
     """
 
     commit: str = ""
@@ -54,7 +54,7 @@ class SourceCode:
         return hashlib.sha256(changes.encode()).hexdigest()[:12] if self.dirty else ""
 
     def text(self) -> str:
-        """Formats the difference. First lists the files that the difference lacks."""
+        """Formats the difference. Begins with a list of the files that the difference leaves out."""
         notes = [f"# not in git: {path}" for path in self.untracked] + [
             f"# left out, may be secret: {path}" for path in self.left_out
         ]
@@ -130,8 +130,8 @@ def git(root: Path, *command: str) -> str | None:
 
 
 def difference(root: Path) -> tuple[str, list[str]]:
-    """Computes the difference from HEAD without secrets. Returns the difference, and a readable list of the changes that it
-    lacks."""
+    """Computes the difference from HEAD without secrets. Returns the difference, and a readable list of the changes that the
+    difference leaves out."""
     changed, parts, left_out = _changed(root), [], []
     if changed is None:
         return "", ["all of it: git didn't show the changes"]
@@ -153,8 +153,8 @@ def difference(root: Path) -> tuple[str, list[str]]:
 def _changed(root: Path) -> list[tuple[str, str]] | None:
     """Lists (path, origin) of each changed file; None if git fails.
 
-    The origin is the path from which the file was copied or renamed. For other files, the origin is their own path. The old
-    path of a renamed file is also listed.
+    The origin of a copied or renamed file is its old path. The origin of any other file is its own path. For a renamed file, the
+    list has an entry for the old path too.
     """
     output = git(root, "diff", "HEAD", "--name-status", "-z", "-M", "-C", "--relative")
     if output is None:
@@ -171,7 +171,7 @@ def _changed(root: Path) -> list[tuple[str, str]] | None:
 
 
 def _secrets(root: Path, path: str) -> tuple[set[int], set[int]]:
-    """Returns the line numbers, from 1, of the lines with secrets: in the committed version of a file, and in the current
+    """Returns the numbers of the lines with secrets, counted from 1: in the committed version of a file, and in its current
     version."""
     settings = Path(path).suffix.lower() in redact.SETTINGS
     try:

@@ -1,7 +1,7 @@
 """Drains this machine's Ray node when its provider announces the end of a spot machine, or Kubernetes deletes a pod.
 
-Ray doesn't watch for spot notices on EC2 and GCE. A draining node gets no new work. A run with workers on it saves a checkpoint,
-stops, and continues on other nodes (`training.driver.attempt`).
+Ray doesn't watch for spot notices on EC2 and GCE. A draining node gets no new work. A run with workers on a draining node saves a
+checkpoint, stops, and continues on other nodes (`training.driver.attempt`).
 
     python -m heliostat.cluster.spot aws          # in the background, next to `ray start`; EC2 gives about two minutes
     python -m heliostat.cluster.spot gcp          # the same on Google Cloud, which gives 30 seconds
@@ -91,8 +91,8 @@ def drain(seconds: float, reason: str, address: str | None = None, node_ip: str 
     """Drains this machine's Ray node, which will end in `seconds`, and returns the node's id. Raises ClusterError if the drain
     fails.
 
-    `reason`: a text for Ray's records. `address`: address of Ray's state server, by default this machine's. `node_ip`: the
-    node's address, by default this machine's.
+    `reason`: a text for Ray's records. `address`: address of Ray's state server, by default the state server on this machine.
+    `node_ip`: the node's address, by default this machine's address.
     """
     import ray
     from ray.core.generated import autoscaler_pb2, gcs_pb2
@@ -118,7 +118,8 @@ def drain(seconds: float, reason: str, address: str | None = None, node_ip: str 
 def watch(notice: Callable[[], float | None], drains: Callable[[float], str], poll_s: float = POLL_S) -> None:
     """Polls `notice` until it returns a number of seconds, then drains the node. Retries until the drain succeeds.
 
-    Raises ClusterError if the time runs out first. Warns once when the metadata service stops answering.
+    Raises ClusterError if this number of seconds passes before a drain succeeds. Warns once when the metadata service stops
+    answering.
     """
     deaf = False
     while True:
@@ -156,7 +157,7 @@ def working() -> bool:
 def leave(seconds: float, drains: Callable[[float], str], busy: Callable[[], bool] = working) -> bool:
     """Drains the node at once, and waits at most `seconds` until no worker runs on the node.
 
-    Returns whether no worker runs there anymore. Returns False if the drain fails.
+    Returns True if no worker runs on the node anymore. Returns False if workers still run, or if the drain fails.
     """
     deadline = time.monotonic() + seconds
     try:

@@ -1,14 +1,15 @@
 """Packages the workspace for a job: code and small files, but never data, secrets, or `.git`.
 
-The package leaves out all files that a `.gitignore` file excludes, without a report. It reports all other files that it leaves
-out (`Packed.left_out`):
+The package silently leaves out all files that a `.gitignore` file excludes. It also leaves out the following files, and lists
+them in `Packed.left_out`:
 
 - data
 - files whose names suggest a secret, in upper or lower case
 - YAML files that contain a password
 - links to files that aren't sent
 
-A workspace above the limit is an error that lists the biggest files, because a mistake here means gigabytes on every node.
+If a workspace is above the limit, an error lists the biggest files. Without the limit, a mistake could send gigabytes to every
+node.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Measures which share of each task's examples is in the training data, by shared n-grams (Brown et al. 2020, appendix C).
+"""Measures the share of each task's examples that has n-grams in common with the training data (Brown et al. 2020, appendix C).
 
 By default, an n-gram has 13 words. The n-grams of all examples are in memory. The shards are read once, for all tasks together.
-An example's text is its question and its right answer. A document in several chunks is compared chunk by chunk, so n-grams across
-a chunk boundary are missed.
+An example's text is its question and its right answer. A document that is in several chunks is compared chunk by chunk, so
+n-grams across a chunk boundary are missed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Training:
 
 
 def of_model(folder: Path) -> Training:
-    """Opens the datasets that an exported model was trained on, without held-out chunks.
+    """Opens the datasets that an exported model was trained on. Leaves out the held-out chunks.
 
     Raises ConfigError if the model's folder doesn't record the datasets.
     """
@@ -77,7 +77,7 @@ class Examples:
     def look_through(self, training: Training, shown: Shown = lambda done, all_: None) -> list[str]:
         """Searches the training data for the n-grams of the examples, and stores those that it finds in `seen`.
 
-        Returns the errors of chunks that can't be read.
+        Returns an error for each chunk that can't be read.
         """
         every = [grams for task in self.grams.values() for grams in task if len(grams)]
         hashes = np.unique(np.concatenate(every)) if every else np.zeros(0, np.uint64)
@@ -120,8 +120,8 @@ def summary(shares: Sequence[float | None], values: Sequence[float], score: floa
 
 
 def measured(examples: Examples, folder: Path, data: Sequence[str], shown: Shown) -> dict[str, object]:
-    """Searches the training data for the examples' n-grams. Returns the compared datasets. If there are none, `unknown` is the
-    reason.
+    """Searches the training data for the examples' n-grams. Returns a description of the searched datasets. If no dataset is
+    known, `unknown` has the reason.
 
     `data`: paths of datasets. By default, these are the datasets that the model was trained on. Raises HeliostatError if a
     dataset in `data` can't be opened.

@@ -1,4 +1,4 @@
-"""Reads the documents of a prepared text dataset from its shards, chunk by chunk. These are the trained or the held-out
+"""Reads the documents of a prepared text dataset from its shards, chunk by chunk: the documents for training, or the held-out
 documents."""
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def held_out(dataset: Manifest, fraction: float) -> np.ndarray:
 
 
 class Documents:
-    """Reads the texts of a dataset's documents. `damaged`: the errors of chunks that couldn't be read, whose texts are left
-    out."""
+    """Reads the texts of a dataset's documents. `damaged`: an error for each chunk that can't be read. The texts of such a chunk
+    are left out."""
 
     def __init__(self, dataset: Manifest) -> None:
         self._chunks, self._end = Chunks([dataset], 1), dataset.meta.get("end_of_document")

@@ -1,8 +1,8 @@
 """Scores a run's checkpoints as they appear, in a separate process: `heliostat model benchmark RUN SUITE --follow`.
 
 Training doesn't wait for this process. Each checkpoint is first exported to a local folder, and from then on retention may delete
-the checkpoint. Checkpoints that retention deletes earlier are counted as removed. Some checkpoints exist only while another
-checkpoint is scored. The run's receipts also list these checkpoints.
+the checkpoint. Checkpoints that retention deletes earlier are counted as removed. A checkpoint may be written and deleted while
+another checkpoint is scored. Such a checkpoint is known from the run's receipts.
 
 Each result is a file in the run's folder. The file is written before the result is sent to MLflow. If you run the command again,
 it continues after the last result, and sends the results that MLflow lacks.
@@ -43,7 +43,7 @@ REMOVED = "retention removed its checkpoint before it was scored"
 
 @open_
 class KeptResult(TypedDict):
-    """Describes the parts of a stored result that are read again. `written`: the time when its checkpoint was written."""
+    """Describes the parts of a stored result that are read again. `written`: the time when the scored checkpoint was written."""
 
     suite: dict[str, object]
     written: float
@@ -60,7 +60,7 @@ class Followed:
     """Follows a run and scores its checkpoints.
 
     `show`: called with each result. `every`: scores only steps that are multiples of this number, and the last step. `removed`,
-    `incomplete`, `failed`: steps without a result, with the reasons.
+    `incomplete`, `failed`: the steps without a result, for each of these three reasons.
     """
 
     run: Location
@@ -158,7 +158,7 @@ class Followed:
         self.show(step, self.results[step])
 
     def _lost(self, step: int) -> bool:
-        """Returns whether a checkpoint no longer exists. If it doesn't, records its step in `removed`."""
+        """Returns whether a checkpoint is missing. If it is missing, adds its step to `removed`."""
         if step in layout.steps(self.run):
             return False
         self.removed[step] = REMOVED

@@ -5,10 +5,10 @@
     FOLDER/data/*.jsonl          the questions
     FOLDER/made.json             the dataset and settings that they were generated from
 
-If a model's job holds out at least the same fraction of the dataset, the model wasn't trained on any of this text.
+A model wasn't trained on any of this text if its job holds out the suite's fraction of the dataset, or a larger fraction.
 
-A word is a sequence of characters without white space. White space stays unchanged, because it has a meaning in code. All choices
-come from the given random generator, so the same seed generates the same questions.
+A word is a sequence of characters without white space. White space stays unchanged, because white space has a meaning in code.
+All choices come from the given random generator, so the same seed generates the same questions.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def choice(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocu
 
 
 def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks for the next word of a passage that already contains this word (like LAMBADA, Paperno et al. 2016). Returns None if
-    there is no such word."""
+    """Asks for the word after a passage. The passage already contains this word (like LAMBADA, Paperno et al. 2016). Returns None
+    if no word of the text fits."""
     begins = [letters[0] if (letters := LETTERS.match(text.text, begin)) else "" for begin, _ in text.words]
     places = [(at, word) for at, word in enumerate(begins) if at >= LEAST and word and word in begins[max(0, at - BEFORE) : at]]
     if not places:
@@ -99,8 +99,8 @@ def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocum
 
 
 def recall(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks for the next two words of a passage, which the model must generate. Earlier in the passage, the same two words
-    followed the same word. Returns None if there are no such words."""
+    """Asks the model to generate the two words after a passage. Earlier in the passage, the same two words already followed the
+    word that now ends the passage. Returns None if the text has no such place."""
     words, last, places = [text.text[a:b] for a, b in text.words], dict[tuple[str, ...], int](), list[int]()
     for at in range(1, len(words) - 1):
         said = (words[at - 1], words[at], words[at + 1])
@@ -143,8 +143,8 @@ def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
 
 
 def questions(ask: Ask, texts: Sequence[WordedDocument], count: int, seed: int) -> Iterator[Question]:
-    """Yields up to `count` questions. There are several rounds: in each, every document gets one attempt. A document has at most
-    TRIES attempts."""
+    """Yields up to `count` questions. In each round, it tries once per document to make a question. There are at most TRIES
+    rounds."""
     rng, count_asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
     for _ in range(TRIES):
         for number in rng.sample(range(len(texts)), len(texts)):
@@ -224,8 +224,8 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
 
 
 def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, TaskShape]]:
-    """Returns the task for a dataset that is rearranged for filling in the middle. In this task, the model generates the middle,
-    up to an end token."""
+    """Returns a task if the dataset is rearranged for filling in the middle. In this task, the model generates the middle, up to
+    an end token."""
     if FACT not in prepared.meta:
         return {}
     end = documents.Documents(prepared).token(prepared.fact("end_of_document"))

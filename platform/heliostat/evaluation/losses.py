@@ -32,8 +32,8 @@ SETTINGS = Format(dict[str, object], "tokenizer's configuration", ConfigError)
 def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> dict[str, float]:
     """Computes the recipe's metrics over at most `samples` held-out samples.
 
-    If `sequence_length` and `fraction` are None, uses the values of the training. The samples are then those on which training
-    evaluates.
+    If `sequence_length` and `fraction` are None, uses the values of the training. The samples are then the same samples that
+    training uses for its evaluations.
     """
     with exports.using(folder):
         return _evaluate(exports.read(folder), data, samples, sequence_length, fraction)
@@ -86,8 +86,8 @@ def _batches(source: np.ndarray) -> list[slice]:
 
 
 def _job(export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> Job:
-    """Returns the job that trained the model, but with this dataset. For a language model without a record, returns a minimal
-    job."""
+    """Returns the job that trained the model, but with this dataset instead of the job's own. For a language model without a
+    record, returns a minimal job."""
     before: exports.TrainedFacts = export.job or {"name": "", "model": {}, "data": {}, "train": {}}
     length = sequence_length or before["data"].get("sequence_length")
     if export.job is None and not (length := length or _trained_length(export.folder)):
@@ -121,7 +121,8 @@ def _job(export: exports.Export, data: str, samples: int, sequence_length: int |
 
 
 def _trained_length(folder: Path) -> int | None:
-    """Returns the sequence length of training, from the export's tokenizer settings. Returns None if they don't record it."""
+    """Returns the sequence length of training, from the export's tokenizer settings. Returns None if these settings don't record
+    the length."""
     settings = folder / "tokenizer_config.json"
     length = SETTINGS.read(settings).get("model_max_length") if settings.is_file() else None
     return (

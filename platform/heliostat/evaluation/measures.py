@@ -1,4 +1,5 @@
-"""Computes values that are reported with a score: its confidence interval, the score of guessing, and its centered score."""
+"""Computes the values that are reported with a score: its confidence interval, the score that guessing would get, and the
+centered score."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def interval(score: float, stderr: float | None, values: Sequence[object]) -> tu
 
 
 def chance(kind: str, metric: str, choices: Sequence[tuple[int, int]]) -> float | None:
-    """Computes the score of guessing. Returns None if the metric has no such score.
+    """Computes the score that random guessing would get. Returns None if this score isn't defined for the metric.
 
     `choices`: (number of right choices, number of all choices) of each example.
     """
@@ -61,14 +62,14 @@ def edit_similarity(one: str, other: str) -> float:
 def centred(score: float, guessing: float | None) -> float | None:
     """Computes (score - chance) / (1 - chance). 0 means guessing, and 1 is a perfect score (Li et al. 2024, DataComp-LM).
 
-    Returns None if the score of guessing is unknown or 1.
+    Returns None if the score of guessing is unknown, or if it is 1.
     """
     return None if guessing is None or guessing >= 1 else (score - guessing) / (1 - guessing)
 
 
 def average(parts: Sequence[tuple[float, float | None, float]]) -> tuple[float, float | None] | None:
-    """Returns the mean of the centered scores, and its standard error. The error is None if a task has no standard error. Without
-    tasks, returns None.
+    """Returns the mean of the centered scores, and its standard error. The standard error of the mean is None if a task has no
+    standard error. Without tasks, returns None.
 
     `parts`: (centered score, standard error of the score, chance) of each task.
     """

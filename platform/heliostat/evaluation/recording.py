@@ -1,7 +1,7 @@
 """Records a result in MLflow, on the run that trained the model.
 
-Metrics are recorded at the model's step, and the complete result is recorded as an artifact. Registered versions from that step
-also get the scores, for `heliostat model promote --require 'bench/TASK>0.4'`.
+Metrics are recorded at the model's step, and the complete result is recorded as an artifact. If the model of that step is
+registered in MLflow, its versions get the scores too, for `heliostat model promote --require 'bench/TASK>0.4'`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def unrecorded(why: str) -> dict[str, object]:
 
 
 def _unknown(client: MlflowClient, run_id: str) -> str | None:
-    """Returns MLflow's message if MLflow doesn't know the run. Returns None if MLflow knows it."""
+    """Returns MLflow's error message if MLflow doesn't know the run. Returns None if MLflow knows the run."""
     from mlflow.exceptions import MlflowException
 
     try:

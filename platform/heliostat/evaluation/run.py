@@ -30,8 +30,8 @@ PACKAGES = ("lm_eval", "transformers", "torch")
 
 
 class Benchmark:
-    """Contains a suite's tasks, and their contamination by the training data. The tasks are built once, and the contamination is
-    measured once."""
+    """Contains a suite's tasks, and the contamination of their examples by training data. Builds the tasks once, and measures the
+    contamination once."""
 
     def __init__(self, suite: Suite, folder: Location, quiet: bool = False) -> None:
         """Builds the tasks. Raises ConfigError if a task is invalid. `quiet`: shows no progress."""
@@ -72,7 +72,8 @@ class Benchmark:
         return row | {"contamination": contamination.summary(self._examples.shares(task.name), values, row["score"])}
 
     def _contamination(self, folder: Path, watch: PipelineWatch) -> dict[str, object] | None:
-        """Searches the first model's training data for the examples. Returns None if the suite turns this search off."""
+        """Searches the training data of the first scored model for the examples. Returns None if the suite turns this search
+        off."""
         settings = self.suite.contamination
         if not settings.measure or self._seen:
             return self._seen or None
@@ -98,7 +99,7 @@ def _origin(folder: Path) -> dict[str, object]:
 
 
 def _average(rows: list[Row]) -> dict[str, object]:
-    """Averages the centered scores of the tasks that have a centered score."""
+    """Averages the centered scores. Leaves out tasks without a centered score."""
     known = [row for row in rows if row["centred"] is not None]
     average = measures.average([(row["centred"], row["stderr"], row["chance"]) for row in known])
     return {"centred": average and average[0], "stderr": average and average[1], "tasks": len(known), "of": len(rows)}

@@ -1,4 +1,4 @@
-"""Restricts lm-eval while it runs: templates run in a sandbox, and lm-eval shows no progress bars or output, and starts no
+"""Restricts lm-eval while it runs. Templates run in a sandbox. lm-eval shows no progress bars and no output, and starts no
 processes.
 
 A task file's Jinja templates can reach any Python object, and so run any code, unless they are sandboxed.
@@ -60,7 +60,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _environment(plain: Environment) -> Environment:
-    """Returns a sandboxed Jinja environment that renders like the plain one."""
+    """Returns a sandboxed Jinja environment that renders templates like the environment `plain`."""
     from jinja2 import BaseLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

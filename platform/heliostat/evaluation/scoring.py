@@ -1,4 +1,5 @@
-"""Scores a model on tasks with lm-eval's requests, batches, and metrics. So the scores equal those of lm-eval's own command."""
+"""Scores a model on tasks with lm-eval's requests, batches, and metrics. So the scores equal the scores that lm-eval's own
+command computes."""
 
 from __future__ import annotations
 
@@ -132,7 +133,8 @@ def _cut(model: HFLM, kind: str, args: tuple[object, ...]) -> bool:
 
 
 def texts(task: EvalTask, suite: Suite) -> Iterator[str]:
-    """Yields the text of each example: its question and its right answer. Solved examples before the question aren't included."""
+    """Yields the text of each example: its question and its right answer. Few-shot examples before the question aren't
+    included."""
     for doc in itertools.islice(task.task.eval_docs, suite.examples):
         question, target = task.task.doc_to_text(doc), task.task.doc_to_target(doc)
         known = task.task.doc_to_choice(doc) if task.task.config.doc_to_choice is not None else None

@@ -1,4 +1,4 @@
-"""Formats a result for people: a table of at most 80 columns, and notes below it."""
+"""Formats a result for people: a table that is at most 80 characters wide, and notes below the table."""
 
 from __future__ import annotations
 

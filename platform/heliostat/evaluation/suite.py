@@ -82,8 +82,8 @@ class Suite(Strict):
 
 
 def same(kept: object, suite: Suite) -> bool:
-    """Returns whether a stored suite equals this suite. A suite of an earlier version may lack keys; these have their
-    defaults."""
+    """Returns whether a stored suite equals this suite. A suite from an earlier version of heliostat may lack keys. Missing keys
+    have their default values."""
     try:
         return Suite.model_validate(kept) == suite
     except ValidationError:
@@ -92,6 +92,6 @@ def same(kept: object, suite: Suite) -> bool:
 
 def load(path: Path) -> tuple[Suite, Location]:
     """Loads a suite from its file. Returns the suite, and the location of its task files. Raises ConfigError, which names the
-    problem."""
+    problem, if the file isn't valid."""
     suite = schema.load(Suite, "suite", path)
     return suite, Location(suite.folder).absolute(path.absolute().parent)

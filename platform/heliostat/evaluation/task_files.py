@@ -1,7 +1,7 @@
-"""Reads lm-eval's task files (YAML) and their data sets from a folder or S3, as plain data. It runs no code from these files.
+"""Reads lm-eval's task files (YAML) and their data sets from a folder or S3, as plain data. No code from these files runs.
 
-lm-eval itself calls functions that a task file names with `!function`, and loads any metric or class that the file names. From a
-folder or a store, that would be foreign code. So heliostat rejects all such files, even your own.
+lm-eval itself calls functions that a task file names with `!function`, and loads any metric or class that the file names. If the
+task file comes from somebody else, lm-eval would run foreign code. So heliostat rejects all such files, even your own.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def download(folder: Location, to: Path) -> Path:
 
 
 def find(root: Path, name: str) -> Path | None:
-    """Returns the file of a task below a folder, without hidden folders. Returns None if there is no such file. Raises
-    ConfigError if there are two."""
+    """Searches a folder and its subfolders, except hidden folders, for the file of a task. Returns None if no file has this task.
+    Raises ConfigError if two files have this task."""
     files = naming(root, "task", name)
     if len(files) > 1:
         raise ConfigError(f"tasks: {name!r} is in two files, {files[0]} and {files[1]}. Rename one")
@@ -71,7 +71,7 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, object]:
-    """Reads a task file. Its own keys override the keys of the files that it includes, as in lm-eval.
+    """Reads a task file. As in lm-eval, the file's own keys override the keys of the files that it includes.
 
     Raises ConfigError if a file is invalid, includes itself or a file outside `root`, or contains a `!function`.
     """
@@ -97,10 +97,11 @@ def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, objec
 
 
 def placed(config: dict[str, object], folder: Location, cache: Path, where: object) -> dict[str, object]:
-    """Returns a task's configuration with the local paths of its data set's files. Raises ConfigError if a file is missing.
+    """Returns a task's configuration, in which local paths replace the paths of the data set's files. Raises ConfigError if a
+    file is missing.
 
-    A relative path starts at the folder of the task files, as for `lm_eval` in that folder. Files in S3 are copied to `cache`.
-    Any other name is a data set of the Hugging Face Hub, which needs a network.
+    A relative path starts at the folder of the task files, as for `lm_eval` in that folder. Files in S3 are copied to `cache`. A
+    name that isn't a path is a data set of the Hugging Face Hub. To load this data set, the machine needs network access.
     """
     path, kwargs = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     if not isinstance(path, str) or not isinstance(kwargs, dict):
@@ -119,8 +120,8 @@ def placed(config: dict[str, object], folder: Location, cache: Path, where: obje
 
 
 def _of_files(kwargs: dict[str, object], folder: Location, cache: Path, where: object) -> dict[str, object]:
-    """Replaces the paths in `data_files` with local paths. The value is a path, a list of paths, or one of these for each
-    split."""
+    """Replaces the paths in `data_files` with local paths. The value of `data_files` is a path or a list of paths, or it maps
+    each split to a path or a list of paths."""
     if unknown := [key for key in kwargs if key not in KWARGS]:
         raise ConfigError(f"{where}: dataset_kwargs: {unknown[0]!r} isn't supported. Use {', '.join(KWARGS[:-1])}")
     files = kwargs.get("data_files")
@@ -167,7 +168,7 @@ def _folder(path: str, folder: Location, where: object) -> Location | None:
 
 
 def _of_folder(place: Location, cache: Path, where: object) -> tuple[str, dict[str, object]]:
-    """Returns (reader, options) for a folder's splits, which are recognized by file name, for example `test.jsonl` or
+    """Returns (reader, options) for a folder's splits. A file's name shows its split, for example `test.jsonl` or
     `test-00000-of-00002.parquet`.
 
     Raises ConfigError unless all files have the same format.

@@ -1,4 +1,5 @@
-"""Builds a suite's tasks with lm-eval's classes: from checked task files in a folder, or else from lm-eval's own task files."""
+"""Builds a suite's tasks with lm-eval's classes, from the checked task files of a folder. Without a folder, uses lm-eval's own
+task files."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ STRUCTURE = ("tag", "group", "task_list", "task")
 
 @dataclass(frozen=True)
 class EvalTask:
-    """Contains a task of lm-eval, and the task's entry in the suite. `metric`, `filter`: those of the task's score.
+    """Contains a task of lm-eval, and the task's entry in the suite. `metric`, `filter`: the metric and the filter that give the
+    task's score.
 
     `runs_code`: whether the score comes from unit tests of the generated code.
     """
@@ -130,7 +132,7 @@ def _said(error: Exception, config: dict[str, object]) -> str:
 
 
 def _settle(task: ConfigurableTask, suite: Suite, entry: SuiteEntry) -> None:
-    """Sets the number of solved examples, and the random seed that chooses them, by lm-eval's rules."""
+    """Sets the number of few-shot examples, and the random seed that selects these examples, by lm-eval's rules."""
     own = task.get_config("num_fewshot")
     if entry.fewshot is not None:
         own = entry.fewshot
@@ -142,7 +144,7 @@ def _settle(task: ConfigurableTask, suite: Suite, entry: SuiteEntry) -> None:
 
 def _score(task: ConfigurableTask, entry: SuiteEntry) -> tuple[str, str]:
     """Returns the metric and the filter of a task's score. Raises ConfigError if the suite names a metric or filter that the task
-    lacks."""
+    doesn't have."""
     metrics = list(task.aggregation())
     filters = [ensemble.name for ensemble in task._filters]
     metric, _, filter_ = (entry.metric or metrics[0]).partition(",")

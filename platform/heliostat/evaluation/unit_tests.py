@@ -1,4 +1,5 @@
-"""Scores code that a model generates with unit tests that it hasn't seen: a task file with the key `unit_tests`.
+"""Scores code that a model generates: runs unit tests that the model hasn't seen. The tests are in a task file, under the key
+`unit_tests`.
 
     task: functions
     unit_tests: "{{tests}}"                     # Python, run after the question and the answer; a template like doc_to_text
@@ -163,7 +164,7 @@ def run_program(program: str, tests: str, limits: ProgramLimits = ProgramLimits(
 
 
 def _python() -> dict[str, object]:
-    """Lists the files that Python needs to run. Leaves out files of a virtual environment, and installed packages."""
+    """Lists the files that Python needs to run. Leaves out the virtual environment's files and the installed packages."""
     own = (str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix))
     libraries = [place for place in dict.fromkeys((*LIBRARIES, *own)) if Path(place).is_dir()]
     return {"libraries": libraries, "executable": os.path.realpath(sys.executable)}
@@ -194,8 +195,8 @@ def _ran(task: bytes, limits: ProgramLimits) -> tuple[bytes, str, int, str]:
 
 
 def _read(output: IO[bytes], end: float, most: int) -> tuple[bytes, str]:
-    """Reads up to `most` bytes, until no process can write any more. Also returns the reason why it stopped earlier ("" if it
-    didn't)."""
+    """Reads up to `most` bytes, until no process can write any more. Returns the bytes, and the reason if reading stopped earlier
+    ("" if it didn't stop earlier)."""
     written = bytearray()
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
@@ -219,7 +220,7 @@ def _waited(process: subprocess.Popen[bytes], end: float) -> bool:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a program. When its first process ends, all processes of its namespace also end."""
+    """Kills a program's first process. With this process, all other processes of its namespace end."""
     process.terminate()
     if not _waited(process, time.monotonic() + KILLING_S):
         with contextlib.suppress(ProcessLookupError):

@@ -1,9 +1,9 @@
 """Exports a checkpoint as a Hugging Face folder, without a GPU or a process group. Only a few pieces of 64 MiB are in memory at
 a time, never the complete model.
 
-The exported weights are the fp32 master weights, rounded to the precision in which the run computed. The run's evaluation used
-the same weights. A model above 4 GiB becomes several files with an index, as in transformers. A damaged checkpoint is never
-exported.
+The exported weights are the fp32 master weights, rounded to the precision of the run's computation. The run's evaluation used the
+same weights. A model that is larger than 4 GiB becomes several files with an index, as in transformers. A damaged checkpoint is
+never exported.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def write_weights(
     tensors: Mapping[str, Weight] | None = None,
     initial: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
-    """Writes tensors as STEM.safetensors, made from the model's parameters and the checkpoint's buffers.
+    """Computes tensors from the model's parameters and the checkpoint's buffers, and writes them to STEM.safetensors.
 
     `shapes`: the shapes of the parameters. `tensors`: the tensors to write, by default all parameters and buffers. Parameters
     get the type `dtype`; buffers that are written unchanged keep their type. If the run averaged its weights (EMA), the average
@@ -160,7 +160,7 @@ class _Sources:
             yield self.initial[source].reshape(-1)
 
     def _made(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
-        """Computes a tensor with the weight's `make`, from the source tensors in fp32, each in its own shape."""
+        """Computes a tensor with the weight's `make`. The source tensors are in fp32, and each has its own shape."""
         assert weight.make
         computed = weight.make(*(self._whole(s).float().view(self.shapes[s]) for s in weight.sources))
         if (shape := tuple(computed.shape)) != tuple(weight.shape):

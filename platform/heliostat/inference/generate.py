@@ -1,4 +1,4 @@
-"""Generates answers to prompts in this process. The module `many` generates them on Ray, with several workers.
+"""Generates answers to prompts in this process. To generate answers on Ray with several workers, use the module `many`.
 
 The recipe that exported the model (`recipes.exported`) defines the generation: its `generator(folder, options)` loads the model
 once and answers requests. An answer depends only on its request and the options, not on its batch or worker.
@@ -19,7 +19,7 @@ BATCH = 16
 
 
 def generate(folder: Path, prompt: str, options: dict[str, object], seed: int, out: str | None) -> Generated:
-    """Generates the answer to one prompt in this process. Also writes a text to the file `out`.
+    """Generates the answer to one prompt in this process. If the answer is a text, writes it to the file `out` too.
 
     Raises AccessError or StorageError, before the model is loaded, if `out` can't be written.
     """

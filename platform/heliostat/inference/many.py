@@ -2,7 +2,7 @@
 
     OUT/00000.png ...    generated images, by the prompt's number
     OUT/results.jsonl    the answers in the prompts' order, written last
-    OUT/settings.json    model, prompts, and options that the folder belongs to
+    OUT/settings.json    model, prompts, and options with which the folder was written
     OUT/work             results of finished batches
 
 Each prompt is answered once. If a command is killed, the next command continues after the last finished batch, on any number of
@@ -95,7 +95,8 @@ def answer_batch(
     out: str,
     follows: str,
 ) -> dict[str, object]:
-    """Answers prompts. The first prompt has the number `first`. Returns the file of the answers, and the generated images."""
+    """Answers prompts; the first of them has the number `first`. Returns the names of the answers' file and of the generated
+    images."""
     place = Location(out)
     requests = [Request(prompt, seed + i, place.join(f"{i:05d}").uri) for i, prompt in enumerate(prompts, first)]
     used = shipping.here(folder, model)

@@ -1,23 +1,23 @@
 """Draws the next token of each row of a batch, with the row's own temperature, `top_p`, and random generator. Batch inference
 and serving use this module.
 
-The token is the argmax of logits / temperature plus Gumbel noise (Gumbel 1954), among the likeliest tokens of `top_p`. Such an
-argmax is a sample from the softmax. The noise comes from the row's own generator, so it doesn't depend on the batch. At
+The token is the argmax of logits / temperature plus Gumbel noise (Gumbel 1954), among the likeliest tokens that `top_p` allows.
+This argmax is a sample from the softmax. The noise comes from the row's own generator, so it doesn't depend on the batch. At
 temperature 0, no noise is added.
 
 heliostat generates text in three ways. All three share the code for prompts, chat templates, and end tokens. The last two also
 share this module:
 
 - `heliostat model generate`, and a model that MLflow serves, run `recipes/text/server.py`, one prompt at a time. The server
-  samples as `transformers` does, with torch's global generator: with this module, recorded seeds would give other texts. MLflow
-  copies `server.py` into the model, so `server.py` imports nothing of heliostat.
+  samples as `transformers` does, with torch's global generator. If it used this module instead, recorded seeds would give other
+  texts. MLflow copies `server.py` into the model, so `server.py` imports nothing of heliostat.
 - Batch inference (`inference/batch/engines.py`) runs `generate` of `transformers` with this module's noise. `generate` keeps
   the states of models such as Mamba, so each token costs the same.
-- The endpoint (`apps/serve/engine.py`) computes each step itself, because rows join and leave between two tokens, which
-  `generate` does not allow. If a cache contains more than keys and values, the endpoint computes all earlier tokens again, in
-  quadratic time.
+- The endpoint (`apps/serve/engine.py`) computes each step itself, because rows join and leave the batch between two tokens.
+  `generate` does not support this. If a cache contains more than keys and values, the endpoint computes all earlier tokens again,
+  in quadratic time.
 
-On a GPU, vLLM can replace the last two ways. vLLM samples with its own noise.
+On a GPU, vLLM can replace the second and the third way. vLLM samples with its own noise.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Runs models with vLLM on a GPU: for batch inference, and for the endpoint's requests.
+"""Runs models with vLLM on a GPU. Batch inference and the endpoint use this module.
 
-vLLM's input and output are token ids. Both engines use the same code for prompts, chat templates, end tokens, stop strings, and
-decoding. vLLM draws its own random noise, from the input's seed. Reported probabilities are the model's probabilities, before
-temperature and `top_p`.
+vLLM's input and output are token ids. vLLM and transformers use the same code for prompts, chat templates, end tokens, stop
+strings, and decoding. vLLM draws its own random noise, from the input's seed. Reported probabilities are the model's
+probabilities, before temperature and `top_p`.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class VllmStream:
     ) -> AsyncGenerator[tuple[int, Chosen | None]]:
         """Yields the tokens of an answer as vLLM generates them, each with its log probabilities if `logprobs` isn't None.
 
-        Raises HeliostatError if vLLM stops before the caller got a token of `ends`, or `most` tokens.
+        Raises HeliostatError if vLLM stops too early: before a token of `ends`, and before `most` tokens.
         """
         params = self.params(**sampling(most, draw.temperature, draw.top_p, draw.seed, ends, logprobs))
         prompt_tokens: TokensPrompt = {"prompt_token_ids": prompt}

@@ -1,8 +1,8 @@
 """Resolves `train.parallel: auto`: replaces `auto` by the fastest parallelism configuration that `heliostat plan JOB --rank`
 finds.
 
-Commands and the API resolve a job before they check, submit, or train it. So all later steps use one configuration, and the
-run's record has its keys. A run that is resumed on the same number of workers keeps its configuration.
+Commands and the API resolve a job before they check, submit, or train it. So all of these use the same configuration, and the
+run's record has the configuration's keys. A run that is resumed on the same number of workers keeps its configuration.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def settled(
     prices: Prices | None = None,
     unread: str = "",
 ) -> Job:
-    """Returns the job in the fastest parallelism configuration that fits, if the job has `train.parallel: auto`. Else returns
-    the job unchanged. Raises ConfigError if no configuration fits.
+    """If the job has `train.parallel: auto`, returns the job with the fastest parallelism configuration that fits. Otherwise
+    returns the job unchanged. Raises ConfigError if no configuration fits.
 
     `cluster`: the cluster file to plan for. If neither `cluster` nor `device` is given, the plan is for this machine. `resume`:
     whether to continue the run, if it exists. `unread`: the reason why an earlier attempt couldn't read the datasets.
@@ -81,8 +81,8 @@ def prepared(path: Path, settings: list[str] | None = None, cluster: Path | Clus
 
 
 def recorded(job: Job) -> Job | None:
-    """Returns the job of the run's newest checkpoint, if it has the same numbers of workers and GPUs as this job. Else returns
-    None."""
+    """Returns the job in the run's newest checkpoint if that job has the same numbers of workers and GPUs as this job. Otherwise
+    returns None."""
     try:
         job.run_folder.wait_for_store()
         newest = layout.latest(job.run_folder)
@@ -95,8 +95,8 @@ def recorded(job: Job) -> Job | None:
 
 
 def here(job: Job) -> str | None:
-    """Finds this machine's GPU in the price table. Returns None if the job or the machine has no GPU. Raises ConfigError if the
-    table lacks the GPU."""
+    """Finds this machine's GPU in the price table. Returns None if the job or the machine has no GPU. Raises ConfigError if this
+    GPU isn't in the table."""
     if not job.workers.gpus:
         return None
     import torch
@@ -114,7 +114,8 @@ def elsewhere() -> str:
 
 
 def named(name: str, memory: float, devices: Mapping[str, Machine]) -> str:
-    """Finds a GPU in a price table by its CUDA name and its `memory` in bytes. Raises ConfigError if the table lacks it."""
+    """Finds a GPU in a price table by its CUDA name and its `memory` in bytes. Raises ConfigError if this GPU isn't in the
+    table."""
     if device := hardware.find(name, memory, devices):
         return device
     raise ConfigError(

@@ -1,9 +1,9 @@
 """Caches the counts of models (`counts`) in the workspace, so that planning a job again doesn't need torch.
 
-The cache key covers everything that determines a count: the relevant keys of the job, the digests of its datasets, this
-package's code, the versions of the libraries, and the machine. Models of jobs with other inputs, such as a custom recipe or a
-pretrained folder, are counted each time. The cache's folder is `.heliostat/cache`, unless HELIOSTAT_CACHE names another folder.
-You can delete the folder at any time. An empty HELIOSTAT_CACHE turns the cache off.
+The cache key covers everything that determines a count: the relevant keys of the job, the digests of its datasets, this package's
+code, the versions of the libraries, and the machine. If a job has inputs that the key doesn't cover, such as a custom recipe or a
+pretrained folder, its model is counted each time. The cache's folder is `.heliostat/cache`, unless HELIOSTAT_CACHE names another
+folder. You can delete the folder at any time. An empty HELIOSTAT_CACHE turns the cache off.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def _is_path(value: object) -> bool:
 
 @cache
 def _code() -> list[str]:
-    """Identifies the code that counts, by the digest of this package's files and the versions of the libraries that it
-    calls."""
+    """Identifies the code that counts models. Returns the digest of this package's files, and the versions of the libraries that
+    this code calls."""
     return [package_digest(Path(__file__).parents[1]), *map(_version, LIBRARIES)]
 
 

@@ -40,8 +40,9 @@ class ModelStats:
         return {n: _part(s, self.divided.get(n, ""), parts) for n, s in self.shapes.items()}
 
     def added(self) -> tuple[int, int]:
-        """Counts the elements per token that tensor-parallel workers all-reduce. In a forward pass, these are the outputs of
-        row-parallel matrices. In a backward pass, they are the gradients of the inputs of column-parallel matrices."""
+        """Counts the elements per token that tensor-parallel workers all-reduce, in a forward pass and in a backward pass. In a
+        forward pass, these elements are the outputs of row-parallel matrices. In a backward pass, these elements are the
+        gradients of the inputs of column-parallel matrices."""
         return sum(s[0] for s in self._divided("row")), sum(s[1] for s in self._divided("column"))
 
     def sums(self) -> tuple[int, int]:
@@ -57,8 +58,8 @@ class ModelStats:
         return {name: optimizer.kept(name in self.hidden) for name in self.trained}
 
     def groups_of(self, optimizer: Optimizer) -> list[list[str]]:
-        """Lists the names of the parameters in each parameter group of an optimizer. An orthogonalizing optimizer has hidden
-        matrices in separate groups."""
+        """Lists the names of the parameters in each parameter group of an optimizer. If the optimizer orthogonalizes, hidden
+        matrices are in groups of their own."""
         if not optimizer.orthogonalizes:
             return self.groups
         halves = ([[n for n in names if (n in self.hidden) == hidden] for hidden in (True, False)] for names in self.groups)
@@ -78,7 +79,7 @@ def _part(shape: tuple[int, ...], kind: str, parts: int) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Tile:
     """Describes the temporary memory of a tiled MLP's backward pass. A tile has at most `rows` tokens, with `each` bytes per
-    token. The summed gradients need `sums` bytes."""
+    token. The summed gradients of the weights need `sums` bytes."""
 
     rows: int
     each: int
@@ -140,7 +141,7 @@ class OperationWork:
     - `flops`, `moved`: the FLOPs and bytes that one sample adds;
     - `fixed`: the bytes that it moves independently of the number of samples;
     - `replayed`: when the operation is recomputed if its layer is checkpointed: 0 (never), ALWAYS, or AT_STAGE_3;
-    - `dear`: whether selective checkpointing keeps the operation's outputs.
+    - `dear`: whether the operation is expensive, so that selective checkpointing keeps its outputs.
     """
 
     kind: str

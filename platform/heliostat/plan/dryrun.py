@@ -1,12 +1,13 @@
-"""Computes and checks the work of N ranks in one process: `heliostat train JOB.yaml --dry-run --workers N`. The steps are:
+"""Computes and checks in one process what N ranks would do: `heliostat train JOB.yaml --dry-run --workers N`. The dry run has
+these steps:
 
 - It validates the job for N workers, and validates DeepSpeed's config with DeepSpeed's own classes.
 - It builds the model on the meta device, and cuts its state as ZeRO does.
 - It makes the checkpoint index that the ranks would write.
 - It makes the data plan, from the datasets if they can be read.
 
-The dry run starts no worker, and allocates no memory for the model. It raises ConfigError if a number isn't divisible or the
-model doesn't fit. It raises CheckpointError if the ranks' slices overlap or leave elements out.
+The dry run starts no worker, and allocates no memory for the model. It raises ConfigError if a number isn't divisible as it must
+be, or if the model doesn't fit. It raises CheckpointError if the ranks' slices overlap or leave elements out.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from heliostat.validation import check
 
 
 def kinds(job: Job, hidden: bool = False) -> list[str]:
-    """Lists the kinds of tensors that a checkpoint has per trained parameter: fp32 master weight, optimizer state, and the EMA
-    if the job uses it. `hidden`: whether the parameter is a hidden matrix."""
+    """Lists the kinds of tensors that a checkpoint has per trained parameter: fp32 master weight, optimizer state, and the EMA if
+    the job uses it. `hidden`: whether the parameter is a hidden matrix, whose optimizer state differs."""
     return ["master", *job.train.optimizer.kept(hidden), *([layout.EMA] if job.train.ema else [])]
 
 
@@ -79,8 +80,8 @@ def _owned(job: Job, model: ModelStats) -> list[list[zero_layout.Slice]]:
 
 
 def _data(job: Job, recipe: Recipe, unread: str) -> tuple[dict[str, int], str]:
-    """Computes the numbers of the data plan from the datasets. If the datasets can't be read, returns a note with the
-    reason."""
+    """Computes the data plan's numbers from the datasets. Returns these numbers and a note. If the datasets can't be read, the
+    note has the reason."""
     note = ""
     try:
         shape = check.check_data(job, recipe).plan.shape

@@ -1,10 +1,9 @@
-"""Estimates memory, speed, and cost of a job on a device, in any parallelism configuration. Also estimates the best checkpoint
-interval.
+"""Estimates memory, speed, and cost of a job on a device, in any parallelism configuration, and the best checkpoint interval.
 
-Let mu be the mean time between interruptions, C the time that a save stops training, and R the time of a restart. The interval
-W that wastes the least time is sqrt(2 C mu) (Young 1974, doi 10.1145/361147.361115). Daly 2006, doi
-10.1016/j.future.2004.11.016, adds terms that vanish for C << mu. Saving wastes the share C / W of the time. Recomputing and
-restarting waste the share (W / 2 + R) / mu.
+Let mu be the mean time between interruptions, C the time that a save stops training, and R the time of a restart. The interval W
+that wastes the least time is sqrt(2 C mu) (Young 1974, doi 10.1145/361147.361115). Daly 2006, doi 10.1016/j.future.2004.11.016,
+adds terms that vanish for C << mu. The share of the time that saving wastes is C / W. The share that recomputing and restarting
+waste is (W / 2 + R) / mu.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ class Planner:
         exchanged: Mapping[int, int] | None = None,
         selects: bool = False,
     ) -> None:
-        """Prepares the estimates. `exchanged` maps the number of workers that share a sample to the number of elements that
-        each of them sends in the sample's forward pass. `selects`: whether activation checkpointing can cover only some
-        layers."""
+        """Prepares the estimates. `exchanged` maps the number of workers that share a sample to the number of elements that each
+        of them sends in the sample's forward pass. `selects`: whether activation checkpointing can cover some layers without the
+        others."""
         self.job, self.device, self.prices, self.exchanged = job, device, prices, exchanged or {1: 0}
         self.model, self.kept, self.work = counts.model, counts.kept, counts.work
         self.workers, self.gpu = job.workers.most, device.name != "cpu"
@@ -70,8 +69,8 @@ class Planner:
         return best if best.fits else None
 
     def partly(self, layout: Layout) -> Iterator[Layout]:
-        """Yields a variant of a configuration that checkpoints all layers: the variant that fits with the fewest checkpointed
-        layers. Yields nothing if the configuration fits without checkpointing, or fits only with all layers checkpointed."""
+        """For a configuration that checkpoints all layers, yields the variant that fits with the fewest checkpointed layers.
+        Yields nothing if no layer has to be checkpointed, or if all layers have to be."""
         many = len(self.kept.layers)
         if not self.selects or layout.checkpointing is not True or many < 2 or self._fits(layout, 0):
             return
@@ -312,8 +311,8 @@ class Planner:
 
 
 def mean_time_between(device_hours: float, devices: float) -> float:
-    """Computes the mean seconds between interruptions of the run. `device_hours`: mean hours between failures of one device.
-    The failure rates of all devices add up."""
+    """Computes the mean seconds between interruptions of the run. `device_hours`: mean hours between failures of one device. The
+    failure rate of the run is the sum of the failure rates of all devices."""
     return device_hours / devices * HOUR
 
 

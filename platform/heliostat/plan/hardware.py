@@ -1,7 +1,7 @@
 """Describes the machines of a plan: devices, links, and prices (`prices.yaml`, with its date). `--prices FILE` overrides
 values.
 
-`resolve` chooses a job's device: the given device, or the GPU of the cluster file's GPU pool, or the H100. A job without GPUs
+`resolve` chooses a job's device: the given device, else the GPU of the cluster file's GPU pool, else the H100. A job without GPUs
 is planned on CPU cores.
 """
 
@@ -42,9 +42,9 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Network:
-    """Holds the rates that communication reaches. `rate`: share of a link's peak, for large messages. `overlap`: share of the
-    communication during computing that computing hides. `hop`, `hop_inside`: minimum seconds of a message from one worker to
-    the next, between nodes and inside a node."""
+    """Holds the rates that communication reaches. `rate`: share of a link's peak, for large messages. `overlap`: the share that
+    computing hides of the communication that runs at the same time. `hop`, `hop_inside`: minimum seconds of a message from one
+    worker to the next, between nodes and inside a node."""
 
     rate: float
     overlap: float
@@ -54,7 +54,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Device:
-    """Describes one worker's device: one or more GPUs, a share of one, or CPU cores. Rates are in bytes or FLOP per second."""
+    """Describes one worker's device: one or more GPUs, a share of a GPU, or CPU cores. Rates are in bytes or FLOP per second."""
 
     name: str
     memory: float
@@ -95,7 +95,8 @@ def table(over: Path | None = None) -> Prices:
 def _merge(base: dict[str, object], over: dict[str, object], where: str) -> dict[str, object]:
     """Merges a user's price table into the base. The user's values replace the base's values.
 
-    `devices`, `instances`, and `efficiency` may get new names. Raises ConfigError for any other key that the base lacks.
+    The user's table may add names to `devices`, `instances`, and `efficiency`. Raises ConfigError for any other key that isn't in
+    the base.
     """
     out = dict(base)
     for key, value in over.items():
@@ -154,10 +155,11 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
 
 
 def find(name: str, memory: float, devices: Mapping[str, Machine]) -> str | None:
-    """Finds a GPU among the table's devices, by its exact CUDA name and its `memory` in bytes; None if the table lacks it.
+    """Finds a GPU among the table's devices, by its exact CUDA name and its `memory` in bytes; None if this GPU isn't in the
+    table.
 
-    A device's `names` are the names that CUDA reports. If a device has no `names`, its own name counts, with or without "NVIDIA
-    " before it.
+    A device's `names` are the names that CUDA reports. If a device has no `names`, its name in the table is used, with or without
+    "NVIDIA " before it.
     """
     return next((d for d, known in devices.items() if name in names(d, known) and memory > 0.9 * known["memory_gib"] * GIB), None)
 
@@ -171,8 +173,8 @@ def names(device: str, known: Machine) -> list[str]:
 
 
 def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
-    """Computes the cost of devices for the `seconds` that each device was in use. Returns None if the price table lacks one of
-    the devices.
+    """Computes the cost of devices for the `seconds` that each device was in use. Returns None if one of the devices isn't in the
+    price table.
 
     Each item of `used` has a `name`: `cpu` for one core, or a GPU's CUDA name. A GPU also has the bytes of its `memory`.
     """

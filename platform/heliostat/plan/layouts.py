@@ -1,4 +1,4 @@
-"""Lists the parallelism configurations of a job, and ranks the configurations that fit in memory by time (`heliostat plan JOB
+"""Lists the parallelism configurations of a job. Ranks those that fit in memory by their time per step (`heliostat plan JOB
 --rank`).
 
 A configuration (`Layout`) contains all settings that don't change what the model learns. These are the ZeRO stage, the
@@ -119,9 +119,9 @@ def _yaml(value: object) -> str:
 
 
 def candidates(job: Job, workers: int, degrees: Iterable[int] = (1,), selects: bool = False) -> Iterator[Layout]:
-    """Yields every configuration that the job could have on `workers` workers, with its own tensor and expert parallelism.
-    `degrees`: numbers of workers that may share a sample. `selects`: whether activation checkpointing can cover only some
-    layers."""
+    """Yields every configuration that the job could have on `workers` workers. The job's own tensor and expert parallelism stay.
+    `degrees`: numbers of workers that may share a sample. `selects`: whether activation checkpointing can cover some layers
+    without the others."""
     parallel = job.train.parallel
     for sequence in degrees:
         for layout in _alone(job, workers // (sequence * parallel.tensor), selects):
@@ -149,7 +149,8 @@ def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
 
 
 def order(candidate: Candidate) -> tuple[object, ...]:
-    """Returns a sort key of candidates. Candidates that fit come first; among them the fastest, then the simplest."""
+    """Returns a sort key of candidates. Candidates that fit come first. They are sorted by time, and equally fast candidates by
+    simplicity."""
     if not candidate.fits:
         return (1, candidate.memory["total"], *complexity(candidate.layout))
     return (0, round(candidate.speed["step_s"], 3), *complexity(candidate.layout))
@@ -165,8 +166,8 @@ def complexity(layout: Layout) -> tuple[object, ...]:
 
 
 def ranked(estimates: list[Candidate], possible: Callable[[Layout], bool] = lambda _: True) -> list[Candidate]:
-    """Ranks the candidates that are `possible`, and gives each candidate the reason for its rank. Only the best candidate of
-    each family (`Layout.family`) stays."""
+    """Ranks the candidates for which `possible` is true, and gives each candidate the reason for its rank. Only the best
+    candidate of each family (`Layout.family`) stays."""
     best: dict[tuple[object, ...], Candidate] = {}
     for one in sorted(estimates, key=order):
         if one.layout.family not in best and possible(one.layout):
@@ -176,8 +177,8 @@ def ranked(estimates: list[Candidate], possible: Callable[[Layout], bool] = lamb
 
 
 def why(one: Candidate, first: Candidate) -> str:
-    """Explains the rank of a candidate: by the memory that doesn't fit, or by the part of a step that needs the most additional
-    time."""
+    """Explains the rank of a candidate: names the memory that doesn't fit, or the part of a step that needs the most additional
+    time compared with the first candidate."""
     if not one.fits:
         return _lacks(one.memory)
     if one is first:

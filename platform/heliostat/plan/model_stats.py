@@ -1,4 +1,4 @@
-"""Counts a job's model without memory for it: parameters on torch's meta device, activations on fake tensors.
+"""Counts a job's model without allocating its memory. Parameters are on torch's meta device, and activations are fake tensors.
 
 Both counts run the recipe's own code: `build` makes the real modules, and `loss` runs the real forward pass on tensors with
 shapes but no values. autograd reports the tensors that it keeps for the backward pass. So heliostat needs no formula per
@@ -76,7 +76,8 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
 
 
 def _divided(recipe: Recipe, model: torch.nn.Module) -> dict[str, str]:
-    """Maps the parameters that workers could shard (`train.parallel.tensor`) to `column` or `row`."""
+    """Maps the name of each parameter that workers could shard (`train.parallel.tensor`) to the way of sharding: `column` or
+    `row`."""
     if not isinstance(recipe, DividesMatrices):
         return {}
     ways = {name: kind for name, kind in recipe.divided_matrices(model).items() if kind != "summed"}
@@ -108,9 +109,9 @@ def _stacked(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
 def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Content, count: bool = False) -> Activations:
     """Measures the activations of one sample by running the recipe's loss on fake tensors.
 
-    `content`: an input of `recipe.batch` for one sample. `model`: a model from `build`; it can't train afterwards. The model
-    must not use activation checkpointing, because the effect of checkpointing is computed from the bytes that each layer keeps.
-    `count`: whether to also count FLOPs, which is slower.
+    `content`: an input of `recipe.batch` for one sample. `model`: a model from `build`. After this call, this model can't train.
+    The model must not use activation checkpointing, because the effect of checkpointing is computed from the bytes that each
+    layer keeps. `count`: whether to count FLOPs in addition to the bytes, which is slower.
     """
     _as_it_trains(job, recipe, model)
     counter = FlopCounterMode(display=False)
@@ -124,8 +125,8 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Conte
 
 
 def _tile(model: torch.nn.Module) -> Tile | None:
-    """Measures a model's largest tiled MLP: the bytes that a tile keeps, the same number of bytes for their gradients, and the
-    fp32 sums of the weights' gradients."""
+    """Measures a model's largest tiled MLP. Counts the bytes that a tile keeps, as many bytes for the gradients of these values,
+    and the fp32 sums of the weights' gradients."""
     tiled = building.gathered_whole(model)
     if not tiled:
         return None
@@ -138,9 +139,9 @@ def _tile(model: torch.nn.Module) -> Tile | None:
 def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Content, Content]) -> tuple[OperationWork, ...]:
     """Counts the operations of a micro-batch's forward and backward pass by running both on fake tensors.
 
-    `contents`: inputs of `recipe.batch` for two samples and for three samples. `model`: the model that `activations` has used.
-    If the model has equal layers, the model runs with one of them, and then with two. The difference is the work of each
-    additional layer.
+    `contents`: inputs of `recipe.batch` for two samples and for three samples. `model`: the model that `activations` has used. If
+    the model has equal layers, the model runs with one of these layers, and then with two of them. The difference is the work of
+    each additional layer.
     """
     _as_it_trains(job, recipe, model)
     stack = _stack(model)
@@ -213,8 +214,8 @@ def _as_it_trains(job: Job, recipe: Recipe, model: torch.nn.Module) -> None:
 
 @contextmanager
 def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Content) -> Iterator[Batch]:
-    """Yields a content's batch as fake tensors. Within the context, all new tensors are fake. Afterwards, the model still has
-    fake tensors."""
+    """Yields a content's batch as fake tensors. Within the context, all new tensors are fake. After the context, the model's own
+    tensors stay fake."""
     with ExitStack() as stack:
         batch = recipe.batch(content, np.zeros(len(content), dtype=np.int64))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -231,7 +232,7 @@ def _one_document() -> AbstractContextManager[object]:
     """Makes transformers' detection of packed sequences find no packed sequences within the context.
 
     In a real run, the values of position_ids show that sequences aren't packed, so transformers uses no mask. Fake position_ids
-    have no values, so transformers would make a mask that covers every case.
+    have no values, so transformers would make a mask that is right for packed and unpacked sequences.
     """
     from transformers import masking_utils
 
@@ -253,8 +254,8 @@ def _fake(model: torch.nn.Module) -> None:
 
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Lists the modules that activation checkpointing wraps: the modules that transformers marks. If it marks none, the members
-    of each `ModuleList`."""
+    """Lists the modules that activation checkpointing wraps. These are the modules that transformers marks or, if it marks none,
+    the members of each `ModuleList`."""
     return [*checkpointing.layers(model)] or list(_listed(model))
 
 
@@ -267,8 +268,8 @@ def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 class Meter:
-    """Counts the bytes that autograd keeps within the context, in total and per layer. The model's own tensors don't count.
-    Also counts the bytes per layer that selective checkpointing would keep.
+    """Counts the bytes that autograd keeps within the context, in total and per layer. The model's own tensors don't count. In
+    addition, counts the bytes per layer that selective checkpointing would keep.
 
     The meter works on fake tensors and on real tensors. Tests compare the two results.
     """

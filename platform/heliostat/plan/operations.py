@@ -1,9 +1,10 @@
 """Counts the operations of a training step by kind of work: their FLOPs, and the bytes that they read and write.
 
 The recipe's own loss runs forward and backward on fake tensors, and every operation that torch dispatches is recorded. The loss
-runs on two samples and on three samples. The difference is the work of one sample. The rest (weights and their gradients) is
-work that occurs once per micro-batch. So heliostat needs no formula per architecture. Attention without a fused kernel counts
-as matrix multiplications and memory traffic; a fused kernel counts as attention. A frozen model has no backward pass.
+runs on two samples and on three samples. The difference is the work of one sample. The rest is work that occurs once per
+micro-batch, such as reading the weights and writing their gradients. So heliostat needs no formula per architecture. Attention
+without a fused kernel counts as matrix multiplications and memory traffic; a fused kernel counts as attention. A frozen model has
+no backward pass.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class Operation:
 class OperationRecorder(TorchDispatchMode):
     """Records every operation that torch dispatches inside its context.
 
-    A layer is recomputed until the last of its tensors that autograd keeps. torch's own matrix multiplications save their
-    inputs before they compute. At stage 3, DeepSpeed's linear layers save their inputs afterwards. So a matrix multiplication
-    at that point is also recomputed.
+    A layer is recomputed until autograd has all tensors that it keeps of this layer. torch's own matrix multiplications save
+    their inputs before they compute. At stage 3, DeepSpeed's linear layers save their inputs afterwards. So if a layer ends with
+    such a matrix multiplication, this multiplication is recomputed too.
     """
 
     def __init__(self, layers: Iterable[torch.nn.Module]) -> None:
@@ -91,7 +92,7 @@ class OperationRecorder(TorchDispatchMode):
 
 
 def describe(name: str, args: Arguments, kwargs: Mapping[str, object], out: object, dear: bool) -> Operation:
-    """Describes an operation by its name and tensors. The result counts as not recomputed."""
+    """Describes an operation by its name and tensors. In the result, the operation counts as not recomputed."""
     tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
     moved = float(sum(t.numel() * t.element_size() for t in tensors.values()))
     kind, flops = _work(name, args, kwargs, out)
@@ -130,8 +131,8 @@ def _attention(name: str, args: Arguments, kwargs: Mapping[str, object]) -> floa
 def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[OperationWork, ...]:
     """Groups the equal operations of a step on two samples and a step on three samples, with the work that each sample adds.
 
-    Batches of one sample aren't used, because some tensors are contiguous only in such a batch and then need no copy. If the
-    two runs have different operations, all work of two samples counts as proportional to the number of samples.
+    Batches of one sample aren't used, because some tensors are contiguous only in a batch of one sample, and then need no copy.
+    If the two runs have different operations, all work of the run on two samples counts as proportional to the number of samples.
     """
     if [o.kind for o in two] != [o.kind for o in three]:
         three = [replace(o, flops=1.5 * o.flops, moved=1.5 * o.moved) for o in two]
@@ -151,8 +152,8 @@ def counted(work: Iterable[OperationWork]) -> Counter[OperationWork]:
 
 
 def extended(base: Sequence[OperationWork], longer: Sequence[tuple[Sequence[OperationWork], int]]) -> tuple[OperationWork, ...]:
-    """Adds the work of more layers to a model's work. `longer`: for each kind of layer, the work of the model with one more
-    layer, and the number of additional layers."""
+    """Adds the work of more layers to a model's work. `longer`: for each kind of layer, the work of the model with one more layer
+    of this kind, and the number of layers of this kind to add."""
     counts, once = counted(base), counted(base)
     for work, more in longer:
         added = counted(work)

@@ -1,8 +1,9 @@
-"""Plans the job of a job file (`heliostat plan`): in its own parallelism configuration, or in all configurations, ranked.
+"""Plans the job of a job file (`heliostat plan`): in the job's own parallelism configuration, or in all configurations, which are
+then ranked.
 
-With `--calibrate RUN`, a measured run corrects the device's efficiencies. The ledger has the measured computing time of the
-run's steps, and the plan has the expected time. The ratio of these times corrects all rates, so the next plan for this device
-starts from measured values.
+With `--calibrate RUN`, a measured run corrects the device's efficiencies. The ledger has the measured computing time of the run's
+steps, and the plan has the expected time. The efficiencies are corrected by the ratio of these times, so the next plan for this
+device starts from measured values.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def plan_file(
 def calibrated(
     run: Location, prices: Prices, cluster: ClusterFile | None, device: str | None, write: Path | None
 ) -> tuple[Prices, str]:
-    """Plans a run's own job, and corrects the efficiencies of its device by the measured step time. Returns the corrected price
-    table, and a note."""
+    """Plans a run's own job, and corrects the efficiencies of the planned device by the run's measured step time. Returns the
+    corrected price table, and a note."""
     measurement = measured(run)
     job, recipe, _ = bound(*check.check_job(measurement.job))
     planner = planners(job, recipe, cluster, device, prices)[-1]
@@ -91,8 +92,8 @@ class Measured:
 
 
 def measured(run: Location) -> Measured:
-    """Reads a run's measurement. Raises ConfigError if the run has no checkpoint (which contains the job), no ledger, or not
-    enough steps."""
+    """Reads a run's measurement. Raises ConfigError if the run has no checkpoint, no ledger, or too few steps. The checkpoint is
+    needed because it contains the job."""
     checkpoint = layout.latest(run)
     if not checkpoint:
         raise ConfigError(
@@ -120,8 +121,8 @@ def pace(attempt: RecordedAttempt) -> tuple[float, int] | None:
 def corrected(efficiency: Efficiency, planned: Candidate, step_s: float) -> Efficiency:
     """Corrects a device's efficiency, so that the planned step takes as long as the measured step.
 
-    Corrects only computing; communication and copies stay as planned. If these take at least half of the measured step,
-    corrects computing by the ratio of the complete steps.
+    Corrects only computing; communication and copies stay as planned. If communication and copies take at least half of the
+    measured step, corrects computing by the ratio of the measured to the planned time of a complete step.
     """
     parts = planned.parts
     computing = parts["forward_backward"] + parts["replaying"] + parts["updating"]

@@ -1,4 +1,4 @@
-"""Plans a job before anything starts: the resources that it needs, and its cost (`heliostat plan`).
+"""Plans a job before anything starts: estimates the resources that the job needs, and its cost (`heliostat plan`).
 
 `plan(job, recipe, ...)` returns plain data, which `--json` prints. If the job can't run, the function raises ConfigError with
 the reason. docs/plan-method.md has formulas and sources.
@@ -79,9 +79,9 @@ def planners(
 ) -> list[Planner]:  # fmt: skip
     """Counts a job's model, and returns two planners: for the job's minimum number of workers, and for its maximum.
 
-    `built`: the recipe's model from `model_stats.build`, if it exists already. Don't use this model afterwards. `exchanged`:
-    the result of `ranking.degrees`; None means only the job's own degree. `counts`: numbers of workers to use instead of the
-    job's.
+    `built`: the recipe's model from `model_stats.build`, if it exists already. Don't use this model afterwards. `exchanged`: the
+    result of `ranking.degrees`; None means only the job's own degree. `counts`: numbers of workers to plan for, instead of the
+    job's own minimum and maximum.
     """
     numbers = counts or job.worker_counts()
     most, fewest = job.on(numbers[-1]), job.on(numbers[0])
@@ -156,8 +156,8 @@ def _device_of(cluster: ClusterFile) -> tuple[str | None, str | None]:
 
 
 def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
-    """Returns an input of `recipe.batch` for `rows` samples. For tokens, the input is zeros. For other data, it is the recipe's
-    presumed rows, or copies of the dataset's first row."""
+    """Returns an input of `recipe.batch` for `rows` samples. For tokens, the input is zeros. For other data, the input is the
+    rows that the recipe presumes, or copies of the dataset's first row."""
     if recipe.kind == "tokens":
         return np.zeros((rows, job.data.sequence_length or 1), dtype=np.int32)
     if (presumed := recipe.presume(rows)) is not None:

@@ -1,8 +1,9 @@
-"""Ranks a job's parallelism configurations that fit in memory by time: `heliostat plan JOB --rank`, `train.parallel: auto`.
+"""Ranks those parallelism configurations of a job that fit in memory by their time per step: `heliostat plan JOB --rank`,
+`train.parallel: auto`.
 
-For each number of workers that shard matrices or experts, there is a family of configurations with its own plan. With
-`train.parallel.tensor`, a worker's matrices have other shapes, so the model is counted again. Only configurations that
-`heliostat check` accepts are listed.
+For each number of workers that share matrices or experts, there is a family of configurations, and this family has its own plan.
+With another `train.parallel.tensor`, a worker's matrices have other shapes, so the model is counted again. Only configurations
+that `heliostat check` accepts are listed.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ranking:
-    """Holds the ranked configurations on the maximum number of workers. `changes`: the `--set` values of the first
-    configuration; None if it doesn't fit."""
+    """Holds the ranked configurations on the maximum number of workers. `changes`: the `--set` values of the first configuration;
+    None if the first configuration doesn't fit."""
 
     planner: Planner
     candidates: list[Candidate]
@@ -79,7 +80,8 @@ def possible(job: Job, layout: Layout, counts: list[int]) -> bool:
 def divided(job: Job, recipe: Recipe) -> tuple[list[Job], list[str]]:
     """Lists the ways to shard the model over the workers, each as a job. If possible, the first job doesn't shard the model.
 
-    Also returns notes with the reasons why no number of workers can shard the matrices or the experts.
+    In addition, returns notes: the reason if no number of workers can shard the matrices, and the reason if no number can shard
+    the experts.
     """
     stage, parallel, notes, jobs = job.train.zero.stage, job.train.parallel, list[str](), [job]
     if parallel.tensor > 1 or parallel.expert > 1:
@@ -135,8 +137,8 @@ def degrees(job: Job, recipe: Recipe, counts: list[int] | None = None) -> dict[i
     """Maps each number of workers that could share a sample (`train.parallel.sequence`) to the elements that each worker would
     send in the sample's forward pass.
 
-    An elastic job must support each of these numbers both on its minimum and on its maximum number of workers. `counts`:
-    numbers of workers to use instead of the job's.
+    An elastic job must support each of these numbers both on its minimum and on its maximum number of workers. `counts`: numbers
+    of workers to use instead of this minimum and maximum.
     """
     sent = dict[int, int]()
     for parts in [1, *_parts(counts or job.worker_counts())]:
@@ -151,8 +153,8 @@ def degrees(job: Job, recipe: Recipe, counts: list[int] | None = None) -> dict[i
 
 
 def _exchanged(recipe: Recipe, parts: int) -> int:
-    """Counts the elements that each of `parts` workers would send if they shared a sample. Raises ConfigError if they can't
-    share a sample."""
+    """Counts the elements that each of `parts` workers would send if they shared a sample. Raises ConfigError if these workers
+    can't share a sample."""
     if parts == 1:
         return 0
     if not isinstance(recipe, CutsSamples):

@@ -39,7 +39,8 @@ class Setting:
     fp8: bool = False  # whether linear layers inside the model's layers multiply in float8
 
     def again(self, work: OperationWork) -> float:
-        """Returns how often an operation is recomputed: `replayed`, or 0 if it is never recomputed."""
+        """Returns the share of an operation's calls that are recomputed: `replayed`, or 0 if the operation is never
+        recomputed."""
         recomputed = work.replayed == ALWAYS or (work.replayed == AT_STAGE_3 and self.stage == 3)
         return self.replayed if recomputed and not (self.selective and work.dear) else 0.0
 
@@ -48,8 +49,8 @@ def exchanging(elements: int, parts: int, low: int, setting: Setting, device: De
     """Estimates the bytes that a worker sends in a step to the other workers that share its samples, and the seconds for
     sending them.
 
-    `elements`: number of elements that a worker sends in the forward pass of one sample. The backward pass sends the same
-    number, and so does a recomputed forward pass. Nothing hides this time, because attention waits for the elements.
+    `elements`: number of elements that a worker sends in the forward pass of one sample. The backward pass sends the same number,
+    and so does a recomputed forward pass. No computing overlaps with this time, because attention waits for the elements.
     """
     passes = 2 + setting.replayed
     moved = int(elements * low * passes * setting.micro_batch_size * parts * setting.accumulation)
@@ -62,7 +63,7 @@ def adding(
     """Estimates the bytes that a tensor-parallel worker sends in the all-reduces of a step, and the seconds for sending them.
 
     `added`: elements per sample, in a forward pass and in a backward pass. `sums`: number of all-reduces in each pass. An
-    all-reduce in a ring moves each element twice, and goes around the ring twice. Nothing hides this time.
+    all-reduce in a ring moves each element twice, and goes around the ring twice. No computing overlaps with this time.
     """
     elements, calls = (forward * (1 + setting.replayed) + backward for forward, backward in (added, sums))
     moved = int(2 * elements * low * (parts - 1) / parts * setting.micro_batch_size * setting.accumulation)
@@ -104,8 +105,8 @@ def operation(work: OperationWork, micro: float, device: Device, compiled: bool 
 
 def computing(work: Collection[OperationWork], setting: Setting, device: Device) -> float:
     """Estimates the computing seconds of a micro-batch. With `fp8`, the matrix multiplications in the layers run in float8, but
-    not those in the head. Their work identifies them: it equals the work of a matrix multiplication in the layers' forward
-    pass."""
+    not the matrix multiplications in the head. A matrix multiplication belongs to a layer if its work equals that of one in the
+    layers' forward pass."""
     inside = {(w.flops, w.fixed) for w in work if w.kind == MATMUL and w.replayed} if setting.fp8 else set()
     return sum(
         w.count
@@ -118,8 +119,8 @@ def computing(work: Collection[OperationWork], setting: Setting, device: Device)
 def divided(work: Iterable[OperationWork], stacks: Collection[int], parts: int) -> tuple[OperationWork, ...]:
     """Divides the bytes of experts' weights by the number of workers, because each worker reads only its own experts.
 
-    `stacks`: bytes of the weights of all experts of a layer. These bytes identify the experts' matrix multiplications, whose
-    own bytes are slightly larger, because they include positions of rows.
+    `stacks`: bytes of the weights of all experts of a layer. These bytes identify the experts' matrix multiplications. The bytes
+    of such a multiplication are slightly larger, because they include the positions of rows.
     """
 
     def own(w: OperationWork) -> OperationWork:
@@ -138,11 +139,11 @@ def updating(numel: float, moments: float, device: Device, on_host: bool = False
 
 
 def exposed(moved: Traffic, micro_s: float, setting: Setting, device: Device, network: Network) -> tuple[float, float]:
-    """Estimates the seconds of communication in a step, and how many of these seconds no computing hides.
+    """Estimates the seconds of communication in a step, and how many of these seconds don't overlap with computing.
 
-    A ring goes from GPU to GPU inside a node, and from node to node through all network cards of a node together. Stage 3
-    gathers and reduces during all computing. Stage 2 reduces during every backward pass, stages 0 and 1 only during the last
-    backward pass. Nothing hides gathers after the optimizer's step, or averages over groups before that step.
+    A ring goes from GPU to GPU inside a node, and from node to node through all network cards of a node together. Stage 3 gathers
+    and reduces during all computing. Stage 2 reduces during every backward pass, stages 0 and 1 only during the last backward
+    pass. No computing overlaps with gathers after the optimizer's step, or with averages over groups before that step.
     """
     if setting.workers == 1:
         return 0.0, 0.0
@@ -175,7 +176,7 @@ def step(
     """Estimates the seconds of one optimizer step.
 
     `micro`: computing seconds of a micro-batch. `moved`: bytes that each worker sends. `exchanging`: seconds of all other
-    exchanges between workers, which nothing hides.
+    exchanges between workers, which don't overlap with computing.
     """
     communicating, waits = exposed(moved, micro, setting, device, network)
     return StepSeconds(setting.accumulation * micro, communicating + exchanging, waits + exchanging, updating, copying)
@@ -189,13 +190,14 @@ def hidden_sides(model: ModelStats) -> Iterator[tuple[int, int]]:
 
 
 def momenta_sent(elements: int, workers: int, stage: int) -> int:
-    """Estimates the bytes that each worker sends in a step. It sends its slices to the workers that orthogonalize the matrices,
-    and the same number of results back. The share 1 / workers of these bytes stays local. At stage 0, all workers have complete
-    matrices, and send nothing."""
+    """Estimates the bytes that each worker sends in a step. A worker sends its slices to the workers that orthogonalize the
+    matrices. It sends as many bytes of results to the workers that own the slices. The share 1 / workers of these bytes stays
+    local. At stage 0, all workers have complete matrices, and send nothing."""
     return 2 * MOMENTUM * elements * (workers - 1) // workers**2 if stage else 0
 
 
 def newton_schulz(sides: Iterable[tuple[int, int]]) -> float:
-    """Counts the FLOPs for orthogonalizing matrices. Each iteration has three matrix multiplications: two of a square matrix
-    with the matrix, and one of two square matrices. The side of a square matrix is the matrix's shorter side."""
+    """Counts the FLOPs for orthogonalizing matrices. Each iteration has three matrix multiplications: two of a square matrix with
+    the matrix, and one of two square matrices. A side of the square matrix is as long as the shorter side of the matrix to
+    orthogonalize."""
     return float(sum(ITERATIONS * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in sides))

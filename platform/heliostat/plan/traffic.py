@@ -1,4 +1,4 @@
-"""Computes the bytes of weights and gradients that workers send in an optimizer step, and which workers exchange them. The
+"""Computes the bytes of weights and gradients that workers send in an optimizer step, and which workers exchange these bytes. The
 functions are pure.
 
 All bytes travel in rings. A ring consists of all workers, of the workers of a group (`train.zero.shard_group_size`,
@@ -21,9 +21,9 @@ EIGHT_BITS = 1  # bytes per weight; ignores the scales, which have 4 bytes per t
 class Traffic:
     """Holds the bytes that each worker sends in a step.
 
-    `around`: bytes in a ring of all `workers`. With tensor parallelism, bytes in one of `rings` rings, which leave a node
-    together. `inside`: bytes in the worker's `group`. `across`: bytes across groups, sent once, before the optimizer's step.
-    `calls`: number of collectives that go around the ring of all workers.
+    `around`: bytes in a ring of all `workers`. With tensor parallelism, bytes in one of `rings` rings, which share a node's links
+    to other nodes. `inside`: bytes in the worker's `group`. `across`: bytes across groups, sent once, before the optimizer's
+    step. `calls`: number of collectives that go around the ring of all workers.
     """
 
     around: int
@@ -79,7 +79,7 @@ def calls(stage: int, accumulation: int, layers: int, buckets: int, copied: bool
     bucket.
 
     `layers`: the number of layers, plus one for everything outside the layers. `copied`: whether stage 3 has secondary copies.
-    Then only the first gather of a step goes around all workers.
+    With secondary copies, only the first gather of a step goes around all workers.
     """
     if stage == 3:
         return layers * (1 + accumulation if copied else 3 * accumulation)

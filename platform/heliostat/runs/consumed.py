@@ -38,7 +38,7 @@ class Replaced(ConsumedPlace):
 
 
 class Forgotten(TypedDict):
-    """Describes an earlier version of a dataset. Removing the documents `ids` from it made the dataset."""
+    """Describes an earlier version of a dataset. The present version was made from it by removing the documents `ids`."""
 
     digest: str
     ids: list[str]
@@ -47,8 +47,8 @@ class Forgotten(TypedDict):
 class ConsumedSource(TypedDict):
     """Describes the samples that a segment took from one source.
 
-    `samples`: number of samples trained on. `range`: positions in the source's stream, in which the epochs follow one another.
-    The range is exact to one sample per virtual rank.
+    `samples`: number of samples trained on. `range`: positions in the source's stream, where one epoch follows the other. The
+    limits of the range are exact to one sample per virtual rank.
     """
 
     uri: str
@@ -71,7 +71,7 @@ class ConsumedSource(TypedDict):
 
 
 class Taken(TypedDict):
-    """Describes a segment, and the samples that it took from each source. `plan`: from `DataPlan.dump`."""
+    """Describes a segment, and the samples that the segment took from each source. `plan`: from `DataPlan.dump`."""
 
     first: int
     end: int
@@ -107,7 +107,8 @@ def record(run: Location, steps: int) -> Consumed:
 
 
 def _from_1(bad: Replaced) -> Replaced:
-    """Converts the step of a replaced sample so that it counts from 1. Older lists count from 0."""
+    """Converts the step of a replaced sample from a list that counts steps from 0, as older lists do, to a step that counts from
+    1."""
     return {**bad, "step": bad["step"] + 1 - bad.get("counted_from", 0), "counted_from": 1}
 
 
@@ -201,8 +202,8 @@ def same(wanted: str, uri: str, path: str) -> bool:
 def _taken(
     raw: Consumed, before: int | None, wanted: Callable[[ConsumedSource], bool]
 ) -> Iterator[tuple[str, Manifest, np.ndarray]]:
-    """Yields (uri, manifest, samples per row group) of every wanted source of every segment. If `before` is given, only steps
-    before it count."""
+    """Yields (uri, manifest, samples per row group) of every wanted source of every segment. If `before` is given, counts only
+    the steps before step `before`."""
     for segment, recorded in zip(parse(raw), raw["segments"], strict=True):
         end = segment.end if before is None else min(segment.end, before)
         if end <= segment.first or not any(wanted(s) for s in recorded["sources"]):

@@ -20,7 +20,8 @@ Scores = dict[str, float]
 
 @dataclass(kw_only=True)
 class Event:
-    """Describes an event. `at`: wall-clock time. `ledger`: rank 0's seconds by part until now, if the event reports them."""
+    """Describes an event. `at`: wall-clock time. `ledger`: the seconds of rank 0 until now, by part of the goodput report, if the
+    event reports them."""
 
     at: float = field(default_factory=time.time)
     ledger: dict[str, float] | None = None
@@ -35,7 +36,7 @@ class Phase(Event):
 
 @dataclass(kw_only=True)
 class ModelPhase(Phase):
-    """Reports that the workers run, and begin to build the model. `queued_s`: seconds for which their placement group
+    """Reports that the workers run and begin to build the model. `queued_s`: seconds for which the workers' placement group
     waited."""
 
     phase: str = "model"
@@ -46,8 +47,8 @@ class ModelPhase(Phase):
 
 @dataclass(kw_only=True)
 class Steps(Event):
-    """Reports the steps `first`, `first` + 1, ..., counted from 0. Lists have one value per step; each other value is for all
-    steps together."""
+    """Reports the steps `first`, `first` + 1, ..., counted from 0. A list has one value per step. A value that isn't a list is
+    for all these steps together."""
 
     kind: ClassVar[str] = "steps"
     first: int
@@ -89,8 +90,8 @@ class LossSpike(Event):
 
 @dataclass(kw_only=True)
 class Corruption(Event):
-    """Reports that workers computed different bits (`train.sdc_check`). `nodes`: the nodes of these workers. `text`: one line
-    about the corruption."""
+    """Reports that workers computed different bits from the same values (`train.sdc_check`). `nodes`: the nodes of these workers.
+    `text`: one line about the corruption."""
 
     nodes: list[str]
     text: str
@@ -98,7 +99,7 @@ class Corruption(Event):
 
 @dataclass(kw_only=True)
 class Evaluation(Event):
-    """Reports the held-out scores after `step` steps, and the generated images (PNG) by name."""
+    """Reports the held-out scores after `step` steps, and the images (PNG) that the model generated, by name."""
 
     kind: ClassVar[str] = "evaluation"
     step: int
@@ -127,7 +128,7 @@ class Paused(Event):
 
 @dataclass(kw_only=True)
 class Notice(Event):
-    """Reports a text for the person at the terminal."""
+    """Reports a text that is shown to the person at the terminal."""
 
     text: str
 

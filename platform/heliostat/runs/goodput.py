@@ -1,5 +1,5 @@
-"""Accounts for a run's wall-clock time over all its attempts. Every second belongs to exactly one part, so the parts add up to
-the total.
+"""Accounts for a run's wall-clock time over all its attempts. Every second belongs to exactly one part, so the sum of the parts
+is the total time.
 
 An attempt is one start of the workers: a command (`heliostat train`), or a restart within a command. The driver keeps a file
 for each attempt in the run's folder (`ledger/`). This module computes everything from these files, with pure functions.
@@ -53,7 +53,7 @@ class RecordedAttempt:
     """Describes one attempt (one start of the workers), as in its driver's ledger file.
 
     The seconds in `parts` add up to `known - started`. When the attempt is over, the time between `known` and `seen` belongs to
-    `pending`.
+    the part `pending`.
     """
 
     id: str
@@ -121,8 +121,8 @@ class Settled:
 
 
 def settle(attempts: Iterable[RecordedAttempt]) -> list[Settled]:
-    """Computes the final parts of every attempt. If a later attempt recomputed steps, their time moves from computing to
-    lost."""
+    """Computes the final parts of every attempt. If a later attempt recomputed an attempt's steps, the time of these steps moves
+    from computing to lost."""
     ordered = sorted(attempts, key=lambda a: (a.started, a.seen))
     kept = kept_steps(ordered)
     settled: list[Settled] = []
@@ -148,10 +148,10 @@ def kept_steps(attempts: list[RecordedAttempt]) -> list[int]:
     """Returns for each attempt its last step that the run keeps. The attempts are in the order of their start.
 
     The function goes backward through the attempts, and finds the writer of the checkpoint from which an attempt began. The
-    writer is the latest earlier attempt that reached the checkpoint's step. A killed attempt may have reached more steps than
-    its last mark shows. So if no earlier attempt is known to have reached the step, the writer is the latest one that began
-    before that step. The attempts between the writer and the attempt left nothing. The writer's steps after the checkpoint are
-    lost.
+    writer is the latest earlier attempt that reached the checkpoint's step. A killed attempt may have reached more steps than its
+    last mark shows. So if no earlier attempt is known to have reached the step, the writer is the latest attempt that began
+    before that step. The run keeps no step of the attempts between the writer and the attempt that began from its checkpoint. The
+    writer's steps after the checkpoint are lost.
     """
     kept = [a.start_step for a in attempts]
     if not attempts:
@@ -191,7 +191,7 @@ class Outline(TypedDict):
 
 
 class AttemptStart(Outline):
-    """Describes an attempt in the report. `before`: the gap before it, as seconds by part."""
+    """Describes an attempt in the report. `before`: the seconds between the previous attempt and this attempt, by part."""
 
     before: dict[str, float]
     parts: dict[str, float]
@@ -259,7 +259,7 @@ def read_report(run: Location) -> GoodputReport:
 def table(report: GoodputReport) -> list[list[str]]:
     """Formats a goodput report as rows of text: a header, the parts that took any time, and the total.
 
-    If there are several attempts, each of the newest attempts has a column.
+    If there are several attempts, the newest attempts have one column each.
     """
     attempts = report["attempts"][-COLUMNS:] if len(report["attempts"]) > 1 else []
     first = len(report["attempts"]) - len(attempts) + 1

@@ -1,7 +1,7 @@
 """Reads the record of a run's training from its folder: segments (data plans), receipts, and the links of their hash chain.
 
-Receipts may overlap if a run was resumed from an older checkpoint. A checkpoint is left out if its steps were undone, because
-the run later went back and changed the data at an earlier step.
+Receipts may overlap if a run was resumed from an older checkpoint. If the run went back to an earlier step and changed the data
+from there, the checkpoints after that step are left out.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ SEALED = Format(SealedReceipt, "receipt", VerifyError)
 
 @dataclass(frozen=True)
 class ReceiptFile:
-    """Holds one receipt file: the digests of the steps [first, end), the version of `receipt`, and the hash chain after these
-    steps."""
+    """Holds one receipt file: the digests of the steps [first, end), the version of `data.receipt`, and the hash chain after
+    these steps."""
 
     where: str
     first: int
@@ -89,7 +89,7 @@ class History:
     def version(self, step: int) -> int:
         """Returns the version of `receipt` by which a step's digest entered the chain.
 
-        This is the version of the last receipt that begins at this step or before it.
+        This is the version of the last receipt whose first step isn't after this step.
         """
         at = max(0, bisect.bisect_right(self.receipts, step, key=lambda r: r.first) - 1)
         return self.receipts[at].version if self.receipts else receipt.VERSION

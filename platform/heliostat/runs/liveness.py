@@ -1,5 +1,5 @@
-"""Checks whether a run's driver is alive, by the heartbeat in its ledger. The driver writes the heartbeat every few seconds,
-with its host and process.
+"""Checks whether a run's driver is alive, by the heartbeat in the run's ledger. Every few seconds, the driver writes a heartbeat
+with its host and its process.
 
 The lease (`lease`) ensures that at most one driver is alive at a time.
 """
@@ -19,7 +19,7 @@ GONE_S = 120.0  # if the heartbeat is older, a driver on another host counts as 
 
 
 def lives(attempt: RecordedAttempt) -> bool:
-    """Checks whether the driver of an attempt without an outcome is alive, without waiting for a new heartbeat.
+    """Checks whether the driver of an attempt is alive; the attempt has no outcome yet. Doesn't wait for a new heartbeat.
 
     For a driver on this host, looks up the driver's process. For a driver on another host, the last heartbeat must be younger
     than GONE_S.
@@ -36,7 +36,7 @@ def last(run: Location) -> RecordedAttempt | None:
 
 
 def _alive(attempt: RecordedAttempt) -> bool:
-    """Checks whether the attempt's process exists, and isn't a later process with the same process id."""
+    """Checks whether the attempt's process still exists. A later process with the same process id doesn't count."""
     try:
         process = psutil.Process(attempt.pid)
         return process.create_time() <= attempt.started + 1 and process.status() != psutil.STATUS_ZOMBIE

@@ -1,6 +1,6 @@
 """Reads the id of a run's MLflow run from `run.json` in the run's folder.
 
-heliostat writes this file before it calls MLflow, so that a run never gets a second MLflow run.
+heliostat writes this file before it asks MLflow to create the run, so that a run never gets a second MLflow run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from heliostat.storage.records import Format, open_
 
 @open_
 class Made(TypedDict):
-    """Describes `run.json`. It has a `run_id` as soon as MLflow has the run."""
+    """Describes `run.json`. The file has a `run_id` as soon as MLflow has the run."""
 
     token: str
     uri: str

@@ -1,7 +1,7 @@
 """Profiles some steps of one worker of a running job. Defines the request and its answer, which are files in the run's folder.
 
 `heliostat debug profile` writes `profiles/request.json`. The driver (`training.driver.profiles`) orders the worker to profile its
-next steps. The worker (`training.worker.profiler`) writes its files to `profiles/ID/`, and then `answer.json`.
+next steps. The worker (`training.worker.profiler`) writes the profile's files to `profiles/ID/`, and after these `answer.json`.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class ProfileRequest:
 
 @open_
 class ProfileAnswer(TypedDict):
-    """Describes a profile of `steps` steps. `first`: the number of its first step, counted from 1. `files`: names of the files
-    in the profile's folder.
+    """Describes a profile of `steps` steps. `first`: the number of the first profiled step, counted from 1. `files`: names of the
+    files in the profile's folder.
 
     `problem`: the reason why there is no profile; empty if there is a profile.
     """
@@ -129,7 +129,7 @@ def take(
 
 
 def _send(run: Location, request: ProfileRequest) -> None:
-    """Writes the request, unless another request has no answer yet."""
+    """Writes the request. Doesn't write it if an earlier request is still without an answer."""
     data = json.dumps(asdict(request)).encode()
     if _request(run).create(data):
         return

@@ -30,8 +30,8 @@ class TracedOperation(TypedDict):
 
 
 class Gap(TypedDict):
-    """Describes a gap: a time without operations, between the operations `after` and `before`. `begin_s`: begin of the gap, in
-    seconds since the begin of the profile."""
+    """Describes a gap, which is a time without operations. The gap follows the operation `after` and precedes the operation
+    `before`. `begin_s`: when the gap begins, in seconds since the begin of the profile."""
 
     begin_s: float
     seconds: float
@@ -40,8 +40,8 @@ class Gap(TypedDict):
 
 
 class ProfileSummary(TypedDict):
-    """Describes a profile: its seconds, its device, and the device's longest gaps. `busy`: the share of the time in which the
-    device is busy. `operations`: the operations with the most `self_s`."""
+    """Describes a profile: its duration in seconds, its device, and the device's longest gaps. `busy`: the share of the time in
+    which the device is busy. `operations`: the operations with the most `self_s`."""
 
     seconds: float
     device: str
@@ -71,7 +71,7 @@ def read(trace: Location) -> ProfileSummary:
 
 
 def spans(events: Iterable[dict[str, object]]) -> list[Span]:
-    """Collects the events of a trace that have a duration. A call comes before its inner calls."""
+    """Collects the events of a trace that have a duration. In the result, a call comes before the calls inside it."""
     collected = [
         Span(begin := float(str(e["ts"])), begin + float(str(e["dur"])), str(e["name"]), (str(e["pid"]), str(e["tid"])),
              str(e.get("cat", "")))

@@ -1,8 +1,8 @@
-"""Records the facts of a training's end: `summary.json` after the last step, and `result.json` after the model is made.
+"""Records the results of a training: in `summary.json` after the last step, and in `result.json` after the model is exported.
 
 Both files have the step at which training ended. If the driver dies after the last checkpoint, there is no summary, or only the
-summary of an earlier end. Then scores and loss come from the checkpoint and are bitwise equal. Rates and times come from the
-ledger.
+summary of an earlier end. Then the scores and the loss come from the checkpoint, with the same bits as a summary would have.
+Rates and times come from the ledger.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def write(run: Location, summary: Mapping[str, object]) -> None:
 
 
 def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
-    """Reads the summary of the training that ended with checkpoint `last`. If there is none, computes it from the checkpoint
-    and the ledger."""
+    """Reads the summary of the training that ended with checkpoint `last`. If there is no such summary, computes it from the
+    checkpoint and the ledger."""
     ending = _of_step(run.join(run_folder.SUMMARY), last.step)
     if ending is None:
         log.info("%s: no command recorded the end of training, so heliostat uses the last checkpoint and the ledger", run)
@@ -43,7 +43,8 @@ def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
 
 
 def result(run: Location, step: int) -> Ending | None:
-    """Reads the result of the run that ended with `step`; None if there is no result, or only a result of another end."""
+    """Reads the result of the run that ended with `step`; None if there is no result, or if the result is from a training that
+    ended with another step."""
     return _of_step(run.join(run_folder.RESULT), step)
 
 

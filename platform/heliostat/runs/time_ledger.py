@@ -1,8 +1,8 @@
 """Measures how a run uses its time: `Ledger` on a worker, `LedgerRecorder` on the driver. `runs.goodput` defines the parts.
 
-A worker's ledger is always in exactly one part. One clock reading ends a part and begins the next, so the parts add up exactly
-to the worker's time. Rank 0 sends its totals with its events, so a lost event loses no time. The loop's time in the engine
-counts as `computing`. This is also right on GPUs, because the host is at most one step ahead of the device
+A worker's ledger is always in exactly one part. One clock reading ends a part and begins the next, so the parts add up exactly to
+the worker's time. Each event of rank 0 contains the totals until then, so no time is missing if an event is lost. The loop's time
+in the engine counts as `computing`. This is right on GPUs too, because the host is at most one step ahead of the device
 (`training.worker.step`).
 """
 
@@ -33,8 +33,8 @@ RETRY_S = 30.0  # seconds between two attempts to read an unreadable ledger
 
 
 class Ledger:
-    """Books a worker's time by part. `switch(part)` books the time from now on; `with ledger(part): ...` books the time within
-    the context.
+    """Books a worker's time by part. `switch(part)` books the time from now on to this part. `with ledger(part): ...` books the
+    time within the context to this part.
 
     Parts don't overlap: an inner part interrupts the outer part.
     """
@@ -59,7 +59,7 @@ class Ledger:
             self.switch(outer)
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Moves booked seconds from one part to another, for seconds whose part is known only later."""
+        """Moves booked seconds from one part to another. It is for seconds whose right part is known only later."""
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
@@ -134,8 +134,8 @@ class LedgerRecorder:
         return RecordedAttempt(mine, started, started, started, start_step, workers, restart, *driver)
 
     def _note(self, pending: str, at: float) -> None:
-        """Books the time until `at` under the pending part, while there is no worker yet. `pending` becomes the next pending
-        part."""
+        """While there is no worker yet, books the time until `at` to the present pending part. After this, `pending` is the
+        pending part."""
         now, at = self.attempts[-1], max(at, self.attempts[-1].known)  # another machine's clock may be slow
         now.parts[now.pending] = now.parts.get(now.pending, 0.0) + at - now.known
         now.known, now.pending = at, pending
@@ -159,7 +159,8 @@ class LedgerRecorder:
         now.seen = max(now.seen, now.known)
 
     def _mark(self, step: int) -> None:
-        """Adds a mark. Of the earlier marks, keeps only marks at checkpoints, because later attempts may begin there."""
+        """Adds a mark at a step. Of the earlier marks, keeps only the marks at checkpoints, because later attempts may begin
+        there."""
         now = self.attempts[-1]
         if now.marks and now.marks[-1][0] not in self._saved_at:
             now.marks.pop()
@@ -204,7 +205,8 @@ class LedgerRecorder:
         return goodput.report(self._all())
 
     def spent(self) -> tuple[float, float]:
-        """Computes the run's hours until now, over all its commands, and the hours for which its workers used resources.
+        """Computes two numbers of hours until now, over all commands of the run: the run's hours, and the hours for which its
+        workers used resources.
 
         Hours of earlier commands come from the ledger. Hours of this command come from a monotonic clock.
         """

@@ -1,9 +1,9 @@
-"""Verifies a run against its data: recomputes every receipt, only from the manifests and the shards.
+"""Verifies a run against its data: recomputes every receipt, and uses only the manifests and the shards for this.
 
-`verify` loads the samples on which each step had to train, and hashes them like training. It compares each step's digest, each
-link of the chain, and the chain that each checkpoint recorded. After a difference, `verify` continues. It also recomputes steps
-that no receipt covers. So one fault doesn't hide other faults. Because object storage answers slowly, `verify` loads several
-units at once. In memory are these units, and one bit per sample of the current epochs.
+`verify` loads the samples on which each step had to train, and hashes these samples in the same way as training. It compares each
+step's digest, each link of the chain, and the chain that each checkpoint recorded. After a difference, `verify` continues, and it
+recomputes even steps that no receipt covers. So one fault doesn't hide other faults. Because object storage answers slowly,
+`verify` loads several units at the same time. It has these units in memory, and one bit per sample of the current epochs.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Recomputed:
 
 
 def units(history: History) -> Iterator[StepUnit]:
-    """Divides all steps into units of complete rounds. A unit is at least as long as a shuffle window, so that row groups are
-    read about once."""
+    """Divides all steps into units of complete rounds. A unit is at least as long as a shuffle window, so that most row groups
+    are read only once."""
     ends = [*(p.begins for p in history.plans[1:]), history.steps]
     for number, (plan, last) in enumerate(zip(history.plans, ends, strict=True)):
         step, stop = plan.begins, min(last, history.steps)
@@ -80,7 +80,8 @@ def units(history: History) -> Iterator[StepUnit]:
 
 
 def recompute(unit: StepUnit) -> Recomputed:
-    """Recomputes a unit's step digests from the contents of its samples. Also locates the samples that the order planned."""
+    """Recomputes a unit's step digests from the contents of its samples. In addition to this, locates the samples that the data
+    order planned."""
     order = unit.data.order
     places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, virtual ranks, samples per rank]
     loaded = unit.data.load(places.ravel())
@@ -138,7 +139,7 @@ class SeenSamples:
 class VerifyReport(TypedDict):
     """Describes the output of `heliostat run verify --json`.
 
-    - `steps`: number of covered steps whose receipts are all right.
+    - `steps`: number of steps that receipts cover and whose receipts are all right.
     - `samples`: number of samples that receipts cover.
     - `lost`: number of planned samples before the last known step that no receipt covers.
     - `repeated`: number of samples that their epoch already contained. An epoch has as many positions as samples. So if
@@ -222,8 +223,8 @@ def verify(run: Location) -> VerifyReport:
 
 
 def explain(report: VerifyReport) -> str:
-    """Explains in one line why a run failed verification: by the first step that differs, or by samples that are repeated in an
-    epoch."""
+    """Explains in one line why a run failed verification: names the first step that differs, or the samples that are repeated in
+    an epoch."""
     first = report["first_difference"]
     if not first:
         return f"{report['repeated']:,} samples come twice within an epoch, so the order of samples is wrong"

@@ -3,19 +3,20 @@
     python -m heliostat.submit.entrypoint JOB.yaml [--attempt ID] [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
 
 The child is `heliostat train` or `heliostat sweep run`. If the child is killed, or dies without recording an outcome, this
-process starts it again, and the child continues from the newest checkpoint. The job's `retries` limit how often this happens
-(`Again`). After the last retry, the run's MLflow status is FAILED, with the reason. If the storage is unreachable, this process
-waits for it. Resuming doesn't need MLflow. A command that ends by itself records its end in the run's ledger.
+process starts it again, and the child continues from the newest checkpoint. The job's `retries` limit how often this process
+restarts the child (`Again`). After the last retry, the run's MLflow status is FAILED, with the reason. If the storage is
+unreachable, this process waits for it. Resuming doesn't need MLflow. A command that ends by itself records its end in the run's
+ledger.
 
-Retries count consecutive deaths: progress resets the count. If a new child fails before it has begun, this counts as another
-death.
+`retries` limits the number of consecutive deaths: progress resets the count. If a new child fails before it has begun its work,
+this failure counts as another death.
 
 The log goes to standard output, which the Jobs API shows. The copy in `logs/` of the run's folder (`logs`) outlives the
 cluster.
 
-`heliostat job stop` makes Ray send SIGTERM to this process and to the training driver. This process waits for the driver, which
-saves a checkpoint. If the Jobs API lists a marker job for this attempt (`stop --now`), this process doesn't wait, because the
-storage may not answer.
+`heliostat job stop` makes Ray send SIGTERM to this process and to the training driver. The driver saves a checkpoint, and this
+process waits for the driver. With `stop --now`, the Jobs API lists a marker job for this attempt. This process then doesn't wait,
+because the storage may not answer.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ ENDS = "ends"  # key of the marker job's metadata; its value is the attempt to e
 
 
 class Again:
-    """Decides whether the command of one run or one sweep starts again. `folder`: the folder of the run or the sweep."""
+    """Decides whether the command of a run or a sweep is started again. `folder`: the folder of the run or the sweep."""
 
     def __init__(
         self, folder: Location, retries: Retries, sweep: bool = False, pause: Callable[[float], object] | None = None
@@ -90,8 +91,8 @@ class Again:
         return self.budget.spend(TrainingError(f"the driver died without an error, {how}"), self._progress())
 
     def flags(self, flags: list[str], pid: int) -> list[str]:
-        """Returns the next command's flags. If the dead command had begun the run, the next command resumes the run. It never
-        resumes an earlier run.
+        """Returns the next command's flags. If the dead command had begun the run, the next command resumes this run. The next
+        command never resumes an earlier run.
 
         Raises HeliostatError if the storage doesn't show whether the command had begun.
         """
@@ -115,8 +116,8 @@ class Again:
             return False
 
     def _progress(self) -> int:
-        """Returns the step of the newest checkpoint, or for a sweep the number of finished trials; -1 if the progress is
-        unknown."""
+        """Returns a run's progress as the step of its newest checkpoint, and a sweep's progress as its number of finished trials;
+        -1 if the progress is unknown."""
         try:
             if self.sweep:
                 from heliostat.tune import listing
@@ -197,7 +198,7 @@ class Driver:
             raise StoppedError("the job was stopped on request")
 
     def _settle(self, how: str) -> None:
-        """Records the end of the run in MLflow, because the dead driver couldn't record it."""
+        """Records in MLflow that the run has ended, because the dead driver couldn't do so."""
         from heliostat.tracking.reconcile import settle_folder
 
         try:
@@ -230,8 +231,8 @@ class Driver:
         self._write(f"{time.strftime('%H:%M:%S')} {text}\n".encode())
 
     def _write(self, data: bytes) -> None:
-        """Writes output to the log's copy and to standard output. Ignores a full disk, because an error would close the pipe
-        from the driver."""
+        """Writes output to the log's copy and to standard output. Ignores the error if the disk is full. Otherwise, the error
+        would close the pipe from the driver."""
         self._log.add(data)
         rest = memoryview(data)
         try:
@@ -243,7 +244,7 @@ class Driver:
             self._unsaid += len(rest)
 
     def _send(self) -> None:
-        """Updates the log's copy in storage until it is complete."""
+        """Updates the log's copy in storage, and repeats this until the copy is complete."""
         over = False
         while not over:
             over = self._over.wait(UPLOAD_S)
@@ -281,7 +282,7 @@ def jobs_url() -> str:
 
 
 class WaitingJob(TypedDict):
-    """Describes a waiting job: the fields that heliostat reads from the Jobs API."""
+    """Describes a waiting job with the fields that heliostat reads from the Jobs API."""
 
     submission_id: str
     status: str

@@ -1,8 +1,8 @@
 """Manages jobs on a cluster through Ray's Jobs API: submits, follows, lists, stops, and resumes them.
 
-A submission's id is the run's name. So each run has one job: submitting the same job again returns the earlier submission. When
-a cluster ends, the records of its Jobs API are lost. The run's folder keeps the log, the ledger, and the result; the workspace
-keeps the `SubmissionRecord`.
+A submission's id is the run's name. So each run has only one job. If you submit the same job again, you get the earlier
+submission. When a cluster ends, the records of its Jobs API are lost. The run's folder keeps the log, the ledger, and the result;
+the workspace keeps the `SubmissionRecord`.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class Jobs:
     def submit(self, record: SubmissionRecord, flags: tuple[str, ...] = ()) -> str:
         """Submits a job and returns the submission's id.
 
-        Submitting the same job again returns the same submission. Raises ConfigError if another job has this name. Also raises
-        ConfigError if this job failed or was stopped, unless a flag resumes it or starts it from scratch.
+        Submitting the same job again returns the same submission. Raises ConfigError if another job has this name. Raises
+        ConfigError, too, if this job failed or was stopped, unless a flag resumes the job or starts it from scratch.
         """
         queue = record.queue
         if earlier := self.find(record.id):
@@ -156,8 +156,8 @@ class Jobs:
         return record.id
 
     def _forget(self, job_id: str) -> None:
-        """Deletes a finished submission, so that its id is free. First waits until its supervisor has ended. Raises
-        ClusterError after 60 s.
+        """Deletes a finished submission, so that its id is free. First waits until its supervisor has ended. Raises ClusterError
+        if this takes more than 60 s.
 
         A moment after a job's end, Ray's monitor looks up the job's supervisor by id. If a new submission had this id, the
         monitor would mistake it for the old submission, and mark it as failed.
@@ -173,7 +173,7 @@ class Jobs:
     def _retry(self, action: Callable[[], T], what: str) -> T:
         """Runs an action. While the cluster fails, retries the action for RETRY_S seconds.
 
-        ClusterError after RETRY_S, or at once if the cluster rejects the request.
+        Raises ClusterError after RETRY_S seconds, or at once if the cluster rejects the request.
         """
         import requests
 
@@ -218,7 +218,8 @@ class Jobs:
         return job
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """Yields the job's log as it grows, until the job ends. Leaves out the log of earlier submissions with this id."""
+        """Yields the job's log as it grows, until the job ends. Leaves out the logs of earlier submissions that had the same
+        id."""
         attempt = self.get(job_id)["metadata"]["attempt"]
         before: str | None = ""  # the text before the submission's part of the log; None after that part has begun
         for text in self._tail(job_id):
@@ -258,7 +259,7 @@ class Jobs:
             time.sleep(FOLLOW_S)
 
     def logs(self, job_id: str) -> str:
-        """Returns the complete log of a job, including the log of earlier submissions with its id."""
+        """Returns the complete log of a job, including the logs of earlier submissions that had the same id."""
         return self._retry(lambda: self.client.get_job_logs(job_id), "reading the log")
 
     # stopping --------------------------------------------------------------------------------------------------------
@@ -283,8 +284,8 @@ class Jobs:
         return job
 
     def _note_to_end(self, attempt: str) -> str:
-        """Submits a marker job, which does nothing, and returns its id. When the attempt's driver finds the marker's metadata,
-        it ends.
+        """Submits a marker job, which does nothing, and returns its id. When the attempt's entrypoint finds the marker's
+        metadata, it ends.
 
         This works even if the storage doesn't answer, because it needs only the cluster.
         """
@@ -318,7 +319,8 @@ def _beginning(text: str, attempt: str, over: bool) -> int | None:
     """Returns the position where a submission's part of the log begins: after the line that names the attempt. None if that
     line is missing.
 
-    `over`: whether the submission has ended. If it has ended without that line, its entrypoint never ran, so the position is 0.
+    `over`: whether the submission has ended. If a submission has ended and the line is missing, its entrypoint never ran. The
+    position is then 0.
     """
     _, separator, after = text.rpartition(attempt)
     if separator and "\n" in after:

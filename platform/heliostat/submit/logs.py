@@ -1,6 +1,7 @@
 """Copies a job's log to storage in parts of one MiB: `logs/ATTEMPT.NNNNNN.log` in the run's folder.
 
-Storage can't append to an object. So the log has parts, and an update rewrites only the last part, even if the log is long.
+Storage can't append to an object. So the log is stored in parts, and an update rewrites only the last part, however long the log
+is.
 """
 
 from __future__ import annotations

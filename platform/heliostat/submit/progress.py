@@ -13,7 +13,7 @@ from heliostat.storage.locations import Location
 
 
 class RunProgress(TypedDict):
-    """Describes the progress of a run or a sweep. `eta_s`: seconds left. `note`: why the progress is unknown."""
+    """Describes the progress of a run or a sweep. `eta_s`: seconds left. `note`: the reason if the progress is unknown."""
 
     step: int | None
     steps: int | None
@@ -24,8 +24,8 @@ class RunProgress(TypedDict):
 
 
 def of_run(run: Location, steps: int) -> RunProgress:
-    """Computes a run's progress from its ledger in storage: number and share of finished steps, and seconds left at the present
-    speed."""
+    """Computes a run's progress from its ledger in storage: the number and share of finished steps, and the seconds left if the
+    speed stays the same."""
     try:
         attempts = goodput.read(run)
     except (HeliostatError, OSError) as e:

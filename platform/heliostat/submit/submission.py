@@ -1,4 +1,4 @@
-"""Describes a submission: the job that a workspace sends to a cluster, with its record in `.heliostat/jobs/ID.json`."""
+"""Describes a submission: the job that a workspace sends to a cluster. Its record is in `.heliostat/jobs/ID.json`."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord |
     """Returns the record of the earlier submission with this id and digest, if that record has the same job as `record`. Else
     returns None.
 
-    An older heliostat with fewer keys computed a different digest for the same job. So this function reads the workspace's
-    earlier record with today's keys, and compares the jobs again.
+    An older version of heliostat, whose jobs had fewer keys, computed a different digest for the same job. So this function reads
+    the workspace's earlier record with today's keys, and compares the jobs again.
     """
     if digest == record.digest:
         return record
@@ -86,8 +86,8 @@ def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord |
 
 
 def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = False) -> Job:
-    """Loads a job for a cluster. With `resume`, `train.epochs` counts the samples of the dataset versions on which the run
-    already trains.
+    """Loads a job for a cluster. With `resume`, an epoch of `train.epochs` is the samples of those dataset versions on which the
+    run already trains.
 
     Raises ConfigError if the cluster is on other machines and the job has paths of this workspace.
     """
@@ -112,8 +112,8 @@ def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = Fal
 
 
 def changed(record: SubmissionRecord, settings: list[str], cluster: str | None) -> SubmissionRecord:
-    """Returns an earlier submission's record for this cluster, with changed settings. Raises ConfigError if settings of a sweep
-    are changed."""
+    """Returns a copy of an earlier submission's record, for this cluster and with changed settings. Raises ConfigError if the
+    record is of a sweep and settings are changed."""
     if record.sweep:
         if settings:
             raise ConfigError(

@@ -2,8 +2,8 @@
 read.
 
 A model's parents are the folders of every `pretrained: FOLDER` in the job, and the runs that made these folders. If `heliostat
-model export` made a folder, or if it belongs to a registered model, its `heliostat.json` names the run. For a parent from the
-Hugging Face Hub, the card shows the commit, and the license from the parent's own card.
+model export` made the folder, or if the folder is part of a registered model, its `heliostat.json` names the run. For a parent
+from the Hugging Face Hub, the card shows the commit, and the license from the parent's own card.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FILE = "README.md"
 
 
 class ParentModel(TypedDict):
-    """Describes a folder or Hub model from which a model is initialized, as an entry of `parents.json`."""
+    """Describes a folder or Hub model that initializes a model. This is the format of an entry of `parents.json`."""
 
     key: str
     folder: str
@@ -111,8 +111,8 @@ def note(job: Job, manifests: list[Manifest]) -> str:
 def license_of(job: Job, origins: list[ParentModel]) -> str:
     """Returns the license of a job's model.
 
-    This is the job's own license. If the job has no license, the license of the models that initialized the job's model counts,
-    if all of them have the same license. In all other cases, returns `unknown`.
+    If the job has a license, returns this license. Else, if all models that initialized the job's model have the same license,
+    returns that license. In all other cases, returns `unknown`.
     """
     inherited = {p["license"] for p in origins}
     only = next(iter(inherited)) if len(inherited) == 1 else None

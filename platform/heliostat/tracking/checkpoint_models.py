@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointFacts(TypedDict):
-    """Describes a checkpoint, as an entry of the artifact `checkpoints.json`."""
+    """Describes a checkpoint. This is the format of an entry of the artifact `checkpoints.json`."""
 
     step: int
     uri: str
@@ -54,11 +54,12 @@ class Checkpoints:
         self._settled: set[int] = set()  # steps whose logged model belongs to the checkpoint in storage
 
     def back(self, step: int) -> None:
-        """Forgets the checkpoints after `step`. The run continues from `step` and will write these checkpoints again."""
+        """Forgets the checkpoints after `step`, because the run continues from `step` and will write these checkpoints again."""
         self._settled = {s for s in self._settled if s <= step}
 
     def sync(self, client: MlflowClient) -> None:
-        """Logs the complete checkpoints in storage that MLflow lacks, and deletes the logged models of removed checkpoints.
+        """Logs the complete checkpoints in storage that aren't in MLflow yet, and deletes the logged models of removed
+        checkpoints.
 
         Raises the errors of MLflow and of the storage. An error doesn't undo the work before it.
         """

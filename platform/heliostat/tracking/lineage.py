@@ -1,4 +1,4 @@
-"""Traces a model to its origins, and a shard to the models that have trained on it. Reads only MLflow and the run's folder.
+"""Finds the origins of a model, and the models that have trained on a shard. Reads only MLflow and the run's folder.
 
 lineage(client, uri, "models:/name@champion")    # or NAME/VERSION, a run id, a run's folder
 Seen(client).answer(shard="part-00017.parquet")
@@ -42,7 +42,7 @@ DEPTH = 20  # maximum number of generations of parents
 
 
 class TracedModel(TypedDict):
-    """Describes a registered model version. `step`: the step of its checkpoint."""
+    """Describes a registered model version. `step`: the step of the version's checkpoint."""
 
     name: str
     version: str
@@ -55,7 +55,7 @@ class TracedModel(TypedDict):
 
 
 class Ancestor(ParentModel):
-    """Describes a parent model with the node of its run, if that run is known."""
+    """Describes a parent model. If the parent's run is known, adds the node of this run."""
 
     run: Traced | None
 
@@ -124,7 +124,7 @@ def model_node(client: MlflowClient, version: ModelVersion) -> TracedModel:
 
 
 def run_node(client: MlflowClient, run: Run, depth: int = DEPTH) -> Traced:
-    """Describes a run with its origins, over at most `depth` generations of parents."""
+    """Describes a run with its origins: at most `depth` generations of parents."""
     run_id, known, params = run.info.run_id, run.data.tags, run.data.params
     starts = read_json(client, run_id, ATTEMPTS, list[RecordedStart]) or []
     data = data_of(client, run)
@@ -178,7 +178,7 @@ def goodput_of(client: MlflowClient, run: Run) -> goodput.GoodputReport | None:
 
 
 def attempts(client: MlflowClient, run: Run) -> list[Outline]:
-    """Lists every start of the workers; empty if there is no readable record of the starts."""
+    """Lists every start of the run's workers; empty if the record of the starts is missing or unreadable."""
     report = goodput_of(client, run)
     return [cast(Outline, {k: a.get(k) for k in Outline.__annotations__}) for a in report["attempts"]] if report else []
 
@@ -219,7 +219,7 @@ class LineageRow(Descendant):
 class Seen:
     """Finds the runs that have trained on a shard or a dataset, directly or through a model from which they were initialized.
 
-    The counts are exact to the sample. They come from the data plans that runs recorded in MLflow, and from the manifests.
+    The counts of samples are exact. They are computed from the data plans that runs recorded in MLflow, and from the manifests.
     """
 
     def __init__(self, client: MlflowClient) -> None:
@@ -249,8 +249,8 @@ class Seen:
         return rows
 
     def _inherited(self, run: Run, taken: Taken, depth: int) -> list[str]:
-        """Lists the run ids of ancestors that took samples. For each ancestor, only samples before the step that initialized
-        the run count."""
+        """Lists the run ids of ancestors that took samples. For each ancestor, counts only the samples up to the step whose
+        checkpoint initialized the run."""
         out: list[str] = []
         for parent in _parents(self.client, run.info.run_id):
             above = self.runs.get(run_id := parent["run_id"] or "")
@@ -322,8 +322,8 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
 
 
 def node_line(node: LivingNode) -> str:
-    """Formats a node with its resources in Ray. A private Ray has more CPUs than the machine, because data tasks mostly wait
-    for I/O."""
+    """Formats a cluster node with its resources in Ray. A private Ray has more CPUs than its machine has cores, because data
+    tasks mostly wait for I/O."""
     gpus = f", {node['gpus']:g} GPUs {', '.join(node['accelerators'])}" if node["gpus"] else ""
     return f"node {node['host']} ({node['address']}), {node['cpus']:g} logical CPUs in Ray{gpus}"
 

@@ -29,8 +29,8 @@ Chunk = tuple[str, str, int]  # dataset, shard, row group
 class DocumentSample(ConsumedPlace):
     """Describes a sample that contains a part of the document.
 
-    For a sample that replaced a bad sample, `lane` (the virtual rank), `place`, and `epoch` are None, because the record lacks
-    them.
+    For a sample that replaced a bad sample, `lane` (the virtual rank), `place`, and `epoch` are None, because the record doesn't
+    contain these values.
     """
 
     step: int  # counted from 1
@@ -40,7 +40,7 @@ class DocumentSample(ConsumedPlace):
 
 
 class Reached(Descendant):
-    """Describes a run that has trained on the document, or that may have.
+    """Describes a run that has trained on the document, or that may have trained on it.
 
     `unsure`: number of replaced bad samples that the record doesn't list. `fault`: why the run's samples of this dataset are
     unknown; None if they are known.
@@ -65,7 +65,7 @@ class TrainedOnDocument:
 
     @property
     def digests(self) -> set[str]:
-        """Returns the digests of the dataset, of a collection's parts, and of the versions before documents were
+        """Returns the digests of the dataset, of its parts if it is a collection, and of the versions from which documents were
         `forgotten`."""
         parts = self.dataset.meta.get("digests", {}).values()
         return {self.dataset.digest, *parts, *(earlier["digest"] for earlier in self.dataset.meta.get("forgotten", []))}
@@ -137,7 +137,7 @@ def _sample(chunk: Chunk, visit: Visit) -> DocumentSample:
 
 
 def with_replaced(samples: list[DocumentSample], replaced: list[Replaced], rows_of: dict[Chunk, range]) -> list[DocumentSample]:
-    """Removes the bad samples that were replaced, and adds the samples that replaced them.
+    """Removes the bad samples that were replaced, and adds the replacements that contain the document.
 
     `rows_of` maps each row group to the rows that contain the document.
     """

@@ -49,7 +49,7 @@ KINDS = {kind: Format(cls, "event of a run", check=_fault, fix=FIX) for kind, cl
 
 
 def write(run: Location, done: int, reported: Sequence[events.Event]) -> None:
-    """Writes a file with the events `reported` since the previous file, for the steps up to `done`."""
+    """Writes a curve file for the steps up to `done`. `reported`: the events since the previous curve file."""
     run_folder.curves(run, done).write(json.dumps([events.dump(event) for event in reported]).encode())
 
 

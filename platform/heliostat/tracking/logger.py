@@ -1,9 +1,9 @@
 """Logs one MLflow run. The run's owner, in the driver's process, writes all data of the run to MLflow.
 
-It uses MlflowClient with an explicit run id, so that a resumed run continues the same MLflow run. The id is stored next to the
-checkpoints (`run.json`). One thread writes the queued events, so a slow or unreachable server never slows training. Events that
-the server doesn't accept wait (`outbox`) for the next attempt. After the end of the run, attempts continue for AWAY_S. After
-that, the run's next command sends the events.
+The owner uses MlflowClient with an explicit run id, so that a resumed run continues the same MLflow run. The id is stored next to
+the checkpoints (`run.json`). One thread writes the queued events, so a slow or unreachable server never slows training. Events
+that the server doesn't accept wait (`outbox`) for the next attempt. After the end of the run, attempts continue for AWAY_S. If
+events are still waiting then, the run's next command sends them.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class RunOwner:
     def _log_samples(self, client: MlflowClient, rows: list[list[str]]) -> None:
         """Adds rows to the run's table of samples, unless the table already ends with these rows.
 
-        If a call is repeated, MLflow's `log_table` would add them twice.
+        If a call were repeated, MLflow's `log_table` would add the rows twice.
         """
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
@@ -164,7 +164,7 @@ class RunOwner:
     def finish(self, status: str, reason: str, report: goodput.GoodputReport, closing: dict[str, str] | None = None) -> None:
         """Writes all waiting events, and the run's goodput, tags, and status (FINISHED, FAILED, or KILLED).
 
-        If MLflow is unreachable for AWAY_S, the run's next command writes them. If the run is FINISHED, raises TrackingError.
+        If MLflow is down for AWAY_S, the run's next command writes this data. If the run is FINISHED, raises TrackingError.
         """
         step = max(a["reached"] for a in report["attempts"])
         self.post(Goodput(report=report, step=step))
@@ -186,7 +186,7 @@ class RunOwner:
     # the writing thread ----------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        """Writes events to MLflow until the end of the command has been written, or until the deadline for that has passed."""
+        """Writes events to MLflow until the end of the command has been written, or until the deadline for the end has passed."""
         pause, failures, deadline = 0.0, 0, float("inf")
         box = outbox.Outbox(self.job.run_folder, lambda new: mlflow_client.send(self._client, self.run_id, new), self._known)
         while True:

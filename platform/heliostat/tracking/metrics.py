@@ -1,7 +1,7 @@
 """Declares every metric of a run once: its name in MLflow, the events that contain it, and its chart in the report.
 
-The points for MLflow (`points`) and the charts of the report (`page`) follow from METRICS. If events already contain a value,
-add a line to METRICS to make it a metric. A new value per step needs no new field: `training.worker.step` puts the value into
+The points for MLflow (`points`) and the charts of the report (`page`) follow from METRICS. If events already contain a value, a
+new line in METRICS makes this value a metric. A new value per step needs no new field: `training.worker.step` puts the value into
 `Steps.added`. A line in METRICS then draws the value and reserves its name (`RESERVED`).
 
 MLflow's UI groups charts into sections, by the part of the name before the last slash. Sections are in alphabetical order;
@@ -39,8 +39,8 @@ class Point(NamedTuple):
     def place(self) -> int:
         """Returns the coordinate that increases along the metric.
 
-        The coordinate is the step. For metrics that belong to a time (system metrics, `train/time/`), it is the time in
-        milliseconds.
+        The coordinate is the step. For metrics of a time instead of a step (system metrics, `train/time/`), the coordinate is the
+        time in milliseconds.
         """
         return int(self.at * 1000) if self.key.startswith((TIME, SYSTEM)) else self.step
 
@@ -124,8 +124,8 @@ RESERVED = tuple(name for name in _NAMES if name.isidentifier())
 def points(event: Event) -> list[Point]:
     """Converts an event to the points that MLflow gets for it.
 
-    A step's loss comes last, so that a step whose loss has arrived is complete. In a run's first event the loss comes first,
-    because MLflow's UI lists metrics in the order of that event.
+    A step's loss comes last. So if the loss has arrived, all metrics of the step have arrived. In a run's first event the loss
+    comes first, because MLflow's UI lists metrics in the order of the first event.
     """
     at, first, step, count, each = event.at, 0, getattr(event, "step", 0), 0, 0.0
     if isinstance(event, Steps):
@@ -159,7 +159,7 @@ def _values(event: Event) -> Iterable[tuple[str, Number]]:
 
 
 def metric_of(name: str) -> Metric | None:
-    """Returns the metric to which a name belongs; None if there is no such metric."""
+    """Returns the metric that has this name; None if there is no such metric."""
     return next((m for m in METRICS if m.star(name) is not None), None)
 
 

@@ -1,5 +1,4 @@
-"""Accesses runs in MLflow's store: sends metrics, reads artifacts, and finds runs. Converts each failure into one clear
-error."""
+"""Accesses runs in MLflow's store: sends metrics, reads artifacts, and finds runs. Each failure becomes one clear error."""
 
 from __future__ import annotations
 
@@ -78,7 +77,7 @@ def known(client: MlflowClient, run_id: str) -> dict[str, int]:
 def read_json(client: MlflowClient, run_id: str, artifact: str, kind: type[T]) -> T | None:
     """Reads a JSON artifact of a run; None if the run doesn't have it. Raises TrackingError if the artifact isn't JSON.
 
-    `kind`: the artifact's type. The type isn't checked, because heliostat itself wrote the artifact.
+    `kind`: the artifact's type. This function doesn't check the type, because heliostat itself wrote the artifact.
     """
     folder = artifact.rpartition("/")[0] or None
     if artifact not in {f.path for f in client.list_artifacts(run_id, folder)}:
@@ -103,7 +102,7 @@ def pages(search: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
 
 
 def logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
-    """Lists a run's logged models, oldest first, including incomplete models and checkpoints."""
+    """Lists all logged models of a run, oldest first. The list includes incomplete models and the models of checkpoints."""
     of_run, experiment_ids = f"source_run_id = '{run.info.run_id}'", [run.info.experiment_id]
     models = pages(lambda token: client.search_logged_models(experiment_ids, filter_string=of_run, page_token=token))
     return sorted(models, key=lambda m: m.creation_timestamp)
@@ -192,7 +191,8 @@ def _until_answers(uri: str) -> None:
 
 
 def fault(error: object) -> str:
-    """Summarizes an error of MLflow's client in one line: the HTTP status with its reason, or why there was no answer."""
+    """Summarizes an error of MLflow's client in one line: the HTTP status with its reason, or the cause if there was no
+    answer."""
     said = " ".join(re.sub("<[^>]*>", " ", str(error)).split())
     if status := re.search(r"error code (\d{3})|too many (\d{3}) error responses", said):
         body = re.search(r"[Rr]esponse body: '?(.+)", said)
@@ -203,7 +203,7 @@ def fault(error: object) -> str:
 
 def experiments(client: MlflowClient, name: str | None = None) -> dict[str, str]:
     """Maps the ids of all experiments to their names. If `name` is given, returns only this experiment. Raises ConfigError if
-    it doesn't exist."""
+    this experiment doesn't exist."""
     if name is not None:
         existing = client.get_experiment_by_name(name)
         if existing is None:

@@ -3,7 +3,8 @@
 A model's name is `models:/NAME/VERSION` (or `models:/NAME@ALIAS`), a run id, a folder, or a model of the Hugging Face Hub
 (`ORG/NAME`). An existing folder takes precedence over a name of the Hub.
 
-`find_run` finds a run's folder, which contains checkpoints and receipts. Its argument is a run id or the folder itself.
+`find_run` finds a run's folder, which contains checkpoints and receipts. The argument of `find_run` is a run id or the folder
+itself.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe: Serves, scores: dict[str, float]) -> str:
-    """Logs an exported folder to the run, registers it if the job asks for that, and returns its URI.
+    """Logs an exported folder to the run, and returns the logged model's URI. Registers this model if the job says so.
 
     The logged model has a signature and an input example. A checkpoint's model is logged and registered only once. Later calls
     reuse the complete results of earlier calls, and delete incomplete results. Raises TrackingError if MLflow fails.
@@ -100,7 +101,7 @@ def _log(
 
 @contextmanager
 def _unchecked() -> Iterator[None]:
-    """Skips two checks of MLflow, because they only produce warnings, and heliostat doesn't show these.
+    """Skips two checks of MLflow. They only produce warnings, and heliostat doesn't show these warnings.
 
     One check takes a second to compare the requirements with all installed packages, although a model's requirements contain no
     versions. The other check loads the complete model into this process and runs it on the input example.
@@ -201,7 +202,8 @@ def _download(model: str, tracking_uri: str) -> Path:
 
 
 def find_run(run: str, tracking_uri: str) -> Location:
-    """Returns a run's folder, given its id or the folder; raises ConfigError if the folder doesn't contain a run."""
+    """Returns a run's folder. `run`: the run's id, or the folder itself. Raises ConfigError if the folder doesn't contain a
+    run."""
     if "/" in run or Path(run).exists():
         place = Location(run)
     else:

@@ -1,10 +1,9 @@
-"""Queues points for MLflow in order until the store has them, and sends each step of a metric once.
+"""Queues points for MLflow, in order, until the store has them. Sends the point of a metric at a step only once.
 
-The outbox doesn't send points that MLflow already has from earlier attempts or commands. While the store is unreachable, the
-run's folder also has a copy of the queue (`unlogged.jsonl`). The run's next command reads this copy, even if this command is
-killed.
+The outbox doesn't send points that MLflow already has from earlier attempts or commands. While the store is unreachable, a copy
+of the queue is in the run's folder (`unlogged.jsonl`). So even if this command is killed, the run's next command reads the copy.
 
-System metrics have their own queue, which is sent last. So they never displace a loss or a score.
+System metrics have their own queue, which is sent last. So system metrics never displace a loss or a score.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Corrects a run's status in MLflow. If a driver was killed, the next command that reads the run writes the missing records.
+"""Corrects a run's status in MLflow. If a run's driver was killed, the next command that reads the run writes the missing records
+to MLflow.
 
 The ledger shows which drivers are alive. If a run's driver is dead, MLflow gets the metrics that waited in the run's folder,
 and the run's checkpoints, data, goodput, and status.
@@ -39,7 +40,7 @@ def settle(client: MlflowClient, run: Run, how: str = "") -> Run:
     """Completes and closes a run that is RUNNING in MLflow although its driver is dead. Returns the run with its new state in
     MLflow.
 
-    For all other runs, writes nothing to MLflow. `how`: how the driver ended, if the driver couldn't record that itself.
+    For all other runs, writes nothing to MLflow. `how`: how the driver ended, if the driver couldn't record its end itself.
     """
     if run.info.status != "RUNNING":
         return run
@@ -91,7 +92,7 @@ def _settle(client: MlflowClient, run: Run, folder: Location, how: str) -> bool:
 
 
 def _complete(client: MlflowClient, run_id: str, folder: Location) -> None:
-    """Logs the records of the run's folder that MLflow lacks: metrics, goodput, checkpoints, and data."""
+    """Logs those records of the run's folder that aren't in MLflow yet: metrics, goodput, checkpoints, and data."""
     box = Outbox(folder, lambda p: mlflow_client.send(client, run_id, p), lambda: mlflow_client.known(client, run_id))
     box.precede(local_curves.missing(folder, mlflow_client.known(client, run_id)))
     box.flush()

@@ -90,10 +90,11 @@ class Term:
 
 
 def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, float]) -> str:
-    """Compares the new model with the current model by a metric. An equal score is good enough.
+    """Compares the new model with the current model by a metric. The new model may replace the current model if its score is
+    better or equal.
 
     `mode`: `min` if lower scores are better. Returns the reason why the new model must not replace the current model; empty if
-    it may replace it.
+    the new model may do so.
     """
     for model_name, scores in (("the new model", new), ("the current model", present)):
         if not math.isfinite(scores.get(metric, math.nan)):
@@ -122,7 +123,7 @@ def find(client: MlflowClient, model: str) -> ModelVersion:
 
 
 def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float], dict[str, str]]:
-    """Reads a version's scores, for example `eval/loss`. Also reads the held-out split of each dataset, by the dataset's
+    """Reads a version's scores, for example `eval/loss`. Reads the held-out split of each dataset too, by the dataset's
     digest."""
     tags = version.tags
     measured = {k.removeprefix(SCORE): float(v) for k, v in tags.items() if k.startswith(SCORE)}
@@ -152,9 +153,9 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
     """Moves the alias to the model. Raises GateError if the model fails a requirement, or is worse than the model that has the
     alias now.
 
-    The two models are compared by `metric`; `mode` is `min` if lower scores are better. Also raises GateError if the models
-    were scored on different held-out samples. `force`: whether to move the alias in spite of these problems; then the history
-    records them.
+    The two models are compared by `metric`; `mode` is `min` if lower scores are better. Raises GateError, too, if the models were
+    scored on different held-out samples. With `force`, moves the alias in spite of all these problems, and records the problems
+    in the history.
     """
     terms = [Term.parse(text) for text in require]
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,99}", alias) or re.fullmatch(r"v\d+", alias) or alias == "latest":

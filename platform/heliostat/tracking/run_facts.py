@@ -1,7 +1,7 @@
 """Writes the facts of a run to MLflow: params, job, code, machines, data, parents, and checkpoints, but not its curves.
 
-All facts follow from the job and the run's folder, so heliostat can write them again at any time. If facts are missing after an
-outage or a killed driver, the next `sync` adds them.
+heliostat derives all facts from the job and the run's folder, so it can write the facts again at any time. If facts are missing
+after an outage or a killed driver, the next `sync` adds them.
 
 Artifacts: `job.json`, `data.json`, and `parents.json`; `attempts.json` (for each start of the workers, its step, workers,
 nodes, code, and changes of the job); `code/` (differences from the commit, package versions).
@@ -44,7 +44,7 @@ class CommandCode(TypedDict):
 
 
 class RecordedStart(CommandCode):
-    """Describes a start of the workers, as an entry of `attempts.json`.
+    """Describes a start of the workers. This is the format of an entry of `attempts.json`.
 
     `at`: seconds since the epoch. `changes`: (old, new) for each changed key of the job.
     """
@@ -99,7 +99,7 @@ class RunRecord:
         write_json(self.client, self.run_id, known, ATTEMPTS)
 
     def sync(self, steps: int) -> None:
-        """Writes the facts in the run's folder after `steps` steps: checkpoints and training data."""
+        """Writes to MLflow the facts that are in the run's folder after `steps` steps: checkpoints and training data."""
         self._checkpoints.sync(self.client)
         write_json(self.client, self.run_id, consumed.record(self.job.run_folder, steps), "data.json")
 

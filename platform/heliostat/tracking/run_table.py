@@ -19,7 +19,7 @@ COLUMNS = ("run", "name", "status", "began", "step", "loss", "held-out", "rate",
 
 
 class About(TypedDict):
-    """Describes a run as MLflow lists it. `started` and `ended`: seconds since the epoch."""
+    """Describes a run with the fields from MLflow's list of runs. `started` and `ended`: seconds since the epoch."""
 
     run_id: str
     name: str

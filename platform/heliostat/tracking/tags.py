@@ -54,5 +54,5 @@ def source(run: Mapping[str, str]) -> dict[str, str]:
 
 
 def value(tags: Mapping[str, str], name: str) -> str | None:
-    """Reads a tag by its present name. If it has no value, reads it by its former name."""
+    """Reads a tag by its present name. If there is no tag with that name, reads the tag by its former name."""
     return tags.get(name, tags.get(FORMERLY.get(name, name)))

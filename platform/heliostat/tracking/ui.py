@@ -41,7 +41,7 @@ def serve(
     before: Callable[[], object] = lambda: None,
     verbose: bool = False,
 ) -> None:
-    """Runs `mlflow server` on the store for clients that have a key, and calls `ready` with its URL once it answers.
+    """Runs `mlflow server` on the store for clients that have a key. Calls `ready` with the server's URL once the server answers.
 
     If the store is itself a server, only logs its address. `before` is called before the server starts. The server's output
     goes to `server.log` in the folder of the keys. With `verbose`, the output goes to this process's output. Raises ConfigError
@@ -110,7 +110,7 @@ def _answering(server: subprocess.Popen[bytes], host: str, port: int, place: Pat
 
 
 def _listening(root: int) -> int | None:
-    """Returns the port on which a process or one of its descendants listens; None if none does."""
+    """Returns the port on which a process or one of its descendants listens; None if none of these processes listens."""
     for process in processes.family(root):
         with contextlib.suppress(psutil.NoSuchProcess):
             for one in process.net_connections("inet"):
@@ -141,7 +141,7 @@ def command(host: str, port: int | str) -> list[str]:
 def environment(store: str, host: str, keys: Path) -> dict[str, str]:
     """Returns the environment variables that give the server its store, its address, and the file of its keys.
 
-    They aren't on the command line, because all users of the machine could read a database's password there.
+    These values aren't on the command line, because all users of the machine could read a database's password there.
     """
     variables = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return {**variables, KEYS: str(keys.absolute()), HOST: host}

@@ -7,8 +7,8 @@ MLflow's UI has two modes, and the browser stores the user's choice. Without a c
 GenAI mode, even if the experiment is of another kind. So in a browser without a choice, the page chooses model training once.
 
 The browser also stores the columns of an experiment's table of runs. MLflow's default columns are source, models, and datasets,
-but no metric. This page's default is `COLUMNS`, which fit in 1280 pixels together with the runs' names. The user's choice
-replaces this default.
+but no metric. With heliostat, the default is `COLUMNS`. Together with the runs' names, these columns fit in 1280 pixels. The
+user's choice replaces this default.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Opens a web page for a model, an index, or both, until it is stopped: `heliostat model play`.
+"""Serves a web page for a model, an index, or both, until you stop the command: `heliostat model play`.
 
-One process runs the endpoint's HTTP server and a replica, without Ray. The page sends requests like any other client. The
-page's files contain no secret, and the page loads only these files. It gets all other data from the endpoint, with the key.
+One process runs the endpoint's HTTP server and a replica, without Ray. The page sends requests like any other client. The page's
+files contain no secret, and the page loads only these files. The page gets all other data from the endpoint, with the API key.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ HEADERS = {
 
 
 def app(front: Front, offered: dict[str, object]) -> Starlette:
-    """Builds the web application of an HTTP server. `offered`: the abilities that the page reads with its key."""
+    """Builds the web application of an HTTP server. `offered`: the abilities of the model and the index, which the page requests
+    with its API key."""
 
     async def shown(request: Request) -> Response:
         try:

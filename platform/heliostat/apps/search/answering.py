@@ -16,8 +16,8 @@ Count = Callable[[str], int]  # returns a text's number of tokens
 
 @dataclass(frozen=True)
 class PassagePrompt:
-    """Holds a prompt that contains the first `used` passages. `cut`: the prompt has only one passage, shortened. `tokens`:
-    length of the prompt."""
+    """Holds a prompt that contains the first `used` passages. `cut`: whether the prompt has only one passage, and this passage is
+    shortened. `tokens`: length of the prompt."""
 
     text: str
     tokens: int

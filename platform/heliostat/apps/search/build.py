@@ -1,15 +1,15 @@
 """Builds an index of a prepared text dataset, on Ray: `heliostat search index DATASET --out INDEX`.
 
     INDEX/passages.lance     passages with their positions, embeddings, and full-text index; each build adds a version
-    INDEX/files/ends-*       the dataset's record of its documents, for their columns; also records of replaced versions
+    INDEX/files/ends-*       the dataset's record of its documents and their columns, and the records of replaced versions
     INDEX/index.json         written last: dataset, embedder, settings, counts, and the version that they describe
     INDEX/work               results of finished units, by the keys of their inputs
 
-Each unit (row groups of a shard) is one task. A version of the table lists the fragments of each unit once. If a build is
-killed, the next command continues after the last finished unit.
+Each unit (row groups of a shard) is one task. In a version of the table, each unit's fragments are listed exactly once. If a
+build is killed, the next command continues after the last finished unit.
 
-For a new version of the dataset, only units of new shards run. Known embeddings are reused. The table's new version doesn't
-contain the documents that the new dataset lacks.
+For a new version of the dataset, only units of new shards run. If a text already has an embedding, this embedding is reused.
+Documents that aren't in the new dataset aren't in the table's new version.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def index_documents(
 ) -> dict[str, object]:  # fmt: skip
     """Builds an index, or updates it to the dataset's version.
 
-    Returns the values of `index.json`, and the number of units that ran as `new`. Raises ConfigError, before anything starts,
-    in these cases:
+    Returns the values of `index.json`, and as `new` the number of units that ran. Raises ConfigError, before anything starts, in
+    these cases:
 
     - the dataset contains no text
     - the embedder doesn't embed text
@@ -89,8 +89,8 @@ class Before:
 
 
 def what_was(place: Location) -> Before | None:
-    """Reads the previous version of an index. Returns None if there is no previous version. If a part of it is missing, logs a
-    warning and returns None."""
+    """Reads the previous version of an index. Returns None if there is no previous version. If a part of the previous version is
+    missing, logs a warning and returns None."""
     if not place.join(table.RECORD).exists():
         return None
     known = table.read_record(place)
@@ -210,7 +210,7 @@ def _replaced(place: Location, ends: list[list[str]], before: Before | None) -> 
     records to delete.
 
     The time is in Unix seconds. A record is kept for `table.KEEP`, for readers of its version. The passages of that version are
-    kept as long.
+    kept for the same time.
     """
     now, known = time.time(), before.record.get("replaced", {}) if before else {}
     others = {f"files/{name}" for name, _ in place.join("files").files()} - {path for _, path in ends}

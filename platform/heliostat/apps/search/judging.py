@@ -1,8 +1,8 @@
 """Evaluates an index with questions whose relevant documents are known. Computes recall, nDCG, and MRR of each search mode.
 
-A question has one or more relevant documents. A search ranks passages; a document has the rank of its best passage. recall@k is
-the share of the relevant documents among the first k. nDCG@k weights these documents by 1 / log2(1 + rank), and divides by the
-best possible sum.
+A question has one or more relevant documents. A search ranks passages. A document's rank is the rank of its best passage.
+recall@k is the share of the relevant documents that are among the first k documents. nDCG@k sums 1 / log2(1 + rank) over the
+relevant documents among the first k, and divides this sum by its best possible value.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ def judge(index: SearchIndex, questions: Sequence[tuple[str, set[str]]], reranke
     """Computes the measures of each search mode. With a reranker, also computes the measures of each mode in the reranker's
     order.
 
-    `over_bm25`: mean differences from BM25, each with half of its 95 % interval. `reranked`: mean differences from each mode
-    without the reranker, with the same intervals. Questions are left out and counted as `unknown` if the index lacks one of
-    their documents, and as `too_long` if they exceed the embedder's maximum. Raises ConfigError if no question is left.
+    `over_bm25`: for each mode, its mean differences from BM25, each with half the width of its 95 % interval. `reranked`: for
+    each mode, the mean differences between the reranker's order and the search's order, with the same intervals. Questions are
+    left out and counted as `unknown` if the index lacks one of their documents, and as `too_long` if they exceed the embedder's
+    maximum. Raises ConfigError if no question is left.
     """
     present = index.holding({document for _, right in questions for document in right})
     known = [(question, right) for question, right in questions if right <= present]
@@ -128,7 +129,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _interval(values: Sequence[float]) -> list[float]:
-    """Returns the mean, and half of its 95 % interval."""
+    """Returns the mean, and half the width of its 95 % interval."""
     mean = _mean(values)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
     return [mean, Z * spread / math.sqrt(len(values))]

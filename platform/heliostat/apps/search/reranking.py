@@ -1,7 +1,7 @@
 """Reorders passages with a cross-encoder: a model that reads a question and a passage together and returns one score.
 
-A cross-encoder is more accurate than embeddings and BM25 but expensive: each passage costs a forward pass. So it reads only the
-first passages of a search's results.
+A cross-encoder is more accurate than embeddings and BM25 but expensive: each passage costs a forward pass. So the cross-encoder
+reads only the first passages of a search's results.
 """
 
 from __future__ import annotations
@@ -88,10 +88,11 @@ class Reranker:
         return {"folder": str(self.folder), "digest": model_digest(self.folder), "max_tokens": self.pairs.max_tokens}
 
     def order(self, question: str, passages: Sequence[Passage]) -> list[Passage]:
-        """Returns the passages sorted by `rerank_score` (the model's logit), best first. `rerank_cut`: the model read only the
-        beginning of the passage.
+        """Returns the passages sorted by `rerank_score` (the model's logit), best first. `rerank_cut`: whether the model read
+        only the beginning of the passage.
 
-        Raises ConfigError if the question leaves no room for a passage. Raises HeliostatError if a score isn't finite.
+        Raises ConfigError if the question is so long that no passage fits into the pair. Raises HeliostatError if a score isn't
+        finite.
         """
         with self._lock:  # concurrent requests share the model
             self._require_room(question)

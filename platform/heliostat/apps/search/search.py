@@ -1,4 +1,5 @@
-"""Searches an index by words (BM25), by embeddings (nearest by cosine), or by both (hybrid: fuses both lists by rank).
+"""Searches an index by words (BM25), by embeddings (the nearest by cosine), or by both (hybrid). A hybrid search fuses both lists
+by rank.
 
 Reciprocal rank fusion (Cormack et al. 2009): a passage's score is the sum of 1 / (60 + its rank) over all lists that contain
 the passage.
@@ -32,8 +33,8 @@ BATCH = 16  # questions per embedding batch
 class Passage(TypedDict):
     """Describes a search result: a passage's position, text, and score. `begin`, `end`: characters of its document.
 
-    `rerank_cut`: the reranker read only the passage's beginning. `columns`: columns of its document. `used`: how much of the
-    passage is in a model's prompt (`whole`, `part`, or `no`).
+    `rerank_cut`: whether the reranker read only the passage's beginning. `columns`: columns of its document. `used`: how much of
+    the passage is in a model's prompt (`whole`, `part`, or `no`).
     """
 
     document: str
@@ -65,7 +66,8 @@ def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
 
 
 class SearchIndex:
-    """Opens an index for searching. `embedder`: folder of the index's embedder, if the embedder has moved since the build."""
+    """Opens an index for searching. `embedder`: the folder of the index's embedder, if this folder has been moved since the index
+    was built."""
 
     def __init__(self, place: Location, embedder: Path | None = None) -> None:
         self.place, self.record = place, table.read_record(place)

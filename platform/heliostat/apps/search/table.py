@@ -1,5 +1,5 @@
-"""Stores an index's passages in a Lance table in the index's folder. A version is a list of fragments. One commit adds all of
-them.
+"""Stores an index's passages in a Lance table in the index's folder. A version is a list of fragments. One commit adds a complete
+version.
 
 Workers write fragments. A fragment belongs to no version until a commit lists it. A version never changes. A reader opens the
 version that `index.json` names, so it always sees a complete version, even while another version is written. Lance is imported
@@ -60,8 +60,8 @@ def schema(dims: int | None) -> pa.Schema:
 
 @open_
 class IndexRecord(TypedDict):
-    """Describes `index.json`. `ends`: files of the documents' record, in the format of a dataset's manifest. `replaced`: the
-    corresponding files of earlier versions, with the time of their replacement in Unix seconds."""
+    """Describes `index.json`. `ends`: the files with the record of the documents, in the format of a dataset's manifest.
+    `replaced`: such files of earlier versions, with the time when they were replaced, in Unix seconds."""
 
     dataset: dict[str, Any]
     embedder: dict[str, Any] | None
@@ -127,8 +127,8 @@ def commit(index: Location, columns: pa.Schema, fragments: list[dict[str, Any]])
 
 
 def build_indices(table: lance.LanceDataset, place: Location) -> lance.LanceDataset:
-    """Builds the full-text index of a version. If the version has embeddings, also builds an index of the digests. Returns the
-    table with its new indexes.
+    """Builds the full-text index of a version. If the version has embeddings, builds an index of the texts' digests too. Returns
+    the table with its new indexes.
 
     Text in any script is split into words by Unicode's rules, and also at `_` and `.`. English words are stemmed.
     """
@@ -164,12 +164,12 @@ def read(index: Location, operation: Callable[[], T]) -> T:
 
 
 def clean(table: lance.LanceDataset) -> None:
-    """Deletes versions that were replaced more than a day ago, with the files that only they use."""
+    """Deletes the versions that were replaced more than a day ago, and the files that only these versions use."""
     table.cleanup_old_versions(older_than=KEEP)
 
 
 def embeddings(index: Location, version: int, digests: list[str]) -> dict[str, np.ndarray]:
-    """Maps the digest of each text to the embedding (float32 [dims]) that a version already has for it."""
+    """Maps digests of texts to the embeddings (float32 [dims]) that a version already has for these texts."""
     table, known = open_version(index, version), dict[str, np.ndarray]()
     for start in range(0, len(digests), LOOKED_UP):
         some = ", ".join(f"'{digest}'" for digest in digests[start : start + LOOKED_UP])

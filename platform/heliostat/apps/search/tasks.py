@@ -35,8 +35,8 @@ Row = dict[str, Any]  # columns of `table.FIELDS`
 class IndexPlan:
     """Describes what all units of an index share.
 
-    `definition`: the tokenizer's JSON. `end`: id of the end-of-document token. `embedder`: the embedder's files; `follows`:
-    their digest. `before`: the version whose embeddings are reused. `markers`: the markers, if the dataset is rearranged for
+    `definition`: the tokenizer's JSON. `end`: id of the end-of-document token. `embedder`: the embedder's files; `follows`: their
+    digest. `before`: the version whose embeddings are reused. `markers`: the marker tokens of a dataset that is rearranged for
     fill-in-the-middle.
     """
 
@@ -92,8 +92,8 @@ def passages(id: str, text: str, path: str, row_group: int, tokenizer: Tokenizer
 def cut(text: str, begins: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Returns positions (begin, end), in characters, of passages of at most `size` tokens that cover the text.
 
-    `begins`: position of each token. If the last quarter of a passage has a line break, the passage ends after the last line
-    break. The next passage begins `overlap` tokens before the end of this passage.
+    `begins`: position of each token. If there is a line break in the last quarter of a passage, the passage ends after its last
+    line break. The next passage begins `overlap` tokens before the end of this passage.
     """
     places, first = list[tuple[int, int]](), 0
     while first < len(begins):
@@ -108,7 +108,8 @@ def cut(text: str, begins: Sequence[int], size: int, overlap: int) -> list[tuple
 
 
 def _stop(text: str, begins: Sequence[int], first: int, size: int) -> int:
-    """Returns the end of the passage that begins with the token `first`, as the index of the token after it."""
+    """Finds the end of the passage that begins with the token `first`. Returns the index of the first token after this
+    passage."""
     stop = first + size
     if stop >= len(begins):
         return len(begins)

@@ -74,8 +74,8 @@ def open_text(place: Location) -> Manifest:
 def units(prepared: Manifest, target: int) -> Iterator[IndexUnit]:
     """Yields the dataset's units, of about `target` tokens, in the dataset's order.
 
-    Row groups that share a document have the same `place` in the manifest, and stay in one unit. If a shard's `place` values
-    are unknown, all row groups of the shard stay in one unit.
+    Row groups that share a document have the same `place` in the manifest, and are in the same unit. If a shard's `place` values
+    are unknown, all row groups of the shard are in the same unit.
     """
     rows = cast("list[RowGroupRow]", prepared.chunks.select(list(RowGroupRow.__annotations__)).to_pylist())
     waiting, tokens = list[RowGroupRow](), 0

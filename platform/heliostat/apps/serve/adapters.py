@@ -1,10 +1,10 @@
 """Serves LoRA adapters (Hu et al. 2021) of a model by name. Rows of one batch may use different adapters, or none.
 
 An adapter adds scale * B A x to a linear layer's output for x. An adapter is a folder in peft's format: `adapter_config.json`,
-and `adapter_model.safetensors` with `lora_A` and `lora_B` of each layer. heliostat reads it without peft.
+and `adapter_model.safetensors` with `lora_A` and `lora_B` of each layer. heliostat reads this folder without peft.
 
-Only adapters that consist of these two matrices per layer are supported. Any other setting is rejected, because ignoring it
-would give a different model.
+Only adapters that consist of these two matrices per layer are supported. heliostat rejects an adapter with any other setting,
+because ignoring the setting would give a different model.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Search:
 class Ask:
     """Holds a request to a language model: prompts (texts, or token ids), a chat's messages, or a question to an index.
 
-    The i-th prompt has the i-th seed. `most`: maximum new tokens; None means as many as fit, up to `limit`. `adapter`: name of
+    The i-th prompt uses the i-th seed. `most`: maximum new tokens; None means as many as fit, up to `limit`. `adapter`: name of
     the adapter to use; None means the model without an adapter.
     """
 
@@ -72,7 +72,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class PictureRequest:
-    """Holds a request for `count` images. The i-th has seed + i. `options` replace the model's defaults."""
+    """Holds a request for `count` images. The i-th image has seed + i. `options` replace the model's default options."""
 
     prompt: str
     count: int

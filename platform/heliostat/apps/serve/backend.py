@@ -23,7 +23,8 @@ Stream = Callable[[str], AsyncGenerator[Item]]
 class Backend:
     """Keeps the current version, and the number of open requests of each version.
 
-    `lost`: the errors that show that a replica died. `deadline_s`: maximum seconds from a request to the end of its answer.
+    `lost`: the types of errors that mean that a replica died. `deadline_s`: maximum seconds from a request to the end of its
+    answer.
     """
 
     def __init__(self, lost: tuple[type[BaseException], ...], deadline_s: float) -> None:
@@ -43,7 +44,7 @@ class Backend:
     async def ask(self, call: Call) -> tuple[str, Item]:
         """Returns the version that answered, and its answer.
 
-        Raises Refusal with 504 if no answer comes within the deadline, or 503 after TRIES replicas died.
+        Raises Refusal: with status 504 if no answer comes within the deadline, with status 503 if TRIES replicas have died.
         """
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):
@@ -59,8 +60,8 @@ class Backend:
     async def stream(self, start: Stream) -> AsyncGenerator[tuple[str, Item]]:
         """Yields the items of a stream, each with the version that answers.
 
-        Raises Refusal as in `ask`, or with 503 if the replica dies after its first item, because then the request can't be sent
-        again.
+        Raises Refusal as in `ask`. Also raises Refusal with status 503 if the replica dies after its first item, because then the
+        request can't be sent again.
         """
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):
@@ -102,7 +103,7 @@ class Backend:
 
     @asynccontextmanager
     async def _until(self, end: float) -> AsyncIterator[None]:
-        """Ends the context at the time `end` with a Refusal with status 504."""
+        """If the context is still running at the time `end`, raises a Refusal with status 504 in it."""
         try:
             async with asyncio.timeout_at(end):
                 yield

@@ -1,6 +1,6 @@
 """Deploys the HTTP server and its replicas on Ray Serve.
 
-Serve's handles connect them. Every port is bound to the node's own address.
+The HTTP server calls the replicas through Serve's handles. Every port is bound to the node's own address.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def confine() -> None:
 
 
 def record_start(started: bool) -> None:
-    """Records on the cluster that an endpoint starts Ray Serve there. With `started=False`, deletes this record."""
+    """Records on the cluster that an endpoint has started the cluster's Ray Serve. With `started=False`, deletes this record."""
     if started:
         internal_kv._internal_kv_put(STARTED, b"1", namespace=NAMESPACE)
     else:

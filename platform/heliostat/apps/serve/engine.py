@@ -1,9 +1,9 @@
-"""Answers many requests at a time with one model. In each step, a thread computes one token of every request. With vLLM, vLLM
-does this.
+"""Answers many requests at a time with one model. In each step, a thread computes one token of every request. If the engine is
+vLLM, vLLM computes the tokens instead.
 
 Each request has its own random generator. So the other requests in a batch change only the order of floating-point sums.
 
-Memory limits the number of rows that are computed together: the tokens of each row take space in the KV cache. Rows of similar
+The memory limits how many rows are computed together, because the tokens of each row take space in the KV cache. Rows of similar
 length share a group, so that a long prompt doesn't pad another row's cache. If memory still runs out, the longest row of the
 group fails, and the engine computes the other rows again from their tokens.
 """
@@ -93,8 +93,8 @@ class ServingEngine:
     def _admitted(self) -> list[Row]:
         """Takes waiting rows of similar length from the queue, as many as fit into the batch and the memory.
 
-        If padding would change this model's answers, all of these rows have the same length. A row that needs more memory than
-        is free waits, and so do all later rows. It starts when enough memory is free, or when no other row is running.
+        If padding would change this model's answers, all of these rows have the same length. A row that needs more memory than is
+        free waits, and so do all later rows. The waiting row starts when enough memory is free, or when no other row is running.
         """
         under_way = [row for _, rows in self.groups for row in rows]
         room, places = self.batch - len(under_way), sum(map(_places, under_way))
@@ -170,7 +170,7 @@ class ServingEngine:
             self._fail(failed, e)
 
     def _embed(self, waiting: list[tuple[Sequence[str], Deliver]]) -> None:
-        """Embeds the texts of several requests in one batch. If it fails, embeds each request by itself."""
+        """Embeds the texts of several requests in one batch. If the batch fails, embeds the texts of each request separately."""
         try:
             vectors = iter(self.embed([Input(text, 0) for texts, _ in waiting for text in texts]))
             for texts, deliver in waiting:

@@ -1,8 +1,8 @@
-"""Answers HTTP requests: checks the key, its limits, and the body, asks a replica, and writes the answer.
+"""Answers HTTP requests: checks the key, the key's limits, and the body; sends the request to a replica; and returns the answer.
 
-The HTTP server is one process, so that each key's limits hold over all replicas. Every two seconds the driver sends the current
-version to the HTTP server. After a crash, the HTTP server starts without a version, and requests wait until the driver sends a
-version.
+The HTTP server is one process, so that the limits of a key apply to all replicas together. Every two seconds the driver sends the
+current version to the HTTP server. After a crash, the HTTP server starts without a version, and requests wait until the driver
+sends a version.
 """
 
 from __future__ import annotations

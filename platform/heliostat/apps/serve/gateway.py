@@ -30,8 +30,8 @@ DOES = {
 
 
 class Replicas(Protocol):
-    """Connects to the replicas of each version. Both methods call a route's function in a replica, and pass it the replica and
-    the request."""
+    """Connects to the replicas of each version. Both methods call a route's function in a replica, with the replica and the
+    request as arguments."""
 
     async def call(self, version: str, answer: Work[A], request: A) -> Item: ...
 
@@ -72,7 +72,7 @@ class FrontSettings:
             raise Refusal(404, f"model: {model[:100]!r} isn't served. Served: {served}", "model", "model_not_found")
 
     def require_model(self, model: str, *fit: str) -> None:
-        """Raises Refusal unless this is the name of a served model or adapter of one of the kinds in `fit`."""
+        """Raises Refusal unless a model or an adapter with this name is served, and its kind is in `fit`."""
         self.require_served(model)
         if model in self.adapters:
             if EMBEDDINGS not in fit and TEXT in fit:

@@ -49,8 +49,8 @@ class RowBatch:
 
     @property
     def plain(self) -> bool:
-        """Returns whether rows can join and leave. This needs a cache with only keys and values, of all positions, in every
-        layer."""
+        """Returns whether rows can join and leave. For this, the cache of every layer must have only keys and values, and have
+        them for all positions."""
         return type(self.cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     @property
@@ -65,7 +65,7 @@ class RowBatch:
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / self.mask.numel()
 
     def step(self, tokens: Sequence[int]) -> None:
-        """Appends one token to each row, and computes the logits of the token after it."""
+        """Appends one token to each row, and computes the logits of the row's next token."""
         new = torch.tensor(tokens, device=self.model.device)[:, None]
         self.mask = torch.cat([self.mask, torch.ones_like(new)], 1)
         places = (self.mask.cumsum(-1) - 1).clamp(min=0)
@@ -76,7 +76,7 @@ class RowBatch:
             self.logits = self._forward(new, places[:, -1:])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keeps only these rows, and drops the leading columns that none of these rows uses."""
+        """Keeps only these rows. Removes the cache's leading columns that contain only padding in all these rows."""
         chosen = torch.tensor(rows, device=self.mask.device)
         self.mask, self.logits = self.mask[chosen], self.logits[chosen]
         self.names = [self.names[row] for row in rows] if self.names else []

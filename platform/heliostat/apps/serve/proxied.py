@@ -15,7 +15,7 @@ OWN = "/-"  # prefix of the proxy's own paths: /-/routes lists the applications,
 
 
 def set_ahead() -> None:
-    """Sets the environment variable by which Ray finds `middlewares`, for a private Ray that this process starts."""
+    """Sets the environment variable by which Ray finds `middlewares`. This is for a private Ray that this process starts."""
     os.environ.update(SETTING)
 
 

@@ -1,4 +1,5 @@
-"""Reads the bodies of requests: the supported parameters of OpenAI's API. All other parameters are rejected by name.
+"""Reads the bodies of requests. They contain parameters of OpenAI's API. The error for an unsupported parameter contains its
+name.
 
 An unsupported parameter is accepted if its value changes nothing (`n: 1`), and rejected with any other value.
 """

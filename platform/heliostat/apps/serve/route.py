@@ -1,4 +1,5 @@
-"""Defines a route: a path that accepts POST requests, which a replica answers. Each module of `routes` defines one route.
+"""Defines a route: a path that accepts POST requests. A replica answers these requests. Each module of `routes` defines one
+route.
 
 In the HTTP server, `respond` reads a body, checks it (`request`), asks a replica, and formats its answer (`shape`). `answer`
 runs in the replica, with the model and the index that it has loaded.
@@ -63,6 +64,6 @@ class Route(ABC, Generic[B, A]):
 
 
 def seed(number: int | None) -> int:
-    """Returns a request's seed. If the request has no seed, draws one, so that a retry on another replica gives the same
-    answer."""
+    """Returns a request's seed. If the request has no seed, draws a seed here, so that a retry on another replica uses the same
+    seed and gives the same answer."""
     return secrets.randbits(63) if number is None else number

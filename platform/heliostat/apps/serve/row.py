@@ -1,4 +1,4 @@
-"""Converts the tokens of each request into the pieces of text that are sent. Both engines use it."""
+"""Converts the tokens of each request into the pieces of text that are sent to the client. Both engines use this module."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Stopping:
         self.stops, self.sent, self.stopped = stops, 0, False
 
     def feed(self, rest: str, last: bool = False) -> str:
-        """Takes the unsent text, and returns the beginning of it that can be sent now.
+        """Takes the unsent text. Returns the part at its beginning that can be sent now.
 
-        Holds back text that could be the beginning of a stop string, unless it is the `last` text. No stop string begins in the
-        sent part.
+        Keeps back text that could be the beginning of a stop string, unless `last` is true. No stop string begins in the sent
+        text.
         """
         ends = [place for stop in self.stops if (place := rest.find(stop)) >= 0]
         if ends:
@@ -71,7 +71,7 @@ class Growing:
     stream: DecodeStream = field(default_factory=_stream)
 
     def add(self, token: int, tokenizer: Tokenizer) -> None:
-        """Appends the next token of the answer. The token must not be a special token."""
+        """Appends the answer's next token. This token must not be a special token."""
         self.waiting.append(token)
         try:
             text = self.stream.step(tokenizer, token)
@@ -85,7 +85,7 @@ class Growing:
             self.waiting.clear()
 
     def drop(self, sent: int) -> None:
-        """Removes the first `sent` characters, which were sent."""
+        """Removes the first `sent` characters, because these were sent."""
         self.unsent = self.unsent[sent:]
 
     def _rest(self, tokenizer: Tokenizer) -> str:
@@ -93,8 +93,8 @@ class Growing:
 
 
 class Drawn(TypedDict):
-    """Describes a token whose text isn't sent yet. `offset`: where its text begins, in characters of the answer. `best`: log
-    probabilities of the likeliest tokens."""
+    """Describes a token whose text isn't sent yet. `offset`: the position in the answer at which the token's text begins, in
+    characters. `best`: log probabilities of the likeliest tokens."""
 
     offset: int
     token: str
@@ -127,7 +127,7 @@ class Row:
             self.task.cancel()
 
     def fail(self, said: str) -> None:
-        """Ends the row with an error message instead of an answer."""
+        """Ends the row with the error message `said` instead of an answer."""
         self.over = True
         self.deliver({"failed": said})
 
@@ -151,7 +151,7 @@ class Telling:
         self.without_text = frozenset(tokenizer.all_special_ids)
 
     def take(self, row: Row, token: int, chosen: Chosen | None) -> None:
-        """Appends a token to a row. `chosen`: its log probabilities, if the row asks for them."""
+        """Appends a token to a row. `chosen`: the token's log probabilities, if the row's request asks for log probabilities."""
         ended, begins = token in self.ends, row.stopping.sent + len(row.text.unsent)  # begins: where the character begins
         if not ended:
             row.tokens.append(token)
@@ -183,7 +183,7 @@ class Telling:
     def _logprobs(self, row: Row) -> Logprobs | None:
         """Returns the log probabilities of the tokens whose text begins in the sent part, in OpenAI's format.
 
-        If the answer has ended without a stop string, also returns all other log probabilities, such as those of tokens without
+        If the answer has ended without a stop string, adds the log probabilities of all other tokens, such as tokens without
         text.
         """
         if row.logprobs is None:

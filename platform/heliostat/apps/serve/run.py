@@ -1,9 +1,10 @@
-"""Serves a model, and an index of documents, over HTTP on Ray Serve until it is stopped: `heliostat model serve MODEL`.
+"""Serves a model, an index of documents, or both, over HTTP on Ray Serve until you stop the command: `heliostat model serve
+MODEL`.
 
     client -> Serve's proxy (127.0.0.1) -> HTTP server (one process: keys, limits, retries) -> replicas (of each loaded version)
 
-The driver resolves the model's alias, and sends the HTTP server the current version. A new version loads while the old one
-answers. Then all new requests go to the new version, and the old version ends after its last request.
+The driver resolves the model's alias, and sends the HTTP server the current version. A new version loads while the old version
+still answers. Then all new requests go to the new version, and the old version ends after its last request.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Versions:
         self.until: dict[str, float] = {}  # version -> deadline on `clock`, for versions that are draining
 
     def tick(self, wanted: str) -> None:
-        """Switches to the wanted version, sends it to the HTTP server, and ends old versions.
+        """Switches to the wanted version: loads it, makes it the HTTP server's current version, and ends old versions.
 
         If the wanted version doesn't load, the current version continues to answer. Raises HeliostatError if there is no
         current version.
@@ -143,10 +144,11 @@ def stop() -> bool:
 
 
 def end_left() -> bool:
-    """Ends the Ray Serve applications that a killed command left on the connected cluster. Returns whether there were any.
+    """Ends the Ray Serve applications that a killed command left on the connected cluster. Returns whether there were such
+    applications.
 
-    Raises ConfigError if the endpoint's command is still running, or if Ray Serve has applications of others, which would also
-    end.
+    Raises ConfigError if the endpoint's command is still running, or if Ray Serve has applications of others, because these
+    applications would end too.
     """
     import ray
     from ray import serve
@@ -180,8 +182,8 @@ def end_left() -> bool:
 
 
 def _ours(name: str, deployments: set[str], fronted: bool) -> bool:
-    """Returns whether an endpoint owns this application, by its deployments. An application without deployments belongs to an
-    endpoint if it is the HTTP server, or if the HTTP server runs (`fronted`)."""
+    """Returns whether this application belongs to an endpoint, judged by the application's deployments. An application without
+    deployments belongs to an endpoint if it is the HTTP server, or if the HTTP server runs (`fronted`)."""
     return deployments in OURS if deployments else name == FRONT or fronted
 
 
@@ -212,7 +214,7 @@ class FrontError(HeliostatError):
 
 
 class ServeEndpoint:
-    """Starts and ends Ray Serve applications: the HTTP server, and one for each version of the model."""
+    """Starts and ends Ray Serve applications: one for the HTTP server, and one for each version of the model."""
 
     def __init__(self, served: ServedModels, kind: str | None, options: Options) -> None:
         import torch
@@ -263,7 +265,7 @@ class ServeEndpoint:
         self.front = serve.get_app_handle(FRONT)
 
     def load(self, version: str) -> None:
-        """Starts a version's replicas and waits until they run. If a replica fails, ends all of them and raises
+        """Starts a version's replicas and waits until they run. If one of these replicas fails, ends them all and raises
         HeliostatError."""
         folder = self.served.source.folder(version)
         if folder is not None and (kind := kind_of(folder)) != self.kind:

@@ -135,8 +135,8 @@ class ServedModels:
                         o.a_minute, o.deadline_s, tuple(self.adapters))  # fmt: skip
 
     def with_adapters(self, pairs: Sequence[str]) -> ServedModels:
-        """Returns a copy with these adapters, each given as NAME=FOLDER. Raises ConfigError if an adapter has another form, or
-        a name that is already in use."""
+        """Returns a copy that serves these adapters too. Each adapter is written as NAME=FOLDER. Raises ConfigError if an adapter
+        has another form, or a name that is already in use."""
         folders = dict[str, str]()
         if pairs and self.name is None:
             raise ConfigError("--adapter: needs a model that generates text")
@@ -201,8 +201,8 @@ class Options(Strict):
 
 
 def replica_range(text: str) -> tuple[int, int]:
-    """Reads a number or range of replicas, for example 2 or 1..4; returns (minimum, maximum). Raises ConfigError for another
-    form."""
+    """Reads a number or range of replicas, for example 2 or 1..4; returns (minimum, maximum). Raises ConfigError if the text has
+    another form."""
     match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:

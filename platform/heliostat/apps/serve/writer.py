@@ -38,7 +38,7 @@ class Writer:
         return len(self._prompt(text, ""))
 
     def room(self, ask: Ask) -> int | None:
-        """Returns the maximum number of prompt tokens that leaves room for the requested answer; None means no limit."""
+        """Returns how many tokens a prompt may have so that the requested answer still fits; None means no limit."""
         longest = self.engine.loaded.longest
         return None if longest is None else longest - (ask.most or 1)
 
@@ -62,7 +62,7 @@ class Writer:
                 row.leave()
 
     async def embed(self, texts: list[str]) -> list[Item]:
-        """Embeds texts; returns the `embedding` and the number of `tokens` of each. Raises Refusal if a text can't be
+        """Embeds texts; returns for each text its `embedding` and its number of `tokens`. Raises Refusal if a text can't be
         embedded."""
         if isinstance(self.engine, VllmEngine):
             said = "model: embeddings aren't supported with vLLM. Start with --engine transformers"

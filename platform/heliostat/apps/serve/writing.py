@@ -55,7 +55,7 @@ class Sampled(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def ask(self, settings: FrontSettings, most: int | None, where: str = "max_tokens", prompts: int = 1) -> Ask:
-        """Builds a request to the model, still without prompts, but with a seed for each prompt.
+        """Builds a request to the model. The request has no prompts yet, but a seed for each prompt.
 
         `most`: maximum new tokens; None means as many as fit. Raises Refusal if `most` is above the endpoint's limit. `where`:
         the parameter that sets `most`, for the error message.
@@ -81,7 +81,7 @@ def usage(pieces: Sequence[AnswerPiece]) -> dict[str, int]:
 
 
 class WritingRoute(Route[S, Ask]):
-    """Answers requests with a language model: by a complete answer, or by a stream.
+    """Answers requests with a language model. The response is a complete answer or a stream.
 
     `prefix`: prefix of the answers' ids. `kind`, `chunk`: the `object` field of a complete answer, and of a stream's chunk.
     """
@@ -100,8 +100,8 @@ class WritingRoute(Route[S, Ask]):
         return replica.writer.stream(request)
 
     async def answer(self, replica: Replica, request: Ask) -> Item:
-        """Returns complete answers to all prompts as `answers`. If they are answers from the index, also returns their
-        `sources`."""
+        """Returns complete answers to all prompts as `answers`. If a question to the index was answered, returns the passages as
+        `sources` too."""
         whole: list[AnswerPiece] = [{"text": "", "logprobs": None} for _ in request.seeds]
         sources: Item = {}
         async with aclosing(self.pieces(replica, request)) as items:

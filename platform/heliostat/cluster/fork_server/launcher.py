@@ -1,5 +1,5 @@
-"""Asks a fork server to run a command in a fork. If that fails, runs the command with Python: `launcher.py SOCKET PYTHON
-ARGUMENTS`.
+"""Asks a fork server to run a command in a fork. If the fork server doesn't do this, runs the command with Python: `launcher.py
+SOCKET PYTHON ARGUMENTS`.
 
 This module imports very little, because Ray runs it for every worker.
 """

@@ -1,8 +1,9 @@
-"""Replaces the dashboard's agent in a Ray without a dashboard. It reports to the raylet that it has no ports, and ends with the
-raylet.
+"""Replaces the dashboard's agent in a Ray without a dashboard. This agent reports to the raylet that it has no ports, and ends
+when the raylet ends.
 
-A raylet waits for its agent's ports. Ray's own agent first imports modules for seconds. If two Rays run on a machine, the
-second Ray's agent also tries for three seconds to get a port that the first Ray uses. This module imports very little.
+A raylet waits for its agent's ports. Ray's own agent reports its ports only after it has imported modules, which takes seconds.
+If two Rays run on a machine, the second Ray's agent also tries for three seconds to get a port that the first Ray uses. This
+module imports very little.
 """
 
 import os

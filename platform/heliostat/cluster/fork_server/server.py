@@ -1,7 +1,8 @@
-"""Imports modules, then forks a process for every request: `server SOCKET MODULES`, with commas between the modules.
+"""Imports modules, then forks a process for every request. The command is `server SOCKET MODULES`, with commas between the
+modules.
 
-The server has only one thread when it forks, because it never starts Ray, a process group, or CUDA. Ray's library reads the
-job's id at import, so all forks are workers of one job.
+The server has only one thread when it forks, because it never starts Ray, a process group, or CUDA. Ray's library reads the job's
+id when it is imported, so all forks are workers of one job.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def main() -> None:
 
 
 def prepare(modules: Iterable[str]) -> None:
-    """Imports modules for all later forks. Raises SystemExit if forks would lose threads, or would draw the same random ids."""
+    """Imports modules for all later forks. Raises SystemExit if forks would lack threads of this process, or would draw the same
+    random ids."""
     with own_ids():
         for module in modules:
             with contextlib.suppress(ImportError, ValueError):  # for example, the module of an extra that isn't installed
@@ -119,7 +121,7 @@ def worker(request: ForkRequest) -> ForkRequest | None:
     """Reads Ray's command for a worker, and applies its runtime environment. Returns None if a fork of this process can't be
     that worker.
 
-    A fork can't be a worker of another job. Its runtime environment can contain only variables and a folder.
+    A fork can't be a worker of another job. A fork's runtime environment can contain only variables and a working folder.
     """
     words, variables, folder = list[str](), dict[str, str](), request.folder
     program = next(i for i, word in enumerate(request.arguments) if word.endswith(ENTRY))
@@ -155,7 +157,7 @@ def receive(connection: socket.socket, descriptors: int = 3) -> tuple[ForkReques
 
 
 def _serve(listener: socket.socket) -> ForkRequest | None:
-    """Forks for each request. Returns the request in the new process; returns None in this process when standard input ends."""
+    """Forks for each request. In the new process, returns the request. In this process, returns None when standard input ends."""
     server = os.getpid()
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()

@@ -1,9 +1,9 @@
 """Starts the fork server of a private Ray, and makes Ray get its workers from the server.
 
-Ray starts a Python worker as `sys.executable default_worker.py ...`. While a private Ray starts, `sys.executable` is a
-launcher. The launcher passes this command to the server, with arguments, environment, folder, and standard streams. If no
-server answers, it runs the command with Python, like all other commands. Instead of the dashboard's agent, it runs
-`quiet_agent`.
+Ray starts a Python worker as `sys.executable default_worker.py ...`. While a private Ray starts, `sys.executable` is a launcher.
+The launcher passes this command to the server, with arguments, environment, folder, and standard streams. If no server answers,
+the launcher runs the command with Python. It does the same with all other commands. Instead of the dashboard's agent, the
+launcher runs `quiet_agent`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ exec {python} "$@"
 
 @functools.cache
 def supported() -> bool:
-    """Checks whether this machine can fork workers. Logs a warning if only Ray's version prevents it."""
+    """Checks whether this machine can fork workers. Logs a warning if only Ray's version prevents forking."""
     if sys.platform != "linux" or os.environ.get(SWITCH) == "0":
         return False
     version = metadata.version("ray")

@@ -1,10 +1,10 @@
 """Continues, scores, embeds, or classifies batches of texts with a model's folder.
 
-An answer depends only on the text, its seed, and the options. Other inputs in the batch change only the order of floating-point
-sums: random noise comes from each input's own seed. Prompts of different lengths share a batch only if padding doesn't change
-the model's logits (`pads_hold` tests this).
+An answer depends only on the text, its seed, and the options. The other inputs in the batch change only the order of
+floating-point sums, because the random noise comes from each input's own seed. Prompts of different lengths share a batch only if
+padding doesn't change the model's logits (`pads_hold` tests this).
 
-- continue, chat: sampled as `heliostat.inference.sampling` describes.
+- continue, chat: the answer is sampled as `heliostat.inference.sampling` describes.
 - score: the sum of the negative log-likelihoods of all tokens, in nats. A beginning-of-document token precedes the first token.
 - embed: the mean of the tokens' last hidden states, normalized to length 1. An embedder uses the pooling that its folder sets
   (`heliostat.recipes.text.sentence_folder`).
@@ -59,7 +59,7 @@ class Answer:
 
 
 class BadInputError(Exception):
-    """Reports that an input can't be answered; carries the reason and the detail of its `Answer`."""
+    """Reports that an input can't be answered; contains `bad` and `detail` of the input's `Answer`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -73,8 +73,8 @@ class DeadEngineError(HeliostatError):
 class LoadedModel:
     """Loads a model and its tokenizer.
 
-    `longest`: maximum tokens of an input; None means no limit. `writes`: whether the model is a language model. `head`: Auto
-    class of a model with another head. If `weights` is False, `model` is None.
+    `longest`: maximum tokens of an input; None means no limit. `writes`: whether the model is a language model. `head`: the Auto
+    class to load a model with another head. If `weights` is False, `model` is None.
     """
 
     def __init__(self, folder: Path, head: type | None = None, weights: bool = True) -> None:
@@ -166,7 +166,8 @@ class BatchEngine(ABC):
         return self.tokenizer(text, verbose=False)["input_ids"]
 
     def refusal(self, tokens: list[int]) -> Answer | None:
-        """Returns an answer that says why these tokens can't be answered; None if they can."""
+        """Returns an answer with the reason why the model can't answer an input of these tokens; None if the model can answer
+        it."""
         return None
 
     def rows(self, longest: int) -> int:
@@ -271,7 +272,7 @@ class Continue(BatchEngine):
 
 
 class Chat(Continue):
-    """Answers chats, given as JSON messages, with the tokenizer's chat template."""
+    """Answers chats with the tokenizer's chat template. Each chat is a list of messages in JSON."""
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -285,7 +286,7 @@ class Chat(Continue):
 
 
 class Noise(LogitsProcessor):
-    """Adds each row's random noise to its scores, so that greedy decoding samples."""
+    """Adds each row's random noise to the row's scores, so that greedy decoding becomes sampling."""
 
     def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
         self.draws = [Draw(sampling.temperature, sampling.top_p, seed) for seed in seeds]
@@ -311,7 +312,7 @@ def pads_hold(engine: BatchEngine) -> bool:
 
 
 class Score(BatchEngine):
-    """Scores texts. A text that exceeds the model's maximum is cut, with `truncated` true."""
+    """Scores texts. A text that exceeds the model's maximum is cut, and its answer has `truncated` true."""
 
     def encode(self, text: str) -> list[int]:
         tokens = super().encode(text)
@@ -343,7 +344,7 @@ class Score(BatchEngine):
 
 
 class Embed(BatchEngine):
-    """Embeds texts. A text that exceeds the model's maximum is cut, with `truncated` true."""
+    """Embeds texts. A text that exceeds the model's maximum is cut, and its answer has `truncated` true."""
 
     def refusal(self, tokens: list[int]) -> Answer | None:
         return None if tokens else Answer(bad="empty", detail="no token")
@@ -356,7 +357,7 @@ class Embed(BatchEngine):
         ]
 
     def vectors(self, cut: list[list[int]]) -> Sequence[object]:
-        """Embeds a batch, given as token ids; one vector [width] per text."""
+        """Embeds a batch of texts, each as a list of token ids. Returns one vector [width] per text."""
         ids, mask = self.padded(cut, left=False)
         return list(self.loaded.embedded(ids, mask).cpu().numpy())
 
@@ -364,8 +365,8 @@ class Embed(BatchEngine):
 class Classify(BatchEngine):
     """Returns each text's likeliest label, and the probabilities of all labels.
 
-    A text that exceeds the model's maximum is cut, with `truncated` true. If a text can have several labels (`problem_type`
-    multi_label_classification), the probabilities are independent.
+    A text that exceeds the model's maximum is cut, and its answer has `truncated` true. If a text can have several labels
+    (`problem_type` multi_label_classification), the probabilities are independent.
     """
 
     def __init__(self, folder: Path, batch: int) -> None:

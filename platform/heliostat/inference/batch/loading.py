@@ -1,5 +1,5 @@
-"""Chooses and loads a model's engine: transformers or vLLM. Rejects a task that the model doesn't support, before anything
-starts."""
+"""Chooses and loads a model's engine: transformers or vLLM. If the model doesn't support the task, rejects the task before
+anything starts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ OF_VLLM = ("continue", "chat", "score", "embed", "serve")
 
 
 def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]] | None = None) -> tuple[str, str]:
-    """Returns the engine and a text: vLLM's or transformers' version, or the reason against vLLM. Raises ConfigError if `name`
-    is vllm and vLLM doesn't support the task.
+    """Returns the engine's name and a text. The text has the version of vLLM or transformers, or the reason why vLLM can't be
+    used. Raises ConfigError if `name` is vllm and vLLM doesn't support the task.
 
     `known`: a function that lists the architectures that vLLM supports; by default, vLLM itself is asked.
     """

@@ -18,8 +18,8 @@ from heliostat.tasks.flow import Flow
 
 @dataclass(frozen=True)
 class Pictures:
-    """Lists the files of an image input, and stores the tasks that read these files. A piece has one part, which names a stored
-    task."""
+    """Lists the files of an image input, and stores the tasks that read these files. A piece of the input has one part: the name
+    of a stored task."""
 
     input: str
     column: str

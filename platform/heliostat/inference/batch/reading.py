@@ -38,7 +38,7 @@ class ChatRules(TextRules):
 
 
 class InputReading(Protocol):
-    """Lists an input's files, and divides them into pieces, which a source reads in tasks.
+    """Lists an input's files, and divides the files into pieces. In a task, a source reads one piece.
 
     `identity`: the settings that determine the texts or images that are read.
     """

@@ -5,12 +5,13 @@
     OUT/inference.json            written last: model, settings, digest of the inputs, counts, files in the input's order
     OUT/work                      results of finished pieces, by the keys of their inputs
 
-Each input is answered once. The name of a piece's file is a key of everything that determines the piece's answers, and
+Each input is answered once. The file name of a piece is a digest of everything that determines the piece's answers.
 `inference.json` lists each file once. If a command is killed, the next command continues after the last finished piece, on any
-number of workers. If inputs are added, only their pieces run. Answers to inputs that no longer exist are deleted and counted.
+number of workers. If inputs are added, only their pieces run. Answers are deleted if their inputs no longer exist. The number of
+deleted answers is reported.
 
-One command at a time writes to the folder, and the folder belongs to one input. On machines of the same kind, an answer depends
-only on the input, the model, and the settings. `prepare` can read OUT/answers as an input.
+Only one command at a time writes to the folder, and the folder has the answers to only one input. On machines of the same kind,
+an answer depends only on the input, the model, and the settings. `prepare` can read OUT/answers as an input.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def infer(
 ) -> dict[str, Any]:
     """Answers all documents of an input; returns the values of `inference.json`, without the list of files.
 
-    `quiet`: whether to hide the progress. `engine`: transformers, vllm, or auto; auto uses vLLM if vLLM supports the task.
+    `quiet`: whether to hide the progress. `engine`: transformers, vllm, or auto; auto uses vLLM if vLLM supports the task. Raises
     ConfigError, before anything starts, in these cases:
 
     - the model doesn't support the task, or its answers leave no room for a prompt
@@ -88,7 +89,7 @@ def infer(
 
 @contextmanager
 def flow_on_ray(place: Location, title: str, workers: int, gpus: int, quiet: bool) -> Iterator[Flow]:
-    """Starts Ray or connects to it, and yields a flow that stores finished tasks in the folder `place`. Shows the flow's
+    """Starts Ray, or connects to a running Ray. Yields a flow that stores finished tasks in the folder `place`. Shows the flow's
     progress."""
     from heliostat.cluster.connect import connect
 
@@ -175,7 +176,8 @@ def _counts(records: list[PieceRecord]) -> dict[str, int]:
 
 
 def _devices(records: list[PieceRecord]) -> list[dict[str, object]]:
-    """Sums the seconds that devices worked on the answers: processor seconds for CPUs, elapsed seconds for GPUs."""
+    """Sums the time that each kind of device worked on the answers. The unit is processor seconds for CPUs, and elapsed seconds
+    for GPUs."""
     used: dict[tuple[str, int | None], float] = {}
     for record in records:
         gpu = record.get("gpu")
@@ -196,7 +198,7 @@ def _inputs(records: list[PieceRecord]) -> str:
 
 
 def _list_bad(place: Location, records: list[PieceRecord]) -> None:
-    """Writes the inputs without an answer to one table. Only one piece's rows are in memory at a time."""
+    """Writes the inputs without an answer to one table. Only the rows of one piece at a time are in memory."""
     if not any(r["bad"] for r in records):
         place.join(BAD).delete()
         return
@@ -226,8 +228,8 @@ def _rows(file: Location) -> int:
 
 
 def claim(place: Location, settings: dict[str, object], holding: str, made_by: str) -> None:
-    """Records the settings that a folder belongs to. Raises ConfigError if the folder contains something else or has other
-    settings.
+    """Records in a folder the settings with which it is written. Raises ConfigError if the folder contains something else, or was
+    written with other settings.
 
     `holding`, `made_by`: names of the folder's contents, for the error messages.
     """
@@ -246,7 +248,7 @@ def claim(place: Location, settings: dict[str, object], holding: str, made_by: s
 
 
 def _known(place: Location) -> dict[str, object] | None:
-    """Reads the settings that a folder belongs to; None if the folder has no settings."""
+    """Reads the settings with which a folder was written; None if the folder has no settings."""
     try:
         known = json.loads(place.join(SETTINGS).read())
     except FileNotFoundError:

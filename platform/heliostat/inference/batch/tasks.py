@@ -73,13 +73,13 @@ class BatchSettings(Strict):
 
     @property
     def identity(self) -> dict[str, object]:
-        """Returns all settings that determine the answers. Leaves out `engine` if it is transformers, so that keys from before
-        this setting stay the same."""
+        """Returns all settings that determine the answers. Leaves out `engine` if it is transformers. So the keys of tasks stay
+        the same as before the setting `engine` existed."""
         return self.model_dump(exclude={"engine"} if self.engine == "transformers" else None)
 
     @model_validator(mode="after")
     def _apart(self) -> BatchSettings:
-        """Rejects columns that would have the same name as another column of the answers."""
+        """Rejects a kept column if another column of the answers has the same name."""
         written = ["id", *self.written, *(name for name, _ in COLUMNS[self.task])]
         if twice := sorted({name for name in written if written.count(name) > 1}):
             raise ValueError(f"the answers would have two columns {twice[0]!r}. Rename the input's column")
@@ -165,7 +165,7 @@ def _answers(model: str, settings: BatchSettings, documents: list[Document], fol
 
 
 def _input(document: Document, seed: int) -> Input:
-    """Converts a document to an input. Its seed depends on the inference's seed and the document's id."""
+    """Converts a document to an input. The input's seed depends on the inference's seed and the document's id."""
     from heliostat.inference.batch.engines import Input
 
     own = xxhash.xxh64_intdigest(f"{seed}\0{document.id}".encode("utf-8", "surrogatepass")) >> 1
@@ -215,7 +215,8 @@ def _write(place: Location, table: pa.Table) -> int:
 def loaded(
     model: str, task: str, batch: int, options: str, by: str = "transformers", follows: str = ""
 ) -> Callable[[Sequence[Input]], list[Answer]]:
-    """Loads a model once per process. It stays in memory for later tasks with the same files, task, and options."""
+    """Loads a model once per process. The model stays in memory for later tasks with the same model files, kind of task, and
+    options."""
     from heliostat.inference.batch.loading import engine
 
     return engine(Path(model), task, batch, json.loads(options), by)

@@ -2,7 +2,7 @@
 
     html = page(gather(manifest))
 
-All text from outside is escaped, and has a maximum length.
+All text from outside is escaped, and is cut at a maximum length.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def columns(dataset: Manifest) -> PageData:
 
 
 def facts(report: PageData) -> list[tuple[str, str]]:
-    """Extracts (kind, value) pairs from a document's columns for counting: language, domain, license, year, and source."""
+    """Extracts (kind, value) pairs from a document's columns, which are then counted. The kinds are language, domain, license,
+    year, and source."""
     out = [(f"{name}s", str(report[name])) for name in ("language", "license", "source") if report.get(name)]
     try:
         host = urlsplit(str(report.get("url") or "")).hostname

@@ -1,7 +1,7 @@
 """Draws charts as HTML and SVG text without a library: curves, histograms, stacked bars, and timelines. The functions are pure.
 
 A chart fills the available width. Positions are percentages, so that text has the same size on wide and narrow screens.
-`style.css` sets their colors and lines, and `hover.js` shows the values under the pointer.
+`style.css` sets the colors and lines of all charts, and `hover.js` shows the values under the pointer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Curve(NamedTuple):
 def thin(points: Points, most: int = MOST) -> Points:
     """Reduces a curve to at most `most` points.
 
-    Keeps the lowest and the highest point of each section, so that no spike is lost.
+    In each section of the curve, keeps the lowest and the highest point, so that no spike is lost.
     """
     if len(points) <= most:
         return points
@@ -167,7 +167,8 @@ def bars(title: str, rows: list[tuple[str, float, str]], colour: str = "var(--in
 
 
 def timeline(title: str, spans: list[tuple[float, float, str, str]]) -> str:
-    """Draws spans (begin, end, color, text), one per row. The shared axis shows seconds since the first begin."""
+    """Draws spans (begin, end, color, text), one per row. The rows share an axis, which shows the seconds since the earliest
+    begin."""
     if not spans:
         return ""
     first, last = min(s[0] for s in spans), max(s[1] for s in spans)
