@@ -185,6 +185,6 @@ PURPOSES = ("weights", "gradients", "optimizer", "working", "activations", "froz
 
 def parts(need: Mapping[str, int], digits: int = 1) -> str:
     """Formats a worker's device memory (`Need.dump`) in GiB by purpose. Shows, too, how much of the gradients are fp32 sums."""
-    sums = f" ({need['summed'] / GIB:.{digits}f} of them sums in fp32)" if need["summed"] else ""
+    sums = f" ({need['summed'] / GIB:.{digits}f} of them are sums in fp32)" if need["summed"] else ""
     shown = [name for name in PURPOSES if need[name] or name != "frozen"]
     return ", ".join(f"{name} {need[name] / GIB:.{digits}f}{sums * (name == 'gradients')}" for name in shown)
