@@ -1,4 +1,5 @@
-"""Holds the public Python API: what `import heliostat` offers, and the exact stream for a training loop of your own.
+"""Holds the public Python API: the names that `import heliostat` offers, and the exact stream of samples for your own training
+loop.
 
 Start at `functions`.
 May import: `checkpoint`, `cluster`, `config`, `curation`, `data`, `inference`, `plan`, `recipes`, `runs`, `storage`,

@@ -1,7 +1,7 @@
-"""Feeds a worker from an `ExactStream`: yields its share of every step's samples, and writes the receipts.
+"""Feeds a worker from an `ExactStream`: yields the worker's share of every step's samples, and writes the receipts.
 
 Rank 0 starts the Ray Dataset in its worker, because only the worker knows the checkpoint's step. The other ranks get their parts
-of the stream from rank 0. The stream ends with the workers, and the next workers start a new stream.
+of the stream from rank 0. The stream ends when the workers end. The next workers start a new stream.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Feed(Iterator[Batch]):
     def receipt(self) -> Sealed:
         """Seals the steps since the last receipt, and returns the state of the run's receipts. All workers must call it together.
 
-        Call it before you report the checkpoint of these steps, because a run continues only from a step with a receipt.
-        DataError if more bad samples were replaced than `data.max_bad_fraction` allows.
+        Call it before you report the checkpoint of these steps, because a run continues only from a step at which a receipt ends.
+        Raises DataError if more bad samples were replaced than `data.max_bad_fraction` allows.
         """
         done = self.done
         if done > self._sealed:
@@ -113,7 +113,7 @@ class Feed(Iterator[Batch]):
         return {"steps": done, "chain": self._unsealed.chain, "replaced": self._replaced}
 
     def close(self) -> None:
-        """Ends the stream before its last step. Without this call, the stream ends with the workers."""
+        """Ends the stream before its last step. Without this call, the stream ends when the workers end."""
         if self._parts and self.rank == 0:
             stream.end(self._parts)
         self._parts = []
@@ -124,7 +124,7 @@ class Feed(Iterator[Batch]):
         return chain, replaced if self.rank == 0 else 0
 
     def _started(self, step: int) -> tuple[str, int]:
-        """Prepares the folder on rank 0; ConfigError if no receipt ends at the step."""
+        """Prepares the folder on rank 0. Raises ConfigError if no receipt ends at the step."""
         ends = {r.end: r.chain for r in receipts(self.folder)} | {0: receipt.GENESIS}
         if step not in ends:
             known = ", ".join(map(str, sorted(ends)))
@@ -155,8 +155,8 @@ class Feed(Iterator[Batch]):
         return parts
 
     def _dataset(self) -> RayDataset:
-        """Makes the Ray Dataset. If the trainer's workers leave no CPU free, fetching reserves no CPU, because fetching mostly
-        waits."""
+        """Makes the Ray Dataset. If the trainer's workers leave no CPU free, the tasks that fetch the data reserve no CPU,
+        because these tasks mostly wait."""
         data = self.job.data
         task = stream.fetch(self.plan, self.dataset.order, self.done, self.last_step, data.on_bad_sample == "replace")
         size = sample_bytes(data.sequence_length, self.dataset.sources)

@@ -10,9 +10,9 @@
             ...
             receipt = feed.receipt()              # wherever you save a checkpoint, after the last step
 
-Every step's global batch depends only on the data, the seed, and the step. It is the same on any number of workers that divides
-the virtual ranks. heliostat writes the data plan, the receipts, and the list of bad samples to the folder, so that `heliostat run
-verify FOLDER` can check the run.
+Every step's global batch depends only on the data, the seed, and the step. The global batch is the same on any number of workers
+that divides the number of virtual ranks. heliostat writes the data plan, the receipts, and the list of bad samples to the folder,
+so that `heliostat run verify FOLDER` can check the run.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class ExactStream:
     def start(self, step: int = 0) -> Feed:
         """Opens this worker's share of the steps after `step`. All workers must call it together, with the same step.
 
-        ConfigError if the number of workers doesn't divide the virtual ranks, or if no receipt ends at the step. heliostat
-        removes the records of later steps from the folder, because these steps run again.
+        Raises ConfigError if the number of workers doesn't divide the number of virtual ranks, or if no receipt ends at the step.
+        heliostat removes the records of later steps from the folder, because these steps run again.
         """
         from heliostat.api.exact_feed import Feed
 
@@ -77,7 +77,8 @@ class ExactStream:
 
 
 def plan_stream(job: Job, folder: str) -> ExactStream:
-    """Plans a job's data. If the folder has a plan, continues with it; ConfigError if the samples would differ."""
+    """Plans a job's data. If the folder has a plan, continues with this plan. Raises ConfigError if the samples would differ from
+    those of this plan."""
     place = Location(folder).absolute(workspace.root())
     try:
         place.probe()

@@ -1,8 +1,8 @@
 """Defines the functions of `import heliostat`: load, check, and train a job, read a run, generate with a model, and plan exact
 data.
 
-Each function does the same as the command with its name. Where the command prints an error, the function raises a HeliostatError
-with one line. docs/python-api.md is the reference.
+Each function does the same as the command with the same name. Where the command prints an error, the function raises a
+HeliostatError with one line. docs/python-api.md is the reference.
 """
 
 from __future__ import annotations
@@ -150,8 +150,9 @@ def datasets(
     """Plans the exact, elastic order of samples for your own `TorchTrainer`. See `heliostat.api.exact_stream`.
 
     `data`: a complete Job, or the keys of a job's `data`. With keys, also pass `steps`, `global_batch_size` (samples per step,
-    summed over all workers), and `held_out` (the fraction of samples to leave out). `folder`: for the plan, the receipts, and the
-    list of bad samples. If the folder has a plan, the stream continues with this plan; ConfigError if the samples would differ.
+    summed over all workers), and `held_out` (the fraction of samples to leave out). `folder`: the folder for the plan, the
+    receipts, and the list of bad samples. If the folder has a plan, the stream continues with this plan. Raises ConfigError if
+    the samples would differ from those of this plan.
     """
     from heliostat.api.exact_stream import data_job, plan_stream
 
@@ -222,7 +223,7 @@ def install() -> None:
 
 
 def shown(error: HeliostatError, trace: TracebackType | None) -> str:
-    """Formats an error below the frames that led to heliostat."""
+    """Formats an error below the frames of the traceback that led to heliostat."""
     theirs = list(itertools.takewhile(lambda frame: not frame.filename.startswith(PACKAGE), traceback.extract_tb(trace)))
     head = ["Traceback (most recent call last):\n", *traceback.format_list(theirs)] if theirs else []
     return "".join([*head, f"{type(error).__module__}.{type(error).__qualname__}: {error}\n"])

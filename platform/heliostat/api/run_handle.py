@@ -1,4 +1,5 @@
-"""Reads a run's folder from Python: its curves, checkpoints, and receipts. Also exports the run, and generates with its model.
+"""Reads a run's folder from Python: its curves, checkpoints, and receipts. It can also export the run's model, and generate with
+this model.
 
 run = heliostat.Run(".heliostat/runs/quickstart") # or an MLflow run id
 """
@@ -29,11 +30,12 @@ if TYPE_CHECKING:  # imports torch, which takes a second
 
 
 class Run:
-    """Opens a run; ConfigError if the run doesn't exist. Reads everything on demand, so a run may still be running."""
+    """Opens a run. Raises ConfigError if the run doesn't exist. Reads everything on demand, so the run may still be in
+    progress."""
 
     def __init__(self, run: str | os.PathLike[str], tracking_uri: str | None = None) -> None:
-        """Finds a run by its folder (STORAGE/NAME, local or on S3) or by its MLflow run id. `tracking_uri`: the store that has
-        the id."""
+        """Finds a run by its folder (STORAGE/NAME, local or on S3) or by its MLflow run id. `tracking_uri`: the MLflow store that
+        has the run with this id."""
         from heliostat.tracking.mlflow_client import default_uri
         from heliostat.tracking.models import find_run
 
@@ -61,7 +63,7 @@ class Run:
 
     @property
     def job(self) -> Job:
-        """Reads the job from the newest checkpoint; CheckpointError if there is no checkpoint."""
+        """Reads the job from the newest checkpoint. Raises CheckpointError if there is no checkpoint."""
         return self._checkpoint(None).job
 
     @property
@@ -127,7 +129,7 @@ class Run:
     def export(self, to: str | os.PathLike[str], step: int | None = None) -> Path:
         """Writes a checkpoint (by default the newest) to a folder for `from_pretrained`; returns the folder.
 
-        ConfigError if the folder isn't empty. CheckpointError if the checkpoint doesn't exist.
+        Raises ConfigError if the folder isn't empty, CheckpointError if the checkpoint doesn't exist.
         """
         from heliostat.inference.export import export
 

@@ -3,8 +3,8 @@
     rows = chaos(Path("jobs/chaos.yaml"), ["kill-worker", "hang"], work=Path(".heliostat/chaos"))
 
 Each run is a separate `heliostat train` on a private Ray of this machine. The run has the job's settings, except the name, the
-storage, and the MLflow store. Storage and store are in the work folder. A fault's files are in `FAULT/`, and the output of its
-run is in `FAULT.log`.
+storage, and the MLflow store. The storage and the MLflow store are in the work folder. A fault's files are in `FAULT/`, and the
+output of its run is in `FAULT.log`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def chaos(
 ) -> tuple[list[dict[str, object]], list[str]]:
     """Runs the job once without faults and once per fault; returns (a row per fault, the problems of all runs).
 
-    `report` gets a description of each stage. ConfigError, before anything starts, if the job or a fault isn't suitable.
+    `report` gets a description of each stage. Raises ConfigError, before anything starts, if the job or a fault isn't suitable.
     """
     faults = choose(names)
     job_given = check.load_job(path, settings)
@@ -124,7 +124,8 @@ def choose(names: list[str]) -> list[Fault]:
 
 
 def _unbroken(it: Chaos) -> Unbroken:
-    """Runs the job without faults, or resumes an earlier run without faults, if the job and the data are the same."""
+    """Runs the job without faults. If there is an earlier run without faults, with the same job and data, resumes this run
+    instead."""
     same = json.dumps([it.checked.job.dump(), it.checked.plan.digest], sort_keys=True)
     name = f"unbroken-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
     with Command([*it.arguments(name, {}), "--resume"], it.work / "unbroken.log") as command:

@@ -45,7 +45,8 @@ ROOM_LEFT = 64 << 10  # free bytes on a full disk: enough for a receipt, but not
 class Scene:
     """Holds the state of one fault's run.
 
-    `settings` and `environment` belong to the command. `storage` and `tracking` are the addresses that this process uses.
+    `settings` and `environment` are the settings and variables of the run's command. `storage` and `tracking` are the addresses
+    that this process uses.
     """
 
     checked: Checked
@@ -119,7 +120,7 @@ def kill_driver(scene: Scene, command: Command) -> None:
 
 
 def prepare_late(scene: Scene) -> None:
-    """Makes the run register its model, so that the run has more work after its last step."""
+    """Makes the run register its model, so that there is enough work after the run's last step."""
     scene.settings["mlflow.register"] = MODEL
 
 
@@ -253,12 +254,12 @@ def flip(shard: Path, row_group: int) -> None:
 
 
 def met_corrupt_shard(scene: Scene, command: Command) -> None:
-    """Does nothing, because the data is damaged from the start."""
+    """Does nothing, because the preparation has already damaged the data."""
 
 
 def torn_checkpoint(scene: Scene, command: Command) -> None:
-    """Truncates a shard of the next complete checkpoint to half its size, and kills a worker. The run then needs the previous
-    checkpoint."""
+    """Waits for the next complete checkpoint, truncates one of its shards to half its size, and kills a worker. The run must then
+    resume from the checkpoint before that one."""
     command.until(lambda: bool(whole_checkpoints(scene.run)), SEEING_S, "checkpoint was written")
     known = set(whole_checkpoints(scene.run))
     command.until(lambda: bool(set(whole_checkpoints(scene.run)) - known), SEEING_S, "other checkpoint was written")
@@ -309,7 +310,7 @@ def no_disk(job: Job) -> str | None:
 
 
 def mount_disk(folder: Path, size: int) -> None:
-    """Mounts a tmpfs of `size` bytes, which needs root; ChaosError if the mount fails."""
+    """Mounts a tmpfs of `size` bytes, for which this process must be root. Raises ChaosError if the mount fails."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -370,12 +371,12 @@ FAULTS = {
 
 
 def rng(seed: int, name: str) -> random.Random:
-    """Returns the random generator of a fault. It doesn't depend on other faults."""
+    """Returns the random generator of a fault. This generator doesn't depend on other faults."""
     return random.Random(f"{seed}:{name}")
 
 
 def when(random_: random.Random, steps: int, every: int) -> float:
-    """Draws the time of a fault in steps: a step, plus a fraction of the next step.
+    """Draws the time of a fault, measured in steps: a number of steps, plus a fraction of the next step.
 
     At least two checkpoints follow this time, because some faults need them.
     """

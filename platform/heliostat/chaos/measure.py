@@ -19,8 +19,8 @@ Lines = Sequence[tuple[float, str]]  # wall-clock time, line of output
 class FaultEffect:
     """Holds the observations of a run with a fault. Times are wall-clock seconds.
 
-    `struck`: the time of the fault. `seen`: when the run noticed the fault. `cured`: when the fault was over. None if the
-    attempts show the time.
+    `struck`: the time of the fault. `seen`: when the run noticed the fault. `cured`: when the fault was over. Each of them is
+    None if the time follows from the run's attempts.
     """
 
     struck: float
@@ -31,7 +31,7 @@ class FaultEffect:
 
 
 def first_end(attempts: Iterable[RecordedAttempt], since: float) -> float | None:
-    """Returns the end of the first attempt that a fault at `since` may have ended; None if there is none."""
+    """Returns the end of the first attempt that a fault at `since` may have ended; None if there is no such attempt."""
     return min((a.seen for a in attempts if a.outcome != "finished" and a.seen >= since), default=None)
 
 
@@ -42,7 +42,7 @@ def detected_s(effect: FaultEffect) -> float | None:
 
 
 def recovered_s(effect: FaultEffect) -> float | None:
-    """Computes the seconds from the fault to the run's first new step after all restarts that the fault caused.
+    """Computes the seconds from the fault to the run's first new step, which comes after all restarts that the fault caused.
 
     None if there is no new step.
     """
@@ -57,7 +57,7 @@ def recovered_s(effect: FaultEffect) -> float | None:
 
 
 def pace_s(lines: Lines) -> float:
-    """Computes the seconds per step from the output so far; 0 if the output has fewer than two steps."""
+    """Computes the seconds per step from the command's output so far; 0 if this output shows fewer than two steps."""
     steps = [(at, int(match[1])) for at, line in lines if (match := STEP.search(line))]
     if len(steps) < 2 or steps[-1][1] <= steps[0][1]:
         return 0.0
@@ -115,6 +115,6 @@ def problems(row: dict[str, Any], report: VerifyReport, curve: list[int], steps:
 
 
 def unregistered(versions: int, expected: bool) -> list[str]:
-    """Lists the problem if a run registered a wrong number of model versions. The number must be 1 if `expected` is true,
+    """Lists the problem if a run registered a wrong number of model versions. The right number is 1 if `expected` is true,
     otherwise 0."""
     return [] if versions == int(expected) else [f"the run's model was registered {versions} times"]

@@ -1,4 +1,5 @@
-"""Starts a Ray cluster of several nodes on this machine. Each node is a raylet on its own loopback address, and can be killed.
+"""Starts a Ray cluster of several nodes on this machine. Each node is a raylet on its own loopback address, and can be killed by
+itself.
 
 The head (127.0.0.1) has no CPUs, and runs the driver and Ray's own services. Clients use `environment`.
 """

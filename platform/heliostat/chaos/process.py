@@ -35,7 +35,7 @@ class ChaosError(Exception):
 class Command:
     """Runs a command while its context lasts: `with Command(arguments, log) as command:`. Leaving the context ends its processes.
 
-    `lines`: the output on standard error of all starts, each line with its wall-clock time.
+    `lines`: the lines that all starts of the command wrote to standard error, each with its wall-clock time.
     """
 
     def __init__(self, arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
@@ -91,7 +91,8 @@ class Command:
             raise ChaosError(f"the last line of the run's output isn't a result: {self.said!r}. Read {self.log}") from e
 
     def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Waits until the condition holds; ChaosError if the command ends first, or after `seconds`."""
+        """Waits until the condition holds. Raises ChaosError if the command ends first, or if the wait takes longer than
+        `seconds`."""
         deadline = time.monotonic() + seconds
         while not condition():
             if self.process.poll() is not None:
@@ -101,7 +102,7 @@ class Command:
             time.sleep(0.02)
 
     def until_ended(self, seconds: float) -> None:
-        """Waits until the command ends, after it has lost its cluster. Kills the command after `seconds`."""
+        """Waits for the end of a command that has lost its cluster. If this takes longer than `seconds`, kills the command."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -118,7 +119,7 @@ class Command:
         return next((line for _, line in reversed(self.lines) if line.strip()), "no output")
 
     def wait(self, seconds: float) -> int:
-        """Waits until the command ends, and returns its exit code; ChaosError after `seconds`."""
+        """Waits until the command ends, and returns its exit code. Raises ChaosError after `seconds` seconds."""
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired as e:

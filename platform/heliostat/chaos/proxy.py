@@ -1,8 +1,8 @@
 """Runs a proxy between an S3 server and its clients. The proxy injects the faults of an overloaded or broken store.
 
-Invariants: the proxy forwards a request or answer without a fault unchanged, including the client's Host header. So signatures
-stay valid. Each request gets at most one fault, drawn by rate from a seeded generator. The proxy counts the faults that it
-injects.
+Invariants: if a request or an answer has no fault, the proxy forwards it unchanged, including the client's Host header. So
+signatures stay valid. Each request gets at most one fault. A seeded generator draws this fault by the faults' rates. The proxy
+counts the faults that it injects.
 
 `faults` may be replaced at any time. Requests that have begun keep the fault that was drawn for them.
 
@@ -30,7 +30,8 @@ ANSWER_S = 300.0  # maximum seconds to wait for a byte from the store or the cli
 
 @dataclass(frozen=True)
 class ProxyFault:
-    """Describes a fault. `key`: a pattern (`*` and `?`) for `/bucket/key`. `limit`: the maximum number of times to inject it.
+    """Describes a fault. `key`: a pattern (`*` and `?`) for `/bucket/key`. `limit`: the maximum number of times that the proxy
+    injects it.
 
     status: the request doesn't reach the store; the answer has `status` and an S3 error with that `code`
     delay:  the request reaches the store `seconds` late
@@ -129,7 +130,8 @@ class FaultProxy:
 
     @contextlib.contextmanager
     def serving(self, connection: socket.socket) -> Iterator[None]:
-        """Registers a connection for the duration of the context. If the proxy ends in this time, it breaks the connection."""
+        """Registers a connection for the duration of the context. If the proxy ends within the context, it breaks the
+        connection."""
         self._open.add(connection)
         try:
             yield
@@ -148,7 +150,7 @@ class _Server(socketserver.ThreadingTCPServer):
 class _Connection(socketserver.BaseRequestHandler):
     """Serves one client's connection: forwards its requests, one after another, over one connection to the store.
 
-    If the store has closed its connection, opens another.
+    If the store has closed the connection to it, opens another connection.
     """
 
     server: _Server
@@ -235,8 +237,8 @@ def answer_body(answer: HttpHead, method: str, source: BinaryIO) -> Iterator[byt
 
 
 def exactly(source: BinaryIO, length: int | None) -> Iterator[bytes]:
-    """Yields `length` bytes in pieces; ConnectionError if there are fewer. If `length` is None, yields all bytes of the
-    connection."""
+    """Yields `length` bytes in pieces. Raises ConnectionError if the connection has fewer bytes. If `length` is None, yields all
+    bytes of the connection."""
     left = length
     while left is None or left > 0:
         piece = source.read1(BLOCK if left is None else min(BLOCK, left))  # type: ignore[attr-defined]
@@ -274,7 +276,7 @@ def half(pieces: Iterator[bytes], length: int | None) -> Iterator[bytes]:
 
 
 def reset(connection: socket.socket) -> None:
-    """Resets a connection like a crash, instead of closing it properly."""
+    """Resets a connection, as a crash would do, instead of closing it properly."""
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
         connection.close()

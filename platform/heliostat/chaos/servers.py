@@ -17,7 +17,8 @@ START_S = 180.0  # maximum seconds for a server to start: MLflow creates its tab
 
 
 class ServerProcess:
-    """Runs a server process; also a context manager. `stop` ends the process like a crash. A later `start` uses the same port."""
+    """Runs a server process. An instance is also a context manager. `stop` kills the process, as a crash would do. A later
+    `start` uses the same port."""
 
     def __init__(self, command: list[str], health: str, log: Path, environment: dict[str, str] | None = None) -> None:
         self.port = processes.free_port()

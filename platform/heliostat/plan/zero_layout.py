@@ -1,9 +1,9 @@
 """Computes which slice of every parameter a rank owns under ZeRO. The functions are pure, and reproduce DeepSpeed 0.19.
 
 Stages 1 and 2 flatten each parameter group into one vector, pad the vector to a multiple of 2 N, and divide it into N parts.
-Stage 3 divides every parameter separately. At stage 0 every rank owns everything, and `sharded_state` saves the rank-th part.
-So the slices of a checkpoint are known before the checkpoint exists. Tests compare these slices with the slices of real
-engines.
+Stage 3 divides every parameter separately. At stage 0, every rank owns everything, and `sharded_state` saves on each rank the
+part with the rank's number. So the slices of a checkpoint are known before the checkpoint exists. Tests compare these slices with
+the slices of real engines.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Slice = tuple[str, int, int]  # (parameter, start, number of elements)
 
 
 def usual_groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """Returns the optimizer's default parameter groups: first matrices, then vectors. They are for a recipe that doesn't define
-    groups."""
+    """Returns the optimizer's default parameter groups: first the matrices, then the vectors. A recipe that doesn't define groups
+    gets these groups."""
     split = [[n for n, s in shapes.items() if len(s) > 1], [n for n, s in shapes.items() if len(s) <= 1]]
     return [g for g in split if g]
 
@@ -61,8 +61,8 @@ def divided(
 ) -> list[list[Slice]]:
     """Divides the parameters of tensor-parallel workers (`train.parallel.tensor`) into the slices that each rank saves.
 
-    `shapes`: shapes of one worker's shard. `parts`: number of tensor-parallel workers. `whole`: parameters that all of them
-    have, and that only the first worker saves.
+    `shapes`: shapes of one worker's shard. `parts`: number of tensor-parallel workers. `whole`: parameters that every one of
+    these workers has completely, and that only the first of them saves.
     """
     of_part = slices(shapes, stage, workers // parts, groups)
     return [

@@ -1,8 +1,8 @@
 """Tracks the failures of a task, and finds the documents that crash its process.
 
 A task that has failed runs again with `Care`. Before each batch of documents, the task writes a note to the work folder. If the
-task's process dies, the next run processes the documents of the noted batch one by one, with a note before each. A document at
-which the process dies twice is left out (`crashed`). `curation.careful` processes the documents.
+task's process dies, the next run of the task processes the documents of the noted batch one by one, and writes a note before each
+document. A document at which the process dies twice is left out (`crashed`). `curation.careful` processes the documents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BLAMED = 2  # deaths of the process at a document, after which the task leaves t
 
 
 def most(documents: int) -> int:
-    """Returns how many of `documents` documents may crash at most."""
+    """Returns how many documents may crash at most, out of `documents` documents."""
     return max(MOST, documents // SHARE)
 
 
@@ -80,7 +80,7 @@ class Care:
 
 @dataclass
 class Trouble:
-    """Counts a task's failures since it last left a document out, and lists the documents that it leaves out."""
+    """Counts a task's failures since the task last left a document out, and lists the documents that the task leaves out."""
 
     count: int = 0
     attempt: int = 0
@@ -94,7 +94,7 @@ class Trouble:
         return Care(note, self.attempt, self.suspect, tuple(self.crashed))
 
     def learn(self, note: Location, error: BaseException) -> Crash | None:
-        """Evaluates the note of a process that died.
+        """Evaluates the note that a process wrote before it died.
 
         Returns the document to leave out from now on; None if this document isn't known yet.
         """

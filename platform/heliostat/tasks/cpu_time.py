@@ -11,7 +11,7 @@ _elsewhere = 0.0
 
 
 def add(seconds: float) -> None:
-    """Adds CPU seconds that another process spent for this one."""
+    """Adds CPU seconds that another process spent for this process."""
     global _elsewhere
     _elsewhere += seconds
 

@@ -1,9 +1,9 @@
 """Runs the tasks of one kind on Ray, and retries failed tasks while the others continue.
 
 An error that a person must fix (exit code 2) ends the run at once. Other errors that heliostat raises on purpose aren't retried.
-A task that raises any other error runs up to `TRIES` times. A task whose process or node dies runs up to `LOST` times, counted
-from the last document that it left out (`care`). After `FAILED` failed tasks, or too many crashed documents, no further task
-starts. Tasks that have started still end and are recorded. Then the crew raises the first error.
+A task that raises any other error runs up to `TRIES` times. A task whose process or node dies runs up to `LOST` times. The count
+begins again when the task leaves out a document (`care`). After `FAILED` failed tasks, or too many crashed documents, no further
+task starts. Tasks that have started continue to their end and are recorded. Then the crew raises the first error.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Started:
 
 
 class Crew:
-    """Runs tasks in a pool of `size` actors; if `size` is 0, as Ray tasks of `cpus` CPUs each."""
+    """Runs tasks in a pool of `size` actors. If `size` is 0, runs the tasks as Ray tasks of `cpus` CPUs each."""
 
     def __init__(self, flow: Flowing, kind: str, execute: Any, function: TaskFunction, cpus: int, size: int,
                  gpus: float) -> None:  # fmt: skip
@@ -106,7 +106,8 @@ class Crew:
 
     @property
     def full(self) -> bool:
-        """Returns whether the crew takes no more tasks: twice as many have started as can run at once, or all actors are lost."""
+        """Returns whether the crew takes no more tasks. This is so if twice as many tasks have started as can run at once, or if
+        all actors are lost."""
         self._look()
         if self.pool and not self.pool.ready:
             return True
@@ -133,7 +134,8 @@ class Crew:
         self.under_way[reference] = started
 
     def finished(self) -> Iterator[tuple[Started, dict[str, Any]]]:
-        """Waits for a task to end; yields (the task, its record) if it succeeded, else decides whether it runs again."""
+        """Waits for a task to end; yields (the task, its record) if the task succeeded. Otherwise decides whether the task runs
+        again."""
         self._check()
         self._look()
         wait = self._start_due()
@@ -187,7 +189,8 @@ class Crew:
         return max(0.0, min([LOOK_S, *(AWAY_S if one.waits else one.due - now for one in self.later)]))
 
     def _copy(self, shipment: Shipment) -> Future[None]:
-        """Copies a shipment that a node lacks to the work folder, in a thread, so that other tasks end and start meanwhile."""
+        """Copies a shipment that a node needs to the work folder. Does this in a thread, so that other tasks can end and start
+        during the copy."""
         if (known := self.copies.get(shipment)) and not known.done():
             return known
         copy = self.copies[shipment] = Future[None]()
@@ -245,7 +248,8 @@ class Crew:
             self.failed.insert(0, care.too_many(crashed, f"for example {printable(self.last)!r}"))
 
     def _look(self) -> None:
-        """Checks the nodes every LOOK_S seconds: how many tasks fit, and whether any node has the CPUs that a task requests."""
+        """Checks the nodes every LOOK_S seconds: how many tasks fit on them, and whether any node has as many CPUs as a task
+        requests."""
         if time.monotonic() - self.looked < LOOK_S:
             return
         self.looked, nodes = time.monotonic(), self.flow.nodes()
@@ -281,7 +285,7 @@ def _is_lost(error: Exception) -> bool:
 
 
 def _end(references: list[Any]) -> None:
-    """Cancels running tasks, so that they write nothing after an error was reported.
+    """Cancels running tasks, so that these tasks write nothing after an error was reported.
 
     First waits ENDING_S seconds for tasks to end, because Ray aborts this process if a task is canceled while it completes.
     """

@@ -1,6 +1,6 @@
 """Reads and hashes the files in a stage's keys: lists of words and domains, and evaluation sets.
 
-A stage lists these keys, and its keys for models, in `Stage.paths`. `shipping` copies the files to nodes that lack them.
+A stage lists these keys, and its keys for models, in `Stage.paths`. `shipping` copies the files to nodes that don't have them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def digest(key: str, path: str) -> str:
 
 
 def digests(identity: Mapping[str, object], stage: object, *keys: str) -> dict[str, object]:
-    """Replaces the paths in these keys with digests, for stages that don't list these keys in `Stage.paths`."""
+    """Replaces the paths in these keys with digests, for stages that don't list their keys in `Stage.paths`."""
     return {**identity, **{key: mapped(getattr(stage, key), partial(digest, key)) for key in keys}}
 
 

@@ -1,8 +1,8 @@
 """Runs tasks on Ray, as many at once as the cluster has room for, and skips tasks that an earlier run has finished.
 
 The driver holds one record per task, but no ids or texts. A task that starts again, in this run or another, writes the same
-files. If a task has recorded its result, but its worker or node died before it answered, the next start returns the record. A
-failed task runs again while the others continue (`crew`).
+files. If a task has recorded its result, but its worker or node died before the driver got the answer, the next start of the task
+returns the record. A failed task runs again while the others continue (`crew`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Flow:
-    """Runs a pipeline's tasks on the nodes with the labels.
+    """Runs a pipeline's tasks on the nodes that have the pipeline's labels.
 
     Counts the tasks of each kind: those that this run has `done`, and those `kept` from an earlier run.
     """
@@ -86,7 +86,7 @@ class Flow:
     def memory_each(self, cpus: int = 1) -> int | None:
         """Computes the bytes of memory that a task with `cpus` CPUs requests; None for no request.
 
-        The result is at most the memory of the largest node with `cpus` CPUs. For more memory, the task would wait forever.
+        The result is at most the memory of the largest node with `cpus` CPUs. If the task requested more, it would wait forever.
         """
         nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
         return min(self.memory, max((memory for have, memory in nodes if have >= cpus), default=0)) or None
@@ -114,8 +114,8 @@ class Flow:
         """Yields (the task's number, its record) as tasks finish. A task with a record that isn't `valid` runs again.
 
         The function gets the spill folder and the task's arguments. In its record, `files` lists the spill files. If `actors`
-        isn't 0, tasks run in that many actors; else, if `pooled`, in one actor per GPU of the cluster. Each actor has `gpus`
-        GPUs. Without actors, tasks run as Ray tasks.
+        isn't 0, tasks run in `actors` actors. If it is 0 and `pooled` is true, they run in one actor per GPU of the cluster. Each
+        actor has `gpus` GPUs. Without actors, tasks run as Ray tasks.
         """
         crew = Crew(self, kind, execute, function, cpus, actors or (self.devices() if pooled else 0), gpus)
         try:
@@ -143,7 +143,7 @@ class Flow:
         return [records[number] for number in range(len(records))]
 
     def forget(self, kind: str) -> None:
-        """Removes the seconds of a kind of tasks from the totals, for example a kind that only a prediction needs."""
+        """Removes the seconds of a kind of tasks from the totals, for example if only a prediction needs this kind."""
         for counts in (self.seconds, self.walls, self.opening):
             counts.pop(kind, None)
 
@@ -193,7 +193,7 @@ def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, a
             **shared: object) -> dict[str, Any]:  # fmt: skip
     """Runs a task in this process, and writes and returns its record.
 
-    If this run has already recorded the task, only returns its record.
+    If this run has already recorded the task, only returns the task's record.
     """
     known = work.read(kind, key)
     if known is not None and known.get("run") == run:

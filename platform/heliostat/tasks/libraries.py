@@ -1,4 +1,4 @@
-"""Reads the versions of the libraries that a task's result depends on. With another version, the task runs again."""
+"""Reads the versions of the libraries that a task's result depends on. If one of these versions changes, the task runs again."""
 
 from __future__ import annotations
 

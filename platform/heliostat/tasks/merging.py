@@ -1,9 +1,9 @@
 """Merges spill files if later tasks would otherwise each read few rows of very many files. So the cost stays linear.
 
 A later task reads its range of keys from every file of the earlier tasks. The number of later tasks and the number of files both
-grow with the input. The number of times that a task opens a file for a few rows is the product of both numbers. So it grows with
-the square of the input. Merging the ranges of many tasks first costs one more pass over the data. This is the external merge sort
-of Knuth (The Art of Computer Programming, volume 3, section 5.4), except that the later tasks sort.
+grow with the input. How often a task opens a file for a few rows is the product of both numbers. So this product grows with the
+square of the input. Merging the ranges of many tasks first costs one more pass over the data. This is the external merge sort of
+Knuth (The Art of Computer Programming, volume 3, section 5.4), except that the later tasks sort.
 
 - Runs of documents, before shards (`merged`): if a shard's part of a run is below `LEAST`, a task reads the range of many shards
   from some runs. It writes this range as one run, as large as a run may be. Afterwards a shard reads only the runs of its own
@@ -74,7 +74,7 @@ def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_
 
 
 def thin(one: ShardRange) -> bool:
-    """Returns whether a shard has so few bytes in each run that a merge is worth its cost."""
+    """Returns whether each run has so few bytes of a shard that a merge is worth its cost."""
     return _thin(len(one.runs), one.stop - one.first, one.part)
 
 
@@ -83,7 +83,8 @@ def _thin(runs: int, shards: int, part: float) -> bool:
 
 
 def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int]]:
-    """Yields (a smaller range of the same runs, the number of runs to merge). A run has about one row group or more per range."""
+    """Yields (a smaller range of the same runs, the number of runs to merge). In each run, a range has about one row group or
+    more."""
     shards = one.stop - one.first
     parts, size = _divided(shards, one.part * shards, run_bytes)
     for part in range(parts):
@@ -135,7 +136,7 @@ def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_byt
 
 
 def _written(folder: Location, tables: list[pa.Table]) -> tuple[str, int, int]:
-    """Spills tables as one run and empties the list. Numbers the rows again, if the tables have a column `row`."""
+    """Spills tables as one run and empties the list. If the tables have a column `row`, renumbers the rows in it."""
     table = pa.concat_tables(tables)
     tables.clear()
     bytes = int(table["bytes"].to_numpy().sum()) if "bytes" in table.column_names else table.nbytes
@@ -146,9 +147,8 @@ def _written(folder: Location, tables: list[pa.Table]) -> tuple[str, int, int]:
 
 
 def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object]]:
-    """Yields (a key of the spills' names, a reference to these names) for each range of keys.
-
-    These are the spills that the range's task reads.
+    """For each range of keys, yields the names of the spills that the range's task reads, as (a key of these names, a reference
+    to these names).
 
     `ranges`: [low, high) of keys, ascending.
     """
@@ -172,7 +172,8 @@ def by_parts(flow: Flow, kind: str, parts: int, names: list[str], others: Mappin
 
 
 def _merged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> list[tuple[list[str], int]]:
-    """Lists (spills, number of consecutive ranges that read them), in the ranges' order. Merges spills if there are many."""
+    """Lists (spills, number of consecutive ranges that read these spills), in the ranges' order. If there are many spills, merges
+    them first."""
     count, wide = len(ranges), isqrt(len(ranges))
     size = len(names) * wide // max(1, count)
     if len(names) * count <= MANY_RANGES or size < 2:

@@ -25,7 +25,8 @@ PLACE_S = 120.0  # seconds for Ray to place an actor and start its process
 
 @dataclass
 class _Away:
-    """Describes an actor whose process or node died: the time, and a pending call that it answers when it is back."""
+    """Describes an actor whose process or node died: the time when it died, and a pending call that the actor answers when it is
+    back."""
 
     since: float
     call: Any
@@ -46,7 +47,8 @@ class ActorPool:
 
     @property
     def ready(self) -> bool:
-        """Checks the lost actors, then returns whether any actor takes tasks. A lost actor is back, still away, or removed."""
+        """Checks the lost actors, then returns whether any actor takes tasks. After the check, a lost actor is back, still away,
+        or removed."""
         for number, away in list(self.away.items()):
             self._look(number, away)
         return len(self.away) < len(self.actors)
@@ -77,7 +79,7 @@ class ActorPool:
     def _look(self, number: int, away: _Away) -> None:
         """Checks a lost actor: restores it if it answers, else removes it after PLACE_S.
 
-        Raises HeliostatError if it was the last actor.
+        Raises HeliostatError if the removed actor was the last one.
         """
         if ray.wait([away.call], timeout=0)[0]:
             try:

@@ -31,7 +31,8 @@ class KindProgress:
     """Whether `total` counts all tasks. Tasks are counted while they are looked up."""
 
     def left(self, now: float) -> float | None:
-        """Estimates the seconds until the last task ends, from bytes if tasks have any, else from counts; None if unknown."""
+        """Estimates the seconds until the last task ends. Uses the tasks' bytes if they are known, else the numbers of tasks.
+        Returns None if no estimate is possible."""
         if not self.done or not self.whole:
             return None
         share = self.left_bytes / self.bytes if self.bytes else (self.total - self.kept - self.done) / self.done
@@ -44,7 +45,7 @@ def silent(kind: str, line: str) -> None:
 
 @dataclass
 class Progress:
-    """Counts tasks when they are looked up and when they finish, and shows a line each time."""
+    """Counts tasks when heliostat looks up their records and when they finish. Shows a line each time."""
 
     show: Show = silent
     clock: Clock = time.monotonic

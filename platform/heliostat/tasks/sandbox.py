@@ -1,8 +1,8 @@
 """Isolates processes that handle untrusted data or code.
 
-`shut_in`, `forbid`, and `limit` isolate the process that calls them, such as a parser of curation. As a script, this file runs a
-Python program in isolation; `heliostat.evaluation.unit_tests` starts it by its path. The script needs only Python's standard
-library. It reads its request as JSON from standard input. The program that it runs has
+`shut_in`, `forbid`, and `limit` isolate the process that calls them, such as a parser of curation. If it is run as a script, this
+file runs a Python program in isolation. `heliostat.evaluation.unit_tests` starts this script by its path. The script needs only
+Python's standard library. The script reads its request as JSON from standard input. The program that the script runs has
 
 - its own namespaces: user, mounts, network (without a device), processes, System V objects, host name;
 - a root folder in memory, with Python's libraries, read-only, and an empty folder of bounded size that it may write to;
@@ -101,8 +101,8 @@ def shut_in(root: Path, places: list[str], files: int, files_given: dict[str, by
     Only the children are in the new process namespace.
 
     Creates the root folder at `root`, with at most `files` bytes. It contains `places` (read-only) and a folder `box` with
-    `files_given`. A process of root changes to the user `nobody`, unless `same_user` is set. That user has no rights outside the
-    box either. Raises OSError if a step fails.
+    `files_given`. A process of root changes to the user `nobody`, unless `same_user` is set. The user `nobody` has no rights
+    outside the box either. Raises OSError if a step fails.
     """
     user, group = os.geteuid(), os.getegid()
     if user or same_user:
@@ -135,7 +135,8 @@ def _map_user(user: int, group: int) -> None:
 
 
 def _mount(root: Path, places: list[str], files: int) -> None:
-    """Creates the root folder in memory, of at most `files` bytes: this machine's `places`, read-only, and the folder `box`."""
+    """Creates the root folder in memory, with at most `files` bytes. It contains this machine's `places`, read-only, and the
+    folder `box`."""
     call(libc.mount, None, b"/", None, REC | PRIVATE, None)
     options = f"size={files},nr_inodes=1024,mode=755".encode()
     call(libc.mount, b"tmpfs", bytes(root), b"tmpfs", NOSUID | NODEV, options)
@@ -155,7 +156,7 @@ def _mount(root: Path, places: list[str], files: int) -> None:
 def rules(machine: str, alone: bool = False) -> list[bytes]:
     """Returns the filter of system calls, as instructions of classic BPF. The calls in `CALLS` fail with EPERM.
 
-    With `alone`, the calls in `ALONE` and signals to threads of other processes also fail.
+    With `alone`, the calls in `ALONE` fail too, and so do signals to threads of other processes.
     """
     numbers: tuple[int, ...]
     by_argument: tuple[int, ...]
@@ -193,7 +194,7 @@ def forbid(alone: bool = False) -> None:
 def limit(cpu_s: int, memory: int, files: int) -> None:
     """Limits this process permanently: CPU seconds, bytes of memory, and bytes per file.
 
-    Also limits it to one process, 32 open files, no core dumps, no locked memory, and no message queues.
+    Further limits are: one process, 32 open files, no core dumps, no locked memory, and no message queues.
     """
     for kind, most in (
         (resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, files), (resource.RLIMIT_NPROC, 1),
@@ -205,7 +206,7 @@ def limit(cpu_s: int, memory: int, files: int) -> None:
 def begin(limits: dict[str, Any]) -> None:
     """Replaces this process with the program.
 
-    It is the first process of its namespace, so all other processes there end with it.
+    The program is the first process of its namespace, so all other processes in the namespace end with it.
     """
     call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     limit(limits["cpu_s"], limits["memory"], limits["files"])
@@ -217,9 +218,9 @@ def begin(limits: dict[str, Any]) -> None:
 def over_time(status: int, used_s: float, cpu_s: int) -> bool:
     """Returns whether the kernel killed a program because of its limit of `cpu_s` CPU seconds.
 
-    The kernel applies the limit by clock ticks but reports exact seconds, which are fewer if other processes used the CPU. So
-    half of the limit suffices here. The program can't kill itself, because it is the first process of its namespace. The only
-    other cause of SIGKILL is a lack of memory on the machine.
+    The kernel applies the limit by clock ticks but reports exact seconds, which are fewer if other processes used the CPU. So for
+    this function, it is enough that the program used half of the limit. The program can't kill itself, because it is the first
+    process of its namespace. The only other cause of SIGKILL is a lack of memory on the machine.
     """
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and used_s >= cpu_s / 2
 

@@ -1,11 +1,11 @@
-"""Copies the files and folders that stages and commands use, such as models and word lists, to nodes that lack them.
+"""Copies the files and folders that stages and commands use, such as models and word lists, to nodes that don't have them.
 
-The driver describes a path by the name, size, and SHA-256 of each file (`describe`). A task calls `here`. If the path holds the
-same files on the task's node, the task uses them. Otherwise the first process of the node copies the files from the work folder,
-which every node reaches, and checks their digests. The copies are in a cache on the node's disk: `heliostat-shipped-UID` in the
-folder for temporary files. If the work folder lacks a file, the task raises `NotHereError`, and the driver copies the file there,
-once and block by block (`offer`). So if all nodes have the files, nothing is copied. With more nodes, the driver needs no more
-disk or memory.
+The driver describes a path by the name, size, and SHA-256 of each file (`describe`). A task calls `here`. If the path has the
+same files on the task's node, the task uses these files. Otherwise the first process of the node that needs the files copies them
+from the work folder, which every node reaches, and checks their digests. The copies are in a cache on the node's disk:
+`heliostat-shipped-UID` in the folder for temporary files. If a file isn't in the work folder, the task raises `NotHereError`. The
+driver then copies the file to the work folder, once and block by block (`offer`). So if all nodes have the files, nothing is
+copied. How much disk and memory the driver needs doesn't depend on the number of nodes.
 
 If a folder has safetensors, its pickles and code are neither compared nor copied. Without safetensors, pickles and code are
 compared, too. A folder that has pickles or code isn't copied, because loading them on another node can run code.
@@ -58,7 +58,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Shipment:
-    """Describes the files that a path holds on the driver's node. `within`: the parts of a folder; empty for the whole folder."""
+    """Describes the files that a path has on the driver's node. `within`: the parts of the folder to copy; empty for the whole
+    folder."""
 
     path: str
     items: tuple[Item, ...]
@@ -180,7 +181,7 @@ def _listed(root: Path, within: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 def _linked(root: Path, within: tuple[str, ...]) -> Path | None:
-    """Returns a link to a folder among the folders to ship; None if there is none."""
+    """Returns a link to a folder if there is such a link among the folders to ship; None if there is none."""
     paths = (p for part in within or ("",) for p in (root / part).rglob("*"))
     return next((p for p in paths if p.is_symlink() and p.is_dir() and not _hidden(p.relative_to(root))), None)
 
@@ -238,8 +239,8 @@ def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> 
 
 
 def _write(source: Location, target: Path, item: Item, shipment: Shipment, until: float) -> None:
-    """Copies a file from the spill folder to the disk. If its digest is wrong, deletes it there and raises NotHereError, so that
-    the driver copies it again."""
+    """Copies a file from the spill folder to the disk. If the digest is wrong, deletes the file from the spill folder and raises
+    NotHereError, so that the driver copies the file again."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     hasher = hashlib.sha256()
     with target.open("wb") as out:

@@ -2,10 +2,11 @@
 
 No other module shuffles data between tasks.
 
-A task writes its result as a file named after its content and size; on a local disk, it waits until the data is on the disk. A
-later task reads its range of keys from every one of these files. A file that doesn't match its name is removed, so that the next
-start writes it again. So no task sorts all data, a task holds only its own range, and a task that runs twice writes the same
-file. Row groups are small and record their minimum and maximum key, so that a range costs only its own bytes.
+A task writes its result as a file that is named after the file's content and size. If the folder is on a local disk, the task
+waits until the data is on the disk. A later task reads its own range of keys from every one of these files. A file whose content
+doesn't match its name is removed, so that the next start writes the file again. So no task sorts all data, a task holds only its
+own range, and a task that runs twice writes the same file. Row groups are small and record their minimum and maximum key, so that
+reading a range reads little more than its own bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str
 
 
 def write_sorted(folder: Location, table: pa.Table) -> str:
-    """Writes a table that is already sorted by `key`, without the copy that sorting would make; returns the file's name."""
+    """Writes a table that is already sorted by `key`, and so avoids the copy that sorting makes. Returns the file's name."""
     return put(folder, _encode(table, min(GROUP_BYTES, max(GROUP_BYTES // 8, table.nbytes // GROUPS))), ".parquet")
 
 
@@ -102,8 +103,8 @@ def _encode(table: pa.Table, group_bytes: int) -> bytes:
 
 
 def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """Yields a file's rows with low <= key < high, one row group at a time; from S3, several at a time, because each read costs a
-    request.
+    """Yields a file's rows with low <= key < high, one row group at a time. Reads several row groups at a time from S3, because
+    each read costs a request.
 
     Raises DataError if the file was damaged.
     """
@@ -122,7 +123,7 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
 
 
 def _part(table: pa.Table, start: int, stop: int) -> pa.Table:
-    """Returns a range of rows; a small range as a copy, because a slice keeps the whole table in memory."""
+    """Returns a range of rows. Returns a small range as a copy, because a slice would keep the whole table in memory."""
     if 2 * (stop - start) >= len(table):
         return table.slice(start, stop - start)
     return table.take(pa.array(np.arange(start, stop)))
@@ -131,7 +132,7 @@ def _part(table: pa.Table, start: int, stop: int) -> pa.Table:
 def _overlapping(metadata: pq.FileMetaData, low: int, high: int) -> Iterator[int]:
     """Yields the row groups whose keys may be in the range, by their statistics.
 
-    A binary search finds the first one, because keys ascend.
+    The first of these row groups is found by binary search, because keys ascend.
     """
     groups = metadata.num_row_groups if metadata.num_rows else 0  # an empty file has no statistics
     place = metadata.schema.names.index("key") if groups else 0
@@ -169,7 +170,8 @@ def share(part: int, parts: int) -> tuple[int, int]:
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """Mixes 64-bit numbers (splitmix64's finalizer), so that equal parts of the range hold about the same number of them."""
+    """Mixes 64-bit numbers (splitmix64's finalizer), so that equal parts of the range of 64-bit numbers contain about equally
+    many of the values."""
     z = values.astype(np.uint64)
     with np.errstate(over="ignore"):
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -3,11 +3,11 @@
     spill/3f/3f2a...-9810.parquet   results for later tasks, named after content and size
     done/read/9c01....json          the record of a finished task, which the task writes last
     notes/read-9c01....json         the next action of a task that runs again (`care`)
-    work.json                       marks the folder, and has the size of the input's pieces, constant while the input grows
+    work.json                       marks the folder; has the size of the input's pieces, which stays the same as the input grows
 
 A key is the SHA-256 of the task's inputs, its configuration, and the version of this code. So after a kill, the next run finds
-the records of all finished tasks. If a threshold changes, its stage and later stages have new keys. New input also has new keys.
-A record is ignored if one of its files is missing or has another size.
+the records of all finished tasks. If a threshold changes, the tasks of its stage and of later stages have new keys. Tasks for new
+input have new keys too. A record is ignored if one of its files is missing or has another size.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Work:
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        """Maps every file of the folder, as it was when the run began, to its bytes."""
+        """Maps every file that was in the folder when the run began to its size in bytes."""
         return dict(self.location.files())
 
     def found(self, kind: str, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -84,7 +84,7 @@ class Work:
         return record if whole else None
 
     def made_with(self, versions: dict[str, str]) -> None:
-        """Records the versions of the libraries for this work; logs a warning if an earlier run had other versions."""
+        """Records the versions of the libraries that this work uses. Logs a warning if an earlier run used other versions."""
         place = self.location.join(NOTES, "libraries.json")
         try:
             before = json.loads(place.read())

@@ -3,8 +3,8 @@
     from heliostat.tune.driver import tune
     result = tune(Path("jobs/sweeps/quickstart.yaml"))
 
-To resume, heliostat needs only the sweep's folder (`trial_record`). While the sweep runs, Ray Tune keeps its own state in `ray/`
-in this folder. heliostat never reads this state, and deletes it at the end.
+To resume a sweep, heliostat needs only the sweep's folder (`trial_record`). While the sweep runs, Ray Tune keeps its own state in
+the subfolder `ray/`. heliostat never reads this state, and deletes it at the end.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def tune(
 
 
 def _same(plan: SweepPlan, before: KeptTrial) -> SweepPlan:
-    """Raises ConfigError if a resumed sweep differs from the recorded sweep. Budget, concurrency, and registration may differ.
+    """Raises ConfigError if a resumed sweep differs from the recorded sweep. The budget, the concurrency, and the registration of
+    the model may differ.
 
     Returns the plan. If the plan's job doesn't set a key of `spec.BEFORE_KEYS`, the plan gets the recorded job's value. So all
     trials follow the same rules.
@@ -246,7 +247,7 @@ class _Tuning:
         }  # fmt: skip
 
     def _finalize(self, parent: Parent, result: SweepResult, all_records: list[TrialRecord]) -> None:
-        """Exports the best trial's model, logs it to the trial's run, and registers it if the job configures that."""
+        """Exports the best trial's model and logs it to the trial's run. If the job says so, registers the model."""
         best = records.best(all_records, self.plan.sweep.mode)
         if best is None or not self.plan.sweep.register_best:
             return
@@ -268,10 +269,11 @@ def _best(plan: SweepPlan, best: TrialRecord | None) -> BestTrial | None:
 
 
 def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:
-    """Counts the trials that can run concurrently with all their workers placed. Trials with only some workers placed would wait
-    for each other.
+    """Counts the trials that can run concurrently if all workers of each trial have a place. Trials of which only some workers
+    have a place would wait for each other.
 
-    Each trial also needs a CPU for its data task, and on one node the CPU of its actor. `free`: free resources by node.
+    In addition to its workers, each trial needs a CPU for its data task, and the CPU of its actor on one node. `free`: free
+    resources by node.
     """
     nodes = [{"CPU": r.get("CPU", 0.0), "GPU": r.get("GPU", 0.0)} for r in free.values()]
     aside, count = FETCHING + TRIAL_CPUS, 0
@@ -286,8 +288,8 @@ def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:
 
 
 def here(workers: Workers, cores: int) -> int:
-    """Counts the trials that fit on this machine's `cores`, at least 1, if the sweep starts Ray itself. Returns 1 if workers need
-    GPUs.
+    """Counts the trials that fit on this machine's `cores`, for a sweep that starts Ray itself. Returns at least 1. Returns 1 if
+    workers need GPUs.
 
     The count ignores data tasks, because they mostly wait.
     """

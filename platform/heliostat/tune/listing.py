@@ -54,13 +54,14 @@ def sweeps(storage: Location) -> list[SweepRow]:
 
 
 def running(folder: Location) -> bool:
-    """Returns whether a live driver holds the sweep's lease. Waits for a sign of life from a driver on another machine."""
+    """Returns whether a live driver holds the sweep's lease. If the driver is on another machine, waits for a sign of life from
+    it."""
     number = lease.newest_number(folder)
     return number > 0 and lease.holder(folder, number) is not None
 
 
 def find(sweep: str, storage: str) -> Location:
-    """Finds a sweep's folder, given the folder itself or the sweep's name; ConfigError if there is no such sweep."""
+    """Finds a sweep's folder. `sweep`: the folder itself, or the sweep's name. Raises ConfigError if there is no such sweep."""
     named = [Location(storage).join(sweep)] if is_inside(sweep) else []
     for folder in (Location(sweep), *named):
         if folder.join("sweep.json").exists():
@@ -113,7 +114,7 @@ def progress(folder: Location) -> tuple[int, int]:
 def stop(folder: Location) -> None:
     """Requests a stop and waits until the sweep has stopped.
 
-    ConfigError if the sweep isn't running; HeliostatError if it doesn't stop within STOP_S seconds.
+    Raises ConfigError if the sweep isn't running, HeliostatError if it doesn't stop within STOP_S seconds.
     """
     if not running(folder):
         raise ConfigError(f"{folder}: isn't running, so there is nothing to stop")
@@ -128,7 +129,7 @@ def stop(folder: Location) -> None:
 def best_job(folder: Location) -> dict[str, object]:
     """Builds the job of the best trial, named SWEEP-best: the base job with the best parameters, as plain data.
 
-    ConfigError if no trial has finished.
+    Raises ConfigError if no trial has finished.
     """
     plan, _ = read(folder)
     best = records.best(records.read(folder), plan.sweep.mode)

@@ -1,8 +1,8 @@
 """Writes the sweep's own MLflow run from the driver's process. This run is the parent of the trials' runs.
 
 Each trial writes its own run. The parent run contains the sweep's file, the table of trials, the plots, PBT's lineage, and the
-best model. If MLflow is busy or unreachable, calls are retried for AWAY_S seconds. If it stays unreachable, the next `heliostat
-sweep run --resume` writes the missing parts.
+best model. If MLflow is busy or unreachable, calls are retried for AWAY_S seconds. If MLflow stays unreachable, the next
+`heliostat sweep run --resume` writes the missing parts.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Parent:
         self._do(lambda: self.client.update_run(self.run_id, status="RUNNING"))
 
     def _do(self, action: Callable[[], T]) -> T:
-        """Runs an action, and retries it while MLflow fails, because other processes write to the same store. TrackingError after
-        AWAY_S seconds."""
+        """Runs an action. If MLflow fails, retries the action, because other processes write to the same store. Raises
+        TrackingError after AWAY_S seconds."""
 
         def give_up(failure: FailedAttempts) -> NoReturn:
             raise TrackingError(f"mlflow.uri: {self.uri} failed ({brief(failure.error)})") from failure.error
@@ -80,7 +80,7 @@ class Parent:
         """Sets the MLflow status and tags of each trial's run from the trial's record, because a trial whose process died
         couldn't set them.
 
-        Also writes the run ids into the records.
+        Writes the ids of these MLflow runs into the records.
         """
         for trial in records:
             known = record(self.trial(trial))

@@ -1,9 +1,9 @@
 """Suggests PB2's next hyperparameters: the values with the highest upper confidence bound of a Gaussian process.
 
-The process models the metric's gain per step in all intervals of the population (Parker-Holder et al. 2020, arXiv 2002.02518).
-Ray Tune implements the process, its kernel, and the search for the maximum. The kernel gives old intervals less weight. The
-intervals come from the trials' records, so a resumed sweep has the same data. Each value is scaled from its range to [0, 1], on a
-logarithmic scale if the range is logarithmic.
+The Gaussian process models the metric's gain per step in all intervals of the population (Parker-Holder et al. 2020, arXiv
+2002.02518). Ray Tune implements this process, its kernel, and the search for the maximum. The kernel gives old intervals less
+weight. The intervals come from the trials' records, so a resumed sweep has the same data. Each value is scaled from its range to
+[0, 1], on a logarithmic scale if the range is logarithmic.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Interval(NamedTuple):
 
 
 def intervals(records: list[TrialRecord]) -> list[Interval]:
-    """Lists the intervals of all trials, ordered by their last steps. The first interval after a clone starts at the donor's last
-    report. The trial's earlier intervals don't change."""
+    """Lists the intervals of all trials, ordered by their last steps. If a trial was cloned, its next interval starts at the
+    donor's last report. The trial's intervals from before the clone don't change."""
     by_number = {r.number: r for r in records}
     return sorted((i for r in records for i in _of(r, by_number)), key=lambda i: i.step)
 
@@ -56,7 +56,7 @@ def suggest(
 ) -> Params | None:
     """Suggests hyperparameters for a trial that clones `donor` at `step`; None if the donor has fewer than two reports.
 
-    Takes into account the trials that have already cloned at this step, so that they don't all get the same values.
+    Takes into account the trials that have already cloned at this step, so that not all of these trials get the same values.
     """
     from ray.tune.schedulers.pb2 import _select_config
 

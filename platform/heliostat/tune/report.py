@@ -46,8 +46,8 @@ def columns(rows: list[Row]) -> list[str]:
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
-    """Formats the rows as text, after a row of column names. Column names are only the last parts of keys, if all last parts
-    differ."""
+    """Formats the rows as text, after a row of column names. If the last parts of all keys differ, the column names are only
+    these last parts."""
     names = [c for c in columns(rows) if c not in ("run_id", "steps", "reason")]
     short = {n: n.rpartition(".")[2] for n in names}
     if len(set(short.values())) < len(names):
@@ -67,7 +67,7 @@ def _cell(row: Row, name: str) -> str:
 def figures(plan: SweepPlan, records: list[TrialRecord]) -> dict[str, Figure]:
     """Plots each trial's curve, and parallel coordinates of the parameters and the metric.
 
-    Returns the figures by file name; none if no trial has reported.
+    Returns the figures by file name; an empty mapping if no trial has reported.
     """
     reported = [r for r in records if r.reports]
     if not reported:

@@ -1,8 +1,9 @@
 """Extends Ray Tune's schedulers, which decide whether a paused trial continues, ends, or clones another trial.
 
-The extended schedulers also use the trials of earlier commands, and start only as many trials as the cluster has room for. On
-resume, ASHA, HyperBand, and median stopping receive the recorded reports in their original order. PBT and PB2 are synchronous:
-all trials pause after the same step. Then the worst trials clone the best trials from heliostat's checkpoints.
+The extended schedulers take the trials of earlier commands into account, and start only as many trials as the cluster has room
+for. On resume, ASHA, HyperBand, and median stopping receive the recorded reports in their original order. PBT and PB2 are
+synchronous: all trials pause after the same step. Then the worst trials become clones of the best trials, from heliostat's
+checkpoints.
 """
 
 from __future__ import annotations
@@ -205,7 +206,8 @@ class Pbt(Within, PopulationBasedTraining):
 
 
 class Pb2(Pbt):
-    """Implements PB2: PBT that chooses the next values with a model of the population's gains so far."""
+    """Implements PB2, which is PBT with another choice of the next values: PB2 chooses them with a model of the population's
+    gains so far."""
 
     def _near(self, donor: TrialRecord, step: int, rng: np.random.Generator) -> Iterator[Params]:
         sweep = self.watched.plan.sweep

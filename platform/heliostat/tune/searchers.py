@@ -1,8 +1,8 @@
 """Chooses the next trial for Ray Tune from the sweep's records, so that a resumed sweep neither repeats nor loses a trial.
 
-A random trial depends only on the seed and its number, and a grid trial only on its number. Optuna gets the result of every trial
-that has ended, including those of earlier commands. Tune gets only as many trials as the cluster has room for. So no trial waits
-with only some of its workers placed.
+A random trial depends only on the seed and the trial's number, and a grid trial depends only on the trial's number. Optuna gets
+the result of every trial that has ended, including those of earlier commands. Tune gets only as many trials as the cluster has
+room for. So no trial waits while only some of its workers have a place.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Grid:
 
 
 class Optuna:
-    """Searches with Tune's OptunaSearch (TPE sampler). A trial depends on the seed, and on the results so far, including their
+    """Searches with Tune's OptunaSearch (TPE sampler). A trial's values depend on the seed, and on the results so far and their
     order."""
 
     def __init__(self, sweep: Sweep) -> None:
@@ -108,8 +108,8 @@ def _distribution(domain: Domain) -> BaseDistribution:
 
 
 class Trials(SearchAlgorithm):
-    """Supplies trials to Tune while the cluster's room and the budget allow it: first the unfinished trials of earlier commands,
-    then new trials."""
+    """Supplies trials to Tune while the cluster has room and the budget suffices: first the unfinished trials of earlier
+    commands, then new trials."""
 
     def __init__(self, state: SweepState, searcher: Searcher) -> None:
         self.state, self.searcher = state, searcher
@@ -139,7 +139,7 @@ class Trials(SearchAlgorithm):
         return _create_trial_from_spec(spec, self._parser, evaluated_params={}, experiment_tag=name, trial_id=name)
 
     def _record(self) -> TrialRecord | None:
-        """Returns the next trial's record; None if there is no next trial, or none yet."""
+        """Returns the next trial's record; None if there are no more trials, or if the next trial can't start yet."""
         if self._waiting:
             return self.state.records[self._waiting.pop(0)]
         most = self.state.plan.trials

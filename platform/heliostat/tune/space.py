@@ -120,7 +120,7 @@ def holds(domain: Domain, params: Params) -> bool:
 
 
 def draw(space: Space, seed: int, number: int) -> Params:
-    """Draws the parameters of a random trial. They depend only on the space, the seed, and the trial's number."""
+    """Draws the parameters of a random trial. These parameters depend only on the space, the seed, and the trial's number."""
     rng, params = np.random.default_rng([seed, number]), Params()
     for key, domain in space.items():
         value = sample(domain, rng)  # drawn even if it isn't used, so that a condition doesn't change later keys' values
@@ -159,7 +159,7 @@ def number(value: object) -> float:
 
 
 def grid(space: Space) -> list[Params]:
-    """Lists every combination of the listed values once. The last key changes fastest."""
+    """Lists every combination of the listed values once. From one combination to the next, the last key's value changes first."""
     return _combinations(space, {key: domain.values for key, domain in space.items()})
 
 

@@ -52,7 +52,7 @@ class SweepState:
         return self.records[int(trial_id.rpartition("-")[2])]
 
     def busy(self) -> int:
-        """Counts the trials that have workers, or will soon get them."""
+        """Counts the trials that have workers, or will soon get workers."""
         return sum(t.status in ("PENDING", "RUNNING") for t in self.trials)
 
     def live(self) -> bool:
@@ -100,8 +100,8 @@ class SweepState:
             self._keep(record)
 
     def record_result(self, trial_id: str, result: Result) -> None:
-        """Updates a trial's record from a result: the step, the scores after an evaluation, and the outcome at the trial's
-        end."""
+        """Updates a trial's record from a result: the step, after an evaluation the scores, and at the trial's end the
+        outcome."""
         record = self.of(trial_id)
         step = int(result["step"])
         record.step = max(record.step, step)
@@ -137,7 +137,8 @@ class SweepState:
         self._keep(record)
 
     def tick(self) -> None:
-        """Adds to the running time of trials, and stops the sweep if the budget is used up. Call it about once per second."""
+        """Adds the time since the last call to the running time of trials. Stops the sweep if the budget is used up. Call it
+        about once per second."""
         now = time.monotonic()
         for trial in self.trials:
             record = self.of(trial.trial_id)
@@ -179,8 +180,8 @@ class SweepState:
         return sum(r.seconds for r in self.records.values()) / 3600 * workers["gpus"] * workers["count"]
 
     def affords_another(self) -> bool:
-        """Returns whether the token budget suffices for another complete trial, if all running trials also train to their last
-        step."""
+        """Returns whether the token budget suffices for another complete trial, in addition to training all running trials to
+        their last step."""
         limit = self.plan.sweep.budget.tokens
         if limit is None:
             return True

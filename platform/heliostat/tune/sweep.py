@@ -1,8 +1,8 @@
 """Reads the sweep file (docs/tuning.md): base job, search space over its keys, metric, budget, searcher, and scheduler.
 
 `load` also checks the sweep before anything starts. It rejects unknown keys, empty ranges, and a metric that the job doesn't
-report. It also rejects corners of the space that aren't valid jobs, rungs without an evaluation, and a budget too small for one
-trial.
+report. It rejects, too, corners of the space that aren't valid jobs, rungs without an evaluation, and a budget that is too small
+for one trial.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class Sweep(Strict):
 
 
 def renamed_keys(raw: dict[str, Any]) -> dict[str, Any]:
-    """Replaces old names of job keys in a sweep's file or record; ValueError if the file has both names of a key."""
+    """Replaces old names of job keys in a sweep's file or record; raises ValueError if the file has both the old and the new name
+    of a key."""
     for key in (key for key in ("set", "space") if isinstance(raw.get(key), dict)):
         new = {renamed_path(Job, str(path)): part for path, part in raw[key].items()}
         if len(new) < len(raw[key]):
@@ -174,7 +175,7 @@ def settings(params: Params) -> list[str]:
 
 
 def holds(sweep: Sweep, job: Job, number: int) -> list[int]:
-    """Lists the steps after which the trial with this number pauses for the scheduler, without the trial's last step."""
+    """Lists the steps after which the trial with this number pauses for the scheduler. Leaves out the trial's last step."""
     scheduler, steps = sweep.scheduler, job.train.steps
     if scheduler.halves:
         assert scheduler.grace is not None
@@ -190,8 +191,8 @@ def holds(sweep: Sweep, job: Job, number: int) -> list[int]:
 
 
 def brackets(sweep: Sweep, steps: int) -> int:
-    """Counts the sweep's brackets. HyperBand has one bracket per rung, and one bracket without rungs. Other schedulers have one
-    bracket."""
+    """Counts the sweep's brackets. HyperBand has one bracket per rung, and one more bracket, which has no rungs. Other schedulers
+    have one bracket."""
     scheduler = sweep.scheduler
     if scheduler.name != "hyperband":
         return 1
@@ -336,8 +337,8 @@ def _hold_faults(sweep: Sweep, base: Job) -> list[str]:
 
 
 def _check_corners(plan: SweepPlan, where: str) -> None:
-    """Checks that every corner of the space is a valid job for its recipe. If trials clone each other, also checks that
-    checkpoints fit."""
+    """Checks that every corner of the space is a valid job for its recipe. If trials clone each other, checks that a trial can
+    load the checkpoints of the others."""
     seen: set[str] = set()
     kept: dict[tuple[str, ...], str] = {}
     for params in spaces.corners(plan.sweep.space):
@@ -352,7 +353,8 @@ def _check_corners(plan: SweepPlan, where: str) -> None:
 
 
 def _check_drawn(plan: SweepPlan, where: str) -> None:
-    """Checks that each of the first ALL random trials is a valid job, because values between the corners may be invalid, too."""
+    """Checks that each of the first ALL random trials is a valid job, because values between the corners may be invalid even if
+    the corners are valid."""
     if plan.sweep.searcher.name == "random" and plan.trials:
         seen: set[str] = set()
         for number in range(min(plan.trials, spaces.ALL)):

@@ -45,8 +45,8 @@ class Transfer:
 
 
 def optimum(points: dict[float, float], mode: str = "min") -> float:
-    """Estimates the best learning rate from the score of each rate. It is the vertex of a parabola (in log rate) through the best
-    rate and its two neighbors. If the best rate is the lowest or the highest, returns this rate."""
+    """Estimates the best learning rate from the score of each rate. The estimate is the vertex of a parabola (in log rate)
+    through the best of these rates and its two neighbors. If the best rate is the lowest or the highest, returns this rate."""
     sign = 1.0 if mode == "min" else -1.0
     rates = sorted(points)
     best = min(range(len(rates)), key=lambda i: sign * points[rates[i]])
@@ -86,7 +86,7 @@ def _models(plan: SweepPlan) -> list[dict[str, Any]]:
 
 
 def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> tuple[Transfer, Path]:
-    """Writes the big job, with the extrapolated learning rate, to `STEM-transferred.yaml` next to `file`.
+    """Writes the big job, with the extrapolated learning rate, to `STEM-transferred.yaml` in the folder of `file`.
 
     Returns the transfer and the path of the new file. ConfigError if no trial has finished.
     """

@@ -1,9 +1,9 @@
 """Runs a trial for Ray Tune: a heliostat run (`train_with_hooks`), with its own workers, in a thread of Tune's actor.
 
 `step` returns when the run pauses for the scheduler or ends. Otherwise it returns the current step after one second. The next
-`step` lets a paused run continue. `cleanup` ends a paused run immediately, and a running run after a checkpoint. It returns when
-the run's workers, actors, and placement group no longer exist. A trial always resumes from its run's folder. Tune's own
-checkpoint contains only the step, and heliostat doesn't load it.
+`step` lets a paused run continue. `cleanup` ends a paused run immediately, and a running run after a checkpoint. `cleanup`
+returns when the run's workers, actors, and placement group no longer exist. A trial always resumes from its run's folder. Tune's
+own checkpoint contains only the step, and heliostat doesn't load it.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class Trial(tune.Trainable):
             self._events.put(Over(ended="failed", reason=f"{type(e).__name__}: {e}"))
 
     def _lease(self) -> Lease:
-        """Takes the run's lease. Waits up to ALONE_S for a dead driver's lease, because Ray ends the driver's processes with a
-        delay."""
+        """Takes the run's lease. If a dead driver still has the lease, waits up to ALONE_S seconds, because Ray ends that
+        driver's processes with a delay."""
         from heliostat.storage import lease
 
         deadline = time.monotonic() + ALONE_S
@@ -148,8 +148,8 @@ class Trial(tune.Trainable):
             self._events.put(event)
 
     def _next(self) -> Result:
-        """Builds the next result for Tune from the run's next event. If there is no event for BEAT_S, builds it from the run's
-        step."""
+        """Builds the next result for Tune from the run's next event. If there is no event for BEAT_S seconds, builds the result
+        from the run's current step."""
         try:
             event = self._events.get(timeout=BEAT_S)
         except queue.Empty:
@@ -182,8 +182,8 @@ def clone(wanted: Clone, run: Location) -> bool:
     already exists.
 
     The checkpoint's step becomes the run's step, and all trials of a PBT sweep have the same data plan. So the clone continues
-    with the samples that follow the donor's. The donor's receipts up to the step are copied, so `heliostat run verify` succeeds
-    for the clone.
+    with the samples that come after the donor's samples. The donor's receipts up to the step are copied, so `heliostat run
+    verify` succeeds for the clone.
     """
     if (read_json(run.join(run_folder.CLONE), CLONE) or {}).get("id") == wanted["id"]:
         return False

@@ -1,4 +1,4 @@
-"""Defines a sweep's files in storage: plain JSON in STORAGE/SWEEP. Resuming and reading a sweep need only these files.
+"""Defines a sweep's files in storage: plain JSON in STORAGE/SWEEP. To resume or read a sweep, heliostat needs only these files.
 
     sweep.json                the sweep, its base job, and its MLflow run
     records/trial-0003.json   a trial: parameters, status, reports, clones
@@ -42,7 +42,8 @@ def renamed_params(params: Params) -> Params:
 @closed
 @dataclass
 class TrialRecord:
-    """Describes one trial. `status`: waiting, running, paused, stopped (a resume continues it), finished, pruned, or failed."""
+    """Describes one trial. `status`: waiting, running, paused, stopped (it continues if the sweep is resumed), finished, pruned,
+    or failed."""
 
     number: int
     params: Params
