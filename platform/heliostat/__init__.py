@@ -4,7 +4,8 @@
     run = heliostat.train(job)
     print(run.losses()[100], run.verify()["ok"])
 
-docs/python-api.md describes every name. `import heliostat` is fast, because the first use of a name imports the name's module.
+docs/python-api.md describes every name. `import heliostat` is fast, because a name's module is imported only when the name is
+first used.
 """
 
 import importlib
@@ -34,7 +35,8 @@ __all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datase
 class _Earlier:
     """Finds public modules under their earlier paths, so that existing recipes and pipelines still import.
 
-    It doesn't subclass `importlib.abc.MetaPathFinder`, because importing that would double the import time of heliostat.
+    This class doesn't subclass `importlib.abc.MetaPathFinder`, because importing `importlib.abc` would double the import time of
+    heliostat.
     """
 
     paths: ClassVar = {

@@ -1,12 +1,12 @@
-"""Defines every error that heliostat raises on purpose. An error has one line for the user, and the chained cause for the
-engineer.
+"""Defines every error that heliostat raises on purpose. An error has a message of one line for the user, and the chained cause
+for the engineer.
 
 Exit codes: 2 if the user must change something first (the command, a file, a dataset's path, credentials), 130 if the run was
 stopped on request, 1 for everything else.
 
-The command line prints this line and exits with `exit_code`. A traceback means a bug. All errors can be pickled, because Ray
-workers send them to the driver. So their `args` contain everything: the message, and the facts for the driver. No message shows
-the password of a URI.
+The command line prints the message and exits with `exit_code`. If a user sees a traceback, this is a bug. All errors can be
+pickled, because Ray workers send them to the driver. So their `args` contain everything: the message, and the facts for the
+driver. No message shows the password of a URI.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,11 +43,11 @@ class StorageError(HeliostatError):
 
 
 class AccessError(StorageError):
-    """Reports that the store denies access, has no such bucket, or has no room for a folder. Until this changes, a retry by the
-    same process is useless.
+    """Reports that the store denies access, has no such bucket, or has no room for a folder. Until this is fixed, every other
+    attempt of the same process fails too.
 
     `place`: the URI of the file or folder. `node`: the id of the Ray node whose access was denied, by default the node of this
-    process (`this_node`). Both are empty if they aren't known.
+    process (`this_node`). A field is empty if its value isn't known.
     """
 
     exit_code = 2
@@ -97,7 +97,7 @@ class LossSpikeError(HeliostatError):
     """Reports that the loss of a step is far above the usual loss. The run resumes from an earlier checkpoint and skips the
     step's samples.
 
-    `step` counts from 0; the message counts from 1, like everything that users read.
+    `step` counts from 0. The message counts steps from 1, as all texts for users do.
     """
 
     def __init__(self, message: str, step: int) -> None:
@@ -108,8 +108,8 @@ class LossSpikeError(HeliostatError):
 class CorruptionError(HeliostatError):
     """Reports that some workers computed different bits from the same samples and weights (`train.sdc_check`).
 
-    `nodes`: the nodes of these workers; one or all of the nodes are at fault. `agreed`: the number of steps up to which the
-    results of all workers were equal.
+    `nodes`: the nodes of these workers. The fault is on one of these nodes, or on all of them. `agreed`: the number of steps up
+    to which the results of all workers were equal.
     """
 
     def __init__(self, message: str, nodes: list[str], agreed: int) -> None:
@@ -126,14 +126,14 @@ class TrainingError(HeliostatError):
 class WorkerError(TrainingError):
     """Reports that a worker raised an error that isn't one of heliostat's errors: in a recipe, a library, or heliostat's code.
 
-    `rank`: the rank of the worker with the original error, if all workers raise this error.
+    `rank`: if all workers raise this error, the rank of the worker that had the original error.
     """
 
     rank: int | None = None
 
 
 class PeerLostError(TrainingError):
-    """Reports that a worker ended because another worker had failed. So this error is never the cause."""
+    """Reports that a worker ended because another worker had failed. So this error is never the cause of a failure."""
 
 
 class DeviceError(TrainingError):
@@ -149,7 +149,7 @@ class PlacementError(TrainingError):
 
 
 class LeaseError(HeliostatError):
-    """Reports that another driver has taken over the run, so this one must not write to it."""
+    """Reports that another driver has taken over the run, so this driver must not write to the run anymore."""
 
 
 class StoppedError(HeliostatError):
@@ -172,7 +172,8 @@ class TrackingError(HeliostatError):
 
 @contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Puts the file or folder at fault before an error's message, unless the message contains it."""
+    """Within the context, puts the name of the file or folder with the fault before an error's message, unless the message
+    already contains it."""
     try:
         yield
     except HeliostatError as e:
@@ -184,7 +185,7 @@ def naming(where: object) -> Iterator[None]:
 
 @contextmanager
 def unwrapped() -> Iterator[None]:
-    """Raises the original error of a task without Ray's wrapper, if it is a HeliostatError."""
+    """Within the context, if a task fails with a HeliostatError, raises this original error without Ray's wrapper."""
     try:
         yield
     except Exception as e:

@@ -1,5 +1,5 @@
-"""Maps optional modules to the extras that install them. For a missing module, the error is one line with the command that
-installs it.
+"""Maps optional modules to the extras that install them. If a module is missing, the error is one line with the command that
+installs the module.
 
     require("images", "diffusers", what="recipe: TextToImage")     # before anything expensive starts
 
@@ -65,7 +65,7 @@ def _shown(path: Path) -> str:
 
 
 def bringing(module: str) -> str | None:
-    """Finds the extra that installs a module or its package; None if no extra does."""
+    """Finds the extra that installs a module or its package; None if no extra installs them."""
     return next((extra for extra, brought in _pairs() if module == brought or module.startswith(f"{brought}.")), None)
 
 

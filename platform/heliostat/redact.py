@@ -89,15 +89,15 @@ SETTINGS = ("", ".cfg", ".conf", ".env", ".ini", ".json", ".properties", ".sh", 
 def secret_lines(lines: list[str], settings: bool) -> set[int]:
     """Finds the numbers, from 0, of the lines that contain a secret.
 
-    `settings`: whether the file's suffix is in SETTINGS. Then any value of a key with a secret-like name counts, including its
-    continuation lines. In code, only a literal counts.
+    `settings`: whether the file's suffix is in SETTINGS. In such a file, any value counts if its key's name suggests a secret,
+    including the value's continuation lines. In code, only a literal counts.
     """
     secret = {i for i, line in enumerate(lines) if hide(line, settings) != line} | _keys(lines)
     return secret | (_continued(lines) | _environment(lines) if settings else set())
 
 
 def hide(line: str, settings: bool) -> str:
-    """Hides the secrets in a line. It can't find secrets that continue from earlier lines."""
+    """Hides the secrets in a line. Can't find a secret that began on an earlier line."""
     line = redact(line)
     if not settings:
         return LITERAL.sub(rf"\1{HIDDEN}", line)
@@ -132,7 +132,8 @@ def _keys(lines: list[str]) -> set[int]:
 
 
 def _continued(lines: list[str]) -> set[int]:
-    """Finds the numbers of the lines that continue a key's value: lines with more indentation, and plain items of a list."""
+    """Finds the numbers of the lines that continue the value of a key with such a name: lines with more indentation than the key,
+    and plain items of a list."""
     numbers = set[int]()
     for i, line in enumerate(lines):
         values = _values(line)
@@ -150,7 +151,8 @@ def _continued(lines: list[str]) -> set[int]:
 
 
 def _environment(lines: list[str]) -> set[int]:
-    """Finds each `value` line next to a `name` that suggests a secret. This is Kubernetes' form of environment variables."""
+    """Finds each `value` line next to a `name` line whose name suggests a secret. Kubernetes files have environment variables in
+    this form."""
     numbers = set[int]()
     for i, line in enumerate(lines):
         if ENVIRONMENT.match(line):

@@ -34,7 +34,7 @@ class Was:
 
 
 class Strict(BaseModel):
-    """Rejects unknown keys and values of a wrong type. Only integers are converted, to floats."""
+    """Rejects unknown keys and values of a wrong type. The only conversion is from integers to floats."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
 
@@ -68,7 +68,8 @@ def old_names(model: type[BaseModel]) -> dict[str, str]:
 def renamed(model: type[BaseModel], raw: Any, at: str = "", into: dict[str, str] | None = None) -> Any:
     """Replaces old names of keys in a file's content, unless the file has both names.
 
-    `at`: the path of `raw` in the file, with a final dot. `into`: receives old path -> new path of each replaced key.
+    `at`: the path of `raw` in the file, with a final dot. `into`: a mapping that gets the old path -> new path of each replaced
+    key.
     """
     if isinstance(raw, list):
         return [renamed(model, part, f"{at}{i}.", into) for i, part in enumerate(raw)]
@@ -100,7 +101,7 @@ def _below(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
 
 
 def _number(value: object) -> object:
-    """Converts a string that is a number. YAML 1.1 reads 1e-3, which has no dot, as a string."""
+    """Converts a string to the number in it. YAML 1.1 reads 1e-3, which has no dot, as a string."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -164,7 +165,7 @@ def _broken(error: Exception) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file that contains one mapping; ConfigError for any other content."""
+    """Reads a YAML file that contains one mapping. Raises ConfigError for any other content."""
     sections = documents(path)
     if len(sections) > 1:
         raise ConfigError(f"{path}: contains {len(sections)} documents. Remove everything from the second `---`")
@@ -224,7 +225,7 @@ def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | Non
 
 
 def _copied(tree: Any) -> Any:
-    """Copies a tree. Each repetition of a part (in YAML, & and *) is a separate copy, so a setting changes only one of them."""
+    """Copies a tree. Each repetition of a part (in YAML, & and *) is a separate copy, so a setting changes only one copy."""
     if isinstance(tree, dict):
         return {key: _copied(value) for key, value in tree.items()}
     return [_copied(value) for value in tree] if isinstance(tree, list) else tree
@@ -238,9 +239,9 @@ def _index(setting: str, key: str, items: list[object]) -> int:
 
 
 def walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[int | str]]:
-    """Finds the model with the path's last part as a field, and the path as it is in the file.
+    """Returns the model of which the path's last part is a field, and the path as it is in the file.
 
-    Follows nested models, lists, dictionaries, and unions. The file's path lacks the tags that pydantic inserts for unions.
+    Follows nested models, lists, dictionaries, and unions. The returned path has no tags, which pydantic inserts for unions.
     """
     current: object = model
     owner, shown = None, list[int | str]()
@@ -330,7 +331,7 @@ def _literals(annotation: object) -> list[object]:
 
 
 def require_whole(model: type, key: str) -> None:
-    """Raises ConfigError, which begins with the key, if a class lacks methods that its base class requires."""
+    """Raises ConfigError, which begins with the key, if a class doesn't implement all methods that its base class requires."""
     if missing := sorted(getattr(model, "__abstractmethods__", ())):
         raise ConfigError(
             f"{key}: {model.__module__}:{model.__qualname__} lacks {', '.join(missing)}. Implement what the base class requires"
@@ -352,8 +353,8 @@ def load(model: type[M], kind: str, path: Path, settings: list[str] | None = Non
 
 
 def read(model: type[BaseModel], kind: str, path: Path, settings: list[str] | None = None) -> dict[str, Any]:
-    """Reads a file of a kind, applies settings, and replaces old names of keys. It logs each old name once per file.
-    ConfigError for a file of a different kind."""
+    """Reads a file of a kind, applies settings, and replaces old names of keys. Logs each old name once per file. ConfigError for
+    a file of a different kind."""
     raw, changes = read_yaml(path), dict[str, str]()
     require_kind(kind, path, raw)
     raw = renamed(model, raw, into=changes)
@@ -392,7 +393,7 @@ def kind_of(raw: object) -> str | None:
 
 
 def require_kind(wanted: str, path: Path, raw: object) -> None:
-    """Raises ConfigError, with the right command, if a file has the keys of a kind other than `wanted`."""
+    """Raises ConfigError, with the right command, if a file's keys are those of a kind other than `wanted`."""
     other = kind_of(raw)
     if other and other != wanted and isinstance(raw, dict) and not raw.keys() & set(KIND_KEYS[wanted]):
         command = KIND_COMMANDS[other].format(path)

@@ -19,7 +19,8 @@ def duration(seconds: float) -> str:
 def fit(parts: list[tuple[int, str]], width: int, gap: str = "  ") -> str:
     """Joins texts to one line of at most `width` characters. `parts`: pairs (rank, text).
 
-    If the line is too long, texts with the highest rank are omitted first. The first text always stays, and is cut if necessary.
+    If the line is too long, leaves out the text with the highest rank first. The first text always stays, and is shortened if
+    necessary.
     """
     kept = [(rank, text) for rank, text in parts if text]
     while len(kept) > 1 and len(gap.join(text for _, text in kept)) > width:

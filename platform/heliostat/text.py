@@ -30,9 +30,9 @@ NAME_FAULT = "isn't a valid name. Use up to 100 letters, digits, '.', '_' and '-
 
 
 def printable(text: str, lines: bool = False) -> str:
-    """Escapes all characters that move a terminal's cursor, color text, or reverse the text direction.
+    """Escapes all characters that move a terminal's cursor, change the color of text, or reverse the direction of text.
 
-    `lines`: keeps line breaks and tabs.
+    `lines`: whether to keep line breaks and tabs.
     """
     return UNSAFE.sub(lambda match: match[0] if lines and match[0] in "\n\t" else _escape(match[0]), text)
 
@@ -57,7 +57,7 @@ def brief(text: object, longest: int = LONGEST) -> str:
 def nearest(word: str, choices: list[str]) -> str:
     """Suggests the most similar choice as `. Did you mean 'x'?`.
 
-    If no choice is similar, lists all choices. Returns "" for more than 30 choices, or for an empty list.
+    If no choice is similar, lists all choices instead. Then returns "" if there are more than 30 choices, or none.
     """
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:
@@ -91,5 +91,6 @@ def absent(key: str, example: str = UNKNOWN) -> str:
 
 
 def listed(where: str, lines: list[str]) -> str:
-    """Joins faults to one message. A single fault follows `where` on the same line. Several faults are on the lines below."""
+    """Joins faults to one message. A single fault follows `where` on the same line. Several faults are on the lines below
+    `where`."""
     return f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])

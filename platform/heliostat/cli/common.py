@@ -1,6 +1,6 @@
-"""Defines what commands share: the application with which they register, standard output, and the printing of results.
+"""Defines what commands share: the application in which they are registered, the standard output, and how they print results.
 
-`command` registers a command. A reporting command prints its result as text to `out`, and ends with `finish`. With `--json`,
+`command` registers a command. A command that reports prints its result as text to `out`, and ends with `finish`. With `--json`,
 `out` prints nothing, and `finish` prints the result as one JSON object.
 """
 
@@ -43,7 +43,7 @@ for _name, _help in groups.GROUPS.items():
 
 
 class Printer(Console):
-    """Prints to standard output. Text from data can't move the cursor, and markup in such text has no effect."""
+    """Prints to standard output. Text that comes from data can't move the cursor, and markup in this text has no effect."""
 
     def print(self, *objects: object, **options: Any) -> None:
         if not self.quiet:
@@ -113,8 +113,8 @@ def require_file(place: Location) -> None:
 
 
 def keys_of(place: Path | None) -> Callable[[], dict[str, str] | None]:
-    """Checks a file of API keys if it exists, and returns a function that reads the file. If the file is missing, this function
-    creates it."""
+    """If the file of API keys exists, checks the file. Returns a function that reads the file, and that first creates the file if
+    it is missing."""
     from heliostat.web import keys
 
     def known() -> dict[str, str] | None:
@@ -142,7 +142,7 @@ def print_page(url: str, place: Path) -> None:
 def program(elsewhere: bool = False) -> str:
     """Returns the words that run this program in the user's shell: its name, or its path if the program isn't on the PATH.
 
-    `elsewhere`: return the absolute path, for use in another folder.
+    `elsewhere`: whether the words must work in another folder. If so, the path is absolute.
     """
     called = sys.argv[0]
     if Path(called).name != "heliostat" or shutil.which("heliostat"):
@@ -151,7 +151,7 @@ def program(elsewhere: bool = False) -> str:
 
 
 def print_table(rows: list[list[str]], left: Collection[int] = (0,)) -> None:
-    """Prints a table, with the header first. It cuts no cell. Without a terminal, each row is one line."""
+    """Prints a table, with the header first. Never shortens a cell. Without a terminal, each row is one line."""
     for line in table_lines(rows, left, out.width if out.is_terminal else None):
         out.print(line)
 
@@ -174,7 +174,8 @@ def _lines(row: Sequence[str], widths: list[int], left: Collection[int], width: 
 
 
 def bands(widths: Sequence[int], width: int | None) -> list[tuple[int, int]]:
-    """Groups the columns into bands [begin, end). A band is one line, with as many columns as fit into `width`, at least one."""
+    """Groups the columns into bands [begin, end). In each row, a band is printed as one line. A band has as many columns as fit
+    into `width`, but at least one column."""
     columns, begin, used = list[tuple[int, int]](), 0, 0
     for i, one in enumerate(widths):
         if width is not None and i > begin and used + len(GAP) + one > width:
@@ -186,8 +187,8 @@ def bands(widths: Sequence[int], width: int | None) -> list[tuple[int, int]]:
 
 
 def store_uri(uri: str | None) -> str:
-    """Returns the URI of the MLflow store: from the option, from the environment, or the default. ConfigError if the URI isn't
-    valid."""
+    """Returns the URI of the MLflow store: from the option, from the environment, or the default. Raises ConfigError if the URI
+    isn't valid."""
     if uri and carries_secret(uri):
         raise ConfigError(
             "--mlflow: has a password, which every user of this machine can see. Set MLFLOW_TRACKING_URI instead, or "
@@ -209,14 +210,14 @@ def store_uri(uri: str | None) -> str:
 
 
 def run_folder(run: str, mlflow: str | None) -> Location:
-    """Finds the folder of a run by its id or path; ConfigError if the run doesn't exist."""
+    """Finds the folder of a run by the run's id or path. Raises ConfigError if the run doesn't exist."""
     from heliostat.tracking.models import find_run
 
     return find_run(run, store_uri(mlflow))
 
 
 def model_folder(model: str, mlflow: str | None) -> Path:
-    """Finds or downloads the folder of a model; ConfigError if the model doesn't exist."""
+    """Finds or downloads the folder of a model. Raises ConfigError if the model doesn't exist."""
     from heliostat.tracking.models import resolve
 
     return resolve(model, store_uri(mlflow))
@@ -224,7 +225,7 @@ def model_folder(model: str, mlflow: str | None) -> Path:
 
 @contextmanager
 def tracking(mlflow: str | None) -> Iterator[tuple[MlflowClient, str]]:
-    """Connects to the MLflow store; yields its client and its URI. TrackingError if a call in the `with` block fails."""
+    """Connects to the MLflow store; yields its client and its URI. Raises TrackingError if a call in the `with` block fails."""
     from heliostat.tracking import mlflow_client
 
     uri = store_uri(mlflow)
@@ -233,8 +234,8 @@ def tracking(mlflow: str | None) -> Iterator[tuple[MlflowClient, str]]:
 
 
 def write_page(to: Path, page: Callable[[], str]) -> None:
-    """Writes an HTML page to the file given by `--out`. Before it calls `page`, it raises ConfigError if the file's folder
-    doesn't exist."""
+    """Writes an HTML page to the file given by `--out`. If the file's folder doesn't exist, raises ConfigError before it calls
+    `page`."""
     if not to.absolute().parent.is_dir():
         raise ConfigError(f"--out: no such folder ({to.parent}). Create it first, or pass another path")
     text = page()
@@ -246,8 +247,8 @@ def write_page(to: Path, page: Callable[[], str]) -> None:
 
 
 def finish(result: Mapping[str, object], fault: HeliostatError | None = None) -> None:
-    """Ends a command. With `--json`, prints the result as one JSON object. If there is a `fault`, raises it with the result
-    attached."""
+    """Ends a command. With `--json`, prints the result as one JSON object. If there is a `fault`, attaches the result to this
+    error and raises the error."""
     if fault:
         fault.found = result
         raise fault

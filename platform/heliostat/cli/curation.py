@@ -139,7 +139,8 @@ def forget(
 
 
 def _ways(dataset: Manifest, id: str, mlflow: str | None) -> Report:
-    """Lists a document's position in the dataset, the kept duplicate, and the runs that trained on the document."""
+    """Reports a document's position in the dataset, the duplicate that was kept instead, and the runs that trained on the
+    document."""
     from heliostat.curation import reasons
     from heliostat.curation.text import trace as tracing
 

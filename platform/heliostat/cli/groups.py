@@ -1,7 +1,7 @@
 """Groups the commands, and translates names of earlier versions into current names.
 
 The tree has two levels: `heliostat GROUP COMMAND`. Five commands have no group. `RENAMED` and `OPTIONS` list the names of version
-0.1, which work for one more version. Each use of an old name prints a line on standard error.
+0.1. They still work in the version after 0.1. Each use of an old name prints a line on standard error.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class CommandGroup(typer.core.TyperGroup):
 
 
 def without_types(params: list[Any]) -> list[Any]:
-    """Removes the type from typer's own flags. The type would appear in the help, and its check would import pydantic."""
+    """Removes the value type from typer's own flags. Otherwise, the type would appear in the help, and checking the type would
+    import pydantic."""
     for parameter in params:
         if parameter.name in ("help", "install_completion", "show_completion"):
             parameter.metavar, parameter.default = "", False

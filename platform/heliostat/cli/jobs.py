@@ -96,7 +96,7 @@ def checked(file: Path, settings: list[str], endpoint_: Endpoint, resume: bool =
 
 
 def send(jobs: Jobs, wanted: SubmissionRecord, flags: tuple[str, ...], follow: bool) -> None:
-    """Submits a job. With `follow`, shows its log until it ends, and exits with a code for the job's outcome."""
+    """Submits a job. With `follow`, shows the job's log until the job ends, and exits with a code for the job's outcome."""
     from heliostat.submit.jobs import exit_code
 
     job_id = jobs.submit(wanted, flags)
@@ -154,7 +154,7 @@ def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> RunProgre
 
 
 def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
-    """Returns a job's state from its cluster, or from the local record if the cluster is gone."""
+    """Returns a job's state as its cluster reports it, or from the local record if the cluster no longer exists."""
     record = recorded(job_id)
     try:
         with jobs_on(cluster, record) as known:

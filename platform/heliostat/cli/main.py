@@ -116,8 +116,8 @@ def described(error: BaseException) -> DescribedCommand:
 
 
 def _nothing_more() -> None:
-    """Ensures that the result is the last line of standard output. Ray may print more text when it ends; this text goes to
-    standard error."""
+    """Ensures that the result is the last line of standard output. When Ray ends, it may print more text, and this text then goes
+    to standard error."""
     sys.stdout.flush()
     sys.stdout = sys.stderr
 
@@ -130,7 +130,8 @@ class LogLines(Formatter):
 
 
 class Terminal(logging.Handler):
-    """Prints log lines above the live progress line. Further lines of a long message are indented past the time."""
+    """Prints log lines above the live progress line. If a message has several lines, all lines after the first are indented by
+    the width of the time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,5 +163,5 @@ def start_logs(verbose: bool) -> None:
 
 
 def stamp(at: datetime, began: date) -> str:
-    """Formats a time for the terminal, with a date only if the date differs from `began`, the day on which the command began."""
+    """Formats a time for the terminal. Adds the date only if it isn't `began`, the day on which the command began."""
     return at.strftime("%H:%M:%S" if at.date() == began else STAMP)

@@ -1,6 +1,6 @@
 """Shows the next steps in a folder: `heliostat` without a command.
 
-It reads YAML files and the folders of datasets and runs. It imports no slow library, and never connects to S3.
+This module reads YAML files and the folders of datasets and runs. It imports no slow library, and never connects to S3.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class NextCommand(TypedDict):
 
 
 class FolderStatus(TypedDict):
-    """Describes a folder: its files, its datasets, the run that was active last, and the next commands."""
+    """Describes a folder: its files, its datasets, the run that was written to last, and the next commands."""
 
     folder: str
     jobs: list[str]
@@ -94,7 +94,7 @@ def lines(status: FolderStatus) -> list[str]:
 
 
 def _next(folder: Path, status: FolderStatus, jobs: list[FoundFile], pipelines: list[FoundFile]) -> list[tuple[list[str], str]]:
-    """Lists the next commands, each as the words after the program's name, with its reason."""
+    """Lists the next commands. Each command is written as the words after the program's name, with the reason for the command."""
     if not jobs and not pipelines:
         return [(["init"], "make a workspace here"), (["init", "my-workspace"], "or in a new folder")]
     if run := status["run"]:
@@ -155,7 +155,7 @@ def _has_dataset(folder: Path, place: object) -> bool:
 
 
 def _run(folder: Path, job: FoundFile) -> FolderRun | None:
-    """Reads the state of a job's run from the run's folder. None if the job has no run, or if the run is on S3."""
+    """Reads the state of a job's run from the run's folder. Returns None if the job has no run, or if the run is on S3."""
     content = job["content"]
     storage, train = content.get("storage") or STORAGE, content.get("train")
     place = Path(str(storage)) / str(content.get("name"))
@@ -197,7 +197,7 @@ def _active(run: Path) -> float:
 
 
 def _alive(leases: Path) -> bool:
-    """Returns whether the holder of the newest lease may be alive. A holder on another machine may be alive until the lease is
+    """Returns whether the holder of the newest lease may be alive. A holder on another machine counts as alive until the lease is
     released."""
     newest = max(leases.glob("*.json"), default=None)
     holder = _read(newest) if newest else {}

@@ -1,6 +1,6 @@
 """Defines options and arguments that several commands share, so that their help is written only once.
 
-Options that only one module of commands uses are defined in this module.
+An option that only one module of commands uses is defined in that module, not here.
 """
 
 from __future__ import annotations

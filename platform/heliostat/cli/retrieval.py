@@ -154,7 +154,7 @@ def _print_found(result: Report) -> None:
 
 
 def _scores(passage: Report) -> str:
-    """Formats the scores of a passage. The score by which passages are sorted comes first."""
+    """Formats the scores of a passage. The first score is the one by which passages are sorted."""
     searched = f"{passage['scored_by']} score {passage['score']:.4g}"
     if "rerank_score" not in passage:
         return searched

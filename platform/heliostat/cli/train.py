@@ -81,7 +81,7 @@ def _plain(value: object) -> str:
 
 def _show_numerics(job: Path, checked: Checked) -> tuple[Report, NumericsError | None]:
     """Compares a job's numbers with the numbers of one plain process, and prints the comparison. Returns the report, and an error
-    if they differ."""
+    if the numbers differ."""
     from heliostat.numerics import check as numerics
 
     with console.status("running some steps on two workers, and in one plain process"):
@@ -121,7 +121,7 @@ def _number(value: float) -> str:
 
 
 def explain(faults: list[Report]) -> str:
-    """Lists the differences. Differences with a known cause, and the largest, come first."""
+    """Lists the differences. Differences with a known cause come first, and so do the largest differences."""
     ordered = sorted(faults, key=lambda f: (f["step"], not f["cause"], -f["difference"]))
     more = f"\n  and {len(ordered) - SHOWN:,} more" if len(ordered) > SHOWN else ""
     return "the numbers differ from those of one plain process\n  " + "\n  ".join(f["text"] for f in ordered[:SHOWN]) + more

@@ -15,10 +15,10 @@ IGNORED = ".gitignore"  # its name is `gitignore` in the template, because packa
 
 
 def create(folder: Path) -> list[str]:
-    """Writes the workspace's files, and returns their paths in the folder. If one of the files exists, raises ConfigError before
-    any write.
+    """Writes the workspace's files, and returns their paths in the folder. If one of the files exists already, raises ConfigError
+    and writes nothing.
 
-    Adds missing lines to an existing `.gitignore`.
+    An existing `.gitignore` isn't an error: it gets the lines that are missing.
     """
     shipped = _files(files("heliostat.cli") / "template", "")
     template = {(IGNORED if path == "gitignore" else path): file for path, file in shipped}

@@ -1,8 +1,9 @@
 """Checks the keys of `train.deepspeed`. Keys that change only a step's speed or memory are supported.
 
-Keys that change a step's result are errors, with the job key to use instead. The data order, the loss, and checkpoints depend on
-the job's batch sizes, precision, and sharding, so a second value would be a contradiction. Settings without effect, such as a
-loss scale in bf16, are errors, too. Settings for a different ZeRO stage are accepted, so a job can change its stage.
+A key that changes a step's result is an error. The error names the job key to use instead. The data order, the loss, and
+checkpoints depend on the job's batch sizes, precision, and sharding, so a second value in `train.deepspeed` could contradict the
+job's value. Settings without effect, such as a loss scale in bf16, are errors, too. Settings for a different ZeRO stage are
+accepted, so a job can change its stage.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ INSTEAD = {
 
 
 def faults(job: Job) -> list[str]:
-    """Lists the faults of `train.deepspeed`: keys that aren't supported, and wrong values. One line each."""
+    """Lists the faults of `train.deepspeed`, one line per fault. A fault is a key that isn't supported, or a wrong value."""
     section = job.train.deepspeed
     lines = [f"train.deepspeed.{key}: not supported. {INSTEAD[key]}" for key in INSTEAD if _has(section, key)]
     try:
@@ -223,6 +224,6 @@ def _has(section: object, key: str) -> bool:
 
 
 def _without(section: dict[str, object], keys: list[str]) -> dict[str, object]:
-    """Copies the section without the keys in `keys`, which already have an error line."""
+    """Copies the section without the keys in `keys`, because these keys already have an error line."""
     below = {k: [key.partition(".")[2] for key in keys if key.startswith(f"{k}.")] for k in section}
     return {k: _without(v, below[k]) if isinstance(v, dict) else v for k, v in section.items() if k not in keys}

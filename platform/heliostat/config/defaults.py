@@ -1,8 +1,9 @@
-"""Fills in missing keys of a job file that follow from other keys. `heliostat check` shows each of these defaults.
+"""Fills in missing keys of a job file whose values follow from other keys or from the machine. `heliostat check` shows each of
+these defaults.
 
 A job needs `name`, `model`, `data.path`, `data.sequence_length`, and `train.steps`. Defaults that are the same for every job are
-in the sections. Defaults that depend on other keys or on the machine are in this module. docs/reference/yaml.md lists the sources
-of these rules.
+in the modules that define the sections. Defaults that depend on other keys or on the machine are in this module.
+docs/reference/yaml.md lists the sources of these rules.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class _Filling:
 
     @property
     def waits(self) -> bool:
-        """Returns whether the number of steps follows from epochs, so it is known only with the dataset."""
+        """Returns whether the number of steps follows from epochs. If so, the number is known only after the dataset is read."""
         return "epochs" in self.part("train") and not self.number("train.steps")
 
     def give(self, section: str, key: str, value: object, why: str) -> None:
@@ -166,7 +167,7 @@ def set_steps(train: Raw, steps: int, origin: str) -> None:
 def _fill_optimizer(job: _Filling) -> None:
     """Fills in AdamW's learning rate, and a cosine schedule after a warm-up, like LLaMA (Touvron et al. 2023, arXiv 2302.13971).
 
-    If a job sets its learning rate, its schedule stays unchanged.
+    If a job sets its learning rate, this function doesn't change the job's schedule.
     """
     train = job.part("train")
     optimizer = train.get("optimizer", {})

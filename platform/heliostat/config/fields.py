@@ -14,7 +14,8 @@ from heliostat.text import NAME, printable
 
 @dataclass(frozen=True)
 class Filled:
-    """Marks a field that `defaults` fills in if a job file lacks it. `rule`: the rule, for the reference page."""
+    """Marks a field that the module `defaults` fills in if a job file doesn't set it. `rule`: the rule for the value, for the
+    reference page."""
 
     rule: str
 

@@ -1,4 +1,4 @@
-"""Finds the pretrained models of a job: the value of each `pretrained` key in `model`, a folder or a model of the Hub.
+"""Finds the pretrained models of a job. The value of each `pretrained` key in `model` is a folder or a model of the Hub.
 
 If a folder with this name exists, it is used. Otherwise `ORG/NAME[/FOLDER][@REVISION]` is a model of the Hugging Face Hub. A
 job's record has the model's commit (`pinned`), and each node finds or downloads the model in its own cache (`located`).
@@ -32,17 +32,18 @@ def on_hub(job: Job) -> list[tuple[str, HubName]]:
 
 
 def hub_name(value: str) -> HubName | None:
-    """Parses a value as the name of a model of the Hub. Returns None for a folder: the value exists, or is an absolute path."""
+    """Parses a value as the name of a model of the Hub. Returns None if the value is a folder: if it exists as a path, or is an
+    absolute path."""
     return None if Path(value).exists() else names.model(value)
 
 
 def pinned(job: Job) -> Job:
-    """Returns the job with the commits of its Hub models; ConfigError if the Hub doesn't return a commit."""
+    """Returns the job with the commits of its Hub models. Raises ConfigError if the Hub doesn't return a commit."""
     return _changed(job, lambda key, name: str(files.resolve(key, name)))
 
 
 def as_recorded(job: Job, recorded: Mapping[str, Any]) -> Job:
-    """Returns the job with the commits that the resumed run recorded, for Hub models without a revision in the job."""
+    """For each Hub model without a revision in the job, adds the commit that the resumed run recorded. Returns this job."""
     before = {key: name for key, value in named(recorded.get("model") or {}) if (name := names.model(value)) and name.pinned}
 
     def change(key: str, name: HubName) -> str:

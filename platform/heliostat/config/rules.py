@@ -72,7 +72,7 @@ def _sequence_faults(job: Ruled) -> Iterator[str]:
 
 
 def _group_faults(key: str, each: int, job: Ruled) -> list[str]:
-    """Lists the reasons why the workers can't form groups of `each`."""
+    """Lists the reasons why the workers can't form groups of `each` workers."""
     workers = job.workers
     if isinstance(workers.count, int) and workers.count % each:
         near = " or ".join(map(str, _multiples(workers.count, each)))

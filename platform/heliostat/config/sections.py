@@ -109,7 +109,7 @@ class Best(Strict):
 
     @property
     def is_late(self) -> bool:
-        """Returns whether the score comes from a benchmark, so it is known only after the checkpoint is saved."""
+        """Returns whether the score comes from a benchmark. Such a score is known only after the checkpoint is saved."""
         return self.metric.startswith(BENCHMARK)
 
 
@@ -143,7 +143,7 @@ class Checkpoint(Strict):
 
 
 def _count(value: object) -> object:
-    """Validates a number of workers, or a range [least, most]."""
+    """Validates the value, which is a number of workers or a range [least, most]."""
     both = value if isinstance(value, list) else [value, value]
     counts = [n for n in both if isinstance(n, int) and not isinstance(n, bool)]
     if not len(both) == len(counts) == 2 or not 0 < counts[0] <= counts[1] <= LARGEST:

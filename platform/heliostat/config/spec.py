@@ -80,7 +80,7 @@ class Job(Strict):
 
     @property
     def last_step(self) -> int:
-        """Returns the step at which training ends: `train.steps`, or an earlier `train.stop_after`."""
+        """Returns the step at which training ends: `train.steps`, or `train.stop_after` if that step is earlier."""
         return min(self.train.steps, self.train.stop_after or self.train.steps)
 
     @property
@@ -98,7 +98,7 @@ class Job(Strict):
     def worker_counts(self, virtual_ranks: int | None = None) -> list[int]:
         """Lists, in ascending order, the numbers of workers that the job allows and that can process the virtual ranks.
 
-        `virtual_ranks`: the number of the resumed run; None for a new run.
+        `virtual_ranks`: the resumed run's number of virtual ranks; None for a new run.
         """
         return self.train.worker_counts(virtual_ranks or self.virtual_ranks, self.workers.least, self.workers.most)
 
@@ -142,7 +142,7 @@ def load(path: Path, settings: list[str] | None = None, samples: Samples | None 
 
 
 def read(path: Path, settings: list[str] | None = None) -> dict[str, Any]:
-    """Reads a job file, with old names of keys replaced and settings applied. Doesn't validate the content."""
+    """Reads a job file, replaces old names of keys, and applies settings. Doesn't validate the content."""
     return apply(schema.read(Job, "job", path), settings or [])
 
 
@@ -170,7 +170,7 @@ def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
 def make(raw: dict[str, Any], where: str, samples: Samples | None = None, devices: FindDevices = here) -> Job:
     """Makes a job from a file's content: fills in defaults, and makes paths absolute. One ConfigError lists all faults.
 
-    `samples`: counts the training samples of a job's datasets; needed for `train.epochs`.
+    `samples`: a function that counts the training samples of a job's datasets, which `train.epochs` needs.
     """
     return resolve(schema.validate(Job, complete(raw, where, samples, devices)[0], where))
 
@@ -216,7 +216,7 @@ class Draft:
 
 
 def draft(raw: dict[str, Any], devices: FindDevices = here) -> Draft:
-    """Makes a job from the valid part of a file, and lists the faults. So later checks can run in the same round."""
+    """Makes a job from the valid part of a file, and lists the faults. So later checks can run even if the file has faults."""
     train, lines, filled = raw.get("train"), list[str](), list[Default]()
     if isinstance(train, dict) and [key for key in LENGTHS if key in train] == ["epochs"]:
         raw = raw | {"train": {k: v for k, v in train.items() if k != "epochs"} | {"steps": LARGEST}}
@@ -267,8 +267,8 @@ def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | N
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
     """Fills in `train.grad_accum_dtype` and `train.recipe_version` if the job leaves them open.
 
-    A resumed run keeps its values. If the run is older than the keys, it gets the values in `BEFORE_KEYS`. A new run gets the
-    newest values. ConfigError if the run can't resume with the job's optimizer.
+    A resumed run keeps its values. If the run is older than these keys, it gets the values in `BEFORE_KEYS`. A new run gets the
+    newest values. Raises ConfigError if the run can't resume with the job's optimizer.
     """
     if recorded is not None:
         before = with_rules(recorded)["train"]
@@ -305,7 +305,8 @@ def with_rules(recorded: dict[str, Any]) -> dict[str, Any]:
 def changed_keys(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Lists the keys whose values differ between a recorded job and the current job (`now`).
 
-    A key that only one of the jobs has counts only in the section `model`. So the new keys of a newer version don't count.
+    If only one of the jobs has a key, the key counts only if it is in the section `model`. So the new keys of a newer version of
+    heliostat don't count.
     """
     return _changed(schema.renamed(Job, recorded), now)
 
@@ -319,10 +320,11 @@ def _changed(recorded: object, now: object, key: str = "") -> list[str]:
 
 
 def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
-    """Makes every path absolute, because Ray's workers run in other folders; ConfigError for a job that can't train.
+    """Makes every path absolute, because Ray's workers run in other folders. Raises ConfigError for a job that can't train.
 
-    `broken_rules`: a list that collects the broken rules between sections, instead of an error. Checks that newer versions added
-    are here and not in `Job`, so that heliostat can still read recorded jobs of older versions.
+    `broken_rules`: a list that gets the broken rules between sections; without this list, a broken rule is an error. Checks that
+    newer versions of heliostat added are in this function and not in `Job`, so that heliostat can still read the recorded jobs of
+    older versions.
     """
     if job.workers.gpus not in (0, 1):
         raise ConfigError(
@@ -345,14 +347,14 @@ def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
 
 
 def require_store(key: str, uri: str) -> None:
-    """Checks that heliostat supports the scheme of an MLflow store's URI; else ConfigError that names the key."""
+    """Checks that heliostat supports the scheme of an MLflow store's URI. If not, raises a ConfigError that names the key."""
     if not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
         raise ConfigError(f"{key}: {uri!r} isn't an MLflow store. Use sqlite:///FILE or http://HOST:PORT")
 
 
 def _pretrained(model: object, root: Path) -> object:
-    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, at any depth. A name of the Hub stays, unless such a folder
-    exists."""
+    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, at any depth. The name of a Hub model stays unchanged,
+    unless there is a folder with this name."""
     if not isinstance(model, dict):
         return model
     return {k: _folder(v, root) if k == "pretrained" and isinstance(v, str) else _pretrained(v, root) for k, v in model.items()}

@@ -1,8 +1,8 @@
 """Defines the section `spike` of the job file, and detects loss spikes.
 
-A loss spike is a step's loss far above the losses of the steps before it. The statistics are robust, so one spike doesn't hide
-the next spike. They are the median of the window, and the median absolute deviation, scaled to the standard deviation of a normal
-distribution (Rousseeuw and Croux 1993).
+A loss spike is a step's loss far above the losses of the steps before it. The detector uses robust statistics, so one spike
+doesn't hide the next spike. These statistics are the median of the window, and its median absolute deviation, scaled to the
+standard deviation of a normal distribution (Rousseeuw and Croux 1993).
 """
 
 from __future__ import annotations

@@ -96,7 +96,8 @@ class Parallel(Strict):
     @model_validator(mode="before")
     @classmethod
     def _offered(cls, value: object) -> object:
-        """Converts `auto`. Rejects the degrees of other tools, with the reason and the alternative."""
+        """Converts the value `auto`. Rejects the names that other tools use for degrees of parallelism, with the reason and the
+        alternative."""
         if value == "auto":
             return {"auto": True}
         if isinstance(value, str):
@@ -119,7 +120,7 @@ class SdcCheck(Strict):
     """Steps between two corruption checks. heliostat also checks the first step after every start."""
 
     def due(self, step: int, first: bool) -> bool:
-        """Returns whether heliostat checks a step, counted from 0. `first`: no step has been checked since the start."""
+        """Returns whether heliostat checks a step, counted from 0. `first`: whether no step has been checked since the start."""
         return first or (step + 1) % self.every == 0
 
 
@@ -135,7 +136,7 @@ SELECTIVE = "selective"
 
 
 def _layers(value: object) -> object:
-    """Validates the choice of layers. All wrong values give the same message."""
+    """Validates the choice of layers. The message is the same for every wrong value."""
     if isinstance(value, bool) or value == SELECTIVE or (isinstance(value, int) and 0 < value <= LARGEST):
         return value
     raise ValueError(f"{brief(repr(value))} isn't a choice. Use true, false, {SELECTIVE}, or a number of layers (1 or more)")
@@ -145,7 +146,7 @@ DEEPCOMPILE = "DeepSpeed's passes begin at the optimizer's step 0, which a resum
 
 
 def _compiled(value: object) -> object:
-    """Validates the choice of compilation. All wrong values give the same message."""
+    """Validates the choice of compilation. The message is the same for every wrong value."""
     if isinstance(value, bool) or value == "blocks":
         return value
     if value == "deepcompile":

@@ -1,8 +1,8 @@
 """Finds the workspace, and imports code by name. The workspace is the current folder, with jobs/, pipelines/, and clusters/.
 
 A job or pipeline refers to code by import path, `package.module:Class`. The code belongs to the package
-(`heliostat.recipes:CausalLM`) or to the workspace (`jobs.mine:Recipe`). The record of a model or run has import paths, too.
-heliostat imports code only from installed packages and from the workspace's own folders. It never runs code that came with a
+(`heliostat.recipes:CausalLM`) or to the workspace (`jobs.mine:Recipe`). The records of models and runs contain such import paths,
+too. heliostat imports code only from installed packages and from the workspace's own folders. It never runs code that came with a
 model.
 """
 
@@ -45,7 +45,8 @@ def check_name(field: str, name: object) -> str:
 def import_path(field: str, path: str, record: Path | None = None) -> Any:
     """Imports the object at `module.name:Object`. If the import fails, raises a ConfigError that begins with `field`.
 
-    `record`: the folder of the model or run whose record has the path. Code in a model's folder is then an error.
+    `record`: the folder of the model or run whose record has the path. With `record`, importing code from a model's folder is an
+    error.
     """
     module_name, mark, attribute = path.partition(":")
     if not mark or not module_name or not attribute or module_name.startswith("."):

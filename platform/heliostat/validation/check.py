@@ -1,10 +1,11 @@
-"""Checks a job for every error that can be found before anything expensive starts. It takes under 5 seconds, and doesn't use Ray.
+"""Checks a job for every error that can be found before anything expensive starts. The checks take less than 5 seconds, and don't
+use Ray.
 
     checked = check(load_job(Path("jobs/quickstart.yaml"), ["train.steps=100"]))
 
 There are three checks. `load_job` checks the file, and the rules between keys. `check_setup` checks the recipe, the model, the
-machine, and the stores. `check_data` checks the datasets, and the order of their samples. Each function reports all faults that
-it can find in one error. A fault is one line with the key, the value, and the fix.
+machine, and the stores. `check_data` checks the datasets, and the order of their samples. Each function raises one error, which
+lists all faults that the function can find. A fault is one line with the key, the value, and the fix.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ def check_path(
     datasets.
 
     Returns the job, the result of `check`, and the defaults that were filled in. With `offline`, checks only the file and the
-    model, and the result is None. `settle`: resolves `train.parallel: auto`. The error lists every fault that doesn't depend on
-    other faults.
+    model, and the result is None. `settle`: resolves `train.parallel: auto`. The error lists every fault that can be found
+    although other faults exist.
     """
     raw, faults, checked = spec.read(path, settings), Faults(), None
     draft = spec.draft(raw, devices_of(cluster))
@@ -174,7 +175,8 @@ def _check_place(job: Job, cluster: Path | None, resume: bool, faults: Faults) -
 
 
 def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
-    """Raises ConfigError if checkpoints can't be scored on tasks. The suite itself is checked when it is read."""
+    """Raises ConfigError if the job's checkpoints can't be scored on tasks. The suite itself is checked when heliostat reads
+    it."""
     if recipe.kind != "tokens":
         raise ConfigError("evaluate.benchmarks: benchmark tasks need a language model, which this recipe isn't. Remove it")
     if not Path(benchmarks.suite).is_file():
@@ -183,8 +185,8 @@ def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
 
 
 def computable(job: Job, flags: set[str]) -> Job:
-    """Changes a job's precision from bf16 to fp32 if workers use a CPU without bf16 instructions in its `flags`. There, bf16 is
-    60 times slower."""
+    """Changes a job's precision from bf16 to fp32 if workers use a CPU whose `flags` have no bf16 instructions. On such a CPU,
+    bf16 takes 60 times as long."""
     if job.train.precision != "bf16" or job.workers.gpus or not flags or flags & {"avx512bw", "amx_bf16", "bf16"}:
         return job
     log.warning("train.precision: this CPU has no bf16 instructions, so heliostat computes in fp32, which is much faster here")
@@ -192,7 +194,7 @@ def computable(job: Job, flags: set[str]) -> Job:
 
 
 def cpu_flags() -> set[str]:
-    """Reads the names of the CPU's instruction sets, as Linux lists them. Empty if they can't be read."""
+    """Reads the names of the CPU's instruction sets, as Linux lists them. Returns an empty set if they can't be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -229,7 +231,8 @@ def _reach_sources(job: Job, recorded: DataPlan | None) -> None:
 
 
 def _manifests(job: Job, recipe: Recipe | None, recorded: DataPlan | None, change_at: int | None) -> list[Manifest]:
-    """Reads the manifests of the datasets' recorded versions. With a recipe, also checks the kind of the datasets."""
+    """Reads the manifests of the datasets' recorded versions. With a recipe, checks too that the datasets are of the recipe's
+    kind."""
     faults, manifests = Faults(), list[Manifest]()
     versions = dict(zip(recorded.uris, recorded.digests, strict=True)) if recorded and change_at is None else {}
     for i, location in enumerate(job.sources):
@@ -247,8 +250,8 @@ def _manifests(job: Job, recipe: Recipe | None, recorded: DataPlan | None, chang
 
 
 def check_devices(job: Job, cluster: Path | None) -> None:
-    """Checks that the workers fit on the cluster in a file. Without a file, checks that this machine has the workers' GPUs.
-    ConfigError if not."""
+    """Checks that the workers fit on the cluster in a file. Without a file, checks that this machine has the GPUs that the
+    workers need. Raises ConfigError if a check fails."""
     if cluster is not None:
         from heliostat.cluster import cluster_file
         from heliostat.cluster.capacity import check_pools
@@ -272,7 +275,8 @@ def _check_kernels(job: Job) -> None:
 def check_services(job: Job, resume: bool = False) -> None:
     """Checks that the run's store answers and can be written to, and that MLflow answers.
 
-    A resuming run waits for an unreachable store. Without MLflow, the run trains, and keeps its metrics until MLflow answers.
+    A resuming run waits for an unreachable store. An unreachable MLflow doesn't stop a resuming run: the run trains, and keeps
+    its metrics until MLflow answers.
     """
     faults = Faults()
     with faults.part(), named("storage"):
@@ -305,8 +309,8 @@ def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, cha
 
 
 def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[str]:
-    """Lists the differences between the held-out samples and the job's settings, one line each. ConfigError if no sample is held
-    out."""
+    """Lists the differences between the held-out samples and the job's settings, one line each. Raises ConfigError if no sample
+    is held out."""
     assert job.evaluate
     wanted, fraction, lines = job.evaluate.samples, job.evaluate.fraction, []
     held_rows, total = ([int(getattr(s, name).sum()) for s in order.splits] for name in ("held", "samples"))

@@ -9,7 +9,8 @@ from heliostat.errors import ConfigError, HeliostatError
 
 
 class Faults:
-    """Collects the errors of checks that don't depend on each other. In a condition, it is true if there are errors."""
+    """Collects the errors of checks that don't depend on each other. In a condition, a `Faults` object is true if there are
+    errors."""
 
     def __init__(self) -> None:
         self._errors: list[HeliostatError] = []
@@ -31,8 +32,8 @@ class Faults:
 
     @property
     def error(self) -> HeliostatError:
-        """Returns the error if there is one, or an error that lists all errors. It is a ConfigError if a person must change
-        something first."""
+        """Returns the error if there is one, or an error that lists all errors. The returned error is a ConfigError if a person
+        must change something first."""
         if len(self._errors) == 1:
             return self._errors[0]
         kind = ConfigError if any(e.exit_code == 2 for e in self._errors) else HeliostatError

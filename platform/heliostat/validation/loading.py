@@ -27,8 +27,9 @@ def load_job(
 ) -> Job:
     """Reads a job file, with `key.path=value` settings applied. The ConfigError lists every wrong key.
 
-    `cluster`: the file of the cluster that will run the job, by default this machine. It determines `workers.gpus: auto`.
-    `resume`: `train.epochs` counts the samples of the dataset versions on which the run trains.
+    `cluster`: the file of the cluster that will run the job, by default this machine. The cluster determines the value of
+    `workers.gpus: auto`. `resume`: whether `train.epochs` counts the samples of those dataset versions on which the run already
+    trains.
     """
     return make_job(spec.read(path, settings), str(path), cluster, resume)
 
@@ -55,7 +56,7 @@ def devices_of(cluster: Path | ClusterFile | None) -> spec.FindDevices:
 def training_samples(job: Job, resume: bool = False) -> int:
     """Counts the training samples of a job's datasets, without the samples that are held out for evaluation.
 
-    `resume`: counts the samples of the dataset versions in the run's newest checkpoint.
+    `resume`: whether to count the samples of those dataset versions that the run's newest checkpoint records.
     """
     newest = layout.latest(job.run_folder) if resume else None
     recorded = newest.plan if newest else None
@@ -67,7 +68,7 @@ def training_samples(job: Job, resume: bool = False) -> int:
 
 @contextmanager
 def named(key: str) -> Iterator[None]:
-    """Puts the job's key at the start of errors about the key's folder."""
+    """Within the context, puts the job's key at the start of errors about the folder that the key names."""
     try:
         yield
     except (DataError, StorageError) as e:
@@ -75,8 +76,8 @@ def named(key: str) -> Iterator[None]:
 
 
 def read_manifest(number: int, location: Location, digest: str | None) -> Manifest:
-    """Reads the manifest of a job's source. `number`: of the source. `digest`: the version to read, if this version still
-    exists."""
+    """Reads the manifest of a job's source. `number`: the number of the source. `digest`: the version to read, if this version
+    still exists."""
     with named(f"data.sources.{number}.path"):
         return manifest.share(partial(_version, location, digest))
 

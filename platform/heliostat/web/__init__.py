@@ -1,4 +1,4 @@
-"""Guards HTTP servers: requires keys, and limits the time and size of requests.
+"""Protects HTTP servers: requires keys, and limits how long and how large requests are.
 
 Start at `gate`.
 May import: `cluster`, `storage`.

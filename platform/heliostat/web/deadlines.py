@@ -1,4 +1,4 @@
-"""Closes connections whose clients send too slowly: slow headers, slow bodies, and endless headers.
+"""Closes connections whose clients send headers or bodies too slowly, or send headers without end.
 
 uvicorn limits only the pause between an answer and the next request. `apply` adds the other limits to every server of this
 process. This includes Ray Serve and MLflow, which start uvicorn themselves.
@@ -60,21 +60,22 @@ class ConnectionWatch:
 
     @property
     def asking(self) -> bool:
-        """Checks whether the server waits for a request: no request has come yet, or the last request has its complete
-        answer."""
+        """Checks whether the server waits for a request. This is so if no request has come yet, or if the last request has its
+        complete answer."""
         return self.protocol.cycle is None or self.protocol.cycle.response_complete
 
     @property
     def finishing(self) -> bool:
-        """Checks whether the client is still sending a body although the request was answered early, for example because of a
-        missing key.
+        """Checks whether the client is still sending a body although the server has already answered, for example because the key
+        is missing.
 
         Such a client reads the answer only after it has sent the body, so closing the connection would hide the answer.
         """
         return self.arrived < self.end
 
     def check(self) -> None:
-        """Closes the connection if headers take longer than a period, or if too few bytes of a body came since the last check.
+        """Closes the connection if headers take longer than a period, or if too few bytes of a body have come since the last
+        check.
 
         Checks a slow connection twice, because a busy event loop runs its timers before it reads arrived bytes. uvicorn
         limits the pause between an answer and the next request.

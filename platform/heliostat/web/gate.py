@@ -1,4 +1,4 @@
-"""Requires a key from each client of an application that has no login. This application is MLflow's server.
+"""Requires a key from each client of an application that has no login of its own, which is MLflow's server.
 
 A program sends `Authorization: Bearer KEY`. A browser gets a page that reads the key from the part of the address after the
 `#`, or asks the user for the key. The page sends the key once and gets a cookie. Only pages of the same origin may send this
@@ -63,8 +63,8 @@ class Gate:
         await response(request.scope, request.receive, send)
 
     def _require_host(self, request: Request) -> None:
-        """Raises Refusal if the Host header has the name of another site. Such a name could resolve to this server (DNS
-        rebinding)."""
+        """Raises Refusal if the Host header has the name of another site. An attacker could make such a name resolve to this
+        server (DNS rebinding)."""
         name = _host(request.headers.get("host", ""))
         try:
             ipaddress.ip_address(name)  # unlike a name, an address can't be rebound
@@ -118,7 +118,7 @@ def _same_origin(request: Request) -> bool:
 
 
 def _refused(request: Request, error: Refusal) -> Response:
-    """Answers a browser with the page that asks for the key. Answers a program with the error."""
+    """Answers a request without a valid key: a browser gets the page that asks for the key, and a program gets the error."""
     if error.status == 401 and request.method == "GET" and "text/html" in request.headers.get("accept", ""):
         nonce = secrets.token_urlsafe(16)
         policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "

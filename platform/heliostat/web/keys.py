@@ -1,10 +1,10 @@
-"""Manages API keys. Only its owner can read the file of keys, which has one key per line. Servers keep only digests of the
-keys.
+"""Manages API keys. The file of keys has one key per line, and only the file's owner can read it. Servers keep only digests of
+the keys.
 
     KEY
     NAME KEY        # metrics and limits use the name; a comment begins at the line's start or after white space
 
-Keys are compared by digest in constant time, and always against all known keys.
+A key's digest is compared in constant time, and always with the digests of all known keys.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def made(path: Path) -> bool:
 
 
 def read(path: Path) -> dict[str, str]:
-    """Reads a file of keys, and returns their digests by name. A key without a name gets the name `key-LINE`, with its line
-    number.
+    """Reads a file of keys, and returns their digests by name. A key without a name gets the name `key-LINE`, in which LINE is
+    the key's line number.
 
     Raises ConfigError if the file is unreadable, is open to other users, has an invalid line, or contains no key. No error
     message shows a key.

@@ -1,4 +1,5 @@
-"""Defines the only error that HTTP endpoints return, in OpenAI's format: status, type, and the wrong parameter."""
+"""Defines the only kind of error that HTTP endpoints return. The error is in OpenAI's format: status, type, and the wrong
+parameter."""
 
 from __future__ import annotations
 
