@@ -172,7 +172,7 @@ class TrackingError(HeliostatError):
 
 @contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Within the context, puts the name of the file or folder with the fault before an error's message, unless the message
+    """Puts the name of the file or folder with the fault before an error's message within the context, unless the message
     already contains it."""
     try:
         yield
@@ -185,7 +185,7 @@ def naming(where: object) -> Iterator[None]:
 
 @contextmanager
 def unwrapped() -> Iterator[None]:
-    """Within the context, if a task fails with a HeliostatError, raises this original error without Ray's wrapper."""
+    """Raises the original HeliostatError of a task that fails within the context, without Ray's wrapper."""
     try:
         yield
     except Exception as e:

@@ -104,7 +104,7 @@ def test_a_model_that_answers_nothing_ends_the_run(model, monkeypatch):
     """The inputs aren't the cause. Otherwise all of them would be listed as bad, and never be processed again."""
     engine = Continue(model, 4, {"max_tokens": 6})
     monkeypatch.setattr(engine, "answer", lambda tokens, inputs: 1 / 0)
-    with pytest.raises(HeliostatError, match="answers no input: ZeroDivisionError"):
+    with pytest.raises(HeliostatError, match="The first input failed with: ZeroDivisionError"):
         engine(PROMPTS)
 
 

@@ -106,7 +106,7 @@ def test_a_part_that_would_compute_something_else_is_found(monkeypatch):
     """For example, a part that doesn't sum a row of products."""
     monkeypatch.setattr(divided_matrices._Meeting, "_sum", lambda self, number, made: made)
     monkeypatch.setattr(divided_matrices, "_known", {})
-    with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: not supported for 'llama': the shards don't"):
+    with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: not supported for 'llama': the shards' logits differ"):
         recipe(LLAMA, **TWO).probe()
 
 

@@ -137,7 +137,7 @@ def test_a_version_that_is_not_there_is_named_with_the_one_that_is(tmp_path):
         manifest.read(place, "0" * 64)
     kept = {v.digest: tmp_path / manifest.VERSIONS / f"{v.digest[:12]}.parquet" for v in (old, new)}
     kept[old.digest].write_bytes(kept[new.digest].read_bytes())
-    with pytest.raises(DataError, match=f"{old.digest[:12]}.parquet is {new.digest}, not {old.digest}"):
+    with pytest.raises(DataError, match=f"{old.digest[:12]}.parquet has digest {new.digest}, not {old.digest}"):
         manifest.read(place, old.digest)
     kept[old.digest].write_bytes(b"damaged")
     with pytest.raises(DataError, match=rf"{old.digest[:12]}\.parquet: isn't a heliostat manifest, or is damaged"):

@@ -164,7 +164,7 @@ def test_copies_that_training_waits_too_long_for_are_switched_off(monkeypatch):
     began = time.monotonic()
     workers.step(2)
     assert time.monotonic() - began < 120 and [one._off for one in workers.all] == [True, True]
-    assert workers.notices[0].endswith("worker 1: training waited 0 s for an in-memory checkpoint. Raise checkpoint.memory_every")
+    assert workers.notices[0].endswith("Worker 1: training waited 0 s for an in-memory checkpoint. Raise checkpoint.memory_every")
     go.set()
     workers.end()
 
@@ -176,7 +176,7 @@ def test_a_piece_that_is_damaged_on_its_way_is_found(monkeypatch):
     workers.step(2)
     workers.end()
     assert workers.held(0) == workers.held(1) == [] and "arrived damaged" in workers.notices[0]
-    assert "worker 0 and 1 more: " in workers.notices[0]
+    assert "Worker 0 and 1 more: " in workers.notices[0]
 
 
 # the keeper: copies count only if they are whole: all ranks, sealed, of one generation, and undamaged ------------------

@@ -35,7 +35,9 @@ def test_an_architecture_that_leaks_is_refused_with_document_mask_alone(arch):
     documents."""
     model = {"arch": arch}
     recipe(model).probe()
-    with pytest.raises(ConfigError, match=r"data\.document_mask: .* attends across packed documents.*\. Set it to false") as e:
+    with pytest.raises(
+        ConfigError, match=r"data\.document_mask: .* attends across packed documents.*\. Set this key to false"
+    ) as e:
         recipe(model, **MASK).probe()
     assert "\n" not in str(e.value)
 

@@ -372,7 +372,7 @@ def test_prices_are_overridden_key_by_key_and_typing_errors_are_found(tmp_path):
     assert table["devices"]["H100"]["hour"] == 2.5 and table["devices"]["H100"]["memory_gib"] == 80
     gpu = job(**{"workers.gpus": 1})
     assert hardware.resolve(gpu, table).hour == 2.5
-    with pytest.raises(ConfigError, match=r"--prices: devices\.B300: lacks 'tflops'"):
+    with pytest.raises(ConfigError, match=r"--prices: devices\.B300: 'tflops' is missing"):
         hardware.resolve(gpu, table, "B300")
     with pytest.raises(ConfigError, match=r"device 'H10' isn't in the price table. Did you mean 'H100'"):
         hardware.resolve(gpu, table, "H10")
@@ -409,7 +409,7 @@ def test_without_the_datasets_plan_and_dry_run_say_which_vocabulary_they_assume(
     assert "vocab" not in planner.prepare(given, [])[2] and "vocab" not in dry_run(given, [])["note"]
     assumed = write(tmp_path, **missing, **{"model.vocab_size": None})
     for note in (planner.prepare(assumed, [])[2], dry_run(assumed, [])["note"]):
-        assert "with 32,000 tokens" in note and "model.vocab_size" in note
+        assert "vocabulary of 32,000 tokens" in note and "model.vocab_size" in note
 
 
 def test_a_dry_run_for_64_ranks_takes_seconds_and_finds_what_does_not_divide():

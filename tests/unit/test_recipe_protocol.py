@@ -126,7 +126,10 @@ def workspace(tmp_path, monkeypatch):
         ("Added", "defines `added`, which heliostat no longer uses: `loss` returns named parts"),
         ("Silent", r"defines `evaluate`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe\S*\.Evaluates"),
         ("Unserved", r"defines `serving`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe[\w.]*\.Serves"),
-        ("Mute", r"through its `generator`, but doesn't define it\. Derive the recipe from heliostat\.recipe[\w.]*\.Generates"),
+        (
+            "Mute",
+            r"is served through its `generator`, but doesn't define `generator`\. Derive the recipe from heliostat\.recipe[\w.]*\.Generates",
+        ),
         ("Unasked", "defines no `prompts`, but MLflow logs a prompt with the model"),
         ("Unmeasured", "gathers embedding, but has no `measure` that uses them"),
     ],
@@ -143,13 +146,13 @@ def test_what_a_job_asks_of_a_recipe_that_cannot_do_it_is_refused_by_key(workspa
     least = {"recipe": "own_recipes:Least"}
     assert type(check.check_job(job(**least, evaluate=None))[1]).__name__ == "Least"
     with pytest.raises(
-        ConfigError, match=r"^evaluate: own_recipes:Least doesn't support evaluation.* derive it from heliostat.recipe"
+        ConfigError, match=r"^evaluate: own_recipes:Least doesn't support evaluation.* derive the recipe from heliostat.recipe"
     ):
         check.check_job(job(**least))
     with pytest.raises(ConfigError, match=r"^mlflow\.register: own_recipes:Least can't be served, so there is no model"):
         check.check_job(job(**least, evaluate=None, **{"mlflow.register": "mine"}))
     with pytest.raises(
-        ConfigError, match=r"^checkpoint\.best\.metric: 'los' isn't a score of heliostat\.recipes:CausalLM; did you"
+        ConfigError, match=r"^checkpoint\.best\.metric: 'los' isn't a score of heliostat\.recipes:CausalLM\. Did you"
     ):
         check.check_job(job(**{"checkpoint.best": {"metric": "los", "keep": 1}}))
 

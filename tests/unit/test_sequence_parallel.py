@@ -88,7 +88,7 @@ def test_what_cannot_hold_it_is_refused_by_name(changes, line):
 def test_another_recipe_is_refused_and_told_what_it_lacks():
     with pytest.raises(
         ConfigError,
-        match=rf"{KEY}: .* doesn't support sequence parallelism.* derive it from heliostat.recipes.protocol.CutsSamples",
+        match=rf"{KEY}: .* doesn't support sequence parallelism.* derive the recipe from heliostat.recipes.protocol.CutsSamples",
     ):
         require_abilities(job(**TWO, evaluate=None), Around(torch.nn.Module))
     (line,) = faults(**TWO, **{"data.sequence_length": None})

@@ -113,7 +113,7 @@ def require_file(place: Location) -> None:
 
 
 def keys_of(place: Path | None) -> Callable[[], dict[str, str] | None]:
-    """If the file of API keys exists, checks the file. Returns a function that reads the file, and that first creates the file if
+    """Checks the file of API keys, if the file exists. Returns a function that reads the file, and that first creates the file if
     it is missing."""
     from heliostat.web import keys
 

@@ -155,7 +155,7 @@ def _unsubmitted(kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator
         return
     if kind.name == "head" and own.ingress is not None and not _lets_pods_through(own.ingress, named[SUBMITTER], DASHBOARD):
         yield (
-            "NetworkPolicy: head: ingress: the pod that submits the job can't reach the head. Allow port {DASHBOARD} from this "
+            f"NetworkPolicy: head: ingress: the pod that submits the job can't reach the head. Allow port {DASHBOARD} from this "
             "pod, selected by a label of submitterPodTemplate"
         )
     if kind.name == SUBMITTER and own.egress is not None and not _lets_pods_through(own.egress, named["head"], DASHBOARD):

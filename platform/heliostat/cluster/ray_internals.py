@@ -77,7 +77,7 @@ def actor_lives(actor: Any) -> bool:
 
 @contextmanager
 def without_notices(actor: str) -> Iterator[None]:
-    """Within the context, Ray prints no lines about an actor to standard output. Use the context for code that ends the actor on
+    """Hides Ray's lines about an actor on standard output within the context. Use the context for code that ends the actor on
     purpose."""
     import ray
 

@@ -43,7 +43,7 @@ def pinned(job: Job) -> Job:
 
 
 def as_recorded(job: Job, recorded: Mapping[str, Any]) -> Job:
-    """For each Hub model without a revision in the job, adds the commit that the resumed run recorded. Returns this job."""
+    """Adds to each Hub model without a revision in the job the commit that the resumed run recorded. Returns this job."""
     before = {key: name for key, value in named(recorded.get("model") or {}) if (name := names.model(value)) and name.pinned}
 
     def change(key: str, name: HubName) -> str:

@@ -177,7 +177,7 @@ def settle(folder: Location, part: int, parts: int, names: list[str], messages: 
 
 
 def name(folder: Location, part: int, parts: int, names: list[str], fates: list[str]) -> dict[str, object]:
-    """For each dropped node, and for each node that causes a drop, spills the id of the image that stays, and the size of this
+    """Spills, for each dropped node and each node that causes a drop, the id of the image that stays, and the size of this
     image's cluster."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)

@@ -98,7 +98,7 @@ class Pipeline(Strict):
         """Lists the files to read, sorted by path; ConfigError if there are none."""
 
     def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
-        """If the input is the answers of a batch inference, returns the model that wrote these answers, and the model's
+        """Returns, if the input is the answers of a batch inference, the model that wrote these answers, and the model's
         source."""
         return None
 

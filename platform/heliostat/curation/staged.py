@@ -132,7 +132,7 @@ class StagedPipeline(Pipeline):
         return making.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def uncovered(self) -> dict[str, dict[str, Any]]:
-        """If the dataset has stages, returns the files that the dataset's digest doesn't cover, by their names."""
+        """Returns, if the dataset has stages, the files that the dataset's digest doesn't cover, by their names."""
         return {reasons.SECONDS: self._seconds} if self._seconds else {}
 
     def finish(self, dataset: Manifest) -> None:

@@ -21,8 +21,9 @@ from heliostat.engine.patches import _nothing, _patch, _replace
 def order_reductions(zero: Any) -> None:
     """Makes work that is queued after a backward pass wait on the GPU for ZeRO's reductions, while the host continues.
 
-    With `train.zero.offload.optimizer`, the host still waits, because it reads the sums from its own memory. Patch for DeepSpeed
-    0.19.8. Without it the host waits for the GPU after every micro-batch at stages 2 and 3, and then the GPU waits for the host.
+    With `train.zero.offload.optimizer`, the host still waits, because it reads the sums from its own memory.
+    Patch for DeepSpeed 0.19.8. Without it the host waits for the GPU after every micro-batch at stages 2 and 3, and then the GPU
+    waits for the host.
     """
     if hasattr(zero, "reduce_and_partition_stream"):
         if not zero.offload_optimizer:

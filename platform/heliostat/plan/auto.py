@@ -38,7 +38,7 @@ def settled(
     prices: Prices | None = None,
     unread: str = "",
 ) -> Job:
-    """If the job has `train.parallel: auto`, returns the job with the fastest parallelism configuration that fits. Otherwise
+    """Returns, for `train.parallel: auto`, the job with the fastest parallelism configuration that fits. Otherwise
     returns the job unchanged. Raises ConfigError if no configuration fits.
 
     `cluster`: the cluster file to plan for. If neither `cluster` nor `device` is given, the plan is for this machine. `resume`:

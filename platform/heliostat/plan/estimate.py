@@ -69,7 +69,7 @@ class Planner:
         return best if best.fits else None
 
     def partly(self, layout: Layout) -> Iterator[Layout]:
-        """For a configuration that checkpoints all layers, yields the variant that fits with the fewest checkpointed layers.
+        """Yields, for a configuration that checkpoints all layers, the variant that fits with the fewest checkpointed layers.
         Yields nothing if no layer has to be checkpointed, or if all layers have to be."""
         many = len(self.kept.layers)
         if not self.selects or layout.checkpointing is not True or many < 2 or self._fits(layout, 0):

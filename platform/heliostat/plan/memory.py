@@ -110,7 +110,7 @@ def _share(sizes: Iterable[int], workers: int, stage: int) -> int:
 
 
 def _touched(shapes: Mapping[str, tuple[int, ...]], workers: int) -> int:
-    """For each rank, counts the elements of all parameters of which the rank owns at least a part. Returns the largest of these
+    """Counts, for each rank, the elements of all parameters of which the rank owns at least a part. Returns the largest of these
     counts.
 
     Stage 2 accumulates the complete gradients of these parameters.

@@ -134,7 +134,7 @@ class LedgerRecorder:
         return RecordedAttempt(mine, started, started, started, start_step, workers, restart, *driver)
 
     def _note(self, pending: str, at: float) -> None:
-        """While there is no worker yet, books the time until `at` to the present pending part. After this, `pending` is the
+        """Books the time until `at` to the present pending part while there is no worker yet. After this, `pending` is the
         pending part."""
         now, at = self.attempts[-1], max(at, self.attempts[-1].known)  # another machine's clock may be slow
         now.parts[now.pending] = now.parts.get(now.pending, 0.0) + at - now.known

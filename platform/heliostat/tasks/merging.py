@@ -147,7 +147,7 @@ def _written(folder: Location, tables: list[pa.Table]) -> tuple[str, int, int]:
 
 
 def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object]]:
-    """For each range of keys, yields the names of the spills that the range's task reads, as (a key of these names, a reference
+    """Yields, for each range of keys, the names of the spills that the range's task reads, as (a key of these names, a reference
     to these names).
 
     `ranges`: [low, high) of keys, ascending.

@@ -68,7 +68,7 @@ def training_samples(job: Job, resume: bool = False) -> int:
 
 @contextmanager
 def named(key: str) -> Iterator[None]:
-    """Within the context, puts the job's key at the start of errors about the folder that the key names."""
+    """Puts the job's key at the start of errors about the folder that the key names, within the context."""
     try:
         yield
     except (DataError, StorageError) as e:

@@ -103,7 +103,7 @@ class Backend:
 
     @asynccontextmanager
     async def _until(self, end: float) -> AsyncIterator[None]:
-        """If the context is still running at the time `end`, raises a Refusal with status 504 in it."""
+        """Raises a Refusal with status 504 in the context if the context is still running at the time `end`."""
         try:
             async with asyncio.timeout_at(end):
                 yield
