@@ -40,7 +40,7 @@ def test_the_server_of_the_ui_does_nothing_for_those_who_have_no_key(server, sen
         answer = requests.request(method, f"{server}{path}", headers=sent, data=b"{}", timeout=30)
         assert answer.status_code == 401, (method, path)
         page = method == "GET" and sent is BROWSER
-        assert ("Enter a key" in answer.text) == page and (method == "HEAD" or page or "error" in answer.json())
+        assert ("This page needs a key" in answer.text) == page and (method == "HEAD" or page or "error" in answer.json())
 
 
 def test_mlflows_own_client_does_all_with_the_key(server, tmp_path, monkeypatch):

@@ -137,7 +137,9 @@ def test_work_of_another_version_of_a_library_is_done_again_and_the_log_says_why
     with caplog.at_level(logging.WARNING):
         _, here = curate(tmp_path, texts(), STAGES)
     assert here.kept["read"] == 5 and here.done["minhash-1-sign"] == 5, "what does not follow from it stays"
-    assert "work: rensa 0.5" in caplog.text and "-> 99.0: repeating the work that depends on these libraries" in caplog.text
+    assert (
+        "work: rensa 0.5" in caplog.text and "-> 99.0: heliostat repeats the work that depends on these libraries" in caplog.text
+    )
     upgraded(monkeypatch, "ftfy")
     _, here = curate(tmp_path, texts(), STAGES)
     assert here.done["read"] == 5
