@@ -74,7 +74,9 @@ def server(tracking: str, browser: Any, tmp_path: Path) -> Iterator[ServerProces
     told = ui.environment(tracking, "127.0.0.1", keys)
     with ServerProcess(ui.command("127.0.0.1", "PORT"), "/health", tmp_path / "ui.log", told) as running:
         browser.get(f"http://{running.endpoint}/#key={KEY}")
-        until(lambda: "This page needs a key" not in said(browser, None), "the UI behind the key", said=lambda: said(browser, None))
+        until(
+            lambda: "This page needs a key" not in said(browser, None), "the UI behind the key", said=lambda: said(browser, None)
+        )
         yield running
 
 

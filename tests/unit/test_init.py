@@ -88,7 +88,9 @@ def test_a_file_where_a_folder_must_be_is_one_line(tmp_path, block):
 def test_what_the_first_pages_export_is_ignored():
     """An exported model appeared as new files of the repository, and would be sent with a submitted job."""
     pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/tour.md", "docs/python-api.md"))
-    exported = set(re.findall(r"export \S+ --out ([\w-]+)", pages) + re.findall(r'pathlib\.Path\("([\w-]+)"\)', pages))
+    exported = set(
+        re.findall(r"export \S+(?: \\\n)?\s+--out ([\w-]+)", pages) + re.findall(r'pathlib\.Path\("([\w-]+)"\)', pages)
+    )
     assert exported == {"my-model", "from-python-model"}
     for ignored in (ROOT / ".gitignore", TEMPLATE / "gitignore"):
         assert {f"/{folder}/" for folder in exported} <= set(ignored.read_text().splitlines())

@@ -104,7 +104,9 @@ def test_state_begins_as_zeros_or_as_the_master_weight_and_the_probe_leaves_no_t
 
 
 def test_training_is_refused_if_a_view_is_a_copy():
-    with pytest.raises(TrainingError, match=r"^train\.zero: DeepSpeed keeps 6 tensors, 'master\.0\.weight' first"):
+    with pytest.raises(
+        TrainingError, match=r"^train\.zero: DeepSpeed keeps 6 tensors, the first of which is 'master\.0\.weight',"
+    ):
         Copied(model()).prepare()
 
 

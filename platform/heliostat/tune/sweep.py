@@ -284,10 +284,11 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
             faults.append(f"space.{key}: trials of different lengths can't be compared. Use scheduler 'none', or set {key}")
     if isinstance(base.workers.count, list):
         faults.append(
-            f"job: workers.count {base.workers.count} is elastic, but a sweep needs a fixed number. Set {{workers.count: N}}"
+            f"job: workers.count {base.workers.count} is elastic, but a sweep needs a fixed number. Write "
+            "set: {workers.count: N}"
         )
     if base.limits.hours or base.limits.cost:
-        faults.append("job: limits apply to one run. Use the sweep's budget, and set {limits: {}}")
+        faults.append("job: limits apply to one run. Use the sweep's budget, and write set: {limits: {}}")
     if base.train.parallel.auto:
         faults.append(
             "job: train.parallel auto could choose a different configuration for each trial. Set the configuration that "
