@@ -76,7 +76,7 @@ def test_a_sweep_without_room_for_one_trial_says_so_before_it_starts(others, job
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     tuner = tuning._Tuning(load(tmp_path / "sweep.yaml", []), {}, False, False, None)
     assert tuner._connect() == 1
-    assert "one trial after another: no room for 2 workers of 1 CPUs" in caplog.text and "others use 7 CPUs" in caplog.text
+    assert "one trial after another: no room for 2 workers of 1 CPUs" in caplog.text and "other jobs use 7 CPUs" in caplog.text
     others()
     until(lambda: caplog.clear() or tuner._connect() > 1, "room for several trials")
     assert "no room" not in caplog.text
