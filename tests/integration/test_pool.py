@@ -60,7 +60,7 @@ def test_workers_that_wait_for_the_rest_hold_nothing_after_a_while(pool, monkeyp
     two = pids(pool, 2)
     others = placement_group([{"CPU": 1}] * (total - 2))
     ray.get(others.ready())
-    with pytest.raises(PlacementError, match="the cluster has room for 2 of 3 workers"):
+    with pytest.raises(PlacementError, match="the cluster has room only for 2 of 3 workers"):
         pool.take(3, patient=False)
     become_free(2)
     pids(pool, 2)
