@@ -166,6 +166,7 @@ def test_another_user_cannot_open_the_files_and_sockets_of_a_private_ray(ray_ses
     assert as_nobody(LOOK, "/etc/passwd", *map(str, paths)).splitlines() == ["opened /etc/passwd", *["refused"] * len(paths)]
 
 
+@pytest.mark.ci
 def test_the_workers_of_a_private_ray_meet_where_nobody_else_can_write(ray_session, job_file):
     """torch's own meeting point is a TCP port on every address that accepts any process's writes. It isn't opened."""
     seen: dict[tuple[str, int], str] = {}
