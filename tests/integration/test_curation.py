@@ -19,7 +19,7 @@ from heliostat.curation.stages import minhash
 from heliostat.data import manifest
 from heliostat.errors import HeliostatError, StorageError
 from heliostat.storage.locations import Location
-from heliostat.tasks import crew, flow, merging, pool
+from heliostat.tasks import flow, merging, pool, ray_cluster
 from heliostat.tasks.flow import Task
 from heliostat.tasks.pool import ActorPool
 from heliostat.tasks.work import Work
@@ -123,7 +123,7 @@ def test_ray_reserves_what_a_task_may_take(tmp_path):
 def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
     """Two actors, as for two GPUs. One of them dies, and its task runs again in its successor."""
     monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
-    monkeypatch.setattr(crew, "ActorPool", lambda *given, num_gpus, **options: ActorPool(*given, **options))
+    monkeypatch.setattr(ray_cluster, "ActorPool", lambda *given, num_gpus, **options: ActorPool(*given, **options))
     found = flow.Flow(Work(Location(str(tmp_path / "work"))))
     tasks = [Task(f"{i:032}", {"number": i, "mark": str(tmp_path / "mark")}) for i in range(20)]
     records = found.all("gpu", once, iter(tasks), pooled=True)
@@ -142,7 +142,7 @@ def test_actors_that_find_no_place_are_not_waited_for(tmp_path, monkeypatch, cap
     total = int(ray.cluster_resources()["CPU"])
     monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
     monkeypatch.setattr(
-        crew, "ActorPool", lambda *given, num_cpus, num_gpus, **options: ActorPool(*given, num_cpus=total, **options)
+        ray_cluster, "ActorPool", lambda *given, num_cpus, num_gpus, **options: ActorPool(*given, num_cpus=total, **options)
     )
     monkeypatch.setattr(pool, "PLACE_S", 40.0)  # a process starts slowly on a busy machine
     found = flow.Flow(Work(Location(str(tmp_path / "work"))))

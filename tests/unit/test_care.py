@@ -20,7 +20,8 @@ from heliostat.curation.text import trace
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
-from heliostat.tasks import care, crew, flow
+from heliostat.tasks import care, crew, flow, ray_cluster
+from heliostat.tasks.clusters import Kind
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work
 from ray.exceptions import WorkerCrashedError
@@ -86,8 +87,7 @@ class Unkept(Stage):
 @pytest.fixture
 def forked(monkeypatch) -> ForkedRay:
     made, real = ForkedRay(), registry.find
-    for module in (crew, flow):
-        monkeypatch.setattr(module, "ray", made)
+    monkeypatch.setattr(ray_cluster, "ray", made)
     monkeypatch.setattr(
         registry, "find", lambda name: {"fragile": Fragile, "plain": Plain, "unkept": Unkept}.get(name) or real(name)
     )
@@ -293,8 +293,8 @@ def test_tasks_request_fewer_cpus_when_the_node_is_gone_that_had_so_many(tmp_pat
 
 def test_a_task_that_dies_with_another_one_in_its_actor_is_not_given_up_when_that_one_finds_its_documents(tmp_path):
     """Tasks wait in an actor for the one that ends its process, for any number of its documents that do so."""
-    made = crew.Crew(Flow(Work(Location(str(tmp_path)))), "read", flow.execute, print, 1, 0, 0.0)
-    made.pool = SimpleNamespace()
+    made = crew.Crew(Flow(Work(Location(str(tmp_path)))), Kind("read", flow.execute, print))
+    made.size = 1
     deadly, other = (crew.Started(n, Task(f"{n:032}", {}, careful=True)) for n in range(2))
     for document in range(4):
         for again in range(3):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from heliostat.curation import comparing, repetition, segment, slices, tally
 from heliostat.curation.english import words
 from heliostat.curation.minhash import signatures
@@ -18,6 +19,7 @@ from heliostat.curation.stages.length import Length
 from heliostat.curation.text import gathering, tasks, tokens
 from heliostat.storage.locations import Location
 from heliostat.tasks import crew, flow, spill
+from heliostat.tasks.clusters import Kind
 from heliostat.tasks.work import Work
 
 from tests.unit.bounded import arrow_peak, python_peak
@@ -200,10 +202,10 @@ GB = 1 << 30
 ])  # fmt: skip
 def test_a_task_asks_ray_for_its_memory_and_for_no_more_than_a_node_has(tmp_path, monkeypatch, memory, nodes, cpus, asked):
     there = [{"Alive": True, "Resources": {"CPU": float(have), "memory": float(n)}} for have, n in nodes]
-    monkeypatch.setattr(flow.ray, "nodes", lambda: there)
+    monkeypatch.setattr(ray, "nodes", lambda: there)
     made = flow.Flow(Work(Location(str(tmp_path))), memory=memory)
     assert made.memory_each(cpus) == asked
-    working = crew.Crew(made, "some", flow.execute, print, cpus, 0, 0.0)
+    working = crew.Crew(made, Kind("some", flow.execute, print, cpus))
     assert not working.full and working.memory == asked
 
 
@@ -221,10 +223,10 @@ def test_a_task_asks_ray_for_its_memory_and_for_no_more_than_a_node_has(tmp_path
 def test_a_machine_whose_memory_leaves_cpus_idle_is_logged_once_with_the_fix(tmp_path, monkeypatch, caplog, memory, nodes, cpus,
                                                                              told):  # fmt: skip
     there = [{"Alive": True, "Resources": {"CPU": float(have), "memory": float(n)}} for have, n in nodes]
-    monkeypatch.setattr(flow.ray, "nodes", lambda: there)
+    monkeypatch.setattr(ray, "nodes", lambda: there)
     made = flow.Flow(Work(Location(str(tmp_path))), memory=memory)
     for kind in ("some", "others"):
-        assert not crew.Crew(made, kind, flow.execute, print, cpus, 0, 0.0).full
+        assert not crew.Crew(made, Kind(kind, flow.execute, print, cpus)).full
     assert caplog.messages == ([f"memory_limit: {told}"] if told else [])
 
 

@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import ray
-from ray.exceptions import RayError, RayTaskError
-
 from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
 from heliostat.tasks.care import Trouble
-from heliostat.tasks.pool import ActorPool, TaskFunction
+from heliostat.tasks.clusters import Cluster, Kind, Task
+from heliostat.tasks.ray_cluster import END_S, is_lost
 from heliostat.tasks.shipping import NotHereError, Shipment
 from heliostat.tasks.work import Work
 from heliostat.text import printable
@@ -34,24 +31,6 @@ TRIES, LOST, FAILED = 3, 8, 3
 PAUSE = Backoff(0.5, 10.0)  # pause before a task runs again after its process died, because a lack of memory lasts for a while
 LOOK_S = 10.0  # seconds between checks of the cluster's nodes
 AWAY_S = 0.5  # seconds between checks for a live actor if all are lost, and of copies that tasks wait for
-ENDING_S = 2.0  # seconds for tasks to end by themselves after the run has failed
-END_S = 60.0  # seconds for tasks to end after they are canceled
-
-
-@dataclass(frozen=True)
-class Task:
-    """Describes a task: the key of its record, and the arguments of its function."""
-
-    key: str
-    arguments: dict[str, Any]
-    shared: dict[str, object] = field(default_factory=dict)
-    """Further arguments, each from `Flow.share`. A large value that many tasks share is sent to a node only once."""
-    bytes: int = 0
-    """Bytes that the task reads, approximately, for the progress line."""
-    careful: bool = False
-    """Whether the function takes an argument `care` when the task runs again."""
-    before: str = ""
-    """Key of the same task in earlier versions. A record under this key counts, too."""
 
 
 class Flowing(Protocol):
@@ -62,6 +41,7 @@ class Flowing(Protocol):
     crashed: int
     passed: int
     name: str
+    cluster: Cluster
 
     def nodes(self, resource: str = "CPU") -> list[int]: ...
     def memory_each(self, cpus: int = 1) -> int | None: ...
@@ -87,21 +67,18 @@ class Started:
 
 
 class Crew:
-    """Runs tasks in a pool of `size` actors. If `size` is 0, runs the tasks as Ray tasks of `cpus` CPUs each."""
+    """Runs the tasks of one kind: in actors, or each with the kind's number of CPUs."""
 
-    def __init__(self, flow: Flowing, kind: str, execute: Any, function: TaskFunction, cpus: int, size: int,
-                 gpus: float) -> None:  # fmt: skip
-        self.flow, self.kind, self.execute, self.function, self.cpus = flow, kind, execute, function, cpus
+    def __init__(self, flow: Flowing, kind: Kind) -> None:
+        self.flow, self.kind, self.cpus, self.size = flow, kind.name, kind.cpus, kind.actors
         self.work = Work(flow.work.location)  # without the cached list of files
-        selector = flow.labels or None
-        self.pool = ActorPool(execute, size, num_cpus=cpus, num_gpus=gpus, label_selector=selector) if size else None
-        self.remote: Any = self.pool or ray.remote(execute)
+        self.cluster, self.executor = flow.cluster, flow.cluster.executor(kind)
         self.under_way: dict[Any, Started] = {}
         self.later: list[Started] = []
         self.copies: dict[Shipment, Future[None]] = {}
         self.failed: list[BaseException] = []
         self.stopped = False
-        self.size, self.looked, self.room, self.last, self.alone = size, -LOOK_S, 0, "", False
+        self.looked, self.room, self.last, self.alone = -LOOK_S, 0, "", False
         self.memory: int | None = None  # bytes that each task requests
 
     @property
@@ -109,7 +86,7 @@ class Crew:
         """Returns whether the crew takes no more tasks. This is so if twice as many tasks have started as can run at once, or if
         all actors are lost."""
         self._look()
-        if self.pool and not self.pool.ready:
+        if not self.executor.ready:
             return True
         return len(self.under_way) + len(self.later) >= self.room
 
@@ -125,12 +102,7 @@ class Crew:
         shared = dict(task.shared)
         if task.careful and (trouble.count or trouble.crashed):
             shared["care"] = trouble.care(self.work.note(self.kind, task.key))
-        remote = self.remote
-        if self.pool is None:
-            remote = remote.options(
-                num_cpus=self.cpus, memory=self.memory, max_retries=0, label_selector=self.flow.labels or None, name=self.kind
-            )
-        reference = remote.remote(self.work, self.flow.name, self.kind, task.key, self.function, task.arguments, **shared)
+        reference = self.executor.start((self.work, self.flow.name, self.kind), task, shared, self.cpus, self.memory)
         self.under_way[reference] = started
 
     def finished(self) -> Iterator[tuple[Started, dict[str, Any]]]:
@@ -140,20 +112,15 @@ class Crew:
         self._look()
         wait = self._start_due()
         if not self.under_way:
-            time.sleep(wait)
+            self.cluster.sleep(wait)
             return
-        ready, _ = ray.wait(list(self.under_way), num_returns=1, timeout=wait)
-        for reference in ready:
+        for reference in self.executor.ended(list(self.under_way), wait):
             started = self.under_way.pop(reference)
             try:
-                record = ray.get(reference)
+                record = self.executor.record(reference)
             except Exception as e:  # noqa: BLE001 - judged
-                if self.pool:
-                    (self.pool.lost if _is_lost(e) else self.pool.ended)(reference)
                 self._judge(started, e)
                 continue
-            if self.pool:
-                self.pool.ended(reference)
             if started.trouble.attempt:
                 self.work.note(self.kind, started.task.key).delete()
             examples = record.get("examples", {})
@@ -172,16 +139,15 @@ class Crew:
             raise self.failed[0]
 
     def end(self) -> None:
-        """Ends the pool, and cancels the tasks that are still running."""
-        if self.pool:
-            self.pool.end()
-        _end(list(self.under_way))
+        """Ends the executor, and cancels the tasks that are still running."""
+        if left := self.executor.end(list(self.under_way)):
+            log.warning("%d tasks didn't end within %.0f s", left, END_S)
 
     def _start_due(self) -> float:
         """Starts the tasks whose pause or copy has ended; returns the seconds until the next check of a task or of the nodes."""
-        if self.pool and not self.pool.ready:
+        if not self.executor.ready:
             return AWAY_S
-        now, later = time.monotonic(), self.later
+        now, later = self.cluster.now(), self.later
         self.later = [one for one in later if one.due > now or one.waits]
         for started in later:
             if started not in self.later:
@@ -217,7 +183,7 @@ class Crew:
         if cause is not None and cause.exit_code == 2:
             with unwrapped():
                 raise error
-        lost = _is_lost(error)
+        lost = is_lost(error)
         trouble.count += 1
         if lost and task.careful and (crash := trouble.learn(self.work.note(self.kind, task.key), error)):
             self.last = crash.id
@@ -228,7 +194,7 @@ class Crew:
                 crash.stage,
                 crash.detail,
             )
-            if self.pool:  # tasks that waited for the same actor died with it each time
+            if self.size:  # tasks that waited for the same actor died with it each time
                 for other in [*self.under_way.values(), *self.later]:
                     other.trouble.count = min(other.trouble.count, 1)
         if self.stopped or cause is not None or trouble.count >= (LOST if lost else TRIES):
@@ -236,7 +202,7 @@ class Crew:
             self.stopped |= len(self.failed) >= FAILED
             return
         log.warning("%s: a task failed (%s). Running it again", self.kind, care.last_line(error))
-        started.due = time.monotonic() + (PAUSE.wait(trouble.count) if lost and trouble.count else 0.0)
+        started.due = self.cluster.now() + (PAUSE.wait(trouble.count) if lost and trouble.count else 0.0)
         self.later.append(started)
 
     def _check(self) -> None:
@@ -250,9 +216,9 @@ class Crew:
     def _look(self) -> None:
         """Checks the nodes every LOOK_S seconds: how many tasks fit on them, and whether any node has as many CPUs as a task
         requests."""
-        if time.monotonic() - self.looked < LOOK_S:
+        if self.cluster.now() - self.looked < LOOK_S:
             return
-        self.looked, nodes = time.monotonic(), self.flow.nodes()
+        self.looked, nodes = self.cluster.now(), self.flow.nodes()
         self.memory = self.flow.memory_each(max(1, min(self.cpus, max(nodes, default=0))))
         if not any(nodes):
             label = f" and the labels {self.flow.labels}" if self.flow.labels else ""
@@ -262,37 +228,15 @@ class Crew:
                 self.kind,
                 label,
             )
-        elif self.pool is None and max(nodes) < self.cpus:
+        elif not self.size and max(nodes) < self.cpus:
             self._request(max(nodes))
-        elif self.pool is None:
+        elif not self.size:
             self.flow.log_short_memory(self.cpus)
         self.alone = not any(nodes)
-        self.room = 2 * self.size if self.pool else max(2, 2 * sum(nodes) // self.cpus)
+        self.room = 2 * self.size if self.size else max(2, 2 * sum(nodes) // self.cpus)
 
     def _request(self, cpus: int) -> None:
         """Restarts waiting tasks with fewer CPUs each, because no node has as many CPUs anymore."""
         self.cpus = cpus
-        _, waiting = ray.wait(list(self.under_way), num_returns=len(self.under_way), timeout=0) if self.under_way else ([], [])
-        for reference in waiting:
-            started = self.under_way.pop(reference)
-            ray.cancel(reference)
-            self.start(started)
-
-
-def _is_lost(error: Exception) -> bool:
-    """Returns whether a task failed because its process or node died, not because it raised an error."""
-    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
-
-
-def _end(references: list[Any]) -> None:
-    """Cancels running tasks, so that these tasks write nothing after an error was reported.
-
-    First waits ENDING_S seconds for tasks to end, because Ray aborts this process if a task is canceled while it completes.
-    """
-    _, working = ray.wait(references, num_returns=len(references), timeout=ENDING_S) if references else ([], [])
-    for reference in working:
-        ray.cancel(reference)
-    if working:
-        _, left = ray.wait(working, num_returns=len(working), timeout=END_S)
-        if left:
-            log.warning("%d tasks didn't end within %.0f s", len(left), END_S)
+        for reference in self.executor.withdraw(list(self.under_way)):
+            self.start(self.under_way.pop(reference))

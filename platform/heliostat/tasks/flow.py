@@ -16,14 +16,14 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import ray
 
-from heliostat.cluster.capacity import selects
 from heliostat.tasks import cpu_time
 from heliostat.tasks.care import CRASHED, UNREAD
-from heliostat.tasks.crew import Crew, Started, Task
+from heliostat.tasks.clusters import Cluster, Kind, Task
+from heliostat.tasks.crew import Crew, Started
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.progress import Progress, documents
+from heliostat.tasks.ray_cluster import RayCluster
 from heliostat.tasks.work import Work
 
 BATCH = 4096  # keys that are looked up at once
@@ -59,12 +59,13 @@ class Flow:
     short: bool = False
     """Whether this run has already logged that a lack of memory leaves CPUs idle."""
     progress: Progress = field(default_factory=Progress)
+    cluster: Cluster = field(default_factory=RayCluster)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Name of this run. Tasks compare it with the name in a record, to find out whether this run wrote the record."""
 
     def share(self, value: object) -> object:
         """Stores a value in Ray's object store; returns the reference for `Task.shared`."""
-        return ray.put(value)
+        return self.cluster.share(value)
 
     def cpus(self) -> int:
         """Returns the number of CPUs of all nodes, at least 1."""
@@ -72,8 +73,7 @@ class Flow:
 
     def nodes(self, resource: str = "CPU") -> list[int]:
         """Lists the CPUs, GPUs, or bytes of memory of each live node with the labels."""
-        mine = [n for n in ray.nodes() if n["Alive"] and selects(self.labels, n.get("Labels") or {})]
-        return [int(n["Resources"].get(resource, 0)) for n in mine]
+        return self.cluster.nodes(self.labels, resource)
 
     def cpus_each(self, tasks: int) -> int:
         """Computes the maximum CPUs that each of `tasks` tasks can request so that all tasks run at once; at least 1."""
@@ -117,7 +117,8 @@ class Flow:
         isn't 0, tasks run in `actors` actors. If it is 0 and `pooled` is true, they run in one actor per GPU of the cluster. Each
         actor has `gpus` GPUs. Without actors, tasks run as Ray tasks.
         """
-        crew = Crew(self, kind, execute, function, cpus, actors or (self.devices() if pooled else 0), gpus)
+        size = actors or (self.devices() if pooled else 0)
+        crew = Crew(self, Kind(kind, execute, function, cpus, size, gpus, self.labels))
         try:
             for number, task, record in self._looked_up(kind, tasks, valid):
                 if record is not None:

@@ -1,0 +1,83 @@
+"""Defines a task, and everything that a crew needs from a cluster: nodes, a clock, and executors of tasks.
+
+`ray_cluster` implements this with Ray, and `curation.simulation` with a virtual clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from heliostat.tasks.pool import TaskFunction
+
+
+@dataclass(frozen=True)
+class Task:
+    """Describes a task: the key of its record, and the arguments of its function."""
+
+    key: str
+    arguments: dict[str, Any]
+    shared: dict[str, object] = field(default_factory=dict)
+    """Further arguments, each from `Flow.share`. A large value that many tasks share is sent to a node only once."""
+    bytes: int = 0
+    """Bytes that the task reads, approximately, for the progress line."""
+    careful: bool = False
+    """Whether the function takes an argument `care` when the task runs again."""
+    before: str = ""
+    """Key of the same task in earlier versions. A record under this key counts, too."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Describes the tasks of one kind: how a task runs, its CPUs, and the number of actors (0: Ray tasks) with their GPUs."""
+
+    name: str
+    execute: Callable[..., Mapping[str, object]]
+    function: TaskFunction
+    cpus: int = 1
+    actors: int = 0
+    gpus: float = 1.0
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class Executor(Protocol):
+    """Runs the tasks of one kind. A reference stands for a task that was started."""
+
+    @property
+    def ready(self) -> bool:
+        """Returns whether new tasks can start now."""
+
+    def start(self, arguments: tuple[Any, ...], task: Task, shared: Mapping[str, object], cpus: int, memory: int | None) -> Any:
+        """Starts a task, and returns its reference. `arguments`: the arguments of `execute` before the task's key."""
+
+    def ended(self, references: list[Any], wait_s: float) -> list[Any]:
+        """Waits up to `wait_s` seconds for a task to end; returns the references of all tasks that have ended."""
+
+    def record(self, reference: Any) -> dict[str, Any]:
+        """Returns the record of a task that has ended; raises the task's error."""
+
+    def withdraw(self, references: list[Any]) -> list[Any]:
+        """Cancels the tasks that haven't ended; returns their references."""
+
+    def end(self, references: list[Any]) -> int:
+        """Ends the executor and its tasks. Returns the number of tasks that didn't end in time."""
+
+
+class Cluster(Protocol):
+    """Has nodes, starts executors, and keeps the time."""
+
+    def now(self) -> float:
+        """Returns the seconds of a clock that never goes back."""
+
+    def sleep(self, seconds: float) -> None:
+        """Waits."""
+
+    def nodes(self, labels: Mapping[str, str], resource: str) -> list[int]:
+        """Lists the amount of a resource on each live node with the labels."""
+
+    def share(self, value: object) -> object:
+        """Stores a value once for many tasks; returns its reference."""
+
+    def executor(self, kind: Kind) -> Executor:
+        """Returns an executor for the tasks of one kind."""
