@@ -52,21 +52,52 @@ def prepare(
             help="Dry run: process a share of the input, such as 0.1%; predict the tokens, hours, and cost of the whole input",
         ),
     ] = None,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Process the share in --sample, then simulate the pipeline for an input of this size, such as 100TB",
+        ),
+    ] = None,
+    cluster: Annotated[
+        str, typer.Option(metavar="NODESxCPUS", help="Cluster to simulate with --simulate: its nodes, and the CPUs of each")
+    ] = "500x32",
     verbose: Verbose = False,
 ) -> None:
     """Make a dataset: run a pipeline on Ray Data. Does nothing if the dataset is up to date."""
     from heliostat.curation.prepare import prepare as run
     from heliostat.curation.prepare_report import explain
 
+    if simulate is not None and sample is None:
+        raise ConfigError("--simulate: needs the share of the input to measure. Add --sample, for example --sample 1%")
     if sample is not None:
         if force:
             raise ConfigError("--force: not with --sample, which makes no dataset. Remove one of the two")
+        if simulate is not None:
+            _simulate(pipeline, setting or [], sample, simulate, cluster)
+            return
         _predict(pipeline, setting or [], sample)
         return
     report = run(pipeline, setting or [], force=force, quiet=out.quiet)
     for line in explain(report):
         out.print(line)
     finish(report)
+
+
+def _simulate(pipeline: Path, settings: list[str], sample: str, size: str, cluster: str) -> None:
+    from heliostat.curation import prediction
+    from heliostat.curation.simulation import simulate, tables
+    from heliostat.plan import hardware
+
+    given = simulate.bytes_of(size), simulate.nodes_of(cluster)
+    result = simulate.simulate(pipeline, settings, *given, prediction.fraction(sample), quiet=out.quiet)
+    prices = hardware.table()
+    result |= {"cost": result["wall_hours"] * result["cpus"] * prices["devices"]["cpu"]["hour"], "currency": prices["currency"]}
+    print_table(tables.of_kinds(result), left=(0,))
+    print_table(tables.of_requests(result), left=(0,))
+    for line in tables.explain(result):
+        out.print(line)
+    finish(result)
 
 
 def _predict(pipeline: Path, settings: list[str], sample: str) -> None:

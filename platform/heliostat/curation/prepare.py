@@ -20,6 +20,8 @@ import json
 import logging
 import time
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -250,6 +252,13 @@ def changed(known: dict[str, Any], wanted: dict[str, Any], before: dict[str, int
 def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = False) -> dict[str, Any]:
     """Prepares a sample of the input in a temporary folder, and predicts the result and cost for the whole input."""
     _, pipeline = load(path, settings)
+    with sampling(pipeline, quiet) as (folder, inputs):
+        return pipeline.predict(folder, inputs, fraction)
+
+
+@contextmanager
+def sampling(pipeline: Pipeline, quiet: bool) -> Iterator[tuple[Location, list[InputFile]]]:
+    """Checks a pipeline and connects to Ray; yields a temporary folder next to the output, and the input's files."""
     output = place(pipeline.output, "output")
     _check_output(output)
     pipeline.check()
@@ -260,7 +269,7 @@ def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = Fals
     try:
         with PipelineWatch(console, f"preparing a sample of {pipeline.name}", quiet) as watch, unwrapped():
             pipeline.watched(watch)
-            return pipeline.predict(folder, inputs, fraction)
+            yield folder, inputs
     finally:
         folder.delete()
 

@@ -21,6 +21,7 @@ from heliostat.errors import ConfigError
 from heliostat.schema import nearest
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping
+from heliostat.tasks.clusters import Cluster
 from heliostat.tasks.flow import LEAST_MEMORY, Flow
 from heliostat.tasks.progress import Progress
 from heliostat.tasks.work import Work
@@ -71,9 +72,12 @@ class StagedPipeline(Pipeline):
         """Locates the unfinished work."""
         return Work(place(self.work, "work") if self.work else place(self.output, "output").ending(".work"))
 
-    def flow(self, work: Work | None = None) -> Flow:
-        """Makes the flow that runs the tasks and shows their progress. `work`: a work folder that replaces the pipeline's."""
-        return Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
+    def flow(self, work: Work | None = None, cluster: Cluster | None = None) -> Flow:
+        """Makes the flow that runs the tasks and shows their progress. `work`: a work folder that replaces the pipeline's;
+        `cluster`: where the tasks run, by default on Ray."""
+        flow = Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
+        flow.cluster = cluster or flow.cluster
+        return flow
 
     def progress(self) -> Progress:
         return Progress(self._watch.show) if self._watch else Progress()
@@ -126,9 +130,11 @@ class StagedPipeline(Pipeline):
         self._seconds = making.seconds
         return rows, meta
 
-    def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
+    def predict(
+        self, folder: Location, inputs: list[InputFile], fraction: float, cluster: Cluster | None = None
+    ) -> dict[str, Any]:
         start, sample = time.monotonic(), self.sampled(inputs, fraction)
-        making = self.making(self.flow(Work(folder.join("work"))), folder.join("out"), sample)
+        making = self.making(self.flow(Work(folder.join("work")), cluster), folder.join("out"), sample)
         return making.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def uncovered(self) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,253 @@
+"""Measures the tasks of a real run, and derives the time and the record of larger tasks from them.
+
+A task of the simulation takes a measured task of its kind, and scales this task's numbers by the ratio of the bytes that both
+read. Spilled files get new names with the scaled size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from heliostat.curation.text.tasks import TextSharding
+from heliostat.tasks import merging, spill
+from heliostat.tasks.clusters import Cluster, Executor, Kind, Task
+from heliostat.tasks.spill import SpilledRun
+
+MERGE_BYTES_PER_S = 60e6
+"""Bytes of spilled documents that a CPU merges per second, for a sample without a merge (docs/benchmarks/curation.md)."""
+LINES_BYTES_PER_S = 500e6
+"""Bytes in which a CPU counts lines per second."""
+
+SAME_SIZE = frozenset({"sizes", "sample", "tokenizer", "tally", "rates", "lists"})
+"""Kinds of tasks whose files the driver reads, or whose results don't grow with the input. Their records stay as measured."""
+
+
+@dataclass(frozen=True)
+class MeasuredTask:
+    """Holds the bytes that a task read, and its record."""
+
+    bytes: int
+    record: dict[str, Any]
+
+
+@dataclass
+class Profile:
+    """Holds the measured tasks of each kind. A run may start tasks of one kind several times, for example in each round of a
+    search for clusters. So the key is (kind, number of the call)."""
+
+    tasks: dict[tuple[str, int], list[MeasuredTask]] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def begin(self, kind: str) -> int:
+        """Counts a call for tasks of a kind; returns the call's number."""
+        call = self.calls.get(kind, 0)
+        self.calls[kind] = call + 1
+        return call
+
+    def add(self, kind: str, call: int, bytes: int, record: dict[str, Any]) -> None:
+        self.tasks.setdefault((kind, call), []).append(MeasuredTask(bytes, record))
+
+    def like(self, kind: str, call: int, key: str) -> MeasuredTask | None:
+        """Chooses a measured task by the hash of a task's key. Tasks that read less than half the mean aren't chosen, because
+        their fixed costs would be scaled too. Returns None if no task of the kind was measured."""
+        measured = self.tasks.get((kind, min(call, self.calls.get(kind, 0) - 1)), [])
+        mean = sum(task.bytes for task in measured) / max(1, len(measured))
+        usual = [task for task in measured if 2 * task.bytes >= mean]
+        return usual[xxhash.xxh64_intdigest(key.encode()) % len(usual)] if usual else None
+
+
+class Sizes:
+    """Computes the bytes that a task reads. Remembers the sizes of shared lists, which many tasks read."""
+
+    def __init__(self) -> None:
+        self.lists: dict[int, int] = {}
+        self.values: dict[Any, object] = {}
+        """Shared values by their references."""
+
+    def share(self, reference: Any, value: object) -> object:
+        self.values[id(reference)] = value
+        self.lists[id(value)] = spilled_bytes(value)
+        return reference
+
+    def read(self, task: Task) -> int:
+        """Returns the bytes that a task reads: its share of all spilled files in its arguments, or its part of the input."""
+        shared = [self.values.get(id(value), value) for value in task.shared.values()]
+        share = _share_of_keys(task.arguments, next((one for one in shared if isinstance(one, TextSharding)), None))
+        spilled = sum(self.lists[id(value)] if id(value) in self.lists else spilled_bytes(value) for value in shared)
+        own = spilled_bytes(list(task.arguments.values()))
+        return int((spilled + own) * share) or task.bytes
+
+    def files(self, task: Task) -> int:
+        """Returns the number of spilled files from which a task reads."""
+        shared = [self.values.get(id(value), value) for value in task.shared.values()]
+        lists = [value for value in [*shared, *task.arguments.values()] if isinstance(value, list)]
+        return sum(len(value) for value in lists if value and isinstance(value[0], str | SpilledRun))
+
+
+def spilled_bytes(value: object) -> int:
+    """Sums the sizes of the spilled files and runs in a value."""
+    if isinstance(value, SpilledRun):
+        return value.bytes
+    if isinstance(value, str):
+        return spill.size_of(value) or 0
+    return sum(map(spilled_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def _share_of_keys(arguments: Mapping[str, Any], plan: TextSharding | None = None) -> float:
+    if "parts" in arguments:
+        return 1 / arguments["parts"]
+    if "high" in arguments:
+        return (arguments["high"] - arguments["low"]) / spill.ALL
+    return (arguments["stop"] - arguments["first"]) / plan.shards if plan is not None else 1.0
+
+
+def synthesized(kind: Kind, call: int, task: Task, profile: Profile, sizes: Sizes) -> dict[str, Any]:
+    """Returns the record that a task would have, with its CPU seconds in `seconds`."""
+    read, like = sizes.read(task), profile.like(kind.name, call, task.key)
+    if like is None:
+        return _merged(kind, task, read)
+    if kind.name in SAME_SIZE:
+        growth = read / like.bytes if like.bytes else 1.0
+        return like.record | {"seconds": like.record["seconds"] * growth}
+    growth = read / like.bytes if read and like.bytes else 1.0
+    opening = like.record.get("opening", 0.0)
+    record = Scaling(task.key, growth).of({k: v for k, v in like.record.items() if k not in ("run", "wall")})
+    record["seconds"] = (like.record["seconds"] - opening) * growth
+    if "runs" in record and "run_bytes" in task.arguments:
+        record["runs"] = _cut(record["runs"], task.arguments["run_bytes"], task.key)
+    if "decided" in record:
+        record["decided"] = _decided(like.record, task.arguments["runs"], task.key)
+    if "shards" in record:
+        record["shards"] = _shards(like.record["shards"], task, read)
+    if "part" in task.arguments and "begin" in record:
+        record["begin"] = str(spill.share(task.arguments["part"], task.arguments["parts"])[0])
+    return record
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Scales the numbers in a record, and gives spilled files new names."""
+
+    key: str
+    growth: float
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self.of(part) for name, part in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.of(part) for part in value]
+        if isinstance(value, bool) or value is None:
+            return value
+        if isinstance(value, int):
+            return round(value * self.growth)
+        if isinstance(value, float):
+            return value * self.growth
+        size = spill.size_of(value)
+        return value if size is None or value.endswith(".json") else named(f"{self.key} {value}", round(size * self.growth))
+
+
+def named(what: str, bytes: int) -> str:
+    """Returns the name of a spilled file that doesn't exist, with its size."""
+    digest = hashlib.sha256(what.encode()).hexdigest()
+    return f"{digest[:2]}/{digest[:32]}-{bytes}.parquet"
+
+
+def _merged(kind: Kind, task: Task, read: int) -> dict[str, Any]:
+    """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, or counting lines."""
+    seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
+    if kind.function is merging.merge_spills:
+        return {"merged": name, "files": [name], "seconds": seconds}
+    if kind.function is merging.merge:
+        rows = sum(run.rows for run in task.arguments["runs"])
+        return {"runs": _cut([[name, int(rows * _share_of_keys(task.arguments)), read]], task.arguments["run_bytes"], task.key),
+                "files": [name], "seconds": seconds}  # fmt: skip
+    if kind.name == "tally":
+        return {"tally": task.arguments["names"][0], "files": [], "seconds": seconds}
+    return {"lines": 1 + read // 1000, "files": [], "seconds": read / LINES_BYTES_PER_S}
+
+
+def _cut(runs: list[list[Any]], run_bytes: int, key: str) -> list[list[Any]]:
+    """Cuts runs into runs of at most `run_bytes` bytes."""
+    rows, bytes = sum(run[1] for run in runs), sum(run[2] for run in runs)
+    count = -(-bytes // run_bytes)
+    stored = sum(spill.size_of(run[0]) or 0 for run in runs)
+    return [[named(f"{key} run {i}", stored // count), rows // count, bytes // count] for i in range(count)]
+
+
+def _decided(measured: Mapping[str, Any], runs: list[SpilledRun], key: str) -> list[list[Any]]:
+    """Returns what a task decided about each of its runs: the mean shares of the measured runs."""
+    rows, bytes = (sum(one[i] for one in measured["decided"]) / max(1, measured["of_rows"]) for i in (1, 2))
+    return [[named(f"{key} {i}", 600 + int(4 * rows * run.rows)), int(rows * run.rows),
+             min(run.bytes, int(bytes * run.rows))] for i, run in enumerate(runs)]  # fmt: skip
+
+
+def _shards(measured: list[dict[str, Any]], task: Task, read: int) -> list[dict[str, Any]]:
+    """Returns the shards that a task writes, each with an equal part of the bytes that it reads."""
+    first, stop = task.arguments["first"], task.arguments["stop"]
+    one = max(measured, key=lambda shard: shard["bytes"])
+    growth = read / (stop - first) / max(1, one["bytes"])
+    chunks = one["chunks"] * max(1, round(growth))
+    same = {name: value for name, value in one.items() if isinstance(value, str)} | {"chunks": chunks}
+    scaled = Scaling(task.key, growth).of({k: v for k, v in one.items() if k not in same and k != "ends"})
+    return [scaled | same | {"path": f"shards/{shard:05d}/{task.key[:16]}.parquet"} for shard in range(first, stop)]
+
+
+class MeasuringCluster:
+    """Runs tasks on another cluster, and measures them for a profile."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.profile, self.sizes = cluster, Profile(), Sizes()
+
+    def now(self) -> float:
+        return self.cluster.now()
+
+    def sleep(self, seconds: float) -> None:
+        self.cluster.sleep(seconds)
+
+    def nodes(self, labels: Mapping[str, str], resource: str) -> list[int]:
+        return self.cluster.nodes(labels, resource)
+
+    def share(self, value: object) -> object:
+        return self.sizes.share(self.cluster.share(value), value)
+
+    def executor(self, kind: Kind) -> Executor:
+        return _Measuring(self.cluster.executor(kind), kind, self.profile, self.sizes)
+
+
+class _Measuring:
+    def __init__(self, executor: Executor, kind: Kind, profile: Profile, sizes: Sizes) -> None:
+        self.executor, self.kind, self.profile, self.sizes = executor, kind, profile, sizes
+        self.call, self.tasks = profile.begin(kind.name), dict[Any, Task]()
+
+    @property
+    def ready(self) -> bool:
+        return self.executor.ready
+
+    def start(self, arguments: tuple[Any, ...], task: Task, shared: Mapping[str, object], cpus: int, memory: int | None) -> Any:
+        reference = self.executor.start(arguments, task, shared, cpus, memory)
+        self.tasks[reference] = task
+        return reference
+
+    def ended(self, references: list[Any], wait_s: float) -> list[Any]:
+        return self.executor.ended(references, wait_s)
+
+    def record(self, reference: Any) -> dict[str, Any]:
+        record, task = self.executor.record(reference), self.tasks.pop(reference)
+        rows = _rows(task.arguments.get("runs", []))
+        self.profile.add(self.kind.name, self.call, self.sizes.read(task), record | ({"of_rows": rows} if rows else {}))
+        return record
+
+    def withdraw(self, references: list[Any]) -> list[Any]:
+        return self.executor.withdraw(references)
+
+    def end(self, references: list[Any]) -> int:
+        return self.executor.end(references)
+
+
+def _rows(runs: Iterable[object]) -> int:
+    return sum(run.rows for run in runs if isinstance(run, SpilledRun))

@@ -1,0 +1,56 @@
+"""Counts the requests that tasks send to an object store, for each prefix and second."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from heliostat.curation.pieces import FilePart
+from heliostat.tasks import spill
+from heliostat.tasks.clusters import Task
+
+READ_BYTES = 8 << 20  # of an input file per request
+PART_BYTES = 10 << 20  # of an upload in parts
+PLAIN_BYTES = 5 << 20  # a file below this size is written with one request
+SPILLS = 256  # prefixes of spilled files: the first two hex digits of their digests
+BUCKET_S = 10.0  # seconds over which a rate is averaged
+
+
+@dataclass
+class Requests:
+    """Counts requests and bytes by prefix. `busiest`: requests per second in the busiest BUCKET_S seconds of each prefix."""
+
+    total: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    bytes: Counter[str] = field(default_factory=Counter)
+    buckets: dict[str, defaultdict[int, float]] = field(default_factory=dict)
+
+    def add(self, prefix: str, requests: float, bytes: int, at: float) -> None:
+        self.total[prefix] += requests
+        self.bytes[prefix] += bytes
+        self.buckets.setdefault(prefix, defaultdict(float))[int(at // BUCKET_S)] += requests
+
+    def busiest(self) -> dict[str, float]:
+        return {prefix: max(buckets.values()) / BUCKET_S for prefix, buckets in self.buckets.items()}
+
+    def of_task(self, kind: str, task: Task, record: dict[str, Any], files: int, read: int, at: float) -> int:
+        """Counts the requests of a task that ends at `at` (virtual seconds), and returns their number. Spilled files are spread
+        evenly over their prefixes, so one of SPILLS prefixes stands for all."""
+        piece = [part for part in task.arguments.get("piece", []) if isinstance(part, FilePart)]
+        inputs = sum(1 + part.length // READ_BYTES for part in piece)
+        ranges = 2 * files + read // (spill.TOGETHER * spill.GROUP_BYTES) if files else 0
+        sizes = [spill.size_of(name) or 0 for name in record.get("files", [])]
+        writes = sum(map(puts, sizes))
+        shards = [shard["file_bytes"] for shard in record.get("shards", [])]
+        if inputs:
+            self.add("input", inputs, sum(part.length for part in piece), at)
+        self.add("work/spill/00", (ranges + writes) / SPILLS, (read if files else 0) + sum(sizes), at)
+        self.add(f"work/done/{kind}", 1, 0, at)
+        if shards:
+            self.add("output/shards", sum(map(puts, shards)), sum(shards), at)
+        return inputs + ranges + writes + 1 + sum(map(puts, shards))
+
+
+def puts(bytes: int) -> int:
+    """Returns the number of requests that write a file."""
+    return 1 if bytes < PLAIN_BYTES else 2 + -(-bytes // PART_BYTES)

@@ -1,0 +1,103 @@
+"""Runs a pipeline's driver on a virtual cluster, for an input of any size, and reports times, requests, and the driver's cost."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from heliostat.curation import pieces
+from heliostat.curation.prepare import InputFile, load, sampling
+from heliostat.curation.simulation.profile import MeasuringCluster
+from heliostat.curation.simulation.requests import SPILLS
+from heliostat.curation.simulation.virtual_cluster import Faults, KindTimes, VirtualCluster
+from heliostat.curation.staged import StagedPipeline
+from heliostat.errors import ConfigError
+from heliostat.tasks.ray_cluster import RayCluster
+from heliostat.tasks.work import Work
+
+MOST_FILES = 1_000_000  # input files of a simulation; more would be larger instead
+MEMORY_EACH = 4 << 30  # bytes of memory per CPU of a simulated node
+HOUR_S = 3600.0
+SPILL = "work/spill/00"
+
+
+def nodes_of(value: str) -> tuple[int, int]:
+    """Parses `NODESxCPUS`, such as `500x32`; ConfigError if it isn't that."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,4})", value.strip())
+    if match is None or 0 in (nodes := (int(match[1]), int(match[2]))):
+        raise ConfigError(f"--cluster: {value!r} isn't NODESxCPUS. Pass for example 500x32")
+    return nodes
+
+
+def bytes_of(value: str) -> int:
+    """Parses a size such as `100TB`; ConfigError if it isn't one."""
+    try:
+        return TypeAdapter(ByteSize).validate_python(value)
+    except ValidationError:
+        raise ConfigError(f"--simulate: {value!r} isn't a size. Pass for example 100TB") from None
+
+
+def simulate(path: Path, settings: list[str], size: int, nodes: tuple[int, int], fraction: float, quiet: bool = False,
+             faults: Faults | None = None) -> dict[str, Any]:  # fmt: skip
+    """Prepares a sample, and then simulates the whole pipeline for `size` bytes of such input on a cluster of (nodes, CPUs)."""
+    _, pipeline = load(path, settings)
+    if not isinstance(pipeline, StagedPipeline):
+        raise ConfigError(f"--simulate: {type(pipeline).__name__} doesn't support simulations; text and image pipelines do")
+    with sampling(pipeline, quiet) as (folder, inputs):
+        measuring, work = MeasuringCluster(RayCluster()), Work(folder.join("work"))
+        larger = enlarged(inputs, size)
+        work.begin(pieces.size(sum(file.bytes for file in larger)))
+        predicted = pipeline.predict(folder, inputs, fraction, measuring)
+        cluster = VirtualCluster(*nodes, nodes[1] * MEMORY_EACH, measuring.profile, faults or Faults())
+        before = psutil.Process().memory_info().rss
+        making = pipeline.making(pipeline.flow(Work(work.location), cluster), folder.join("simulated"))
+        rows, _ = making.run(larger)
+        memory = psutil.Process().memory_info().rss - before
+    return report(cluster, larger, memory) | {"name": pipeline.name, "rows": len(rows), "sample": predicted["sample"]}
+
+
+def enlarged(files: list[InputFile], size: int) -> list[InputFile]:
+    """Returns `size` bytes of files like the given ones: copies under other names, until the sizes add up to `size`."""
+    total = sum(file.bytes for file in files)
+    if not total:
+        raise ConfigError("--simulate: the input's files are empty. Use an input with documents")
+    copies = max(1, round(size / total))
+    larger = -(-copies * len(files) // MOST_FILES)
+    return [replace(file, path=f"{copy:06d}/{file.path}", bytes=file.bytes * larger)
+            for copy in range(max(1, copies // larger)) for file in files]  # fmt: skip
+
+
+def report(cluster: VirtualCluster, files: list[InputFile], memory: int) -> dict[str, Any]:
+    """Summarizes a simulation as JSON values."""
+    cpus, seconds = cluster.node_count * cluster.cpus, sum(kind.seconds for kind in cluster.kinds)
+    busiest = cluster.requests.busiest()
+    return {
+        "input": {"files": len(files), "bytes": sum(file.bytes for file in files)},
+        "nodes": cluster.node_count,
+        "cpus": cpus,
+        "wall_hours": cluster.clock / HOUR_S,
+        "cpu_hours": seconds / HOUR_S,
+        "bound_hours": seconds / cpus / HOUR_S,
+        "times_bound": cluster.clock * cpus / max(seconds, 1e-9),
+        "driver": {"cpu_seconds": cluster.driver_seconds, "ray_seconds": cluster.ray_seconds, "memory_bytes": memory,
+                   "busy": (cluster.driver_seconds + cluster.ray_seconds) / cluster.clock,
+                   "seconds_per_task": (cluster.driver_seconds + cluster.ray_seconds)
+                   / max(1, sum(kind.starts for kind in cluster.kinds))},
+        "kinds": [_kind(kind, cpus) for kind in cluster.kinds if kind.tasks],
+        "requests": {prefix: {"total": round(total * (SPILLS if prefix == SPILL else 1)), "per_second": round(busiest[prefix], 1)}
+                     for prefix, total in cluster.requests.total.items()},
+        "failures": {"lost": cluster.lost, "poisoned": cluster.poisoned, "slow": cluster.stretched,
+                     "repeated": sum(kind.starts - kind.tasks for kind in cluster.kinds)},
+    }  # fmt: skip
+
+
+def _kind(kind: KindTimes, cpus: int) -> dict[str, Any]:
+    wall = kind.end - kind.begin
+    return {"kind": kind.name, "tasks": kind.tasks, "begin_hours": kind.begin / HOUR_S, "wall_hours": wall / HOUR_S,
+            "cpu_hours": kind.seconds / HOUR_S, "busy": kind.seconds / cpus / max(wall, 1e-9),
+            "mean_s": kind.seconds / kind.tasks, "longest_s": kind.longest}  # fmt: skip

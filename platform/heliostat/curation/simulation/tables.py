@@ -1,0 +1,39 @@
+"""Formats the report of a simulation as tables and sentences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heliostat.terminal import duration
+
+HOUR_S = 3600
+KINDS = ["tasks of kind", "tasks", "begin", "time", "CPU", "CPUs busy", "mean", "longest"]
+REQUESTS = ["prefix", "requests", "per second, at most"]
+
+
+def of_kinds(report: dict[str, Any]) -> list[list[str]]:
+    rows = [KINDS]
+    for kind in report["kinds"]:
+        hours = (duration(kind[f"{name}_hours"] * HOUR_S) for name in ("begin", "wall", "cpu"))
+        seconds = (duration(kind[name]) for name in ("mean_s", "longest_s"))
+        rows.append([kind["kind"], f"{kind['tasks']:,}", *hours, f"{kind['busy']:.0%}", *seconds])
+    return rows
+
+
+def of_requests(report: dict[str, Any]) -> list[list[str]]:
+    return [REQUESTS, *([prefix, f"{of['total']:,}", f"{of['per_second']:,.0f}"] for prefix, of in report["requests"].items())]
+
+
+def explain(report: dict[str, Any]) -> list[str]:
+    driver, failures, given = report["driver"], report["failures"], report["input"]
+    wall, bound = duration(report["wall_hours"] * HOUR_S), duration(report["bound_hours"] * HOUR_S)
+    return [
+        f"{report['name']}: {given['bytes']:,} bytes in {given['files']:,} files on {report['cpus']:,} CPUs of "
+        f"{report['nodes']:,} nodes, simulated from a sample of {report['sample']['bytes']:,} bytes",
+        f"time: {wall}, {report['times_bound']:.2f} times the {bound} that the CPUs need; "
+        f"{report['cost']:,.0f} {report['currency']} by the plan's price table",
+        f"driver: busy {driver['busy']:.0%} of the time, {driver['seconds_per_task'] * 1e6:,.0f} microseconds per task; "
+        f"{driver['memory_bytes'] / 1e6:,.0f} MB of memory",
+        f"failures: {failures['lost']:,} tasks lost with their node, {failures['poisoned']:,} ended by a document, "
+        f"{failures['slow']:,} slow; {failures['repeated']:,} tasks started again, none lost",
+    ]

@@ -1,0 +1,251 @@
+"""Implements a cluster with a virtual clock: tasks take their time and records from a profile, and fail as in a large cluster.
+
+The driver's own processor time, and the time of Ray's calls, pass on the virtual clock too. So a slow driver delays the tasks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import time
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray.exceptions
+import xxhash
+
+from heliostat.curation.careful import Careful
+from heliostat.curation.simulation.profile import Profile, Sizes, synthesized
+from heliostat.curation.simulation.requests import Requests
+from heliostat.tasks import care
+from heliostat.tasks.care import Care, TaskPlace
+from heliostat.tasks.clusters import Executor, Kind, Task
+
+RAY_CALL_S = 350e-6  # processor seconds of the driver that Ray takes to start a task and to return its result (measured)
+STARTED_S = 0.02  # seconds for a node to start a task in a process that exists
+NODE_BYTES_PER_S = 100e6  # bytes per second that a CPU's share of the network carries
+REQUEST_S = 0.03  # latency of a request to the store
+AWAY_S = 300.0  # seconds until a lost node is replaced
+DAY_S = 86400.0
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Configures the failures of a simulated cluster. The shares are per task."""
+
+    node_days: float = 60.0
+    """Days after which a node is lost, on average."""
+    poison: float = 2e-5
+    """Share of the tasks with a document that always ends their process."""
+    slow: float = 0.01
+    """Share of the tasks that take up to ten times as long."""
+    bursts_per_day: float = 6.0
+    """Number of times per day when the store answers 503 for a minute."""
+
+
+@dataclass
+class KindTimes:
+    """Holds the virtual times of one call for tasks: begin, end, number of tasks and of starts, CPU seconds, longest task."""
+
+    name: str
+    begin: float
+    end: float = 0.0
+    tasks: int = 0
+    starts: int = 0
+    seconds: float = 0.0
+    longest: float = 0.0
+
+
+@dataclass
+class VirtualCluster:
+    """Simulates `node_count` nodes with `cpus` CPUs each."""
+
+    node_count: int
+    cpus: int
+    memory: int
+    profile: Profile
+    faults: Faults = field(default_factory=Faults)
+    seed: int = 0
+    clock: float = 0.0
+    """Virtual seconds since the start."""
+    driver_seconds: float = 0.0
+    """Processor seconds of the driver's own code."""
+    ray_seconds: float = 0.0
+    sizes: Sizes = field(default_factory=Sizes)
+    requests: Requests = field(default_factory=Requests)
+    kinds: list[KindTimes] = field(default_factory=list)
+    lost: int = 0
+    """Tasks that ended because their node was lost."""
+    poisoned: int = 0
+    """Tasks that ended because of a document."""
+    stretched: int = 0
+    """Tasks that were slow, or that waited for the store."""
+    _left: float = field(default_factory=time.process_time)
+    _calls: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        drawn = random.Random(self.seed)
+        self.failures = [_times(drawn, self.faults.node_days * DAY_S) for _ in range(self.node_count)]
+        self.bursts = _times(drawn, DAY_S / self.faults.bursts_per_day)
+
+    @contextmanager
+    def simulating(self) -> Iterator[None]:
+        """Adds the driver's processor time since the last call to the clock. The time of this call doesn't count."""
+        passed = time.process_time() - self._left
+        self.driver_seconds += passed
+        self.clock += passed
+        try:
+            yield
+        finally:
+            self._left = time.process_time()
+
+    def ray_calls(self, tasks: int) -> None:
+        self.ray_seconds += tasks * RAY_CALL_S
+        self.clock += tasks * RAY_CALL_S
+
+    def now(self) -> float:
+        with self.simulating():
+            return self.clock
+
+    def sleep(self, seconds: float) -> None:
+        with self.simulating():
+            self.clock += seconds
+
+    def nodes(self, labels: Mapping[str, str], resource: str) -> list[int]:
+        return [{"CPU": self.cpus, "memory": self.memory}.get(resource, 0)] * self.node_count
+
+    def share(self, value: object) -> object:
+        with self.simulating():
+            return self.sizes.share(value, value)
+
+    def executor(self, kind: Kind) -> Executor:
+        with self.simulating():
+            call = self._calls[kind.name] = self._calls.get(kind.name, -1) + 1
+            self.kinds.append(KindTimes(kind.name, self.clock))
+            return VirtualExecutor(self, kind, call, self.kinds[-1])
+
+    def failure(self, node: int, begin: float, end: float) -> float | None:
+        """Returns the time between `begin` and `end` at which a node is lost, if there is one."""
+        return _within(self.failures[node], begin, end)
+
+    def free(self, node: int, begin: float) -> float:
+        """Returns the time from which a node runs a task that could begin at `begin`."""
+        before = _within(self.failures[node], begin - AWAY_S, begin)
+        return begin if before is None else before + AWAY_S
+
+
+class VirtualExecutor:
+    """Runs the tasks of one kind on a virtual cluster. A reference is the number of a start."""
+
+    ready = True
+
+    def __init__(self, cluster: VirtualCluster, kind: Kind, call: int, times: KindTimes) -> None:
+        self.cluster, self.kind, self.call, self.times = cluster, kind, call, times
+        self.slots: list[tuple[float, int]] = []
+        self.results: dict[int, dict[str, Any] | Exception] = {}
+        self.ends: list[tuple[float, int]] = []
+
+    def start(self, arguments: tuple[Any, ...], task: Task, shared: Mapping[str, object], cpus: int, memory: int | None) -> Any:
+        cluster = self.cluster
+        with cluster.simulating():
+            cluster.ray_calls(1)
+            self.slots = self.slots or self._slots(cpus, memory)
+            free, node = heapq.heappop(self.slots)
+            begin = cluster.free(node, max(free, cluster.clock))
+            read, files = cluster.sizes.read(task), cluster.sizes.files(task)
+            record = synthesized(self.kind, self.call, task, cluster.profile, cluster.sizes)
+            requests = cluster.requests.of_task(self.kind.name, task, record, files, read, begin)
+            seconds = STARTED_S + record["seconds"] / cpus + requests * REQUEST_S / 8 + read / NODE_BYTES_PER_S
+            end = begin + self._stretched(task, begin, seconds)
+            result: dict[str, Any] | Exception = record | {"wall": round(end - begin, 3), "run": arguments[1]}
+            if (fault := self._poison(task, shared, record)) is not None:
+                result, end = fault, begin + (end - begin) / 2
+            if (gone := cluster.failure(node, begin, end)) is not None:
+                cluster.lost += 1
+                result, end = ray.exceptions.NodeDiedError("the node was lost"), gone
+            heapq.heappush(self.slots, (end, node))
+            self.times.starts += 1
+            reference = self.times.starts
+            self.results[reference] = result
+            heapq.heappush(self.ends, (end, reference))
+            self.times.longest = max(self.times.longest, end - begin)
+            return reference
+
+    def ended(self, references: list[Any], wait_s: float) -> list[Any]:
+        cluster, ended = self.cluster, list[Any]()
+        with cluster.simulating():
+            if not self.ends or self.ends[0][0] > cluster.clock + wait_s:
+                cluster.clock += wait_s
+                return []
+            cluster.clock = max(cluster.clock, self.ends[0][0])
+            while self.ends and self.ends[0][0] <= cluster.clock:
+                ended.append(heapq.heappop(self.ends)[1])
+            return ended
+
+    def record(self, reference: Any) -> dict[str, Any]:
+        with self.cluster.simulating():
+            result = self.results.pop(reference)
+            if isinstance(result, Exception):
+                raise result
+            self.times.tasks += 1
+            self.times.seconds += result["seconds"]
+            self.times.end = self.cluster.clock
+            return result
+
+    def withdraw(self, references: list[Any]) -> list[Any]:
+        return []
+
+    def end(self, references: list[Any]) -> int:
+        return 0
+
+    def _slots(self, cpus: int, memory: int | None) -> list[tuple[float, int]]:
+        each = self.cluster.cpus // cpus
+        if memory:
+            each = min(each, max(1, self.cluster.memory // memory))
+        return [(self.cluster.clock, node) for node in range(self.cluster.node_count) for _ in range(each)]
+
+    def _stretched(self, task: Task, begin: float, seconds: float) -> float:
+        """Returns the seconds of a task on a slow node, or when the store answers 503."""
+        drawn = _drawn(task.key, "slow")
+        slow = drawn < self.cluster.faults.slow
+        if slow:
+            seconds *= 1 + 9 * drawn / self.cluster.faults.slow
+        burst = _within(self.cluster.bursts, begin, begin + seconds) is not None
+        self.cluster.stretched += slow or burst
+        return seconds + (60.0 if burst else 0.0)
+
+    def _poison(self, task: Task, shared: Mapping[str, object], record: dict[str, Any]) -> Exception | None:
+        """Ends a task's process if the task has a document that always does this. Writes the notes of such a task, so that the
+        driver finds the document. Then the document is left out."""
+        if not task.careful or _drawn(task.key, "poison") >= self.cluster.faults.poison:
+            return None
+        given = shared.get("care")
+        if isinstance(given, Care) and given.crashed:
+            record["reasons"] = record.get("reasons", {}) | {care.CRASHED: len(given.crashed)}
+            return None
+        if isinstance(given, Care):
+            alone = given.suspect is not None
+            Careful(given).note(TaskPlace(0, -1, alone, "poison" if alone else "", "stage" if alone else ""))
+        self.cluster.poisoned += 1
+        return ray.exceptions.WorkerCrashedError()
+
+
+def _drawn(key: str, what: str) -> float:
+    return xxhash.xxh64_intdigest(f"{key} {what}".encode()) / (1 << 64)
+
+
+def _times(drawn: random.Random, mean_s: float) -> list[float]:
+    """Draws the times of independent events in the first 1,000 days."""
+    times, at = list[float](), 0.0
+    while (at := at + drawn.expovariate(1 / mean_s)) < 1000 * DAY_S:
+        times.append(at)
+    return times
+
+
+def _within(times: list[float], begin: float, end: float) -> float | None:
+    """Returns the first of some ascending times in [begin, end)."""
+    place = bisect_left(times, begin)
+    return times[place] if place < len(times) and times[place] < end else None
