@@ -128,7 +128,8 @@ def workspace(tmp_path, monkeypatch):
         ("Unserved", r"defines `serving`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe[\w.]*\.Serves"),
         (
             "Mute",
-            r"is served through its `generator`, but doesn't define `generator`\. Derive the recipe from heliostat\.recipe[\w.]*\.Generates",
+            r"is served through its `generator`, but doesn't define `generator`\. "
+            r"Derive the recipe from heliostat\.recipe[\w.]*\.Generates",
         ),
         ("Unasked", "defines no `prompts`, but MLflow logs a prompt with the model"),
         ("Unmeasured", "gathers embedding, but has no `measure` that uses them"),
