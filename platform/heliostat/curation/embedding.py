@@ -37,7 +37,7 @@ def identity(folder: str) -> dict[str, str]:
 
 
 class TextEmbedder(Reader[np.ndarray]):
-    """Embeds texts as vectors of 8-bit numbers; a text without tokens is all zeros."""
+    """Embeds texts as int8 vectors. The vector of a text without tokens is all zeros."""
 
     def __init__(self, folder: str, max_tokens: int, batch: int) -> None:
         describe(folder)
@@ -59,7 +59,8 @@ class TextEmbedder(Reader[np.ndarray]):
 
 
 def rounded(vectors: np.ndarray) -> np.ndarray:
-    """Scales each vector by its largest number, and rounds it to 8 bits."""
+    """Scales each vector so that its largest absolute number is 127, and rounds the numbers to int8. Returns int8 [vectors,
+    dimensions]."""
     largest = np.abs(vectors).max(axis=1, keepdims=True)
     scale = np.divide(127.0, largest, out=np.zeros_like(largest), where=largest > 0)
     return np.rint(vectors * scale).astype(np.int8)

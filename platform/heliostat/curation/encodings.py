@@ -21,7 +21,8 @@ PRESCAN, HEADER = 1024, 300  # maximum bytes of a page, and maximum characters o
 
 
 def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
-    """Returns Python's name for a page's encoding, and the kind of evidence for it: mark, header, meta, utf-8, or looks."""
+    """Returns Python's name for a page's encoding, and the kind of evidence for it: `mark` (a byte-order mark), `header`, `meta`,
+    `utf-8`, or `looks` (a guess from the bytes)."""
     from resiliparse.parse.encoding import detect_encoding
 
     for mark, known in _MARKS:

@@ -25,7 +25,8 @@ ABOUT, WEIGHTS = "classifier.json", "weights.safetensors"
 
 
 class ThresholdScores(TypedDict):
-    """Holds the scores of a threshold on held-out documents. `precision` is None if the threshold selects no document."""
+    """Holds the precision and recall of a score threshold on held-out documents. `precision` is None if no document reaches the
+    threshold."""
 
     precision: float | None
     recall: float
@@ -44,7 +45,7 @@ class TrainingReport(TypedDict):
 
 
 class NgramCounter:
-    """Counts a text's word n-grams, up to `ngrams` words long, in 2 to the `bits` buckets."""
+    """Maps the word n-grams of a text, up to `ngrams` words long, to hash buckets. There are 2 to the power of `bits` buckets."""
 
     def __init__(self, ngrams: int, bits: int, chars: int) -> None:
         self.ngrams, self.bits, self.chars = ngrams, bits, chars
@@ -58,7 +59,7 @@ class NgramCounter:
         return number
 
     def __call__(self, text: str) -> np.ndarray:
-        """Returns the buckets of the n-grams in a text's first `chars` characters."""
+        """Returns the bucket of each n-gram in the first `chars` characters of a text, int64 [n-grams]."""
         if len(self._known) > MOST_WORDS:
             self._known.clear()
         known, shift = self._known, np.uint64(64 - self.bits)
@@ -85,7 +86,7 @@ class LinearScorer:
         return 1 / (1 + float(np.exp(-np.clip(logit, -500, 500))))
 
     def save(self, folder: Path, report: Mapping[str, object]) -> None:
-        """Writes the folder: the weights, the settings, and the report on the training."""
+        """Writes the classifier to a folder: the weights, the settings, and the training report."""
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,14 +110,18 @@ def load(folder: Path) -> LinearScorer:
             f"model: {str(folder)!r} contains no classifier ({type(e).__name__}: {e}). Train one: heliostat data train-classifier"
         ) from e
     if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
-        raise ConfigError(f"model: {str(folder)!r}: weights of {weights.dtype} {weights.shape} don't match the keys in {ABOUT}")
+        raise ConfigError(
+            f"model: {str(folder)!r}: weights of {weights.dtype} {weights.shape} don't match the keys in {ABOUT}. "
+            "Train it again: heliostat data train-classifier"
+        )
     return scorer
 
 
 def train(
     good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2
 ) -> tuple[LinearScorer, TrainingReport]:
-    """Trains a classifier on examples of both kinds. Returns it with a report: precision and recall on held-out documents.
+    """Trains a classifier on texts of good and of bad documents. Returns the classifier, and a report with precision and recall
+    on held-out documents.
 
     The texts' hashes select the held-out documents; equal texts count once. ConfigError if there are too few documents.
     """
@@ -134,7 +139,8 @@ def train(
         places = np.flatnonzero(labels == label)
         if len(places) < 10:
             raise ConfigError(
-                f"there are only {len(places)} different examples of {'good' if label else 'bad'} documents. Give at least 10"
+                f"there are only {len(places)} different examples of {'good' if label else 'bad'} documents. "
+                "Add documents until there are 10"
             )
         test[places[: max(1, round(held_out * len(places)))]] = True
     features = NgramCounter(ngrams, bits, chars)
@@ -149,7 +155,7 @@ def train(
 
 
 def _report(scores: np.ndarray, held_out: np.ndarray, trained: np.ndarray) -> TrainingReport:
-    """Reports precision and recall of the good documents at a number of thresholds."""
+    """Computes precision and recall of the good documents at five score thresholds, and counts the documents."""
     at = dict[str, ThresholdScores]()
     for threshold in (0.1, 0.25, 0.5, 0.75, 0.9):
         chosen = scores >= threshold

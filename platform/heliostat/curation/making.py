@@ -2,7 +2,7 @@
 
 Each kind of dataset (texts, pairs, images) implements reading and shards in a subclass.
 
-With a sample of the input, it predicts the size and cost of the complete dataset.
+From a sample of the input, `Making` predicts the size and cost of the complete dataset.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class WrittenShards:
-    """Describes written shards: their rows and facts in the manifest, their part of the funnel, and spills of the documents'
-    fates."""
+    """Describes written shards: their rows and metadata for the manifest, their counts for the funnel, and the temporary files
+    that record each document's shard."""
 
     rows: list[dict[str, Any]]
     facts: dict[str, Any]
@@ -55,9 +55,9 @@ class Making(ABC):
 
     kind: ClassVar[str] = "rows"
     meanings: ClassVar[dict[str, str]] = {}
-    """Meanings of the reasons for which reading drops documents."""
+    """Meanings of the reasons for which the reader drops documents: reason -> meaning."""
     recorded: ClassVar[bool] = True
-    """Whether a dataset with stages records the fate of each document."""
+    """Whether a dataset with stages records for each document its shard, or the reason why it was dropped."""
     what_read: ClassVar[bool] = False
     """Whether the dataset's record contains `meanings`."""
 
@@ -95,12 +95,12 @@ class Making(ABC):
 
     @property
     def explained(self) -> bool:
-        """Checks whether the dataset records the fate of each document."""
+        """Checks whether the dataset records for each document its shard, or the reason why it was dropped."""
         return self.recorded and (bool(self.stages) or self.sample is not None)
 
     @abstractmethod
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
-        """Splits the input into pieces of work."""
+        """Splits the input into pieces. One task reads each piece, a list of file parts."""
 
     @abstractmethod
     def write(self, curated: Curated) -> WrittenShards:
@@ -144,7 +144,8 @@ class Making(ABC):
         return listed(self.flow, rows, curated.left_out, self.output, **also) if rows else None
 
     def _explain(self, curated: Curated, written: WrittenShards) -> dict[str, Any]:
-        """Writes the funnel and the fate of each document. Returns the part for the manifest."""
+        """Writes the funnel (counts per stage), and each document's shard or reason for dropping it, to files. Returns the
+        manifest's metadata about these files."""
         total = summed(self.flow, sorted(curated.tallies))
         explained = reasons.explained(self.all_stages, total, written.shard)
         for name in (segment.READ, segment.FINISH) if self.what_read else ():
@@ -165,8 +166,8 @@ class Making(ABC):
         return {segment.READ: round(max(0.0, reading - first), 3), **of_stages, "shard": round(shards, 3)}
 
     def ranges(self, runs: list[SpilledRun], shards: int, bounds: merging.Bounds | None = None) -> list[ShardRange]:
-        """Splits the runs into ranges of hashes, one per shard; by default, equal ranges. First merges runs if there are so many
-        that a shard would read too little from each."""
+        """Splits the documents' hashes into ranges, one per shard; by default, equal ranges. Returns the ranges with the
+        temporary files to read. If a shard would read too little from each of many files, merges files first."""
         of_hashes = bounds or (lambda first, stop: tasks.bounds(first, shards, stop))
         return merging.merged(self.flow, runs, shards, of_hashes, self.memory_limit // RUN_SHARE)
 
@@ -197,7 +198,7 @@ class Making(ABC):
         curated = self.curated(inputs)
         rows, meta = self._run(curated)
         if not rows:
-            raise DataError(f"the sample is empty after all stages ({meta.get('dropped')}). Choose a larger sample")
+            raise DataError(f"the sample is empty after all stages (dropped: {meta.get('dropped')}). Pass a larger --sample")
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, curated.runs, self.sample.fraction)
         shares = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)

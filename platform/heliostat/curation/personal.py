@@ -171,7 +171,7 @@ def require_region(region: str) -> None:
     if region not in phonenumbers.SUPPORTED_REGIONS:
         meant = OTHER_NAMES.get(region.upper(), region.upper())
         known = meant in phonenumbers.SUPPORTED_REGIONS
-        hint = f"Did you mean {meant!r}?" if known else "Remove it to find only numbers that start with +"
+        hint = f"Did you mean {meant!r}?" if known else "Remove `region` to find only numbers that start with +"
         raise ConfigError(f"region: {region!r} isn't an ISO 3166 country code (two capital letters, such as US). {hint}")
 
 
@@ -201,21 +201,23 @@ def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
 
 
 def _apart(number: str) -> bool:
-    """Checks that parentheses are closed, and that a point isn't the only separator, because decimal numbers contain a point."""
+    """Checks that a candidate for a phone number has closed parentheses, and isn't a decimal number (its only separator is one
+    point)."""
     between = {*number} - {*"0123456789+"}
     return number.count("(") == number.count(")") and ("." not in between or (between == {"."} and number.count(".") > 1))
 
 
 def _as_written(groups: list[str], usual: list[str]) -> bool:
-    """Checks whether the area code is a separate group of digits, which is usual. In a date or a list of numbers, it isn't."""
+    """Checks whether the area code is a separate group of digits, as is usual in phone numbers. In a date or a list of numbers,
+    these digits aren't a separate group."""
     ends = {len("".join(groups[i:])) for i in range(1, len(groups))}
     apart = len("".join(usual[1:])) in ends
     return apart and min(map(len, groups)) >= min(2, *map(len, usual))
 
 
 def replaced(text: str, spans: dict[str, list[Span]], placeholders: dict[str, str]) -> tuple[str, dict[str, int]]:
-    """Replaces spans with the placeholder of their kind, and counts them. If two spans overlap, the kind that comes first in
-    `spans` wins."""
+    """Replaces spans with the placeholder of their kind. Returns the new text, and the number of replaced spans per kind. If two
+    spans overlap, the kind that comes first in `spans` wins."""
     order = {kind: i for i, kind in enumerate(spans)}
     chosen = list[tuple[int, int, str]]()
     for start, stop, kind in sorted(

@@ -7,7 +7,7 @@ from typing import Any
 from heliostat.errors import ConfigError
 from heliostat.terminal import duration
 
-HEAD = ["stage", "documents", "kept", "of what was read", "bytes", "tokens", "CPU"]
+HEAD = ["stage", "documents", "kept", "share of documents read", "bytes", "tokens", "CPU"]
 HOUR_S = 3600
 
 
@@ -35,7 +35,7 @@ def table(report: dict[str, Any]) -> list[list[str]]:
 
 def explain(facts: dict[str, Any]) -> list[str]:
     sample, whole = facts["sample"], facts["input"]
-    cost = f"{facts['cost']:,.2f} {facts['currency']} by the plan's price table"
+    cost = f"{facts['cost']:,.2f} {facts['currency']} by the price table of `heliostat plan`"
     cpu, wall = duration(facts["cpu_hours"] * HOUR_S), duration(facts["wall_hours"] * HOUR_S)
     few, many = duration(facts["cpu_hours_low"] * HOUR_S), duration(facts["cpu_hours_high"] * HOUR_S)
     row = facts["funnel"][-1]
@@ -51,8 +51,8 @@ def explain(facts: dict[str, Any]) -> list[str]:
             f"of CPU ({few} to {many}; {cost}), {wall} on {facts['cpus']} CPUs"
         ),
         (
-            "in brackets: 95 % intervals, from the fewest to the most possible duplicates. They assume independent documents. "
-            "If neighboring documents are similar, the true intervals are wider"
+            "in brackets: 95 % intervals, from the fewest to the most possible duplicates. These intervals assume independent "
+            "documents. If neighboring documents are similar, the true intervals are wider"
         ),
         *(f"note: {note}" for note in facts["notes"]),
     ]

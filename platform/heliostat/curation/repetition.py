@@ -34,7 +34,8 @@ class Repeats:
         self._twice: np.ndarray | None = None  # positions at which the n-gram may be repeated; None: every position
 
     def _advance(self, n: int) -> np.ndarray:
-        """Returns a hash of every n-gram. Successive calls need increasing values of `n`."""
+        """Returns the hash of each n-gram of `n` words, uint64 [words - n + 1]. Successive calls need increasing values of
+        `n`."""
         while self._n < n:
             for start in range(0, len(self.words) - self._n, BLOCK):
                 stop = min(start + BLOCK, len(self.words) - self._n)
@@ -92,7 +93,7 @@ class Repeats:
 
 
 def _first_of(hashes: np.ndarray, values: np.ndarray) -> int:
-    """Returns the position of the first hash that is in the sorted values. Such a hash must exist."""
+    """Returns the position of the first hash that is in the sorted `values`. At least one of the hashes must be in `values`."""
     for start in range(0, len(hashes), BLOCK):
         part = hashes[start : start + BLOCK]
         which = np.minimum(np.searchsorted(values, part), len(values) - 1)

@@ -16,7 +16,8 @@ FEW_UNKNOWN = 0.05
 
 
 def chosen(what: str, rate: float, seed: int) -> bool:
-    """Checks whether a record is in the sample, by the record's hash."""
+    """Checks whether a record is in the sample, which has the share `rate` of all records. The hash of `what` (the record's name)
+    decides."""
     return _drawn(what, seed) < rate
 
 
@@ -42,8 +43,8 @@ def _drawn(what: str, seed: int) -> float:
 
 
 def place(part: FilePart, name: str) -> str:
-    """Returns the name of a drawn place, which is the prefix of the ids in this place. `name`: the path of an input that is a
-    single file."""
+    """Returns the prefix of the ids of all documents in a part: a file's path, or `path@start` for a range of a file. `name`: the
+    path of an input that is a single file."""
     path = part.path or name
     return path if part.stop is None else f"{path}@{part.start}"
 
@@ -64,7 +65,7 @@ class SampledParts:
     files: int = 0
     taken_files: float = 0.0
     places: list[str] = field(default_factory=list)
-    """Places (`place`) of the parts that have many documents."""
+    """Prefixes of document ids (`place`), one for each part that has many documents."""
     many_bytes: int = 0
     """Bytes of the input files that have many documents each. The number of these documents isn't known."""
 
@@ -99,7 +100,7 @@ class SampledParts:
         return self.files / self.taken_files if self.unknown < FEW_UNKNOWN else self.of_bytes
 
     def pieces(self) -> Iterator[list[FilePart]]:
-        """Yields the parts in pieces of work."""
+        """Yields the parts in pieces of similar size, one piece per task."""
         target, size, piece = pieces.size(self.read_bytes), 0, list[FilePart]()
         for part in self.parts:
             piece.append(part)

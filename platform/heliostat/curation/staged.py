@@ -68,11 +68,12 @@ class StagedPipeline(Pipeline):
 
     @property
     def worked(self) -> Work:
-        """Locates the unfinished work."""
+        """Returns the folder of the pipeline's unfinished work."""
         return Work(place(self.work, "work") if self.work else place(self.output, "output").ending(".work"))
 
     def flow(self, work: Work | None = None) -> Flow:
-        """Makes the flow that runs the tasks and shows their progress. `work`: a work folder that replaces the pipeline's."""
+        """Makes the flow that runs the tasks and shows their progress. `work`: a work folder to use instead of the pipeline's
+        work folder."""
         return Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
 
     def progress(self) -> Progress:
@@ -100,8 +101,8 @@ class StagedPipeline(Pipeline):
                 return  # a user's own stage may make any column
             for field in stage.compares:
                 if (name := getattr(stage, field)) and name not in available:
-                    hint, also = nearest(name, sorted(available)), f", or name it under `{key}` too" if key else ""
-                    fix = f"{hint}{'' if hint.endswith('?') else '.'} Correct it{also}"
+                    hint, also = nearest(name, sorted(available)), f", or add the column to `{key}`" if key else ""
+                    fix = f"{hint}{'' if hint.endswith('?') else '.'} Correct the name{also}"
                     problem = f"{name!r} isn't a column of the documents"
                     raise ConfigError(f"stages.{number}: {stage.named()}: {field}: {problem}{fix}")
             available |= stage.made()
@@ -118,7 +119,9 @@ class StagedPipeline(Pipeline):
 
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         """Chooses a sample for a dry run."""
-        raise ConfigError(f"--sample: {type(self).__name__} doesn't support dry runs; text and image pipelines do")
+        raise ConfigError(
+            f"--sample: {type(self).__name__} doesn't support dry runs. Remove --sample, or use a text or image pipeline"
+        )
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         making = self.making(self.flow(), output)
@@ -136,7 +139,7 @@ class StagedPipeline(Pipeline):
         return {reasons.SECONDS: self._seconds} if self._seconds else {}
 
     def finish(self, dataset: Manifest) -> None:
-        """Writes the files that the dataset's digest doesn't cover, and removes the work."""
+        """Writes the files that the dataset's digest doesn't cover. Removes the unfinished work, unless `keep_work` is set."""
         for name, facts in self.uncovered().items() if self.stages else ():
             dataset.location.join(kept_path(dataset.digest, name)).write(json.dumps(facts).encode())
         if self.keep_work:
