@@ -78,7 +78,9 @@ class ImageModel(ABC, Generic[Value]):
                 folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32)  # fmt: skip
         except Exception as e:  # errors of many kinds, for faulty folders
             fault = str(e).partition("\n")[0]
-            raise ConfigError(f"model: can't load {folder!r} as {self.what} ({fault})") from e
+            raise ConfigError(
+                f"model: can't load {folder!r} as {self.what} ({fault}). Use a folder that save_pretrained has written"
+            ) from e
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def tokenizer(self) -> Tokenizer:
@@ -87,7 +89,10 @@ class ImageModel(ABC, Generic[Value]):
         try:
             return Tokenizer.from_file(str(Path(self.folder) / TOKENIZER))
         except Exception as e:  # the library raises nothing narrower
-            raise ConfigError(f"model: can't load {self.folder!r} as {self.what} ({TOKENIZER}: {e})") from e
+            raise ConfigError(
+                f"model: can't load {self.folder!r} as {self.what} ({TOKENIZER}: {e}). "
+                "Use a folder that save_pretrained has written"
+            ) from e
 
     def __call__(self, images: list[bytes], captions: list[str] | None = None) -> list[Value]:
         """Returns the model's result for each image."""

@@ -187,7 +187,9 @@ class Reader(ABC, Generic[Value]):
             model = self.load(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
         except Exception as e:  # errors of many kinds, for faulty folders
             fault = str(e).partition("\n")[0]
-            raise ConfigError(f"{name}: can't load {folder!r} as {what} ({fault})") from e
+            raise ConfigError(
+                f"{name}: can't load {folder!r} as {what} ({fault}). Use a folder that save_pretrained has written"
+            ) from e
         self.model = model.eval().to(self.device)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_tokens, strategy="only_second" if self.pairs else "longest_first")

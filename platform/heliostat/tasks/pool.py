@@ -25,8 +25,8 @@ PLACE_S = 120.0  # seconds for Ray to place an actor and start its process
 
 @dataclass
 class _Away:
-    """Describes an actor whose process or node died: the time when it died, and a pending call that the actor answers when it is
-    back."""
+    """Describes an actor whose process or node died. `since`: the time of its death; `call`: a pending call that the actor
+    answers when it is back."""
 
     since: float
     call: Any
@@ -98,8 +98,8 @@ class ActorPool:
         del self.away[number]
         if not self.actors:
             raise HeliostatError(
-                f"can't restart the last actor within {PLACE_S:.0f} s: its node is gone, or other programs use its "
-                "resources. Wait for a node, and start again. Finished tasks are kept"
+                f"can't restart the last actor within {PLACE_S:.0f} s: the actor's node is gone, or other programs use "
+                "its resources. Wait for a node, and run the command again. Finished tasks are kept"
             )
         log.warning("can't restart an actor within %.0f s. Continuing with %d actors", PLACE_S, len(self.actors))
 
@@ -121,7 +121,7 @@ def _placed(actors: list[Any]) -> list[Any]:
     if not ready:
         raise HeliostatError(
             f"none of {len(actors)} actors could start within {PLACE_S:.0f} s: other programs use the "
-            "resources. Wait until these programs end"
+            "resources. Wait until these programs end, and run the command again"
         )
     if late:
         log.warning(

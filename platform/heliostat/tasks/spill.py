@@ -1,12 +1,12 @@
-"""Writes tables to the work folder, sorted by a 64-bit key, and reads ranges of keys back.
+"""Writes tables to temporary files in the work folder, sorted by a 64-bit key, and reads ranges of keys back.
 
 No other module shuffles data between tasks.
 
 A task writes its result as a file that is named after the file's content and size. If the folder is on a local disk, the task
 waits until the data is on the disk. A later task reads its own range of keys from every one of these files. A file whose content
 doesn't match its name is removed, so that the next start writes the file again. So no task sorts all data, a task holds only its
-own range, and a task that runs twice writes the same file. Row groups are small and record their minimum and maximum key, so that
-reading a range reads little more than its own bytes.
+own range, and a task that runs twice writes the same file. Row groups are small and record their minimum and maximum key. So
+reading a range reads little more than the bytes of this range.
 """
 
 from __future__ import annotations
@@ -61,14 +61,15 @@ def named(data: bytes, suffix: str) -> str:
 
 
 def size_of(name: str) -> int | None:
-    """Returns the bytes in a spill's name; None if it isn't the name of a spill."""
+    """Returns the size in bytes that is in a temporary file's name; None if `named` didn't make this name."""
     match = NAMED.fullmatch(name)
     return int(match[2]) if match else None
 
 
 @contextmanager
 def whole(folder: Location, name: str) -> Iterator[None]:
-    """Removes a spill, and raises DataError, if reading the spill fails and its content doesn't match its name."""
+    """Guards the reading of a temporary file. If reading fails, and the file's content doesn't match the digest in its name,
+    deletes the file and raises DataError."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as e:
@@ -79,7 +80,7 @@ def whole(folder: Location, name: str) -> Iterator[None]:
             raise
         place.delete()
         raise DataError(
-            f"work: {place}: was damaged, so heliostat removed it. Start again: the task that wrote it runs again"
+            f"work: {place}: was damaged, so heliostat removed this file. Run the command again to write this file again"
         ) from e
 
 
@@ -180,7 +181,7 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 
 def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
-    """Removes the rows whose `row` is in `dropped`."""
+    """Returns the table without the rows whose value in the column `row` is in `dropped`."""
     if not len(dropped):
         return table
     return table.filter(pc.invert(pc.is_in(table["row"], value_set=pa.array(dropped, table.schema.field("row").type))))
@@ -188,7 +189,8 @@ def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
 
 @dataclass(frozen=True)
 class SpilledRun:
-    """Describes a spilled run of documents. `decided`: the spills that list the run's rows that later decisions dropped."""
+    """Describes a temporary file of documents (a run). `decided`: the temporary files that list which of these documents were
+    dropped later."""
 
     name: str
     rows: int
@@ -199,7 +201,7 @@ class SpilledRun:
 def survivors(
     folder: Location, run: SpilledRun, low: int = 0, high: int = ALL, columns: list[str] | None = None
 ) -> Iterator[pa.Table]:
-    """Yields the run's documents in a range of keys, without the dropped documents."""
+    """Yields the documents of a temporary file in a range of keys, as tables, without the documents that were dropped later."""
     decided = [t["row"].to_numpy() for name in run.decided for t in read(folder, name, low, high)]
     gone = np.unique(np.concatenate(decided)) if decided else np.zeros(0, np.uint32)
     for table in read(folder, run.name, low, high, None if columns is None else ["row", *columns]):
