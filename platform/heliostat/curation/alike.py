@@ -137,8 +137,8 @@ def pairs(folder: Location, part: int, parts: int, names: list[str], distance: i
 
 
 def spilled(folder: Location, edges: tuple[np.ndarray, ...]) -> tuple[str, int]:
-    """Writes edges to a temporary file, sorted by their first node, without repeated edges. Returns the file's name and the
-    number of edges."""
+    """Writes edges to a temporary file, sorted by the first node of each edge, without repeated edges. Returns the file's name
+    and the number of edges."""
     order = np.lexsort((edges[1], edges[0]))
     edges = tuple(column[order] for column in edges)
     first = spill.starts(*edges[:2])

@@ -1,4 +1,4 @@
-"""Processes a task's documents so that one bad document doesn't end a run (`tasks.care`).
+"""Processes a task's documents so that one bad document doesn't end the pipeline's run (`tasks.care`).
 
 If a stage raises an error, the documents of the batch are processed one by one. If reading a file part fails, the rest of this
 part is left out (`unread`).

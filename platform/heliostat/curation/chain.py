@@ -1,4 +1,4 @@
-"""Runs documents through the stages that process them one by one."""
+"""Runs documents through the stages that process each document alone."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def bytes_of(document: Document) -> int:
 
 @lru_cache(maxsize=64)
 def _opened(entry: str, follows: str) -> Work:
-    """Opens a stage once per process: later tasks with the same stage reuse its models and lists."""
+    """Opens a stage once per process. Later tasks with the same stage reuse the stage's models and lists."""
     stage = registry.parse(json.loads(entry))
     if key(stage.follows()) != follows:
         raise ConfigError(

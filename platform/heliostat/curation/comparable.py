@@ -182,7 +182,7 @@ def _block_powers() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Returns two arrays with an entry per Unicode code point: the code point that represents it in comparisons, and its kind
+    """Returns two arrays with an entry per Unicode code point: the code point to use in comparisons, and the kind of character
     (such as LETTER)."""
     kinds, folded = np.zeros(CODES, np.uint8), np.arange(CODES, dtype=np.uint32)
     marks, alone = _having(r"\p{M}"), _having(ALONE)

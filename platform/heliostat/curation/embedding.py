@@ -1,8 +1,8 @@
-"""Embeds texts with a Hugging Face folder: an embedder (transformers or sentence-transformers), or a language model.
+"""Embeds texts with the model in a Hugging Face folder: an embedder (transformers or sentence-transformers), or a language model.
 
-The folder defines how the last hidden states become one vector (`heliostat.recipes.text.sentence_folder`); by default, it is
-their mean across the tokens. Each vector is scaled by its largest number and rounded to 8 bits. So dot products of two vectors
-are integers, and are the same on every machine.
+The folder defines how the last hidden states become one vector (`heliostat.recipes.text.sentence_folder`). By default, the vector
+is the mean of the hidden states across the tokens. Each vector is scaled by its largest number and rounded to 8 bits. So dot
+products of two vectors are integers, and are the same on every machine.
 """
 
 from __future__ import annotations

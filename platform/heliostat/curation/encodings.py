@@ -41,7 +41,7 @@ def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
 
 
 def _named(label: str) -> str | None:
-    """Returns the encoding that browsers use for a label, as Python's name for it; None for an unknown label."""
+    """Returns Python's name for the encoding that browsers use for a label; None for an unknown label."""
     from resiliparse.parse.encoding import map_encoding_to_html5
 
     name = map_encoding_to_html5(label, False)

@@ -55,7 +55,8 @@ def check(dataset: Manifest, output: Location) -> None:
 
 
 def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], output: Location) -> Manifest:
-    """Makes the dataset without the document `id` and its duplicates (`document_rows`). Returns the new manifest."""
+    """Copies the dataset to `output`, without the document `id` and its duplicates (`document_rows`). Returns the new
+    manifest."""
     gone = {id, *(row["id"] for row in document_rows)}
     kept = [row for row in reasons.end_of(dataset, id) if row["reason"] == "kept"]
     path = documents.current(dataset, kept[0]["detail"]) if kept else None
@@ -142,8 +143,7 @@ def _record(dataset: Manifest, gone: set[str], removed: dict[str, int], output: 
 
 
 def _copy(source: Location, output: Location, paths: list[str]) -> None:
-    """Copies the files that don't exist yet. Existing files are never different, because a file's name identifies its
-    content."""
+    """Copies the files that don't exist at `output` yet. A file's name identifies its content, so existing files are the same."""
     present = {name for name, _ in output.files()}
     with ThreadPoolExecutor(COPIERS) as pool:
         list(pool.map(lambda path: output.join(path).write(source.join(path).read()), [p for p in paths if p not in present]))

@@ -63,8 +63,8 @@ def _models(value: Any, key: str, pinned: dict[str, str]) -> Any:
 
 
 def _folder(key: str, value: str, tokenizer: bool, pinned: dict[str, str]) -> str:
-    """Returns the local folder of a model of the Hub. Returns the value itself if it is an existing path, or isn't a model's
-    name."""
+    """Returns the local folder of a model of the Hub. Returns `value` unchanged if it is an existing path, or doesn't have the
+    form of a model's name."""
     name = None if Path(value).exists() else names.model(value)
     if name is None:
         return value
@@ -126,7 +126,7 @@ def _configured(name: HubName, listed: list[HubFile], wanted: str, compiled: Cal
         has = (
             f"It has {', '.join(known[:20])}{nearest(wanted, known)}"
             if known
-            else "Remove this part from `input`, because the dataset has only files"
+            else "Remove this name from `input`: the dataset has neither folders nor configurations"
         )
         raise ConfigError(f"input: {name.repo} has no file, folder, or configuration {wanted!r}. {has}")
     if not configs:

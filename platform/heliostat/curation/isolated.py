@@ -118,7 +118,10 @@ class Isolated:
         try:
             started, _ = _receive(ours, time.monotonic() + START_SECONDS)
         except OSError:
-            raise RuntimeError(f"{self._function}: the parser's process didn't start (exit code {self.close()})") from None
+            raise RuntimeError(
+                f"{self._function}: the parser's process didn't start (exit code {self.close()}). "
+                "Import this module to see the error"
+            ) from None
         for lack in set(started["lacks"]) - _logged:
             _logged.add(lack)
             log.warning(
@@ -159,7 +162,7 @@ def _send(sock: socket.socket, about: dict[str, object], data: bytes, deadline: 
 def _receive(sock: socket.socket, deadline: float | None) -> tuple[dict[str, Any], bytes]:
     head, size = _HEAD.unpack(_exactly(sock, _HEAD.size, deadline))
     if head + size > MOST_REPLY:
-        raise ConnectionError("the other process sent too large an answer")
+        raise ConnectionError("the other process sent an answer that is too large")
     about = json.loads(_exactly(sock, head, deadline))
     return about, _exactly(sock, size, deadline)
 

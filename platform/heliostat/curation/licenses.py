@@ -71,7 +71,7 @@ def normalised(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _by_length() -> dict[int, dict[str, str]]:
-    """Maps a number of words to the licenses of this length (text without its title -> SPDX id)."""
+    """Returns the known license texts: number of words of a text (without its title) -> the text's words -> SPDX id."""
     from identify.vendor.licenses import LICENSES
 
     by_length: dict[int, dict[str, str]] = {}

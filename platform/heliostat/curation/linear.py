@@ -80,7 +80,8 @@ class LinearScorer:
         self.weights, self.bias, self.features = weights, bias, features
 
     def score(self, text: str) -> float:
-        """Returns the probability that a text is like the good examples. For an empty text, it is the share of good examples."""
+        """Returns the probability (0 to 1) that a text is like the good examples. For an empty text, this is the share of good
+        examples."""
         buckets = self.features(text)
         logit = self.bias + (float(self.weights[buckets].mean(dtype=np.float64)) if len(buckets) else 0.0)
         return 1 / (1 + float(np.exp(-np.clip(logit, -500, 500))))
@@ -112,7 +113,7 @@ def load(folder: Path) -> LinearScorer:
     if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
         raise ConfigError(
             f"model: {str(folder)!r}: weights of {weights.dtype} {weights.shape} don't match the keys in {ABOUT}. "
-            "Train it again: heliostat data train-classifier"
+            "Train the classifier again: heliostat data train-classifier"
         )
     return scorer
 
@@ -131,7 +132,7 @@ def train(
     examples = dict.fromkeys(good, 1) | dict.fromkeys(bad, 0)
     both = len(set(good) & set(bad))
     if both:
-        raise ConfigError(f"{both:,} documents are in both folders of examples. Remove them from one folder")
+        raise ConfigError(f"{both:,} documents are in both folders of examples. Remove these documents from one folder")
     ordered = sorted(examples, key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     labels = np.array([examples[text] for text in ordered])
     test = np.zeros(len(ordered), bool)

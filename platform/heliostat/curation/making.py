@@ -51,7 +51,8 @@ class WrittenShards:
 
 @dataclass
 class Making(ABC):
-    """Makes the dataset of one pipeline; the fields are the pipeline's keys."""
+    """Makes the dataset of one pipeline. A subclass reads and writes one kind of dataset, and its fields are the pipeline's
+    keys."""
 
     kind: ClassVar[str] = "rows"
     meanings: ClassVar[dict[str, str]] = {}
@@ -59,7 +60,7 @@ class Making(ABC):
     recorded: ClassVar[bool] = True
     """Whether a dataset with stages records for each document its shard, or the reason why it was dropped."""
     what_read: ClassVar[bool] = False
-    """Whether the dataset's record contains `meanings`."""
+    """Whether the dataset's record also has `meanings`."""
 
     flow: Flow
     source: DocumentSource
@@ -71,7 +72,7 @@ class Making(ABC):
     seconds: dict[str, float] = field(default_factory=dict, init=False)
     """CPU seconds of each stage, including earlier runs of the pipeline. Known after the run."""
     counted: tally.Tally = field(default_factory=dict, init=False)
-    """Tally of the stages, known after the run."""
+    """Counts of kept and dropped documents per stage (tally), known after the run."""
 
     @property
     @abstractmethod
@@ -80,7 +81,7 @@ class Making(ABC):
 
     @property
     def columns(self) -> list[str]:
-        """Returns the columns that are recorded for each document."""
+        """Returns the names of the columns that are recorded for each document."""
         return []
 
     @property
@@ -122,7 +123,7 @@ class Making(ABC):
         return written.rows, meta
 
     def curated(self, inputs: list[InputFile]) -> Curated:
-        """Reads the input and runs it through the stages."""
+        """Reads the input, and runs the documents through the stages. Returns the kept and the dropped documents."""
         engine = StageEngine(self.flow, self.source, self.identity, self.memory_limit)
         return engine.curate(self.pieces(inputs), self.all_stages, self.explained)
 
@@ -172,7 +173,7 @@ class Making(ABC):
         return merging.merged(self.flow, runs, shards, of_hashes, self.memory_limit // RUN_SHARE)
 
     def shards(self, function: TaskFunction, work: Iterator[Task], cpus: int = 1) -> Iterator[dict[str, Any]]:
-        """Writes the missing shards. Yields a task's record when the task finishes."""
+        """Writes the shards that don't exist yet. Yields each task's record when the task finishes."""
         present = dict(self.output.files())
 
         def whole(record: dict[str, Any]) -> bool:
@@ -198,7 +199,9 @@ class Making(ABC):
         curated = self.curated(inputs)
         rows, meta = self._run(curated)
         if not rows:
-            raise DataError(f"the sample is empty after all stages (dropped: {meta.get('dropped')}). Pass a larger --sample")
+            raise DataError(
+                f"--sample: the sample is empty after all stages (dropped: {meta.get('dropped')}). Pass a larger --sample"
+            )
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, curated.runs, self.sample.fraction)
         shares = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)

@@ -1,5 +1,5 @@
-"""Finds e-mail addresses, public IP addresses, phone numbers, card numbers, and account numbers in text. Each function returns
-spans.
+"""Finds e-mail addresses, public IP addresses, phone numbers, card numbers, and account numbers in text. Each function yields
+spans (start, stop) in characters.
 
 A number must have a valid checksum, or be in the register of valid numbers. Every pattern is bounded, so the time is linear in
 the text's length.
@@ -83,7 +83,7 @@ def emails(text: str) -> Iterator[Span]:
 
 
 def addresses(text: str) -> Iterator[Span]:
-    """Finds public IP addresses. It leaves out networks, and private, local, multicast, and documentation ranges."""
+    """Finds public IP addresses. Leaves out networks, and private, local, multicast, and documentation ranges."""
     for match in _IPV4.finditer(text):
         groups = match[0].split(".")
         plain = sum(len(group) > 1 for group in groups) < LONG and match[0] not in RESOLVERS
@@ -165,7 +165,7 @@ def ibans(text: str) -> Iterator[Span]:
 
 
 def require_region(region: str) -> None:
-    """Checks that a region's phone numbers are known; ConfigError if not."""
+    """Raises ConfigError if the phone numbers of a region (a country code, such as US) aren't known."""
     import phonenumbers
 
     if region not in phonenumbers.SUPPORTED_REGIONS:

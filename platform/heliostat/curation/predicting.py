@@ -159,8 +159,8 @@ class Prediction:
         for number, stage in enumerate(self.stages):
             if isinstance(stage, GlobalStage) and (name := tally.label(number, stage)) not in self.repeated:
                 notes.append(
-                    f"{name}: this stage compares all documents. In the whole input, the stage will drop a larger share than "
-                    "in the sample"
+                    f"{name}: this stage compares all documents. In the whole input, the stage will drop a larger share "
+                    "of documents than in the sample"
                 )
         if kept < FEW:
             notes.append(f"only {kept:,} documents of the sample are kept, so the estimates are rough. Pass a larger --sample")
@@ -260,7 +260,7 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[int, int]:
 
 def count_alike(folder: Location, part: int, parts: int, output: str, paths: list[str], stages: list[str],
                 places: list[str]) -> dict[str, object]:  # fmt: skip
-    """Counts the duplicates that each stage dropped, for one of `parts` equal parts of all clusters.
+    """Counts the duplicates that each stage dropped. The task counts those in part `part` of `parts` equal parts of all clusters.
 
     Returns the two counts of `Alike` for each stage.
     """

@@ -12,7 +12,7 @@ HOUR_S = 3600
 
 
 def fraction(value: str) -> float:
-    """Parses a share such as `0.1%` or `0.001`; ConfigError unless it is between 0 and 1."""
+    """Parses a share such as `0.1%` or `0.001`. Returns a number between 0 and 1; raises ConfigError for other values."""
     text = value.strip()
     try:
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -35,7 +35,7 @@ def table(report: dict[str, Any]) -> list[list[str]]:
 
 def explain(facts: dict[str, Any]) -> list[str]:
     sample, whole = facts["sample"], facts["input"]
-    cost = f"{facts['cost']:,.2f} {facts['currency']} by the price table of `heliostat plan`"
+    cost = f"{facts['cost']:,.2f} {facts['currency']} at the prices of `heliostat plan`"
     cpu, wall = duration(facts["cpu_hours"] * HOUR_S), duration(facts["wall_hours"] * HOUR_S)
     few, many = duration(facts["cpu_hours_low"] * HOUR_S), duration(facts["cpu_hours_high"] * HOUR_S)
     row = facts["funnel"][-1]

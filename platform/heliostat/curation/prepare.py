@@ -82,7 +82,7 @@ class Pipeline(Strict):
     name: str = Field(min_length=1)
     """Name of the dataset, recorded in its manifest."""
     output: str = Field(min_length=1)
-    """Folder of the dataset, or `s3://bucket/prefix`. It must be outside the input."""
+    """Folder of the dataset, or `s3://bucket/prefix`. This folder must be outside the input."""
     labels: dict[str, str] = {}
     """Ray label selectors of the nodes that do the work: `v`, `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
     keep_days: Float = Field(7.0, ge=0)
@@ -277,8 +277,8 @@ def _start_ray(pipeline: Pipeline) -> None:
 
 
 def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:
-    """Removes the files of this run that no version of the dataset uses. If this removal fails too, logs that a later run
-    removes the files."""
+    """Removes the files of this run that no version of the dataset uses. If removing these files fails, logs that a later run
+    removes them."""
     log.warning("%s: %s; removing the files of this run. The dataset stays as it was before", output,
                 "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
     try:
@@ -290,7 +290,7 @@ def _undo(output: Location, before: set[str], record: dict[str, Any], error: Bas
 
 
 def _list(output: Location, listed: list[str]) -> None:
-    """Publishes the list of dropped documents under its plain name, as one file or as a folder of several files, in place of an
+    """Publishes the list of dropped documents under the name LISTED, as one file or as a folder of several files. Replaces an
     older list.
 
     The older list is replaced when the new list is complete. If a store has one list as a file and the other as a folder, the

@@ -76,13 +76,14 @@ def end_of(dataset: Manifest, id: str) -> list[dict[str, Any]]:
 
 
 def kept_as(dataset: Manifest, digest: str) -> list[dict[str, Any]]:
-    """Finds the END rows of documents whose text, after all stages, has this SHA-256 (hex). Reads the rows of all documents."""
+    """Finds the records (rows of END) of documents whose text, after all stages, has this SHA-256 (hex). Reads the records of all
+    documents."""
     return [row for table in ends(dataset) for row in _rows(table.filter(pc.equal(table["hash"], digest)))]
 
 
 def with_column(dataset: Manifest, name: str, value: str) -> list[dict[str, Any]]:
-    """Finds the END rows of documents that have this value in a column. Reads the rows of all documents. MissingDataError if the
-    dataset doesn't record the column."""
+    """Finds the records (rows of END) of documents that have this value in a column. Reads the records of all documents.
+    MissingDataError if the dataset doesn't record the column."""
     part, rows = json.dumps(value), []
     for table in ends(dataset):
         if "columns" not in table.column_names:

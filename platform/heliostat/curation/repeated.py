@@ -145,8 +145,8 @@ def _first(tables: list[Rows]) -> Rows:
 def lost_of(
     folder: Location, first: int, runs: list[SpilledRun], names: list[str]
 ) -> Iterator[tuple[SpilledRun, dict[int, set[int]]]]:
-    """Yields temporary files of documents. Each comes with a mapping: a document's row -> the positions of the parts to remove.
-    `first`: the number of the first file."""
+    """Yields (temporary file of documents, mapping). The mapping has the parts to remove: a document's row -> positions in the
+    document. `first`: the number of the first file."""
     lost = dict(by_run(folder, first, len(runs), names))
     for number, run in enumerate(runs, first):
         lost_parts: dict[int, set[int]] = {}
@@ -228,7 +228,7 @@ class RepeatingStage(GlobalStage):
 
     @abstractmethod
     def cut(self, text: str, lost: set[int]) -> Cut:
-        """Removes the parts of a text at these positions."""
+        """Returns a text without the parts at the positions in `lost`."""
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs, parts = f"repeated-{number}", curated.runs, self.signing()
@@ -253,7 +253,7 @@ class RepeatingStage(GlobalStage):
         return [run for record in records for run in curated.take(record)]
 
     def outcome(self, document: Document, lost: set[int]) -> Outcome:
-        """Removes the parts of a document at these positions, or drops the document."""
+        """Removes the parts of a document at the positions in `lost`, or drops the document."""
         if not lost:
             return Outcome(document, measures={"removed_words": 0.0})
         assert isinstance(document.text, str)

@@ -13,7 +13,8 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication keeps num
 
 
 def duplicates(parts: Iterable[str]) -> tuple[int, int, int]:
-    """Counts the parts, the duplicates among them, and the duplicates' characters. Only a hash of each part is in memory."""
+    """Returns the number of parts, the number of duplicates among the parts, and the number of characters in these duplicates.
+    Only a hash of each part is in memory."""
     hashes, lengths = array("Q"), array("q")
     for part in parts:
         hashes.append(xxhash.xxh64_intdigest(part.encode("utf-8", "surrogatepass")))
@@ -24,7 +25,7 @@ def duplicates(parts: Iterable[str]) -> tuple[int, int, int]:
 
 
 class Repeats:
-    """Measures the repeated n-grams of a text. The text's words are given as hashes and lengths."""
+    """Counts the characters in repeated n-grams of a text. The text's words are given as hashes and lengths."""
 
     def __init__(self, words: np.ndarray, lengths: np.ndarray) -> None:
         self.words = words
@@ -62,7 +63,7 @@ class Repeats:
         return int(self.ends[at + n] - self.ends[at] + n - 1) * most
 
     def duplicate_chars(self, n: int) -> int:
-        """Counts the characters of repeated n-grams, from the start of the text and without overlaps."""
+        """Counts the characters of n-grams that repeat an earlier n-gram of the text. Overlapping n-grams don't count twice."""
         if len(self.words) < n:
             return 0
         hashes = self._advance(n)

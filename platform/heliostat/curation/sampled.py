@@ -1,4 +1,4 @@
-"""Defines a sample of an input: the parts to read, and the ratio of the whole to the sample."""
+"""Defines a sample of an input: the parts to read, and the ratio of the whole input to the sample."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def place(part: FilePart, name: str) -> str:
 
 @dataclass
 class SampledParts:
-    """Holds the parts to read, the share of their records to take (by kind of file), and the sizes of the input and the
-    sample."""
+    """Holds a sample: the parts to read, the share of the parts' records to take (by kind of file), and the sizes of the input
+    and the sample."""
 
     fraction: float
     name: str = ""
@@ -95,8 +95,8 @@ class SampledParts:
 
     @property
     def of_documents(self) -> float:
-        """Returns the ratio of the input's documents to the sample's. If almost all files have one document, this is the ratio
-        of the numbers of files. Otherwise, it is the ratio of the bytes."""
+        """Returns the ratio of the input's number of documents to the sample's number. If almost all files have one document,
+        this is the ratio of the numbers of files. Otherwise, this is the ratio of the bytes."""
         return self.files / self.taken_files if self.unknown < FEW_UNKNOWN else self.of_bytes
 
     def pieces(self) -> Iterator[list[FilePart]]:

@@ -119,8 +119,8 @@ class NamesModel(Stage):
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """Folder of the model, or `ORG/NAME` of the Hugging Face Hub (docs/guides/hub.md). Nodes that don't have the folder get a
-    copy of its files, without pickles."""
+    """Folder of the model, or `ORG/NAME` of the Hugging Face Hub (docs/guides/hub.md). Nodes without the folder get a copy of the
+    folder's files, without pickles."""
 
     def digests(self) -> dict[str, object]:
         return {"model": digests(self.model)}
@@ -171,8 +171,8 @@ class ScoringStage(ModelStage):
 
 
 class Reader(ABC, Generic[Value]):
-    """Runs texts, or pairs of texts, through a folder's model, on a GPU if there is one. A subclass defines the model and the
-    results. If a pair is longer than `max_tokens`, the second text is truncated."""
+    """Runs texts, or pairs of texts, through the model in a folder. Uses a GPU if the machine has one. A subclass defines the
+    model and the results. If a pair is longer than `max_tokens`, the second text is truncated."""
 
     pairs = False
 
@@ -201,7 +201,7 @@ class Reader(ABC, Generic[Value]):
         """Loads the folder's model, with options for transformers."""
 
     def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[Value, bool]]:
-        """Returns for each text or pair: (result, whether it was longer than `max_tokens`)."""
+        """Returns for each text or pair: (result, whether the text or pair was longer than `max_tokens`)."""
         encoded = self.tokenizer.encode_batch(texts)
         by_length = dict[int, list[int]]()
         for i, one in enumerate(encoded):

@@ -64,7 +64,7 @@ class SegmentRecord(TypedDict):
 
 
 class DocumentSource(Protocol):
-    """Reads an input's documents in a task. Ray sends this object to the task."""
+    """Reads an input's documents in a task. Ray sends an object of this class to the task."""
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         """Yields the documents of a part of the input, and reports of dropped documents."""
@@ -125,7 +125,7 @@ def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: 
 
 
 def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Iterator[Document | Dropped]:
-    """Yields the documents that a task reads. Counts the documents, and the seconds that reading them takes, in `counts`."""
+    """Yields the documents that a task reads, unchanged. Counts the documents and the CPU seconds of reading in `counts`."""
     entry, reading = tally.entry(counts, READ), iter(documents)
     while True:
         start = cpu_time.now()

@@ -109,14 +109,15 @@ def first_failed(*rules: tuple[bool, str]) -> str:
 
 @runtime_checkable
 class Decides(Protocol):
-    """Describes a stage that decides on one document without loading models or lists."""
+    """Describes a stage that keeps or drops each document without loading models or lists."""
 
     def decide(self, document: Document) -> Outcome:
         """Keeps or drops one document; returns the outcome."""
 
 
 class Stage(Strict):
-    """Defines a stage. A subclass's fields are the stage's keys in a pipeline file, and its methods process documents."""
+    """Defines a stage. The fields of a subclass are the stage's keys in a pipeline file, and the methods of a subclass process
+    documents."""
 
     reasons: ClassVar[dict[str, str]] = {}
     """Reasons for which the stage drops documents: reason -> meaning."""
@@ -134,7 +135,7 @@ class Stage(Strict):
     """Python distributions on which the result depends. If the version of one of these distributions changes, the stage's tasks
     run again."""
     gpu: ClassVar[bool] = False
-    """Whether the stage runs alone, in tasks that each have a GPU if the cluster has any."""
+    """Whether the stage runs in its own tasks, apart from other stages. Each of these tasks has a GPU if the cluster has GPUs."""
     of_images: ClassVar[bool] = False
     """Whether the stage reads images instead of captions."""
     version: ClassVar[int] = 1
@@ -142,15 +143,15 @@ class Stage(Strict):
     heliostat then computes the results again."""
 
     makes: ClassVar[tuple[str, ...]] = ()
-    """Columns that the stage adds to documents, in addition to those in its keys `column`, `bucket_column`, and `original`."""
+    """Columns that the stage adds to documents, in addition to the columns in the stage's keys `column`, `bucket_column`, and
+    `original`."""
     compares: ClassVar[tuple[str, ...]] = ()
-    """Keys that name a column to compare, which documents must have."""
+    """Keys that name a column whose values the stage compares. Documents must have this column."""
 
     paths: ClassVar[tuple[str, ...]] = ()
-    """Keys that name files or folders, such as a model. `shipping` copies them to the nodes of the tasks."""
+    """Keys that name files or folders, such as a model. `shipping` copies these files to the nodes of the tasks."""
     later: ClassVar[frozenset[str]] = frozenset()
-    """Keys that newer versions of heliostat added. A dataset that was made before heliostat had such a key is up to date if the
-    key has its default."""
+    """Keys that newer versions of heliostat added. A dataset from before such a key is up to date if the key has its default."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: object) -> None:
@@ -233,7 +234,7 @@ class Stage(Strict):
         counts: dict[str, int] | None = None,
         columns: Mapping[str, object] = MappingProxyType({}),
     ) -> Outcome:
-        """Drops the document if its measures violate the limits. Otherwise keeps it, with the additional columns."""
+        """Drops the document if its measures violate the limits. Otherwise keeps the document, with the additional columns."""
         reason = self.failed(measures)
         if not reason:
             document.columns |= columns

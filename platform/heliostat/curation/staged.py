@@ -40,9 +40,9 @@ class StagedPipeline(Pipeline):
     """Stages for documents, or for images with captions, between reading and shards, in this order: `{stage: NAME, KEY: VALUE}`.
     See docs/data/stages.md"""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
-    """Bytes of memory that a task may use in addition to its process at the start. Ray reserves this memory, so a node runs
-    only as many tasks as fit. If a node's memory fits fewer tasks than its CPUs, a log line reports it. Set more memory for a
-    Parquet file with large row groups (docs/benchmarks/curation.md), or for documents above a fortieth of this value."""
+    """Bytes of memory that a task may use, in addition to the memory of its process at the start. Ray reserves this memory, so a
+    node runs only as many tasks as fit. If a node has memory for fewer tasks than CPUs, heliostat logs this. Set more memory for
+    a Parquet file with large row groups (docs/benchmarks/curation.md), or for documents above a fortieth of this value."""
     work: str | None = None
     """Folder or `s3://` prefix for unfinished work, from which an interrupted run resumes. Unset: next to the output, with
     `.work` after its name. See docs/data/work.md"""
@@ -93,8 +93,7 @@ class StagedPipeline(Pipeline):
 
     def check_columns(self, known: Iterable[str], key: str) -> None:
         """Raises ConfigError if documents can't have the columns that stages compare. Without the column, all documents would be
-        equal. `known`: columns from reading. `key`: the pipeline key that lists additional columns, "" if there isn't such a
-        key."""
+        equal. `known`: columns from reading. `key`: the pipeline key that lists additional columns, "" if there is none."""
         available = set(known)
         for number, stage in enumerate(self.stages):
             if not type(stage).__module__.startswith("heliostat."):
@@ -135,7 +134,8 @@ class StagedPipeline(Pipeline):
         return making.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def uncovered(self) -> dict[str, dict[str, Any]]:
-        """Returns, if the dataset has stages, the files that the dataset's digest doesn't cover, by their names."""
+        """Returns the files that the dataset's digest doesn't cover: name -> content. Returns an empty mapping if the dataset has
+        no stages."""
         return {reasons.SECONDS: self._seconds} if self._seconds else {}
 
     def finish(self, dataset: Manifest) -> None:

@@ -74,7 +74,7 @@ def rounded(value: float) -> float:
 
 
 def example(examples: dict[str, list[Any]], rule: str, document: Document, detail: str, measures: dict[str, float]) -> None:
-    """Records a document as an example of a rule, if its hash is one of the EXAMPLES lowest hashes for this rule."""
+    """Records a document as an example of a rule, if the document's hash is one of the EXAMPLES lowest hashes for this rule."""
     kept_examples, place = examples.setdefault(rule, []), xxhash.xxh64_intdigest(f"{rule}\0{document.id}".encode())
     if len(kept_examples) < EXAMPLES or place < kept_examples[-1][0]:
         text = document.text if isinstance(document.text, str) else document.text[: 4 * EXCERPT].decode("utf-8", "replace")
@@ -85,7 +85,7 @@ def example(examples: dict[str, list[Any]], rule: str, document: Document, detai
 
 
 def merge(tallies: Iterable[Tally]) -> Tally:
-    """Sums tallies. Only the sum and one tally are in memory at a time."""
+    """Returns the sum of tallies. Only the sum and one tally are in memory at a time."""
     total: Tally = {}
     for tally in tallies:
         add(total, tally)

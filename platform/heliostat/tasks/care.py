@@ -29,7 +29,7 @@ def most(documents: int) -> int:
 
 
 def too_many(crashed: int, what: str) -> HeliostatError:
-    """Builds the error of a run in which too many documents crash."""
+    """Builds the error for a run in which too many documents crashed. `what`: an example of these documents."""
     return HeliostatError(
         f"stages: {crashed:,} documents crashed, more than {MOST} and more than one in {SHARE:,}: {what}. Correct the "
         "stage or the input, and run the command again. Finished tasks are kept"
@@ -48,7 +48,7 @@ class TaskPlace:
     """Describes a task's next action: to read the next documents of a `part`, or to pass documents through stages (`part` -1)."""
 
     number: int
-    """Documents that the task had read, or passed through stages, before."""
+    """Number of documents that the task read, or passed through stages, before this action."""
     part: int = -1
     alone: bool = False
     """Whether the action is for one document, not for a batch."""

@@ -134,7 +134,7 @@ class Crew:
         self.under_way[reference] = started
 
     def finished(self) -> Iterator[tuple[Started, dict[str, Any]]]:
-        """Waits for a task to end; yields (the task, its record) if the task succeeded. Otherwise decides whether the task runs
+        """Waits for a task to end. Yields (the task, its record) if the task succeeded. Otherwise decides whether the task runs
         again."""
         self._check()
         self._look()
@@ -248,8 +248,8 @@ class Crew:
             self.failed.insert(0, care.too_many(crashed, f"for example {printable(self.last)!r}"))
 
     def _look(self) -> None:
-        """Checks the nodes every LOOK_S seconds: how many tasks fit on them, and whether any node has as many CPUs as a task
-        requests."""
+        """Checks the cluster's nodes every LOOK_S seconds: how many tasks can run at once, and whether any node has as many CPUs
+        as a task requests."""
         if time.monotonic() - self.looked < LOOK_S:
             return
         self.looked, nodes = time.monotonic(), self.flow.nodes()
@@ -258,7 +258,7 @@ class Crew:
             label = f" and the labels {self.flow.labels}" if self.flow.labels else ""
             log.log(
                 logging.DEBUG if self.alone else logging.WARNING,
-                "%s: tasks wait for a node with CPUs%s. The cluster has no such node now. Start a node, or change `labels`",
+                "%s: tasks wait for a node with CPUs%s. The cluster has no such node now. Start such a node, or change `labels`",
                 self.kind,
                 label,
             )

@@ -51,16 +51,16 @@ class Flow:
     """The part of `seconds` in which processes open stages. Each process opens a stage once, for any amount of data."""
 
     crashed: int = 0
-    """Documents that tasks left out because they crashed (`care`)."""
+    """Number of documents that tasks left out, because these documents crashed the task (`care`)."""
     passed: int = 0
-    """Documents that tasks passed on."""
+    """Number of documents that tasks kept, and passed on to later tasks."""
     memory: int = 0
     """Bytes of memory that each task requests from Ray, so that only as many tasks run on a node as fit. 0: no request."""
     short: bool = False
     """Whether this run has already logged that a lack of memory leaves CPUs idle."""
     progress: Progress = field(default_factory=Progress)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Name of this run. Tasks compare it with the name in a record, to find out whether this run wrote the record."""
+    """Name of this run. Tasks compare this name with the name in a record, to find out whether this run wrote the record."""
 
     def share(self, value: object) -> object:
         """Stores a value in Ray's object store; returns the reference for `Task.shared`."""
@@ -87,7 +87,8 @@ class Flow:
     def memory_each(self, cpus: int = 1) -> int | None:
         """Computes the bytes of memory that a task with `cpus` CPUs requests; None for no request.
 
-        The result is at most the memory of the largest node with `cpus` CPUs. If the task requested more, it would wait forever.
+        The result is at most the memory of the largest node with `cpus` CPUs. A task that requests more memory would wait
+        forever.
         """
         nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
         return min(self.memory, max((memory for have, memory in nodes if have >= cpus), default=0)) or None
@@ -179,7 +180,11 @@ class Flow:
         self.passed += documents(record)
         self.crashed += sum(record.get("reasons", {}).get(reason, 0) for reason in (CRASHED, UNREAD))
         for message in record.get("unread", []):
-            log.warning("%s: %s. The rest of this file or range is missing from the dataset", kind, message.rstrip("."))
+            log.warning(
+                "%s: %s. The rest of this file or range is missing from the dataset. To add the rest, repair the file",
+                kind,
+                message.rstrip("."),
+            )
 
 
 def most_each(nodes: list[int], tasks: int) -> int:

@@ -33,7 +33,7 @@ class _Away:
 
 
 class ActorPool:
-    """Gives each task to the actor with the fewest tasks. Ray restarts an actor that dies, but not its tasks.
+    """Gives each task to the actor with the fewest tasks. If an actor dies, Ray restarts the actor, but not the actor's tasks.
 
     If Ray can't place an actor again within PLACE_S seconds, for example after its node died, the pool removes the actor.
     """
@@ -54,7 +54,7 @@ class ActorPool:
         return len(self.away) < len(self.actors)
 
     def remote(self, *arguments: object, **shared: object) -> Any:
-        """Starts a task; returns its reference."""
+        """Starts a task on an actor. Returns the Ray reference to the task's result."""
         load = Counter(self.under_way.values())
         number = min(self.actors, key=lambda i: (i in self.away, load[i]))
         reference = self.actors[number].run.remote(*arguments, **shared)
@@ -77,7 +77,7 @@ class ActorPool:
             ray.kill(actor)
 
     def _look(self, number: int, away: _Away) -> None:
-        """Checks a lost actor: restores it if it answers, else removes it after PLACE_S.
+        """Checks a lost actor. If the actor answers, restores the actor; otherwise removes it after PLACE_S seconds.
 
         Raises HeliostatError if the removed actor was the last one.
         """

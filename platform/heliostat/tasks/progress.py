@@ -28,7 +28,7 @@ class KindProgress:
     left_bytes: int = 0
     """Bytes that the remaining tasks will read."""
     whole: bool = False
-    """Whether `total` counts all tasks. Tasks are counted while they are looked up."""
+    """Whether `total` already counts all tasks. heliostat counts tasks while it looks up their records."""
 
     def left(self, now: float) -> float | None:
         """Estimates the seconds until the last task ends. Uses the tasks' bytes if they are known, else the numbers of tasks.

@@ -233,7 +233,7 @@ def main() -> int:
     shut_in(Path(limits["root"]), [*limits["libraries"], limits["executable"]], limits["files"], {"program.json": program})
     call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # after the last change of user, which would reset it
     if os.getppid() != limits["parent"]:
-        raise OSError("the process that started this sandbox has ended")
+        raise OSError("the process that started this sandbox has ended, so the program doesn't run")
     reading, writing = os.pipe()  # exec closes both
     if (child := os.fork()) == 0:
         try:

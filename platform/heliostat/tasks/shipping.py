@@ -44,7 +44,7 @@ PLAIN = ".safetensors"
 
 @dataclass(frozen=True)
 class Item:
-    """Describes a file. `name`: its path in the shipment's folder, or "" if the shipment is a single file."""
+    """Describes a file. `name`: the file's path in the shipment's folder, or "" if the shipment is a single file."""
 
     name: str
     bytes: int
@@ -83,8 +83,8 @@ class Shipment:
 
 
 class NotHereError(HeliostatError):
-    """Reports that a node lacks files, and that the work folder has no copy of them yet. The driver copies them and starts the
-    task again."""
+    """Reports that a node lacks a shipment's files, and that the work folder has no copy of these files yet. The driver copies
+    the files, and starts the task again."""
 
     def __init__(self, message: str, shipment: Shipment) -> None:
         super().__init__(message, shipment)
@@ -134,8 +134,8 @@ def here(folder: Location, shipment: Shipment) -> str:
         ) from e
     except OSError as e:
         raise HeliostatError(
-            f"{cached}: node {socket.gethostname()} can't keep a copy of {shipment.path} there ({e.strerror or e}). "
-            "Free some space in this folder, set TMPDIR to another folder, or put the files on every node"
+            f"{cached}: node {socket.gethostname()} can't store a copy of {shipment.path} in this folder ({e.strerror or e}). "
+            "Free some space, set TMPDIR to another folder, or put the files on every node"
         ) from e
     return str(target)
 
@@ -192,7 +192,7 @@ def _hidden(name: Path) -> bool:
 
 
 def _holds(path: str, shipment: Shipment) -> bool:
-    """Returns whether a path holds exactly the shipment's files. Hashes files only if all names and sizes match."""
+    """Checks whether a path has exactly the shipment's files. Hashes files only if all names and sizes match."""
     try:
         if _listed(Path(path), shipment.within) != [(item.name, item.bytes) for item in shipment.items]:
             return False
@@ -202,7 +202,7 @@ def _holds(path: str, shipment: Shipment) -> bool:
 
 
 def _cached(cached: Path, target: Path, shipment: Shipment) -> bool:
-    """Returns whether the cache holds a shipment; if so, updates the time of its last use."""
+    """Checks whether the cache has a complete copy of a shipment. If so, updates the time of the copy's last use."""
     try:
         if not local_files.is_ours(cached.parent) or not _holds(str(target), shipment):
             return False

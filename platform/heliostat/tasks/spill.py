@@ -38,24 +38,26 @@ NAMED = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})-(\d+)\.\w+")
 
 
 def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str:
-    """Sorts a table by `key` (uint64), then by the columns of `order`, and writes it; returns the file's name in the folder."""
+    """Sorts a table by `key` (uint64), then by the columns of `order`, and writes the table to a temporary file. Returns the
+    file's name in the folder."""
     return write_sorted(folder, table.sort_by([(name, "ascending") for name in ("key", *order)]))
 
 
 def write_sorted(folder: Location, table: pa.Table) -> str:
-    """Writes a table that is already sorted by `key`, and so avoids the copy that sorting makes. Returns the file's name."""
+    """Writes a table that is already sorted by `key` to a temporary file. This avoids the copy that sorting makes. Returns the
+    file's name."""
     return put(folder, _encode(table, min(GROUP_BYTES, max(GROUP_BYTES // 8, table.nbytes // GROUPS))), ".parquet")
 
 
 def put(folder: Location, data: bytes, suffix: str) -> str:
-    """Writes a file named after its content and size; returns the name."""
+    """Writes bytes to a temporary file that is named after its content and size. Returns the name."""
     name = named(data, suffix)
     folder.join(name).write(data, synced=True)
     return name
 
 
 def named(data: bytes, suffix: str) -> str:
-    """Returns the name of a file with this content."""
+    """Returns the name of the temporary file for this content: a prefix of the SHA-256, the size, and the suffix."""
     digest = hashlib.sha256(data).hexdigest()
     return f"{digest[:2]}/{digest[:32]}-{len(data)}{suffix}"
 
@@ -124,7 +126,8 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
 
 
 def _part(table: pa.Table, start: int, stop: int) -> pa.Table:
-    """Returns a range of rows. Returns a small range as a copy, because a slice would keep the whole table in memory."""
+    """Returns the rows [start, stop) of a table. A small range is a copy, because a slice would keep the whole table in
+    memory."""
     if 2 * (stop - start) >= len(table):
         return table.slice(start, stop - start)
     return table.take(pa.array(np.arange(start, stop)))
@@ -166,7 +169,7 @@ def starts(*columns: np.ndarray) -> np.ndarray:
 
 
 def share(part: int, parts: int) -> tuple[int, int]:
-    """Computes the range of keys [low, high) of one of several equal parts of all keys."""
+    """Computes the range of keys [low, high) for number `part` of `parts` equal parts of all 64-bit keys."""
     return -(-part * ALL // parts), -(-(part + 1) * ALL // parts)
 
 

@@ -72,7 +72,7 @@ class Work:
         return {k: record for k, record in records.items() if record is not None}
 
     def read(self, kind: str, key: str) -> dict[str, Any] | None:
-        """Reads the record of a task; None if it is missing or unreadable."""
+        """Reads the record of a task; None if the record is missing or unreadable."""
         try:
             record = json.loads(self.location.join(DONE, kind, f"{key}.json").read())
         except (FileNotFoundError, ValueError):
@@ -120,7 +120,7 @@ class Work:
         return piece
 
     def clear(self) -> None:
-        """Deletes the work, and the folder if nothing else is in it."""
+        """Deletes the unfinished work, and the work folder if it has no other files."""
         if not self.location.join(MARK).exists():
             return
         for name in (DONE, SPILL, NOTES, MARK):  # the mark last, so that an interrupted deletion can be repeated
