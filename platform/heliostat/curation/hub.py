@@ -117,8 +117,8 @@ def _whole(name: HubName) -> HubName:
 
 
 def _configured(name: HubName, listed: list[HubFile], wanted: str, compiled: Callable[[str], re.Pattern[str]]) -> list[HubFile]:
-    """Chooses the files of a configuration: `wanted`, or the default one. If there is no configuration, chooses files by their
-    names."""
+    """Chooses the files of the configuration `wanted`, or of the default configuration. If the dataset has no configuration,
+    chooses files by their names."""
     configs = _configs(name, listed)
     if wanted and wanted not in configs:
         folders = sorted({f.path.partition("/")[0] for f in listed if "/" in f.path})

@@ -129,8 +129,8 @@ class Prediction:
         return shares
 
     def _hours(self, factors: dict[str, float], taken: dict[str, float]) -> dict[str, float]:
-        """Predicts the hours of each kind of task for the whole input. `taken`: the seconds of each kind for the sample.
-        `factors`: from `kept_factors`."""
+        """Predicts the hours of each kind of task for the whole input. `taken`: the seconds of each kind in the run on the
+        sample. `factors`: a result of `kept_factors`."""
         before = {number: factors[tally.label(number, stage)] for number, stage in enumerate(self.stages)}
         hours, sample = {}, self.sample
         for kind, seconds in taken.items():

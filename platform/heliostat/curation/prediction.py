@@ -48,7 +48,7 @@ def explain(facts: dict[str, Any]) -> list[str]:
         f" in {whole['files']:,} files, in {duration(facts['seconds'])}",
         (
             f"whole input: {facts['documents']:,} documents ({row['kept_low']:,} to {row['kept_high']:,}), {size}{tokens}{cpu} "
-            f"of CPU ({few} to {many}; {cost}), {wall} on {facts['cpus']} CPUs"
+            f"of CPU time ({few} to {many}; {cost}), {wall} on {facts['cpus']} CPUs"
         ),
         (
             "in brackets: 95 % intervals, from the fewest to the most possible duplicates. These intervals assume independent "

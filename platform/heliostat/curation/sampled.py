@@ -25,8 +25,8 @@ def evenly(parts: Iterable[FilePart], rate: float) -> list[FilePart]:
     """Chooses a share of parts with a representative mix of sizes. A larger share contains all parts of a smaller share.
 
     Parts are grouped into classes by size, with bounds that are powers of two. Each class contributes its share, in the order of
-    the parts' hashes. A random draw per class decides whether to round this share up or down. So each part has the same chance,
-    and within a class, pairs are almost independent.
+    the parts' hashes. A random draw per class decides whether to round this share up or down. So each part has the same chance to
+    be chosen, and within a class, pairs are almost independent.
     """
     classes, sample = dict[int, list[FilePart]](), list[FilePart]()
     for part in parts:

@@ -67,7 +67,8 @@ class Shipment:
 
     @property
     def name(self) -> str:
-        """Returns a copy's name in its cache folder: the last part of the path; "" (the folder itself) for `.` and `..`."""
+        """Returns the name of a copied file or folder in the cache: the last part of the path; "" (the cache folder itself) for
+        `.` and `..`."""
         name = Path(self.path).name
         return "" if name == ".." else name
 
@@ -218,7 +219,8 @@ def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> 
         raise NotHereError(
             (
                 f"{_place(shipment.path, missing[0].name)}: this file on node {socket.gethostname()} is missing or "
-                f"differs from the driver's, and {folder} has no copy"
+                f"differs from the driver's, and {folder} has no copy. "
+                "The driver copies this file, and runs the task again"
             ),
             shipment,
         )
