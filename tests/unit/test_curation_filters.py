@@ -356,7 +356,7 @@ def test_a_stage_without_a_function_is_named_before_any_document(tmp_path):
         def decides(self, document):
             return None
 
-    with pytest.raises(ConfigError, match="Undefined doesn't define what to do"):
+    with pytest.raises(ConfigError, match="Undefined doesn't define `decide`"):
         Undefined().open()
 
 

@@ -282,7 +282,7 @@ def test_pipelines_without_a_dry_run_say_so(tmp_path):
 def test_a_sample_of_which_nothing_is_left_says_so(tmp_path):
     make_input(tmp_path / "in", 300)
     made, inputs = trial(tmp_path, 0.5, stages=[{"stage": "length", "min_words": 5000}])
-    with pytest.raises(DataError, match=r"the sample is empty .*Choose a larger sample"):
+    with pytest.raises(DataError, match=r"the sample is empty .*Pass a larger --sample"):
         made.predicted(inputs)
 
 

@@ -138,7 +138,8 @@ def test_work_of_another_version_of_a_library_is_done_again_and_the_log_says_why
         _, here = curate(tmp_path, texts(), STAGES)
     assert here.kept["read"] == 5 and here.done["minhash-1-sign"] == 5, "what does not follow from it stays"
     assert (
-        "work: rensa 0.5" in caplog.text and "-> 99.0: heliostat repeats the work that depends on these libraries" in caplog.text
+        "work: rensa 0.5" in caplog.text
+        and "-> 99.0: the versions differ, so heliostat repeats the work that depends on these libraries" in caplog.text
     )
     upgraded(monkeypatch, "ftfy")
     _, here = curate(tmp_path, texts(), STAGES)

@@ -356,7 +356,7 @@ def test_stages_that_cannot_be_are_refused(tmp_path):
     refused("'label' is the name of the label column", columns={"others": ["label"]})
     within = {"stage": "minhash", "within": "crawls"}
     refused(
-        r"stages.0: minhash: within: 'crawls' isn't a column .* Correct it, or name it under `columns.others` too",
+        r"stages.0: minhash: within: 'crawls' isn't a column .* Correct the name, or add the column to `columns.others`",
         stages=[within],
     )
     refused(r"within: 'crawls' isn't a column .*Did you mean 'crawl'\?", stages=[within], columns={"others": ["crawl"]})

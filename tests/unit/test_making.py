@@ -284,7 +284,9 @@ def test_a_folder_of_other_things_is_no_work_folder(tmp_path):
     (tmp_path / "spill").mkdir()
     (tmp_path / "spill/mine").write_text("x")
     work = Work(Location(str(tmp_path)))
-    with pytest.raises(ConfigError, match=r"work: .*: isn't empty, and has no unfinished work\. Use another folder"):
+    with pytest.raises(
+        ConfigError, match=r"work: .*: isn't empty, and isn't a work folder of heliostat\. Set work to another folder"
+    ):
         work.begin(1)
     work.clear()
     assert (tmp_path / "spill/mine").exists()

@@ -50,7 +50,7 @@ tokenizer: {{vocab_size: 300}}
         ),
         (
             ["columns=[date]", "stages=[{stage: minhash, keep: oldest, column: dat}]"],
-            "stages.0: minhash: column: 'dat' isn't a column of the documents. Did you mean 'date'? Correct it, or name",
+            "stages.0: minhash: column: 'dat' isn't a column of the documents. Did you mean 'date'? Correct the name, or add",
         ),
         (
             ["stages=[{stage: c4}, {stage: minhash, keep: best, column: score}]"],

@@ -51,11 +51,11 @@ class Task:
     careful: bool = False
     """Whether the function takes an argument `care` when the task runs again."""
     before: str = ""
-    """Key of the same task in earlier versions. A record under this key counts, too."""
+    """Key of the same task in earlier versions of heliostat. If a record has this key, the task is finished."""
 
 
 class Flowing(Protocol):
-    """Lists the members of `flow.Flow` that a crew uses."""
+    """Declares the fields and methods of `flow.Flow` that `Crew` uses."""
 
     work: Work
     labels: dict[str, str]
@@ -77,9 +77,9 @@ class Started:
     trouble: Trouble = field(default_factory=Trouble)
     due: float = 0.0
     offered: set[Shipment] = field(default_factory=set)
-    """Shipments that the task's node lacked, and that the driver copied to the work folder."""
+    """Shipments (files) that the task's node lacked, and that the driver copied to the work folder."""
     copy: Future[None] | None = None
-    """The last of these copies. The task starts again when it is complete."""
+    """The last copy of a shipment to the work folder. The task starts again when this copy is complete."""
 
     @property
     def waits(self) -> bool:
@@ -106,8 +106,8 @@ class Crew:
 
     @property
     def full(self) -> bool:
-        """Returns whether the crew takes no more tasks. This is so if twice as many tasks have started as can run at once, or if
-        all actors are lost."""
+        """Checks whether the crew accepts no more tasks: twice as many tasks have started as can run at once, or all actors are
+        lost."""
         self._look()
         if self.pool and not self.pool.ready:
             return True
@@ -134,7 +134,7 @@ class Crew:
         self.under_way[reference] = started
 
     def finished(self) -> Iterator[tuple[Started, dict[str, Any]]]:
-        """Waits for a task to end; yields (the task, its record) if the task succeeded. Otherwise decides whether the task runs
+        """Waits for a task to end. Yields (the task, its record) if the task succeeded. Otherwise decides whether the task runs
         again."""
         self._check()
         self._look()
@@ -166,7 +166,7 @@ class Crew:
         self._check()
         if not self.failed:
             return
-        log.warning("%s: %d tasks failed. The work of the other tasks is recorded, and the next start continues from it",
+        log.warning("%s: %d tasks failed. The work of the other tasks is recorded. To continue from it, run the command again",
                     self.kind, len(self.failed))  # fmt: skip
         with unwrapped():
             raise self.failed[0]
@@ -178,7 +178,7 @@ class Crew:
         _end(list(self.under_way))
 
     def _start_due(self) -> float:
-        """Starts the tasks whose pause or copy has ended; returns the seconds until the next check of a task or of the nodes."""
+        """Starts the tasks whose pause or copy has ended. Returns the seconds until the next check of tasks and nodes."""
         if self.pool and not self.pool.ready:
             return AWAY_S
         now, later = time.monotonic(), self.later
@@ -189,8 +189,8 @@ class Crew:
         return max(0.0, min([LOOK_S, *(AWAY_S if one.waits else one.due - now for one in self.later)]))
 
     def _copy(self, shipment: Shipment) -> Future[None]:
-        """Copies a shipment that a node needs to the work folder. Does this in a thread, so that other tasks can end and start
-        during the copy."""
+        """Copies a shipment (files that a node needs) to the work folder, in a thread. So other tasks can end and start during
+        the copy. Returns the copy's future."""
         if (known := self.copies.get(shipment)) and not known.done():
             return known
         copy = self.copies[shipment] = Future[None]()
@@ -207,7 +207,7 @@ class Crew:
         return copy
 
     def _judge(self, started: Started, error: Exception) -> None:
-        """Decides whether a failed task runs again; raises an error that a person must fix."""
+        """Decides whether a failed task runs again. Raises the task's error if a person must fix its cause."""
         cause, trouble, task = innermost(error), started.trouble, started.task
         if isinstance(cause, NotHereError) and not self.stopped and cause.shipment not in started.offered:
             started.copy = self._copy(cause.shipment)
@@ -222,7 +222,7 @@ class Crew:
         if lost and task.careful and (crash := trouble.learn(self.work.note(self.kind, task.key), error)):
             self.last = crash.id
             log.warning(
-                "%s: %s crashes its process at %s, so heliostat leaves this document out (%s)",
+                "%s: document %s crashes the task's process at stage %s, so heliostat leaves this document out (%s)",
                 self.kind,
                 printable(crash.id),
                 crash.stage,
@@ -235,7 +235,7 @@ class Crew:
             self.failed.append(error)
             self.stopped |= len(self.failed) >= FAILED
             return
-        log.warning("%s: a task failed (%s). Running it again", self.kind, care.last_line(error))
+        log.warning("%s: a task failed (%s). Running the task again", self.kind, care.last_line(error))
         started.due = time.monotonic() + (PAUSE.wait(trouble.count) if lost and trouble.count else 0.0)
         self.later.append(started)
 
@@ -248,8 +248,8 @@ class Crew:
             self.failed.insert(0, care.too_many(crashed, f"for example {printable(self.last)!r}"))
 
     def _look(self) -> None:
-        """Checks the nodes every LOOK_S seconds: how many tasks fit on them, and whether any node has as many CPUs as a task
-        requests."""
+        """Checks the cluster's nodes every LOOK_S seconds: how many tasks can run at once, and whether any node has as many CPUs
+        as a task requests."""
         if time.monotonic() - self.looked < LOOK_S:
             return
         self.looked, nodes = time.monotonic(), self.flow.nodes()
@@ -258,7 +258,7 @@ class Crew:
             label = f" and the labels {self.flow.labels}" if self.flow.labels else ""
             log.log(
                 logging.DEBUG if self.alone else logging.WARNING,
-                "%s: tasks wait for a node with CPUs%s. The cluster has no such node now",
+                "%s: tasks wait for a node with CPUs%s. The cluster has no such node now. Start such a node, or change `labels`",
                 self.kind,
                 label,
             )
@@ -270,7 +270,7 @@ class Crew:
         self.room = 2 * self.size if self.pool else max(2, 2 * sum(nodes) // self.cpus)
 
     def _request(self, cpus: int) -> None:
-        """Restarts waiting tasks with fewer CPUs each, because no node has as many CPUs anymore."""
+        """Restarts waiting tasks with fewer CPUs each, because no node has the number of CPUs that these tasks requested."""
         self.cpus = cpus
         _, waiting = ray.wait(list(self.under_way), num_returns=len(self.under_way), timeout=0) if self.under_way else ([], [])
         for reference in waiting:
@@ -295,4 +295,6 @@ def _end(references: list[Any]) -> None:
     if working:
         _, left = ray.wait(working, num_returns=len(working), timeout=END_S)
         if left:
-            log.warning("%d tasks didn't end within %.0f s", len(left), END_S)
+            log.warning(
+                "%d canceled tasks didn't end within %.0f s, and may still run. List tasks with: ray list tasks", len(left), END_S
+            )
