@@ -1,9 +1,9 @@
 """Makes matching pairs of texts, on Ray: docstrings with their functions (Python), titles with their sections (Markdown,
 HTML), and pairs from records (`.jsonl`, `.parquet`). Run: `heliostat data prepare pipelines/pairs.yaml`.
 
-Guarantees: the dataset is a pure function of the configuration, and of the relative paths and bytes of the input files. The
-hash of a pair's text decides the pair's shard, and its position in the shard. Of equal pairs, the dataset has only one. A text
-is held out with all its queries.
+Guarantees: the dataset is a pure function of the configuration, and of the relative paths and bytes of the input files. The hash
+of a pair's text decides the pair's shard, and its position in the shard. Of equal pairs, the dataset has only one. All pairs with
+the same text are held out together.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class PairPipeline(StagedPipeline):
     """Unicode normal form to which heliostat converts queries and texts. It affects which pairs are equal."""
     tokenizer: TokenizerConfig | None = None
     """Tokenizer for a model that trains from scratch: trained on the texts, or used unchanged. Unset: no tokenizer, because a
-    pretrained model has its own."""
+    pretrained model has its own tokenizer."""
     chunk_pairs: int = Field(1024, gt=0)
     """Approximate pairs per row group."""
     shard_bytes: int = Field(128_000_000, gt=0)
@@ -69,7 +69,10 @@ class PairPipeline(StagedPipeline):
 
     def check(self) -> None:
         if self.columns.query == self.columns.text:
-            raise ConfigError(f"columns.query: {self.columns.query!r} is columns.text, too. Use different columns")
+            raise ConfigError(
+                f"columns.query: {self.columns.query!r} is also the value of columns.text. "
+                "Set columns.query and columns.text to different columns"
+            )
         if self.tokenizer and self.given_tokenizer is not None:
             tokens.end_id(tokens.load(self.given_tokenizer), self.tokenizer.end_of_document)
         for stage in self.stages:
