@@ -32,7 +32,7 @@ tokenizer: {{vocab_size: 300}}
         (["normalise=NFD"], "normalise: 'NFD' isn't a choice"),
         (["tokenizer.path=x"], "set either vocab_size"),
         (["tokenizer={path: nowhere}"], "tokenizer.path: 'nowhere': no such file"),
-        (["tokenizer={path: TMP/bad.json}"], "tokenizer.path: the tokenizers library can't read it"),
+        (["tokenizer={path: TMP/bad.json}"], "tokenizer.path: the tokenizers library can't read this file"),
         (["tokenizer={path: TMP/tok, end_of_document: </s>}"], "'</s>' isn't in the vocabulary"),
         (["tokenizer.vocab_size=10"], "tokenizer.vocab_size"),
         (

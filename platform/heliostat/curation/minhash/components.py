@@ -96,7 +96,10 @@ def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str
             return names, rounds
         small = flow.all(f"{kind}-small", small_star, by_parts(flow, kind, parts, [r["edges_file"] for r in large]))
         before, names = now, [r["edges_file"] for r in small]
-    raise HeliostatError(f"{kind}: the clusters didn't converge within {ROUNDS} rounds")
+    raise HeliostatError(
+        f"{kind}: the clusters didn't converge within {ROUNDS} rounds. This is a bug in heliostat. "
+        "Report the bug with the pipeline's YAML file"
+    )
 
 
 def unique(edges: Edges) -> Edges:

@@ -54,14 +54,14 @@ class PairPipeline(StagedPipeline):
     min_text_words: int = Field(8, ge=1)
     """Minimum words of a text. Pairs with shorter texts are dropped (`short_text`)."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
-    """Unicode normal form to which heliostat converts queries and texts. It affects which pairs are equal."""
+    """Unicode normal form to which heliostat converts queries and texts. The normal form affects which pairs are equal."""
     tokenizer: TokenizerConfig | None = None
     """Tokenizer for a model that trains from scratch: trained on the texts, or used unchanged. Unset: no tokenizer, because a
     pretrained model has its own tokenizer."""
     chunk_pairs: int = Field(1024, gt=0)
     """Approximate pairs per row group."""
     shard_bytes: int = Field(128_000_000, gt=0)
-    """Approximate bytes of text per shard. It limits the memory of the task that writes the shard."""
+    """Approximate bytes of text per shard. This size limits the memory of the task that writes the shard."""
 
     @cached_property
     def given_tokenizer(self) -> str | None:

@@ -1,14 +1,15 @@
-"""Drops documents that look like lists, with FineWeb's own quality filter (Penedo et al. 2024, arXiv 2406.17557, section 3.6).
+"""Drops documents that look like lists, with FineWeb's custom quality filter (Penedo et al. 2024, arXiv 2406.17557, section 3.6).
 
 A document is dropped if one of these is true:
 
 - Fewer than 12 % of its lines end with a terminal mark.
 - More than 67 % of its lines have at most 30 characters.
-- More than 1 % of its characters are in duplicate lines. (In the paper and its code, the lines are counted after deduplication
+- More than 1 % of its characters are in duplicate lines. (The paper, and the paper's code, count the lines after deduplication
   across documents.)
 - It has more than 0.3 line ends per word.
 
-Lines of only white space don't count. Decisions agree with datatrove's FineWebQualityFilter: docs/benchmarks/curation-stages.md.
+Lines of only white space don't count. The stage makes the same decisions as datatrove's FineWebQualityFilter:
+docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ The stage removes these lines:
 - counters ("3 likes")
 - lines of at most ten words that begin with, end with, or contain a listed phrase ("sign in", "read more...", "items in cart")
 
-A document that loses more than 5 % of its words is dropped. The paper removes only the phrase. This stage removes the line,
-which is easier to trace.
+A document that loses more than 5 % of its words is dropped. RefinedWeb removes only the phrase. This stage removes the complete
+line, because removed lines are easier to trace.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ Wikipedia. Here, `model` is a local folder of a causal language model, for examp
 tokenizer.json. heliostat never runs code from this folder. Text like the model's training data has a low perplexity, and
 repetitive text has a very low perplexity. Lists, noise, and other languages have a high perplexity.
 
-The perplexity is exp of the mean negative log probability of the first `max_tokens` tokens, except the very first token. The
-stage counts documents with more tokens. If the cluster has GPUs, each GPU has an actor with the model; otherwise the stage runs
-on CPUs. The perplexity doesn't depend on the batch, but its last digits differ between devices.
+The perplexity is exp(mean negative log probability) over the first `max_tokens` tokens, without the very first token. The stage
+counts documents with more tokens. If the cluster has GPUs, each GPU has an actor with the model; otherwise the stage runs on
+CPUs. The perplexity doesn't depend on the batch, but its last digits differ between devices.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ class Perplexity(scoring.ModelStage):
     @model_validator(mode="after")
     def _one(self) -> Perplexity:
         if self.min_perplexity is None and self.max_perplexity is None and not self.buckets:
-            raise ValueError("set min_perplexity, max_perplexity, or buckets")
+            raise ValueError("no bound is set. Set min_perplexity, max_perplexity, or buckets")
         if any(low >= high for low, high in pairwise(self.buckets)):
-            raise ValueError(f"buckets: {self.buckets} must ascend, without repeated values")
+            raise ValueError(
+                f"buckets: {self.buckets} must ascend, without repeated values. Sort the bounds, and remove repeated bounds"
+            )
         if self.column == self.bucket_column:
-            raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity. Choose another column")
+            raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity. Set bucket_column to another name")
         return self
 
     def check(self) -> None:
