@@ -37,7 +37,7 @@ tokenizer: {{vocab_size: 300}}
         (["tokenizer.vocab_size=10"], "tokenizer.vocab_size"),
         (
             ["tokenizer.vocab_size=258", "fill_in_the_middle={rate: 0.5}"],
-            "no room for the 3 tokens of fill_in_the_middle. Set it to 260",
+            "no room for the 3 tokens of fill_in_the_middle. Set vocab_size to 260",
         ),
         (["tokenizer={path: TMP/tok}", "fill_in_the_middle={}"], "fill_in_the_middle: the tokenizer has none of the tokens"),
         (["fill_in_the_middle={rate: 2}"], "fill_in_the_middle.rate"),
