@@ -108,7 +108,7 @@ class ConnectionWatch:
 
 
 def _body_bytes(scope: Mapping[str, Iterable[tuple[bytes, bytes]]]) -> int:
-    """Returns the Content-Length of a request; 0 if the request has none, or if its body is chunked."""
+    """Returns the Content-Length of a request; 0 if the request has no such header, or if the body is chunked."""
     headers = dict(scope["headers"])
     length = headers.get(b"content-length", b"")
     return int(length) if length.isdigit() and b"transfer-encoding" not in headers else 0

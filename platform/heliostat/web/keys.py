@@ -54,7 +54,7 @@ def read(path: Path) -> dict[str, str]:
             f"--keys: can't read {path} ({getattr(e, 'strerror', None) or type(e).__name__}). Pass a text file with keys"
         ) from e
     if mode & 0o077:
-        raise ConfigError(f"--keys: other users can read {path}. Run `chmod 600 {path}`, then make new keys")
+        raise ConfigError(f"--keys: other users can read {path}. Run `chmod 600 {path}`, then replace the keys in the file")
     keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = _words(line)

@@ -31,9 +31,9 @@ class Latents(Strict):
     text."""
 
     autoencoder: str
-    """Folder of the frozen `AutoencoderKL`, or its name on the Hugging Face Hub (docs/guides/hub.md)."""
+    """Frozen `AutoencoderKL`: a folder, or a name on the Hugging Face Hub (docs/guides/hub.md)."""
     text_encoder: str | None = None
-    """Folder of the frozen text encoder (CLIP, T5), or its name on the Hugging Face Hub. Unset: captions stay text."""
+    """Frozen text encoder (CLIP, T5): a folder, or a name on the Hugging Face Hub. Unset: captions stay text."""
     length: int = Field(77, gt=1)
     """Maximum tokens of a caption."""
     workers: int = Field(1, gt=0)
@@ -65,7 +65,7 @@ class Latents(Strict):
             diffusion_config.require_weights("latents.text_encoder", self.text_encoder)
 
     def identity(self) -> dict[str, Any]:
-        """Returns everything that latents and embeddings depend on.
+        """Returns the settings and file digests that determine the latents and embeddings.
 
         This includes the tokenizer's digest if the models' digests don't cover the tokenizer's files.
         """

@@ -3,8 +3,8 @@
 Guarantees:
 
 - The dataset is a pure function of the configuration, and of the relative paths and bytes of the input files.
-- The SHA-256 of an image's pixels selects its shard. Within a shard, images are sorted by this hash, so scheduling can't change
-  the order.
+- The SHA-256 of an image's pixels selects the image's shard. Within a shard, images are sorted by this hash, so scheduling can't
+  change the order.
 - Of several equal images, only the image with the smallest hash stays. With `duplicates: perceptual`, the same is true of
   near-duplicates. Of images with equal hashes, the image with the smallest id stays.
 - Dropped images are listed in `quarantine.parquet` (id, reason, detail). They never stop the job.
@@ -43,7 +43,8 @@ from heliostat.tasks.flow import Flow
 
 
 class Buckets(Strict):
-    """Defines image sizes with the same area and different aspect ratios. Their sides are multiples of `step`."""
+    """Defines image sizes with about the same area and different aspect ratios. The sides of all sizes are multiples of
+    `step`."""
 
     step: int = Field(64, gt=0)
     """Bucket sides are multiples of this number, in pixels. The number is at most `resolution`."""
@@ -93,7 +94,7 @@ class ImagePipeline(StagedPipeline):
     encoding: pictures.Encoding = "png"
     """Format of stored images; `webp` doesn't support grayscale (`channels: 1`)."""
     quality: int = Field(95, ge=1, le=100)
-    """Quality of `jpeg` and `webp`."""
+    """Encoder quality of stored `jpeg` and `webp` images; higher values make larger files."""
     min_side: int = Field(1, ge=1)
     """Minimum side of an image in pixels; smaller images are dropped (`too_small`)."""
     max_aspect: Float | None = Field(None, ge=1)
@@ -166,8 +167,8 @@ class ImagePipeline(StagedPipeline):
         stored, known = "", {LABEL, *STORED, *self.columns.others}
         for stage in self.stages:
             if stored and isinstance(stage, ImageSize):
-                raise ConfigError(f"stages: image_size comes after {stored}, after which all images have "
-                                  f"their stored size. Move image_size before {stored}")  # fmt: skip
+                raise ConfigError(f"stages: image_size comes after {stored}. From this stage on, all images have "
+                                  f"the dataset's size. Move image_size before {stored}")  # fmt: skip
             stored = stored or (stage.named() if stage.gpu or isinstance(stage, GlobalStage) else "")
             for name in stage.stored():
                 if name in known:

@@ -1,4 +1,5 @@
-"""Chooses a sample of an image input: some single files by their hashes, and a share of the images in some archives."""
+"""Chooses a sample of an image input for a dry run: some of the single image files, and a share of the images in some
+archives."""
 
 from __future__ import annotations
 

@@ -283,8 +283,8 @@ def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimi
     """Yields the samples of a WebDataset tar. A sample consists of consecutive members in one folder whose file names are equal
     up to the first dot.
 
-    Only members with a suffix in PARTS are read. A sample of more than `limit` bytes is dropped. For this limit, members count
-    with the sizes in their headers.
+    Only members with a suffix in PARTS are read. A sample of more than `limit` bytes is dropped. The sizes in the members'
+    headers count for this limit.
     """
     key, parts = "", dict[str, bytes | None]()
     try:

@@ -168,7 +168,7 @@ def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Sh
 
 def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, output: str, explained: bool,
                 names: list[str], stored: tuple[str, ...] = ()) -> dict[str, object]:  # fmt: skip
-    """Writes the shard with this number. Returns the shard's number of images and bytes, and the manifest rows of its row groups.
+    """Writes the shard with this number. Returns the shard's number of images and bytes, and the manifest's rows for the shard.
 
     `stored`: names of columns that stages add to the columns of every image shard.
     """

@@ -5,8 +5,8 @@ large star and small star.
 temporary file of documents. A node is a document; the document's run and row give the node's number (`run << 32 | row`). A large
 star connects every larger neighbor of a node to the smallest node in the node's neighborhood. A small star connects every smaller
 neighbor, and the node itself, to this smallest node. When neither operation changes an edge, every component is a star around its
-smallest node. This takes O(log^2 n) rounds; in practice, only a few. In each round, each task has only the edges of its own share
-of the nodes in memory.
+smallest node. This takes O(log^2 n) rounds; in practice, only a few. In each round, a task has in memory only the edges of some
+of the nodes.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def _best(tables: list[pa.Table]) -> pa.Table:
 
 def ranked(part: pa.Table, rule: Rule, column: str) -> tuple[np.ndarray, list[str]]:
     """Returns the values that a rule compares, one number and one string per document: an array, and a list. The document with
-    the smallest number stays; in a tie, the one with the smallest string."""
+    the smallest number stays; in a tie, the document with the smallest string."""
     columns = [json.loads(c) if c else {} for c in part["columns"].to_pylist()] if rule in ("oldest", "best") else []
     ranks, values = np.zeros(len(part)), [""] * len(part)
     if rule == "longest":

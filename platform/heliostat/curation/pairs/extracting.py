@@ -31,8 +31,8 @@ class Pair(NamedTuple):
 
 
 def docstrings(source: str) -> Iterator[Pair]:
-    """Yields pairs: the first sentence of a function's docstring, and the function without its docstring. Invalid Python raises
-    SyntaxError, ValueError, or RecursionError."""
+    """Yields pairs from Python source: the first sentence of a function's docstring, and the function without the docstring.
+    Invalid Python raises SyntaxError, ValueError, or RecursionError."""
     lines = _lines(source)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node)):
@@ -57,7 +57,8 @@ def _without(lines: list[str], docstring: ast.stmt, begin: int, end: int) -> str
 
 
 def markdown(source: str) -> Iterator[Pair]:
-    """Yields each title (`# ...`) with the text up to the next title. A line in fenced code is never a title."""
+    """Yields pairs from Markdown: each title (`# ...`), and the text up to the next title. A line in fenced code is never a
+    title."""
     title, begin, section, fence = "", 0, list[str](), ""
     for number, line in enumerate(_lines(source), 1):
         if mark := FENCE.match(line):
@@ -84,7 +85,7 @@ def _titled(rest: str) -> str:
 
 
 def html(page: str) -> Iterator[Pair]:
-    """Yields each heading (`h1` to `h6`) of a page, with the text up to the next heading."""
+    """Yields pairs from an HTML page: each heading (`h1` to `h6`), and the text up to the next heading."""
     parser = _Sections()
     parser.feed(page)
     parser.close()
@@ -93,7 +94,7 @@ def html(page: str) -> Iterator[Pair]:
 
 
 class _Sections(HTMLParser):
-    """Collects the text of a page under its headings."""
+    """Parses an HTML page. Collects pairs: a heading, and the text between this heading and the next."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)

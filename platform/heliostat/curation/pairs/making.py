@@ -1,5 +1,5 @@
-"""Makes a dataset of pairs. It reads and curates documents like text, trains a tokenizer if the pipeline configures one, and
-writes the shards."""
+"""Makes a dataset of pairs. Reads and curates documents like a text pipeline, trains a tokenizer if the pipeline configures one,
+and writes the shards."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class PairSharding:
-    """Configures how pairs become shards."""
+    """Configures the shards of a pairs dataset: their number, and the approximate pairs per row group."""
 
     output: str
     shards: int

@@ -36,7 +36,8 @@ class PairColumns(Strict):
 
 
 class PairPipeline(StagedPipeline):
-    """Defines the keys of a pipeline of pairs; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
+    """Defines the keys of a pipeline's YAML for pairs of texts; `input` is a file, folder, glob, s3:// prefix, or
+    `python:stdlib`."""
 
     beside = frozenset({"work", "keep_work", "memory_limit"})
     moved = {"query_column": "query", "text_column": "text"}
@@ -46,7 +47,7 @@ class PairPipeline(StagedPipeline):
     (`hf://datasets/ORG/NAME`, docs/guides/hub.md), or `python:stdlib`. heliostat extracts pairs from `.py`, `.md` and `.html`,
     and reads them from `.jsonl` and `.parquet`."""
     exclude: list[str] = []
-    """Globs of files to skip, matched against their paths below the input's folder."""
+    """Globs of files to skip. heliostat matches the globs against paths relative to the input's folder."""
     columns: PairColumns = PairColumns()
     """Names of the columns of `.jsonl` and `.parquet`."""
     min_query_words: int = Field(2, ge=1)

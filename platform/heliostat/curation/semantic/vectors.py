@@ -47,7 +47,7 @@ def centres(sample: np.ndarray, count: int) -> np.ndarray:
     """Finds the centers of `count` cells by spherical k-means, starting from the first vectors. If there are fewer than `count`
     different vectors, each different vector has its own cell.
 
-    (Lloyd 1982; Dhillon and Modha 2001.) A cell that loses all its vectors keeps its center.
+    (Lloyd 1982; Dhillon and Modha 2001.) A cell that loses all vectors keeps the same center.
     """
     _, firsts = np.unique(sample, axis=0, return_index=True)
     centroids = sample[np.sort(firsts)[:count]]
@@ -72,7 +72,7 @@ def _rounded(sums: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rows:
-    """Holds vectors to compare, the vectors' lengths, and their positions in the order of comparison."""
+    """Holds vectors to compare, the vectors' lengths, and the vectors' positions in the order of comparison."""
 
     vectors: np.ndarray
     lengths: np.ndarray
@@ -97,7 +97,7 @@ class Rows:
 
 
 def sieve(vectors: Vectors, count: int, least: float, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Visits `count` rows in order. Drops a row if its cosine similarity with an earlier kept row is at least `least` (> 0).
+    """Visits `count` rows in order. Drops a row if the cosine similarity with an earlier kept row is at least `least` (> 0).
 
     Returns two arrays [count]: the position of the nearest earlier kept row (-1: none), and the similarity with this row (0:
     none). The dropped rows are those with a similarity of at least `least`. At most 2 * `capacity` rows are in memory.

@@ -32,7 +32,7 @@ class Classifier(Stage):
     min_score: Float = Field(0.5, ge=0, le=1)
     """Minimum score; documents with a lower score are dropped (`low_score`)."""
     column: str = Field("quality", min_length=1)
-    """Column for the score."""
+    """Name of the column in which the stage stores the score."""
 
     def digests(self) -> dict[str, object]:
         return {"model": {name: files.digest("model", str(Path(self.model) / name)) for name in (linear.ABOUT, linear.WEIGHTS)}}

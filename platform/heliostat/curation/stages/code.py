@@ -88,11 +88,11 @@ class Code(Stage):
     min_visible: Float = Field(0.2, ge=0, le=1)
     """Minimum share of visible text in HTML; files with less are dropped (`invisible`)."""
     vendored: bool = True
-    """Drops vendored files."""
+    """Drops vendored files: copies of other projects' code."""
     generated: bool = True
-    """Drops generated files."""
+    """Drops files that a program generated, by their names or first lines."""
     minified: bool = True
-    """Drops minified files."""
+    """Drops minified files, by their names."""
 
     def decide(self, document: Document) -> Outcome:
         """Measures a file. Returns the decision: to keep the file, with the file's language in a column, or to drop the file."""

@@ -76,7 +76,8 @@ class SecretDetector(Protocol):
 
 
 class ServiceTokenDetector:
-    """Finds services' tokens by their prefixes, with the interface of detect-secrets' detectors."""
+    """Finds access tokens of services, such as GitHub, by the tokens' prefixes. Has the interface of detect-secrets'
+    detectors."""
 
     secret_type = "Service Token"
     denylist = (_TOKENS,)
@@ -198,7 +199,7 @@ def _keys(text: str) -> Iterator[Span]:
 
 
 def _merged(spans: list[Span]) -> list[Span]:
-    """Merges overlapping spans, because they belong to one secret that several detectors found."""
+    """Merges overlapping spans, because overlapping spans belong to one secret that several detectors found."""
     out = list[Span]()
     for start, end in spans:
         if out and start < out[-1][1]:

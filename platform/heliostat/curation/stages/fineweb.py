@@ -42,9 +42,9 @@ class FineWeb(Stage):
     """Minimum share of lines that end with a terminal punctuation mark, of any script; documents with less are dropped
     (`few_terminal_marks`)."""
     max_short_lines: Float = Field(0.67, ge=0, le=1)
-    """Maximum share of short lines; documents with more are dropped (`short_lines`)."""
+    """Maximum share of short lines (`short_line_chars`); documents with more are dropped (`short_lines`)."""
     short_line_chars: int = Field(30, ge=0)
-    """Maximum characters of a short line."""
+    """Maximum characters of a line that `max_short_lines` counts as short."""
     max_duplicate_chars: Float = Field(0.01, ge=0, le=1)
     """Maximum share of characters in duplicate lines; documents with more are dropped (`duplicate_chars`)."""
     max_line_ends: Float = Field(0.3, ge=0)

@@ -53,23 +53,23 @@ class GopherRepetition(Stage):
     max_duplicate_paragraph_chars: Share = 0.2
     """Maximum share of characters in duplicate paragraphs; documents with more are dropped (`paragraph_chars`)."""
     max_top_2_grams: Share = 0.2
-    """Maximum share of characters in the most frequent 2-gram of words."""
+    """Maximum share of characters in the most frequent 2-gram of words; documents with more are dropped."""
     max_top_3_grams: Share = 0.18
-    """Maximum share of characters in the most frequent 3-gram of words."""
+    """Maximum share of characters in the most frequent 3-gram of words; documents with more are dropped."""
     max_top_4_grams: Share = 0.16
-    """Maximum share of characters in the most frequent 4-gram of words."""
+    """Maximum share of characters in the most frequent 4-gram of words; documents with more are dropped."""
     max_duplicate_5_grams: Share = 0.15
-    """Maximum share of characters in duplicate 5-grams of words."""
+    """Maximum share of characters in duplicate 5-grams of words; documents with more are dropped."""
     max_duplicate_6_grams: Share = 0.14
-    """Maximum share of characters in duplicate 6-grams of words."""
+    """Maximum share of characters in duplicate 6-grams of words; documents with more are dropped."""
     max_duplicate_7_grams: Share = 0.13
-    """Maximum share of characters in duplicate 7-grams of words."""
+    """Maximum share of characters in duplicate 7-grams of words; documents with more are dropped."""
     max_duplicate_8_grams: Share = 0.12
-    """Maximum share of characters in duplicate 8-grams of words."""
+    """Maximum share of characters in duplicate 8-grams of words; documents with more are dropped."""
     max_duplicate_9_grams: Share = 0.11
-    """Maximum share of characters in duplicate 9-grams of words."""
+    """Maximum share of characters in duplicate 9-grams of words; documents with more are dropped."""
     max_duplicate_10_grams: Share = 0.10
-    """Maximum share of characters in duplicate 10-grams of words."""
+    """Maximum share of characters in duplicate 10-grams of words; documents with more are dropped."""
 
     def open(self) -> Work:
         return by_text(self.judge)

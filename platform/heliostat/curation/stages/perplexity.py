@@ -1,4 +1,4 @@
-"""Drops documents by their perplexity under a language model, and assigns the other documents to buckets by perplexity.
+"""Drops documents with a low or high perplexity under a language model, and assigns the other documents to buckets by perplexity.
 
 CCNet (Wenzek et al. 2020, arXiv 1911.00359) sorts pages into head, middle, and tail by their perplexity under a 5-gram model of
 Wikipedia. Here, `model` is a local folder of a causal language model, for example a heliostat export, with safetensors and
@@ -47,9 +47,9 @@ class Perplexity(scoring.ModelStage):
     """Batch size: documents of similar length that the model reads together. Each token of the batch needs memory for one number
     per token of the vocabulary."""
     column: str = Field("perplexity", min_length=1)
-    """Column for the perplexity."""
+    """Name of the column in which the stage stores the perplexity."""
     bucket_column: str = Field("bucket", min_length=1)
-    """Column for the bucket."""
+    """Name of the column in which the stage stores the bucket."""
 
     @model_validator(mode="after")
     def _one(self) -> Perplexity:

@@ -1,4 +1,4 @@
-"""Estimates the tokens per byte of a dataset from a sample, if the dataset's tokenizer is trained on the dataset.
+"""Estimates the tokens per byte of a complete dataset from a sample, for a tokenizer that is trained on the dataset.
 
 A tokenizer trained on little text needs few tokens for its training text, and more tokens for other text. This difference shrinks
 as the training text grows. To measure the difference, heliostat trains a tokenizer on half of the sample, and encodes both

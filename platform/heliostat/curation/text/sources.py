@@ -1,7 +1,7 @@
 """Finds the files of a text input: a file, a folder, a glob, an s3:// prefix, a dataset of the Hub, or `python:stdlib`.
 
-The listing is the same at any location, because paths are relative to the input's root, and sorted. A file is read up to a limit,
-and only if it is inside the input: links and paths in metadata files can't lead to files outside.
+The listing is the same at any location, because paths are relative to the input's root, and sorted. heliostat reads a file up to
+a limit, and only if the file is inside the input: links and paths in metadata files can't lead to files outside.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
 
 
 def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
-    """Removes the files whose paths match a pattern, and logs their number. Logs a warning for a pattern that matches no file."""
+    """Returns the files whose paths match no pattern, and logs the number of the other files. Logs a warning for a pattern that
+    matches no file."""
     kept = files
     for pattern in patterns:
         matches = glob_regex(pattern, "exclude").fullmatch

@@ -138,8 +138,8 @@ def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, ob
 
 
 def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, object]:
-    """Trains a tokenizer on the selected documents with hash prefixes up to `limit`, in the order of the hashes. Uses no more
-    documents once they have `train_bytes` bytes. Returns the name of the tokenizer's temporary file."""
+    """Trains a tokenizer on the selected documents with hash prefixes up to `limit`, in the order of the hashes. Stops when the
+    documents so far have `train_bytes` bytes. Returns the name of the tokenizer's temporary file."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # no other task runs at the same time
     texts = selected(folder, samples, limit, bytes, config["train_bytes"])
     name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"], config.get("markers", ())))
@@ -166,7 +166,7 @@ def selected(folder: Location, samples: list[str], limit: int, bytes: int, train
 
 @dataclass(frozen=True)
 class TextSharding:
-    """Configures how documents become shards: the number of shards, and their content."""
+    """Configures the shards of a text dataset: the number of shards, the tokenizer, and the content."""
 
     output: str
     shards: int

@@ -104,7 +104,7 @@ def counted(encoded: list[np.ndarray], vocab_size: int) -> np.ndarray:
 
 
 def batches(texts: list[str]) -> Iterator[list[str]]:
-    """Yields the texts in batches of at most BATCH_CHARS characters, for the tokenizer. A longer text is a batch of its own."""
+    """Yields the texts in batches of at most BATCH_CHARS characters, for the tokenizer. A longer text is a batch alone."""
     start = 0
     while start < len(texts):
         stop, chars = start, 0

@@ -168,8 +168,8 @@ def _recorded(funnel: dict[str, Any], end: dict[str, Any]) -> list[dict[str, Any
 
 
 def _instead(dataset: Manifest, end: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Follows a duplicate to the kept document. Returns the documents on this way, each with the size of its cluster, and the
-    outcome of the last document."""
+    """Follows a duplicate to the kept document. Returns the documents between both, each with the size of the document's cluster,
+    and the outcome of the last document."""
     hops = list[dict[str, Any]]()
     while end["reason"] in ("duplicate", "near_duplicate") and len(hops) < HOPS:
         id, _, size = end["detail"].rpartition(" (one of ") if end["reason"] == "near_duplicate" else (end["detail"], "", "")
@@ -221,8 +221,8 @@ def stages_again(made_by: dict[str, Any], document: Document) -> Iterator[tuple[
     shared text is no longer known.
 
     An action has `stage`, `did`, `reason`, `detail`, `measures`, `counts`, and `bytes` (before and after the stage). `did` is
-    kept, changed, dropped, compared (the stage compares documents), or cut (the stage removes shared text). ConfigError if this
-    version of heliostat lacks one of the dataset's stages, or has changed the stage's keys.
+    kept, changed, dropped, compared (the stage compares documents), or cut (the stage removes shared text). Raises ConfigError if
+    this version of heliostat lacks one of the dataset's stages, or has changed the stage's keys.
     """
     for number, entry in enumerate(made_by["stages"]):
         try:

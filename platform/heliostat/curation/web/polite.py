@@ -2,8 +2,8 @@
 of robots.txt.
 
 Each task has its own fetcher. Tasks with URLs of the same host share the host's rate, so nodes need no coordination. A fetcher
-reads robots.txt once per origin (RFC 9309: if robots.txt is missing, all URLs are allowed; if it is unreachable, no URLs are
-allowed). The same rules apply to the targets of redirects.
+reads robots.txt once per origin (RFC 9309: if robots.txt is missing, all URLs are allowed; if robots.txt is unreachable, no URLs
+are allowed). The same rules apply to the targets of redirects.
 """
 
 from __future__ import annotations
