@@ -102,7 +102,8 @@ def nearest(size: Size, sizes: tuple[Size, ...]) -> Size:
 
 
 def prepare(raw: Raw, rules: ImageRules) -> StoredPicture | Dropped:
-    """Prepares an image for storage, or returns the reason to drop it."""
+    """Prepares an image for storage: decodes, resizes, and encodes the image. Returns the stored image, or a `Dropped` with the
+    reason."""
     caption = clean(raw, rules)
     if isinstance(caption, Dropped):
         return caption

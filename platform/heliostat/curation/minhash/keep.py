@@ -52,8 +52,8 @@ def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[s
 
 def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], rule: Rule, column: str,
                names: list[str]) -> dict[str, object]:  # fmt: skip
-    """Chooses each cluster's candidate: the only document in the temporary files `runs` that may stay. Writes the candidates, and
-    the number of each cluster's documents in `runs`, to a temporary file.
+    """Chooses each cluster's candidate: the only document in the temporary files `runs` that may stay. Writes the candidates,
+    each with the number of the cluster's documents in `runs`, to a temporary file.
 
     Writes the cluster of each document to a second temporary file. `first`: the number of the first of `runs`.
     """
@@ -94,8 +94,8 @@ def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list
 
 
 def _members(folder: Location, run: SpilledRun, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Yields pairs: a table with the requested columns of the documents in `rows`, and the indexes of these documents in `rows`.
-    `rows`: row numbers in ascending order."""
+    """Reads the documents with the row numbers `rows` from a temporary file. Yields pairs: a table with the requested columns,
+    and the positions of the table's documents in `rows`. `rows`: row numbers in ascending order."""
     for part in survivors(folder, run, columns=columns) if len(rows) else ():
         part = part.filter(pa.array(np.isin(part["row"].to_numpy(), rows)))
         if len(part):

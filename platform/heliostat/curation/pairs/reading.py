@@ -27,7 +27,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Least:
-    """Defines the minimum number of words in a query and in a text."""
+    """Holds the minimum number of words for the query and for the text of a pair."""
 
     query: int
     text: int

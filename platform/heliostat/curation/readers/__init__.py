@@ -80,7 +80,7 @@ def ranged(path: str) -> bool:
 
 
 def read(path: str, stream: BinaryIO, limits: Limits, part: FilePart | None = None) -> Iterator[Document | Dropped]:
-    """Yields the documents and the dropped parts of a file; the suffix selects the reader.
+    """Yields the documents of a file, and a `Dropped` for each part that can't be read. The file's suffix selects the reader.
 
     If the file type is ranged, yields only the documents that begin in `part`.
     """

@@ -56,7 +56,7 @@ def _begins(info: pq.RowGroupMetaData) -> int:
 
 
 def documents(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
-    """Yields a document for each row. Ids count rows from 1."""
+    """Yields a document for each row of a Parquet file. An id ends in the number of the row, counted from 1."""
     packed = codec_of(path) is not None
     file = (pa.BufferReader(whole(unpacked(path, stream, limits), limits.max_file_bytes)) if packed
             else pa.PythonFile(stream, "r"))  # fmt: skip

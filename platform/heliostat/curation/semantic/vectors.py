@@ -129,8 +129,8 @@ def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> Non
 
 
 def _beside(near: np.ndarray, best: np.ndarray, part: Rows, least: float) -> None:
-    """Compares each row of a part with the earlier kept rows of the same part, one row after another. Updates `near` and
-    `best`."""
+    """Compares each row of `part` with the earlier kept rows of `part`, one row after another. If one of these is more similar
+    than `best`, updates `best` (the similarity) and `near` (the position of the more similar row)."""
     cosines, stays = part.cosines(part), np.zeros(len(part), bool)
     for i, at in enumerate(part.places.tolist()):
         before = np.flatnonzero(stays[:i])

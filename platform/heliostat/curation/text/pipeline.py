@@ -98,8 +98,8 @@ class TextPipeline(StagedPipeline):
     (`hf://datasets/ORG/NAME`, docs/guides/hub.md), or `python:stdlib`. Kinds of files:
     docs/reference/text-pipeline.md#what-is-read"""
     exclude: list[str] = []
-    """Globs of files to skip (`encodings/**`). heliostat matches these globs against paths relative to the input's folder, like a glob
-    in `input`."""
+    """Globs of files to skip (`encodings/**`). heliostat matches these globs against paths relative to the input's folder, like a
+    glob in `input`."""
     repositories: bool = False
     """Reads only code repositories: the input's archives (`.zip`, and `.tar`, compressed or not) and git clones. See
     docs/data/code.md"""

@@ -97,8 +97,8 @@ def absolute(uri: str) -> str:
 
 
 def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
-    """Finds the input's root, and the files in it that match the pattern. Paths are relative to the root; "" if the root is a
-    file."""
+    """Returns the input's root, and the files that match the input's glob, with their sizes. Paths are relative to the root; ""
+    if the input is a single file."""
     if names.is_dataset(uri):
         return hub.find(uri, glob_regex)
     base, pattern = root(uri), split_glob(uri)[1]

@@ -166,7 +166,8 @@ def selected(folder: Location, samples: list[str], limit: int, bytes: int, train
 
 @dataclass(frozen=True)
 class TextSharding:
-    """Configures the shards of a text dataset: the number of shards, the tokenizer, and the content."""
+    """Configures the shards of a text dataset: the output folder, the number of shards, the tokenizer, and the tokens per row
+    group."""
 
     output: str
     shards: int

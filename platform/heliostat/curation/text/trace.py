@@ -84,7 +84,7 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     """Returns a document's provenance. `end`: the document's outcome, as a row of `reasons.END`.
 
     The result has `id`, `columns`, `read`, `stages`, `end`, `instead` (the steps from the duplicate to the kept document), `kept`
-    (the id in the dataset, or null), `shard` (its path and `pieces`), and `notes`.
+    (the id in the dataset, or null), `shard` (the shard's path, and the document's `pieces`), and `notes`.
     """
     funnel, notes = reasons.funnel(dataset), list[str]()
     by, steps = reasons.made_by(dataset), list[dict[str, Any]]()
