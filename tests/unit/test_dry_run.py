@@ -174,7 +174,7 @@ def test_merges_that_the_whole_will_need_are_foreseen(tmp_path, monkeypatch):
     found = made.predicted(inputs)
     _, whole = make_whole(tmp_path, STAGES)
     assert not plain and "merge" in whole.done and "merge" not in made.flow.done
-    assert sum("merges its runs" in note and "estimated from a part of the sample" in note for note in found["notes"]) == 1
+    assert sum("merges these files" in note and "estimated from a part of the sample" in note for note in found["notes"]) == 1
     again = Prediction(made.sample, made.stages, funnel_of(made), made.flow, made.counted, 0.0, {}, shards_drop_duplicates=True)
     told = again.report(1)
     merge, _ = (counts.pop("merge") for counts in (made.flow.seconds, made.flow.walls))
@@ -259,7 +259,7 @@ def test_a_share_that_holds_nothing_is_refused_and_nothing_stays(tmp_path, monke
     path.write_text(json.dumps({"name": "i", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(tmp_path / "in"),
                                 "output": str(tmp_path / "out"), "tokenizer": {"vocab_size": 300}}))  # fmt: skip
     monkeypatch.setattr("heliostat.curation.prepare._start_ray", lambda pipeline: None)
-    with pytest.raises(ConfigError, match=r"--sample: .*1 files is less than one file\. Choose a larger share"):
+    with pytest.raises(ConfigError, match=r"--sample: .*1 files is less than one file\. Pass a larger share"):
         dry_run(path, [], 1e-9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "p.yaml"]
 

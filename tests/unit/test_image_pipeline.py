@@ -372,7 +372,9 @@ def test_sizes_and_encodings_that_cannot_be_are_refused(tmp_path):
         Here.model_validate(keys(tmp_path, **more)).check()
 
     for resolution, buckets in ((500, {"step": 64, "max_aspect": 1.1}), (100, {"step": 64, "max_aspect": 1.5})):
-        with pytest.raises(ConfigError, match=r"^buckets.max_aspect: 1.[15] allows no size of resolution .*\. Raise max_aspect"):
+        with pytest.raises(
+            ConfigError, match=r"^buckets.max_aspect: 1.[15] allows no size of resolution .*\. Raise buckets.max_aspect"
+        ):
             checked(resolution=resolution, buckets=buckets)
     with pytest.raises(ConfigError, match=r"^encoding: webp doesn't support grayscale \(channels: 1\)\. Use png or jpeg"):
         checked(channels=1, encoding="webp")

@@ -111,7 +111,7 @@ def test_tokens_are_the_texts_and_markers_stand_for_no_bytes(kind):
 
 def test_a_tokenizer_that_cannot_do_it_is_refused():
     with pytest.raises(
-        ConfigError, match=r"none of the tokens that mark the pieces .*<fim_prefix>.*Use another tokenizer, or train one"
+        ConfigError, match=r"none of the tokens that mark prefix, .*<fim_prefix>.*Use another tokenizer, or train a tokenizer"
     ):
         infilling.names(tokens.load(trained("byte fallback")))
     with pytest.raises(ConfigError, match="puts a space before each text"):
