@@ -204,7 +204,7 @@ def test_a_model_answers_from_the_passages_that_it_has_room_for(document_index, 
         monkeypatch, capsys, "ask", str(document_index.place), "f7", "--model", str(embedder), "--max-tokens", "64"
     )
     assert code == 2 and "max_tokens: 64 leaves no room for a prompt" in said and "Pass --max-tokens below 64" in said
-    with pytest.raises(Refusal, match=r"leaves no room for the question\. Lower it by at least 89") as refused:
+    with pytest.raises(Refusal, match=r"leaves no room for the question\. Lower max_tokens by at least 89") as refused:
         asyncio.run(Shelf(str(document_index.place), str(embedder)).prompt(Search("f7", 1), -88, len))
     assert (refused.value.status, refused.value.param) == (400, "max_tokens")
 

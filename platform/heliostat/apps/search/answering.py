@@ -52,7 +52,7 @@ def prompt(question: str, passages: Sequence[Passage], room: int | None, count: 
 
 
 def _beginning(text: str, fits: Callable[[str], bool]) -> str:
-    """Finds the longest beginning of a text that fits, by bisection."""
+    """Returns the longest prefix of a text for which `fits` returns True. Finds this prefix by bisection."""
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
@@ -66,7 +66,8 @@ def _write(question: str, passages: Sequence[Passage], texts: Sequence[str]) -> 
 
 
 def answer(model: Path, question: str, passages: Sequence[Passage], max_tokens: int) -> dict[str, object]:
-    """Answers a question with a model, by greedy decoding. Returns the text, and the numbers of tokens and passages.
+    """Answers a question with a model, by greedy decoding. Returns a mapping with the answer's text, its number of tokens, and
+    the number of passages in the prompt.
 
     Raises ConfigError if the question doesn't fit into the model's context. Raises HeliostatError if the model fails.
     """

@@ -61,7 +61,7 @@ def index_documents(
 
     - the dataset contains no text
     - the embedder doesn't embed text
-    - the output contains something else
+    - the output folder contains something other than an index
     - another command is building this index
     """
     require()
@@ -82,7 +82,7 @@ def index_documents(
 
 @dataclass(frozen=True)
 class Before:
-    """Holds the previous version of an index: its record, and the keys of its documents (int64, sorted)."""
+    """Holds the previous version of an index: the content of `index.json`, and the keys of the documents (int64, sorted)."""
 
     record: table.IndexRecord
     keys: np.ndarray
@@ -114,7 +114,7 @@ def describe(embedder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     if sentence_folder.read(embedder) is None and getattr(exported.read(embedder).recipe, "kind", None) != "tokens":
-        raise ConfigError(f"--embedder: {embedder}: is neither a text embedder nor a language model")
+        raise ConfigError(f"--embedder: {embedder}: is neither a text embedder nor a language model. Pass another model")
     with exported.using(embedder):
         dims = AutoConfig.from_pretrained(embedder).get_text_config().hidden_size
     return {"folder": str(embedder), "digest": model_digest(embedder), "dims": dims, **origin(embedder)}
@@ -133,7 +133,7 @@ def build(
     records = _passages(flow, prepared, place, settings, embedder, before, batch)
     fragments = [fragment for record in records for fragment in record["fragments"]]
     if not fragments:
-        raise DataError(f"{prepared.location}: its documents contain no passage of text")
+        raise DataError(f"{prepared.location}: the dataset's documents contain no text. Pass another dataset")
     before_commit()
     columns = table.schema(embedder["dims"] if embedder else None)
     version = table.build_indices(table.commit(place, columns, fragments), place)
@@ -195,7 +195,7 @@ def _changes(place: Location, version: lance.LanceDataset, before: Before | None
 
 
 def _ends(prepared: Manifest, place: Location) -> list[list[str]]:
-    """Copies the dataset's record of its documents, if the dataset has such a record. Returns the list of the record's files
+    """Copies the files in which the dataset records its documents, if the dataset has such files. Returns the list of these files
     from the manifest."""
     listed = prepared.meta.get("curation", {}).get("ends", [])
     present = {f"files/{name}" for name, _ in place.join("files").files()}

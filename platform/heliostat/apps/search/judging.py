@@ -45,7 +45,7 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
             raise ConfigError(f"--questions: {file}, line {number}: expected {form}") from e
         pairs.append((row["question"], right))
     if not pairs:
-        raise ConfigError(f"--questions: {file} contains no question")
+        raise ConfigError(f"--questions: {file} contains no question. Write one question per line")
     return pairs
 
 
@@ -53,10 +53,10 @@ def judge(index: SearchIndex, questions: Sequence[tuple[str, set[str]]], reranke
     """Computes the measures of each search mode. With a reranker, also computes the measures of each mode in the reranker's
     order.
 
-    `over_bm25`: for each mode, its mean differences from BM25, each with half the width of its 95 % interval. `reranked`: for
-    each mode, the mean differences between the reranker's order and the search's order, with the same intervals. Questions are
-    left out and counted as `unknown` if the index lacks one of their documents, and as `too_long` if they exceed the embedder's
-    maximum. Raises ConfigError if no question is left.
+    `over_bm25`: for each mode, the mean differences from BM25, each with half the width of the 95 % confidence interval.
+    `reranked`: for each mode, the mean differences between the reranker's order and the search's order, with the same intervals.
+    Questions are left out and counted as `unknown` if the index lacks one of their documents, and as `too_long` if they exceed
+    the embedder's maximum. Raises ConfigError if no question is left.
     """
     present = index.holding({document for _, right in questions for document in right})
     known = [(question, right) for question, right in questions if right <= present]
@@ -129,7 +129,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _interval(values: Sequence[float]) -> list[float]:
-    """Returns the mean, and half the width of its 95 % interval."""
+    """Returns the mean of the values, and half the width of the mean's 95 % confidence interval."""
     mean = _mean(values)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
     return [mean, Z * spread / math.sqrt(len(values))]

@@ -160,7 +160,7 @@ def read(index: Location, operation: Callable[[], T]) -> T:
     except (ValueError, FileNotFoundError) as e:  # Arrow raises Lance's read errors as ValueError
         if isinstance(e, ValueError) and "not found" not in str(e).lower():
             raise StorageError(f"{place}: can't read the index ({brief(e)})") from e
-        raise DataError(f"{place}: a part is missing ({brief(e)}). Run `heliostat search index` again") from e
+        raise DataError(f"{place}: a part of the index is missing ({brief(e)}). Run `heliostat search index` again") from e
 
 
 def clean(table: lance.LanceDataset) -> None:

@@ -35,9 +35,9 @@ Row = dict[str, Any]  # columns of `table.FIELDS`
 class IndexPlan:
     """Describes what all units of an index share.
 
-    `definition`: the tokenizer's JSON. `end`: id of the end-of-document token. `embedder`: the embedder's files; `follows`: their
-    digest. `before`: the version whose embeddings are reused. `markers`: the marker tokens of a dataset that is rearranged for
-    fill-in-the-middle.
+    `definition`: the tokenizer's JSON. `end`: id of the end-of-document token. `embedder`: the embedder's files; `follows`: the
+    digest of these files. `before`: the version whose embeddings are reused. `markers`: the marker tokens of a dataset that is
+    rearranged for fill-in-the-middle.
     """
 
     dataset: str
@@ -92,8 +92,8 @@ def passages(id: str, text: str, path: str, row_group: int, tokenizer: Tokenizer
 def cut(text: str, begins: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Returns positions (begin, end), in characters, of passages of at most `size` tokens that cover the text.
 
-    `begins`: position of each token. If there is a line break in the last quarter of a passage, the passage ends after its last
-    line break. The next passage begins `overlap` tokens before the end of this passage.
+    `begins`: position of each token. If the last quarter of a passage contains line breaks, the passage ends after the last of
+    these line breaks. The next passage begins `overlap` tokens before the end of this passage.
     """
     places, first = list[tuple[int, int]](), 0
     while first < len(begins):
@@ -161,7 +161,7 @@ def longer(model: str, texts: dict[str, str], batch: int, follows: str = "") -> 
 
 
 class IndexSettings(Strict):
-    """Describes the passages of an index."""
+    """Settings for splitting documents into the passages of an index."""
 
     chunk_tokens: int = Field(256, ge=16, le=1 << 20)
     """Maximum tokens of a passage, by the dataset's tokenizer."""

@@ -61,7 +61,7 @@ class Handles:
 
 
 async def _answered(response: DeploymentResponse[Item]) -> Item:
-    """Waits for an answer; stops the replica's work on it if the client leaves."""
+    """Waits for an answer; stops the replica's work on this answer if the client leaves."""
     try:
         return await response
     except asyncio.CancelledError:

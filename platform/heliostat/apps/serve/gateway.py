@@ -17,7 +17,7 @@ from heliostat.apps.serve.replica import Replica
 from heliostat.web.refusals import Refusal
 
 MINUTE = 60.0
-FAILED = Refusal(500, "the endpoint failed. Read its log")
+FAILED = Refusal(500, "the endpoint failed. Read the endpoint's log")
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 A = TypeVar("A")
 Work = Callable[[Replica, A], Awaitable[Item]]
@@ -77,7 +77,12 @@ class FrontSettings:
         if model in self.adapters:
             if EMBEDDINGS not in fit and TEXT in fit:
                 return
-            raise Refusal(400, f"model: {model!r} is an adapter, which only generates text", "model", "unsupported_by_model")
+            raise Refusal(
+                400,
+                f"model: {model!r} is an adapter, which only generates text. Send the request to /v1/completions",
+                "model",
+                "unsupported_by_model",
+            )
         if model != self.model:
             said = (
                 f"model: {model!r} is an index. Send the request to /v1/search, or to /v1/chat/completions if a model "

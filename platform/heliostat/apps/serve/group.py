@@ -49,8 +49,8 @@ class RowBatch:
 
     @property
     def plain(self) -> bool:
-        """Returns whether rows can join and leave. For this, the cache of every layer must have only keys and values, and have
-        them for all positions."""
+        """Returns whether rows can join and leave the batch. This requires that every layer's cache has only keys and values, for
+        all positions."""
         return type(self.cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     @property
@@ -113,7 +113,7 @@ class RowBatch:
 
 
 def _left(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
-    """Pads a dimension with zeros on the left, up to `width`."""
+    """Pads a tensor's dimension with zeros on the left, up to `width`."""
     shape = list(tensor.shape)
     shape[dim] = width - shape[dim]
     return torch.cat([tensor.new_zeros(shape), tensor], dim) if shape[dim] else tensor

@@ -1,5 +1,5 @@
-"""Reads the bodies of requests. They contain parameters of OpenAI's API. The error for an unsupported parameter contains its
-name.
+"""Reads the bodies of requests. The bodies contain parameters of OpenAI's API. The error for an unsupported parameter contains
+the parameter's name.
 
 An unsupported parameter is accepted if its value changes nothing (`n: 1`), and rejected with any other value.
 """
@@ -70,7 +70,7 @@ def _require_neutral(name: str, value: object, kind: type[Body]) -> None:
     shown = brief(name, 60)
     if name in kind.neutral:
         if value != kind.neutral[name]:
-            fix = f"Leave it out, or set it to {json.dumps(kind.neutral[name])}"
+            fix = f"Remove this parameter, or set its value to {json.dumps(kind.neutral[name])}"
             raise Refusal(400, f"{shown}: {brief(json.dumps(value), 60)} isn't supported. {fix}", name, "unsupported_parameter")
         return
     near = difflib.get_close_matches(name, [*kind.model_fields, *kind.neutral], 1)

@@ -139,7 +139,9 @@ def ending(loaded: LoadedModel, infilling: Infilling | None) -> set[int]:
     """
     if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
         kind = type(loaded.tokenizer).__name__
-        raise ConfigError(f"the model's tokenizer isn't from the tokenizers library ({kind}). Convert it to a tokenizer.json")
+        raise ConfigError(
+            f"the model's tokenizer isn't from the tokenizers library ({kind}). Convert the tokenizer to a tokenizer.json"
+        )
     return {*ends(loaded.tokenizer, loaded.generation()), *(infilling.ends if infilling else [])}
 
 

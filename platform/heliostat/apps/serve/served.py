@@ -74,7 +74,7 @@ class VersionSource:
         except HeliostatError as e:
             if not self.known:
                 raise
-            log.warning("still serving %s: %s", self.known, brief(e))
+            log.warning("can't check the registry for a new model version, so version %s stays in use: %s", self.known, brief(e))
         return self.known
 
     def folder(self, version: str) -> Path:
@@ -119,7 +119,7 @@ class ServedModels:
             from heliostat.apps.serve import adapters
 
             if kind != TEXT:
-                raise ConfigError("--adapter: needs a model that generates text")
+                raise ConfigError("--adapter: needs a model that generates text. Remove --adapter, or pass such a model")
             for name, place in self.adapters.items():
                 adapters.require(name, Path(place))
         return kind
@@ -139,7 +139,7 @@ class ServedModels:
         has another form, or a name that is already in use."""
         folders = dict[str, str]()
         if pairs and self.name is None:
-            raise ConfigError("--adapter: needs a model that generates text")
+            raise ConfigError("--adapter: needs a model that generates text. Remove --adapter, or pass such a model")
         for one in pairs:
             name, _, folder = one.partition("=")
             if not name or not folder:
@@ -158,10 +158,10 @@ def served(
     if model is None and index is None:
         raise ConfigError("MODEL: required. Pass a model, an index with --index, or both")
     if model is None and name is not None:
-        raise ConfigError("--name: needs a model. An index has the name of its folder")
+        raise ConfigError("--name: needs a model. Remove --name, because an index has the name of its folder")
     for option, folder in (("--embedder", embedder), ("--reranker", reranker)):
         if index is None and folder is not None:
-            raise ConfigError(f"{option}: needs --index")
+            raise ConfigError(f"{option}: needs --index. Add --index INDEX")
     if index is None:
         assert model is not None
         source = VersionSource(model, store)

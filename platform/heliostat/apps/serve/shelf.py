@@ -62,11 +62,13 @@ class Shelf:
         (`whole`, `part`, or `no`). Raises Refusal if the search finds nothing, or the question doesn't fit.
         """
         if room is not None and room < 1:
-            said = f"max_tokens: leaves no room for the question. Lower it by at least {1 - room:,}"
+            said = f"max_tokens: leaves no room for the question. Lower max_tokens by at least {1 - room:,}"
             raise Refusal(400, said, "max_tokens", "context_length_exceeded")
         passages = await self.search(request)
         if not passages:
-            raise Refusal(404, "no passage of the index contains a word of the question", "messages", "no_passage")
+            raise Refusal(
+                404, "no passage of the index contains a word of the question. Use other words", "messages", "no_passage"
+            )
         try:
             written = await asyncio.to_thread(answering.prompt, request.question, passages, room, count)
         except ConfigError as e:

@@ -97,7 +97,8 @@ class ChatRoute(WritingRoute[ChatRequest]):
         elif settings.kind != TEXT:
             raise Refusal(
                 400,
-                f"model: no model answers from {body.model!r}. Send the request to /v1/search",
+                f"model: {body.model!r} is an index, and the endpoint has no model that answers from this "
+                "index. Send the request to /v1/search",
                 "model",
                 "unsupported_by_model",
             )
