@@ -100,7 +100,8 @@ class Feed(Iterator[Batch]):
         return Batch(self.done, mine.content, mine.lanes, len(mine.bad))
 
     def receipt(self) -> Sealed:
-        """Seals the steps since the last receipt, and returns the state of the run's receipts. All workers must call it together.
+        """Seals the steps since the last receipt, and returns the state of the run's receipts. All workers must call this method
+        together.
 
         Call it before you report the checkpoint of these steps, because a run continues only from a step at which a receipt ends.
         Raises DataError if more bad samples were replaced than `data.max_bad_fraction` allows.
@@ -166,7 +167,7 @@ class Feed(Iterator[Batch]):
 
 
 class PartDesk:
-    """Hands out the parts of a stream."""
+    """Distributes the parts of a stream to the workers, as a Ray actor."""
 
     def __init__(self, parts: list[DataIterator]) -> None:
         self._parts = parts

@@ -159,7 +159,10 @@ def _print_forgotten(report: Report) -> None:
     else:
         out.print("  the document was in no shard; the dataset had only a record of the document")
     for hop in report["instead"]:
-        out.print(f"  a near-duplicate is still in the dataset. Forget it, too: --id {hop['id']}")
+        out.print(
+            "  a near-duplicate is still in the dataset. To remove this near-duplicate too, run the "
+            f"command again with --id {hop['id']}"
+        )
     _print_runs(report)
     out.print("  the old dataset, its earlier versions, the input, and the models of these runs still contain the document")
 
@@ -218,9 +221,9 @@ def _did(stage: Report) -> str:
 def _print_runs(report: Report) -> None:
     for row in report["runs"]:
         steps = ", ".join(f"{step:,}" for step in row["steps"][:MOST]) + (" ..." if len(row["steps"]) > MOST else "")
-        how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "no sample of its own"
+        how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "no sample in this run"
         how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
-        how += f"; its samples are unknown: {row['fault']}" if row["fault"] else ""
+        how += f"; the run's samples are unknown: {row['fault']}" if row["fault"] else ""
         how += f"; {row['unsure']:,} replaced samples are not listed" if row["unsure"] else ""
         out.print(f"  run {row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
         for sample in row["samples"][:MOST]:

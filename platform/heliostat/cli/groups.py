@@ -1,7 +1,7 @@
 """Groups the commands, and translates names of earlier versions into current names.
 
 The tree has two levels: `heliostat GROUP COMMAND`. Five commands have no group. `RENAMED` and `OPTIONS` list the names of version
-0.1. They still work in the version after 0.1. Each use of an old name prints a line on standard error.
+0.1. These old names still work in the version after 0.1. Each use of an old name prints a line on standard error.
 """
 
 from __future__ import annotations

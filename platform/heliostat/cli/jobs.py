@@ -46,7 +46,8 @@ def recorded(job_id: str) -> SubmissionRecord | None:
 
 @contextmanager
 def jobs_on(cluster: str | None, record: SubmissionRecord | None = None, field: str = "--cluster") -> Iterator[Jobs]:
-    """Connects to the jobs of `cluster`, by default the cluster in the record. Errors begin with `field`."""
+    """Connects to the jobs of `cluster`, by default the cluster in the record. `field`: the option that begins the error
+    messages."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs
 
@@ -201,7 +202,7 @@ def stop(
     now: Annotated[bool, flag("--now", help="Don't wait for a checkpoint")] = False,
     cluster: Target = None,
 ) -> None:
-    """Stop a job. It saves a checkpoint first, unless you pass --now."""
+    """Stop a job. The job saves a checkpoint first, unless you pass --now."""
     from heliostat.storage.retries import BUDGET
 
     with jobs_on(cluster, recorded(id_)) as jobs:

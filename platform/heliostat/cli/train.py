@@ -102,7 +102,7 @@ def _recomputed(t: Report) -> list[str]:
     return [
         f"{t['model']}; {t['optimizer']}, {t['precision']}, ZeRO stage {t['stage']}, {t['workers']} workers on {where}",
         f"{t['steps']} steps of {t['global_batch_size']} samples{tokens} in micro-batches of {t['micro_batch_size']}; "
-        f"the steps from {t['resumed']['step']} on again, resumed on "
+        f"the steps from {t['resumed']['step']} on run a second time, resumed on "
         f"{t['resumed']['workers']} worker at stage {t['resumed']['stage']}",
     ]
 
@@ -121,7 +121,8 @@ def _number(value: float) -> str:
 
 
 def explain(faults: list[Report]) -> str:
-    """Lists the differences. Differences with a known cause come first, and so do the largest differences."""
+    """Lists the differences, sorted by step. Within a step, differences with a known cause come first, then the largest
+    differences."""
     ordered = sorted(faults, key=lambda f: (f["step"], not f["cause"], -f["difference"]))
     more = f"\n  and {len(ordered) - SHOWN:,} more" if len(ordered) > SHOWN else ""
     return "the numbers differ from those of one plain process\n  " + "\n  ".join(f["text"] for f in ordered[:SHOWN]) + more

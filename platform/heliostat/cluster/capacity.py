@@ -103,7 +103,7 @@ def missing(
     need += "" if apart else f", and {FETCHING:g} CPU for reading the data"
     if not all_:
         labels = ", ".join(f"{k}={v}" for k, v in workers.labels.items())
-        return f"no living node{f' with the labels {labels}' if labels else ''} can hold {need}; waiting for one"
+        return f"no living node{f' with the labels {labels}' if labels else ''} can hold {need}; waiting for such a node"
     have = [sum(node.get(kind, 0.0) for node in all_.values()) for kind in ("CPU", "GPU")]
     left = [sum(free.get(name, {}).get(kind, 0.0) for name in all_) for kind in ("CPU", "GPU")]
     used = _amount(have[0] - left[0], have[1] - left[1] if workers.gpus else 0)

@@ -1,4 +1,4 @@
-"""Queries a cluster's dashboard over HTTP. Every request has a deadline. If there is a token, the request contains it."""
+"""Queries a cluster's dashboard over HTTP. Every request has a deadline. If a token exists, every request contains this token."""
 
 from __future__ import annotations
 

@@ -57,7 +57,9 @@ def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]
         states = local.known()
         if len(states) != 1:
             have = (
-                f"{len(states)} are running here: {', '.join(s.name for s in states)}" if states else "no cluster is running here"
+                f"{len(states)} clusters are running here: {', '.join(s.name for s in states)}"
+                if states
+                else "no cluster is running here"
             )
             start = "" if states else ", or start one: heliostat cluster up clusters/local.yaml"
             raise ConfigError(f"{field}: no cluster given ({have}). Pass a cluster file, an address, or a cluster's name{start}")
@@ -122,7 +124,10 @@ def _answering(endpoint_given: Endpoint) -> Endpoint:
             f"{endpoint_given.url}: the cluster rejects the token. Set RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
         )
     if status != 200:
-        raise ClusterError(f"{endpoint_given.url}: no Ray cluster answers here ({status or 'no connection'})")
+        raise ClusterError(
+            f"{endpoint_given.url}: no Ray cluster answers here ({status or 'no connection'}). "
+            "Check the address, or start the cluster"
+        )
     return endpoint_given
 
 
@@ -211,7 +216,7 @@ STATE_PORT = 6379  # Ray's default
 
 
 def join(target: str | None) -> None:
-    """Sets this process's environment so that Ray connects to a cluster. Call it before Ray is imported.
+    """Sets this process's environment so that Ray connects to a cluster. Call this function before you import Ray.
 
     `target`: a cluster of this machine; None changes nothing. Raises ConfigError if `target` isn't such a cluster, or if
     RAY_ADDRESS is also set. Raises ClusterError if the cluster doesn't answer.

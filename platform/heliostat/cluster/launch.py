@@ -53,7 +53,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
             os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # the autoscaler's version 2 doesn't start one of the hosts
         require_launcher(cluster)
         tool(launcher(cluster, restart), f"starting {cluster.name}", UP_S)
-        kept = "" if restart else ". Ray wasn't restarted on nodes where it already ran (--restart restarts it)"
+        kept = "" if restart else ". Ray wasn't restarted on nodes where Ray already ran (to restart Ray there, pass --restart)"
         return {
             "name": cluster.name,
             "note": (f"is up{kept}. Submit a job through ssh: heliostat submit JOB.yaml --cluster {cluster.path}"),

@@ -71,7 +71,9 @@ class ClusterState:
         (self.folder / "state.json").write_text(json.dumps(asdict(self), indent=2))
 
 
-STATE = Format(ClusterState, "record of a local cluster", ConfigError, fix="End its processes, and delete its folder")
+STATE = Format(
+    ClusterState, "record of a local cluster", ConfigError, fix="End the cluster's processes, and delete the cluster's folder"
+)
 
 
 def home() -> Path:
@@ -114,7 +116,8 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     if state and restart:
         if not state.nodes:
             raise ConfigError(
-                f"--restart: heliostat joined the cluster at {state.url} and didn't start it. Restart it where it was started"
+                f"--restart: heliostat joined the cluster at {state.url} and didn't start it. Restart this "
+                "cluster where it was started"
             )
         down(cluster.name)
         state = None
@@ -228,14 +231,14 @@ def _join(state: ClusterState, answer: int) -> ClusterState:
     if not private.ours(state.url):
         raise ConfigError(
             f"{state.file}: another user's process answers at {state.url}, so heliostat sent no token. "
-            f"{elsewhere}, or, if you trust that user with your token and your code, run: heliostat submit --cluster "
+            f"{elsewhere}. Or if you trust that user with your token and your code, run: heliostat submit --cluster "
             f"{state.url}"
         )
     token = dashboard.own_token()
     if answer != 200 and not (token and dashboard.probe(state.url, token) == 200):
         raise ConfigError(
             f"{state.file}: the server at {state.url} needs a token that heliostat doesn't have. {elsewhere}, or "
-            "set RAY_AUTH_TOKEN_PATH to its token"
+            "set RAY_AUTH_TOKEN_PATH to the file with the server's token"
         )
     private.write_token(state.token_file, token or "")
     state.write()
@@ -310,7 +313,7 @@ def _missing(state: ClusterState, addresses: list[str], before: set[str]) -> str
     line."""
     if not private.ours(state.url):
         return (
-            f"no dashboard of this user answers at {state.url}. If another process uses its port, change "
+            f"no dashboard of this user answers at {state.url}. If another process uses the port, change "
             "--dashboard-port in the file"
         )
     ready = {n["address"] for n in dashboard.node_table(state.url, state.token) if n["alive"] and n["id"] not in before}
@@ -325,7 +328,7 @@ def _log(state: ClusterState, node: Node) -> str:
 def _tail(state: ClusterState, node: Node) -> str:
     lines = [line for line in _log(state, node).splitlines() if line.strip()]
     wrong = [line for line in lines if "rror" in line]
-    return (wrong or lines or ["it printed no output"])[-1].strip()
+    return (wrong or lines or ["the node printed no output"])[-1].strip()
 
 
 def down(name: str) -> int:
@@ -340,7 +343,7 @@ def down(name: str) -> int:
         processes.stop([watcher])
     ended, remaining = processes.end(state.nodes)
     if remaining:
-        raise ClusterError(f"{name}: processes {remaining} don't end. End them yourself")
+        raise ClusterError(f"{name}: processes {remaining} don't end. End these processes with `kill -9`")
     for node in state.nodes:
         shutil.rmtree(Path(node.folder).parent, ignore_errors=True)
     shutil.rmtree(state.folder, ignore_errors=True)

@@ -50,7 +50,8 @@ def crowded_now(job: Job) -> str | None:
     total = sum(labeled.values())
     return (
         f"no node has the {FETCHING:g} free CPU that reading the data needs: {len(labeled)} nodes have {total:g} "
-        f"CPUs, and {total - sum(left.values()):g} of them are in use by this run's workers, by its data reading, and by other "
+        f"CPUs, and {total - sum(left.values()):g} of them are in use by this run's workers, by this run's data "
+        "tasks, and by other "
         "jobs"
     )
 

@@ -63,8 +63,8 @@ def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: f
     """Ends processes: sends SIGTERM, waits `patience_s`, then sends SIGKILL to the remaining processes and waits at most
     `kill_s`.
 
-    If `patience_s` is 0, sends only SIGKILL. While it waits, it reaps children of this process. So the `Popen` objects of these
-    children get no exit code.
+    If `patience_s` is 0, sends only SIGKILL. While this function waits, it reaps children of this process. So the `Popen` objects
+    of these children get no exit code.
     """
     left = list(processes)
     for number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, kill_s)):
@@ -156,7 +156,7 @@ class Node:
 
     @property
     def process(self) -> psutil.Process | None:
-        """Returns the shell that runs the node's start command; None if it has ended."""
+        """Returns the shell that runs the node's start command; None if this shell has ended."""
         return alive(self.pid, self.created)
 
 

@@ -135,7 +135,7 @@ def watch(notice: Callable[[], float | None], drains: Callable[[float], str], po
         if left is not None:
             break
         time.sleep(poll_s)
-    log.warning("the provider takes this machine away in %.0f s: draining its Ray node", left)
+    log.warning("the provider ends this machine in %.0f s: draining the machine's Ray node", left)
     deadline = time.monotonic() + left
     while True:
         try:

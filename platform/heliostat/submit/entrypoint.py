@@ -71,7 +71,7 @@ class Again:
         self._began = time.time()
 
     def died(self, pid: int, code: int) -> str:
-        """Describes how the command died; empty if the command ended by itself. `code`: its exit code, as returned by
+        """Describes how the command died; empty if the command ended by itself. `code`: the command's exit code, as returned by
         `Popen`."""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
@@ -169,7 +169,7 @@ class Driver:
             sender.join(NOW_S if self._killed else None)
 
     def _children(self) -> int:
-        """Runs the command, and repeats it while it dies and retries are left. Returns the exit code."""
+        """Runs the command. If the command dies, runs it again until no retries are left. Returns the last exit code."""
         while True:
             pid, code = self._child()
             how = "" if self.stopping.is_set() else self.again.died(pid, code)
@@ -185,10 +185,10 @@ class Driver:
             flags = self.again.flags(self.flags, pid)
             wait = self.again.wait_s(how)
             retry = f"retry {self.again.budget.used} of {self.again.budget.retries.max}"
-            self._say(f"the driver died without an error, {how}. Starting it again in {wait:.0f} s ({retry})")
+            self._say(f"the driver died without an error, {how}. Starting the driver again in {wait:.0f} s ({retry})")
             self._pause(wait)
         except (HeliostatError, OSError) as e:
-            self._say(f"not starting it again: {e}")
+            self._say(f"not starting the driver again: {e}")
             return False
         self.flags = flags
         return True
@@ -271,7 +271,7 @@ class Driver:
             if ahead == []:
                 return
             if ahead and not announced:
-                log.info("in queue %s after %s", queue, ", ".join(ahead))
+                log.info("waiting in queue %s until these earlier jobs end: %s", queue, ", ".join(ahead))
                 announced = True
             self.stopping.wait(QUEUE_S)
 

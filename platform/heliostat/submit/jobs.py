@@ -136,7 +136,10 @@ class Jobs:
             (work / workspace_package.CODE_FILE).write_text(source_code.source().dump())
             environment = {k: os.environ[k] for k in PASSED if k in os.environ}
             if secret := [k for k, v in environment.items() if carries_secret(v)]:
-                raise ConfigError(f"{secret[0]}: contains a password, which the cluster would show. Set it on the nodes")
+                raise ConfigError(
+                    f"{secret[0]}: contains a password, which the cluster would show. Unset this "
+                    "variable here, and set it on the nodes"
+                )
             environment["HELIOSTAT_CLUSTER"] = record.cluster or self.there.url
             environment[source_code.USER] = source_code.user()
             runtime = {
@@ -168,7 +171,7 @@ class Jobs:
                 raise ClusterError(f"{job_id}: has ended, but its supervisor didn't end within {RETRY_S:.0f} s. Try again later")
             time.sleep(FOLLOW_S)
         time.sleep(MONITOR_S)
-        self._retry(lambda: self.client.delete_job(job_id), "forgetting the earlier submission")
+        self._retry(lambda: self.client.delete_job(job_id), "deleting the earlier submission")
 
     def _retry(self, action: Callable[[], T], what: str) -> T:
         """Runs an action. While the cluster fails, retries the action for RETRY_S seconds.
@@ -207,8 +210,8 @@ class Jobs:
         return next((j for j in self.list() if j["id"] == job_id), None)
 
     def get(self, job_id: str) -> Submitted:
-        """Returns the submission with this id; raises ConfigError if there is no such submission, or if heliostat didn't submit
-        it."""
+        """Returns the submission with this id; raises ConfigError if there is no such submission, or if the job wasn't submitted
+        with heliostat."""
         job = self.find(job_id)
         if job is None:
             near = schema.nearest(job_id, [str(j["id"]) for j in self.list()])
@@ -277,10 +280,10 @@ class Jobs:
         deadline = time.monotonic() + STOP_S + 30
         while (job := self.get(job_id))["status"] not in OVER:
             if time.monotonic() > deadline:
-                raise ClusterError(f"{job_id}: didn't stop within {STOP_S + 30} s")
+                raise ClusterError(f"{job_id}: didn't stop within {STOP_S + 30} s. Try again with --now")
             time.sleep(FOLLOW_S)
         if note:
-            self._retry(lambda: self.client.delete_job(note), "forgetting the note to stop")
+            self._retry(lambda: self.client.delete_job(note), "deleting the stop request")
         return job
 
     def _note_to_end(self, attempt: str) -> str:

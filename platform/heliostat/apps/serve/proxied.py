@@ -35,7 +35,7 @@ def middlewares() -> list[Middleware]:
 
 
 class Closed:
-    """Middleware that answers HTTP status 404 for the proxy's own paths."""
+    """Answers HTTP status 404 for the paths that Ray Serve's proxy would otherwise answer itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -74,7 +74,7 @@ def prepare(modules: Iterable[str]) -> None:
     if threading.active_count() > 1:
         raise SystemExit("the imported modules have started threads, which a fork would lose")
     if _next_id() == _next_id():
-        raise SystemExit("Ray has already drawn random numbers, so all forks would draw the same ones and use the same names")
+        raise SystemExit("Ray has already drawn random numbers, so all forks would draw the same numbers and use the same names")
     gc.freeze()  # a garbage collection writes to each object that it visits, and so would copy the forks' shared memory
 
 
