@@ -237,7 +237,7 @@ def test_an_index_without_its_embedder_is_refused_at_the_start(writer, tmp_path)
     index(write_dataset(tmp_path / "data", CORPUS), place, folder)
     assert Shelf(str(place), None).index.modes == ("bm25", "dense", "hybrid")
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"--embedder: .*embedder, which made .*, doesn't exist"):
+    with pytest.raises(ConfigError, match=r"--embedder: .*embedder doesn't exist\. Pass the folder of the embedder that built"):
         Replica(Holds(None, 4, str(place)))
     assert Shelf(str(place), str(tmp_path / "elsewhere")).index.embedder == tmp_path / "elsewhere"
 

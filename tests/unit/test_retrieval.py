@@ -109,7 +109,7 @@ def test_another_embedder_is_refused(document_index, embedder, tmp_path):
     other = write_model(tmp_path, {**BASE["model"], "intermediate_size": 32}, 64)
     with pytest.raises(ConfigError, match="isn't the model"):
         SearchIndex(document_index.place, other).search(["x"], "dense", 3)
-    with pytest.raises(ConfigError, match=r"doesn't exist\. Pass the embedder's folder"):
+    with pytest.raises(ConfigError, match=r"doesn't exist\. Pass the folder of the embedder that built"):
         SearchIndex(document_index.place, tmp_path / "none").search(["x"], "dense", 3)
 
 

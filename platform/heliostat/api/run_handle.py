@@ -102,8 +102,8 @@ class Run:
         return survey(self._place)
 
     def receipts(self) -> list[ReceiptFile]:
-        """Reads the receipts in order. A receipt covers the steps `first` + 1 to `end`. It has one digest per step, and the chain
-        after these steps."""
+        """Reads the receipts in order. A receipt covers the steps `first` + 1 to `end`. A receipt has one digest per step, and
+        the chained hash after these steps."""
         from heliostat.runs.history import receipts
 
         return receipts(self._place)

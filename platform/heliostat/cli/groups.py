@@ -148,7 +148,7 @@ def notice(ctx: Any, old: str, new: str) -> None:
 
 
 def split(args: list[str]) -> tuple[list[str], list[str]]:
-    """Splits words at `--`, because the words after `--` aren't options."""
+    """Splits a command line into the words before `--`, and the rest, which contains no options."""
     end = args.index("--") if "--" in args else len(args)
     return args[:end], args[end:]
 

@@ -217,7 +217,7 @@ def stop(
 
 @command(JOB, example="quickstart --set workers.count=4")
 def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None) -> None:
-    """Submit a job again, to resume from its last checkpoint. --set changes keys such as workers.count."""
+    """Submit a job again, to resume from the job's last checkpoint. --set changes keys such as workers.count."""
     from heliostat.submit.submission import changed
 
     record = recorded(id_)

@@ -38,7 +38,7 @@ def create(folder: Path) -> list[str]:
 
 
 def _refuse(folder: Path, paths: list[str]) -> None:
-    """Raises ConfigError if a file already exists, or if a file has the path of a folder."""
+    """Raises ConfigError if a file already exists, or if a file has the path of a folder of the workspace."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: isn't a folder. Pass another name")
     blocking = {p for path in paths for p in Path(path).parents if (folder / p).exists() and not (folder / p).is_dir()}

@@ -179,7 +179,9 @@ def tool(command: list[str], what: str, timeout: float = 600.0, stdin: str | Non
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as e:
-        raise ClusterError(f"{what}: `{' '.join(command[:3])}` didn't end within {timeout:.0f} s") from e
+        raise ClusterError(
+            f"{what}: `{' '.join(command[:3])}` didn't end within {timeout:.0f} s. Check the connection to the cluster"
+        ) from e
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise ClusterError(f"{what}: {lines[-1].strip() if lines else f'exit code {done.returncode}'}")
@@ -204,7 +206,10 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
                 said = (process.stderr.read() if process.stderr else "").strip().splitlines()
                 raise ClusterError(f"`{' '.join(command[:3])}` failed: {said[-1] if said else process.returncode}")
             if time.monotonic() > deadline:
-                raise ClusterError(f"`{' '.join(command[:3])}` didn't reach the cluster's Jobs API within {TUNNEL_S:.0f} s")
+                raise ClusterError(
+                    f"`{' '.join(command[:3])}` didn't reach the cluster's Jobs API within "
+                    f"{TUNNEL_S:.0f} s. Check that the cluster runs"
+                )
             time.sleep(0.5)
         yield url, token
     finally:

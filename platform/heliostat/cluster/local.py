@@ -90,7 +90,9 @@ def read(name: str) -> ClusterState | None:
     except FileNotFoundError:
         return None
     if any(Path(n.folder).parent.name != _node_folder(name, 0).parent.name for n in state.nodes):  # `down` removes them
-        raise ConfigError(f"{place}: names folders of another cluster, perhaps because it was copied here. Remove this record")
+        raise ConfigError(
+            f"{place}: names folders of another cluster, perhaps because the record was copied here. Remove this record"
+        )
     return replace(state, name=name)
 
 
@@ -318,7 +320,10 @@ def _missing(state: ClusterState, addresses: list[str], before: set[str]) -> str
         )
     ready = {n["address"] for n in dashboard.node_table(state.url, state.token) if n["alive"] and n["id"] not in before}
     late = [n for n in state.nodes if n.address in addresses and n.address not in ready]
-    return "; ".join(f"the {n.role} {n.address} hasn't joined: {_tail(state, n)}" for n in late) or "nodes joined too late"
+    return (
+        "; ".join(f"the {n.role} {n.address} hasn't joined: {_tail(state, n)}" for n in late)
+        or "nodes joined too late. Run the command again"
+    )
 
 
 def _log(state: ClusterState, node: Node) -> str:
@@ -338,7 +343,7 @@ def down(name: str) -> int:
     """
     state = read(name)
     if state is None:
-        raise ConfigError(f"{name}: no such cluster on this machine. List them: heliostat cluster list")
+        raise ConfigError(f"{name}: no such cluster on this machine. List the clusters: heliostat cluster list")
     if watcher := _watcher(state):
         processes.stop([watcher])
     ended, remaining = processes.end(state.nodes)

@@ -87,7 +87,8 @@ def _kuberay_impossible(cluster: ClusterFile) -> Iterator[str]:
     }
     if len(versions) > 1:
         yield (
-            f"images: {', '.join(sorted(versions))}: the head and the workers must have the same versions of Ray and heliostat"
+            f"images: {', '.join(sorted(versions))}: the head and the workers must have the same versions of "
+            "Ray and heliostat. Use the same image"
         )
     if spec.get("enableInTreeAutoscaling"):
         for group in spec.get("workerGroupSpecs") or []:
@@ -113,7 +114,7 @@ def _sense(cluster: ClusterFile) -> Iterator[str]:
                 "head. Set CPU: 0"
             )
     if "change-me" in cluster.path.read_text(encoding="utf-8"):
-        yield "the file still contains change-me. Replace it with your values"
+        yield "the file still contains change-me. Replace change-me with your values"
 
 
 # secrets --------------------------------------------------------------------------------------------------------------

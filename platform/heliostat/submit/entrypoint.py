@@ -80,7 +80,7 @@ class Again:
         try:
             mine = self._attempt(pid)
         except (HeliostatError, OSError) as e:
-            log.warning("can't find out how the driver ended: %s", e)
+            log.warning("can't find out how the driver ended, so heliostat doesn't restart the driver: %s", e)
             return ""
         if mine is None:  # the command had not begun
             return f"with exit code {code} before it had begun" if self.budget.used and code == 1 else ""

@@ -199,7 +199,7 @@ def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], option
 
 
 def application(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options) -> Any:
-    """Loads the model and the index, calls `keys`, and returns the web application."""
+    """Loads the model and the index, reads the API keys with `keys`, and returns the web application."""
     version = served.source.wanted()
     folder = served.source.folder(version)
     replica = Replica(served.holds(folder, options.batch))

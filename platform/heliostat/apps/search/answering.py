@@ -26,8 +26,8 @@ class PassagePrompt:
 
 
 def prompt(question: str, passages: Sequence[Passage], room: int | None, count: Count) -> PassagePrompt:
-    """Returns a prompt with as many complete passages as fit into `room` tokens. If even the first passage doesn't fit,
-    shortens it.
+    """Returns a prompt with as many complete passages as fit into `room` tokens. If even the first passage doesn't fit, shortens
+    this passage.
 
     `room`: maximum tokens of the prompt; None means no limit. Raises ConfigError if the question alone doesn't fit.
     """
@@ -78,7 +78,7 @@ def answer(model: Path, question: str, passages: Sequence[Passage], max_tokens: 
     filled = prompt(question, passages, room, lambda text: len(engine.encode(text)))
     (written,) = engine([Input(filled.text, 0)])
     if written.bad:
-        raise HeliostatError(f"{model}: can't answer ({written.bad}: {written.detail})")
+        raise HeliostatError(f"{model}: the model can't answer the question ({written.bad}: {written.detail})")
     facts = {"prompt_tokens": filled.tokens, "passages_used": filled.used, "cut": filled.cut}
     values = written.values
     return {"text": values["answer"].strip(), "tokens": values["tokens"], "finish": values["finish"], **facts}

@@ -30,7 +30,7 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
         # not splitlines: JSON texts may contain other line separators
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--questions: can't read {file} ({e})") from e
+        raise ConfigError(f"--questions: can't read {file} ({e}). Pass a .jsonl file") from e
     pairs = []
     for number, line in enumerate(lines, 1):
         try:
@@ -62,13 +62,15 @@ def judge(index: SearchIndex, questions: Sequence[tuple[str, set[str]]], reranke
     known = [(question, right) for question, right in questions if right <= present]
     if not known:
         raise ConfigError(
-            f"--questions: {index.place} has none of the documents that the questions name, for example {min(questions[0][1])!r}"
+            f"--questions: {index.place} has none of the documents that the questions name, for example "
+            f"{min(questions[0][1])!r}. Write questions about documents of this index"
         )
     unknown, long = len(questions) - len(known), index.too_long([question for question, _ in known])
     known = [(question, right) for question, right in known if question not in long]
     if not known:
         raise ConfigError(
-            f"--questions: all questions are too long for the embedder of {index.place}, for example {min(long)[:80]!r}"
+            f"--questions: all questions are too long for the embedder of {index.place}, for example "
+            f"{min(long)[:80]!r}. Write shorter questions"
         )
     too_long = len(questions) - unknown - len(known)
     texts = [question for question, _ in known]

@@ -161,7 +161,10 @@ class SearchIndex:
         known = self.record["embedder"] or {}
         folder = self._embedder or Path(known["folder"])
         if not folder.is_dir():
-            raise ConfigError(f"--embedder: {folder}, which made {self.place}, doesn't exist. Pass the embedder's folder")
+            raise ConfigError(f"--embedder: {folder} doesn't exist. Pass the folder of the embedder that built {self.place}")
         if model_digest(folder) != known["digest"]:
-            raise ConfigError(f"--embedder: {folder} isn't the model {known['digest'][:12]} that made {self.place}")
+            raise ConfigError(
+                f"--embedder: {folder} isn't the model {known['digest'][:12]} that built "
+                f"{self.place}. Pass the folder of that model"
+            )
         return folder

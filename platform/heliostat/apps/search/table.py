@@ -54,7 +54,7 @@ LOOKED_UP = 1000  # digests per query
 
 
 def schema(dims: int | None) -> pa.Schema:
-    """Returns the columns of the table. `dims`: size of an embedding; None means no embeddings."""
+    """Returns the columns of an index's Lance table. `dims`: size of an embedding; None means no embeddings."""
     return pa.schema(FIELDS + ([("embedding", pa.list_(pa.float32(), dims))] if dims else []))
 
 
@@ -82,7 +82,7 @@ def read_record(index: Location) -> IndexRecord:
     try:
         return RECORD_FORMAT.read(place)
     except FileNotFoundError as e:
-        raise ConfigError(f"{index}: no index here ({RECORD} is missing). Make one: heliostat search index") from e
+        raise ConfigError(f"{index}: no index here ({RECORD} is missing). Build an index: heliostat search index") from e
 
 
 def address(index: Location) -> tuple[str, dict[str, str] | None]:

@@ -33,7 +33,7 @@ Row = dict[str, Any]  # columns of `table.FIELDS`
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """Describes what all units of an index share.
+    """Holds the settings that all units of an index share.
 
     `definition`: the tokenizer's JSON. `end`: id of the end-of-document token. `embedder`: the embedder's files; `follows`: the
     digest of these files. `before`: the version whose embeddings are reused. `markers`: the marker tokens of a dataset that is
@@ -146,7 +146,8 @@ def _embed(rows: list[Row], index: Location, plan: IndexPlan, model: str) -> dic
 def embed(model: str, texts: Sequence[str], batch: int, follows: str = "") -> list[dict[str, Any]]:
     """Embeds texts. Returns a mapping for each text; the mapping is empty if the model can't embed the text.
 
-    `embedding`: float [dims]. `tokens`: number of tokens that the model read. `truncated`: whether the text has more tokens.
+    `embedding`: float [dims]. `tokens`: number of tokens that the model read. `truncated`: whether the text has more tokens than
+    the model read.
     """
     from heliostat.inference.batch.engines import Input
 

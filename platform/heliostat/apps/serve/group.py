@@ -76,7 +76,8 @@ class RowBatch:
             self.logits = self._forward(new, places[:, -1:])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keeps only these rows. Removes the cache's leading columns that contain only padding in all these rows."""
+        """Keeps only the given rows of the batch. Removes the cache's leading columns that contain only padding in all of these
+        rows."""
         chosen = torch.tensor(rows, device=self.mask.device)
         self.mask, self.logits = self.mask[chosen], self.logits[chosen]
         self.names = [self.names[row] for row in rows] if self.names else []

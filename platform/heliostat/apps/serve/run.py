@@ -97,7 +97,7 @@ class Versions:
                 if not self.current:
                     raise
                 self.failed = wanted
-                log.error("can't serve %s, so %s continues to answer: %s", wanted, self.current, brief(e))
+                log.error("can't serve model version %s, so version %s continues to answer: %s", wanted, self.current, brief(e))
                 return
         self.until.pop(wanted, None)
         if self.current:

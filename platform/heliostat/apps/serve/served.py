@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class NoModel:
-    """Stands in for `VersionSource` if an index is served without a model."""
+    """Replaces `VersionSource` if an index is served without a model."""
 
     def __init__(self, index: str) -> None:
         self.label = index

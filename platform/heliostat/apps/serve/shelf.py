@@ -56,7 +56,8 @@ class Shelf:
             raise Refusal(503, said, None, "index_gone") from e
 
     async def prompt(self, request: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Passage]]:
-        """Returns a prompt that contains the question and the passages found for it, and these passages as sources.
+        """Returns a prompt that contains the question and the passages found for this question. Also returns these passages as
+        sources.
 
         `room`: maximum tokens of the prompt; None means no limit. `used` of a source: how much of the passage is in the prompt
         (`whole`, `part`, or `no`). Raises Refusal if the search finds nothing, or the question doesn't fit.

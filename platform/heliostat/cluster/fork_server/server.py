@@ -72,7 +72,7 @@ def prepare(modules: Iterable[str]) -> None:
             with contextlib.suppress(ImportError, ValueError):  # for example, the module of an extra that isn't installed
                 importlib.import_module(module)
     if threading.active_count() > 1:
-        raise SystemExit("the imported modules have started threads, which a fork would lose")
+        raise SystemExit("the imported modules have started threads, which forks would lose. Ray starts the workers instead")
     if _next_id() == _next_id():
         raise SystemExit("Ray has already drawn random numbers, so all forks would draw the same numbers and use the same names")
     gc.freeze()  # a garbage collection writes to each object that it visits, and so would copy the forks' shared memory
