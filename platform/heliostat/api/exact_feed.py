@@ -67,7 +67,7 @@ class Feed(Iterator[Batch]):
     def __init__(self, job: Job, plan: DataPlan, folder: str, step: int) -> None:
         if not dist.is_initialized():
             raise ConfigError(
-                "ExactStream.start: called outside a TorchTrainer. Call it in the training function, on every worker"
+                "ExactStream.start: called outside a TorchTrainer. Call this method in the training function, on every worker"
             )
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.job, self.plan, self.folder = job, plan, Location(folder)
@@ -107,8 +107,8 @@ class Feed(Iterator[Batch]):
         """Seals the steps since the last receipt, and returns the state of the run's receipts. All workers must call this method
         together.
 
-        Call it before you report the checkpoint of these steps, because a run continues only from a step at which a receipt ends.
-        Raises DataError if more bad samples were replaced than `data.max_bad_fraction` allows.
+        Call this method before you report the checkpoint of these steps, because a run continues only from a step at which a
+        receipt ends. Raises DataError if more bad samples were replaced than `data.max_bad_fraction` allows.
         """
         done = self.done
         if done > self._sealed:

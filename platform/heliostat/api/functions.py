@@ -76,7 +76,7 @@ def train(
     allow_data_change: bool = False,
     verbose: bool = False,
 ) -> Run:
-    """Trains a job to its last step, exports and registers its model, and returns the run.
+    """Trains a job to the last step, exports and registers the trained model, and returns the run.
 
     `resume`: continues from the run's last checkpoint, if there is one. `overwrite`: first deletes the run with this name.
     `allow_data_change`: resumes with different data, as a new segment. The function blocks, and writes its progress to standard
@@ -163,7 +163,9 @@ def datasets(
         raise ConfigError(f"data: expected the keys of a job's data, or a Job, got {brief(repr(data))}")
     if isinstance(data, Job):
         if steps is not None or global_batch_size is not None or held_out:
-            raise ConfigError("heliostat.datasets: steps, global_batch_size, and held_out come from the job. Leave them out")
+            raise ConfigError(
+                "heliostat.datasets: steps, global_batch_size, and held_out come from the job. Leave out these arguments"
+            )
         return plan_stream(data, folder)
     if steps is None or global_batch_size is None:
         raise ConfigError(

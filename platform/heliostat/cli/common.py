@@ -114,8 +114,8 @@ def require_file(place: Location) -> None:
 
 
 def keys_of(place: Path | None) -> Callable[[], dict[str, str] | None]:
-    """Checks the file of API keys, if the file exists. Returns a function that reads the file, and that first creates the file if
-    it is missing."""
+    """Checks the file of API keys, if the file exists. Returns a function that reads the file. If the file is missing, this
+    function first creates the file."""
     from heliostat.web import keys
 
     def known() -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""Shows the results of curation, and trains its classifiers: `heliostat data` trace, forget, report, train-classifier."""
+"""Shows the results of curation, and trains quality classifiers: `heliostat data` trace, forget, report, train-classifier."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Id = Annotated[
     str | None,
     typer.Option(
         "--id",
-        help="Choose the document by its id, which is its path in the input, such as a.html, or a.jsonl#12 for a record",
+        help="Choose the document by its id, which is the document's path in the input, such as a.html, or a.jsonl#12 (a record)",
         metavar="ID",
     ),
 ]
@@ -153,7 +153,7 @@ def _ways(dataset: Manifest, id: str, mlflow: str | None) -> Report:
 def _print_forgotten(report: Report) -> None:
     tokens = f", {report['tokens']:,} tokens" if report["tokens"] else ""
     out.print(f"dataset {report['dataset']} is ready: {report['documents']:,} documents{tokens}, digest {report['digest'][:12]}; "
-              f"it no longer contains {', '.join(report['forgotten'])}")  # fmt: skip
+              f"the dataset no longer contains {', '.join(report['forgotten'])}")  # fmt: skip
     if report["shard"]:
         out.print(f"  the document was in shard {report['shard']['path']} of version {report['previous'][:12]}")
     else:

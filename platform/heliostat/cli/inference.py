@@ -1,4 +1,4 @@
-"""Runs models on inputs, and exports them: `heliostat model` generate, infer, evaluate, export."""
+"""Runs models on inputs, and exports models: `heliostat model` generate, infer, evaluate, export."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def infer(
     cluster: OnCluster = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Run a model over all documents of an input. If the command is killed, run it again to resume."""
+    """Run a model over all documents of an input. If the command is killed, run the command again to resume."""
     from heliostat.cluster.endpoint import join
 
     join(cluster)

@@ -65,7 +65,7 @@ def submit(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Send a job to a cluster. Checks and plans the job first, and sends the workspace's files with it."""
+    """Send a job to a cluster. Checks and plans the job first, and sends the workspace's files with the job."""
     from heliostat.storage.run_folder import require_one_way
     from heliostat.submit.submission import SubmissionRecord
 
@@ -77,7 +77,7 @@ def submit(
 
 
 def checked(file: Path, settings: list[str], endpoint_: Endpoint, resume: bool = False) -> Job:
-    """Loads a job. Checks its paths, its plan on the cluster, and the services that this machine can reach.
+    """Loads a job. Checks the job's paths, the job's plan on the cluster, and the services that this machine can reach.
 
     The returned job has its final parallelism configuration.
     """
@@ -155,7 +155,8 @@ def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> RunProgre
 
 
 def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
-    """Returns a job's state as its cluster reports it, or from the local record if the cluster no longer exists."""
+    """Returns a job's state as the job's cluster reports it. If the cluster no longer exists, returns the state in the local
+    record."""
     record = recorded(job_id)
     try:
         with jobs_on(cluster, record) as known:

@@ -116,8 +116,8 @@ def described(error: BaseException) -> DescribedCommand:
 
 
 def _nothing_more() -> None:
-    """Ensures that the result is the last line of standard output. When Ray ends, it may print more text, and this text then goes
-    to standard error."""
+    """Ensures that the result is the last line of standard output. When Ray ends, Ray may print more text, and this text then
+    goes to standard error."""
     sys.stdout.flush()
     sys.stdout = sys.stderr
 

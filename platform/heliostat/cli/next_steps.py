@@ -35,7 +35,7 @@ class FolderRun(TypedDict):
 
 
 class NextCommand(TypedDict):
-    """Describes a command to type, and the reason for it."""
+    """Describes a command to type, and the reason for this command."""
 
     command: str
     why: str

@@ -83,7 +83,9 @@ def lineage(
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="List the runs that trained on this shard; pass its path, or the end of its path"),
+        typer.Option(
+            metavar="PATH", help="List the runs that trained on this shard; pass the shard's path, or the end of this path"
+        ),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(metavar="DIGEST", help="List the runs that trained on the dataset with this digest")

@@ -40,7 +40,8 @@ def check(
     offline: Annotated[bool, flag("--offline", help="Don't check datasets, stores, and machines")] = False,
     cluster: ClusterFile = None,
     numerics: Annotated[
-        bool, flag("--numerics", help="Run some steps on two workers here, and compare them with one plain process in fp32")
+        bool,
+        flag("--numerics", help="Run some steps on two workers here, and compare the numbers with one plain process in fp32"),
     ] = False,
 ) -> None:
     """Find everything wrong with a job before anything starts."""
@@ -133,7 +134,7 @@ def train(
     job: Annotated[
         Path | None,
         typer.Argument(
-            help="A job file; leave it out with --from-sweep",
+            help="A job file; leave out JOB with --from-sweep",
             metavar="JOB",
             show_default=False,
             autocompletion=completion.job_files,

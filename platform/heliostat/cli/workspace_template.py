@@ -18,7 +18,7 @@ def create(folder: Path) -> list[str]:
     """Writes the workspace's files, and returns their paths in the folder. If one of the files exists already, raises ConfigError
     and writes nothing.
 
-    An existing `.gitignore` isn't an error: it gets the lines that are missing.
+    An existing `.gitignore` isn't an error: this function appends the missing lines.
     """
     shipped = _files(files("heliostat.cli") / "template", "")
     template = {(IGNORED if path == "gitignore" else path): file for path, file in shipped}
@@ -46,7 +46,7 @@ def _refuse(folder: Path, paths: list[str]) -> None:
     if here:
         more = f" and {len(here) - 1} more" if len(here) > 1 else ""
         raise ConfigError(
-            f"{folder}: already has {here[0]}{more}, so nothing was written. Pass another folder, or empty this one"
+            f"{folder}: already has {here[0]}{more}, so nothing was written. Pass another folder, or empty this folder"
         )
 
 

@@ -52,7 +52,7 @@ def probe(url: str, token: str | None = None) -> int:
 
 
 class ClusterMember(TypedDict):
-    """Describes a node that belongs to the cluster, or that belonged to it earlier."""
+    """Describes a node that belongs to the cluster, or that belonged to the cluster earlier."""
 
     id: str
     address: str

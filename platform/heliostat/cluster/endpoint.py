@@ -1,4 +1,4 @@
-"""Resolves a cluster file, an address, or a local cluster's name to the URL of its Jobs API and its token.
+"""Resolves a cluster file, an address, or a local cluster's name to the URL of the cluster's Jobs API and the cluster's token.
 
 On clouds, the dashboard listens only on the head's loopback address. heliostat reaches the dashboard through `ray dashboard`
 (ssh) or `kubectl port-forward`. These commands run only while heliostat needs them.
@@ -33,7 +33,7 @@ END_S = 10.0
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Holds the URL of a cluster's Jobs API and its token.
+    """Holds the URL of a cluster's Jobs API and the cluster's token.
 
     `here`: whether the cluster's nodes are on this machine, and so can read this machine's files. `file`: the cluster file, if
     known.
@@ -147,7 +147,8 @@ def kube_name(cluster: ClusterFile) -> str:
     name = tool(command, f"finding the cluster of the job {cluster.name}").strip()
     if not name:
         raise ClusterError(
-            f"{cluster.path}: the job {cluster.name} has no cluster yet. The job may be waiting for its quota (`suspend`)"
+            f"{cluster.path}: the job {cluster.name} has no cluster yet. The job may be waiting for its quota "
+            "(`suspend`). Check the job with kubectl"
         )
     return name
 
@@ -175,7 +176,7 @@ def tool(command: list[str], what: str, timeout: float = 600.0, stdin: str | Non
     ClusterError if the tool isn't installed, fails (with the tool's last line), or exceeds the timeout.
     """
     if not shutil.which(command[0]):
-        raise ClusterError(f"{what} needs `{command[0]}`, which isn't on the PATH. Install it")
+        raise ClusterError(f"{what} needs `{command[0]}`, which isn't on the PATH. Install this tool")
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as e:
@@ -195,7 +196,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
     The command's last argument is a free local port, or `PORT:8265` for kubectl.
     """
     if not shutil.which(command[0]):
-        raise ClusterError(f"reaching the cluster needs `{command[0]}`, which isn't on the PATH. Install it")
+        raise ClusterError(f"reaching the cluster needs `{command[0]}`, which isn't on the PATH. Install this tool")
     port = processes.free_port()
     place = f"{port}:8265" if command[0] == "kubectl" else str(port)
     process = subprocess.Popen([*command, place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Starts and stops a cluster with the tool for its file: heliostat itself, `ray up` and `ray down`, or kubectl."""
+"""Starts and stops a cluster with the tool for the cluster file: heliostat itself, `ray up` and `ray down`, or kubectl."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _stop_hosts(cluster: ClusterFile) -> None:
         try:
             tool(["ssh", *key, *trust, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", where, stop], f"stopping {address}", 60)
         except ClusterError as e:
-            log.warning("%s. If the host exists, Ray may still run on it", e)
+            log.warning("%s. If the host exists, Ray may still run on this host", e)
 
 
 def _down_local(name: str) -> LaunchResult:

@@ -41,7 +41,7 @@ LATE = "timed out during startup"  # is in the log of a node if Ray gave up its 
 
 @dataclass
 class ClusterState:
-    """Describes a local cluster. `nodes` is empty if heliostat joined the cluster instead of starting it."""
+    """Describes a local cluster. `nodes` is empty if heliostat joined the cluster instead of starting the cluster."""
 
     name: str
     file: str
@@ -132,7 +132,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
                 f"{cluster.name}: its head has died, and {len(alive)} of its workers still run. To end and "
                 "restart them: heliostat cluster up --restart"
             )
-        log.info("cluster %s has no running processes. Starting it again", state.name)
+        log.info("cluster %s has no running processes. Starting the cluster again", state.name)
         down(cluster.name)
     state = ClusterState(cluster.name, str(cluster.path), url_of(cluster))
     state.folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def _start_workers(cluster: ClusterFile, state: ClusterState) -> None:
         ended = [n for n in state.nodes if n not in alive]
         if not ended or not all(LATE in _log(state, n) for n in ended):
             raise
-        log.warning("%s. Starting it once more", e)
+        log.warning("%s. Starting the worker once more", e)
         _complete(cluster, state, alive)
         _until_ready(state, cluster.addresses[1:], set())
 

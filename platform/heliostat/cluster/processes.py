@@ -90,7 +90,7 @@ class OwnProcess(Protocol):
 def end_tree(root: OwnProcess, patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
     """Ends a process and its descendants with `stop`. If `patience_s` is 0, the processes end as if the power failed.
 
-    Does nothing if the process has ended, because its id may now belong to another process.
+    Does nothing if the process has ended, because the ended process's id may now belong to another process.
     """
     if root.poll() is None:
         stop(family(root.pid), patience_s, kill_s)
@@ -146,7 +146,7 @@ def listening_fault(url: str) -> str:
 
 @dataclass
 class Node:
-    """Describes a Ray node that heliostat started. `pid` and `created` (seconds since the epoch) identify its shell."""
+    """Describes a Ray node that heliostat started. `pid` and `created` (seconds since the epoch) identify the node's shell."""
 
     role: str
     address: str

@@ -1,10 +1,10 @@
-"""Runs a submitted job on the cluster's head, as a child process, and copies its log to storage.
+"""Runs a submitted job on the cluster's head, as a child process, and copies the job's log to storage.
 
     python -m heliostat.submit.entrypoint JOB.yaml [--attempt ID] [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
 
 The child is `heliostat train` or `heliostat sweep run`. If the child is killed, or dies without recording an outcome, this
-process starts it again, and the child continues from the newest checkpoint. The job's `retries` limit how often this process
-restarts the child (`Again`). After the last retry, the run's MLflow status is FAILED, with the reason. If the storage is
+process starts the child again, and the child continues from the newest checkpoint. The job's `retries` limit how often this
+process restarts the child (`Again`). After the last retry, the run's MLflow status is FAILED, with the reason. If the storage is
 unreachable, this process waits for it. Resuming doesn't need MLflow. A command that ends by itself records its end in the run's
 ledger.
 
@@ -131,7 +131,7 @@ class Again:
 
 
 class Driver:
-    """Runs the command of a submitted job, starts it again if it dies, and copies its log."""
+    """Runs the command of a submitted job, starts the command again if the command dies, and copies the command's log."""
 
     def __init__(self, job: Path, sweep: Path | None, attempt: str, flags: list[str]) -> None:
         raw = schema.read_yaml(job)
@@ -154,7 +154,7 @@ class Driver:
         self._stdout, self._unsaid = sys.stdout.fileno(), 0
 
     def run(self, queue: str | None) -> int:
-        """Waits for the job's turn in the queue, runs its command to the end, and returns the exit code."""
+        """Waits for the job's turn in the queue, runs the job's command to the end, and returns the exit code."""
         signal.signal(signal.SIGTERM, lambda *_: self.stopping.set())
         if queue:
             self._wait_for_turn(queue)
@@ -207,7 +207,7 @@ class Driver:
             log.warning("MLflow couldn't record the end of the run: %s", e)
 
     def _child(self) -> tuple[int, int]:
-        """Runs the command once, and waits for its end. Returns its process id and exit code."""
+        """Runs the command once, and waits until the command ends. Returns the command's process id and exit code."""
         source, sink = os.pipe()
         child = subprocess.Popen([*self.command, *self.flags], stdout=sink, stderr=sink)
         os.close(sink)

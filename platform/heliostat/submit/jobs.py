@@ -159,8 +159,8 @@ class Jobs:
         return record.id
 
     def _forget(self, job_id: str) -> None:
-        """Deletes a finished submission, so that its id is free. First waits until its supervisor has ended. Raises ClusterError
-        if this takes more than 60 s.
+        """Deletes a finished submission, so that its id is free. First waits until the submission's supervisor has ended. Raises
+        ClusterError if this takes more than 60 s.
 
         A moment after a job's end, Ray's monitor looks up the job's supervisor by id. If a new submission had this id, the
         monitor would mistake it for the old submission, and mark it as failed.
@@ -168,7 +168,9 @@ class Jobs:
         deadline = time.monotonic() + RETRY_S
         while dashboard.actor_alive(self.there.url, self.there.token, SUPERVISOR.format(job_id)):
             if time.monotonic() > deadline:
-                raise ClusterError(f"{job_id}: has ended, but its supervisor didn't end within {RETRY_S:.0f} s. Try again later")
+                raise ClusterError(
+                    f"{job_id}: has ended, but the job's supervisor didn't end within {RETRY_S:.0f} s. Try again later"
+                )
             time.sleep(FOLLOW_S)
         time.sleep(MONITOR_S)
         self._retry(lambda: self.client.delete_job(job_id), "deleting the earlier submission")
@@ -221,8 +223,7 @@ class Jobs:
         return job
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """Yields the job's log as it grows, until the job ends. Leaves out the logs of earlier submissions that had the same
-        id."""
+        """Yields new text of the job's log until the job ends. Leaves out the logs of earlier submissions with the same id."""
         attempt = self.get(job_id)["metadata"]["attempt"]
         before: str | None = ""  # the text before the submission's part of the log; None after that part has begun
         for text in self._tail(job_id):
@@ -268,7 +269,8 @@ class Jobs:
     # stopping --------------------------------------------------------------------------------------------------------
 
     def stop(self, job_id: str, now: bool = False) -> Submitted:
-        """Stops a job, waits until it has ended, and returns it. The job saves a checkpoint first, unless `now` is set.
+        """Stops a job, waits until the job has ended, and returns the ended job. The job saves a checkpoint first, unless `now`
+        is set.
 
         Raises ClusterError if the job doesn't end within 630 s.
         """
@@ -287,10 +289,10 @@ class Jobs:
         return job
 
     def _note_to_end(self, attempt: str) -> str:
-        """Submits a marker job, which does nothing, and returns its id. When the attempt's entrypoint finds the marker's
-        metadata, it ends.
+        """Submits a marker job, which does nothing, and returns the marker's id. When the attempt's entrypoint finds the marker's
+        metadata, the entrypoint ends.
 
-        This works even if the storage doesn't answer, because it needs only the cluster.
+        This works even if the storage doesn't answer, because the marker needs only the cluster.
         """
         note = f"stop-{attempt}-{uuid.uuid4().hex[:6]}"
         self._retry(
@@ -322,8 +324,8 @@ def _beginning(text: str, attempt: str, over: bool) -> int | None:
     """Returns the position where a submission's part of the log begins: after the line that names the attempt. None if that
     line is missing.
 
-    `over`: whether the submission has ended. If a submission has ended and the line is missing, its entrypoint never ran. The
-    position is then 0.
+    `over`: whether the submission has ended. If a submission has ended and the line is missing, the submission's entrypoint never
+    ran. The position is then 0.
     """
     _, separator, after = text.rpartition(attempt)
     if separator and "\n" in after:
@@ -344,8 +346,8 @@ def _plain(details: JobDetails) -> Submitted:
 
 
 def exit_code(job: Submitted) -> int:
-    """Returns the exit code for a command that followed a job: 0 if the job succeeded, 130 if it was stopped, 2 for bad input,
-    else 1."""
+    """Returns the exit code for a command that followed a job: 0 if the job succeeded, 130 if the job was stopped, 2 for invalid
+    input, else 1."""
     if job["status"] == "STOPPED":
         return 130
     return 0 if job["status"] == "SUCCEEDED" else 2 if job["exit_code"] == 2 else 1

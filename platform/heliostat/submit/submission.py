@@ -22,8 +22,8 @@ from heliostat.validation import check
 class SubmissionRecord:
     """Holds this workspace's record of a submission.
 
-    `cluster`: the cluster's name as the user wrote it. `job`: the complete job, resolved. `sweep`: the complete sweep; None for
-    a single job. For a sweep, `job` is the sweep's base, `id` is its name, and `steps` is its number of trials.
+    `cluster`: the cluster's name as the user wrote it. `job`: the complete job, resolved. `sweep`: the complete sweep; None for a
+    single job. For a sweep, `job` is the sweep's base job, `id` is the sweep's name, and `steps` is the number of trials.
     """
 
     id: str
@@ -40,7 +40,7 @@ class SubmissionRecord:
 
     @property
     def digest(self) -> str:
-        """Returns 16 hex digits that identify the job, or the job and its sweep."""
+        """Returns 16 hex digits that identify the job, or the job and the sweep."""
         whole = json.dumps([self.job, self.sweep] if self.sweep else self.job, sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 

@@ -126,8 +126,8 @@ def tabs(replica: Replica) -> list[str]:
 def example(folder: Path) -> str | None:
     """Returns an example prompt for the model; None if no example is known.
 
-    The prompt is the model's input example in MLflow. Without an input example, it is the first prompt of the samples in the
-    model's job.
+    The prompt is the model's input example in MLflow. Without an input example, the function returns the first prompt of the
+    samples in the model's job.
     """
     logged = folder.parent.parent / "input_example.json"  # MLflow keeps it next to the model's artifacts
     try:

@@ -66,8 +66,8 @@ def _write(question: str, passages: Sequence[Passage], texts: Sequence[str]) -> 
 
 
 def answer(model: Path, question: str, passages: Sequence[Passage], max_tokens: int) -> dict[str, object]:
-    """Answers a question with a model, by greedy decoding. Returns a mapping with the answer's text, its number of tokens, and
-    the number of passages in the prompt.
+    """Answers a question with a model, by greedy decoding. Returns a mapping with the answer's text, the answer's number of
+    tokens, and the number of passages in the prompt.
 
     Raises ConfigError if the question doesn't fit into the model's context. Raises HeliostatError if the model fails.
     """

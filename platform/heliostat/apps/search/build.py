@@ -69,7 +69,7 @@ def index_documents(
     about = describe(embedder) if embedder else None
     place.probe()
     claim(place, {"embedder": about and about["digest"], **settings.model_dump()}, "an index", "index of documents")
-    with lease.take(place, "built", "Wait for it, or stop it", field="--out") as lease_:
+    with lease.take(place, "built", "Wait until this process ends, or stop this process", field="--out") as lease_:
         before = what_was(place)
         if before and before.record["dataset"]["digest"] == prepared.digest:
             return {**before.record, "added": 0, "deleted": 0, "new": 0}
@@ -163,7 +163,7 @@ def _passages(
     flow: Flow, prepared: Manifest, place: Location, settings: IndexSettings, embedder: dict[str, Any] | None,
     before: Before | None, batch: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Runs a task for each unit; returns their records in the dataset's order."""
+    """Runs a task for each unit; returns the tasks' records in the dataset's order."""
     target = flow.work.begin(max(LEAST, min(MOST, prepared.tokens // UNITS)))
     definition, known = prepared.file("tokenizer.json").read().decode(), embedder or {}
     plan = IndexPlan(

@@ -2,8 +2,8 @@
 version.
 
 Workers write fragments. A fragment belongs to no version until a commit lists it. A version never changes. A reader opens the
-version that `index.json` names, so it always sees a complete version, even while another version is written. Lance is imported
-at first use, because its threads don't survive a fork.
+version that `index.json` names, so this reader always sees a complete version, even while another version is written. Lance is
+imported at first use, because its threads don't survive a fork.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def address(index: Location) -> tuple[str, dict[str, str] | None]:
 
 
 def write(index: Location, passages: pa.Table) -> list[dict[str, Any]]:
-    """Writes passages as fragments that belong to no version yet; returns their descriptions as JSON values."""
+    """Writes passages as fragments that belong to no version yet; returns the fragments' descriptions as JSON values."""
     from lance.fragment import write_fragments
 
     uri, options = address(index)
@@ -144,7 +144,7 @@ def build_indices(table: lance.LanceDataset, place: Location) -> lance.LanceData
 
 
 def open_version(index: Location, version: int) -> lance.LanceDataset:
-    """Opens a version; raises DataError if it no longer exists."""
+    """Opens a version of the table; raises DataError if this version no longer exists."""
     import lance
 
     uri, options = address(index)

@@ -54,7 +54,7 @@ class IndexUnit:
 
 @dataclass(frozen=True)
 class DocumentTokens:
-    """Holds a document's token ids, and the row group in which it begins."""
+    """Holds a document's token ids, and the row group in which the document begins."""
 
     id: str
     row_group: int

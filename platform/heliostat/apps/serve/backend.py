@@ -23,7 +23,7 @@ Stream = Callable[[str], AsyncGenerator[Item]]
 class Backend:
     """Keeps the current version, and the number of open requests of each version.
 
-    `lost`: the types of errors that mean that a replica died. `deadline_s`: maximum seconds from a request to the end of its
+    `lost`: the types of errors that mean that a replica died. `deadline_s`: maximum seconds from a request to the end of the
     answer.
     """
 
@@ -42,7 +42,7 @@ class Backend:
         return dict(self.open)
 
     async def ask(self, call: Call) -> tuple[str, Item]:
-        """Returns the version that answered, and its answer.
+        """Returns the model version that answered, and the answer.
 
         Raises Refusal: with status 504 if no answer comes within the deadline, with status 503 if TRIES replicas have died.
         """
@@ -120,7 +120,7 @@ class Backend:
 
 
 def _sound(item: Item) -> Item:
-    """Returns an item, or raises the Refusal that it contains."""
+    """Returns an item. If the item contains a Refusal, raises this Refusal."""
     if "refused" in item:
         raise Refusal(*item["refused"])
     return item

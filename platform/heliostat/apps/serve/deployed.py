@@ -31,7 +31,7 @@ LOST = (RayActorError, ActorUnavailableError, WorkerCrashedError, NodeDiedError,
 
 
 class Handles:
-    """Keeps a Serve handle for the current version. A handle knows the version's replicas and their load."""
+    """Keeps a Serve handle for the current version. A handle knows the version's replicas and the load of each replica."""
 
     def __init__(self) -> None:
         self.known: dict[str, DeploymentHandle[Replica]] = {}
@@ -70,7 +70,7 @@ async def _answered(response: DeploymentResponse[Item]) -> Item:
 
 
 def confine() -> None:
-    """Makes Ray Serve bind each replica's gRPC port to the node's address. Call it before Serve opens the port.
+    """Makes Ray Serve bind each replica's gRPC port to the node's address. Call this function before Serve opens the port.
 
     Ray 2.60 opens this port on all addresses, even if no call uses gRPC. heliostat's calls never use gRPC.
     """

@@ -243,7 +243,7 @@ class VllmEngine:
             task.add_done_callback(self.tasks.discard)
 
     async def _follow(self, row: Row) -> None:
-        """Reads tokens from vLLM until the answer ends, or its client leaves. If vLLM dies, ends this process."""
+        """Reads tokens from vLLM until the answer ends, or the client leaves. If vLLM dies, ends this process."""
         tokens = self.stream.tokens(row.prompt, row.most, row.draw, self.telling.ends, row.logprobs, row.adapter)
         try:
             async with aclosing(tokens):

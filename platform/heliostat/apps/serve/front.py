@@ -104,9 +104,13 @@ class Front(Gateway):
         most, body = self.settings.body_bytes, bytearray()
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > most:
-            raise Refusal(413, f"the body has {length} bytes, and the limit is {most}", code="body_too_large")
+            raise Refusal(
+                413, f"the body has {length} bytes, and the limit is {most}. Send a smaller body", code="body_too_large"
+            )
         async for piece in request.stream():
             body += piece
             if len(body) > most:
-                raise Refusal(413, f"the body has more than {most} bytes, which is the limit", code="body_too_large")
+                raise Refusal(
+                    413, f"the body has more than {most} bytes, which is the limit. Send a smaller body", code="body_too_large"
+                )
         return bytes(body)

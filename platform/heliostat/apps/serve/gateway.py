@@ -62,7 +62,7 @@ class FrontSettings:
 
     @property
     def names(self) -> list[str]:
-        """Lists the names of the served model, its adapters, and the index."""
+        """Lists the names of the served model, the model's adapters, and the index."""
         return [name for name in (self.model, *self.adapters, self.index) if name is not None]
 
     def require_served(self, model: str) -> None:
@@ -72,7 +72,7 @@ class FrontSettings:
             raise Refusal(404, f"model: {model[:100]!r} isn't served. Served: {served}", "model", "model_not_found")
 
     def require_model(self, model: str, *fit: str) -> None:
-        """Raises Refusal unless a model or an adapter with this name is served, and its kind is in `fit`."""
+        """Raises Refusal unless a model or an adapter with this name is served, and the model's kind is in `fit`."""
         self.require_served(model)
         if model in self.adapters:
             if EMBEDDINGS not in fit and TEXT in fit:
@@ -163,9 +163,9 @@ class Gateway:
         self.measures = Measures()
 
     async def ask(self, answer: Work[A], request: A) -> tuple[str, Item]:
-        """Returns the version that answered, and its answer; raises Refusal as in `Backend.ask`."""
+        """Returns the model version that answered, and the answer; raises Refusal as in `Backend.ask`."""
         return await self.backend.ask(lambda version: self.replicas.call(version, answer, request))
 
     def stream(self, pieces: Pieces[A], request: A) -> AsyncGenerator[tuple[str, Item]]:
-        """Yields the version that answers, and each item of its answer; raises Refusal as in `Backend.stream`."""
+        """Yields the model version that answers, and each item of the answer; raises Refusal as in `Backend.stream`."""
         return self.backend.stream(lambda version: self.replicas.stream(version, pieces, request))

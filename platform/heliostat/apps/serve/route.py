@@ -24,7 +24,7 @@ A = TypeVar("A")
 
 
 class Route(ABC, Generic[B, A]):
-    """Answers the requests to one path. `B`: type of the requests' body. `A`: type of the request to a replica; it must be
+    """Answers the requests to one path. `B`: type of the requests' body. `A`: type of the request to a replica; this type must be
     picklable."""
 
     path: ClassVar[str]

@@ -121,7 +121,7 @@ class Row:
     task: asyncio.Task[None] | None = None  # the task that generates this row's answer, if the engine runs in the event loop
 
     def leave(self) -> None:
-        """Ends the row because its client has left. Call it in the event loop."""
+        """Ends the row because the row's client has left. Call this method in the event loop."""
         self.over = True
         if self.task is not None:
             self.task.cancel()

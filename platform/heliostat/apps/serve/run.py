@@ -181,7 +181,10 @@ def end_left() -> bool:
     try:
         ray.get_actor(DRIVER, namespace=NAMESPACE)
     except ValueError:  # Ray ends this actor with its driver
-        log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)) or "no application")
+        log.warning(
+            "ending the applications of an endpoint whose command was killed: %s",
+            ", ".join(sorted(applications)) or "no application",
+        )
         serve.shutdown()
         deployed.record_start(False)
         return True
@@ -274,7 +277,7 @@ class ServeEndpoint:
         self.front = serve.get_app_handle(FRONT)
 
     def load(self, version: str) -> None:
-        """Starts a version's replicas and waits until they run. If one of these replicas fails, ends them all and raises
+        """Starts a version's replicas and waits until they run. If one of these replicas fails, ends all of them and raises
         HeliostatError."""
         folder = self.served.source.folder(version)
         if folder is not None and (kind := kind_of(folder)) != self.kind:

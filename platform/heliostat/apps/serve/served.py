@@ -41,8 +41,8 @@ class NoModel:
 
 
 class VersionSource:
-    """Resolves a model (a folder, a `models:/` URI, or a run) to a version and its folder. An alias is resolved again at each
-    call.
+    """Resolves a model (a folder, a `models:/` URI, or a run) to a version and the version's folder. An alias is resolved again
+    at each call.
 
     `name`: the name that clients use by default.
     """
@@ -197,7 +197,7 @@ class Options(Strict):
     deadline_s: Float = Field(300.0, gt=0)
     """Maximum seconds of an answer."""
     poll_s: Float = Field(2.0, gt=0)
-    """Seconds between two checks of the alias."""
+    """Seconds between two checks of the model's alias for a new version."""
 
 
 def replica_range(text: str) -> tuple[int, int]:

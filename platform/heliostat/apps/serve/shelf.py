@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Shelf:
     """Opens an index for searches and for prompts with its passages.
 
-    Raises ConfigError if the index has embeddings and its embedder is missing.
+    Raises ConfigError if the index has embeddings and the index's embedder is missing.
     """
 
     def __init__(self, index: str, embedder: str | None, reranker: str | None = None) -> None:

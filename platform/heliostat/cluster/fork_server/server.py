@@ -118,8 +118,8 @@ def _next_id() -> bytes:
 
 
 def worker(request: ForkRequest) -> ForkRequest | None:
-    """Reads Ray's command for a worker, and applies its runtime environment. Returns None if a fork of this process can't be
-    that worker.
+    """Reads Ray's command for a worker, and applies the worker's runtime environment. Returns None if a fork of this process
+    can't be that worker.
 
     A fork can't be a worker of another job. A fork's runtime environment can contain only variables and a working folder.
     """
@@ -184,8 +184,8 @@ def _serve(listener: socket.socket) -> ForkRequest | None:
 
 
 def _end_with(parent: int) -> None:
-    """Makes the kernel kill this process when its parent ends. Ray's own check isn't enough, because it counts a zombie as
-    alive."""
+    """Makes the kernel kill this process when its parent ends. Ray's own check isn't enough, because Ray's check counts a zombie
+    as alive."""
     ctypes.CDLL(None, use_errno=True).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)

@@ -72,7 +72,7 @@ class ForkServer:
         self.process = self._launch(command, dict(environment))
 
     def _launch(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Starts the server's process in its own session. The process ends when its standard input ends."""
+        """Starts the server's process in a new session. The process ends when the process's standard input ends."""
         nowhere = subprocess.DEVNULL
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True

@@ -76,8 +76,8 @@ def of_chat(columns: Logprobs | None) -> Answer | None:
 
 
 def _of_token(token: str, value: float) -> Answer:
-    """Describes a token. `bytes` is None if the token is only a part of a character, because then its bytes can't be derived from
-    the text."""
+    """Describes a token. `bytes` is None if the token is only a part of a character, because then the token's bytes can't be
+    derived from the text."""
     return {"token": token, "logprob": value, "bytes": None if UNFINISHED in token else list(token.encode())}
 
 
