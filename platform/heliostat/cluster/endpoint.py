@@ -3,8 +3,8 @@
 On clouds, the dashboard listens only on the head's loopback address. heliostat reaches the dashboard through `ray dashboard`
 (ssh) or `kubectl port-forward`. These commands run only while heliostat needs them.
 
-A Ray driver must run on a node of its cluster. For the option `--cluster` of `serve` and `infer`, `join` makes this process a
-driver of a cluster on this machine.
+A Ray driver must run on a node of its cluster. For the option `--cluster` of `heliostat model serve` and `heliostat model infer`,
+the function `join` makes this process a driver of a cluster on this machine.
 """
 
 from __future__ import annotations

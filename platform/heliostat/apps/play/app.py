@@ -86,7 +86,7 @@ class Local:
         self.replica = replica
 
     async def call(self, version: str, answer: Work[A], request: A) -> dict[str, object]:
-        """Asks the replica for a complete answer."""
+        """Calls `answer` in the replica, and returns the complete answer."""
         return await self.replica.ask(answer, request)
 
     def stream(self, version: str, pieces: Pieces[A], request: A) -> AsyncGenerator[dict[str, object]]:

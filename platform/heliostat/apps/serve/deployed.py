@@ -43,7 +43,7 @@ class Handles:
         return self.known[version]
 
     async def call(self, version: str, answer: Work[A], request: A) -> Item:
-        """Asks a replica for a complete answer."""
+        """Calls `answer` in a replica, and returns the complete answer."""
         return await _answered(cast("DeploymentResponse[Item]", self._of(version).ask.remote(answer, request)))
 
     async def stream(self, version: str, pieces: Pieces[A], request: A) -> AsyncGenerator[Item]:

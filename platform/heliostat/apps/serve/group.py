@@ -60,7 +60,7 @@ class RowBatch:
 
     @property
     def place_bytes(self) -> float:
-        """Returns the bytes of one cache position of one row; 0 without a cache."""
+        """Returns the bytes that one cache position of one row takes, over all layers; 0 without a cache."""
         layers = self.cache.layers if self.cache is not None else []
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / self.mask.numel()
 

@@ -49,7 +49,7 @@ def parse(raw: bytes) -> dict[str, object]:
     except (ValueError, RecursionError) as e:
         raise Refusal(400, f"the body isn't valid JSON: {brief(e)}", code="invalid_json") from e
     if not isinstance(body, dict):
-        raise Refusal(400, "the body isn't a JSON object", code="invalid_json")
+        raise Refusal(400, "the body isn't a JSON object. Send the parameters as a JSON object", code="invalid_json")
     return body
 
 
@@ -59,7 +59,7 @@ def read(kind: type[B], raw: bytes) -> B:
     for name in [n for n in fields if n not in kind.model_fields]:
         _require_neutral(name, fields.pop(name), kind)
     if "stream_options" in fields and not fields.get("stream"):
-        raise Refusal(400, "stream_options: needs stream: true", "stream_options")
+        raise Refusal(400, "stream_options: needs stream: true. Set stream to true", "stream_options")
     try:
         return kind.model_validate(fields)
     except ValidationError as e:

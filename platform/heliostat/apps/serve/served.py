@@ -130,7 +130,8 @@ class ServedModels:
                      self.adapters, engine)  # fmt: skip
 
     def settings(self, kind: str | None, keys: dict[str, str] | None, o: Options) -> FrontSettings:
-        """Returns the settings of the HTTP server. `keys`: as in `FrontSettings`."""
+        """Returns the settings of the HTTP server. `keys`: digests of API keys, by the key's name; None means that clients need
+        no key."""
         return FrontSettings(self.name, kind, self.index_name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once,
                         o.a_minute, o.deadline_s, tuple(self.adapters))  # fmt: skip
 

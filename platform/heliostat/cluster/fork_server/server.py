@@ -47,7 +47,7 @@ class ForkRequest:
 
 
 def main() -> None:
-    """Serves requests until standard input ends. In a fork, runs the requested command."""
+    """Runs the fork server: forks a process for each request, until standard input ends. A fork runs the requested command."""
     address = sys.argv[1]
     os.environ[RAYLET] = str(os.getpid())  # Ray's workers end with this process, which ends with the raylet's parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)

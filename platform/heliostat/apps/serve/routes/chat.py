@@ -39,7 +39,7 @@ class ChatRequest(Sampled):
     @model_validator(mode="after")
     def _together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs: needs logprobs: true")
+            raise ValueError("top_logprobs: needs logprobs: true. Set logprobs to true")
         return self
 
     @property
