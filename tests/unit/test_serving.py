@@ -50,7 +50,7 @@ def test_a_completion_is_read_with_openais_defaults():
 @pytest.mark.parametrize(
     ("body", "param", "said"),
     [
-        ({"n": 2}, "n", "2 isn't supported. Leave it out, or set it to 1"),
+        ({"n": 2}, "n", "2 isn't supported. Remove this parameter, or set its value to 1"),
         ({"echo": True}, "echo", "true isn't supported"),
         ({"suffix": 3}, "suffix", "isn't text"),
         ({"prompt": "a \ud800"}, "prompt", "surrogates not allowed"),

@@ -268,7 +268,7 @@ def test_an_adapter_of_another_model_is_refused_before_vllm_starts(model, vllm, 
     path = "base_model.model.model.layers.0.self_attn.q_proj"
     pair = {f"{path}.lora_A.weight": torch.ones(4, 9), f"{path}.lora_B.weight": torch.ones(9, 4)}
     save_file(pair, tmp_path / "one/adapter_model.safetensors")
-    with pytest.raises(ConfigError, match=r"q_proj: its matrices are .*\. Pass an adapter of this model"):
+    with pytest.raises(ConfigError, match=r"q_proj: the adapter's matrices are .*\. Pass an adapter of this model"):
         VllmEngine(model, 4, {"one": str(tmp_path / "one")})
 
 
