@@ -55,7 +55,7 @@ class Promotion(HistoryEntry):
     replaced_scores: dict[str, float]
 
 
-EVENTS = Format(list[HistoryEntry], "history of a model", TrackingError, fix="Delete the tag to start another")
+EVENTS = Format(list[HistoryEntry], "history of a model", TrackingError, fix="Delete the tag to start a new history")
 
 
 class GateError(HeliostatError):
@@ -94,7 +94,7 @@ def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, fl
     better or equal.
 
     `mode`: `min` if lower scores are better. Returns the reason why the new model must not replace the current model; empty if
-    the new model may do so.
+    the new model may replace it.
     """
     for model_name, scores in (("the new model", new), ("the current model", present)):
         if not math.isfinite(scores.get(metric, math.nan)):
@@ -123,8 +123,8 @@ def find(client: MlflowClient, model: str) -> ModelVersion:
 
 
 def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float], dict[str, str]]:
-    """Reads a version's scores, for example `eval/loss`. Reads the held-out split of each dataset too, by the dataset's
-    digest."""
+    """Returns a version's scores by name, for example `eval/loss`, and the held-out split (fraction and version) of each
+    dataset by its digest."""
     tags = version.tags
     measured = {k.removeprefix(SCORE): float(v) for k, v in tags.items() if k.startswith(SCORE)}
     data = {}

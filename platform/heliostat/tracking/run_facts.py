@@ -57,7 +57,7 @@ class RecordedStart(CommandCode):
     changes: dict[str, tuple[str | None, str | None]]
 
 
-STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="Delete it to start another")
+STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="Delete the file to start a new list")
 SPIKES_SHOWN = 100  # maximum number of spikes in the tag (the newest)
 
 

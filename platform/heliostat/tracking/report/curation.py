@@ -173,7 +173,7 @@ def _costs(report: PageData) -> list[str]:
 
 
 def _stage(name: str, part: PageData) -> list[str]:
-    """Renders one stage: its reasons, histograms, clusters, and examples."""
+    """Renders one curation stage: the reasons for dropped documents, histograms, clusters, and examples."""
     dropped, counts, what = part.get("dropped", {}), part.get("counts", {}), part.get("what", {})
     came = part.get("documents", 0)
     out = []
