@@ -4,8 +4,8 @@ All samples of a damaged or replaced row group are bad. heliostat detects the da
 checksums, the Parquet structure, or the number of tokens. A token outside the vocabulary makes only its own sample bad. Every
 read gives the same bad samples, and `Dataset.load` replaces them.
 
-If a shard is missing, or the store fails for longer than the retry budget, this is an error instead. The shard may be readable
-later. If its samples were replaced, the run would depend on chance.
+If a shard is missing, or the store fails for longer than the retry budget, reading raises an error. heliostat doesn't replace
+these samples, because the shard may be readable later, and the run's samples must not depend on chance.
 """
 
 from __future__ import annotations

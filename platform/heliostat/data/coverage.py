@@ -1,6 +1,6 @@
 """Counts the samples of each row group that a run has trained on, and finds the steps that used them.
 
-Only data plans are needed.
+The functions need only data plans and manifests, not the shards.
 
 The counts are exact. The complete windows before a step contain a prefix of every source's stream, so whole row groups of each
 epoch are counted at once. Only the samples of the last window are located one by one.
@@ -41,7 +41,7 @@ def cut(plans: list[DataPlan], steps: int) -> list[Segment]:
 def segment_counts(segment: Segment, manifests: list[Manifest]) -> list[np.ndarray]:
     """Counts the samples of each row group that a segment's steps used: int64 [chunks] for each source.
 
-    A bad sample counts, not its replacement. Samples that the plan skips don't count.
+    A bad sample counts; the sample that replaced it doesn't. Samples that the plan skips don't count.
     """
     skipping = make_order(segment.plan, manifests)
     order = make_order(dataclasses.replace(segment.plan, skips=()), manifests)
@@ -97,7 +97,8 @@ def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
 
 
 def ranges(manifest: Manifest, seen: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """Yields the shards in `seen` as ranges (first, last) of shards that are consecutive in the manifest."""
+    """Groups the shards in `seen` into ranges that are consecutive in the manifest. Yields the first and the last shard's path
+    of each range."""
     run: list[str] = []
     for path in dict.fromkeys(manifest.paths):
         if path in seen:

@@ -43,7 +43,7 @@ def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
             _write(file, built)
             return _open(file) or built
     except (OSError, pa.ArrowException) as e:
-        log.warning("%s: can't share a table there (%s), so this process keeps its own copy", file.parent, e)
+        log.warning("%s: can't share a table in this folder (%s), so this process keeps its own copy", file.parent, e)
         return build()
 
 

@@ -1,10 +1,10 @@
-"""Runs the streams of one attempt.
+"""Runs the Ray Data streams that supply the workers of one attempt.
 
 A small run has one stream. A run with many ranks has one stream per node, or per group of nodes.
 
-The executor of a Ray Dataset is one thread, which takes 10 to 20 ms per block of 8 MB. So a run with one stream gets only 0.4 to
-0.8 GB/s on any number of nodes. Consecutive blocks belong to consecutive ranks. So a stream reads complete windows if it serves
-at least as many ranks as a window has blocks. No other stream then reads these windows, except at the ends of a stream's ranks,
+The executor of a Ray Dataset is one thread, which takes 10 to 20 ms per block of 8 MB. So one stream delivers only 0.4 to 0.8
+GB/s, even on many nodes. Consecutive blocks belong to consecutive ranks. So a stream reads complete windows if it serves at
+least as many ranks as a window has blocks. No other stream then reads these windows, except at the ends of a stream's ranks,
 where a window can be shared. The samples, their order, and their digests don't depend on the number of streams.
 """
 
@@ -54,7 +54,7 @@ class StreamKeeper:
 
 
 class NodeStreams:
-    """Owns the streams of an attempt. `end` ends them."""
+    """Owns the streams that supply an attempt's workers with data. `end` ends the streams."""
 
     def __init__(self, task: Fetch, ranks: int, limits: StreamLimits) -> None:
         """Starts the stream now if one stream is enough for every placement of the ranks.
@@ -76,7 +76,7 @@ class NodeStreams:
             self._streams.append(self._limits.split(self._task, len(nodes)))
             return self._streams[0]
         log.info(
-            "%d streams read the data; each shuffle window is read %.2f times",
+            "%d streams read the data; each shuffle window is read %.2f times on average",
             len(grouped),
             reads(grouped, self._task.plan.shape),
         )

@@ -7,9 +7,9 @@
 
 None of these digests depends on the number of workers.
 
-A receipt records its version of this scheme; receipts of version 1 record none. Each receipt is checked by the rules of its
-version. Version 2 also hashes the names, types, and nulls of rows; for tokens, versions 1 and 2 give the same digests. A resumed
-run continues with the newest version.
+A receipt records the version of this scheme that it uses; receipts of version 1 don't record a version. Each receipt is checked
+by the rules of its version. Version 2 also hashes the names, types, and nulls of rows; for tokens, versions 1 and 2 give the
+same digests. A resumed run continues with the newest version.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ at 1, 2, and 5 tenths, hundredths, and so on. At these fractions, exactly the do
 Otherwise, the place is a hash of the shard's footer digest and the row group's number.
 
 For datasets of rows, a row is a sample. If their places are unknown, a row group needn't be held out completely. Instead, some
-consecutive rows of the row group are held out, beginning at a hashed row. Their number grows with the fraction. After the last
-row, they continue with the first row.
+consecutive rows of the row group are held out, beginning at a hashed row. The number of these rows grows with the fraction.
+After the row group's last row, they continue with its first row.
 """
 
 from __future__ import annotations

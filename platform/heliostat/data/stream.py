@@ -50,8 +50,8 @@ COPIES = 4  # copies of a window during its fetch: its chunks, its samples, its 
 class Fetch:
     """Fetches windows, as a Ray Data map task: takes the index of a window, and yields its blocks in the `wanted` ranges.
 
-    `windows`, `wanted`: ranges [begin, end) of windows and of blocks; `ranks`: (some ranks, the number of all ranks), to yield
-    only the blocks of these ranks; None: all blocks.
+    `windows`, `wanted`: ranges [begin, end) of windows and of blocks; `ranks`: (ranks, number of all ranks); yields only the
+    blocks of `ranks`. None: yields all blocks.
     """
 
     plan: DataPlan
@@ -156,7 +156,8 @@ class Windows(Datasource):
 
 
 class Ahead(BackpressurePolicy):
-    """Limits the window indices that wait for a fetch. Ray Data limits only bytes, and would take all of these small blocks."""
+    """Limits the window indices that wait for a fetch. Ray Data limits only bytes, so without this class it queues the indices
+    of all windows at once."""
 
     def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
         if not op.name.startswith("ReadWindows"):  # Ray's name for the task of `Windows`
@@ -212,8 +213,8 @@ def dataset(
 def split(data: ray.data.Dataset, workers: int) -> list[DataIterator]:
     """Splits the stream by blocks into one part for each worker, in order.
 
-    The stream runs in its own actor on this node; `end` stops it. Ray Train could split it too, but needs one more process, and
-    can start only after the workers.
+    The stream runs in its own actor on this node; `end` stops it. Ray Train could also split the stream, but it needs one more
+    process, and can start only after the workers.
     """
     return data.streaming_split(workers, equal=False)
 
@@ -277,7 +278,7 @@ class LaneStream:
 
 
 def iterate(part: DataIterator, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
-    """Starts a worker's stream over its part of the data. The stream prefetches one round ahead from now on."""
+    """Starts a worker's stream over its part of the data. From this call on, the stream prefetches one round."""
     lanes = plan.shape.lanes // workers
     batches = part.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
     return LaneStream(begun(iter(batches)), plan, order, rank, workers, start_step)

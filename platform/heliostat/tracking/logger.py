@@ -174,7 +174,7 @@ class RunOwner:
         if self._fault or self._thread.is_alive():
             kept = self.job.run_folder.join(run_folder.UNLOGGED)
             lacks = f"{self._away()}. The missing metrics are in {kept}"
-            fault = f"{lacks}. To log these metrics: heliostat train --resume"
+            fault = f"{lacks}. To log these metrics: heliostat train JOB --resume"
             if status == "FINISHED":
                 raise TrackingError(fault) from self._fault
             log.error(fault)
