@@ -67,12 +67,12 @@ class Format(Generic[T]):
         return self.parse(data, place)
 
     def read_lines(self, place: Location | Path) -> list[T]:
-        """Reads a file with one record per line; empty lines are left out."""
+        """Reads a file with one JSON record per line, and returns the list of records; skips empty lines."""
         lines = _bytes(place).split(b"\n")
         return [self.parse(line, f"{place}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
     def build(self, raw: object, where: object) -> T:
-        """Builds the record from plain data that is already decoded. `where`: the name of the data's source, for errors."""
+        """Builds the record from decoded JSON data. `where`: the name of the data's source, for errors."""
         return self.parse(json.dumps(raw).encode(), where)
 
     def encode(self, record: T) -> bytes:
@@ -103,7 +103,7 @@ def _bytes(place: Location | Path) -> bytes:
 
 
 def _first(error: ValidationError) -> str:
-    """Describes the first fault: its place in the record, and the problem."""
+    """Describes the first error of a validation: the key in the record, and the problem."""
     fault = error.errors(include_url=False, include_context=False)[0]
     where = printable(".".join(str(part) for part in fault["loc"]))[:200]
     said = brief(fault["msg"].removeprefix("Value error, "))

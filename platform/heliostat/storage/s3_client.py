@@ -82,7 +82,7 @@ def given(query: str) -> dict[str, str]:
 
 
 def resolve(query: str) -> S3Options:
-    """Completes the options in a query with options from the environment."""
+    """Returns the options of a query; options that the query doesn't set come from the environment."""
     options = dict(given(query))
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and "endpoint_override" not in options:
@@ -96,7 +96,7 @@ def resolve(query: str) -> S3Options:
 
 
 class RewrittenError(Exception):
-    """Reports that an object isn't the expected one, because it was overwritten."""
+    """Reports that an object was overwritten, so its content isn't the expected content."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,10 @@ class Store:
         return data
 
     def create(self, path: str, data: bytes) -> bool:
-        """Writes an object only if no object exists; returns whether it wrote one.
+        """Writes an object only if no object exists at the path; returns whether the object was written.
 
-        If the answer to a successful write is lost, the repeated write returns False. So the data must show who wrote it.
+        If the answer to a successful write is lost, the repeated write returns False. So the data must contain the writer's
+        identity.
         """
         if self.payer:
             raise PermissionError(ONLY_READ)
@@ -199,7 +200,7 @@ def _listed(path: str, size: int, answer: dict[str, Any]) -> Listed:
 
 @lru_cache(maxsize=16)
 def client(query: str, attempts: int, silence_s: float) -> BaseClient:
-    """Makes the client of a store, with `attempts` per request, and `silence_s` seconds to wait for a byte."""
+    """Makes the client of a store, with `attempts` attempts per request, and `silence_s` seconds to wait for a byte."""
     import boto3
     import botocore.session
     from botocore import UNSIGNED
@@ -222,7 +223,7 @@ def client(query: str, attempts: int, silence_s: float) -> BaseClient:
 
 
 def _time(written: str) -> datetime:
-    """Parses a time. Times in listings have a fast parser, because parsing would otherwise take most of a listing's time."""
+    """Parses a time in ISO format. Uses a fast parser for times in listings, because they are most of a listing's work."""
     from botocore.utils import parse_timestamp
 
     with suppress(TypeError, ValueError):
@@ -286,7 +287,8 @@ def _split(infos: Iterable[Listed]) -> tuple[list[Listed], list[str]]:
 
 
 def _plain(path: str, folder: str) -> bool:
-    """Returns whether a folder can be listed by its path. A key may have empty parts (`a//b`), but a path can't."""
+    """Returns whether a folder can be listed by its path. This fails for keys with empty parts (`a//b`), because a path can't
+    have such parts."""
     return folder.startswith(f"{path}/") and all(folder[len(path) + 1 :].split("/"))
 
 
@@ -355,7 +357,7 @@ def _info(entry: Listed) -> pafs.FileInfo:
 
 
 class _Object(io.RawIOBase):
-    """Presents an object as a file. Every read is a request."""
+    """Provides an S3 object as a Python file object. Every read sends one request."""
 
     def __init__(self, store: Store, path: str, size: int) -> None:
         self._store, self._path, self._size, self._at = store, path, size, 0

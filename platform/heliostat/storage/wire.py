@@ -40,10 +40,11 @@ def travels(cls: C) -> C:
 
 
 def pack(value: object) -> bytes:
-    """Encodes a value. Raises TypeError if the value isn't plain, and ValueError if it takes more than MOST bytes."""
+    """Encodes a value. Raises TypeError if the value isn't plain, and ValueError if the encoded value has more than MOST
+    bytes."""
     data = msgpack.packb(value, default=_encode, strict_types=True, unicode_errors=NAMES)
     if len(data) > MOST:
-        raise ValueError(f"a message of {len(data):,} bytes is larger than {MOST:,}")
+        raise ValueError(f"a message between processes has {len(data):,} bytes, more than the maximum of {MOST:,}")
     return data
 
 
@@ -91,7 +92,7 @@ def _name(cls: type) -> str:
 
 def _pack_array(value: np.ndarray) -> bytes:
     if value.dtype.hasobject:
-        raise TypeError("an array of Python objects can't be sent between processes")
+        raise TypeError("an array of Python objects can't be sent between processes. Use an array of numbers")
     out = io.BytesIO()
     np.lib.format.write_array(out, value, allow_pickle=False)
     return out.getvalue()
@@ -135,7 +136,7 @@ def _unpack_table(data: bytes) -> pa.Table:
 def _pack_error(value: HeliostatError) -> bytes:
     """Encodes an error: its class, its arguments, and its attributes.
 
-    If the class isn't in `heliostat.errors`, encodes its base class there.
+    If the class isn't in `heliostat.errors`, encodes the error as its nearest base class in that module.
     """
     value = innermost(value) or value
     kind = next(c for c in type(value).__mro__ if c.__module__ == errors.__name__)
