@@ -99,7 +99,7 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         ({"set": {"train.stesp": 5}}, {}, "train.stesp: unknown key. Did you mean 'steps'"),
         ({"set": {"train.optimizer.lr": 1e-3}}, {}, "space.train.optimizer.lr: is also in `set`"),
         ({"metric": "los"}, {}, "metric: 'los' isn't a score of heliostat.recipes:CausalLM. Did you mean 'loss'"),
-        ({}, {"evaluate": None}, "job: has no evaluate, so it reports no metric"),
+        ({}, {"evaluate": None}, "job: has no section `evaluate`, so it reports no metric"),
         ({}, {"workers.count": [1, 4]}, "is elastic, but a sweep needs a fixed number"),
         ({}, {"train.parallel": "auto"}, "train.parallel auto could choose a different configuration"),
         ({"budget": {}}, {}, "budget: searcher 'random' needs a limit"),

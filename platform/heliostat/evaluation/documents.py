@@ -20,7 +20,9 @@ def open_text(place: Location) -> Manifest:
     """Opens a prepared dataset. Raises ConfigError if the dataset contains no text."""
     dataset = manifest.read(place)
     if dataset.kind != "tokens":
-        raise ConfigError(f"{place}: contains {dataset.kind!r}. Only text datasets can be compared or searched")
+        raise ConfigError(
+            f"{place}: contains {dataset.kind!r}. Only text datasets can be compared or searched. Pass a text dataset"
+        )
     return dataset
 
 

@@ -65,7 +65,7 @@ def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, Sequence[floa
         raise
     except Exception as e:
         raise HeliostatError(
-            f"tasks: {task.name}: lm-eval can't score it ({type(e).__name__}: {brief(e) or 'no reason given'}). "
+            f"tasks: {task.name}: lm-eval can't score this task ({type(e).__name__}: {brief(e) or 'no reason given'}). "
             f"The model reads at most {model.max_length} tokens"
         ) from e
     samples = [one for one in evaluated["samples"][task.name] if one["filter"] == task.filter]

@@ -77,7 +77,7 @@ class Suite(Strict):
     def _once(self) -> Suite:
         names = [entry.task for entry in self.tasks]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"tasks: {twice!r} is listed twice. Remove one")
+            raise ValueError(f"tasks: {twice!r} is listed twice. Remove one of the two")
         return self
 
 

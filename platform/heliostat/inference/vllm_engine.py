@@ -109,7 +109,7 @@ class VllmStream:
     ) -> AsyncGenerator[tuple[int, Chosen | None]]:
         """Yields the tokens of an answer as vLLM generates them, each with its log probabilities if `logprobs` isn't None.
 
-        Raises HeliostatError if vLLM stops too early: before a token of `ends`, and before `most` tokens.
+        Raises HeliostatError if vLLM stops before it generates a token of `ends` or `most` tokens.
         """
         params = self.params(**sampling(most, draw.temperature, draw.top_p, draw.seed, ends, logprobs))
         prompt_tokens: TokensPrompt = {"prompt_token_ids": prompt}
@@ -126,7 +126,7 @@ class VllmStream:
 
 
 class OnVllm:
-    """Runs a batch engine's task on vLLM. vLLM forms its own batches from all inputs of a piece."""
+    """Runs a batch engine's task on vLLM. vLLM gets all inputs of a Ray task at once, and forms its own batches."""
 
     loaded: LoadedModel
     longest: int | None

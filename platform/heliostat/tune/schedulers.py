@@ -121,7 +121,7 @@ class Median(Within, MedianStoppingRule):
 
 
 class _StandIn:
-    """Stands in for Tune's trial object, for a trial that an earlier command ran."""
+    """Represents a trial of an earlier command. Tune's schedulers get this object instead of Tune's own trial object."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
@@ -133,7 +133,8 @@ def _in_order(records: list[TrialRecord]) -> list[tuple[int, float, TrialRecord]
 
 
 class Pbt(Within, PopulationBasedTraining):
-    """Implements PBT with Tune's synchronous scheduler: all trials report the same step before any exchange."""
+    """Implements PBT with Tune's synchronous scheduler: all trials report the same step before any trial clones another
+    trial."""
 
     def __init__(self, state: SweepState) -> None:
         settings = state.plan.sweep.scheduler

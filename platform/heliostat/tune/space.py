@@ -80,7 +80,7 @@ class Domain(Strict):
         values, numbers = self.values, self.numbers
         if self.listed:
             if any(v in values[:i] for i, v in enumerate(values)):
-                raise ValueError(f"{self.kind} {values} contains a value twice. Remove one")
+                raise ValueError(f"{self.kind} {values} contains a value twice. Remove one of the two")
         elif numbers[0] >= numbers[1]:
             raise ValueError(f"{self.kind} {values} is an empty range. The first number must be below the second")
         elif "log" in self.kind and numbers[0] <= 0:

@@ -155,7 +155,8 @@ class SweepState:
             self.stop(f"budget.gpu_hours: the {budget.gpu_hours:g} GPU-hours are used up", used_up=True)
 
     def stop(self, why: str, used_up: bool = False) -> None:
-        """Asks every trial to save a checkpoint and stop."""
+        """Requests that every trial saves a checkpoint and stops. `why`: the reason; `used_up`: whether the budget is used
+        up."""
         if not self.stopping:
             self.stopping, self.used_up = why, used_up
             log.warning("%s: trials stop after their next checkpoint. To continue the sweep, use --resume", why)

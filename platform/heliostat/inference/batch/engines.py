@@ -59,7 +59,8 @@ class Answer:
 
 
 class BadInputError(Exception):
-    """Reports that an input can't be answered; contains `bad` and `detail` of the input's `Answer`."""
+    """Reports that an input can't be answered, with the reason (`bad`) and an explanation (`detail`) for the input's
+    `Answer`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -335,7 +336,8 @@ class Score(BatchEngine):
         return [self.read(*row) for row in zip(nats, cut, tokens, inputs, strict=True)]
 
     def read(self, nats: float, cut: list[int], tokens: list[int], source: Input) -> Answer:
-        """Builds an answer from the negative log-likelihood of the tokens that fit."""
+        """Builds the answer for a text. `nats`: negative log-likelihood of the tokens in `cut`, which fit into the model's
+        maximum."""
         truncated = len(cut) < len(tokens)
         text = self.tokenizer.decode(cut, skip_special_tokens=True) if truncated else source.text
         size = max(1, len(text.encode("utf-8", "replace")))

@@ -121,7 +121,7 @@ def answer_piece(
 ) -> dict[str, object]:  # fmt: skip
     """Answers the documents of a piece, and writes the answers in the input's order; returns the task's record.
 
-    `model`: the model's files; `follows`: their digest.
+    `model`: the model's files; `follows`: the digest of these files.
     """
     items = list(chain.from_iterable(source.read(part) for part in piece))
     read = [item for item in items if isinstance(item, Document)]
