@@ -63,7 +63,7 @@ COUNTED = ("row_group", "rows", "tokens", "bytes", "file_bytes")
 
 @open_
 class Curation(TypedDict):
-    """Names the record files of curation. `funnel`: path of the counts per stage; `ends`: (first key in hex, path) per file."""
+    """Lists the record files of curation. `funnel`: path of the counts per stage; `ends`: (first key in hex, path) per file."""
 
     funnel: NotRequired[str]
     ends: NotRequired[list[Annotated[list[str], Field(min_length=2, max_length=2)]]]
