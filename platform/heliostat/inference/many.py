@@ -53,7 +53,7 @@ def generate_many(
     claim(place, identity, "answers", "answers of `heliostat model generate --prompts`")
     import torch
 
-    with lease.take(place, "written", "Wait for it, or stop it", field="--out") as lease_:
+    with lease.take(place, "written", "Wait for that process, or stop it", field="--out") as lease_:
         with flow_on_ray(place, "answering prompts", workers, torch.cuda.device_count(), quiet) as flow:
             try:
                 results = answered(flow, folder, prompts, options, seed, out, key(identity))

@@ -81,7 +81,7 @@ def infer(
     about = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
     facts = {"model": about, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
     claim(place, {"model": about["digest"], "input": absolute(input), **settings.identity}, "answers", "batch inference")
-    with lease.take(place, "written", "Wait for it, or stop it", field="--out") as lease_:
+    with lease.take(place, "written", "Wait for that process, or stop it", field="--out") as lease_:
         log.info("%s answers (%s)", by, why)
         with flow_on_ray(place, f"answering {input}", workers, gpus, quiet) as flow:
             return answer(flow, files, facts | {"input": input}, place, lease_.fence.check)
