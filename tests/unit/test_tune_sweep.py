@@ -139,7 +139,7 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         (
             {"scheduler": {"name": "pbt", "interval": 10}, "space": {"model.hidden_size": {"choice": [32, 64]}}},
             {},
-            "space.model.hidden_size: 'pbt' can't change it during a run",
+            "space.model.hidden_size: 'pbt' can't change this key during a run",
         ),
         ({"scheduler": {"name": "pbt", "interval": 10}, "budget": {"hours": 1}}, {}, "budget.trials: 'pbt' needs"),
     ],

@@ -123,7 +123,7 @@ def _tokens(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _by_chunk(samples: SamplePlaces) -> list[np.ndarray]:
-    """Groups the samples by row group: for each, an array of their indices."""
+    """Groups the samples by row group. Returns an array of sample indices for each row group."""
     order = np.lexsort((samples.chunk, samples.source))
     source, chunk = samples.source[order], samples.chunk[order]
     edges = np.flatnonzero((source[1:] != source[:-1]) | (chunk[1:] != chunk[:-1])) + 1
@@ -131,7 +131,8 @@ def _by_chunk(samples: SamplePlaces) -> list[np.ndarray]:
 
 
 def _arrange(parts: list[pa.Table | None], members: list[np.ndarray]) -> pa.Table:
-    """Puts the rows of each part at the indices of its members, and nulls where a part is missing."""
+    """Joins tables to one table, in the order of the samples. `members`: the indices of each table's rows in the result. Rows
+    of a missing table are null."""
     good = [(mine, part) for mine, part in zip(members, parts, strict=True) if part is not None]
     if not good:
         return pa.table({})

@@ -80,7 +80,7 @@ def index(location: Location) -> IndexReport:
 
 
 def _of_replaced(location: Location) -> set[str]:
-    """Lists the shards of replaced versions, which stay in the folder for the runs that read them."""
+    """Lists the shards of replaced versions. These shards stay in the folder for the runs that still read them."""
     names = versions.read_record(location).get("replaced", {})
     kept = [name for name, _ in location.join(manifest.VERSIONS).files() if name in names] if names else []
     return {path for name in kept for path in manifest.read_version(location, name).chunks["path"].to_pylist()}

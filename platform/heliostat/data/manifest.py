@@ -102,7 +102,7 @@ class Manifest:
     def fact(self, name: str) -> Any:
         """Returns a value from the metadata that the caller needs. Raises DataError if the value is missing."""
         if self.meta.get(name) is None:
-            raise DataError(f"{self.location}: its manifest lacks {name!r}. Prepare the dataset again")
+            raise DataError(f"{self.location}: the manifest lacks {name!r}. Prepare the dataset again")
         return self.meta[name]
 
     @property
@@ -258,7 +258,7 @@ def write_table(location: Location, chunks: pa.Table, meta: Mapping[str, object]
 
 
 def keep(version: Manifest) -> None:
-    """Stores this version in `manifests/` if it is missing there: older datasets have only `manifest.parquet`."""
+    """Stores this version in `manifests/` if it isn't there yet. Older datasets have only `manifest.parquet`."""
     place = version.location.join(VERSIONS, version_name(version.digest))
     if not place.exists():
         place.write(_encode(version))
@@ -274,7 +274,7 @@ def _complete(chunks: pa.Table) -> pa.Table:
 
 
 def _compact(chunks: pa.Table) -> pa.Table:
-    """Encodes paths and footers as dictionaries, so that all row groups of a file share one copy."""
+    """Returns the table with paths and footers in dictionary encoding: the row groups of a file share one copy."""
     for name in ("path", "footer"):
         column = chunks[name] if pa.types.is_dictionary(chunks[name].type) else chunks[name].dictionary_encode()
         chunks = chunks.set_column(chunks.schema.get_field_index(name), name, column.unify_dictionaries())

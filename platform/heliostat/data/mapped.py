@@ -28,7 +28,8 @@ WAIT_S = 600  # seconds to wait for another process that makes the same table
 
 
 def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
-    """Returns the table that `build` makes. One process of the machine builds it, and the others open its file.
+    """Returns the table that `build` makes. One process of the machine builds the table, and the other processes open the
+    table's file.
 
     `key`: a value that JSON can represent, with everything that the table depends on.
     """

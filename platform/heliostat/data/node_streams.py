@@ -42,7 +42,7 @@ class StreamLimits:
     labels: dict[str, str]
 
     def split(self, task: Fetch, ranks: int) -> list[DataIterator]:
-        """Starts a stream for `ranks` ranks, and returns each rank's part."""
+        """Starts a Ray Data stream for `ranks` ranks, and returns an iterator over the blocks of each rank."""
         return stream.split(stream.dataset(task, max(2, ranks), self.memory, self.sample_bytes, self.labels), ranks)
 
 
@@ -57,9 +57,8 @@ class NodeStreams:
     """Owns the streams that supply an attempt's workers with data. `end` ends the streams."""
 
     def __init__(self, task: Fetch, ranks: int, limits: StreamLimits) -> None:
-        """Starts the stream now if one stream is enough for every placement of the ranks.
-
-        The stream then starts at the same time as the workers.
+        """Prepares the streams. If one stream is enough for every placement of the ranks, starts this stream now, while the
+        workers start.
         """
         self._task, self._limits = task, limits
         self._keepers: list[ActorHandle[StreamKeeper]] = []
@@ -68,7 +67,8 @@ class NodeStreams:
             self._streams.append(limits.split(task, ranks))
 
     def parts(self, nodes: Sequence[str]) -> list[DataIterator]:
-        """Returns each rank's part of its stream, and starts the streams that don't run yet. `nodes`: the node of each rank."""
+        """Returns, for each rank, the iterator over the rank's blocks. Starts the streams that don't run yet. `nodes`: the node
+        of each rank."""
         if self._streams:
             return self._streams[0]
         grouped = groups(nodes, per_window(self._task.plan.shape))

@@ -173,7 +173,7 @@ class Order:
         return range(begin, end)
 
     def block(self, number: int) -> np.ndarray:
-        """Computes the positions of a block: int64 [R]."""
+        """Computes the positions of a block's samples in the global sequence: int64 [samples per block]."""
         index = self._section(self._blocks, number)
         section = self.sections[index]
         size = section.steps_per_block * self.shape.per_lane

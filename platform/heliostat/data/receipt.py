@@ -28,7 +28,7 @@ CONTENTS = {1: sample_bytes_1, 2: sample_bytes}
 
 
 def sample_digests(samples: SamplePlaces, contents: Content, version: int = VERSION) -> np.ndarray:
-    """Computes the digest of each sample from its place and its content: uint64 [n]."""
+    """Computes the digest of each sample from the sample's place (source, epoch, chunk, row) and its content: uint64 [n]."""
     places = np.stack([samples.source, samples.epoch, samples.chunk, samples.row], axis=1).astype("<i8")
     out = bytearray()
     for place, row in zip(places, CONTENTS[version](contents), strict=True):

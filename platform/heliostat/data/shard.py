@@ -74,7 +74,8 @@ class ExchangedError(ValueError):
 
 
 def read_group(file: pa.NativeFile, group: int, column: str | None, footer: str, content: str) -> pa.Table:
-    """Reads a row group of an open file, or one of its columns, after comparing the digests of footer and content.
+    """Reads a row group of an open file, or one of its columns, after it has compared the digests of footer and content with
+    the manifest's digests.
 
     `content`: "" if the manifest doesn't record it. Raises ExchangedError if a digest differs; pa.ArrowException, OSError, or
     ValueError if the file is damaged.

@@ -29,7 +29,8 @@ NEWEST = 2  # newest version of the rules for split and order; the data plan rec
 
 
 def hash64(values: np.ndarray) -> np.ndarray:
-    """Computes the finalizer of SplitMix64 (Steele et al. 2014), uint64 to uint64. It spreads counters and digests evenly."""
+    """Computes the finalizer of SplitMix64 (Steele et al. 2014), uint64 to uint64. This hash spreads counters and digests
+    evenly."""
     z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -72,7 +72,7 @@ class Fetch:
         raise IndexError(index)
 
     def numbers(self, order: Order, window: int) -> list[int]:
-        """Lists the wanted blocks of a window."""
+        """Lists the numbers of a window's blocks that this task yields."""
         inside = [n for n in order.blocks(window) if any(first <= n < last for first, last in self.wanted)]
         if self.ranks is None:
             return inside
@@ -80,7 +80,7 @@ class Fetch:
         return [n for n in inside if n % self.plan.shape.lanes % count in ranks]
 
     def indices(self) -> Iterable[int]:
-        """Lists the indices of the windows that contain wanted blocks, in order."""
+        """Lists the indices of the windows that contain blocks for this task, in order."""
         if self.ranks is None:
             return range(self.count)
         order = open_dataset(self.plan).order
@@ -123,7 +123,7 @@ def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bo
 
 
 def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
-    """Adds [begin, end) to ascending ranges, and merges it with the last one if they touch or overlap."""
+    """Adds [begin, end) to a list of ascending ranges. Merges it with the last range if the two touch or overlap."""
     if ranges and begin <= ranges[-1][1]:
         begin = ranges.pop()[0]
     ranges.append((begin, end))
@@ -185,7 +185,7 @@ def dataset(
     labels: dict[str, str] | None = None,
     own_cpu: bool = True,
 ) -> ray.data.Dataset:
-    """Makes the Ray Dataset of the task's blocks, with one Ray block for each.
+    """Makes the Ray Dataset of the task's blocks: each block of the order is one Ray block.
 
     At most `concurrency` windows are in flight, fewer if `memory_limit` (bytes) doesn't allow that many. `sample_bytes`: mean
     size of a sample; `labels`: only nodes with these Ray labels fetch; `own_cpu`: each fetch task reserves one of Ray's CPUs. If
@@ -278,7 +278,8 @@ class LaneStream:
 
 
 def iterate(part: DataIterator, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
-    """Starts a worker's stream over its part of the data. From this call on, the stream prefetches one round."""
+    """Returns a worker's stream of samples, cut from the worker's blocks in `part`. From this call on, the stream prefetches
+    one round."""
     lanes = plan.shape.lanes // workers
     batches = part.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
     return LaneStream(begun(iter(batches)), plan, order, rank, workers, start_step)

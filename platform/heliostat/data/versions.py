@@ -118,7 +118,7 @@ def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
         host, pid = other.get("host"), other.get("pid")
         if host != socket.gethostname():
             log.warning("%s: `data prepare` on %r didn't finish, or is still running. "
-                        "Two concurrent prepares would damage each other's files",
+                        "If it is still running, stop one of the two: concurrent prepares damage each other's files",
                         location, host)  # fmt: skip
         elif pid != os.getpid() and _alive(pid, other.get("started")):
             raise ConfigError(

@@ -75,7 +75,8 @@ class Examples:
         self.grams[task] = decontamination.grams(list(texts), self.n)
 
     def look_through(self, training: Training, shown: Shown = lambda done, all_: None) -> list[str]:
-        """Searches the training data for the n-grams of the examples, and stores those that it finds in `seen`.
+        """Searches the training data for the n-grams of the examples, and adds the n-grams that occur in the training data to
+        `seen`.
 
         Returns an error for each chunk that can't be read.
         """

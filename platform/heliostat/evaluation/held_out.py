@@ -145,8 +145,7 @@ def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
 
 
 def questions(ask: Ask, texts: Sequence[WordedDocument], count: int, seed: int) -> Iterator[Question]:
-    """Yields up to `count` questions. In each round, it tries once per document to make a question. There are at most TRIES
-    rounds."""
+    """Yields up to `count` questions. In each of at most TRIES rounds, tries once per document to make a question."""
     rng, count_asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
     for _ in range(TRIES):
         for number in rng.sample(range(len(texts)), len(texts)):

@@ -40,7 +40,8 @@ def require_language_model(folder: Path) -> None:
 
 
 def load(folder: Path, suite: Suite) -> HFLM:
-    """Loads a model as lm-eval's class. Raises ConfigError if a weight is missing, or if the model needs code from its folder."""
+    """Loads a model as an object of lm-eval's class `HFLM`. Raises ConfigError if a weight is missing, or if the model needs
+    code from its folder."""
     from lm_eval.models.huggingface import HFLM
 
     with exported.using(folder):

@@ -153,7 +153,8 @@ def _place(value: str, folder: Location, where: object) -> Location:
 
 
 def _fetched(place: Location, cache: Path, where: object) -> Path:
-    """Returns a file's local path. Copies the file first if it is in a store. Raises ConfigError if the file doesn't exist."""
+    """Returns a file's local path. If the file is in a store, first copies the file to `cache`. Raises ConfigError if the file
+    doesn't exist."""
     if not place.exists():
         raise ConfigError(f"{where}: data_files: {place}: no such file. Put the file there, or use another file")
     if not place.is_s3:

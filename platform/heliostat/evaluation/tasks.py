@@ -55,8 +55,8 @@ class EvalTask:
 
 
 def build(suite: Suite, folder: Location, cache: Path) -> list[EvalTask]:
-    """Builds all tasks of a suite, and reads their data sets. `cache`: the folder for copies. Raises ConfigError for the first
-    invalid task."""
+    """Builds all tasks of a suite, and reads their data sets. `cache`: the folder for copies of files from S3. Raises
+    ConfigError for the first invalid task."""
     root = task_files.download(folder, cache / "tasks")
     return [_build(suite, entry, folder, root, cache) for entry in suite.tasks]
 

@@ -138,16 +138,18 @@ class ProgramResult:
 
 @cache
 def require_sandbox() -> None:
-    """Raises ConfigError if this machine can't isolate programs. To test this, it runs one program, once per process."""
+    """Raises ConfigError if this machine can't isolate programs. To test this, runs one program, once per process."""
     if not sys.platform.startswith("linux") or platform.machine() not in sandbox.CALLS:
         known = ", ".join(sandbox.CALLS)
         raise ConfigError(f"the sandbox needs Linux on {known}, and this is {sys.platform} on {platform.machine()}")
     try:
         outcome = run_program("x = 1", "assert x == 1")
     except HeliostatError as e:
-        raise ConfigError(f"{brief(e)}. It needs Linux 5.12 or later, and user namespaces, which containers often forbid") from e
+        raise ConfigError(
+            f"{brief(e)}. The sandbox needs Linux 5.12 or later, and user namespaces, which containers often forbid"
+        ) from e
     if outcome.verdict != PASSED:
-        raise ConfigError(f"Python doesn't run in the sandbox ({outcome.verdict}: {brief(outcome.output)})")
+        raise ConfigError(f"Python doesn't run in the sandbox ({outcome.verdict}: {brief(outcome.output)}). Use another machine")
 
 
 def run_program(program: str, tests: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:

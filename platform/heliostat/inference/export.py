@@ -89,7 +89,11 @@ def _files(recipe: Exports, shapes: dict[str, tuple[int, ...]], checkpoint: Save
     files = {file: tensors for file, tensors in recipe.tensors({**shapes, **_buffers(checkpoint)}).items() if tensors}
     used = {source for tensors in files.values() for weight in tensors.values() for source in weight.sources}
     if unused := [n for n in shapes if n not in used]:
-        log.warning("the export leaves out %d parameters, for example %s", len(unused), unused[0])
+        log.warning(
+            "the export leaves out %d parameters, for example %s, because the recipe writes them to no file",
+            len(unused),
+            unused[0],
+        )
     return files
 
 
@@ -179,7 +183,7 @@ class _Sources:
 def _entry(
     name: str, stream: Callable[[], Iterator[torch.Tensor]], shape: tuple[int, ...], dtype: torch.dtype
 ) -> safetensors_file.Entry:
-    """Describes a tensor for the file writer, which reads it piece by piece."""
+    """Describes a tensor for the file writer, which reads the tensor piece by piece."""
 
     def parts() -> Iterator[memoryview]:
         for piece in stream():

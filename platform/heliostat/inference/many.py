@@ -70,7 +70,7 @@ def generate_many(
 def answered(
     flow: Flow, folder: Path, prompts: list[str], options: dict[str, object], seed: int, out: str, follows: str
 ) -> list[str]:
-    """Answers prompts with tasks of a flow; returns a JSON line per prompt, in the order of the prompts.
+    """Answers prompts with Ray tasks (`flow`); returns a JSON line per prompt, in the order of the prompts.
 
     `follows`: a key that covers everything that determines the answers, including the model's files.
     """

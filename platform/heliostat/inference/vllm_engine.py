@@ -78,10 +78,10 @@ def nats(tokens: Sequence[int], scored: Sequence[Mapping[int, Logprob] | None]) 
     """Returns the sum of the negative log-likelihoods, in nats, of a prompt's tokens after the first token. Raises ValueError
     if a token's log-likelihood is missing."""
     if len(scored) != len(tokens):
-        raise ValueError(f"vLLM scored {len(scored)} of {len(tokens)} tokens")
+        raise ValueError(f"vLLM scored only {len(scored)} of {len(tokens)} tokens of the prompt")
     known = [at[token].logprob for token, at in zip(tokens[1:], scored[1:], strict=True) if at is not None and token in at]
     if len(known) != len(tokens) - 1:
-        raise ValueError(f"vLLM scored {len(known)} of {len(tokens) - 1} tokens")
+        raise ValueError(f"vLLM scored only {len(known)} of {len(tokens) - 1} tokens of the prompt")
     return -math.fsum(known)
 
 

@@ -64,8 +64,8 @@ class Holder:
 
     @property
     def alive(self) -> bool:
-        """Returns whether the holder's process runs and its process id wasn't reused. Call this function only for a holder on
-        this machine."""
+        """Returns whether the holder's process still runs. Detects a process id that another process now uses. Call this
+        function only for a holder on this machine."""
         try:
             process = psutil.Process(self.pid)
             return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -117,7 +117,7 @@ class Lease:
                 self.fence.check()
                 self._place.write(replace(self._holder, released=True).dump())
         except (HeliostatError, OSError) as e:  # the next command then waits until this process is gone
-            log.warning("can't release the lease of %s: %s", self.fence.folder, e)
+            log.warning("can't release the lease of %s, so the next driver may have to wait: %s", self.fence.folder, e)
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):
@@ -129,7 +129,7 @@ class Lease:
                 self.lost = e
                 return
             except (HeliostatError, OSError) as e:
-                log.warning("can't renew the lease of %s: %s", self.fence.folder, e)
+                log.warning("can't renew the lease of %s. heliostat tries again soon: %s", self.fence.folder, e)
 
 
 def take(
@@ -185,7 +185,7 @@ def holder(folder: Location, number: int) -> Holder | None:
 
 
 def clear(folder: Location) -> None:
-    """Deletes everything in the folder except its leases, so that no later lease gets a number that an earlier driver had."""
+    """Deletes everything in the folder except the leases. The leases stay, so that lease numbers continue to increase."""
     for name in folder.folders():
         if name != LEASE:
             folder.join(name).delete()

@@ -174,7 +174,7 @@ class Location:
         """Writes the file and returns True, if nothing exists at this location; otherwise returns False. Of several concurrent
         calls, only one succeeds.
 
-        If the answer to a successful write is lost, the repeated write returns False. So the data must contain the writer's
+        If the response to a successful write is lost, the repeated write returns False. So the data must contain the writer's
         identity.
         """
         if self.is_s3:
@@ -247,7 +247,7 @@ class Location:
         return sorted((_listed(i) for i in infos if i.type == pafs.FileType.File), key=lambda i: i.path)
 
     def info(self) -> Listed | None:
-        """Describes the file here, or on a disk also the folder here. Returns None if nothing exists here."""
+        """Describes the file (on a disk, also a folder) at this location. Returns None if nothing exists."""
         if self.is_s3:
             try:
                 return self.attempt(lambda: self._objects.head(self.path))
@@ -320,7 +320,9 @@ class Location:
                 raise error
 
         def give_up(failure: FailedAttempts) -> NoReturn:
-            raise StorageError(f"{failure.error}. Waited {failure.seconds:.0f} s for the store") from failure.error
+            raise StorageError(
+                f"{failure.error}. Waited {failure.seconds:.0f} s for the store. Try again when the store answers"
+            ) from failure.error
 
         def tell(failure: FailedAttempts, wait: float) -> None:
             left = f"Waiting for the store, up to {max(0.0, AWAY_S - failure.seconds):.0f} s more"
@@ -329,7 +331,7 @@ class Location:
         retries.retry(self.probe, AWAY_S, PATIENT, judge, give_up, tell, sleep)
 
     def require_writable(self) -> None:
-        """Raises AccessError unless files can be written here. Checks only disks: the folder, or its nearest existing parent."""
+        """Raises AccessError if no file can be written here. Checks only disks: the folder, or its nearest existing parent."""
         nearest = Path(self.path)
         while not self.is_s3 and not os.path.lexists(nearest):
             nearest = nearest.parent

@@ -46,7 +46,7 @@ class Backoff:
         return self.first * (1 - self.jitter)
 
     def wait(self, failures: int) -> float:
-        """Computes the wait in seconds after a number of failures in a row, counted from 1."""
+        """Computes the seconds to wait after `failures` consecutive failures (1 or more)."""
         usual = min(self.longest, self.first * 2 ** min(failures - 1, 64))
         return usual * random.uniform(1 - self.jitter, 1 + self.jitter)
 

@@ -33,7 +33,7 @@ BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders whose files are na
 
 
 def require_one_way(resume: bool, overwrite: bool) -> None:
-    """Raises ConfigError if a command would both resume a run and delete it."""
+    """Raises ConfigError if a command has both `--resume` and `--overwrite`."""
     if resume and overwrite:
         raise ConfigError("--overwrite: deletes the checkpoints that --resume needs. Pass only one of these options")
 

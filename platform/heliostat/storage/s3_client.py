@@ -101,7 +101,7 @@ class RewrittenError(Exception):
 
 @dataclass(frozen=True)
 class Listed:
-    """Describes a file or folder, as pyarrow does. `etag`: identifies the content of an object, if its store gives one."""
+    """Describes a file or folder with the fields of pyarrow's `FileInfo`. `etag`: the object's ETag, if the store has ETags."""
 
     path: str
     type: pafs.FileType
@@ -130,7 +130,7 @@ class Store:
         return PAYER if resolve(self.query).requester_pays else {}
 
     def head(self, path: str) -> Listed:
-        """Describes an object. Raises FileNotFoundError if the object is missing."""
+        """Returns an object's size, time, and ETag. Raises FileNotFoundError if the object is missing."""
         bucket, _, key = path.partition("/")
         with worded():
             answer = self.client.head_object(Bucket=bucket, Key=key, **self.payer)
@@ -148,7 +148,7 @@ class Store:
         return entries
 
     def pages(self, path: str, recursive: bool, most: int = 1000) -> Iterator[dict[str, Any]]:
-        """Yields the store's answers to a listing request, with at most `most` names each."""
+        """Yields the pages of the store's response to a listing request, with at most `most` names each."""
         bucket, _, key = path.partition("/")
         request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": most, **self.payer}
         request |= {} if recursive else {"Delimiter": "/"}
@@ -178,7 +178,7 @@ class Store:
     def create(self, path: str, data: bytes) -> bool:
         """Writes an object only if no object exists at the path; returns whether the object was written.
 
-        If the answer to a successful write is lost, the repeated write returns False. So the data must contain the writer's
+        If the response to a successful write is lost, the repeated write returns False. So the data must contain the writer's
         identity.
         """
         if self.payer:

@@ -78,7 +78,7 @@ def _extension(code: int, value: object) -> msgpack.ExtType:
 
 def _decode(code: int, data: bytes) -> object:
     if code not in _CODES:
-        raise ValueError(f"unknown type {code} in a message")
+        raise ValueError(f"unknown type {code} in a message. Use the same version of heliostat in all processes")
     return _CODES[code][2](data)
 
 
@@ -106,7 +106,7 @@ def _pack_tensor(value: object) -> bytes:
     import torch
 
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{type(value).__qualname__} can't be sent between processes")
+        raise TypeError(f"{type(value).__qualname__} can't be sent between processes. Use a CPU tensor or a NumPy array")
     flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return pack([str(value.dtype).removeprefix("torch."), list(value.shape), flat.numpy().tobytes()])
 
@@ -163,7 +163,7 @@ def _unpack_error(data: bytes) -> HeliostatError:
 def _unpack_record(data: bytes) -> object:
     name, values = unpack(data)
     if name not in _records:
-        raise ValueError(f"{name!r} isn't a type that processes may exchange")
+        raise ValueError(f"{name!r} isn't registered for messages between processes. Decorate the class with @wire.travels")
     kind = _records[name]
     if not dataclasses.is_dataclass(kind):
         return kind(*values)

@@ -222,7 +222,8 @@ class LineageRow(Descendant):
 class Seen:
     """Finds the runs that have trained on a shard or a dataset, directly or through a model from which they were initialized.
 
-    The counts of samples are exact. They are computed from the data plans that runs recorded in MLflow, and from the manifests.
+    The counts of samples are exact. This class computes the counts from the data plans that runs recorded in MLflow, and from
+    the manifests.
     """
 
     def __init__(self, client: MlflowClient) -> None:

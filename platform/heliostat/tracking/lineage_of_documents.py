@@ -90,7 +90,8 @@ class TrainedOnDocument:
         return {**row, "samples": samples, "steps": steps, "unsure": unsure, "fault": self.faults.get(row["run_id"])}
 
     def _before(self, run: Run, before: int | None) -> list[DocumentSample]:
-        """Returns the run's samples of the document in its steps up to `before`. If `before` is None, all steps count."""
+        """Returns the run's samples that contain a part of the document, in the steps up to `before`. If `before` is None, all
+        steps count."""
         run_id = run.info.run_id
         if run_id not in self.samples:
             try:

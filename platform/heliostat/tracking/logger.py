@@ -91,7 +91,7 @@ class RunOwner:
     ) -> None:
         """Prepares the run, without writing to MLflow yet.
 
-        `extra`: tags to add to a new run; `mlflow.parentRunId` makes it a nested run. `data_version`: the data plan's version.
+        `extra`: tags of a new run (`mlflow.parentRunId` makes a nested run). `data_version`: the data plan's version.
         """
         self.job, self.manifests, self._tags, self._data_version = job, manifests, extra or {}, data_version
         self.run_id = self._made = ""

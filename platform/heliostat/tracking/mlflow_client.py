@@ -75,7 +75,8 @@ def known(client: MlflowClient, run_id: str) -> dict[str, int]:
 
 
 def read_json(client: MlflowClient, run_id: str, artifact: str, kind: type[T]) -> T | None:
-    """Reads a JSON artifact of a run; None if the run doesn't have it. Raises TrackingError if the artifact isn't JSON.
+    """Reads a JSON artifact of a run; None if the run doesn't have this artifact. Raises TrackingError if the artifact isn't
+    JSON.
 
     `kind`: the artifact's type. This function doesn't check the type, because heliostat itself wrote the artifact.
     """
@@ -258,7 +259,7 @@ def find(client: MlflowClient, run: str, uri: str) -> Run:
         fix = (
             f". The run is in another store: pass --mlflow {recorded}"
             if (recorded := known.get("uri")) and recorded != uri
-            else ""
+            else ". List the runs: heliostat run list"
         )
         raise ConfigError(f"{run!r}: no such run in {uri}{fix}") from e
     if FOLDER not in recorded_run.data.tags:

@@ -73,7 +73,7 @@ def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe
                 logging_utils.enable_logging()
         _describe(client, job, version, last.step, license, (folder / card.FILE).read_text(), scores)
     except mlflow.exceptions.MlflowException as e:
-        raise TrackingError(f"mlflow: can't log the model in {folder} ({e})") from e
+        raise TrackingError(f"mlflow: can't log the model in {folder} ({e}). To try again, use --resume") from e
     return f"models:/{job.mlflow.register_as}/{version.version}"
 
 

@@ -37,7 +37,7 @@ WAITING = Format(
 
 
 class Outbox:
-    """Holds the points of one run that wait for MLflow."""
+    """Queues the points (metric, step, value) of one run until MLflow has them."""
 
     def __init__(self, run: Location, send: Callable[[list[Point]], None], known: Callable[[], dict[str, int]]) -> None:
         """Starts with empty queues. `send` sends at most BATCH points to the store. `known` returns the last coordinate of each

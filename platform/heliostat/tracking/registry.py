@@ -171,8 +171,8 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
     if present is not None and present.version != new.version:
         before, its_data = scores(client, present)
         if data != its_data:
-            faults.append(f"it was scored on other held-out samples than version {present.version}. Score both on one dataset "
-                "with `heliostat model evaluate`, and use --force")  # fmt: skip
+            faults.append(f"it was scored on other held-out samples than version {present.version}. Score both versions on one "
+                "dataset with `heliostat model evaluate`, and use --force")  # fmt: skip
         elif fault := compare(metric, mode, measured, before):
             faults.append(fault)
     if faults and not force:

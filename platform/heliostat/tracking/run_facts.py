@@ -109,7 +109,8 @@ class RunRecord:
             self.client.set_tag(self.run_id, SPIKES, ",".join(map(str, steps[-SPIKES_SHOWN:])))
 
     def _code(self) -> CommandCode:
-        """Describes this command's code and package environment. Writes the files about them only once."""
+        """Describes this command's code and package environment. Writes the files with the difference and the versions only
+        once."""
         if self._source is None:
             source, packages = source_code.source(), source_code.environment()
             digest = hashlib.sha256(json.dumps(packages).encode()).hexdigest()[:12]

@@ -196,7 +196,10 @@ class _Tuning:
             log.warning("running one trial after another: %s", missing)
         elif wanted and wanted > most:
             log.warning(
-                "concurrency: there is room for %d trials of %d workers each, but not for %d trials", most, workers.most, wanted
+                "concurrency: the cluster has room for only %d trials of %d workers each, so heliostat doesn't run %d at once",
+                most,
+                workers.most,
+                wanted,
             )
         return max(1, min(wanted or most, most))
 

@@ -48,7 +48,7 @@ TRIES = 20  # attempts to find values near the donor's that make a valid job
 
 
 def make(state: SweepState) -> Within:
-    """Creates the sweep's scheduler. Its `controller` is None until Tune adds the first trial."""
+    """Creates the sweep's scheduler. The scheduler's `controller` is None until Tune adds the first trial."""
     chosen, steps = state.plan.sweep.scheduler, state.plan.base["train"]["steps"]
     scheduler: Within
     if chosen.halves:
@@ -207,8 +207,8 @@ class Pbt(Within, PopulationBasedTraining):
 
 
 class Pb2(Pbt):
-    """Implements PB2, which is PBT with another choice of the next values: PB2 chooses them with a model of the population's
-    gains so far."""
+    """Implements PB2, which is PBT with another choice of the next values: PB2 chooses the next values with a model of the
+    population's gains so far."""
 
     def _near(self, donor: TrialRecord, step: int, rng: np.random.Generator) -> Iterator[Params]:
         sweep = self.watched.plan.sweep

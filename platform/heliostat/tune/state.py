@@ -80,7 +80,7 @@ class SweepState:
     # changes ---------------------------------------------------------------------------------------------------------
 
     def add(self, number: int, drawn: Params) -> TrialRecord:
-        """Adds a new trial. Its status is `failed` if its parameters don't make a valid job."""
+        """Adds a new trial, and returns the trial's record. The status is `failed` if the parameters don't make a valid job."""
         space, params = self.plan.sweep.space, Params()
         for key, domain in space.items():
             if key in drawn and spaces.holds(domain, params):
@@ -137,8 +137,8 @@ class SweepState:
         self._keep(record)
 
     def tick(self) -> None:
-        """Adds the time since the last call to the running time of trials. Stops the sweep if the budget is used up. Call it
-        about once per second."""
+        """Adds the time since the last call to the running time of trials. Stops the sweep if the budget is used up. Call this
+        function about once per second."""
         now = time.monotonic()
         for trial in self.trials:
             record = self.of(trial.trial_id)

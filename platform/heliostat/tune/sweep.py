@@ -122,10 +122,10 @@ def _scheduler_faults(sweep: Sweep) -> list[str]:
         for key, domain in sweep.space.items():
             if _below(key, DATA):
                 faults.append(
-                    f"space.{key}: {name} can't change it during a run, because checkpoints wouldn't fit. Remove this key"
+                    f"space.{key}: {name} can't change this key during a run, because checkpoints wouldn't fit. Remove this key"
                 )
             if domain.when:
-                faults.append(f"space.{key}.when: not supported by {name}")
+                faults.append(f"space.{key}.when: not supported by {name}. Remove `when`")
             if domain.listed and scheduler.name == "pb2":
                 faults.append(f"space.{key}: {name} needs ranges. Use a range instead of {domain.kind}, or use 'pbt'")
     return faults
@@ -235,8 +235,8 @@ def bracket_of(number: int, brackets: int, reduction: int) -> int:
 
 
 def load(path: Path, changes: list[str] | None = None, cluster: ClusterFile | None = None) -> SweepPlan:
-    """Loads a sweep from a YAML file, applies `key.path=value` changes to the sweep's keys, and checks it without Ray or any
-    store.
+    """Loads a sweep from a YAML file, applies `key.path=value` changes to the sweep's keys, and checks the sweep without Ray or
+    any store.
 
     `cluster`: the file of the target cluster, which decides `workers.gpus: auto`. ConfigError if the sweep is invalid.
     """

@@ -42,7 +42,7 @@ CLOSE = 1e-3  # relative to the largest logit: two results with a smaller differ
 
 @dataclass(frozen=True)
 class Input:
-    """Holds an input: a text or an image. `seed`: random seed of its answer."""
+    """Holds an input: a text or an image. `seed`: random seed for the answer to this input."""
 
     text: str
     seed: int
@@ -163,7 +163,7 @@ class BatchEngine(ABC):
         return answers
 
     def encode(self, text: str) -> list[int]:
-        """Returns an input's token ids; raises BadInputError if it can't be encoded."""
+        """Returns an input's token ids; raises BadInputError if the input can't be encoded."""
         return self.tokenizer(text, verbose=False)["input_ids"]
 
     def refusal(self, tokens: list[int]) -> Answer | None:
@@ -217,7 +217,7 @@ class BatchEngine(ABC):
 
 
 def sampling(options: dict[str, object], longest: int | None) -> Sampling:
-    """Reads sampling options. Raises ConfigError if they are invalid, or if `max_tokens` leaves no room for a prompt.
+    """Reads sampling options. Raises ConfigError if the options are invalid, or if `max_tokens` leaves no room for a prompt.
 
     `longest`: maximum tokens of prompt and answer; None if unlimited.
     """

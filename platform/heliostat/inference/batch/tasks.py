@@ -87,8 +87,8 @@ class BatchSettings(Strict):
 
 
 class PieceRecord(TypedDict):
-    """Describes the answers of a piece, as the record of the piece's task. The flow adds `seconds` (processor time) and `wall`
-    (elapsed time).
+    """Describes the answers to a piece of the input: the record that the piece's Ray task returns. `Flow` adds `seconds`
+    (processor time) and `wall` (elapsed time).
 
     Records of earlier versions lack some keys.
     """

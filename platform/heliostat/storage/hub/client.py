@@ -65,10 +65,10 @@ def api() -> HfApi:
 
 
 def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None = None) -> T:
-    """Runs a request about a model or dataset, and repeats it while the Hub fails.
+    """Runs a request about a model or dataset, and repeats the request while the Hub fails.
 
-    `key`: the field that errors begin with; `budget_s`: seconds. Raises ConfigError if the Hub rejects the request. Raises
-    HubAwayError if the Hub doesn't answer within the budget.
+    `key`: the field of the job with which errors begin; `budget_s`: seconds. Raises ConfigError if the Hub rejects the request.
+    Raises HubAwayError if the Hub doesn't answer within the budget.
     """
 
     def judge(error: Exception) -> None:

@@ -78,7 +78,9 @@ def resolve(key: str, name: HubName) -> HubName:
         return name.at(known)
     commit = str(info.sha)
     if not COMMIT.fullmatch(commit):
-        raise DataError(f"{key}: {client.endpoint()} returns no commit for {name}. Check that it supports the Hub's protocol")
+        raise DataError(
+            f"{key}: {client.endpoint()} returns no commit for {name}. Set HF_ENDPOINT to a server with the Hub's protocol"
+        )
     if commit != known:
         with suppress(OSError):  # the cache can't be written
             _write(reference, commit)
@@ -280,8 +282,8 @@ def _downloaded(name: HubName) -> list[HubFile]:
 
     If a file in the cache is a link, the name of the link's target is the file's hash.
 
-    The list is empty if there are no such files. It is also empty if a download in the repository was interrupted, because some
-    files may be missing.
+    The list is empty if the cache has no files of the commit. The list is also empty if a download in the repository was
+    interrupted, because some files may be missing.
     """
     if any((_repository(name) / "blobs").glob("*.incomplete")):
         return []
@@ -342,7 +344,8 @@ def weight_files(listed: list[HubFile]) -> list[HubFile]:
 
 
 def _usual(files: list[HubFile]) -> list[HubFile]:
-    """Chooses a folder's weights: one file, or the files of an index. Without either of these, chooses all safetensors."""
+    """Chooses a folder's weight files: the one file with a usual name, or the files of an index. Without both, chooses all
+    safetensors."""
     named = {PurePosixPath(f.path).name: f for f in files if f.path.endswith((WEIGHTS, INDEX))}
     for stem in STEMS:
         if whole := named.get(f"{stem}{WEIGHTS}"):

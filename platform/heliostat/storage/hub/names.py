@@ -53,7 +53,7 @@ class HubName:
 
 
 def model(name: str) -> HubName | None:
-    """Parses the name of a model; None if the text can't be one."""
+    """Parses the name of a model on the Hub; None if the text can't be such a name."""
     match = MODEL.fullmatch(name)
     if match is None or not _is_revision(match["revision"] or MAIN):
         return None
