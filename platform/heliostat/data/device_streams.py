@@ -88,7 +88,7 @@ class LateRead:
     """Copies a tensor's current values to the host. The constructor only queues the copy; `values` waits for the copy."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        """Queues the copy."""
+        """Queues the copy of the tensor to host memory."""
         tensor, self._arrived = tensor.detach(), None
         if tensor.is_cuda:
             self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

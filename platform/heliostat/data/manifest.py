@@ -71,7 +71,7 @@ class Curation(TypedDict):
 
 @open_
 class Meta(TypedDict):
-    """Describes the metadata that the engine itself reads from a manifest. Pipelines add more."""
+    """Describes the metadata that the engine itself reads from a manifest. Pipelines add more keys."""
 
     kind: Annotated[str, Field(min_length=1)]
     digest: str

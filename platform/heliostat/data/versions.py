@@ -131,7 +131,7 @@ def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def release(location: Location, record: Mapping[str, object]) -> None:
-    """Writes the record without the entry that `claim` added."""
+    """Writes the folder's record without the entry that `claim` added for this process."""
     write_record(location, {k: v for k, v in record.items() if k != "building"})
 
 

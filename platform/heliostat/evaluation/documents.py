@@ -50,7 +50,7 @@ class Documents:
         self.damaged: list[str] = []
 
     def token(self, id: int) -> str:
-        """Returns the text of a token in the vocabulary."""
+        """Returns the text of the token with this id in the dataset's vocabulary."""
         return str(self._tokenizer.id_to_token(id))
 
     def texts(self, chunks: Iterable[int]) -> Iterator[list[str]]:

@@ -40,7 +40,7 @@ def _short(text: str, most: int) -> str:
 
 
 def notes(result: Result) -> list[str]:
-    """Returns the lines below the table."""
+    """Returns the notes below the table: mean score, cut examples, contamination, and where MLflow has the scores."""
     average, seen, recorded = result["average"], result["contamination"], result["recorded"]
     lines = []
     if average["centred"] is not None:

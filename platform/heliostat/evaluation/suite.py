@@ -50,7 +50,7 @@ class Contamination(Strict):
 
 
 class Suite(Strict):
-    """Describes a suite of benchmarks."""
+    """Describes a suite file: the benchmark tasks, and the settings of all tasks."""
 
     name: Name
     """Name of the suite. Its results are stored under this name."""

@@ -51,7 +51,8 @@ def engine_options(
 
 
 def rank(most: int) -> int:
-    """Returns the smallest supported rank that is at least `most`; raises ConfigError if no supported rank is large enough."""
+    """Returns the smallest LoRA rank that vLLM supports and that is at least `most`. Raises ConfigError if no supported rank is
+    large enough."""
     if most > RANKS[-1]:
         raise ConfigError(f"--adapter: vLLM supports adapters up to rank {RANKS[-1]}, not {most}. Use --engine transformers")
     return next(one for one in RANKS if one >= most)

@@ -42,7 +42,7 @@ class Backoff:
 
     @property
     def shortest(self) -> float:
-        """Computes the shortest possible wait, in seconds."""
+        """Computes the shortest possible wait between two attempts, in seconds."""
         return self.first * (1 - self.jitter)
 
     def wait(self, failures: int) -> float:

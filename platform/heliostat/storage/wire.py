@@ -151,7 +151,7 @@ def _unpack_error(data: bytes) -> HeliostatError:
     name, args, attributes, text = unpack(data)
     kind = getattr(errors, name, None)
     if not (isinstance(kind, type) and issubclass(kind, HeliostatError)):
-        raise ValueError(f"{name!r} isn't a heliostat error")
+        raise ValueError(f"{name!r} isn't an error class of heliostat.errors")
     try:
         error = kind(*args)
     except TypeError:  # the subclass takes other arguments

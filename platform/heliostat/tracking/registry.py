@@ -47,7 +47,7 @@ class HistoryEntry(TypedDict):
 
 
 class Promotion(HistoryEntry):
-    """Describes a promotion, with the scores of the new version and of the replaced version."""
+    """Describes the result of a promotion: the moved alias, and the scores of the new version and of the replaced version."""
 
     name: str
     version: str

@@ -109,7 +109,7 @@ def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> 
 
 
 def tell(carried: Transfer) -> list[str]:
-    """Formats the transfer as lines of text."""
+    """Formats the best learning rate of each width, and the extrapolated learning rate, as lines of text."""
     lines = [f"width {width:>6,}: best lr {rate:.3g}" for width, rate in carried.rates.items()]
     how = "measured" if carried.measured else "muP's exponent, because there is only one width"
     far = carried.width / max(carried.rates)

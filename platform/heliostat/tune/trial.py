@@ -141,7 +141,8 @@ class Trial(tune.Trainable):
                 time.sleep(1.0)
 
     def _hear(self, event: Event) -> None:
-        """Handles the run's events, in the run's thread."""
+        """Handles an event of the run, in the run's thread: keeps the step, and queues pauses and waiting messages for
+        `_next`."""
         if isinstance(event, Steps):
             self._step = event.done
         elif isinstance(event, Paused | Waiting):

@@ -187,7 +187,7 @@ class BatchEngine(ABC):
             yield waiting
 
     def apart(self, one: int, other: int) -> bool:
-        """Returns whether inputs of these lengths must not share a batch."""
+        """Returns whether inputs of these lengths must not share a batch, because padding would change the model's logits."""
         return False
 
     def _answered(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:

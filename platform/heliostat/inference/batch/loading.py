@@ -70,7 +70,7 @@ def _architectures() -> Collection[str]:
 
 def require(folder: Path, task: str, options: dict[str, object] | None = None) -> dict[str, object]:
     """Checks that a model supports a task with these options; raises ConfigError if the model doesn't support them. Returns
-    additional facts for the record, such as the labels."""
+    additional facts for `inference.json`, such as the labels."""
     if task == "classify":
         return {"labels": _labels(folder)}
     if clip_folder.is_one(folder):

@@ -142,7 +142,7 @@ def origin(folder: Path) -> dict[str, object]:
 
 
 def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location) -> list[Task]:
-    """Lists the tasks of all pieces, in the input's order."""
+    """Makes one Ray task for each piece of the input, in the input's order."""
     settings, input = facts["settings"], facts["input"]
     read = reading.of(input, BatchSettings(**settings))
     model = facts["model"]

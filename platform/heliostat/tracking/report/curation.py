@@ -99,7 +99,7 @@ def facts(report: PageData) -> list[tuple[str, str]]:
 
 
 def page(report: PageData) -> str:
-    """Renders the page as HTML."""
+    """Renders the curation page as HTML, from the facts that `gather` returns."""
     funnel = report["funnel"]
     parts = [
         f"<h1>{escape(printable(report['name']))}</h1>",
