@@ -88,7 +88,8 @@ def counts(order: Order, step: int) -> list[np.ndarray]:
 
 
 def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
-    """Adds up the counts of the row groups of each shard. The shards are in manifest order, without those whose count is 0."""
+    """Returns the count of each shard: the sum over the shard's row groups. The shards are in manifest order, without shards
+    whose count is 0."""
     out: dict[str, int] = {}
     for path, count in zip(manifest.paths, chunk_counts.tolist(), strict=True):
         if count:

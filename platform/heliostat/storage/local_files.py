@@ -48,7 +48,7 @@ def _locked(place: Path, how: int = 0) -> Iterator[os.stat_result]:
     """Locks a folder against other processes, and yields its status.
 
     Raises OSError if the path is a link or isn't a folder. If another process has the lock, waits; with LOCK_NB, raises OSError
-    instead. This wait is short if the other process only checks whether the folder is still in use.
+    instead. The wait is short if the other process only checks whether the folder is in use.
     """
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

@@ -62,7 +62,7 @@ SPIKES_SHOWN = 100  # maximum number of spikes in the tag (the newest)
 
 
 class RunRecord:
-    """Writes the facts of one run to MLflow."""
+    """Writes the facts of one run to MLflow: params, job, code, datasets, parents, and checkpoints."""
 
     def __init__(self, client: MlflowClient, run_id: str, job: Job) -> None:
         self.client, self.run_id, self.job = client, run_id, job

@@ -97,7 +97,7 @@ def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None
 
 
 def information(name: HubName) -> ModelInfo | DatasetInfo:
-    """Requests the metadata of a model's or dataset's revision from the Hub: commit, and list of files with their hashes."""
+    """Requests the Hub's metadata of a model or dataset at the name's revision, such as the commit."""
     if name.kind == "dataset":
         return api().dataset_info(name.repo, revision=name.revision, timeout=ASK_S)
     return api().model_info(name.repo, revision=name.revision, timeout=ASK_S)
