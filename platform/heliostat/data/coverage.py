@@ -150,7 +150,8 @@ def visits(segment: Segment, source: int, chunk: int, rows: range) -> list[Visit
 
 
 def _windows(order: Order, source: int, first: int, stop: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yields the windows in [begin, end), as positions, that contain samples [first, stop) of a source's stream."""
+    """Yields (begin, end) of each window between the positions `begin` and `end` that contains samples [first, stop) of the
+    source's stream."""
     while first < stop and int(order.before(end)[source]) > first:
         low, high = begin, end - 1
         while low < high:  # finds the first position after which the sequence contains more than `first` samples of the source

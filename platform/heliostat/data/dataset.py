@@ -104,7 +104,7 @@ class DataPlan:
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:32]
 
     def differences(self, other: DataPlan) -> list[str]:
-        """Lists the changes from this plan to `other`, one line each, in terms of the job file."""
+        """Lists the changes from this plan to `other`, one line each, with the names of the job's keys."""
         names = {"version": "the version of the data plan", "digests": "the datasets' content",
                  "mix": "data.sources weights and data.mix_schedule, as [step, weights]",
                  "max_epochs": "data.sources max_epochs", "sequence_length": "data.sequence_length", "seed": "data.seed",

@@ -368,7 +368,7 @@ class Location:
         return retries.retry(operation, budget_s, BACKOFF, self._judge, self._give_up, self._tell)
 
     def _judge(self, error: Exception) -> None:
-        """Raises heliostat's error for an operation's error. Returns if the store has a fault that may be temporary."""
+        """Raises heliostat's error for a failed operation. Returns without an error if a retry can help."""
         if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
             raise AccessError(
                 f"{self.uri}: a file is in the place of a folder, or a folder in the place of a file. Use another path", self.uri

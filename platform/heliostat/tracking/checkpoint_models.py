@@ -61,8 +61,7 @@ class Checkpoints:
         """Logs the complete checkpoints in storage that aren't in MLflow yet, and deletes the logged models of removed
         checkpoints.
 
-        Raises the errors of MLflow and of the storage. After an error, the models that were already logged or deleted stay
-        logged or deleted.
+        Raises the errors of MLflow and of the storage. After an error, the changes that were already made in MLflow remain.
         """
         from heliostat.checkpoint import layout  # imports torch, which takes a second
 

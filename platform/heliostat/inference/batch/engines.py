@@ -266,7 +266,7 @@ class Continue(BatchEngine):
         return [self.read(row.tolist()) for row in out[:, ids.shape[1] :]]
 
     def read(self, tokens: list[int]) -> Answer:
-        """Builds an answer from its token ids."""
+        """Decodes the generated token ids, and returns the answer."""
         written = list(itertools.takewhile(lambda token: token not in self.ends, tokens))
         text = self.tokenizer.decode(written, skip_special_tokens=True)
         return Answer({"answer": text, "tokens": len(written), "finish": "stop" if len(written) < len(tokens) else "length"})
