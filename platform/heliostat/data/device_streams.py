@@ -66,7 +66,7 @@ def _uploaded(
 
 @functools.cache
 def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
-    """Returns the device's stream for a purpose; each call returns the same one."""
+    """Returns the device's CUDA stream for a purpose, such as `save`. Calls with the same purpose return the same stream."""
     return torch.cuda.Stream(device)
 
 

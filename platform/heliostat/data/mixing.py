@@ -239,7 +239,7 @@ def sections(
                     "and can't continue. Train under another name, so that the run gets a new data plan"
                 )
             left = [0.0 if stop else w for w, stop in zip(left, over, strict=True)]
-    raise AssertionError("the last section must be endless, or end when a source runs out of data")
+    raise AssertionError("the last section of the data order must be endless, or end when a source runs out of data")
 
 
 def _affordable(mixture: Mixture, left: np.ndarray, batch: int, most: int | None) -> int | None:

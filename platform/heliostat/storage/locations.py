@@ -89,7 +89,7 @@ class Location:
         if carries_secret(self.uri):
             raise ConfigError("a URI must not contain credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         if "\0" in self.uri:
-            raise ConfigError(f"{printable(self.uri)!r}: contains a null character. Remove it")
+            raise ConfigError(f"{printable(self.uri)!r}: contains a null character. Remove this character")
         try:
             scheme = urlsplit(self.uri).scheme
         except ValueError as e:  # brackets around an invalid address

@@ -172,7 +172,7 @@ class Store:
                 raise RewrittenError(str(e)) from e
             raise
         if len(data) != end - begin:
-            raise ConnectionError(f"expected {end - begin:,} bytes, got {len(data):,}")
+            raise ConnectionError(f"expected {end - begin:,} bytes from the store, got {len(data):,}")
         return data
 
     def create(self, path: str, data: bytes) -> bool:

@@ -78,7 +78,9 @@ def _extension(code: int, value: object) -> msgpack.ExtType:
 
 def _decode(code: int, data: bytes) -> object:
     if code not in _CODES:
-        raise ValueError(f"unknown type {code} in a message. Use the same version of heliostat in all processes")
+        raise ValueError(
+            f"unknown type {code} in a message between processes. Use the same version of heliostat in all processes"
+        )
     return _CODES[code][2](data)
 
 
@@ -117,7 +119,7 @@ def _unpack_tensor(data: bytes) -> torch.Tensor:
     name, shape, content = unpack(data)
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} isn't a tensor type")
+        raise ValueError(f"unknown tensor dtype {name!r} in a message between processes")
     return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
 
 
@@ -151,7 +153,7 @@ def _unpack_error(data: bytes) -> HeliostatError:
     name, args, attributes, text = unpack(data)
     kind = getattr(errors, name, None)
     if not (isinstance(kind, type) and issubclass(kind, HeliostatError)):
-        raise ValueError(f"{name!r} isn't an error class of heliostat.errors")
+        raise ValueError(f"unknown error class {name!r} in a message between processes")
     try:
         error = kind(*args)
     except TypeError:  # the subclass takes other arguments

@@ -76,7 +76,8 @@ class Within(TrialScheduler):
     controller: Any  # Tune's controller, of which `Watch` uses private attributes
 
     def replay(self, records: list[TrialRecord]) -> None:
-        """Passes the reports of earlier commands' trials to the scheduler."""
+        """Passes the recorded reports of trials that earlier commands ran to the scheduler, for example to rebuild ASHA's
+        rungs."""
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         self.controller = tune_controller
