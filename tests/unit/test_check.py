@@ -142,7 +142,7 @@ def test_commands_give_an_mlflow_that_is_away_one_budget_and_say_what_to_run_nex
     error = result.exception
     assert isinstance(error, TrackingError) and time.monotonic() - begun < 45
     assert str(error).startswith(f"MLflow at {uri}: no answer within 2 s (") and "\n" not in str(error)
-    assert str(error).endswith("). Start it with `mlflow server`, or pass another store: --mlflow URI")
+    assert str(error).endswith("). Start the server with `mlflow server`, or pass another store: --mlflow URI")
 
 
 def test_mlflow_draws_no_bars_for_scripts_either_unless_they_ask_for_them(monkeypatch):

@@ -88,7 +88,7 @@ def test_scores_add_up_and_one_that_is_missing_is_an_error():
     at = [None, {5: SimpleNamespace(logprob=-1.5)}, {7: SimpleNamespace(logprob=-0.5), 8: SimpleNamespace(logprob=-0.1)}]
     assert vllm_engine.nats([3, 5, 7], at) == 2.0
     for tokens, found in (([3, 5], at), ([3, 5, 9], at), ([3, 5, 7], [*at[:2], None])):
-        with pytest.raises(ValueError, match="vLLM scored"):
+        with pytest.raises(ValueError, match="vLLM scored only"):
             vllm_engine.nats(tokens, found)
     told = vllm_engine.probabilities(at[2], 7, 1)
     assert told == {"chosen": -0.5, "best": [(8, -0.1)]} and vllm_engine.probabilities(at[2], 7, 0)["best"] == []
