@@ -57,7 +57,8 @@ def require_config(job: Job) -> None:
     except ValidationError as e:
         first = e.errors()[0]
         raise ConfigError(
-            f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg']}"
+            f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg']}. "
+            "Correct this key"
         ) from e
 
 
@@ -79,8 +80,8 @@ def _require_dimensions(model: torch.nn.Module) -> None:
     """Raises ConfigError for a parameter without dimensions (a scalar), because DeepSpeed doesn't send it to other workers."""
     if single := [name for name, p in model.named_parameters() if p.dim() == 0]:
         raise ConfigError(
-            f"recipe: the model's parameter {single[0]!r} has no dimension, and DeepSpeed can't send it to "
-            f"workers. Give it the shape [1], or make it a buffer if it isn't trained ({GUIDE})"
+            f"recipe: the model's parameter {single[0]!r} has no dimensions, so DeepSpeed can't send this parameter to workers. "
+            f"Give this parameter the shape [1], or make it a buffer if you don't train it ({GUIDE})"
         )
 
 
@@ -193,8 +194,8 @@ def _require_eighths(model: torch.nn.Module) -> None:
         if numel % (8 * workers):
             raise ConfigError(
                 f"train.zero.quantize_weights: {name} has {numel:,} elements, which {workers} workers can't "
-                "divide into equal parts that are multiples of 8. Use another number of workers, or set it to "
-                "false"
+                "divide into equal parts that are multiples of 8. Use another number of workers, or set "
+                "train.zero.quantize_weights to false"
             )
 
 

@@ -34,7 +34,10 @@ def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
     for module in recipe.stacked_experts(model):
         for key, whole in list(module.named_parameters(recurse=False)):
             if (experts := division.shape(whole)[0]) % workers:
-                raise ConfigError(f"train.parallel.expert: {workers} doesn't divide the {experts} experts of a layer")
+                raise ConfigError(
+                    f"train.parallel.expert: {workers} doesn't divide the {experts} experts of a layer. "
+                    f"Use a divisor of {experts}"
+                )
             own = _part(whole, mine)
             patches.place_expert(own, whole, name, same_experts)
             setattr(module, key, own)

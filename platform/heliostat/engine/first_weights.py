@@ -63,8 +63,8 @@ def _in_turns(making: _Making, group: dist.ProcessGroup, why: str) -> None:
     turns = max(together(group, lambda: mine)) + 1
     if dist.get_rank() == 0:
         log.warning(
-            "recipe: %s.build needs real weights (%s). So the workers of a node call it one after another, in %d turns, and "
-            "each worker uses %.1f GB of host memory. To avoid this, see in %s what `build` may do without weights.",
+            "recipe: %s.build needs real weights (%s). So the workers of a node call `build` one after another, in %d turns, and "
+            "each worker uses %.1f GB of host memory. %s explains how `build` can work without weights.",
             type(making.recipe).__name__, why, turns, making.gigabytes, GUIDE,
         )  # fmt: skip
 
@@ -118,7 +118,8 @@ class _Making:
         except folder_weights.UnreadableError as e:
             if noted:
                 log.warning(
-                    "model: the first worker loads all weights at once, which needs %.1f GB of host memory (%s)",
+                    "model: the first worker loads all weights at once, because it can't load them tensor by tensor. This "
+                    "needs %.1f GB of host memory (%s)",
                     self.gigabytes,
                     e,
                 )

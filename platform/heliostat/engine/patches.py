@@ -69,7 +69,7 @@ def guard(function: Callable[P, T]) -> Callable[P, T]:
         except (AttributeError, ImportError, LookupError, TypeError) as e:
             if isinstance(e, ImportError) and not (e.name or "").startswith("deepspeed."):
                 raise
-            raise ConfigError(f"deepspeed: {installed()} doesn't fit heliostat's {function.__name__} ({e}). {_fix()}") from e
+            raise ConfigError(f"deepspeed: {installed()} doesn't support heliostat's {function.__name__} ({e}). {_fix()}") from e
 
     return guarded
 

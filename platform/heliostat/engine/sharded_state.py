@@ -177,7 +177,7 @@ class ShardedState(ABC):
                 if (part := self.weights(p)) is None:
                     raise ConfigError(
                         f"train.zero.offload.param: nvme offload doesn't support parameters that aren't trained, "
-                        f"such as {name!r}. Use cpu"
+                        f"such as {name!r}. Set this key to cpu"
                     )
                 shard = division.placed(p, *part)
                 out[f"{FROZEN}.{name}"] = shard if whole else self._part(p, shard, self.weight_replicas)
@@ -252,9 +252,8 @@ class ShardedState(ABC):
                 mine.copy_(values)
         if lost:
             raise TrainingError(
-                f"train.zero: DeepSpeed keeps {len(lost)} tensors, the first of which is {lost[0]!r}, in a place where a "
-                f"restore can't write them "
-                f"({self}). Install the version of DeepSpeed that heliostat requires"
+                f"train.zero: heliostat can't restore {len(lost)} tensors, for example {lost[0]!r}, because DeepSpeed doesn't "
+                f"read the values that heliostat writes ({self}). Install the version of DeepSpeed that heliostat requires"
             )
 
     def after_load(self, steps: int) -> None:

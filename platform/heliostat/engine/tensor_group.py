@@ -71,14 +71,18 @@ def _mark(model: torch.nn.Module, group: dist.ProcessGroup, parts: int) -> None:
     DeepSpeed already has groups of a different size."""
     if dist.get_world_size(group) != parts:  # DeepSpeed keeps its groups for later engines
         raise TrainingError(
-            f"train.parallel.tensor: this process already has DeepSpeed groups of {dist.get_world_size(group)} workers"
+            f"train.parallel.tensor: this process already has DeepSpeed groups of {dist.get_world_size(group)} workers, "
+            f"not of {parts}. Start the run in a new process"
         )
     rank = dist.get_rank(group)
     for parameter in model.parameters():
         if not (cut := patches.matrix_part(parameter)):
             continue
         if len(set(cut.sizes)) > 1:
-            raise TrainingError(f"train.parallel.tensor: DeepSpeed sharded a matrix of {cut.shape} unevenly: {list(cut.sizes)}")
+            raise TrainingError(
+                f"train.parallel.tensor: DeepSpeed sharded a matrix of {cut.shape} into unequal parts: {list(cut.sizes)}. "
+                "Use another number of workers"
+            )
         division.note(parameter, cut.shape, Division(rank, parts, group, cut.shape[1] if cut.by == 1 else 0))
 
 
@@ -95,7 +99,8 @@ def check(recipe: Recipe, engine: DeepSpeedEngine) -> None:
     if wanted != divided:
         some = ", ".join(f"{name} ({kind})" for name, kind in sorted(wanted ^ divided)[:3])
         raise TrainingError(
-            f"train.parallel.tensor: DeepSpeed didn't shard exactly the matrices that the recipe lists. Different: {some}"
+            f"train.parallel.tensor: DeepSpeed didn't shard exactly the matrices that the recipe lists. Different: {some}. "
+            "Correct the recipe's divided_matrices"
         )
 
 

@@ -106,7 +106,10 @@ class ZeroState(ShardedState):
     def write_loss_scale(self, values: dict[str, float] | None) -> str | None:
         scaler = self._scaler()
         if scaler and not values:
-            return f"the checkpoint has no fp16 loss scale, so it starts again at {scaler.cur_scale:g}, and steps may be skipped"
+            return (
+                f"the checkpoint has no fp16 loss scale, so the loss scale starts again at {scaler.cur_scale:g}. "
+                "The first steps may be skipped"
+            )
         for key, value in (values or {}).items() if scaler else ():
             setattr(scaler, key, value)
         return None

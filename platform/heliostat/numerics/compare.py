@@ -44,11 +44,11 @@ def explain_gradient(
     tolerance = max(limit, EXPLAINED) * size
     ratio = _ratio(value, right)
     if float((value - ratio * right).norm()) <= limit * size:
-        return f"is {ratio:.4g} times the right one: a wrong scale"
+        return f"is {ratio:.4g} times the right gradient: a wrong scale"
     for scale in (1.0, float(len(parts))):
         apart = torch.stack([(value - scale * part).abs() for part in parts]).amin(0)
         if float(apart.norm()) <= tolerance:
-            return "is one worker's share: it wasn't reduced over the workers"
+            return "is one worker's share: the gradient wasn't reduced over the workers"
     if before is not None:
         if float((value - _ratio(value, before) * before).norm()) <= tolerance:
             return "is the gradient of the previous step: a stale buffer"
@@ -65,7 +65,7 @@ def explain_update(value: torch.Tensor, right: torch.Tensor, limit: float) -> st
         return "the weights didn't change"
     ratio = _ratio(value, right)
     if float((value - ratio * right).norm()) <= max(limit, EXPLAINED) * size:
-        return f"is {ratio:.4g} times the right one: a wrong scale"
+        return f"is {ratio:.4g} times the right update: a wrong scale"
     return ""
 
 

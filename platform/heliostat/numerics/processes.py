@@ -48,7 +48,9 @@ def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
     try:
         host.wait(DEADLINE_S)
     except subprocess.TimeoutExpired:
-        raise TrainingError(f"--numerics: the comparison didn't end within {DEADLINE_S:.0f} s: {_last(folder)}") from None
+        raise TrainingError(
+            f"--numerics: the comparison took longer than {DEADLINE_S:.0f} s. Last line of its log: {_last(folder)}"
+        ) from None
     finally:
         _end(host)
     if (failed := folder / "error.json").exists():
@@ -56,7 +58,9 @@ def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
         kind = ConfigError if error["exit_code"] == 2 else TrainingError
         raise kind(f"--numerics: {error['who']}: {error['message']}")
     if host.returncode:
-        raise TrainingError(f"--numerics: its process ended with code {host.returncode}: {_last(folder)}")
+        raise TrainingError(
+            f"--numerics: the comparison's process ended with code {host.returncode}. Last line of its log: {_last(folder)}"
+        )
 
 
 def give(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
@@ -81,7 +85,7 @@ def _end(host: subprocess.Popen[bytes]) -> None:
 
 def _last(folder: Path) -> str:
     lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
+    return lines[-1] if lines else "(the log is empty)"
 
 
 # in the host ---------------------------------------------------------------------------------------------------------

@@ -50,15 +50,15 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
     size = tiny.parameters(loading.load(job, sources, weights=False).build)
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
-        return SmallTrial(small, _loaded(small, sources), f"the whole model, {size:,} parameters{left_out(job)}")
+        return SmallTrial(small, _loaded(small, sources), f"the complete model, {size:,} parameters{left_out(job)}")
     small = small_job(job, folder, gpus, tiny.LENGTH)
     recipe = _loaded(small, sources)
     if not isinstance(recipe, CausalLM):
         raise ConfigError(
-            f"recipe: --numerics runs models of up to {LARGEST:,} parameters, and this one has {size:,}. It can make only "
-            f"models of CausalLM smaller by itself. Make this model smaller with --set model.KEY=VALUE"
+            f"recipe: --numerics runs models of up to {LARGEST:,} parameters, and this model has {size:,}. heliostat can "
+            f"shrink only models of CausalLM. Make this model smaller with --set model.KEY=VALUE"
         )
-    return SmallTrial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
+    return SmallTrial(small, recipe, f"the model, reduced from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
 
 
 def left_out(job: Job) -> str:
@@ -148,7 +148,9 @@ def _cut(recipe: CausalLM, job: Job) -> int:
         if size <= LARGEST:
             _fold(recipe, tiny.VOCABULARY)
             return size
-    raise ConfigError(f"model: can't make a small model of {whole.model_type!r} for --numerics. Make it smaller with --set")
+    raise ConfigError(
+        f"model: can't make a small model of {whole.model_type!r} for --numerics. Set a smaller size with --set model.KEY=VALUE"
+    )
 
 
 def _fold(recipe: CausalLM, vocabulary: int) -> None:

@@ -233,15 +233,15 @@ REGISTRY: dict[str, type[Optimizer]] = {kind.model_fields["name"].default: kind 
 REFUSED = {
     **dict.fromkeys(
         ("adafactor", "shampoo", "soap", "lamb", "lars"),
-        "isn't supported: it needs complete tensors, but ZeRO gives workers slices",
+        "isn't supported: this optimizer needs complete tensors, but ZeRO gives workers slices",
     ),
     **dict.fromkeys(
         ("adamw_8bit", "adamw8bit", "adamw_bnb_8bit"),
-        "isn't supported: ZeRO would split the blocks of its state, and resuming with another number of workers would change "
-        "this state",
+        "isn't supported: ZeRO would split the blocks of the optimizer state, and resuming with another number of workers would "
+        "change this state",
     ),
-    "adagrad": "isn't supported: DeepSpeed replaces it, and then steps only one parameter group",
-    "lbfgs": "isn't supported: it needs several losses per step",
+    "adagrad": "isn't supported: DeepSpeed replaces this optimizer with its own, which steps only one parameter group",
+    "lbfgs": "isn't supported: this optimizer needs several losses per step",
 }
 
 
@@ -281,5 +281,5 @@ def require_resumable(optimizer: Optimizer, recorded: dict[str, object]) -> None
     )
     raise ConfigError(
         f"train.optimizer: {optimizer.name!r} keeps {keeps} per parameter, but the run's checkpoints ({name!r}) "
-        f"contain {holds}. Keep {name!r}, or start another run"
+        f"contain {holds}. Set train.optimizer.name to {name!r}, or start another run"
     )

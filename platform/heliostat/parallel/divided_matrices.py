@@ -60,20 +60,20 @@ def require(recipe: LanguageModel, parts: int) -> None:
     config, kind = recipe.config, recipe.config.model_type
     plan = dict(_plan(config))
     if not plan:
-        raise ConfigError(f"{KEY}: transformers has no tensor-parallel plan for {kind!r}. Set it to 1")
+        raise ConfigError(f"{KEY}: transformers has no tensor-parallel plan for {kind!r}. Set this key to 1")
     if recipe.routes:
         raise ConfigError(f"{KEY}: not supported for the experts of {kind!r}. Use train.parallel.expert")
     for name, style in plan.items():
         if style not in KINDS:
-            raise ConfigError(f"{KEY}: not supported: transformers shards {name!r} of {kind!r} by {style!r}. Set it to 1")
+            raise ConfigError(f"{KEY}: not supported: transformers shards {name!r} of {kind!r} by {style!r}. Set this key to 1")
     for field in FIELDS:
         number = getattr(config, field, None)
         if isinstance(number, int) and number % parts:
             fits = [n for n in range(2, number + 1) if all(_number(config, f) % n == 0 for f in FIELDS)]
-            instead = f"Use {' or '.join(map(str, fits[:4]))}" if fits else "Set it to 1"
+            instead = f"Use {' or '.join(map(str, fits[:4]))}" if fits else "Set this key to 1"
             raise ConfigError(f"{KEY}: {parts} doesn't divide model.{field} {number}. {instead}")
     if fault := tiny.remembered(_known, recipe, [recipe.document_mask], lambda: tiny.tried(recipe, _fault, 2 * PARTS)):
-        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set it to 1")
+        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set this key to 1")
 
 
 def _number(config: PreTrainedConfig, field: str) -> int:
@@ -84,7 +84,7 @@ def _number(config: PreTrainedConfig, field: str) -> int:
 def _fault(small: LanguageModel) -> str:
     off, narrowed = played(small)
     if narrowed:
-        return f"every worker would have all of {narrowed[0]!r}, but only a part of its input"
+        return f"every worker would have all of {narrowed[0]!r}, but only a part of this module's input"
     return "" if off <= TOLERANCE else f"the shards' logits differ from the complete model's logits by {off:.1%}"
 
 

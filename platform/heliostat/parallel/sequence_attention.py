@@ -56,7 +56,9 @@ def use(model: PreTrainedModel, group: dist.ProcessGroup, micro_batch_size: int,
     """
     exchange = _exchange.get()
     if exchange is None:
-        raise RuntimeError("sequence_attention.use: no engine exchanges heads here. Call it in a recipe's exchange(model, group)")
+        raise RuntimeError(
+            "sequence_attention.use: no engine exchanges heads here. Call this function in a recipe's exchange(model, group)"
+        )
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     attention = exchange(core(model), group, micro_batch_size, sizes(model.config), layers)
 

@@ -75,7 +75,7 @@ def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: in
         small = recipe.small(config, LENGTH, END)
         try:
             if (size := parameters(small.build)) > most:
-                reason = f"its smallest model has {size:,} parameters"
+                reason = f"the architecture's smallest model has {size:,} parameters"
                 continue
             with one_thread(), torch.random.fork_rng(devices=[]):
                 return what(small)

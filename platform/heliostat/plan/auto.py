@@ -119,8 +119,8 @@ def named(name: str, memory: float, devices: Mapping[str, Machine]) -> str:
     if device := hardware.find(name, memory, devices):
         return device
     raise ConfigError(
-        f"{KEY}: this machine's {name} with {memory / hardware.GIB:.0f} GiB isn't in the price table. Set the "
-        "configuration that `heliostat plan JOB --rank --prices FILE --device NAME` finds"
+        f"{KEY}: this machine's {name} with {memory / hardware.GIB:.0f} GiB isn't in the price table. Run "
+        "`heliostat plan JOB --rank --prices FILE --device NAME`, and set the configuration that this command finds"
     )
 
 

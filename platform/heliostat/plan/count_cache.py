@@ -49,14 +49,14 @@ def get(job: Job, recipe: Recipe, count: Callable[[], Counts]) -> Counts:
     except FileNotFoundError:
         pass
     except (DataError, OSError) as e:
-        log.warning("counting the model again: %s", e)
+        log.warning("the cached count of the model is damaged, so heliostat counts the model again: %s", e)
     counts = count()
     try:
         Location(str(place)).write(json.dumps(asdict(counts), default=sorted).encode())
         for old in sorted(place.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
     except (StorageError, OSError) as e:
-        log.info("can't store the count of the model: %s", e)
+        log.info("can't cache the model's parameter and activation counts: %s", e)
     return counts
 
 

@@ -122,16 +122,14 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
         near = schema.nearest(instance, list(prices["instances"]))
         raise ConfigError(
             f"machine type {instance!r} of the cluster file isn't in the price table{near}{'' if near.endswith('?') else '.'} "
-            "Pass --device NAME, or add it to instances in --prices FILE"
+            "Pass --device NAME, or add this machine type to `instances` in --prices FILE"
         )
     rented = prices["instances"].get(instance or "", {})
     name = name or (rented.get("device", DEFAULT_GPU) if gpus else "cpu")
     if name not in prices["devices"]:
         raise ConfigError(f"device {name!r} isn't in the price table{schema.nearest(name, list(prices['devices']))}")
     if (name == "cpu") == bool(gpus):
-        raise ConfigError(
-            f"workers.gpus: {gpus:g} given, but the plan is for {name}. Set workers.gpus, or plan on another device"
-        )
+        raise ConfigError(f"workers.gpus: {gpus:g} given, but the plan is for {name}. Set workers.gpus, or pass another --device")
     raw = prices["devices"][name] | {k: v for k, v in rented.items() if k != "device"}
     try:
         units = cores if name == "cpu" else gpus  # `Device` describes the share of one worker
@@ -151,7 +149,7 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
             host_bandwidth=raw.get("host_bandwidth", HOST_BANDWIDTH) * 1e9 / raw["per_node"] * units,
         )
     except (KeyError, TypeError) as e:
-        raise ConfigError(f"--prices: devices.{name}: {e} is missing, or isn't a number") from e
+        raise ConfigError(f"--prices: devices.{name}: {e} is missing, or isn't a number. Add this value to the price file") from e
 
 
 def find(name: str, memory: float, devices: Mapping[str, Machine]) -> str | None:

@@ -207,4 +207,4 @@ def _lacks(memory: dict[str, int]) -> str:
         largest = max(("weights", "gradients", "optimizer", "working", "activations", "frozen"), key=lambda k: memory[k])
         sums = f" ({memory['summed'] / GIB:.1f} of them are sums in fp32)" if largest == "gradients" and memory["summed"] else ""
         return f"{(memory['total'] - memory['device']) / GIB:.1f} GiB too much, {largest} {memory[largest] / GIB:.1f}{sums}"
-    return f"{memory['host'] / GIB:.1f} GiB of host memory per worker, more than its share"
+    return f"{memory['host'] / GIB:.1f} GiB of host memory per worker, more than a worker's share"

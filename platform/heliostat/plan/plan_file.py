@@ -97,11 +97,11 @@ def measured(run: Location) -> Measured:
     checkpoint = layout.latest(run)
     if not checkpoint:
         raise ConfigError(
-            f"--calibrate: {run}: has no checkpoint, and so no record of its job. Train the run until it saves a checkpoint"
+            f"--calibrate: {run}: the run has no checkpoint, which contains the job. Continue the run until it saves a checkpoint"
         )
     attempts = [(one, *rate) for one in goodput.read(run) if (rate := pace(one))]
     if not attempts:
-        raise ConfigError(f"--calibrate: {run}: no attempt in its ledger has {LEAST} steps after the first. Train it longer")
+        raise ConfigError(f"--calibrate: {run}: no attempt of the run has {LEAST} steps after its first step. Continue the run")
     longest, seconds, steps = max(attempts, key=lambda one: one[2])
     return Measured(checkpoint.job.on(longest.workers), seconds, steps)
 

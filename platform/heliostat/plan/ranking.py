@@ -63,7 +63,8 @@ def ranking(
     ranked = layouts.ranked(estimates, lambda layout: possible(job, layout, counts))
     if not ranked:
         raise ConfigError(
-            f"{job.name}: no parallelism configuration trains on {most.workers} workers; {'; '.join(notes) or 'use others'}"
+            f"{job.name}: no parallelism configuration trains on {most.workers} workers; "
+            f"{'; '.join(notes) or 'use another number of workers'}"
         )
     return Ranking(most, ranked, layouts.changes(job, ranked[0].layout) if ranked[0].fits else None, notes)
 
@@ -158,6 +159,8 @@ def _exchanged(recipe: Recipe, parts: int) -> int:
     if parts == 1:
         return 0
     if not isinstance(recipe, CutsSamples):
-        raise ConfigError(f"train.parallel.sequence: {type(recipe).__name__} doesn't support sequence parallelism")
+        raise ConfigError(
+            f"train.parallel.sequence: {type(recipe).__name__} doesn't support sequence parallelism. Set this key to 1"
+        )
     recipe.require_cut(parts)
     return recipe.exchanged(parts)

@@ -28,7 +28,8 @@ def frozen_modules(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Modu
     for name in recipe.frozen:
         if name not in known:
             raise ConfigError(
-                f"recipe: {type(recipe).__name__}.frozen names {name!r}, which isn't a submodule of its model ({GUIDE})"
+                f"recipe: {type(recipe).__name__}.frozen names {name!r}, but the model has no such submodule. "
+                f"Correct `frozen` ({GUIDE})"
             )
     return [known[name] for name in recipe.frozen]
 
@@ -95,7 +96,8 @@ def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
             dimensions, said = len(shape(p)), recipe.group(name, shape(p)).hidden
             if said and dimensions not in (2, 3):
                 raise ConfigError(
-                    f"recipe: {type(recipe).__name__}.group marks {name!r} as hidden, but it isn't a matrix ({GUIDE})"
+                    f"recipe: {type(recipe).__name__}.group sets `hidden` for {name!r}, but this parameter isn't a matrix. "
+                    f"Return a Group without `hidden` for {name!r} ({GUIDE})"
                 )
             looks = id(p) not in apart and (dimensions == 2 or (dimensions == 3 and "experts" in name.split(".")))
             if looks if said is None else said:
@@ -122,5 +124,7 @@ def grouped(
     for group, _ in groups:
         for what, value in (("weight_decay", group.weight_decay), ("lr", group.lr)):
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"recipe: {type(recipe).__name__}.group returns {what} {value!r}. Return at least 0")
+                raise ConfigError(
+                    f"recipe: {type(recipe).__name__}.group returns {what} {value!r}. Return a finite number of at least 0"
+                )
     return sorted(((group, names) for (group, _), names in groups.items()), key=lambda item: item[0].weight_decay is not None)

@@ -96,7 +96,9 @@ def generator(folder: Path, options: dict[str, object]) -> Callable[[list[Reques
     """Loads the generator of an exported model. Raises ConfigError if the model's recipe doesn't answer prompts."""
     recipe = read(folder).recipe
     if not issubclass(recipe, Generates):
-        raise ConfigError(f"{folder}: a model of {recipe.__name__} doesn't answer prompts")
+        raise ConfigError(
+            f"{folder}: {recipe.__name__} models don't answer prompts. Use a model whose recipe derives from Generates ({GUIDE})"
+        )
     return recipe.generator(folder, options)
 
 
@@ -109,4 +111,6 @@ def using(folder: Path) -> Iterator[None]:
     except HeliostatError:
         raise
     except Exception as e:
-        raise ConfigError(f"{folder}: can't load the model ({type(e).__name__}: {brief(e)})") from e
+        raise ConfigError(
+            f"{folder}: can't load the model ({type(e).__name__}: {brief(e)}). Export or copy the folder again"
+        ) from e

@@ -63,11 +63,13 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         if job.data.sequence_length:
-            raise ConfigError("data.sequence_length: not used for rows. Remove it, and set model.max_tokens")
+            raise ConfigError("data.sequence_length: only for token datasets. Remove this key, and set model.max_tokens")
         if job.train.global_batch_size < 2:
-            raise ConfigError("train.global_batch_size: a batch of 1 pair has no other pair to compare with. Set it to 2 or more")
+            raise ConfigError(
+                "train.global_batch_size: a batch of 1 pair has no other pair to compare with. Set this key to 2 or more"
+            )
         if "init" in job.model:
-            raise ConfigError("model.init: only for language models. Remove it")
+            raise ConfigError("model.init: only for language models. Remove this key")
         self.keys = _own_keys(self.own, job.model)
         self.temperature: float = self.keys.temperature  # divides the cosine similarities in the loss
         self.pretrained: str | None = job.model.get("pretrained")
@@ -176,7 +178,7 @@ def _own_keys(kind: type[K], model: dict[str, object]) -> K:
 def present(content: pa.Table, column: str) -> list[Any]:
     """Returns a column's values. Raises DataError if a value is missing."""
     if nulls := content[column].null_count:
-        raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}. Leave such rows out of the dataset")
+        raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}. Remove these rows from the dataset")
     return content[column].to_pylist()
 
 

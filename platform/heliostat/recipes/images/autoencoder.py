@@ -69,7 +69,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
     def __init__(self, job: Job) -> None:
         if job.data.sequence_length:
-            raise ConfigError("data.sequence_length: not used for images. Remove it")
+            raise ConfigError("data.sequence_length: not used for images. Remove this key")
         self.keys = {k: v for k, v in job.model.items() if k not in ("kl_weight", "pretrained")}
         self.pretrained = job.model.get("pretrained")
         self.kl_weight = job.model.get("kl_weight", 1e-6)
@@ -96,13 +96,15 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
     def bind(self, sources: list[Manifest]) -> None:
         self.sources, self.facts = sources, rows.facts(sources, True)
         if self.facts.content != "images":
-            raise ConfigError("data.sources: an autoencoder needs images, but these datasets contain latents")
+            raise ConfigError(
+                "data.sources: an autoencoder needs images, but these datasets contain latents. Prepare them without `latents`"
+            )
         channels = self.facts.channels
         if self.pretrained:
             if self.config["in_channels"] != channels:
                 raise ConfigError(
-                    f"model.pretrained: the autoencoder takes {self.config['in_channels']} channels, and the "
-                    f"images have {channels}"
+                    f"model.pretrained: the autoencoder needs images with {self.config['in_channels']} channels, but the "
+                    f"datasets' images have {channels}. Set `channels` in the pipeline, or use another autoencoder"
                 )
         else:
             self.config = {**self.config, "in_channels": channels, "out_channels": channels, "sample_size": self.facts.size[0]}
@@ -111,7 +113,8 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
                 blocks = len(self.config["block_out_channels"])
                 raise ConfigError(
                     f"model.block_out_channels: {blocks} blocks need image sides that are multiples of "
-                    f"{self.factor}, but the images have a side of {side}"
+                    f"{self.factor}, but the images have a side of {side} pixels. "
+                    "Use fewer blocks, or prepare images of another `resolution`"
                 )
         with torch.device("meta"):
             self.build()  # fails if the keys don't fit together
@@ -216,7 +219,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         return [
             (
                 "autoencoder",
-                f"encodes each square of {self.factor} x {self.factor} pixels as one latent; scaling factor {scale:.4g}",
+                f"each latent encodes a square of {self.factor} x {self.factor} pixels; scaling factor {scale:.4g}",
             )
         ]
 

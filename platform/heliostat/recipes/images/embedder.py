@@ -107,7 +107,9 @@ class ImageEmbedder(EmbedsPairs):
     def probe(self) -> None:
         longest = self.config.text_config.max_position_embeddings
         if not 1 < self.max_tokens <= longest:
-            raise ConfigError(f"model.max_tokens: {self.max_tokens} isn't between 2 and the model's maximum {longest}")
+            raise ConfigError(
+                f"model.max_tokens: {self.max_tokens} isn't between 2 and the model's maximum {longest}. Correct this key"
+            )
         if self.pretrained:
             assert self.processor
 
@@ -115,12 +117,14 @@ class ImageEmbedder(EmbedsPairs):
         self.sources = sources
         facts = rows.facts(sources, True)
         if facts.content != "images":
-            raise ConfigError("data.sources: an embedder needs images, but these datasets contain latents")
+            raise ConfigError(
+                "data.sources: an embedder needs images, but these datasets contain latents. Prepare them without `latents`"
+            )
         sizes = {(m.meta["size"][0], m.meta["size"][1]) for m in sources}
         if len(sizes) > 1 or facts.size[0] != facts.size[1]:
             shown = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
-            raise ConfigError(f"data.sources: CLIP needs square images of one size, and these have {shown} pixels. Prepare them "
-                "without `buckets`")  # fmt: skip
+            raise ConfigError(f"data.sources: CLIP needs square images of one size, but the images have {shown} pixels. "
+                "Prepare them without `buckets`")  # fmt: skip
         self._fit(facts.channels, facts.size[0])
         if not self.pretrained:
             vocabulary = self.job.model.get("text_config", {}).get("vocab_size")
@@ -140,11 +144,15 @@ class ImageEmbedder(EmbedsPairs):
                 raise ConfigError(f"model.pretrained: expected images with {getattr(vision, key)} {what}, got {value}. "
                     "Prepare them with the pipeline's `resolution` and `channels`")  # fmt: skip
             if keys.get(key, value) != value:
-                raise ConfigError(f"model.vision_config.{key}: {keys[key]} given, but the images have {value} {what}. Remove it")
+                raise ConfigError(
+                    f"model.vision_config.{key}: {keys[key]} given, but the images have {value} {what}. Remove this key"
+                )
             setattr(vision, key, value)
         patch = vision.patch_size
         if not isinstance(patch, int) or not 0 < patch <= side or side % patch:
-            raise ConfigError(f"model.vision_config.patch_size: {patch} doesn't divide the image side of {side} pixels")
+            raise ConfigError(
+                f"model.vision_config.patch_size: {patch} doesn't divide the image side of {side} pixels. Use a divisor of {side}"
+            )
 
     @cached_property
     def processor(self) -> CLIPImageProcessorPil:

@@ -75,12 +75,14 @@ def real_images(
             try:
                 table = chunks.read(number, chunk)
             except DamagedError as e:
-                log.warning("%s. Its images are left out", e)
+                log.warning("%s. The scores leave out the images of this row group", e)
                 continue
             finally:
                 progressed()
             if isinstance(table, np.ndarray) or "image" not in table.column_names:
-                raise ConfigError("model.samples: the datasets contain no images. Remove judge and features")
+                raise ConfigError(
+                    "model.samples: the datasets contain no images. Remove model.samples.judge and model.samples.features"
+                )
             images += [decode(data) for data in table["image"].to_pylist()]
             labels += table["label"].to_pylist()
     return images[:limit], labels[:limit]

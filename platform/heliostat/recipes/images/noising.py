@@ -57,13 +57,17 @@ class NoiseObjective(Strict):
     def _consistent(self) -> NoiseObjective:
         flow = self.prediction == "flow"
         if flow and (self.zero_terminal_snr or self.min_snr or self.noise_offset):
-            raise ValueError("zero_terminal_snr, min_snr, and noise_offset aren't supported with prediction 'flow'. Remove them")
+            raise ValueError(
+                "zero_terminal_snr, min_snr, and noise_offset aren't supported with prediction 'flow'. Remove these keys"
+            )
         if not flow and (self.timesteps != "uniform" or self.shift != 1.0):
-            raise ValueError("timesteps 'logit_normal' and shift need prediction 'flow'. Remove them")
+            raise ValueError(
+                "timesteps 'logit_normal' and shift need prediction 'flow'. Remove timesteps and shift, or set prediction: flow"
+            )
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError(
                 "zero_terminal_snr needs prediction 'v', because the last step is pure noise, and a network that "
-                "predicts noise learns nothing from this step"
+                "predicts noise learns nothing from this step. Set prediction: v"
             )
         return self
 

@@ -60,27 +60,38 @@ class Parts:
         f = self.facts
         if f.content == "latents" and self.vae_config is None:
             raise ConfigError(
-                "model.autoencoder: required, because the datasets contain latents. Set it to the autoencoder that computed them"
+                "model.autoencoder: required, because the datasets contain latents. Set this key to the autoencoder that "
+                "computed the latents"
             )
         folders = {"autoencoder": self.model.autoencoder, "text": self.model.text if self.model.text.pretrained else None}
         for name, digest in f.models.items():
             folder = folders[name]
             if folder is None or config.folder_digest(str(folder.pretrained)) != digest:
-                raise ConfigError(f"model.{name}.pretrained: another model computed the datasets. Set this key to that model")
+                raise ConfigError(
+                    f"model.{name}.pretrained: the datasets were prepared with another model. Set this key to the "
+                    "other model's folder"
+                )
         if f.text and f.text != (self.model.text.length, self.width):
             raise ConfigError(
-                f"model.text.length: {self.model.text.length} given, but the datasets contain {f.text[0]}. Set it to {f.text[0]}"
+                f"model.text.length: {self.model.text.length} given, but the datasets' captions have {f.text[0]} "
+                f"tokens. Set this key to {f.text[0]}"
             )
         if not self.model.text.pretrained and f.tokenizer is None:
             raise ConfigError(
-                "model.text: the datasets have no tokenizer. Prepare them with a tokenizer, or set model.text.pretrained"
+                "model.text: the datasets have no tokenizer. Prepare the datasets with a tokenizer, or set model.text.pretrained"
             )
         keys, channels = self._given(), self.shape()[0]
         if keys.get("in_channels", channels) != channels:
-            raise ConfigError(f"model.backbone.in_channels: {keys['in_channels']} given, but the data has {channels}")
+            raise ConfigError(
+                f"model.backbone.in_channels: {keys['in_channels']} given, but the data has {channels} channels. "
+                f"Set this key to {channels}, or use another backbone"
+            )
         if (said := self._answers(keys)) != channels:
             more = ". The backbone also predicts the variance, which heliostat doesn't train" if said == 2 * channels else ""
-            raise ConfigError(f"model.backbone.out_channels: {said} given, but the prediction target has {channels}{more}")
+            raise ConfigError(
+                f"model.backbone.out_channels: {said} given, but the prediction target has {channels} channels{more}. "
+                f"Set this key to {channels}, or use another backbone"
+            )
         if self._conditioned(keys):
             raise ConfigError(
                 "model.backbone.use_additional_conditions: not supported: the model expects each image's "
@@ -88,7 +99,10 @@ class Parts:
             )
         for key in config.TEXT_WIDTHS[self.arch]:
             if keys.get(key, self.width) != self.width:
-                raise ConfigError(f"model.backbone.{key}: {keys[key]} given, but the text encoder's width is {self.width}")
+                raise ConfigError(
+                    f"model.backbone.{key}: {keys[key]} given, but the text encoder's width is {self.width}. "
+                    f"Set this key to {self.width}, or use another text encoder"
+                )
         for name, weights in folders.items():
             if weights:
                 config.require_weights(f"model.{name}.pretrained", str(weights.pretrained))
@@ -167,11 +181,13 @@ class Parts:
         except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
             why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
             raise ConfigError(
-                f"model.backbone.pretrained: the backbone needs more inputs than images and captions ({why})"
+                f"model.backbone.pretrained: the backbone needs more inputs than images and captions ({why}). "
+                "Use another backbone"
             ) from e
         if said.shape != shape:
             raise ConfigError(
-                f"model.backbone.pretrained: the output has shape {tuple(said.shape[1:])} for images of shape {shape[1:]}"
+                f"model.backbone.pretrained: the output has shape {tuple(said.shape[1:])} for images of shape {shape[1:]}. "
+                "Use another backbone"
             )
 
     def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:

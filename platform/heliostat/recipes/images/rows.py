@@ -53,7 +53,7 @@ def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
             raise ConfigError(f"data.sources: the datasets {what}. Prepare all of them with one pipeline")
     if len({f.size for f in each}) > 1 and not one_source:
         raise ConfigError(
-            "data.one_source_batches: required, because the datasets contain images of different sizes. Set it to true"
+            "data.one_source_batches: required, because the datasets contain images of different sizes. Set this key to true"
         )
     return each[0]
 

@@ -58,7 +58,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
     def __init__(self, job: Job) -> None:
         if job.data.sequence_length:
-            raise ConfigError("data.sequence_length: not used for images. Remove it")
+            raise ConfigError("data.sequence_length: not used for images. Remove this key")
         self.model = validate(Model, job.model, "model")
         self.version, bf16 = job.train.rules, job.train.precision == "bf16"
         frozen_type = torch.bfloat16 if self.version > 1 and bf16 else torch.float32
@@ -70,7 +70,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         self.process.scheduler(self.sampler)
         self.seed, self.one_source = job.train.seed, job.data.one_source_batches
         if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
-            raise ConfigError("model.samples.judge: needs prompts with a label. Add labels, or set it to false")
+            raise ConfigError(
+                "model.samples.judge: needs prompts with a label. Add labels to model.samples.prompts, or set this key to false"
+            )
         if self.model.samples.judge:
             extras.require("images", "sklearn", what="model.samples.judge")
         drawn = self.model.samples if self.model.samples.prompts else None

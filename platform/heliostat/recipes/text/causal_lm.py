@@ -67,7 +67,9 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     def __init__(self, job: Job) -> None:
         if not job.data.sequence_length:
-            raise ConfigError("data.sequence_length: required for a language model")
+            raise ConfigError(
+                "data.sequence_length: required for a language model. Set this key to the number of tokens per sample"
+            )
         self.job, self.length = job, job.data.sequence_length
         self.checkpointing, self.offload = job.train.activation_checkpointing, job.train.activation_offload
         self.document_mask, self.tiled, self.tiled_mlp = job.data.document_mask, job.train.tiled_loss, job.train.tiled_mlp
@@ -113,7 +115,9 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
     def _require_positions(self, longest: int | None) -> None:
         """Raises ConfigError if samples are longer than the model's maximum."""
         if longest and 0 < longest < self.length:
-            raise ConfigError(f"data.sequence_length: {self.length} is above the model's max_position_embeddings {longest}")
+            raise ConfigError(
+                f"data.sequence_length: {self.length} is above the model's max_position_embeddings. Use at most {longest}"
+            )
 
     def plainly(self) -> CausalLM:
         """Returns a copy that uses only CPU reference implementations. Trials and the plain process of `numerics` use this
@@ -163,7 +167,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if self.vocabulary_given:
             vocab_size = (self.plain or self.config).vocab_size
             if vocab_size < size:
-                raise ConfigError(f"model.vocab_size: {vocab_size} is below the tokenizer's size {size}")
+                raise ConfigError(f"model.vocab_size: {vocab_size} is below the tokenizer's size. Use at least {size}")
         else:
             self._bind(vocab_size=-(-size // 64) * 64)  # matrix units are fast with multiples of 64
         if not self.pretrained:

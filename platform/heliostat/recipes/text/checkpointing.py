@@ -93,14 +93,15 @@ def require(recipe: LanguageModel) -> None:
             raise ConfigError(f"{SOME}: {kind!r} doesn't support selective checkpointing: {fault}. Set {_plainly(key)}")
     elif isinstance(which, int) and which is not True and which > count:
         raise ConfigError(
-            f"{SOME}: {which} is not below the number of layers of {kind!r}, {count}. Set it to true, or to {count - 1} or less"
+            f"{SOME}: {which} must be below the number of layers of {kind!r}, which is {count}. "
+            f"Set this key to true, or to {count - 1} or less"
         )
     if recipe.offload and (fault := tiny.tried(recipe, _fault)):
-        raise ConfigError(f"{OFFLOAD}: {kind!r} doesn't support activation offload: {fault}. Set it to false")
+        raise ConfigError(f"{OFFLOAD}: {kind!r} doesn't support activation offload: {fault}. Set this key to false")
 
 
 def _plainly(key: str) -> str:
-    return "it to true or false" if key == SOME else "it to false"
+    return "this key to true or false" if key == SOME else "this key to false"
 
 
 def _differs(small: LanguageModel) -> str:
@@ -114,7 +115,7 @@ def _differs(small: LanguageModel) -> str:
         loss = small.loss(model, small.batch(tiny.tokens(small))).sum
         loss.backward()
         wrong.append(torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]))
-    return "" if torch.equal(*wrong) else "its gradient differs"
+    return "" if torch.equal(*wrong) else "the gradient differs from the gradient without checkpointing"
 
 
 def _fault(small: LanguageModel) -> str:
@@ -123,4 +124,4 @@ def _fault(small: LanguageModel) -> str:
     model = small.build()
     small.loss(model, small.batch(tiny.tokens(small))).sum.backward()
     copied = [layer._gradient_checkpointing_func.copied for layer in layers(model)]
-    return "" if all(copied) else "the layers take their input as a keyword argument, so it stays on the device"
+    return "" if all(copied) else "the layers take their input as a keyword argument, so the input stays on the device"

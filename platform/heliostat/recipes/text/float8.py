@@ -100,14 +100,14 @@ def require(recipe: LanguageModel) -> None:
     if recipe.routes:
         raise ConfigError(
             f"{KEY}: not supported for {kind!r}: its experts aren't linear layers, and its routers need full "
-            "precision. Set it to false"
+            "precision. Set this key to false"
         )
     with torch.device("meta"):
         model = recipe.plainly().build()
     if not linears(model):
         raise ConfigError(
             f"{KEY}: not supported: no layer of {kind!r} has an nn.Linear with sides that are multiples of "
-            f"{MULTIPLE}. Set it to false"
+            f"{MULTIPLE}. Set this key to false"
         )
 
 
@@ -116,4 +116,6 @@ def require_device() -> None:
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < CAPABILITY:
         needs, has = (".".join(map(str, version)) for version in (CAPABILITY, capability))
         name = torch.cuda.get_device_name()
-        raise ConfigError(f"{KEY}: needs GPUs of compute capability {needs} or later, and {name} has {has}. Set it to false")
+        raise ConfigError(
+            f"{KEY}: needs GPUs of compute capability {needs} or later, but {name} has {has}. Set this key to false"
+        )

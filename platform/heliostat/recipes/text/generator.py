@@ -61,7 +61,7 @@ class TextGenerator:
         self.tokenizer = pretrained.from_folder("model", transformers.AutoTokenizer, folder)
         self.infilling = Infilling.of(self.tokenizer) if self.suffix is not None else None
         if self.suffix is not None and self.infilling is None:
-            raise ConfigError(f"suffix: {infilling.NONE} ({folder})")
+            raise ConfigError(f"suffix: {infilling.NONE} ({folder}). Remove the suffix, or use another model")
         from heliostat.recipes.text.server import take_sampling  # imports mlflow
 
         model = whole("model", folder)

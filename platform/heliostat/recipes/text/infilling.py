@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG = "tokenizer_config.json"
-NONE = "the model's tokenizer has no prefix, suffix, and middle tokens, so it can't fill in the middle"
+NONE = "the model's tokenizer has no prefix, suffix, and middle tokens, so the model can't fill in the middle"
 
 
 def write(folder: Path, sources: list[Manifest]) -> None:

@@ -81,7 +81,8 @@ def apply(init: Init, model: torch.nn.Module, arch: str) -> None:
     names = output_projections(parameters)
     if not names:
         raise ConfigError(
-            f"model.{KEY}.zero_output_projections: heliostat doesn't know the output projections of {arch!r}. Set it to false"
+            f"model.{KEY}.zero_output_projections: heliostat doesn't know the output projections of {arch!r}. "
+            "Set this key to false"
         )
     for name in names:
         if not parameters[name].is_meta:

@@ -159,7 +159,7 @@ class RopeScaling(Strict):
     @model_validator(mode="after")
     def _fits(self) -> RopeScaling:
         for key in sorted(self.model_fields_set - {*COMMON, *OWN[self.rope_type]}):
-            raise ValueError(f"{key}: not supported for rope_type {self.rope_type!r}. Remove it")
+            raise ValueError(f"{key}: not supported for rope_type {self.rope_type!r}. Remove this key")
         for key in OWN["llama3"][1:] if self.rope_type == "llama3" else ():
             if getattr(self, key) is None:
                 raise ValueError(f"{key}: required for rope_type 'llama3' (Llama 3.1 uses low_freq_factor 1, high_freq_factor 4)")
@@ -217,7 +217,7 @@ def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, obje
             f"model.{SCALING}: {config.model_type!r} has several kinds of rotary embeddings. Set all of model.rope_parameters"
         )
     if "rope_parameters" in changes:
-        raise ConfigError(f"model.{SCALING}: model.rope_parameters is set too. Remove one of them")
+        raise ConfigError(f"model.{SCALING}: model.rope_parameters is set too. Remove one of these two keys")
     before = scaling.original_max_position_embeddings or old.get("original_max_position_embeddings")
     before = before or config.max_position_embeddings
     new = {k: old[k] for k in ("rope_theta", "partial_rotary_factor") if k in old} | scaling.model_dump(exclude_none=True)
@@ -243,7 +243,7 @@ def require_same_weights(
                 f"model.{key}: {brief(keys[key])} doesn't fit the pretrained weights: {name!r} has size "
                 f"{_size(own.get(name))}, and would have {_size(other.get(name))}. Remove this key"
             )
-    raise ConfigError(f"model: {', '.join(keys)} together don't fit the pretrained weights. Remove one of them")
+    raise ConfigError(f"model: {', '.join(keys)} together don't fit the pretrained weights. Remove one of these keys")
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

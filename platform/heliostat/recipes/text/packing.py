@@ -30,13 +30,13 @@ def require_apart(recipe: LanguageModel) -> None:
         leaked = tiny.remembered(_known, recipe, how, lambda: tiny.attempt(recipe, lambda small: leak(logits(small))))
     except tiny.UntriedError as e:
         raise ConfigError(
-            f"data.document_mask: can't check whether {kind!r} keeps packed documents apart ({e}). Set it to false"
+            f"data.document_mask: can't check whether {kind!r} keeps packed documents apart ({e}). Set this key to false"
         ) from e
     if not leaked <= TOLERANCE:
         raise ConfigError(
             f"data.document_mask: {kind!r} attends across packed documents: a change of the text before a boundary between "
             f"documents also changes the logits after this boundary (by {leaked:.1%} of the change of the logits before the "
-            f"boundary). Set this key to false"
+            f"boundary). Set data.document_mask to false"
         )
 
 

@@ -88,7 +88,9 @@ def _require_kernels(recipe: ProbedModel) -> None:
         with torch.device("meta"):
             if not recipe.blocks(recipe.plainly().build()):
                 kind = recipe.config.model_type
-                raise ConfigError(f"train.compile: blocks: transformers doesn't list the layers of {kind!r}. Set it to true")
+                raise ConfigError(
+                    f"train.compile: blocks: transformers doesn't list the layers of {kind!r}. Set this key to true"
+                )
 
 
 def _require_weights(recipe: ProbedModel) -> None:

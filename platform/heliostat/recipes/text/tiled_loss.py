@@ -113,18 +113,20 @@ def require(recipe: LanguageModel) -> None:
     """Raises ConfigError unless the model's logits are the outputs of its last layer, without later changes."""
     fault = tiny.tried(recipe, _fault)
     if fault:
-        raise ConfigError(f"{KEY}: not supported for {recipe.config.model_type!r}: {fault}. Set it to false")
+        raise ConfigError(f"{KEY}: not supported for {recipe.config.model_type!r}: {fault}. Set this key to false")
 
 
 def _fault(small: LanguageModel) -> str:
     """Compares the loss and the gradient of a small model in tiles with the results of complete logits."""
     model = small.build()
     if model.get_output_embeddings() is None:
-        return "it has no output layer"
+        return "the model has no output layer"
     faults = []
     for small.tiled in (False, True):
         faults.append(tiny.loss_and_gradient(small, model))
     whole, mine = faults
     return (
-        "" if tiny.same(whole, mine, TOLERANCE) else "it changes the logits after the last layer, for example by a scale or a cap"
+        ""
+        if tiny.same(whole, mine, TOLERANCE)
+        else "the model changes the logits after the last layer, for example by a scale or a cap"
     )

@@ -82,7 +82,7 @@ def modules(model: torch.nn.Module) -> list[Any]:
             raise UnfitForTiles("some layers have no MLP module")
         layers += own
     if not layers:
-        raise UnfitForTiles("transformers doesn't list its layers")
+        raise UnfitForTiles("transformers doesn't list the model's layers")
     return layers
 
 
@@ -93,7 +93,7 @@ def _sparse(module: torch.nn.Module) -> bool:
 
 def _forward(mlp: torch.nn.Module, compute: Compute, rows: int | None, hidden: torch.Tensor, *more: object) -> torch.Tensor:
     if more:
-        raise UnfitForTiles("its MLPs take more inputs than the layer's hidden state")
+        raise UnfitForTiles("the model's MLPs take other inputs in addition to the hidden state")
     rows = rows or tile_rows(hidden.shape[-1])
     if not torch.is_grad_enabled():
         return _in_tiles(compute, hidden, rows)
@@ -161,9 +161,9 @@ def require(recipe: LanguageModel) -> None:
     numbers."""
     kind, whole = recipe.config.model_type, copy.copy(recipe)
     whole.tiled_mlp = False
-    fault = "its layers have experts instead of MLPs" if recipe.routes else tiny.tried(whole, _fault)
+    fault = "the model's layers have experts instead of MLPs" if recipe.routes else tiny.tried(whole, _fault)
     if fault:
-        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set it to false")
+        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set this key to false")
 
 
 def _fault(small: LanguageModel) -> str:
@@ -171,13 +171,13 @@ def _fault(small: LanguageModel) -> str:
     try:
         model = small.build()
         if _draws(small, model):
-            return "its MLPs draw random numbers, which differ in tiles (set the model's dropout to 0)"
+            return "the model's MLPs draw random numbers, which differ in tiles (set the model's dropout to 0)"
         whole = tiny.loss_and_gradient(small, model)
         use(model, TRIED)
         same = tiny.same(whole, tiny.loss_and_gradient(small, model), TOLERANCE)
     except UnfitForTiles as e:
         return str(e)
-    return "" if same else "its MLPs don't compute each token independently"
+    return "" if same else "the model's MLPs don't compute each token independently"
 
 
 @torch.no_grad()

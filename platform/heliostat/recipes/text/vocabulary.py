@@ -33,7 +33,7 @@ def of_folder(folder: Path) -> bytes:
         return tokenizer.backend_tokenizer.to_str().encode()
     except Exception as e:
         raise ConfigError(
-            f"model.pretrained: {str(folder)!r} contains no readable tokenizer. Copy its tokenizer.json there"
+            f"model.pretrained: {str(folder)!r} contains no readable tokenizer. Copy the model's tokenizer.json into this folder"
         ) from e
 
 
@@ -41,7 +41,7 @@ def load(definition: bytes, owner: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(definition.decode())
     except Exception as e:  # the library raises bare Exception
-        raise ConfigError(f"{owner}: the tokenizers library can't read its tokenizer.json ({e})") from e
+        raise ConfigError(f"{owner}: the tokenizers library can't read tokenizer.json ({e}). Copy this file again") from e
 
 
 def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | None:
@@ -72,7 +72,7 @@ def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | N
                 f"{key} is {ours['model'].get(key)!r} in the dataset's tokenizer and {theirs['model'].get(key)!r} in the model's "
                 "tokenizer"
             )
-    return next((f"their {many} differ" for one, many in STEPS.items() if ours[one] != theirs[one]), None)
+    return next((f"the {many} of the two tokenizers differ" for one, many in STEPS.items() if ours[one] != theirs[one]), None)
 
 
 def _special(tokenizer: Tokenizer) -> set[str]:
