@@ -106,7 +106,10 @@ def test_the_lineage_says_what_was_changed(folder):
             {"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 1}},
             "rope_scaling: beta_fast: not supported for rope_type 'linear'. Remove this key",
         ),
-        ({"rope_scaling": YARN, "rope_parameters": {}}, "rope_scaling: model.rope_parameters is set too. Remove one of these two keys"),
+        (
+            {"rope_scaling": YARN, "rope_parameters": {}},
+            "rope_scaling: model.rope_parameters is set too. Remove one of these two keys",
+        ),
         (
             {"hidden_size": 64},
             "hidden_size: 64 doesn't fit the pretrained weights: 'lm_head.weight' has size 96 x 32, and would have 96 x 64. "

@@ -1,8 +1,8 @@
 """Shards the experts of each layer over the workers of a group (`train.parallel.expert`), at ZeRO stage 3.
 
 Ranks [0, n) are the first group, [n, 2n) the second, and so on. One tensor stacks all experts of a layer, so a worker with some
-complete experts has one slice of the flattened tensor. ZeRO shards that slice over the workers with the same experts, one per
-group.
+complete experts has one slice of the flattened tensor. ZeRO shards this slice over the workers that have the same experts: one
+worker of each group.
 
 So in every parallelism configuration, a worker's part of a parameter is a slice of the flattened parameter. Checkpoints therefore
 load in any other configuration.

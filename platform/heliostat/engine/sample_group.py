@@ -24,7 +24,7 @@ ALONE = Parallel()
 
 
 class SampleGroup:
-    """Describes a worker's position in its replica. `counts`: whether the worker's sums over samples are part of the global sums.
+    """Describes a worker's position in its replica. `counts`: whether global sums over samples include this worker's sums.
     `averaged`: the number of workers over which gradients are averaged."""
 
     def __init__(self, parallel: Parallel = ALONE) -> None:
@@ -71,8 +71,8 @@ class SampleGroup:
 def exchange_heads(
     attention: Core, group: dist.ProcessGroup, micro_batch_size: int, sizes: tuple[int, int, int], layers: int
 ) -> Core:
-    """Wraps an attention with DeepSpeed's Ulysses. The wrapper takes some tokens of all heads, and gives `attention` all tokens
-    of some heads. `sizes`: from `sequence_attention.sizes`."""
+    """Wraps an attention with DeepSpeed's Ulysses. The wrapper's inputs are some tokens of all heads. The wrapper calls
+    `attention` with all tokens of some heads. `sizes`: from `sequence_attention.sizes`."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     heads, shared, width = sizes

@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, str | bool]] = {"column": {"partition_type": "column"
 
 
 def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, object]:
-    """Builds the section of DeepSpeed's config that shards the model's matrices. It is empty for one worker."""
+    """Builds the section of DeepSpeed's config that shards the model's matrices. The section is empty for one worker."""
     if workers == 1:
         return {}
     assert isinstance(recipe, DividesMatrices)
@@ -42,7 +42,7 @@ def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, 
 
 def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
     """Builds regular expressions for the modules' weights, by kind of parallelism. One expression covers all layers. For modules
-    whose gradients are summed, it also matches the biases. AutoTP handles other biases itself."""
+    whose gradients are summed, the expression also matches the biases. AutoTP handles other biases itself."""
     by_layout: dict[str, set[str]] = {}
     for name, kind in modules.items():
         layers = re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name))
@@ -52,10 +52,10 @@ def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
 
 @contextmanager
 def dividing(recipe: Recipe, model: torch.nn.Module, workers: int) -> Iterator[None]:
-    """Shards the matrices of a model as DeepSpeed does when it makes an engine. The model's parameters have shapes, but no values
-    yet. Records on each parameter which part this worker has.
+    """Shards the matrices of a model in the same way as DeepSpeed when DeepSpeed makes an engine. The model's parameters have
+    shapes, but no values yet. Records on each parameter which part this worker has.
 
-    Set the parameters' values inside the context, because hooks on gradients are added when it ends. Collective.
+    Set the parameters' values inside the context, because the end of the context adds hooks on gradients. Collective.
     """
     if workers == 1:
         yield

@@ -1,12 +1,12 @@
 """Locates the state that DeepSpeed's ZeRO shards (`sharded_state`), with one class for each of DeepSpeed's optimizers.
 
-Only this module, `patches`, and `stream_patches` use DeepSpeed's internals. `adapter` requires the DeepSpeed version that it was
-written for, and an optimizer with all `parts` that its class names. DeepSpeed's public accessors can't locate the slices: if the
+Only this module, `patches`, and `stream_patches` use DeepSpeed's internals. `adapter` requires DeepSpeed 0.19.8 or a later patch
+version, and an optimizer that has all attributes in `parts`. DeepSpeed's public accessors can't locate the slices: if the
 optimizer's memory is on the host, these accessors return copies on the GPU.
 
 The dynamic loss scale of fp16 is also state. Gradients are computed from the loss times a scale. When they overflow, the scale
 halves, and the step is skipped and counted. After a while without overflow, the scale doubles (Micikevicius et al. 2018, arXiv
-1710.03740, section 3.2). A resumed run without the old scale would skip steps until it has found the scale again.
+1710.03740, section 3.2). Without the old scale, a resumed run would skip steps until the run has found the scale again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def adapter(engine: DeepSpeedEngine, moments: Moments, copies: Collection[str], 
     """Makes the adapter of an engine that was just initialized.
 
     `replica`: the index of this worker's group, and the number of groups that each have all state (`StateGroup`). Raises
-    ConfigError if this version of DeepSpeed keeps its state in other attributes.
+    ConfigError if this version of DeepSpeed keeps the state in other attributes.
     """
     shared = SummedApart if hasattr(engine.optimizer, "bf16_groups") else Partitioned
     kind: type[ZeroState] = (Replicated, shared, shared, Divided)[engine.zero_optimization_stage()]

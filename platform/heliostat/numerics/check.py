@@ -1,4 +1,4 @@
-"""Checks a job's numerics: runs a small copy of it on two workers and in one plain torch process, and compares the results.
+"""Checks a job's numerics: runs a small copy of the job on two workers and in one plain torch process, and compares the results.
 
     result = check(checked)         # {"ok", "rows", "faults", "trial", "seconds", "losses"}
 
@@ -7,7 +7,7 @@ Each comparison has a limit, which depends on the job's precision (`rows.LIMITS`
 - the initial weights
 - the weights in use against the fp32 master weights
 - each step's loss, and every parameter's gradient and update
-- the state that another parallelism configuration loads from a checkpoint, and its next losses
+- the state that another parallelism configuration loads from a checkpoint, and the next losses of this configuration
 - the receipts of both configurations
 """
 
@@ -64,7 +64,7 @@ def _rows(files: dict[str, Any], limits: Thresholds) -> list[DifferenceRow]:
 def _together(parts: list[dict[str, object]]) -> DifferenceRow:
     """Joins the rows of all workers.
 
-    The joined row has the worst difference of all workers' rows, and the faults of all these rows.
+    The joined row has the worst difference of all workers, and the faults of all workers.
     """
     rows = [DifferenceRow.parse(part) for part in parts]
     worst = max(rows, key=lambda row: row.worst)
@@ -77,7 +77,8 @@ def _apart(own: float, right: float) -> float:
 
 
 def _receipts(run: Location) -> DifferenceRow:
-    """Verifies the receipts of both configurations: each sample must be the right one, and must be used once."""
+    """Verifies the receipts (records of the used samples) of both configurations: each step must use the planned samples, each
+    once."""
     row, report = DifferenceRow("receipts", 0.0), verify.verify(run)
     wrong = report["lost"] + report["repeated"] + (0 if report["ok"] else 1)
     row.add(report["steps"], "", float(wrong), lambda: verify.explain(report))

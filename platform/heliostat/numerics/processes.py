@@ -1,8 +1,8 @@
 """Runs the trial in separate processes: one plain process, two workers, and the worker that resumes with another configuration.
 
-`run` starts `python -m heliostat.numerics.processes`, which imports the libraries once and forks the other processes. These find
-each other through a file, and communicate only over loopback. They end when the process that called `run` ends for any reason, or
-at a deadline.
+`run` starts `python -m heliostat.numerics.processes`, which imports the libraries once and forks the other processes. The
+processes find each other through a file, and communicate only over loopback. All processes end when the process that called `run`
+ends, or at a deadline.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _environment(gpus: bool) -> dict[str, str]:
 
 
 def _end(host: subprocess.Popen[bytes]) -> None:
-    """Ends the host and all processes that the host has forked, which are in its session."""
+    """Ends the process `host`, and all processes that `host` has forked."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(host.pid, signal.SIGKILL)
     host.wait(END_S)
@@ -101,7 +101,7 @@ def main(folder: Path) -> int:
 
 
 def _end_with_parent() -> None:
-    """Ends this process and its children once its parent has ended."""
+    """Ends this process and all processes that it forked, as soon as the parent process has ended."""
     while os.read(0, 1):
         pass
     os.killpg(os.getpgid(0), signal.SIGKILL)
@@ -163,7 +163,8 @@ def _describe(trial: SmallTrial) -> dict[str, object]:
 
 
 def _ended(processes: list[ForkProcess], beside: ForkProcess | None = None) -> bool:
-    """Waits until all processes have ended. Returns False as soon as one of them, or `beside`, has failed."""
+    """Waits until all processes have ended, and returns True. Returns False as soon as one of these processes, or `beside`, has
+    failed."""
     watched = [*processes, *([beside] if beside else [])]
     while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in watched):
         time.sleep(POLL_S)
@@ -195,7 +196,7 @@ def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *ar
 
 
 def _tell(folder: Path, who: str, error: BaseException) -> None:
-    """Writes the first error to the folder. Drops later errors, because they follow from the first one."""
+    """Writes the first error of a comparison to the folder. Drops later errors, because the first error causes them."""
     known = innermost(error) or error
     lines = str(known).strip().splitlines() or [""]
     own = known if isinstance(known, HeliostatError) else None

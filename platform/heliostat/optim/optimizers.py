@@ -2,10 +2,10 @@
 state, and the code that builds it in torch. Checkpoints, the plan, and the checks use these classes. docs/guides/optimizer.md
 shows how to add an optimizer.
 
-Importing this module doesn't import torch, but building an optimizer does. An optimizer belongs here if its state is elementwise.
-ZeRO flattens parameters and cuts them into slices at any element, and workers update the slices separately. Checkpoints of one
-partition are loaded into another. An optimizer that needs complete tensors must assemble them in its step, as Muon does.
-`REFUSED` lists some optimizers that don't meet this requirement.
+Importing this module doesn't import torch. Building an optimizer imports torch. An optimizer belongs here if its state is
+elementwise. ZeRO flattens parameters and cuts them into slices at any element, and workers update the slices separately.
+Checkpoints of one partition are loaded into another. An optimizer that needs complete tensors must assemble them in its step, as
+Muon does. `REFUSED` lists some optimizers that don't meet this requirement.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Optimizer(Strict):
         Checkpoints use these names."""
 
     def kept(self, hidden_matrix: bool) -> tuple[str, ...]:
-        """Returns the names of a parameter's state tensors. `hidden_matrix`: whether the parameter is a hidden matrix."""
+        """Returns the names of a parameter's optimizer state tensors, such as `exp_avg`. `hidden_matrix`: whether the parameter
+        is a hidden matrix."""
         return self.state
 
     @abstractmethod
@@ -254,8 +255,8 @@ def _refuse(value: object) -> object:
 
 
 def _name(value: object) -> str:
-    """Returns the optimizer's name in the value. If the value isn't a mapping, returns the default name, and that optimizer's
-    model reports the error."""
+    """Returns the optimizer's name in the value. If the value isn't a mapping, returns the default name. The default optimizer's
+    validation then reports the error."""
     return str(value.get("name", DEFAULT) if isinstance(value, dict) else getattr(value, "name", DEFAULT))
 
 

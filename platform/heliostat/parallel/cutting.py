@@ -1,10 +1,10 @@
 """Tests whether a model supports samples that are cut over several workers (sequence parallelism).
 
 A model supports this under three conditions: only attention mixes tokens, all attention uses transformers' interface, and the
-only masks are those for causality and documents. Whether a model meets these conditions depends on the code of its architecture.
+only masks are causal masks and document masks. Whether a model meets these conditions depends on the architecture's code.
 
-The test needs one process. Each row of a batch is a stretch of one sample, and the attention of a small model joins the rows. The
-model's logits must match those of the uncut sample.
+The test needs one process. Each row of a batch is a range of one sample's tokens, and the attention of a small model joins the
+rows. The model's logits must match those of the uncut sample.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def difference(recipe: LanguageModel) -> float:
 
 
 def _put_together(model: PreTrainedModel, documents: bool) -> None:
-    """Makes a model treat the rows of a batch as the stretches of one sample."""
+    """Makes a model treat the rows of a batch as consecutive token ranges of one sample."""
     name = model.config._attn_implementation
     if name == "eager":
         raise UnfitForCutting("the model's attention has only the implementation 'eager', which needs a causal mask")

@@ -1,4 +1,4 @@
-"""Reads from transformers how an architecture's matrices are sharded over workers (tensor parallelism). Tests whether this works.
+"""Reads from transformers how to shard an architecture's matrices over workers (tensor parallelism). Tests this sharding.
 
 The test needs one process. Small models of the architecture, each with its part of every matrix, compute one sample in parallel
 threads. The threads add up the outputs of row-parallel matrices. Each model's logits must match those of the complete model.
@@ -37,7 +37,7 @@ _known: dict[str, str] = {}  # faults of the models that this process has tested
 
 
 def of(model: PreTrainedModel) -> dict[str, Kind]:
-    """Returns how each module's weight is sharded.
+    """Maps the name of each module to the way of sharding its weight.
 
     Leaves out the modules that every worker has completely. Returns an empty result if transformers shards a weight in a way that
     heliostat doesn't support.
@@ -92,8 +92,8 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
     """Computes the largest difference between the logits of a small model's parts and of the complete model, in standard
     deviations of the logits.
 
-    Also lists the modules that are complete in each part, but get only a part of their input there. With these modules, the
-    workers would compute different gradients.
+    Also lists the modules that are complete on every worker, but get only a part of the input. For these modules, the workers
+    would compute different gradients.
     """
     torch.manual_seed(0)
     model = recipe.build().eval().double()  # random weights saturate the softmax, which amplifies fp32 rounding to 1e-3
@@ -128,7 +128,7 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
 
 
 def _inputs(model: PreTrainedModel, listed: dict[str, Kind]) -> dict[str, list[Shapes]]:
-    """Records, from now on, the input shapes of each module that has parameters and isn't `listed`."""
+    """Records the input shapes of later calls of each module that has parameters and isn't in `listed`."""
     seen = dict[str, list[Shapes]]()
 
     def note(name: str, args: tuple[object, ...], named: dict[str, object]) -> None:
@@ -149,7 +149,7 @@ class _Meeting:
         self.held = dict[int, torch.Tensor]()
 
     def part(self, model: PreTrainedModel, number: int) -> PreTrainedModel:
-        """Cuts a model's matrices down to part `number`, and connects its row-parallel modules with those of the other parts."""
+        """Cuts a model's matrices down to part `number`, and adds up the outputs of row-parallel modules over all parts."""
         for name, kind in of(model).items():
             module = model.get_submodule(name)
             if kind == "summed":

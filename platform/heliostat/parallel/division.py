@@ -18,8 +18,7 @@ from heliostat.checkpoint.flat_shard import FlatShard
 
 
 class Division(NamedTuple):
-    """Describes this worker's part of a parameter: part number `part` of `parts` equal parts. The workers of the group have all
-    parts, in rank order.
+    """Describes this worker's part of a parameter: part number `part` of `parts` equal parts. Worker i of the group has part i.
 
     `width`: the number of columns, if a matrix is split by columns; 0 if a parameter is split in its first dimension.
     """
@@ -69,8 +68,8 @@ def placed(parameter: torch.Tensor, local: torch.Tensor, start: int) -> FlatShar
 
 
 def assembled(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Joins the parts of a parameter from all workers of a group, in the parameter's shape. Returns `values` if the parameter
-    isn't split. Collective."""
+    """Joins the parts of a parameter from all workers of a group, in the parameter's shape. Returns `values` unchanged if the
+    parameter isn't split. Collective."""
     mine = of(parameter)
     if mine.parts == 1:
         return values

@@ -42,9 +42,9 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Network:
-    """Holds the rates that communication reaches. `rate`: share of a link's peak, for large messages. `overlap`: the share that
-    computing hides of the communication that runs at the same time. `hop`, `hop_inside`: minimum seconds of a message from one
-    worker to the next, between nodes and inside a node."""
+    """Holds the rates that communication reaches. `rate`: share of a link's peak, for large messages. `overlap`: the share of
+    concurrent communication that computing hides. `hop`, `hop_inside`: minimum seconds of a message from one worker to the next,
+    between nodes and inside a node."""
 
     rate: float
     overlap: float
@@ -171,8 +171,8 @@ def names(device: str, known: Machine) -> list[str]:
 
 
 def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
-    """Computes the cost of devices for the `seconds` that each device was in use. Returns None if one of the devices isn't in the
-    price table.
+    """Computes the cost of devices, in the price table's currency, from the `seconds` that each device was in use. Returns None
+    if one of the devices isn't in the price table.
 
     Each item of `used` has a `name`: `cpu` for one core, or a GPU's CUDA name. A GPU also has the bytes of its `memory`.
     """
@@ -185,7 +185,7 @@ def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
 
 
 def efficiency(prices: Prices, name: str) -> Efficiency:
-    """Reads a device's efficiency from the table. The device's own entry overrides values of the entry `other`."""
+    """Reads a device's efficiency from the price table. The device's own entry overrides values of the default entry `other`."""
     raw, known = {**prices["efficiency"]["other"], **prices["efficiency"].get(name, {})}, list(Efficiency.__dataclass_fields__)
     for key, value in raw.items():
         if key not in known:

@@ -1,9 +1,9 @@
 """Plans the job of a job file (`heliostat plan`): in the job's own parallelism configuration, or in all configurations, which are
 then ranked.
 
-With `--calibrate RUN`, a measured run corrects the device's efficiencies. The ledger has the measured computing time of the run's
-steps, and the plan has the expected time. The efficiencies are corrected by the ratio of these times, so the next plan for this
-device starts from measured values.
+With `--calibrate RUN`, a measured run corrects the device's efficiencies. The run's ledger contains the measured computing time
+of the steps, and the plan contains the expected time. heliostat corrects the efficiencies by the ratio of these times. So the
+next plan for this device starts from measured values.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def pace(attempt: RecordedAttempt) -> tuple[float, int] | None:
     """Computes an attempt's computing seconds per step, and the number of measured steps. Returns None if there are too few
     steps.
 
-    If the attempt has two or more marks, measures from the first mark to the last, because the time before the first mark
-    includes warm-up.
+    If the attempt recorded two or more times, measures from the first record to the last, because the time before the first
+    record includes warm-up.
     """
     marks = attempt.marks if len(attempt.marks) > 1 else [(attempt.start_step, 0.0), *attempt.marks]
     (first, began), (last, ended) = marks[0], marks[-1]
@@ -121,8 +121,8 @@ def pace(attempt: RecordedAttempt) -> tuple[float, int] | None:
 def corrected(efficiency: Efficiency, planned: Candidate, step_s: float) -> Efficiency:
     """Corrects a device's efficiency, so that the planned step takes as long as the measured step.
 
-    Corrects only computing; communication and copies stay as planned. If communication and copies take at least half of the
-    measured step, corrects computing by the ratio of the measured to the planned time of a complete step.
+    Corrects only the efficiency of computing. Communication and copies keep the planned times. If communication and copies take
+    at least half of the measured step, corrects computing by the ratio of the measured to the planned time of a complete step.
     """
     parts = planned.parts
     computing = parts["forward_backward"] + parts["replaying"] + parts["updating"]

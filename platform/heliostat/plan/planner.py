@@ -51,8 +51,8 @@ def prepare(path: Path, settings: list[str] | None, cluster: ClusterFile | None 
 
 
 def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]:
-    """Prepares a checked job, and returns the same values as `prepare`. If `unread` contains a reason, the datasets aren't
-    read."""
+    """Prepares a checked job for planning, and binds the recipe to the datasets. Returns the same values as `prepare`. If
+    `unread` contains a reason, the datasets aren't read."""
     if job.train.activation_checkpointing:
         plain = job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})})
         recipe = make(type(recipe), plain)
@@ -80,8 +80,8 @@ def planners(
     """Counts a job's model, and returns two planners: for the job's minimum number of workers, and for its maximum.
 
     `built`: the recipe's model from `model_stats.build`, if it exists already. Don't use this model afterwards. `exchanged`: the
-    result of `ranking.degrees`; None means only the job's own degree. `counts`: numbers of workers to plan for, instead of the
-    job's own minimum and maximum.
+    result of `ranking.degrees`; None means only the job's own sequence parallelism. `counts`: numbers of workers to plan for,
+    instead of the job's own minimum and maximum.
     """
     numbers = counts or job.worker_counts()
     most, fewest = job.on(numbers[-1]), job.on(numbers[0])

@@ -21,8 +21,8 @@ HOOKS = re.compile(r"_hooks(_with_kwargs|_always_called)?$")
 
 
 def find(right: tuple[Recipe, torch.nn.Module], other: tuple[Recipe, torch.nn.Module]) -> str:
-    """Returns the first difference between two recipes and their models, or "" if there is none. The values of parameters and
-    registered buffers aren't compared."""
+    """Describes the first difference between two recipes and their models. Returns "" if they are equal. The values of parameters
+    and registered buffers aren't compared."""
     if _parameters(right[1]) != _parameters(other[1]):
         return "its parameters"
     if _buffers(right[1]) != _buffers(other[1]):
@@ -49,7 +49,7 @@ class _Comparison:
         self.kept = list[object]()  # compared objects stay alive: Python may reuse the id of a freed object
 
     def of(self, right: Any, other: Any, where: str = "") -> str:
-        """Compares two objects. Returns the path to the first difference, or "" if there is none."""
+        """Compares two objects. Returns the path to the first difference, such as `.layers[0]`, or "" if both are equal."""
         if right is other or (id(right), id(other)) in self.seen:
             return ""
         if type(right) is not type(other):

@@ -37,7 +37,7 @@ def frozen_modules(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Modu
 def rest(recipe: Recipe, model: torch.nn.Module) -> None:
     """Puts frozen submodules back into evaluation mode after a call of `train()`.
 
-    In evaluation mode, they use no dropout, and don't update running statistics.
+    In evaluation mode, these submodules use no dropout, and don't update running statistics.
     """
     for module in frozen_modules(recipe, model):
         module.eval()
@@ -66,7 +66,7 @@ def parameter_groups(
     """Makes the optimizer's parameter groups from the recipe's groups. Each parameter group has a `weight_decay` and an
     `lr_scale`.
 
-    Groups with the job's weight decay come first. Otherwise, groups are in the order of the model. If the optimizer
+    Groups with the job's weight decay come first. Apart from this, groups are in the model's order. If the optimizer
     `orthogonalizes`, hidden matrices are in separate groups, in which `orthogonal` is true.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

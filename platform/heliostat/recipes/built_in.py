@@ -1,5 +1,5 @@
-"""Finds the package's built-in recipes by reading their source files. It doesn't import the recipes, because that would import
-torch.
+"""Finds the package's built-in recipes by reading their source files. This module doesn't import the recipes, because such an
+import would import torch.
 
 A module of `text` or `images` declares its recipe as `BUILT_IN = {"CausalLM": ("transformers",)}`. The key is the name of the
 class. The value lists the modules and libraries that the recipe imports lazily.
@@ -28,7 +28,7 @@ LIBRARIES = {  # by library: the modules that a recipe imports when it builds a 
 
 
 class BuiltIn(NamedTuple):
-    """Describes a built-in recipe: its module, and the modules and libraries that it imports lazily (`late`)."""
+    """Describes a built-in recipe: the recipe's module, and the modules and libraries that the recipe imports lazily (`late`)."""
 
     module: str
     late: tuple[str, ...]

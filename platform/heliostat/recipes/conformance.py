@@ -1,6 +1,6 @@
 """Checks, before a run starts, whether a class is a recipe, and whether the recipe supports everything that a job needs.
 
-The first recipe protocol had no base classes. A recipe that still uses it gets a separate error with a link to the guide.
+The first recipe protocol had no base classes. If a recipe still uses this protocol, the error has a link to the guide.
 """
 
 from __future__ import annotations

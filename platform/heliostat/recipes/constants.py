@@ -10,7 +10,7 @@ from heliostat.data.device_streams import Arrival
 class Constant:
     """Keeps a CPU tensor that never changes, and a copy on each device that needs it.
 
-    Copying the tensor in every micro-batch would make the host wait for the device, because its memory isn't pinned.
+    Copying the tensor in every micro-batch would make the host wait for the device, because the CPU tensor's memory isn't pinned.
     """
 
     def __init__(self, values: torch.Tensor) -> None:

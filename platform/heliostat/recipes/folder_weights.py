@@ -37,7 +37,7 @@ class Stored:
     offset: int
 
     def read(self) -> torch.Tensor:
-        """Reads the tensor into new host memory. It doesn't map the file, because the mapped pages would count as memory of the
+        """Reads the tensor into new host memory. Doesn't map the file, because the mapped pages would count as memory of the
         process."""
         values = torch.empty(self.shape, dtype=self.dtype)
         left = memoryview(values.reshape(-1).view(torch.uint8).numpy().data) if values.numel() else memoryview(b"")
@@ -51,8 +51,8 @@ class Stored:
 
 
 def find(model: torch.nn.Module, noted: list[Pretrained]) -> dict[int, Stored]:
-    """Locates the stored values of all parameters, and of the buffers that the folders contain. The keys are the `id`s of the
-    model's tensors. Raises UnreadableError if a parameter has no stored values."""
+    """Finds the file and offset of each parameter's stored values, and of each buffer in the folders. The keys are the `id`s of
+    the model's tensors. Raises UnreadableError if a parameter has no stored values."""
     if not noted:
         raise UnreadableError("the model's weights are initialized at random")
     stored: dict[int, Stored] = {}

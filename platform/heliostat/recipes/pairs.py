@@ -86,7 +86,7 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
 
     @abstractmethod
     def first(self) -> PreTrainedModel:
-        """Builds the model with initial weights."""
+        """Builds the embedding model with initial weights."""
 
     def whole(self, folder: str) -> PreTrainedModel:
         """Loads the pretrained model."""
@@ -183,7 +183,8 @@ def present(content: pa.Table, column: str) -> list[Any]:
 
 
 def named(sides: Sequence[Sequence[str | bytes]]) -> torch.Tensor:
-    """Makes the `names` of samples from their sides, which are texts or bytes. Equal texts or bytes have equal numbers."""
+    """Makes the ids of each sample's two sides (query and match), int64 [samples, 2]. `sides`: the texts or bytes of each side.
+    Equal texts or bytes have equal ids."""
     import torch
 
     return torch.tensor([[_number(value) for value in side] for side in sides]).T.contiguous()

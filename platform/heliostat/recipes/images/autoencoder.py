@@ -8,8 +8,8 @@ downloads.
 A sample's loss has two terms. The first is the mean absolute error of its reconstruction. The second is `kl_weight` times the
 mean divergence of its latents from a standard normal distribution (Kingma and Welling 2013, arXiv 1312.6114).
 
-The export is a plain diffusers folder. Its `scaling_factor` gives latents of the training images a standard deviation of one.
-Text-to-image jobs use the folder in `model.autoencoder: {pretrained: FOLDER}`, and image pipelines in `latents:`.
+The export is a plain diffusers folder. The export's `scaling_factor` scales latents of the training images to a standard
+deviation of 1. Text-to-image jobs use the folder in `model.autoencoder: {pretrained: FOLDER}`, and image pipelines in `latents:`.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         return Loss((error + self.kl_weight * divergence).sum())
 
     def _errors(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Computes three errors of each sample: mean absolute error, mean divergence, mean squared error."""
+        """Computes three errors of each sample: mean absolute error, mean divergence from a standard normal distribution, and
+        mean squared error. Each is fp32 [samples]."""
         batch, dtype = self.complete(batch), next(model.parameters()).dtype
         decoded, parameters = model(batch["pixels"].to(dtype), batch["noise"].to(dtype))
         mean, logvar = parameters.float().chunk(2, dim=1)

@@ -54,7 +54,7 @@ BACK = "caption_"  # prefix of the scores for captions that images retrieve
 
 
 class Clip(CLIPModel):
-    """Keeps the temperature in a buffer: it isn't trained, and DeepSpeed doesn't support scalar parameters."""
+    """Keeps the temperature in a buffer, because it isn't trained, and DeepSpeed doesn't support scalar parameters."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
@@ -136,8 +136,8 @@ class ImageEmbedder(EmbedsPairs):
             self.build()  # fails if the keys don't fit together
 
     def _fit(self, channels: int, side: int) -> None:
-        """Sets the values of the configuration that depend on the images. Raises ConfigError if the job's keys don't fit the
-        images."""
+        """Sets the number of channels and the image size in the configuration from the datasets. Raises ConfigError if the job's
+        keys don't fit the images."""
         vision, keys = self.config.vision_config, self.job.model.get("vision_config", {})
         for key, value, what in (("num_channels", channels, "channels"), ("image_size", side, "pixels per side")):
             if self.pretrained and getattr(vision, key) != value:

@@ -42,8 +42,8 @@ class Drawing(PictureOptions):
 
 
 class ImageCanvas:
-    """Generates images with an exported model, which it loads for the first image. `size`: the model's own image size.
-    `defaults`: from the job's `samples`."""
+    """Generates images with an exported model, which it loads for the first image. `size`: the model's default (width, height) in
+    pixels. `defaults`: from the job's `samples`."""
 
     def __init__(self, folder: Path) -> None:
         job: Any = exported.read(folder).job
@@ -69,8 +69,8 @@ class ImageCanvas:
         return side, side
 
     def scheduler(self, options: PictureOptions) -> Any:
-        """Makes the scheduler of the requested sampler. Returns None if no sampler is requested: then the export's own scheduler
-        is used. Raises ConfigError if the model doesn't support the options."""
+        """Makes the scheduler of the requested sampler. Returns None if no sampler is requested; the caller then uses the
+        export's own scheduler. Raises ConfigError if the model doesn't support the options."""
         for side in ("width", "height"):
             if (value := getattr(options, side)) and value % self.factor:
                 raise ConfigError(f"generate: {side}: {value} isn't a multiple of {self.factor} pixels, the side of a latent")

@@ -76,7 +76,7 @@ def _pixart(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
 
 
 def _xavier(matrix: torch.Tensor, parts: int) -> torch.Tensor:
-    """Fills a matrix with Xavier-uniform numbers. Their bound depends on the sum of inputs and outputs. `parts`: the number of
-    such matrices that form one matrix in the original; the outputs of all these matrices count."""
+    """Fills a matrix with Xavier-uniform numbers. The bound of these numbers depends on the sum of inputs and outputs. `parts`:
+    the number of matrices here that form one matrix in the original code; the sum counts the outputs of all these matrices."""
     bound = math.sqrt(6 / (matrix.shape[1] + parts * matrix.shape[0]))
     return matrix.uniform_(-bound, bound)

@@ -8,8 +8,8 @@ Flow matching (`flow`; Liu et al. 2022, arXiv 2209.03003): x_s = (1 - s) x_0 + s
 noise - x_0.
 
 `zero_terminal_snr` (Lin et al. 2023, arXiv 2305.08891) makes the last step pure noise. `min_snr` weights the loss (Hang et al.
-2023, arXiv 2303.09556). With both, the last step would have the weight 0, and the network would never learn it. So with both,
-signal-to-noise ratios below one count as one in the weight, as in Salimans and Ho's "truncated SNR".
+2023, arXiv 2303.09556). With both options, the weight of the last step would be 0, so the network would never learn this step. So
+with both options, signal-to-noise ratios below one count as one in the weight, as in Salimans and Ho's "truncated SNR".
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class Process:
         return self.objective.shift * s / (1 + (self.objective.shift - 1) * s)
 
     def told(self, t: torch.Tensor) -> torch.Tensor:
-        """Converts times to the network's timesteps: s x 1000 for flow matching, the steps themselves for diffusion."""
+        """Converts times to the timesteps that the network gets as input: 1000 s for flow matching, the steps themselves for
+        diffusion."""
         return t * FLOW_STEPS if self.flow else t
 
     def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -112,8 +112,8 @@ class Parts:
                 self._try(config.BACKBONES[self.arch].from_config(keys))
 
     def presume(self, count: int) -> pa.Table | None:
-        """Returns placeholder samples for datasets that don't exist yet, in sizes from the backbone. The samples are latents and
-        embeddings, if the job has models that make these.
+        """Returns placeholder samples for datasets that don't exist yet, in sizes from the backbone. The samples are latents if
+        the job has an autoencoder, otherwise images, together with text embeddings.
 
         Returns None if the job doesn't set sizes, or if it trains its own text encoder, because then the vocabulary comes from
         the dataset.
@@ -164,8 +164,8 @@ class Parts:
     def _conditioned(self, keys: config.Keys) -> bool:
         """Checks whether a PixArt model needs resolutions and aspect ratios as inputs.
 
-        Its key `use_additional_conditions` decides this. If the key is None, a model with a side of 128 latents needs them, as in
-        diffusers' class.
+        The model's key `use_additional_conditions` decides this. If the key is None, a model with a side of 128 latents needs
+        them, as in diffusers' class.
         """
         said = keys.get("use_additional_conditions")
         known = "pretrained" in self.model.backbone or "use_additional_conditions" in keys
@@ -173,8 +173,8 @@ class Parts:
 
     @torch.no_grad()
     def _try(self, backbone: nn.Module) -> None:
-        """Runs the backbone on one sample, on the meta device. Raises ConfigError if it fails, or if its output has a different
-        shape."""
+        """Runs the backbone on one sample, on the meta device. Raises ConfigError if the run fails, or if the output's shape
+        differs from the input's shape."""
         shape = (1, *self.shape())
         try:
             said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.length, self.width)))
@@ -253,8 +253,8 @@ class Parts:
     def companions(self) -> dict[str, Companion]:
         """Lists the frozen encoders.
 
-        They are on the device in every step. Exception: if the datasets contain an encoder's outputs, the encoder is on the
-        device only while images are generated.
+        These encoders are on the device in every step. If the datasets contain an encoder's outputs, this encoder is on the
+        device only during image generation.
         """
         assert self.facts
         parts = {}
@@ -296,7 +296,7 @@ class Parts:
         return {"text": tokens.input_ids[0], "mask": tokens.attention_mask[0]}
 
     def empty_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Returns `empty` on a device, where it stays."""
+        """Returns the encoded empty caption (`empty`) on a device. Later calls return the same tensors."""
         return {name: constant.on(device) for name, constant in self._empty.items()}
 
     @cached_property

@@ -43,7 +43,8 @@ class DatasetFacts:
 
 
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
-    """Finds the common properties of the datasets. Raises ConfigError if a job can't train on them together."""
+    """Reads the properties that all datasets have in common, such as channels and tokenizer. Raises ConfigError if a job can't
+    train on them together."""
     each = [_facts(m) for m in sources]
     names = {"content": "contain different kinds of content", "channels": "have different numbers of channels",
              "tokenizer": "have different tokenizers",
@@ -95,8 +96,8 @@ def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tens
 
 
 def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Table:
-    """Makes placeholder rows of a dataset: black images, or zero latents of `shape` [channels, height, width]. Embeddings, if the
-    dataset has them, are zero."""
+    """Makes `count` placeholder rows of a dataset: black images, or zero latents of `shape` [channels, height, width]. Text
+    embeddings, if the dataset has any, are zero."""
     width, height = facts.size
     columns: dict[str, list[object]] = {"width": [width] * count, "height": [height] * count}
     if facts.content == "latents":
@@ -145,7 +146,7 @@ def _normal(seed: int, keys: torch.Tensor, stream: int, shape: tuple[int, ...]) 
 def draw_on_host(
     seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool
 ) -> SampleDraws:
-    """Draws the samples' random numbers by version 1 of the rules. For the arguments, see `draw`."""
+    """Draws the samples' random numbers with NumPy, as `train.recipe_version: 1` requires. For the arguments, see `draw`."""
     rows = []
     for key in keys.tolist():
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))

@@ -8,11 +8,11 @@
       objective: {prediction: v, zero_terminal_snr: true}             # see `noising`
       samples: {prompts: [...]}                                       # drawn after every evaluation
 
-A sample's loss is the mean squared error of the network's prediction, weighted by the objective. Its noise, timestep and
-caption dropout depend only on the sample and the step (`rows`), so they are the same on any number of workers.
+A sample's loss is the mean squared error of the network's prediction, weighted by the objective. The sample's noise, timestep,
+and caption dropout depend only on the sample and the step (`rows`). So these are the same on any number of workers.
 
-Held-out scores use fixed noise and timesteps. They are `loss`, and `loss_t0` to `loss_t3`: the loss by quarter of the noise
-strength.
+Held-out scores use fixed noise and timesteps. The scores are `loss`, and `loss_t0` to `loss_t3`: the loss in each quarter of the
+range of noise strengths.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return {n: sums[n] / max(1.0, sums[n.replace("loss", "samples")]) for n in names}
 
     def flops_per_sample(self, model: nn.Module) -> float:
-        """Counts the FLOPs of one sample: three times those of the forward pass, which are counted operator by operator on the
+        """Counts the FLOPs of one sample: three times the FLOPs of the forward pass. Counts these operator by operator on the
         meta device."""
         return self._flops
 
@@ -199,7 +199,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Say]:
         """Returns a function that makes the `say(noisy, t)` of `pipeline.denoise` for given prompts.
 
-        It uses the model in training.
+        The returned function uses the model that is in training, on `device`.
         """
         dtype = next(model.parameters()).dtype
 

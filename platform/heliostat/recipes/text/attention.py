@@ -32,7 +32,7 @@ def twin(name: str | None) -> str | None:
 def chosen(config: PreTrainedConfig, name: str | None, shapes_only: bool) -> PreTrainedConfig:
     """Returns the model's configuration with the attention that the job chose.
 
-    If the model has only shapes, uses the CPU reference instead.
+    `shapes_only`: uses the kernel's CPU reference instead, because the model has only shapes, and no weights.
     """
     if name is None:
         return config

@@ -120,8 +120,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
             )
 
     def plainly(self) -> CausalLM:
-        """Returns a copy that uses only CPU reference implementations. Trials and the plain process of `numerics` use this
-        copy."""
+        """Returns a copy of the recipe that uses only CPU reference implementations instead of GPU kernels. Tests of small models
+        and `heliostat check --numerics` use this copy."""
         from heliostat.recipes.text import attention
 
         plain_recipe = copy.copy(self)
@@ -129,7 +129,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return plain_recipe
 
     def small(self, config: PreTrainedConfig, length: int, end: int) -> CausalLM:
-        """Returns a plain copy for a trial: with another configuration, initial weights, and samples of `length` tokens."""
+        """Returns a copy of the recipe for a test with a small model: with another configuration, initial weights, and samples of
+        `length` tokens."""
         small_recipe = self.plainly()
         small_recipe.config, small_recipe.length, small_recipe.pretrained, small_recipe.end = config, length, None, end
         return small_recipe
@@ -182,14 +183,14 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         )
 
     def _bind(self, **values: int | None) -> None:
-        """Sets keys of the configuration: now if it already exists, otherwise as soon as it is made."""
+        """Sets keys of the configuration. If the configuration doesn't exist yet, sets these keys as soon as it exists."""
         self._bound |= values
         if "config" in vars(self):
             for name, value in values.items():
                 setattr(self.config, name, value)
 
     def _check_tokenizer(self, folder: Path, source: Manifest) -> None:
-        """Raises ConfigError if the model's tokenizer and the dataset's tokenizer give tokens different meanings."""
+        """Raises ConfigError if the same token has different text in the model's tokenizer and in the dataset's tokenizer."""
         from heliostat.recipes.text import vocabulary
 
         its = vocabulary.of_folder(folder)

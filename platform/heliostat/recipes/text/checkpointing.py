@@ -1,8 +1,8 @@
 """Checkpoints activations: keeps only the input of a layer, and recomputes the layer in the backward pass.
 
 `train.activation_checkpointing` selects all layers, or the first N. The layers after the first N keep all their activations. The
-backward pass has released these activations before it recomputes any of the first N layers. So these activations use only memory
-that the recomputation of one layer needs anyway.
+backward pass runs these layers first, and releases their activations before it recomputes one of the first N layers. So these
+activations share memory with the recomputation of a layer.
 
 With `train.activation_offload`, the layers' inputs are in host memory until the backward pass. With `selective`, all layers keep
 their expensive outputs (`recipes.text.selective`).
@@ -105,8 +105,8 @@ def _plainly(key: str) -> str:
 
 
 def _differs(small: LanguageModel) -> str:
-    """Compares the loss and the gradient of a small model with and without selective checkpointing. They must be bitwise
-    equal."""
+    """Compares the loss and the gradient of a small model with and without selective checkpointing. Returns "" if they are
+    bitwise equal, else the difference."""
     wrong = []
     ways: tuple[Which, ...] = (False, "selective")
     for small.checkpointing in ways:
@@ -119,7 +119,8 @@ def _differs(small: LanguageModel) -> str:
 
 
 def _fault(small: LanguageModel) -> str:
-    """Runs a small model, and checks whether the input of each layer was copied to host memory."""
+    """Tests with a small model whether the input of each layer was copied to host memory. Returns "" if all inputs were copied,
+    else the reason."""
     small.checkpointing = True
     model = small.build()
     small.loss(model, small.batch(tiny.tokens(small))).sum.backward()

@@ -42,7 +42,7 @@ def load(
 
 
 def _options(config: PreTrainedConfig) -> dict[str, bool]:
-    """Leaves out the pooler that some architectures have, because the training doesn't use this pooler."""
+    """Returns the option that leaves out the architecture's pooler, if there is one, because training doesn't use the pooler."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class(config)).parameters else {}
 
 

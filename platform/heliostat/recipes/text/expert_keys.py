@@ -2,7 +2,7 @@
 supports them.
 
 With `output_router_logits: true`, as in transformers, the objective includes the router's loss, which balances experts. It is the
-loss of Switch Transformer (Fedus et al. 2021, arXiv 2101.03961). The model's code computes it over a micro-batch.
+loss of Switch Transformer (Fedus et al. 2021, arXiv 2101.03961). The model's code computes this loss over a micro-batch.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def require_divided(recipe: LanguageModel, parts: int) -> None:
 
 
 def _small(recipe: LanguageModel) -> PreTrainedModel | None:
-    """Builds a small model of the recipe's architecture, without memory. Returns None if no such model can be built."""
+    """Builds a small model of the recipe's architecture on the meta device. Returns None if heliostat can't build a small model
+    of this architecture."""
     import torch
 
     from heliostat.parallel import tiny

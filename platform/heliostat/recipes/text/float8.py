@@ -1,9 +1,9 @@
 """Multiplies the linear layers of a language model in float8: `train.fp8` (Micikevicius et al. 2022, arXiv 2209.05433).
 
-Each matrix multiplication scales each input tensor by its largest number, and rounds it. It rounds gradients to E5M2, and all
-other tensors to E4M3. Weights keep their precision, so optimizers, checkpoints, and exports are unaffected. The backward pass
-needs the rounded input, which takes half the memory of bf16. It also needs the weight, which ZeRO-3 may release between the
-passes.
+Each matrix multiplication scales each input tensor by the tensor's largest number, and rounds the result. Gradients are rounded
+to E5M2, and all other tensors to E4M3. Weights keep their precision, so optimizers, checkpoints, and exports are unaffected. The
+backward pass needs the rounded input, which takes half the memory of bf16. The backward pass also needs the weight, which ZeRO-3
+may release between the passes.
 
 A CPU uses the same rounded numbers, but multiplies them in fp32.
 """

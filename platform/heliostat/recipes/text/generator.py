@@ -47,7 +47,7 @@ class Sampling(Strict):
 
 
 class Writing(Sampling):
-    """Describes the text to generate. With a suffix, it is the text between the prompt and the suffix."""
+    """Describes the text to generate. With a suffix, the model generates the text between the prompt and the suffix."""
 
     suffix: str | None = None
 

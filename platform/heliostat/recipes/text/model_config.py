@@ -1,4 +1,4 @@
-"""Reads the configuration of a language model from a job's keys or a folder; errors name the key, in one line."""
+"""Reads the configuration of a language model from a job's keys or from a folder. Errors name the wrong key, in one line."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _check_activation(name: str) -> None:
 
 
 def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the heads must divide the width and don't.
+    """Raises ConfigError if the number of heads doesn't divide the width, but must divide it.
 
     The heads needn't divide the width if the job sets the head size, or if the architecture's own defaults break this rule.
     """
@@ -111,7 +111,7 @@ def changed(model: Mapping[str, object]) -> dict[str, object]:
 
 def from_folder(model: Mapping[str, object]) -> PreTrainedConfig:
     """Reads the configuration in a folder, and applies the job's keys. Raises ConfigError if the folder has no configuration, or
-    if the keys don't fit it."""
+    if the keys don't fit this configuration."""
     return _routing(applied(read(model), changed(model)), model)
 
 
@@ -203,8 +203,8 @@ def _changes(config: PreTrainedConfig, keys: Mapping[str, object]) -> dict[str, 
 
 
 def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, object]) -> dict[str, object]:
-    """Returns the keys that scale a configuration's rotary embeddings. They include the resulting maximum sample length, unless
-    the job sets it."""
+    """Returns the keys that scale a configuration's rotary embeddings. These keys include the resulting maximum sample length,
+    unless the job sets this length."""
     try:
         scaling = RopeScaling.model_validate(rope)
     except ValidationError as e:

@@ -1,8 +1,8 @@
-"""Computes the MLP of each layer one tile of tokens after another, for `train.tiled_mlp`. So its inner activations exist for only
-one tile at a time.
+"""Computes the MLP of each layer one tile of tokens after another, for `train.tiled_mlp`. So the MLP's inner activations exist
+for only one tile at a time.
 
 An MLP computes each token independently. The forward pass keeps only the MLP's input. The backward pass recomputes one tile after
-another, and computes the tile's gradients. It sums the gradients of the weights over the tiles in fp32.
+another, and computes the tile's gradients. The backward pass sums the gradients of the weights over the tiles in fp32.
 
 For autograd and ZeRO's hooks, the MLP is one operation with one gradient per parameter. ZeRO-3 gathers the parameters once for
 each pass (`gathered_whole`).
@@ -45,8 +45,8 @@ class UnfitForTiles(Exception):
 
 
 def tile_rows(width: int) -> int:
-    """Chooses the number of tokens per tile from the width of the MLP's input. Then a tile's inner activations are about as large
-    as the MLP's matrices, and the matrix multiplications stay compute-bound."""
+    """Chooses the number of tokens per tile from the width of the MLP's input, so that a tile's inner activations are about as
+    large as the MLP's matrices. Then the matrix multiplications stay compute-bound."""
     return width
 
 
@@ -87,7 +87,7 @@ def modules(model: torch.nn.Module) -> list[Any]:
 
 
 def _sparse(module: torch.nn.Module) -> bool:
-    """Checks whether a module contains experts that tokens are sent to."""
+    """Returns whether a module contains routed experts (mixture of experts)."""
     return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
 
 
@@ -167,7 +167,8 @@ def require(recipe: LanguageModel) -> None:
 
 
 def _fault(small: LanguageModel) -> str:
-    """Compares the loss and the gradient of a small model in tiles with the results of complete MLPs."""
+    """Compares the loss and the gradient of a small model with tiled and with complete MLPs. Returns "" if they are equal, else
+    the reason."""
     try:
         model = small.build()
         if _draws(small, model):

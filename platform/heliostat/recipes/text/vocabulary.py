@@ -1,9 +1,9 @@
-"""Compares two tokenizers, and counts the bytes of text of each token. Two tokenizers are equal if every text has the same
-tokens in both, and each token has the same text.
+"""Compares two tokenizers, and counts the bytes of text of each token. Two tokenizers are equal if every text has the same tokens
+in both, and each token has the same text.
 
-Files can't be compared, because the same tokenizer can be written in many ways. The comparison ignores what doesn't affect
-training: templates, padding, truncation, and special tokens that only one of the two tokenizers has, because no text contains
-these tokens.
+This module doesn't compare files, because different files can contain the same tokenizer. The comparison ignores settings that
+don't affect training: templates, padding, truncation, and special tokens that only one of the two tokenizers has, because no text
+contains these tokens.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def load(definition: bytes, owner: str) -> Tokenizer:
 
 
 def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | None:
-    """Describes how a model's tokenizer differs from the dataset's tokenizer; None if they are equal. `special`: the token that
-    ends documents, and the dataset's other special tokens."""
+    """Describes the difference between a model's tokenizer and the dataset's tokenizer. Returns None if the tokenizers are equal.
+    `special`: the token that ends documents, and the dataset's other special tokens."""
     ours, theirs = (json.loads(t.to_str()) for t in (data, model))
     if ours["model"]["type"] != theirs["model"]["type"]:
         return f"the dataset's tokenizer is {ours['model']['type']}, and the model's tokenizer is {theirs['model']['type']}"
