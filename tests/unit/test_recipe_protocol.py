@@ -203,7 +203,7 @@ def test_scores_are_means_over_the_terms_unless_a_recipe_says_otherwise():
     recipe = Scored(job())
     assert recipe.metrics({"loss": 6.0, "right": 2.0, "terms": 4.0}) == {"loss": 1.5, "right": 0.5}
     assert recipe.scores == ("loss",) and recipe.measure({}) == {}
-    with pytest.raises(ConfigError, match=r"Scored\.evaluate returns no `terms` to divide by\. Add them"):
+    with pytest.raises(ConfigError, match=r"Scored\.evaluate returns no `terms` to divide by\. Add `terms`"):
         recipe.metrics({"loss": 6.0})
 
 

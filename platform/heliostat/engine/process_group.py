@@ -42,7 +42,7 @@ class WorkerPlace:
 
 
 def join(place: WorkerPlace) -> None:
-    """Joins the process group of an attempt. Before that, sets environment variables. With GPUs, also sets the device and the CPU
+    """Joins the process group of an attempt. First sets environment variables. With GPUs, also sets the device and the CPU
     cores."""
     global _order
     import torch
@@ -105,7 +105,7 @@ def ordered() -> bool:
 
 
 def check() -> None:
-    """Raises PeerLostError if the driver has ordered the workers to abort, because this worker's results since then may be
+    """Raises PeerLostError if the driver has ordered the workers to abort, because this worker's results after the order may be
     wrong."""
     if ordered():
         raise PeerLostError("this worker aborted because another worker failed")

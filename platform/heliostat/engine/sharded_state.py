@@ -185,7 +185,8 @@ class ShardedState(ABC):
         return out
 
     def share(self, p: torch.nn.Parameter, shard: FlatShard) -> FlatShard:
-        """Returns the part of a trained parameter's slice that this worker saves, if other workers have the same slice."""
+        """Returns the part of a trained parameter's slice that this worker saves. If other workers have the same slice, each
+        worker saves an equal part."""
         return self._part(p, shard, self.replicas)
 
     def saves_all(self) -> bool:

@@ -4,9 +4,9 @@ Only this module, `patches`, and `stream_patches` use DeepSpeed's internals. `ad
 version, and an optimizer that has all attributes in `parts`. DeepSpeed's public accessors can't locate the slices: if the
 optimizer's memory is on the host, these accessors return copies on the GPU.
 
-The dynamic loss scale of fp16 is also state. Gradients are computed from the loss times a scale. When they overflow, the scale
-halves, and the step is skipped and counted. After a while without overflow, the scale doubles (Micikevicius et al. 2018, arXiv
-1710.03740, section 3.2). Without the old scale, a resumed run would skip steps until the run has found the scale again.
+The dynamic loss scale of fp16 is also state. Gradients are computed from the loss times a scale. When the gradients overflow, the
+scale halves, and the step is skipped and counted. After a while without overflow, the scale doubles (Micikevicius et al. 2018,
+arXiv 1710.03740, section 3.2). Without the old scale, a resumed run would skip steps until the run has found the scale again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def shape(parameter: Any) -> tuple[int, ...]:
 
 
 def part(parameter: Any) -> torch.Tensor:
-    """Views this worker's part of a parameter. Until ZeRO-3 partitions the parameter, the part is the complete parameter."""
+    """Returns a view of this worker's part of a parameter. Until ZeRO-3 partitions the parameter, the part is the complete
+    parameter."""
     return getattr(parameter, "ds_tensor", parameter).data
 
 
@@ -120,7 +121,7 @@ class ZeroState(ShardedState):
 
 
 class Replicated(ZeroState):
-    """Adapts stage 0, where torch's optimizer steps the complete parameters on every worker."""
+    """Implements `ShardedState` for ZeRO stage 0, where torch's optimizer steps the complete parameters on every worker."""
 
     def groups(self) -> list[tuple[torch.Tensor, list[torch.nn.Parameter]]]:
         return [(p, [p]) for _, p in self.trained()]
@@ -139,7 +140,8 @@ class Replicated(ZeroState):
 
 
 class Partitioned(ZeroState):
-    """Adapts stages 1 and 2, where each worker has a part of every parameter group's flat fp32 tensor."""
+    """Implements `ShardedState` for ZeRO stages 1 and 2, where each worker has a part of every parameter group's flat fp32
+    tensor."""
 
     parts: ClassVar[tuple[str, ...]] = (
         "bit16_groups", "single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups", "real_dp_process_group",
@@ -184,7 +186,8 @@ class Partitioned(ZeroState):
 
 
 class SummedApart(Partitioned):
-    """Adapts stage 1 in bf16 with gradients summed in fp32, for which DeepSpeed has a separate optimizer."""
+    """Implements `ShardedState` for ZeRO stage 1 in bf16 with gradients summed in fp32, for which DeepSpeed has a separate
+    optimizer."""
 
     parts = ("bf16_groups", "fp32_groups_flat_partition", "update_lp_params")
 
@@ -193,7 +196,7 @@ class SummedApart(Partitioned):
 
 
 class Divided(ZeroState):
-    """Adapts stage 3, where each worker has a part of every parameter."""
+    """Implements `ShardedState` for ZeRO stage 3, where each worker has a part of every parameter."""
 
     parts = (
         "fp16_groups", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "grad_position", "get_param_id",
@@ -246,7 +249,7 @@ class Divided(ZeroState):
 
 def _own(p: Any) -> tuple[int, int]:
     """Returns the start of this worker's slice within its part of a parameter, and the slice's number of elements. With expert
-    parallelism, ZeRO shards each part over the workers that have it."""
+    parallelism, ZeRO shards each part over the workers that have this part."""
     per = p.ds_tensor.ds_numel
     start = min(dist.get_rank(p.ds_process_group) * per, p.ds_numel)
     return start, min(per, p.ds_numel - start)

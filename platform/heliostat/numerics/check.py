@@ -28,7 +28,7 @@ from heliostat.validation import check as checks
 
 
 def check(checked: checks.Checked) -> dict[str, Any]:
-    """Runs the trial and compares its results. Raises the error of a process that failed."""
+    """Runs the small job in separate processes, and compares the results. Raises the error of a process that failed."""
     began, job = time.monotonic(), checked.job
     with tempfile.TemporaryDirectory(prefix="heliostat-numerics-") as name:
         processes.run(job, list(checked.plan.digests), Path(name), _gpus(job))
@@ -36,7 +36,7 @@ def check(checked: checks.Checked) -> dict[str, Any]:
 
 
 def conclude(folder: Path) -> dict[str, Any]:
-    """Compares the files that the trial's processes wrote to `folder`."""
+    """Compares the results that the processes of the small job wrote to `folder`."""
     files = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("trial", "played", "resumed", "plain")}
     rows = [*_rows(files, LIMITS[files["trial"]["precision"]]), _receipts(Location(files["trial"]["run"]))]
     faults = [fault for row in rows for fault in row.faults]
@@ -87,7 +87,7 @@ def _receipts(run: Location) -> DifferenceRow:
 
 
 def _gpus(job: Job) -> bool:
-    """Checks whether the job uses GPUs, and this machine has a GPU for each worker of the trial."""
+    """Checks whether the job uses GPUs, and this machine has a GPU for each worker of the small job."""
     if not job.workers.gpus:
         return False
     import torch

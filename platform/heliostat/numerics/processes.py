@@ -1,4 +1,5 @@
-"""Runs the trial in separate processes: one plain process, two workers, and the worker that resumes with another configuration.
+"""Runs the small job of `heliostat check --numerics` in separate processes: one plain process, two workers, and the worker that
+resumes with another configuration.
 
 `run` starts `python -m heliostat.numerics.processes`, which imports the libraries once and forks the other processes. The
 processes find each other through a file, and communicate only over loopback. All processes end when the process that called `run`
@@ -38,7 +39,8 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELI
 
 
 def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
-    """Runs the trial of a job in `folder`, with the dataset versions of `digests`. Raises the error of a process that failed."""
+    """Runs the small job of a job in `folder`, with the dataset versions of `digests`. Raises the error of a process that
+    failed."""
     give(job, digests, folder, gpus)
     host = subprocess.Popen(
         [sys.executable, "-m", "heliostat.numerics.processes", str(folder)],
@@ -108,7 +110,8 @@ def _end_with_parent() -> None:
 
 
 def host(folder: Path) -> int:
-    """Runs the trial that `folder` describes. Returns 1 if a process has failed, else 0."""
+    """Runs the small job that `folder` describes, and waits for all of its processes. Returns 1 if a process has failed, else
+    0."""
     from heliostat.data import manifest
     from heliostat.numerics import plain, play, small
 

@@ -58,9 +58,9 @@ class DifferenceRow:
 @dataclass(frozen=True)
 class Thresholds:
     loss: float
-    """Tolerance of a step's loss."""
+    """Tolerance of a step's loss, as a relative difference."""
     gradient: float
-    """Tolerance of each parameter's gradient."""
+    """Tolerance of each parameter's gradient, as a relative difference of norms."""
     floor: float
     """Smallest norm by which a gradient's difference is divided, as a share of the norm expected from the parameter's size. Some
     gradients are zero except for rounding. For example, attention cancels the gradients of key biases."""

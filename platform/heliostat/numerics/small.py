@@ -117,7 +117,7 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
 
 
 def _loaded(job: Job, sources: list[Manifest]) -> Recipe:
-    """Loads the recipe of a trial. The tiles of tiled MLPs are so small that each sample has several tiles."""
+    """Loads the recipe of the small job. The tiles of tiled MLPs are so small that each sample has several tiles."""
     recipe = loading.load(job, sources)
     if isinstance(recipe, CausalLM):
         recipe.tile = TILE

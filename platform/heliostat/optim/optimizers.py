@@ -1,11 +1,11 @@
-"""Defines the optimizers that `train.optimizer.name` accepts. Each class defines an optimizer's keys in the job, the names of its
-state, and the code that builds it in torch. Checkpoints, the plan, and the checks use these classes. docs/guides/optimizer.md
-shows how to add an optimizer.
+"""Defines the optimizers that `train.optimizer.name` accepts. Each class defines an optimizer's keys in the job, the names of the
+optimizer's state, and the code that builds the optimizer in torch. Checkpoints, the plan, and the checks use these classes.
+docs/guides/optimizer.md shows how to add an optimizer.
 
 Importing this module doesn't import torch. Building an optimizer imports torch. An optimizer belongs here if its state is
-elementwise. ZeRO flattens parameters and cuts them into slices at any element, and workers update the slices separately.
-Checkpoints of one partition are loaded into another. An optimizer that needs complete tensors must assemble them in its step, as
-Muon does. `REFUSED` lists some optimizers that don't meet this requirement.
+elementwise. ZeRO flattens parameters, and cuts the result into slices at any element, and workers update the slices separately.
+Checkpoints of one partition are loaded into another. An optimizer that needs complete tensors must assemble these tensors in its
+step, as Muon does. `REFUSED` lists some optimizers that don't meet this requirement.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class AdamW(Optimizer):
 
 
 class Sgd(Optimizer):
-    """Optimizes by stochastic gradient descent with momentum (Sutskever et al. 2013). With momentum 0 it has no state."""
+    """Optimizes by stochastic gradient descent with momentum (Sutskever et al. 2013). With momentum 0, this optimizer has no
+    state."""
 
     name: Literal["sgd"] = "sgd"
     """Algorithm of the optimizer."""

@@ -1,8 +1,8 @@
 """Describes which part of a parameter a worker has, if the workers of a group split the parameter.
 
-The engine records the part on each parameter that is split. At ZeRO-3, it also records the shape, which DeepSpeed removes. In
-every parallelism configuration, a worker's part is one slice of the flattened parameter, in the order of the division's
-`columns`. So checkpoints load in any other configuration.
+The engine records the part on each parameter that is split. At ZeRO-3, the engine also records the shape, which DeepSpeed
+removes. In every parallelism configuration, a worker's part is one slice of the flattened parameter, in the order of the
+division's `columns`. So checkpoints load in any other configuration.
 """
 
 from __future__ import annotations

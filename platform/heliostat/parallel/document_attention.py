@@ -45,7 +45,7 @@ def mask_bytes(length: int, itemsize: int) -> int:
 
 def in_blocks(core: Core) -> Core:
     """Wraps the attention `core`. The returned function takes document numbers instead of a mask, and computes in blocks. Without
-    document numbers, it does the same as `core`."""
+    document numbers, the returned function does the same as `core`."""
 
     def attend(
         module: torch.nn.Module,

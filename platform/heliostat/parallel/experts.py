@@ -88,7 +88,7 @@ class RoutingWatch:
         self.on = True
 
     def end(self) -> None:
-        """Stops recording and drops the recorded tensors, because they keep autograd graphs in memory."""
+        """Stops recording and drops the recorded tensors, because the tensors keep autograd graphs in memory."""
         self.on = False
         self.routed: torch.Tensor | None = None
         self.logits: list[torch.Tensor] = []

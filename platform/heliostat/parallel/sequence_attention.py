@@ -1,4 +1,4 @@
-"""Computes the attention of samples whose tokens are cut into stretches, one per worker (Ulysses; Jacobs et al. 2023, arXiv
+"""Computes the attention of samples whose tokens are divided into ranges, one per worker (Ulysses; Jacobs et al. 2023, arXiv
 2309.14509).
 
 Before attention, a worker has all heads of some tokens. The workers of a group then exchange values, so that each worker has some
@@ -98,7 +98,8 @@ class Attention:
 
 
 def install(model: PreTrainedModel, name: str, attention: Core) -> None:
-    """Registers with transformers an attention that makes its own masks, and makes the model use it."""
+    """Registers an attention function, which makes its own masks, with transformers under `name`. Makes the model use this
+    attention."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention)

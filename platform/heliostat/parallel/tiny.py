@@ -1,4 +1,4 @@
-"""Shrinks a model's configuration, so that a test of its architecture's code takes a second for a model of any size.
+"""Shrinks a model's configuration, so that a test of the architecture's code takes a second for a model of any size.
 
 The small configuration keeps every switch, the kinds of layers and their order, the width of heads, and the number of query heads
 per key head. Windows and position ranges that are shorter than a sample stay shorter. The small configuration has fewer layers,
@@ -105,8 +105,8 @@ def tried(recipe: LanguageModel, fault: Callable[[LanguageModel], str], heads: i
 
 
 def remembered(known: dict[str, T], recipe: LanguageModel, how: Sequence[object], find: Callable[[], T]) -> T:
-    """Returns the earlier result for the same configuration and `how` in this process. If there is no earlier result, computes it
-    with `find`."""
+    """Returns the earlier result for the same configuration and `how` in this process. If there is no earlier result, computes
+    the result with `find`."""
     key = json.dumps([recipe.config.to_dict(), *how], default=str, sort_keys=True)
     if key not in known:
         known[key] = find()
@@ -120,7 +120,7 @@ def tokens(small: LanguageModel) -> np.ndarray:
 
 @torch.no_grad()
 def stir(model: torch.nn.Module) -> None:
-    """Draws random weights, so that every part of a model affects its logits."""
+    """Draws random weights, so that every part of a model affects the model's logits."""
     for p in model.parameters():
         p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
 

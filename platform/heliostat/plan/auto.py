@@ -1,9 +1,9 @@
 """Resolves `train.parallel: auto`: replaces `auto` by the fastest parallelism configuration that `heliostat plan JOB --rank`
 finds.
 
-Commands and the API resolve a job before they check, submit, or train it. So commands, API, and run use the same configuration,
-and the run's record contains the configuration's keys. A run that is resumed on the same number of workers keeps its
-configuration.
+Commands and the API resolve a job before they check, submit, or train this job. So commands, API, and run use the same
+configuration, and the run's record contains the configuration's keys. A run that is resumed on the same number of workers keeps
+its configuration.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def settled(
     if before is not None:
         kept = layouts.of(before)
         log.info(
-            "%s: the run already has this number of workers, so it keeps its parallelism configuration: %s",
+            "%s: the run already has this number of workers, so the run keeps this parallelism configuration: %s",
             KEY,
             said(computed, kept),
         )

@@ -39,7 +39,8 @@ COUNTS = Format(Counts, "count of a model")
 
 
 def get(job: Job, recipe: Recipe, count: Callable[[], Counts]) -> Counts:
-    """Returns the cached counts of a job's model. If the cache doesn't have them, counts the model and caches the result."""
+    """Returns the cached counts of a job's model. If the cache has no counts of this model, counts the model, and caches the
+    result."""
     folder, name = os.environ.get(PLACE, str(workspace.root() / ".heliostat" / "cache")), key(job, recipe)
     if not folder or name is None:
         return count()

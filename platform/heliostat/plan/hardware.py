@@ -87,7 +87,7 @@ class Prices(TypedDict):
 
 
 def table(over: Path | None = None) -> Prices:
-    """Reads the price table `prices.yaml`. The values of a user's file override it."""
+    """Reads the price table `prices.yaml`. The values in the user's file `over` override this table."""
     base = yaml.safe_load(resources.files("heliostat.plan").joinpath("prices.yaml").read_text(encoding="utf-8"))
     return cast(Prices, _merge(base, schema.read_yaml(over), "") if over else base)
 

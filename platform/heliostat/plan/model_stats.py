@@ -90,8 +90,8 @@ def _divided(recipe: Recipe, model: torch.nn.Module) -> dict[str, str]:
 
 
 def _leave_part(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Reduces the matrices of a meta model to one worker's shard, so that the model's operations have the shapes of this
-    shard."""
+    """Reduces the matrices of a model on the meta device to one tensor-parallel worker's shard, so that the model's operations
+    have the shapes of this shard."""
     for name, p in list(model.named_parameters()):
         if tuple(p.shape) != shapes[name]:
             owner, _, own = name.rpartition(".")
@@ -254,8 +254,8 @@ def _fake(model: torch.nn.Module) -> None:
 
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Lists the modules that activation checkpointing wraps. These are the modules that transformers marks or, if it marks none,
-    the members of each `ModuleList`."""
+    """Lists the modules that activation checkpointing wraps. These are the modules that transformers marks or, if transformers
+    marks no module, the members of each `ModuleList`."""
     return [*checkpointing.layers(model)] or list(_listed(model))
 
 

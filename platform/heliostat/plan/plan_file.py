@@ -41,7 +41,7 @@ def plan_file(
     write: Path | None = None,
     rank: bool = False,
 ) -> dict[str, object]:
-    """Plans the job of a job file. Reads the datasets if they are reachable.
+    """Plans the job of a job file. Reads the datasets if the storage is reachable.
 
     `run`: a measured run that corrects the device's efficiencies. `write`: the file for the corrected efficiencies. `rank`:
     whether to plan all configurations instead of only the job's own.
@@ -97,7 +97,7 @@ def measured(run: Location) -> Measured:
     checkpoint = layout.latest(run)
     if not checkpoint:
         raise ConfigError(
-            f"--calibrate: {run}: the run has no checkpoint, which contains the job. Continue the run until it saves a checkpoint"
+            f"--calibrate: {run}: the run has no checkpoint to read the job from. Continue the run until it saves a checkpoint"
         )
     attempts = [(one, *rate) for one in goodput.read(run) if (rate := pace(one))]
     if not attempts:

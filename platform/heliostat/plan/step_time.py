@@ -1,10 +1,9 @@
-"""Estimates how long a step takes, and how many bytes it moves. The functions are pure: they compute with operations, bytes,
-and rates.
+"""Estimates a training step's time and the bytes that the step moves. The functions are pure: they compute with operations,
+bytes, and rates.
 
 The time of an operation is the time of its arithmetic plus the time of its bytes. Arithmetic runs at the rate that its kind of
-work reaches on the device, and bytes move at the memory's rate. A rate is the device's peak times `efficiency` (prices.yaml).
-The efficiencies are fitted to published runs, or measured by `heliostat plan --calibrate`. docs/plan-method.md has the
-formulas.
+work reaches on the device, and bytes move at the memory's rate. A rate is the device's peak times `efficiency` (prices.yaml). The
+efficiencies are fitted to published runs, or measured by `heliostat plan --calibrate`. docs/plan-method.md has the formulas.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def divided(work: Iterable[OperationWork], stacks: Collection[int], parts: int) 
     """Divides the bytes of experts' weights by the number of workers, because each worker reads only its own experts.
 
     `stacks`: bytes of the weights of all experts of a layer. These bytes identify the experts' matrix multiplications. The bytes
-    of such a multiplication are slightly larger, because they include the positions of rows.
+    of such a multiplication are slightly larger, because these bytes include the positions of rows.
     """
 
     def own(w: OperationWork) -> OperationWork:

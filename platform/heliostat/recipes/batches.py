@@ -25,7 +25,7 @@ class Padded(NamedTuple):
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], fill: int = 0, longest: int | None = None, multiple: int = 8) -> Padded:
-    """Pads rows of different lengths with `fill`, and returns them as one tensor.
+    """Pads rows of different lengths with `fill` to one length, and returns the rows as one tensor.
 
     The tensor is as long as the longest row, rounded up to a multiple of `multiple`, but at most `longest`. Rounding limits the
     number of different shapes.

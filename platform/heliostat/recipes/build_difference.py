@@ -1,7 +1,7 @@
 """Compares the results of a recipe's `build` with and without weights. Finds differences other than the weights themselves.
 
-The `build` of a custom recipe may read the new weights, copy them, or draw more random numbers. It may store the results in an
-attribute of the model or the recipe, in a list, or in a closure. Such results would differ between workers.
+The `build` of a custom recipe may read the new weights, copy them, or draw more random numbers. The recipe may store the results
+in an attribute of the model or the recipe, in a list, or in a closure. Such results would differ between workers.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Comparison:
 
 
 def _parts(thing: object) -> dict[str, object]:
-    """Returns the parts of an object. Each key is the path to a part, such as `.name` or `[0]`."""
+    """Returns the attributes or items of an object. Each key is the path to a part, such as `.name` or `[0]`."""
     if isinstance(thing, dict):
         return {f"[{key!r}]": value for key, value in thing.items()}
     if isinstance(thing, set | frozenset):

@@ -1,4 +1,4 @@
-"""Builds a recipe's model as the engine trains it, with its frozen submodules excluded from training."""
+"""Builds a recipe's model for training, freezes submodules, and makes the optimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
     """Lists the names of the trained matrices between hidden layers: 2-D parameters, and the stacked matrices of experts.
     Embeddings, output heads, and convolutions aren't included.
 
-    A recipe can override this choice with `Group.hidden`. Raises ConfigError if the recipe marks a parameter as hidden that isn't
-    a matrix.
+    A recipe can override this choice with `Group.hidden`. Raises ConfigError if the recipe sets `hidden` for a parameter that
+    isn't a matrix.
     """
     apart = {id(p) for m in _apart(model) for p in m.parameters(recurse=False)}
     names = set()

@@ -48,8 +48,8 @@ def find(folder: Path = Path(__file__).parent) -> dict[str, BuiltIn]:
 def modules(recipe: str, model: Mapping[str, object]) -> list[str]:
     """Lists the modules that workers import for a job's `recipe` and `model`. A fork server can import these modules in advance.
 
-    The list is empty for a custom recipe, because its import may have side effects. The fork server skips modules that it can't
-    import.
+    The list is empty for a custom recipe, because importing custom code may have side effects. The fork server skips modules that
+    it can't import.
     """
     from heliostat.config import workspace  # imported here, because the import takes longer than finding all recipes
 

@@ -39,7 +39,7 @@ class TrainedFacts(TypedDict):
 
 @open_
 class Origin(TypedDict):
-    """Describes an exported model's origin: the run that trained it, and the version of that run's data plan."""
+    """Describes an exported model's origin: the run that trained the model, and the version of this run's data plan."""
 
     data_version: NotRequired[Whole]
 

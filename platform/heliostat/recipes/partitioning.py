@@ -1,6 +1,6 @@
 """Lets recipes build models that the engine partitions among workers during construction (ZeRO stage 3).
 
-Recipes can't import the engine. Instead, the engine sets a `Partitioner` here while it builds a model, and recipes call the
+Recipes can't import the engine. Instead, the engine sets a `Partitioner` here while the engine builds a model. Recipes call the
 functions of this module. If no `Partitioner` is set, for example at stages 0 to 2 or on the driver, models are built as usual.
 """
 

@@ -33,7 +33,7 @@ IGNORED = -100  # in a batch's `labels`, at tokens without a target: padding and
 
 
 class Part(NamedTuple):
-    """Contains a batch mean to log in addition to the loss. `weight`: the mean's factor in the objective; 0 leaves it out."""
+    """Contains a batch mean to log in addition to the loss. `weight`: the mean's factor in the objective; 0 only logs it."""
 
     value: torch.Tensor
     weight: float = 0.0
@@ -86,7 +86,7 @@ class Recipe(ABC):
         """Runs checks that take seconds, on the driver, without datasets. Raises ConfigError if a check fails."""
 
     def bind(self, sources: list[Manifest]) -> None:  # noqa: B027
-        """Takes values from the datasets (tokenizer, vocabulary size). Raises ConfigError if the datasets don't fit the model."""
+        """Reads values from the datasets (tokenizer, vocabulary size). Raises ConfigError if the datasets don't fit the model."""
 
     def assumed(self) -> str:
         """Describes the assumptions of a plan without datasets, such as a vocabulary size. Returns "" if there are none."""
@@ -149,7 +149,7 @@ class Recipe(ABC):
         return None
 
     def flops_per_sample(self, model: torch.nn.Module) -> float | None:
-        """Counts the forward and backward FLOPs of one sample, for MFU. If it returns None, heliostat doesn't report MFU."""
+        """Counts the forward and backward FLOPs of one sample, for MFU. If the result is None, heliostat doesn't report MFU."""
         return None
 
     def describe(self, content: Content) -> str:
@@ -199,7 +199,7 @@ class Evaluates(ABC):
         """Computes the metrics, including `loss`, from the sums of the scores of `evaluate`. By default, divides each sum by the
         sum of `terms`."""
         if "terms" not in sums:
-            raise ConfigError(f"recipe: {type(self).__name__}.evaluate returns no `terms` to divide by. Add them ({GUIDE})")
+            raise ConfigError(f"recipe: {type(self).__name__}.evaluate returns no `terms` to divide by. Add `terms` ({GUIDE})")
         return {name: total / max(1.0, sums["terms"]) for name, total in sums.items() if name != "terms"}
 
     def measure(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
@@ -208,7 +208,7 @@ class Evaluates(ABC):
 
 
 class Exports(ABC):
-    """Exports checkpoints to a folder that works without the engine. `heliostat model export` and the end of a run use it."""
+    """Exports checkpoints to a folder that works without the engine, for `heliostat model export` and at the end of a run."""
 
     layout: dict[str, str] = {"": "model"}  # prefix of parameter names, which is removed -> file, without .safetensors
 

@@ -97,7 +97,8 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         self.sources, self.facts = sources, rows.facts(sources, True)
         if self.facts.content != "images":
             raise ConfigError(
-                "data.sources: an autoencoder needs images, but these datasets contain latents. Prepare them without `latents`"
+                "data.sources: an autoencoder needs images, but these datasets contain latents. "
+                "Prepare the datasets without `latents`"
             )
         channels = self.facts.channels
         if self.pretrained:

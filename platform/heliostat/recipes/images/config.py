@@ -2,7 +2,7 @@
 autoencoders.
 
 Backbones are diffusers' classes, built from their keys or loaded from a folder. Keys that follow from the data (channels, the
-text's width) are optional. Frozen encoders come from folders, and ZeRO never shards them.
+text's width) are optional. Frozen encoders come from folders. ZeRO never shards frozen encoders.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class Text(Strict):
     `pretrained`, the encoder is a CLIP text encoder with these keys, and trains with the model."""
 
     pretrained: str | None = None
-    """Folder with a CLIP or T5 text encoder, which stays frozen. You can combine it only with `length`. Unset: a CLIP text
-    encoder with the keys below, which is trained with the model."""
+    """Folder with a CLIP or T5 text encoder, which stays frozen. You can combine `pretrained` only with `length`. Unset: a CLIP
+    text encoder with the keys below, which is trained with the model."""
     length: int = Field(default=77, gt=1)
     """Maximum tokens of a caption; longer captions are truncated."""
     hidden_size: int = Field(default=256, gt=0)
-    """Width of the text encoder."""
+    """Width of the text encoder's hidden states."""
     num_hidden_layers: int = Field(default=2, gt=0)
-    """Number of layers."""
+    """Number of the text encoder's layers."""
     num_attention_heads: int = Field(default=4, gt=0)
     """Number of attention heads; must divide hidden_size."""
     intermediate_size: int = Field(default=1024, gt=0)
@@ -170,7 +170,7 @@ def folder_config(key: str, folder: str) -> Keys:
 
 
 def load_or_build(cls: Any, folder: str | Path) -> Any:
-    """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, builds it without weights instead."""
+    """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, builds the model without weights instead."""
     if weightless.wanted():
         model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)

@@ -8,7 +8,7 @@ A sample is a square image with a caption (`heliostat.pipelines:ImagePipeline`).
 `heliostat.recipes.pairs` describes the loss and the scores. Scores with the prefix `caption_` are for the opposite direction, in
 which images retrieve their captions.
 
-The temperature is a constant of the job. The export stores it as CLIP's `logit_scale`.
+The temperature is a constant of the job. The export stores the temperature as CLIP's `logit_scale`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Clip(CLIPModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Returns False, so that transformers initializes the weights as it does for CLIPModel. For an unknown class,
+        """Returns False, so that transformers initializes the weights in the same way as for CLIPModel. For an unknown class,
         transformers skips some modules."""
         return False
 
@@ -118,13 +118,14 @@ class ImageEmbedder(EmbedsPairs):
         facts = rows.facts(sources, True)
         if facts.content != "images":
             raise ConfigError(
-                "data.sources: an embedder needs images, but these datasets contain latents. Prepare them without `latents`"
+                "data.sources: an embedder needs images, but these datasets contain latents. "
+                "Prepare the datasets without `latents`"
             )
         sizes = {(m.meta["size"][0], m.meta["size"][1]) for m in sources}
         if len(sizes) > 1 or facts.size[0] != facts.size[1]:
             shown = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
             raise ConfigError(f"data.sources: CLIP needs square images of one size, but the images have {shown} pixels. "
-                "Prepare them without `buckets`")  # fmt: skip
+                "Prepare the datasets without `buckets`")  # fmt: skip
         self._fit(facts.channels, facts.size[0])
         if not self.pretrained:
             vocabulary = self.job.model.get("text_config", {}).get("vocab_size")
@@ -142,7 +143,7 @@ class ImageEmbedder(EmbedsPairs):
         for key, value, what in (("num_channels", channels, "channels"), ("image_size", side, "pixels per side")):
             if self.pretrained and getattr(vision, key) != value:
                 raise ConfigError(f"model.pretrained: expected images with {getattr(vision, key)} {what}, got {value}. "
-                    "Prepare them with the pipeline's `resolution` and `channels`")  # fmt: skip
+                    "Set `resolution` and `channels` in the pipeline, and prepare the datasets again")  # fmt: skip
             if keys.get(key, value) != value:
                 raise ConfigError(
                     f"model.vision_config.{key}: {keys[key]} given, but the images have {value} {what}. Remove this key"
@@ -233,8 +234,8 @@ def processor_of_size(side: int, channels: int) -> CLIPImageProcessorPil:
 
 
 def processor_of_folder(folder: str) -> CLIPImageProcessorPil:
-    """Loads the image processor of a pretrained model. Raises ConfigError unless it scales pixels from [0, 255] to [0, 1], and
-    normalizes them by mean and deviation."""
+    """Loads the image processor of a pretrained model. Raises ConfigError unless the processor scales pixels from [0, 255] to [0,
+    1], and normalizes by mean and standard deviation."""
     with exported.using(Path(folder)):
         processor = from_folder("model.pretrained", AutoImageProcessor, folder, backend="pil")
     if not (processor.do_rescale and processor.do_normalize and abs(processor.rescale_factor * 255 - 1) < 1e-6):

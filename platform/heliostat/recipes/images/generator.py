@@ -73,7 +73,10 @@ class ImageCanvas:
         export's own scheduler. Raises ConfigError if the model doesn't support the options."""
         for side in ("width", "height"):
             if (value := getattr(options, side)) and value % self.factor:
-                raise ConfigError(f"generate: {side}: {value} isn't a multiple of {self.factor} pixels, the side of a latent")
+                raise ConfigError(
+                    f"generate: {side}: {value} isn't a multiple of {self.factor} pixels, the side of a latent. "
+                    f"Use a multiple of {self.factor}"
+                )
         if options.sampler is None:
             return None
         return Process(self.model.objective).scheduler(options.sampler, clip=not self.latent)

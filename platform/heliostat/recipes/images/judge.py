@@ -2,8 +2,8 @@
 
 Measures the classifier's accuracy on held-out real images.
 
-The classifier is a support vector machine on at most 16 x 16 pixels. It trains in seconds, is deterministic, and is good enough
-for small images. Every fifth image is held out to measure the accuracy.
+The classifier is a support vector machine on at most 16 x 16 pixels. The classifier trains in seconds, is deterministic, and is
+good enough for small images. Every fifth image is held out to measure the accuracy.
 """
 
 from __future__ import annotations

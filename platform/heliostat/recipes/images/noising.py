@@ -35,9 +35,9 @@ class NoiseObjective(Strict):
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     """How the noise grows over the steps. Not used with flow."""
     beta_start: Float = Field(default=1e-4, gt=0, lt=1)
-    """Variance of the first step. Not used with flow."""
+    """Variance of the noise that the first step adds. Not used with flow."""
     beta_end: Float = Field(default=0.02, gt=0, lt=1)
-    """Variance of the last step. Not used with flow."""
+    """Variance of the noise that the last step adds. Not used with flow."""
     steps: int = Field(default=1000, gt=1)
     """Number of steps of the forward process."""
     zero_terminal_snr: bool = False
@@ -141,7 +141,7 @@ class Process:
         return image * noise - part * clean
 
     def weights(self, t: torch.Tensor) -> torch.Tensor:
-        """Computes the weight of each sample's squared error in the loss."""
+        """Computes the weight of each sample's squared error in the loss, fp32 [n]. `t`: the samples' times [n]."""
         if self.objective.min_snr is None:
             return torch.ones(len(t), device=t.device)
         image, part = self.coefficients(t)

@@ -1,7 +1,7 @@
 """Builds the trained models and loads the frozen models of a text-to-image job. Checks that the models fit the data and each
 other.
 
-Frozen encoders are loaded when they are first needed, so ZeRO never shards them.
+heliostat loads frozen encoders at their first use, so ZeRO never shards frozen encoders.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Parts:
         self.facts: rows.DatasetFacts | None = None
 
     def bind(self, sources: list[Manifest], one_source: bool) -> None:
-        """Takes values from the datasets. Raises ConfigError if the datasets don't fit the models, or if the models don't fit
-        each other."""
+        """Reads channels, sizes, and tokenizer from the datasets. Raises ConfigError if the datasets don't fit the models, or if
+        the models don't fit each other."""
         self.sources, self.facts = sources, rows.facts(sources, one_source)
         f = self.facts
         if f.content == "latents" and self.vae_config is None:
@@ -115,8 +115,8 @@ class Parts:
         """Returns placeholder samples for datasets that don't exist yet, in sizes from the backbone. The samples are latents if
         the job has an autoencoder, otherwise images, together with text embeddings.
 
-        Returns None if the job doesn't set sizes, or if it trains its own text encoder, because then the vocabulary comes from
-        the dataset.
+        Returns None if the job doesn't set sizes, or if the job trains its own text encoder, because then the vocabulary comes
+        from the dataset.
         """
         if not self.model.text.pretrained or "sample_size" not in self._given():
             return None
@@ -150,7 +150,7 @@ class Parts:
         return width if self.facts is None and width else self.width
 
     def _given(self) -> config.Keys:
-        """Returns the backbone's keys, or its folder's configuration."""
+        """Returns the backbone's keys from the job, or the configuration in the pretrained backbone's folder."""
         keys = self.model.backbone
         return config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
 
@@ -165,7 +165,7 @@ class Parts:
         """Checks whether a PixArt model needs resolutions and aspect ratios as inputs.
 
         The model's key `use_additional_conditions` decides this. If the key is None, a model with a side of 128 latents needs
-        them, as in diffusers' class.
+        these inputs, as in diffusers' class.
         """
         said = keys.get("use_additional_conditions")
         known = "pretrained" in self.model.backbone or "use_additional_conditions" in keys
@@ -232,17 +232,17 @@ class Parts:
 
     @cached_property
     def vae(self) -> Any:
-        """Loads the frozen autoencoder when it is first needed, so that it stays outside ZeRO at every stage."""
+        """Loads the frozen autoencoder at its first use, so that ZeRO never shards this autoencoder."""
         folder = self.model.autoencoder
         return config.frozen_autoencoder(folder.pretrained, self.frozen_type) if folder else None
 
     @cached_property
     def text_encoder(self) -> nn.Module:
-        """Loads the frozen text encoder when it is first needed, so that it stays outside ZeRO at every stage."""
+        """Loads the frozen text encoder at its first use, so that ZeRO never shards this encoder."""
         return config.frozen_text_encoder(str(self.model.text.pretrained), self.frozen_type)
 
     def frozen_on(self, name: str, device: torch.device) -> Any:
-        """Returns a frozen encoder (`vae` or `text_encoder`) on a device. Any stream may use it."""
+        """Returns a frozen encoder (`vae` or `text_encoder`) on a device. Any CUDA stream may use the encoder."""
         model = getattr(self, name)
         if name not in self._places or self._places[name][0] != device:
             model.to(device)

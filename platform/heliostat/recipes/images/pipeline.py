@@ -1,6 +1,6 @@
 """Generates images from prompts as a diffusers pipeline, in pixels or latents. This file needs only diffusers and transformers.
 
-An export contains a copy of this file, so that plain diffusers can load it: DiffusionPipeline.from_pretrained(FOLDER,
+An export contains a copy of this file, so that plain diffusers can load the export: DiffusionPipeline.from_pretrained(FOLDER,
 trust_remote_code=True).
 
 Each image of a call is drawn from its own generator, so a seed gives the same image alone or in a batch.

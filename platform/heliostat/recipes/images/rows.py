@@ -44,7 +44,7 @@ class DatasetFacts:
 
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
     """Reads the properties that all datasets have in common, such as channels and tokenizer. Raises ConfigError if a job can't
-    train on them together."""
+    train on these datasets together."""
     each = [_facts(m) for m in sources]
     names = {"content": "contain different kinds of content", "channels": "have different numbers of channels",
              "tokenizer": "have different tokenizers",

@@ -146,7 +146,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return Loss((self._errors(model, batch, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
-        """Computes the mean squared error of each sample of a completed batch."""
+        """Computes the mean squared error of each sample of a completed batch, fp32 [samples]. `t`: the samples' times."""
         image, noise, dtype = batch["image"], batch["noise"], next(model.parameters()).dtype
         said = model(self.process.noisy(image, noise, t).to(dtype), self.process.told(t), batch["caption"])
         return (said.float() - self.process.target(image, noise, t)).square().flatten(1).mean(1)

@@ -61,6 +61,6 @@ def require_installed(name: str) -> None:
     module, package = PACKAGES.get(name, ("", ""))
     if module and find_spec(module) is None:
         raise MissingExtraError(
-            f"{KEY}: {name!r} needs the package {package}, built for your versions of torch and CUDA. Install it "
-            "on every worker, or use sdpa"
+            f"{KEY}: {name!r} needs the package {package}, built for your versions of torch and CUDA. Install "
+            f"{package} on every worker, or set this key to sdpa"
         )

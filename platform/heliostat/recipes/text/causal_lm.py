@@ -179,7 +179,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
             return ""
         return (
             f"until the dataset is prepared, heliostat assumes the model's default vocabulary of {self.config.vocab_size:,} "
-            "tokens. Set model.vocab_size to change it"
+            "tokens. To change this size, set model.vocab_size"
         )
 
     def _bind(self, **values: int | None) -> None:
@@ -387,6 +387,6 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
 
 def _use_no_cache(config: PreTrainedConfig) -> None:
-    """Switches off the key-value cache, because it would let packed documents attend to each other. `generate`, and the
-    configuration of an export, turn it on."""
+    """Switches off the key-value cache, because the cache would let packed documents attend to each other. `generate`, and the
+    configuration of an export, turn the cache on."""
     config.use_cache = config.get_text_config(decoder=True).use_cache = False

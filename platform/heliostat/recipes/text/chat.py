@@ -1,4 +1,4 @@
-"""Reads a chat's messages, and converts them to tokens with the chat template of the model's tokenizer.
+"""Reads a chat's messages, and converts these messages to tokens with the chat template of the model's tokenizer.
 
 The template comes from the model's author, and transformers runs it in a sandbox.
 """

@@ -1,7 +1,7 @@
 """Checkpoints activations: keeps only the input of a layer, and recomputes the layer in the backward pass.
 
 `train.activation_checkpointing` selects all layers, or the first N. The layers after the first N keep all their activations. The
-backward pass runs these layers first, and releases their activations before it recomputes one of the first N layers. So these
+backward pass runs these layers first, and releases their activations before the recomputation of the first N layers. So these
 activations share memory with the recomputation of a layer.
 
 With `train.activation_offload`, the layers' inputs are in host memory until the backward pass. With `selective`, all layers keep
@@ -34,7 +34,8 @@ Which = bool | int | Literal["selective"]
 
 
 def use(model: PreTrainedModel, which: Which, offload: bool) -> None:
-    """Makes a transformers model checkpoint its layers: all of them, the first N, or all selectively."""
+    """Turns on activation checkpointing for a transformers model: for all layers, the first N layers, or all layers
+    selectively."""
     how = {"context_fn": selective.contexts} if which == SELECTIVE else {}
     with warnings.catch_warnings():
         warnings.simplefilter(

@@ -1,8 +1,8 @@
 """Defines the keys of `model` for the training of experts, in all architectures and with `pretrained`. Checks that the model
-supports them.
+supports these keys.
 
-With `output_router_logits: true`, as in transformers, the objective includes the router's loss, which balances experts. It is the
-loss of Switch Transformer (Fedus et al. 2021, arXiv 2101.03961). The model's code computes this loss over a micro-batch.
+With `output_router_logits: true`, as in transformers, the objective includes the router's loss, which balances experts. This is
+the loss of Switch Transformer (Fedus et al. 2021, arXiv 2101.03961). The model's code computes this loss over a micro-batch.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def require(recipe: MixtureModel) -> None:
     if biased and RATE not in present and not recipe.router_weight:
         log.warning(
             ("model.%s: not set, so the biases with which %r chooses experts stay constant, and a few experts may "
-                "receive most tokens. Set this key (DeepSeek-V3 used 0.001), or set this key to 0 on purpose"),
+                "receive most tokens. Set this key (DeepSeek-V3 used 0.001), or to 0 on purpose"),
             RATE, kind,
         )  # fmt: skip
 
@@ -148,7 +148,7 @@ def require_router_loss(recipe: MixtureModel, refused: bool) -> None:
             log.warning(
                 (
                     "model.output_router_logits: not set, so the objective leaves out the router's loss (coefficient "
-                    "%g), and a few experts may receive most tokens. Set this key to true, or set this key to false on purpose"
+                    "%g), and a few experts may receive most tokens. Set this key to true, or to false on purpose"
                 ),
                 weight,
             )

@@ -5,7 +5,7 @@ to E5M2, and all other tensors to E4M3. Weights keep their precision, so optimiz
 backward pass needs the rounded input, which takes half the memory of bf16. The backward pass also needs the weight, which ZeRO-3
 may release between the passes.
 
-A CPU uses the same rounded numbers, but multiplies them in fp32.
+A CPU uses the same rounded numbers, but multiplies these numbers in fp32.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Float8Product(torch.autograd.Function):
 
 
 def rounded(values: torch.Tensor, kind: torch.dtype) -> Scaled:
-    """Scales a tensor so that its largest number becomes the largest float8 number, and rounds it to float8. Returns the result
-    and the scale."""
+    """Scales a tensor so that the tensor's largest number becomes the largest float8 number, and rounds the result to float8.
+    Returns the result and the scale."""
     scale = values.detach().abs().amax().float().clamp(min=SMALLEST) / torch.finfo(kind).max
     return (values.float() / scale).to(kind), scale
 
@@ -85,7 +85,7 @@ def use(model: torch.nn.Module) -> None:
 
 
 def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    """Lists the supported linear layers. They are inside the model's layers, and have sides that GPUs can multiply."""
+    """Lists the linear layers that support float8: those inside the model's layers, with sides that are multiples of MULTIPLE."""
     return [
         m
         for layer in checkpointing.layers(model)

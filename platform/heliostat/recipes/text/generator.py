@@ -1,4 +1,4 @@
-"""Loads an exported language model, and continues prompts with it."""
+"""Loads an exported language model, and continues prompts with this model."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class TextGenerator:
         else:
             tokens, ends = prompt_tokens(self.tokenizer, request.prompt), self.ends
             if not tokens:
-                raise ConfigError(f"prompt: {EMPTY}. Give it at least one character")
+                raise ConfigError(f"prompt: {EMPTY}. Pass a prompt of at least one character")
         text = continue_tokens(self.model, self.tokenizer, tokens, **self.options, seed=request.seed, ends=ends)
         facts = {"text": text} if self.suffix is None else {"text": text, "suffix": self.suffix}
         return Generated(request.prompt, request.prompt + text + (self.suffix or ""), facts)

@@ -70,7 +70,8 @@ def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTra
 
 
 def _reads_head_dim(arch: str) -> bool:
-    """Checks whether an architecture reads the head width from the configuration, even if its class doesn't list it."""
+    """Checks whether an architecture reads the head width from the configuration, even if the configuration class doesn't list
+    this key."""
     module = importlib.import_module(f"transformers.models.{arch}.modeling_{arch}")
     return 'getattr(config, "head_dim"' in inspect.getsource(module)
 
@@ -83,7 +84,7 @@ def _check_activation(name: str) -> None:
 
 
 def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the number of heads doesn't divide the width, but must divide it.
+    """Raises ConfigError if the number of heads must divide the width, but doesn't.
 
     The heads needn't divide the width if the job sets the head size, or if the architecture's own defaults break this rule.
     """

@@ -53,8 +53,8 @@ def terms(batch: Batch) -> int:
 
 
 def targets(batch: Batch) -> torch.Tensor:
-    """Returns the target of each token, which is the label of the next token. At a sample's end, the target is IGNORED (the loss
-    skips it)."""
+    """Returns the target of each token, which is the label of the next token. At a sample's end, the target is IGNORED (not in
+    the loss)."""
     return batch["targets"] if "targets" in batch else F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
 
 

@@ -24,7 +24,8 @@ _known: dict[str, float] = {}  # leaks that were measured in this process
 
 
 def require_apart(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless the model keeps packed documents apart, with its attention, positions, and checkpointing."""
+    """Raises ConfigError if packed documents attend to each other in the model, with the job's attention, positions, and
+    activation checkpointing."""
     kind, how = recipe.config.model_type, [recipe.length, recipe.checkpointing, recipe.attention]
     try:
         leaked = tiny.remembered(_known, recipe, how, lambda: tiny.attempt(recipe, lambda small: leak(logits(small))))
