@@ -216,7 +216,8 @@ def destroy_engines() -> None:
 
 
 def forget_groups() -> None:
-    """Removes DeepSpeed's process groups and restarts its counters. In a new group, the counters of all ranks must be equal."""
+    """Removes DeepSpeed's process groups, and restarts DeepSpeed's counters of parameters and modules. In a new group, the
+    counters of all ranks must be equal."""
     if "deepspeed" not in sys.modules:
         return
     patches.forget_groups()

@@ -153,7 +153,7 @@ def skip_shared_memory_kernel() -> None:
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """Does nothing."""
+    """Does nothing. Replaces functions of DeepSpeed that must have no effect."""
 
 
 # process groups ------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def divide_matrices(model: torch.nn.Module, settings: object, workers: int) -> t
 def matrix_part(parameter: Any) -> MatrixPart | None:
     """Reads AutoTP's sharding of a parameter. Returns None if AutoTP hasn't sharded the parameter.
 
-    Patch for DeepSpeed 0.19.8. Without it only AutoTP's own checkpoints can read its marks.
+    Patch for DeepSpeed 0.19.8. Without it only AutoTP's own checkpoints can read AutoTP's marks.
     """
     from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 

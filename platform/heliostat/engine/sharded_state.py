@@ -259,7 +259,7 @@ class ShardedState(ABC):
             )
 
     def after_load(self, steps: int) -> None:
-        """Completes the engine after its slices were loaded: sets the step count, and updates the weights that the forward pass
+        """Completes a restore after the slices were loaded: sets the step count, and updates the weights that the forward pass
         uses."""
         for values in self.optimizer.state.values():
             values["step"].fill_(float(steps))

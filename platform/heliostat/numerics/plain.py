@@ -1,4 +1,5 @@
-"""Runs the same steps in one plain torch process, in fp32: autograd, a plain loss, torch's own clipping and optimizer.
+"""Runs the small job's steps in one plain torch process, in fp32, with autograd, a plain loss, and torch's own clipping and
+optimizer.
 
 Each step begins from the engine's weights, rounded as in the engine's forward pass. So a comparison shows only the difference of
 that step. The optimizer gets the engine's gradient, so its update doesn't depend on the precision.

@@ -19,7 +19,7 @@ State = dict[str, torch.Tensor]  # state tensors of one parameter, by name
 
 
 class Hyperparameters(TypedDict):
-    """Describes the hyperparameters that rules read from a parameter group."""
+    """Describes the hyperparameters that update rules read from a parameter group."""
 
     lr: float
     weight_decay: float

@@ -112,8 +112,8 @@ def _merge(base: dict[str, object], over: dict[str, object], where: str) -> dict
 
 
 def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | None = None) -> Device:
-    """Resolves the device of one of the job's workers. Raises ConfigError if the price table lacks the device, or if the device
-    doesn't suit the job.
+    """Returns the device of each of the job's workers, with rates and prices. Raises ConfigError if the price table lacks the
+    device, or if the device doesn't suit the job.
 
     `name`: a device of the table. `instance`: a machine type of the table, which may have its own price and network.
     """

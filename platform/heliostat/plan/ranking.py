@@ -1,9 +1,8 @@
 """Ranks those parallelism configurations of a job that fit in memory by their time per step: `heliostat plan JOB --rank`,
 `train.parallel: auto`.
 
-Each number of workers that share matrices or experts has its own plan, with a family of configurations. With another
-`train.parallel.tensor`, a worker's matrices have other shapes, so the model is counted again. Only configurations that `heliostat
-check` accepts are listed.
+heliostat makes a separate plan for each number of workers that share matrices or experts. With another `train.parallel.tensor`, a
+worker's matrices have other shapes, so the model is counted again. Only configurations that `heliostat check` accepts are listed.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def normal(words: torch.Tensor) -> torch.Tensor:
 
 
 def exact_heights() -> np.ndarray:
-    """Computes the inverse of the normal distribution at three points of each parabola, fp64 [3, parabolas].
+    """Computes the inverse of the normal distribution function at three points of each parabola, fp64 [3, parabolas].
 
     Parabola i covers tail probabilities from 2^(e - 33) (1 + j / 2^CUTS). Here, e and j are the quotient and the remainder of i
     divided by 2^CUTS.

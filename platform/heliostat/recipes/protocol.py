@@ -249,7 +249,7 @@ class Weight:
 
 
 class CutsSamples(ABC):
-    """Splits each sample over workers by ranges of tokens, for `train.parallel.sequence`. Parts are means over tokens."""
+    """Splits each sample over workers by ranges of tokens, for `train.parallel.sequence`. `Loss.parts` are means over tokens."""
 
     def require_cut(self, parts: int) -> None:  # noqa: B027
         """Raises ConfigError if samples can't be split over `parts` workers. Runs on the driver, and takes seconds."""

@@ -49,7 +49,8 @@ def definition(sources: list[Manifest]) -> bytes:
 
 
 def of_folder(folder: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a pretrained model. If the tokenizer has no padding token, it pads with its end token."""
+    """Loads the tokenizer of a pretrained model. If the tokenizer has no padding token, the tokenizer's end token is used for
+    padding."""
     from transformers import AutoTokenizer
 
     from heliostat.recipes.pretrained import from_folder

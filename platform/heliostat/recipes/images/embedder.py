@@ -157,7 +157,7 @@ class ImageEmbedder(EmbedsPairs):
 
     @cached_property
     def processor(self) -> CLIPImageProcessorPil:
-        """Loads the pretrained model's image processor, or makes one for the datasets' image size."""
+        """Loads the pretrained model's image processor, or makes a processor for the datasets' image size."""
         if self.pretrained:
             return processor_of_folder(self.pretrained)
         vision = self.config.vision_config

@@ -110,7 +110,7 @@ class ImageGenerator:
     def __call__(self, requests: list[Request]) -> list[Generated]:
         for request in requests:
             if request.out is None:
-                raise ConfigError("--out: no file given for the image. Pass one, for example --out x.png")
+                raise ConfigError("--out: no file given for the image. Pass a file, for example --out x.png")
         wanted = [(r.prompt, r.seed + i) for r in requests for i in range(self.options.grid)]
         drawn = self.canvas.pictures([p for p, _ in wanted], [seed for _, seed in wanted], self.options)
         return [self._answer(r, drawn[i * self.options.grid : (i + 1) * self.options.grid]) for i, r in enumerate(requests)]

@@ -33,7 +33,7 @@ class NoiseObjective(Strict):
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
     """Target that the network predicts: the noise, the velocity, or the flow from image to noise (rectified flow)."""
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
-    """How the noise grows over the steps. Not used with flow."""
+    """Noise schedule: how the noise grows over the steps. Not used with flow."""
     beta_start: Float = Field(default=1e-4, gt=0, lt=1)
     """Variance of the noise that the first step adds. Not used with flow."""
     beta_end: Float = Field(default=0.02, gt=0, lt=1)

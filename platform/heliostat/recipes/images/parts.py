@@ -155,7 +155,7 @@ class Parts:
         return config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
 
     def _answers(self, keys: config.Keys) -> int:
-        """Returns the number of channels of the backbone's output."""
+        """Returns the number of channels of the backbone's output, from the backbone's keys."""
         written = "pretrained" in self.model.backbone or "out_channels" in keys
         default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # the classes' defaults; None means the number of input channels
         said = keys.get("out_channels", default) if written else None

@@ -17,7 +17,8 @@ from heliostat.recipes.text import expert_keys, masks, tiled_loss
 
 
 class Outputs(Protocol):
-    """Lists the model outputs that are used: logits [batch, tokens, vocabulary], and the router's loss if there is one."""
+    """Lists the model outputs that the loss and the scores use: logits [batch, tokens, vocabulary], and the router's loss if
+    there is one."""
 
     logits: torch.Tensor
     aux_loss: torch.Tensor

@@ -55,9 +55,11 @@ def packings() -> list[np.ndarray]:
 
 
 def leak(logits: list[torch.Tensor]) -> float:
-    """Compares the logits [1, tokens, vocabulary] of `packings`.
+    """Computes the effect of earlier documents on the last document, from the logits [1, tokens, vocabulary] of each sample of
+    `packings`.
 
-    Returns the size of the differences after the boundary, divided by the size of the differences before the boundary.
+    Returns the size of the samples' differences in the last document, divided by the size of the differences before this
+    document.
     """
     first, *others = [x.float() for x in logits]
     before = (others[0][:, : BOUNDARY - 1] - first[:, : BOUNDARY - 1]).abs().max().item()

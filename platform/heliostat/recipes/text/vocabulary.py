@@ -124,7 +124,8 @@ def _kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _writes_a_space(tokenizer: Tokenizer) -> bool:
-    """Tests whether a document gets the same tokens with and without a leading space."""
+    """Tests whether the tokenizer itself writes a leading space: whether a document gets the same tokens with and without this
+    space."""
     return tokenizer.encode("a", add_special_tokens=False).ids == tokenizer.encode(" a", add_special_tokens=False).ids
 
 
