@@ -112,13 +112,13 @@ def test_the_lineage_says_what_was_changed(folder):
         ),
         (
             {"hidden_size": 64},
-            "hidden_size: 64 doesn't fit the pretrained weights: 'lm_head.weight' has size 96 x 32, and would have 96 x 64. "
+            "hidden_size: 64 doesn't fit the pretrained weights: 'lm_head.weight' has size 96 x 32, and with this key 96 x 64. "
             "Remove this key",
         ),
         (
             {"attention_dropout": 0.1, "num_hidden_layers": 1},
             "num_hidden_layers: 1 doesn't fit the pretrained weights: 'model.layers.1.input_layernorm.weight' has size 32, and "
-            "would have nothing. Remove this key",
+            "with this key nothing. Remove this key",
         ),
     ],
 )

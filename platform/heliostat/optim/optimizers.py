@@ -67,7 +67,7 @@ class AdamW(Optimizer):
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """Decay rates of the first and the second moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    """Added to the square root of the second moment."""
+    """Small constant that is added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay of matrices; vectors (biases, norms) have none."""
 
@@ -165,7 +165,7 @@ class ScheduleFree(Optimizer):
     """First: gradients are computed between the iterate and the average; this is the weight of the average. Second: decay rate of
     the second moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    """Added to the square root of the second moment."""
+    """Small constant that is added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay of matrices."""
     copies: ClassVar[frozenset[str]] = frozenset({"z", "ema"})
@@ -201,7 +201,7 @@ class Muon(Optimizer):
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """AdamW's decay rates of the first and the second moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    """AdamW's eps: added to the square root of the second moment."""
+    """AdamW's eps: small constant that is added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay of all matrices: hidden matrices, embeddings, and heads."""
     orthogonalizes: ClassVar[bool] = True

@@ -257,7 +257,7 @@ class Planner:
         return sent, sent / (traffic.rate(self.workers, self.device) * self.network.rate), computed
 
     def _moments(self) -> int:
-        """Counts the elements of the complete optimizer state."""
+        """Counts the elements of the complete optimizer state (all moments of all trained parameters)."""
         kept = self.model.kept(self.job.train.optimizer)
         return sum(len(kept[name]) * math.prod(s) for name, s in self.model.trained.items())
 

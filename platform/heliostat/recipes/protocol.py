@@ -203,7 +203,7 @@ class Evaluates(ABC):
         return {name: total / max(1.0, sums["terms"]) for name, total in sums.items() if name != "terms"}
 
     def measure(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
-        """Computes more metrics on rank 0, from the `gathered` scores of all held-out samples, in the samples' order."""
+        """Computes additional metrics on rank 0, from the `gathered` scores of all held-out samples, in the samples' order."""
         return {}
 
 
@@ -249,7 +249,7 @@ class Weight:
 
 
 class CutsSamples(ABC):
-    """Splits each sample over workers by ranges of tokens, for `train.parallel.sequence`. `Loss.parts` are means over tokens."""
+    """Splits each sample over workers by ranges of tokens, for `train.parallel.sequence`. `Loss.parts` has means over tokens."""
 
     def require_cut(self, parts: int) -> None:  # noqa: B027
         """Raises ConfigError if samples can't be split over `parts` workers. Runs on the driver, and takes seconds."""
@@ -357,7 +357,7 @@ class Draws(ABC):
 
     @abstractmethod
     def gallery(self) -> Gallery | None:
-        """Returns the gallery to generate. Returns None if the job asks for no gallery."""
+        """Returns the images (`Gallery`) to generate. Returns None if the job sets no images."""
 
 
 class Gallery(Protocol):

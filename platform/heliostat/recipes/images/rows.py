@@ -30,7 +30,7 @@ DECODERS = device_threads.pool(4, "decode")  # Pillow releases the GIL while it 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """Contains the common properties of a job's datasets. `size` is the first dataset's."""
+    """Contains the common properties of a job's datasets. `size`: the image size (width, height) of the first dataset."""
 
     content: str  # "images" or "latents"
     channels: int  # channels of an image

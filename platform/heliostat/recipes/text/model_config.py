@@ -242,7 +242,7 @@ def require_same_weights(
             name = differ[0]
             raise ConfigError(
                 f"model.{key}: {brief(keys[key])} doesn't fit the pretrained weights: {name!r} has size "
-                f"{_size(own.get(name))}, and would have {_size(other.get(name))}. Remove this key"
+                f"{_size(own.get(name))}, and with this key {_size(other.get(name))}. Remove this key"
             )
     raise ConfigError(f"model: {', '.join(keys)} together don't fit the pretrained weights. Remove one of these keys")
 

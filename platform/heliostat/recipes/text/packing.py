@@ -69,7 +69,7 @@ def leak(logits: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def logits(small: LanguageModel) -> list[torch.Tensor]:
-    """Computes the logits of `packings` with a small model in which every part affects the logits."""
+    """Computes the logits of the three samples of `packings`, with a small model in which every part affects the logits."""
     torch.manual_seed(0)
     model = small.build()
     tiny.stir(model)
