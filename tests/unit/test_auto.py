@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_with_as_many_workers_keeps_its_layout(tmp_path, capl
             4,
         )
         and "--set train.zero.stage=2" in caplog.text
-        and "keeps its parallelism configuration: --set" in caplog.text
+        and "keeps this parallelism configuration: --set" in caplog.text
     )
     fewer = job(**{**asked, "workers.count": 2})
     assert auto.settled(fewer, resume=True) == auto.settled(fewer), "other workers, and so the fastest on those"

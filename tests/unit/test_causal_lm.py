@@ -118,7 +118,7 @@ def test_a_sequence_longer_than_the_positions_is_refused(arch, key):
     """This holds under either name of the key. If the job doesn't set the positions, they grow with the sequence."""
     shape = {k: v for k, v in SHAPES[arch].items() if k != "n_positions"}
     assert recipe({**shape, key: 64}).config.max_position_embeddings == 64
-    assert refusal({**shape, key: 63}) == "data.sequence_length: 64 is above the model's max_position_embeddings 63"
+    assert refusal({**shape, key: 63}) == "data.sequence_length: 64 is above the model's max_position_embeddings. Use at most 63"
     assert recipe(shape, 5000).config.max_position_embeddings == 5000
 
 
@@ -140,7 +140,7 @@ def test_a_pretrained_model_is_a_folder_with_a_configuration(tmp_path):
         if found not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             assert refusal({"pretrained": str(tmp_path)}).endswith(f"contains a {found!r}, which isn't a causal language model")
     LlamaConfig(max_position_embeddings=32).save_pretrained(tmp_path)
-    assert "is above the model's max_position_embeddings 32" in refusal({"pretrained": str(tmp_path)})
+    assert "is above the model's max_position_embeddings. Use at most 32" in refusal({"pretrained": str(tmp_path)})
     assert recipe({"pretrained": str(tmp_path)}, 32).config.model_type == "llama"
 
 

@@ -46,7 +46,7 @@ def test_an_elastic_run_has_multiples_of_those_that_divide_experts():
 @pytest.mark.parametrize(
     ("model", "error"),
     [
-        (LLAMA, r"'llama' has no experts\. Set it to 1"),
+        (LLAMA, r"'llama' has no experts\. Set this key to 1"),
         ({**MODELS["mixtral"], "num_local_experts": 9}, r"2 doesn't divide the model's 9 experts\. Use 3 or 9"),
         ({**MODELS["mixtral"], "num_local_experts": 5}, r"2 doesn't divide the model's 5 experts\. Use 5"),
     ],

@@ -179,7 +179,7 @@ def test_a_gpu_that_is_too_old_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     with pytest.raises(
-        ConfigError, match=r"train\.fp8: needs GPUs of compute capability 8\.9 or later, and NVIDIA A100 has 8\.0"
+        ConfigError, match=r"train\.fp8: needs GPUs of compute capability 8\.9 or later, but NVIDIA A100 has 8\.0"
     ):
         float8.require_device()
 

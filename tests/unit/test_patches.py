@@ -71,7 +71,9 @@ def test_versions_of_the_pinned_series_are_taken(version, monkeypatch):
 
 
 def test_a_part_that_is_missing_is_one_error_which_names_the_patch():
-    with pytest.raises(ConfigError, match=r"^deepspeed: \S+ doesn't fit heliostat's stop_input_check \(.*_check.*\)\. Run: pip"):
+    with pytest.raises(
+        ConfigError, match=r"^deepspeed: \S+ doesn't support heliostat's stop_input_check \(.*_check.*\)\. Run: pip"
+    ):
         patches.stop_input_check(SimpleNamespace())
 
 

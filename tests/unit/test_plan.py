@@ -323,11 +323,12 @@ def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     assert p["run"]["tokens"] == 240_000 * 4_194_304
     alone = ["data.path=nowhere", "workers.count=1", "train.zero.stage=1", "train.micro_batch_size=1"]
     j, recipe, _ = planner.prepare(path, alone)
-    with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*but H100 has 80; ") as refused:
+    with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*but H100 has 80 GiB; ") as refused:
         planner.plan(j, recipe)
     said = str(refused.value)
     assert (
-        "gradients 44.9 (29.9 of them are sums in fp32)" in said and "train.grad_accum_dtype: same needs no sums in fp32" in said
+        "gradients 44.9 (29.9 of them are sums in fp32)" in said
+        and "To avoid the sums in fp32, set train.grad_accum_dtype: same" in said
     )
     assert re.search(r"with enough memory, a step would take \d+ s \(MFU \d\d\.\d%\)$", said)
 
@@ -397,7 +398,7 @@ def test_the_command_prints_one_object_and_a_job_that_cannot_fit_is_exit_code_2(
         "train.precision=fp32",
     ]
     code, _, lines, _ = run("plan", path, *huge)
-    assert code == 2 and len(lines) == 1 and "each worker needs" in lines[0] and "it fits with" in lines[0]
+    assert code == 2 and len(lines) == 1 and "each worker needs" in lines[0] and "the job fits with" in lines[0]
 
 
 def test_without_the_datasets_plan_and_dry_run_say_which_vocabulary_they_assume(tmp_path):

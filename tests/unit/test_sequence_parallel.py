@@ -145,7 +145,9 @@ def test_a_window_that_is_longer_than_a_sample_is_taken():
 def test_what_cannot_be_tried_is_refused_and_says_why(monkeypatch):
     monkeypatch.setattr(cutting.tiny, "LARGEST", 0)
     monkeypatch.setattr(cutting, "_known", {})
-    with pytest.raises(ConfigError, match=rf"{KEY}: not supported for 'llama': the check failed \(its smallest model"):
+    with pytest.raises(
+        ConfigError, match=rf"{KEY}: not supported for 'llama': the check failed \(the architecture's smallest model"
+    ):
         recipe(**TWO).probe()
 
 

@@ -210,7 +210,7 @@ def test_models_that_make_no_sense_are_one_line_that_names_the_key(model, says, 
 
 
 PIXARTS = {
-    "the variance too": ({"out_channels": 2}, "model.backbone.out_channels: 2 given, but the prediction target has 1. The"),
+    "the variance too": ({"out_channels": 2}, "model.backbone.out_channels: 2 given, but the prediction target has 1 channels."),
     "the class's default": ({}, "model.backbone.out_channels: 8 given, but the prediction target has 1"),
     "sizes wanted": (
         {"out_channels": 1, "use_additional_conditions": True}, "model.backbone.use_additional_conditions: not supported",
