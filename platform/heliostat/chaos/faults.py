@@ -99,7 +99,7 @@ class Fault:
 def _one_worker(scene: Scene, command: Command) -> psutil.Process:
     processes = workers(command.process.pid)
     if not processes:
-        raise ChaosError("found no worker process")
+        raise ChaosError("found no worker process, so there was nothing to kill. Read the fault's .log file in the work folder")
     return scene.random.choice(processes)
 
 
@@ -120,7 +120,7 @@ def kill_driver(scene: Scene, command: Command) -> None:
 
 
 def prepare_late(scene: Scene) -> None:
-    """Makes the run register its model, so that there is enough work after the run's last step."""
+    """Makes the run register its model, so that the run still works for some seconds after its last step."""
     scene.settings["mlflow.register"] = MODEL
 
 
@@ -164,7 +164,9 @@ def prepare_nodes(scene: Scene) -> LocalNodes:
 def kill_node(scene: Scene, command: Command) -> None:
     busy = [node for node in scene.tool.nodes[1:] if node.workers()]  # the first node is the head
     if not busy:
-        raise ChaosError("found no node with a worker")
+        raise ChaosError(
+            "found no Ray node with a worker, so there was nothing to kill. Read the fault's .log file in the work folder"
+        )
     scene.random.choice(busy).kill()
 
 

@@ -31,7 +31,7 @@ ANSWER_S = 300.0  # maximum seconds to wait for a byte from the store or the cli
 @dataclass(frozen=True)
 class ProxyFault:
     """Describes a fault. `key`: a pattern (`*` and `?`) for `/bucket/key`. `limit`: the maximum number of times that the proxy
-    injects it.
+    injects this fault.
 
     status: the request doesn't reach the store; the answer has `status` and an S3 error with that `code`
     delay:  the request reaches the store `seconds` late
@@ -125,7 +125,7 @@ class FaultProxy:
             return drawn
 
     def ended_within(self, seconds: float) -> bool:
-        """Waits `seconds`, or until the proxy ends; returns whether it ended."""
+        """Waits `seconds`, or until the proxy ends; returns whether the proxy ended."""
         return self._stopped.wait(seconds)
 
     @contextlib.contextmanager
@@ -150,7 +150,7 @@ class _Server(socketserver.ThreadingTCPServer):
 class _Connection(socketserver.BaseRequestHandler):
     """Serves one client's connection: forwards its requests, one after another, over one connection to the store.
 
-    If the store has closed the connection to it, opens another connection.
+    If the store has closed its connection, opens a new connection to the store.
     """
 
     server: _Server
