@@ -185,7 +185,7 @@ def test_a_full_disk_is_a_storage_error_on_all_ranks_and_the_checkpoint_before_s
 def refusals(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     run = Location(folder)
     saver = checkpoint.Saver(run, spec.Checkpoint.model_validate({"every": 1, "best": {"metric": "accuracy"}}), group)
-    with pytest.raises(ConfigError, match=r"^checkpoint.best.metric: 'accuracy' isn't a score of the recipe\. Scores: loss$"):
+    with pytest.raises(ConfigError, match=r"^checkpoint.best.metric: 'accuracy' isn't a score of the recipe\. Use one of: loss$"):
         saver.save(1, _state(_whole(1, 1000)), FACTS)
     saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
     saver.save(1, _state(_whole(1, 1000)), FACTS)

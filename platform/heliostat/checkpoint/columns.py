@@ -46,7 +46,7 @@ class Rectangle(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Describes `rows` rows of a wanted block, of `width` elements each.
+    """Describes one step of a conversion: `rows` consecutive rows of a wanted block, with `width` elements each.
 
     `first`: index of the first row's first element in the wanted order.
     """

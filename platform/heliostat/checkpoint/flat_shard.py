@@ -34,4 +34,4 @@ class FlatShard(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> object:  # type: ignore[override]
-        raise TypeError(f"a FlatShard doesn't support {func}")
+        raise TypeError(f"a FlatShard doesn't support {func}. Use the tensor in `local`")

@@ -126,7 +126,7 @@ class SavedCheckpoint:
         chunk.
 
         `target`: a contiguous tensor. Reads the indexes of the shards that hold the elements. Raises CheckpointError if the
-        target's dtype isn't the stored one.
+        target's dtype differs from the stored dtype.
         """
         dtype, stop = self._size(name)[1], first + target.numel()
         if target.dtype != dtype:  # bytes of another dtype would be misread as numbers
@@ -197,7 +197,7 @@ class SavedCheckpoint:
         try:
             total, damaged = location.attempt(read)
         except OSError as e:
-            raise self.fault(f"{location}: can't read it ({brief(e)})") from e
+            raise self.fault(f"{location}: can't read this shard ({brief(e)})") from e
         if damaged:
             where = f"bytes {damaged.offset} to {damaged.offset + damaged.size}"
             raise self.fault(f"{location}: {where} have changed since they were written (CRC-32)")
@@ -323,7 +323,7 @@ def files(index: TensorIndex) -> Iterator[tuple[str, int]]:
 
 
 def latest(run: Location, before: int | None = None) -> SavedCheckpoint | None:
-    """Returns the newest complete checkpoint, or the newest one before step `before`.
+    """Returns the newest complete checkpoint, or the newest complete checkpoint before step `before`.
 
     Logs a warning for each incomplete checkpoint.
     """

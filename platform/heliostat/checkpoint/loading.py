@@ -50,7 +50,7 @@ def load(
     try:
         total = agreed(group, read)
     except WorkerError as e:
-        raise CheckpointError(f"{checkpoint.location}: can't load it: {e}") from e
+        raise CheckpointError(f"{checkpoint.location}: can't load this checkpoint: {e}") from e
     for name, target in targets.items():
         local = _local(state[name])
         if target.data_ptr() != local.data_ptr():
@@ -67,18 +67,22 @@ def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
     ]
     if missing or wrong:
         what = f"has no {missing[0]!r}" if missing else f"has {wrong[0]!r} in another shape than the model"
-        raise CheckpointError(f"{checkpoint.location}: {what}. Another model made this checkpoint")
+        raise CheckpointError(
+            f"{checkpoint.location}: {what}. Another model made this checkpoint. Use that model, or another name for the run"
+        )
     for name, tensor in state.items():
         stored = safetensors_file.DTYPES[tensors[name].dtype]
         if stored != tensor.dtype and not (stored.is_floating_point and tensor.dtype.is_floating_point):
             what = f"has {name!r} as {stored}, but the model has it as {tensor.dtype}"
-            raise CheckpointError(f"{checkpoint.location}: {what}. Another model made this checkpoint")
+            raise CheckpointError(
+                f"{checkpoint.location}: {what}. Another model made this checkpoint. Use that model, or another name for the run"
+            )
 
 
 def _turns(checkpoint: SavedCheckpoint, name: str, tensor: torch.Tensor) -> bool:
-    """Compares the order of a tensor in the checkpoint with its order in the state.
+    """Checks whether a tensor can be converted from its element order in the checkpoint to its element order in the state.
 
-    Returns whether the rows of both have the same width.
+    Returns true if the rows have the same width in both orders.
     """
     return len({order.width for order in (checkpoint.order(name), _order(tensor)) if order != ROWS}) <= 1
 

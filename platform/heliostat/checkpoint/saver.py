@@ -106,7 +106,7 @@ class Saver:
         best, scores = self.policy.best, cast("Mapping[str, float]", facts["metrics"]).keys() - {"train_loss"}
         if best and scores and best.metric not in scores and not best.is_late:
             raise ConfigError(
-                f"checkpoint.best.metric: {best.metric!r} isn't a score of the recipe. Scores: {', '.join(sorted(scores))}"
+                f"checkpoint.best.metric: {best.metric!r} isn't a score of the recipe. Use one of: {', '.join(sorted(scores))}"
             )
         self.wait()
         started = time.perf_counter()
@@ -153,7 +153,7 @@ class Saver:
         pending.result()
 
     def before_change(self) -> None:
-        """Waits until the state that is being saved may change.
+        """Waits until a change of the training state can't affect the save in flight.
 
         On a GPU, the host waits only until the copies are queued. Work that is queued later waits until the copies are done.
         """
@@ -242,7 +242,7 @@ class Keeper:
     def loaded(self, checkpoint: SavedCheckpoint, slices: dict[str, FlatShard]) -> None:
         """Records that the slices were loaded from the checkpoint, and were perhaps cast.
 
-        Until they change, later saves use the checkpoint's folder.
+        Until the slices change, later saves use the checkpoint's folder of frozen parameters.
         """
         if checkpoint.frozen:
             self._folder = checkpoint.frozen.location.name
