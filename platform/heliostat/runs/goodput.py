@@ -12,7 +12,7 @@ for each attempt in the run's folder (`ledger/`). This module computes everythin
     communicating  the loop's own collectives, with the wait for the slowest worker
     checkpoint     waiting for a checkpoint or a receipt
     evaluating     held-out scores
-    lost           steps that were recomputed after a return to a checkpoint, and the worker's work when it died
+    lost           steps that were recomputed after a return to a checkpoint, and the last unreported work of a worker that died
     restarting     within a command, from a failure to the first step of the next attempt
     idle           no training: between two commands, and after the last step (export, registration of the model)
 
@@ -103,7 +103,9 @@ def _fault(attempt: RecordedAttempt) -> str | None:
     return None
 
 
-LEDGER = Format(RecordedAttempt, "ledger of an attempt", ConfigError, _fault, "Delete it to continue without it")
+LEDGER = Format(
+    RecordedAttempt, "ledger of an attempt", ConfigError, _fault, "Delete this file to continue without the times of this attempt"
+)
 
 
 @dataclass
@@ -178,7 +180,7 @@ def account(attempts: Iterable[RecordedAttempt]) -> dict[str, float]:
 
 
 class Outline(TypedDict):
-    """Describes an attempt without its parts."""
+    """Describes an attempt without its seconds by part."""
 
     started: float
     seconds: float
@@ -191,7 +193,8 @@ class Outline(TypedDict):
 
 
 class AttemptStart(Outline):
-    """Describes an attempt in the report. `before`: the seconds between the previous attempt and this attempt, by part."""
+    """Describes an attempt in the report. `before`: the seconds between the end of the previous attempt and the start of this
+    attempt, by part."""
 
     before: dict[str, float]
     parts: dict[str, float]
@@ -252,7 +255,10 @@ def read(run: Location) -> list[RecordedAttempt]:
 def read_report(run: Location) -> GoodputReport:
     attempts = read(run)
     if not attempts:
-        raise ConfigError(f"{run}: has no {run_folder.LEDGER}/, because an older version of heliostat trained it")
+        raise ConfigError(
+            f"{run}: has no {run_folder.LEDGER}/, because an older version of heliostat trained this run. "
+            "Goodput needs this folder"
+        )
     return report(attempts)
 
 

@@ -110,7 +110,9 @@ def take(
             )
         raise ConfigError(f"{run}: the run isn't running. Profile it while it trains: heliostat train JOB --resume")
     if rank >= workers:
-        raise ConfigError(f"--rank: the run has {workers} workers ({rank}). Pass a rank from 0 to {workers - 1}")
+        raise ConfigError(
+            f"--rank: the run has only {workers} workers, numbered from 0 ({rank}). Pass a rank from 0 to {workers - 1}"
+        )
     request = ProfileRequest(time.strftime("%Y%m%d%H%M%S", time.gmtime()) + secrets.token_hex(3), rank, steps)
     _send(run, request)
     try:
@@ -118,7 +120,9 @@ def take(
         while (result := answered(run, request)) is None:
             if time.monotonic() >= look_at:
                 if _workers(run) is None and answered(run, request) is None:
-                    raise HeliostatError(f"{run}: the run ended before worker {rank} was profiled. Resume it and try again")
+                    raise HeliostatError(
+                        f"{run}: the run ended before worker {rank} was profiled. Resume the run, and profile again"
+                    )
                 look_at = time.monotonic() + LOOK_S
             sleep(POLL_S)
     finally:
@@ -129,7 +133,7 @@ def take(
 
 
 def _send(run: Location, request: ProfileRequest) -> None:
-    """Writes the request. Doesn't write it if an earlier request is still without an answer."""
+    """Writes the request. Raises ConfigError if an earlier request has no answer yet."""
     data = json.dumps(asdict(request)).encode()
     if _request(run).create(data):
         return
@@ -140,7 +144,10 @@ def _send(run: Location, request: ProfileRequest) -> None:
             return
         other = requested(run)
     if other != request:  # if they are equal, the store's reply to this write was lost
-        raise ConfigError(f"{run}: a profile is under way. Wait for it, or if its command was killed, delete {_request(run)}")
+        raise ConfigError(
+            f"{run}: another profile isn't complete yet. Wait until that profile is complete. "
+            f"If the command for it was killed, delete {_request(run)}"
+        )
 
 
 def _request(run: Location) -> Location:

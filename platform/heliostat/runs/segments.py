@@ -35,6 +35,7 @@ def read(run: Location) -> list[DataPlan]:
     followed = [DataPlan.read(folder.join(path)) for path, _ in folder.files()]
     if any(a.begins >= b.begins for a, b in itertools.pairwise(followed)):
         raise DataError(
-            f"{folder}: the data plans don't follow one another as their names say. One of them belongs to another run"
+            f"{folder}: the order of the data plans differs from the order of their file names. "
+            "One of the files belongs to another run"
         )
     return followed

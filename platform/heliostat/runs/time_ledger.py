@@ -59,7 +59,7 @@ class Ledger:
             self.switch(outer)
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Moves booked seconds from one part to another. It is for seconds whose right part is known only later."""
+        """Moves booked seconds from one part to another. Use this method for seconds whose right part is known only later."""
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 

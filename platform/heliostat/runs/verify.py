@@ -232,7 +232,7 @@ def explain(report: VerifyReport) -> str:
     if first["what"] == "receipt":
         return (
             f"step {step} is the first step without a receipt. In total, {report['lost']:,} samples have no receipt. "
-            "A file is missing"
+            "A receipt file is missing"
         )
-    names = {"digest": "its samples' digest", "chain": "the chain after it", "data plan": "its data plan"}
-    return f"step {step} is the first that differs: {names[str(first['what'])]} is {expected}, but {where} has {actual}"
+    names = {"digest": "the digest of its samples", "chain": "the hash chain after it", "data plan": "its data plan"}
+    return f"step {step} is the first step that differs: {names[str(first['what'])]} is {expected}, but {where} has {actual}"
