@@ -82,7 +82,7 @@ def test_a_price_that_is_not_known_is_an_error_and_only_of_nodes_that_may_hold_w
     assert hourly(of_ray, [node("L4", pool="a"), node("H100", pool="a")]) == pytest.approx(1.67)
     with pytest.raises(ConfigError, match=r"^limits\.cost: the price table has no price for MI300X\. .*\. Use limits\.hours"):
         hourly(job(workers={"gpus": 1}).workers, [node("H100"), node("MI300X")])
-    with pytest.raises(ConfigError, match="a GPU that Ray has no name for"):
+    with pytest.raises(ConfigError, match="a GPU whose name Ray doesn't know"):
         hourly(job(workers={"gpus": 1}).workers, [node()])
 
 

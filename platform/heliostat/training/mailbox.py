@@ -192,7 +192,7 @@ class AttemptMailbox:
         self.actor.post.remote(self.attempt, event)
 
     def heartbeat(self, rank: int, progress: int, facts: Facts) -> ray.ObjectRef[Orders]:
-        """Returns the reference to the driver's orders."""
+        """Sends a worker's heartbeat. Returns the Ray reference to the driver's orders."""
         return self.actor.heartbeat.remote(self.attempt, rank, progress, facts)
 
     def order(self, orders: Orders) -> None:
@@ -229,7 +229,7 @@ class RunMailbox:
             try:
                 ray.get(self._actor.begin.remote(attempt), timeout=ANSWER_S)
             except ray.exceptions.RayError as e:
-                log.debug("starting the mailbox again: %s", e)
+                log.debug("restarting the mailbox, because it doesn't answer: %s", e)
                 ray.kill(self._actor)
                 self._actor = None
         self._actor = self._actor or _make(attempt)

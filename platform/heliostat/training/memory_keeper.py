@@ -41,8 +41,8 @@ class CopyFacts:
 
 @dataclass(frozen=True)
 class CopySource:
-    """Identifies the generation that an attempt starts from. `holders`: by rank, the nodes that have its copy, with their
-    keepers."""
+    """Identifies the generation that an attempt starts from. `holders`: by rank, the nodes that have this rank's copy, with the
+    keeper of each node."""
 
     id: str
     step: int
@@ -141,8 +141,8 @@ class MemoryKeeper:
             return sum(self._reserved.values())
 
     def open(self, id: str, rank: int, size: int) -> None:
-        """Begins a copy. If it belongs to a new generation, drops the oldest generation. Raises ValueError if its attempt has
-        ended."""
+        """Begins a copy. If the copy belongs to a new generation, drops the oldest generation. Raises ValueError if the copy's
+        attempt has ended."""
         with self._changing:
             self._require_present(id)
             ids = list(dict.fromkeys([*(of for of, _ in self._copies), id]))
@@ -163,7 +163,8 @@ class MemoryKeeper:
     def seal(self, id: str, rank: int, sums: list[Sum], facts: CopyFacts, layout: Layout, own: bytes) -> None:
         """Completes a copy.
 
-        Raises ValueError if the checksums of its pieces differ from its worker's checksums, or if its attempt has ended.
+        Raises ValueError if the checksums of the copy's pieces differ from the worker's checksums, or if the copy's attempt has
+        ended.
         """
         with self._changing:
             self._require_present(id)

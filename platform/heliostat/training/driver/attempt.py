@@ -62,8 +62,8 @@ SETTLE_S = 10.0  # seconds for the other workers to return after a worker has fa
 class Start:
     """Holds the inputs of an attempt.
 
-    `mailbox`: carries the attempt's number. `job`: has a fixed worker count. `counts`: the numbers of workers with which the run
-    may continue later.
+    `mailbox`: sends messages with the attempt's number. `job`: has a fixed worker count. `counts`: the numbers of workers with
+    which the run may continue later.
     """
 
     mailbox: AttemptMailbox
@@ -172,7 +172,7 @@ class Attempt:
         except ray.exceptions.GetTimeoutError:
             return []  # the next call gets the answer
         except ray.exceptions.RayError as e:
-            died = f"the driver's mailbox died ({type(e).__name__}), so nothing watches the workers"
+            died = f"the driver's mailbox died ({type(e).__name__}), so the driver can't watch the workers"
             self._decide(orders.FaultFound(TrainingError(died)))
             return []
         self._draining = None
@@ -196,13 +196,13 @@ class Attempt:
         self._hand_over(self._mailbox.attempt, event)
 
     def _release(self) -> None:
-        """Releases workers that wait at a pause point, after a decision whether these workers continue or stop."""
+        """Sends a decision to workers that wait at a pause point: whether these workers continue or stop."""
         if self._paused_at is not None and (stop := self.start.pauses.get(self._paused_at)) is not None:
             self._mailbox.decide(self._paused_at, stop)
             self._paused_at = None
 
     def _look(self) -> None:
-        """Checks whether there is a reason to order the workers to stop, or a reason to give them up."""
+        """Checks whether there is a reason to order the workers to stop, or a reason to end the workers."""
         now = time.monotonic()
         if self.signals.name:
             self._decide(orders.StopAsked(self.signals.name, now))
@@ -265,7 +265,7 @@ class Attempt:
             self._decide(orders.FaultFound(fault))
 
     def _held_up(self, stacks: dict[int, str]) -> str:
-        """Describes the worker that the others wait for, with its node and device, or says that no worker differs from the
+        """Describes the worker that the others wait for, with its node and device, or reports that no worker differs from the
         others."""
         calls = {rank: watchdog.call(stack) for rank, stack in stacks.items()}
         rank, why = watchdog.held_up(self._heartbeats, calls, self.job.workers.most)

@@ -140,7 +140,8 @@ def explain(failures: Sequence[Failure]) -> HeliostatError:
 
 
 def survived(failure: Failure) -> bool:
-    """Returns whether a worker's process can be used again: it lives, and raised an error of heliostat or lost a peer."""
+    """Returns whether a worker's process can be used again: the process is alive, and its error is one of heliostat's errors or
+    the loss of a peer."""
     if not _alive(failure.error) or failure.kind in ("device", "unclear"):
         return False
     return isinstance(failure.own, HeliostatError) or failure.kind == "peer"

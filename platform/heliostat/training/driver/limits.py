@@ -41,8 +41,8 @@ class Spending:
         return bool(self.limits.cost) and self._rate is None
 
     def look(self, nodes: Iterable[LivingNode]) -> None:
-        """Finds the price of a worker on these nodes (`cluster.nodes.inventory`). Raises ConfigError if the price table lacks
-        it."""
+        """Finds the price per hour of a worker on these nodes (`cluster.nodes.inventory`). Raises ConfigError if the price table
+        lacks it."""
         if self.lacks_price:
             self._rate = hourly(self.workers, nodes)
 
@@ -91,12 +91,13 @@ def hourly(workers: Workers, nodes: Iterable[LivingNode]) -> float | None:
     fitting = [n for n in nodes if n["gpus"] and selects(wanted, n["labels"])]
     if kind := workers.labels.get(ACCELERATOR):
         fitting = [n for n in fitting if any(selects({ACCELERATOR: kind}, {ACCELERATOR: one}) for one in n["accelerators"])]
-    kinds = {kind for node in fitting for kind in node["accelerators"] or ["a GPU that Ray has no name for"]}
+    kinds = {kind for node in fitting for kind in node["accelerators"] or ["a GPU whose name Ray doesn't know"]}
     known = {kind: devices.get(kind.split("-")[0]) for kind in kinds}
     if unknown := sorted(kind for kind, device in known.items() if device is None):
         names = ", ".join(sorted(d for d in devices if d != "cpu"))
         raise ConfigError(
-            f"limits.cost: the price table has no price for {unknown[0]}. It has prices for {names}. Use limits.hours instead"
+            f"limits.cost: the price table has no price for {unknown[0]}. "
+            f"The table has prices for {names}. Use limits.hours instead"
         )
     prices = [device["hour"] for device in known.values()]
     return workers.gpus * max(prices) if prices else None

@@ -1,4 +1,4 @@
-"""Decides which orders the driver sends to the workers of an attempt, and when it gives the workers up.
+"""Decides which orders the driver sends to the workers of an attempt, and when the driver ends the workers.
 
 `decide(watch, event)` is a pure function; `attempt` carries out its actions. docs/reliability/driver-states.md has the table. All
 times are seconds of the driver's monotonic clock. Each wait for the workers has a deadline:
@@ -31,7 +31,7 @@ class WorkerWatch:
     - `asked_by`: the signal or limit that stops the workers
     - `stop_by`, `back_by`: when the workers must have stopped, and when they must have ended
     - `aborted`: whether the workers were ordered to abort
-    - `fault`: the first reason why the driver has given up the workers
+    - `fault`: the first reason why the driver ends the workers as failed
     """
 
     grace: float
@@ -99,7 +99,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class FaultFound:
-    """Reports a reason to give the workers up, such as a stall, a lost lease, or a mailbox that died."""
+    """Reports a reason to end the workers as failed, such as a stall, a lost lease, or a mailbox that died."""
 
     error: HeliostatError
 

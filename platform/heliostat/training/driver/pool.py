@@ -77,11 +77,11 @@ class WorkerPool:
         return self._slots.waiting.is_set()
 
     def held(self) -> Counter[str]:
-        """Counts the workers for which the pool holds resources, by node, on nodes that stay."""
+        """Counts the workers for which the pool holds resources, by node. Skips nodes that have left or are about to leave."""
         return Counter(slot.node for slot in self._slots.staying())
 
     def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
-        """Treats nodes as lost for some time, before Ray knows that they are lost.
+        """Treats nodes as lost for some time, before Ray knows that the nodes are lost.
 
         `for_good`: excludes the nodes permanently, although they are still running.
         """
@@ -91,7 +91,8 @@ class WorkerPool:
         return self._slots.avoided()
 
     def trim(self, count: int) -> list[Member]:
-        """Releases slots beyond `count`, and slots on nodes that don't stay. Returns the processes that stay."""
+        """Releases slots beyond `count`, and slots on nodes that have left or are about to leave. Returns the processes that
+        stay."""
         staying = {slot.number for slot in self._slots.staying()}
         self._give_back(self._slots.held.keys() - staying)
         self._check()

@@ -238,7 +238,7 @@ class DrivenRun:
         return Attempt(start, self.pool, self.signals, self._take, self._beat).run()
 
     def _follow(self, event: states.RunEvent) -> None:
-        """Handles an event: updates the course, and carries out the actions that `states.follow` returns."""
+        """Handles an event: updates the run's state (`course`), and carries out the actions that `states.follow` returns."""
         before = self.course
         self.course, actions = states.follow(before, event)
         if self.course.state is not before.state:
@@ -288,9 +288,9 @@ class DrivenRun:
             self.hooks.hear(event)
 
     def _from_memory(self, attempt: int) -> CopySource | None:
-        """Looks for in-memory checkpoints of a step that isn't before the step of the newest checkpoint in storage.
+        """Looks for in-memory checkpoints of the same step as the newest checkpoint in storage, or of a later step.
 
-        The attempt starts from them if they exist.
+        If in-memory checkpoints exist, the attempt starts from them.
         """
         if not self.course.trust_memory:
             return None

@@ -195,7 +195,7 @@ def dealt_whole(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple
 def show(
     gallery: Gallery, model: DeepSpeedEngine, device: torch.device, group: dist.ProcessGroup, progressed: Callable[[], None]
 ) -> tuple[dict[str, float], dict[str, bytes]]:
-    """Draws the gallery. Returns the scores, on every rank, and the PNG images by name, on rank 0.
+    """Draws the pictures of a recipe's gallery. Returns the scores, on every rank, and the PNG images by name, on rank 0.
 
     All ranks call this function together. Every rank draws the same number of pictures, because all ranks must take part in
     ZeRO-3's all-gathers. Calls `progressed` regularly.

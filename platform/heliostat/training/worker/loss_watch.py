@@ -53,8 +53,8 @@ class LossWatch(Hook):
             self._fail(step, f"gradient norm {norm}")
 
     def cause(self, norms: list[tuple[int, float]]) -> HeliostatError | None:
-        """Returns the error of the first step whose norm isn't finite. A recipe may reject the weights that resulted from that
-        step."""
+        """Returns the error of the first step whose norm isn't finite. Weights after such a step aren't finite, so a recipe may
+        raise an error in a later step."""
         return next((self._error(step, f"gradient norm {norm}") for step, norm in norms if self._overflows(norm)), None)
 
     def _overflows(self, norm: float) -> bool:
@@ -74,6 +74,6 @@ class LossWatch(Hook):
         names = [f"{s}:{c}:{r}" for s, c, r in zip(ids.source[:NAMED], ids.chunk[:NAMED], ids.row[:NAMED], strict=True)]
         more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
         return NonFiniteError(
-            f"step {step + 1}: {what}. Training stopped before it saved another checkpoint. Samples (source:chunk:row): "
+            f"step {step + 1}: {what}. Training stopped before the next checkpoint. Samples (source:chunk:row): "
             f"{', '.join(names)}{more}. Lower train.optimizer.lr, or look at the data, and use --resume"
         )

@@ -100,7 +100,7 @@ def seeded(
 
     Calls `progressed` after each micro-batch.
 
-    When it calls `progressed`, the host has handed the micro-batch to the device. The device's queue is short, so the host
+    At each call of `progressed`, the host has queued the micro-batch on the device. The device's queue is short, so the host
     doesn't need to wait until the device has finished.
     """
     for micro, batch in zip(micros, on_device([micro.batch for micro in micros], device, recipe.complete), strict=True):
@@ -201,8 +201,8 @@ class BatchesAhead:
 
 
 class _SharedNumbers(BaseException):
-    """Interrupts the making of batches before they draw from a process-wide generator. A BaseException, so that a recipe's
-    `except` doesn't catch it."""
+    """Interrupts the making of batches before they draw from a process-wide generator. It is a BaseException, so that a recipe's
+    `except Exception` doesn't catch this error."""
 
 
 class _OwnNumbers(TorchDispatchMode):
@@ -211,8 +211,8 @@ class _OwnNumbers(TorchDispatchMode):
     This class can't intercept functions of `random` and NumPy that a recipe has imported by name. The check of the first batches
     detects these functions.
 
-    The mode is on this thread's stack only. `TorchDispatchMode.__enter__` would also set process-wide flags. With these flags,
-    `torch.compile` of older torch versions leaves a step uncompiled in another thread.
+    The mode (a TorchDispatchMode) is only on this thread's stack of modes. `TorchDispatchMode.__enter__` would also set
+    process-wide flags. With these flags, `torch.compile` of older torch versions leaves a step uncompiled in another thread.
     """
 
     def __enter__(self) -> _OwnNumbers:

@@ -112,7 +112,8 @@ class Objective:
         everyones = together(group, lambda: self.names)
         if any(names != everyones[0] for names in everyones):
             raise ConfigError(
-                f"recipe: {self._whose}.loss returns different parts on other workers: {everyones}. Always return all of them"
+                f"recipe: {self._whose}.loss returns different parts on other workers: {everyones}. "
+                "Always return all parts, in the same order"
             )
 
     @property

@@ -108,7 +108,7 @@ class StepProfiler(Hook):
             progressed()
 
     def end(self) -> None:
-        """Discards the current profile, if any, and waits until the files of an earlier one are written, at most END_S
+        """Discards the current profile, if any, and waits until the files of an earlier profile are written, at most END_S
         seconds."""
         if self._recording:
             with suppress(Exception):

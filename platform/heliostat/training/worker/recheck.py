@@ -190,7 +190,7 @@ class CorruptionCheck(Hook):
         return [*weights, digest(loss.sum.detach()), *(0 if g is None else digest(g) for g in gradients)]
 
     def _rest(self, buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Restores the model's buffers, because a step counts the changes of its own passes only."""
+        """Restores the model's buffers to their values before the check, because only a step's own passes may change buffers."""
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
