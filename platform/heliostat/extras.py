@@ -45,8 +45,8 @@ def require(extra: str, *modules: str, what: str = "this") -> None:
 
 
 def missing(what: str, extra: str, module: str) -> MissingExtraError:
-    """Makes the error for a missing module. The message has `what` needs the module, the extra, and the command that installs the
-    extra."""
+    """Makes the error for a missing module. The message has the part that needs the module (`what`), the module, the extra, and
+    the command that installs the extra."""
     return MissingExtraError(f"{what} needs the extra {extra!r} (no module {module!r}). Run: {command(extra)}")
 
 

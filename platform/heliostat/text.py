@@ -57,7 +57,8 @@ def brief(text: object, longest: int = LONGEST) -> str:
 def nearest(word: str, choices: list[str]) -> str:
     """Suggests the most similar choice as `. Did you mean 'x'?`.
 
-    If no choice is similar, lists all choices instead. Then returns "" if there are more than 30 choices, or none.
+    If no choice is similar, lists all choices instead, up to 30. Returns "" if more than 30 choices exist and none is similar, or
+    if the list is empty.
     """
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:

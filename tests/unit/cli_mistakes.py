@@ -103,7 +103,7 @@ FILES = [
     (["check", "{empty}"], "{empty}", "is empty. Write lines of the form `key: value`"),
     (["check", "{list}"], "{list}", "expected a mapping of keys to values, got [1]. Write lines"),
     (["check", "{broken}"], "{broken}", "not valid YAML in line 2, column 1"),
-    (["check", "{date}"], "{date}", "(month must be in 1..12). Correct it, or quote the value"),
+    (["check", "{date}"], "{date}", "(month must be in 1..12). Correct this line, or quote the value"),
     (["check", "{binary}"], "{binary}", "isn't UTF-8 text (byte 0). Use a YAML file"),
     (["check", "{twice}"], "{twice}", "twice"),
     (["check", "{two}"], "{two}", "2 documents"),

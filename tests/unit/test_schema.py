@@ -163,7 +163,7 @@ def test_a_key_given_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "not valid YAML in line 1, column 6 (expected ',' or ']', but got '<stream end>'). Correct it"),
+        ("a: [1", "not valid YAML in line 1, column 6 (expected ',' or ']', but got '<stream end>'). Correct this line"),
         ("a: b: c", "not valid YAML"),
         ("\t", "not valid YAML"),
         ("- 1", "expected a mapping of keys to values, got [1]. Write lines"),
