@@ -101,7 +101,7 @@ def _below(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
 
 
 def _number(value: object) -> object:
-    """Converts a string to the number in it. YAML 1.1 reads 1e-3, which has no dot, as a string."""
+    """Converts a string that is a number to this number. YAML 1.1 reads 1e-3, which has no dot, as a string."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -147,7 +147,7 @@ def documents(path: Path) -> list[Any]:
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path}: isn't UTF-8 text (byte {e.start}). Use a YAML file") from e
     except OSError as e:
-        raise ConfigError(f"{path}: can't read it ({e.strerror or e}). Check the path and its permissions") from e
+        raise ConfigError(f"{path}: can't read this file ({e.strerror or e}). Check the path and its permissions") from e
     except BROKEN as e:
         raise ConfigError(f"{path}: {e if isinstance(e, ConfigError) else _broken(e)}") from e
     if bounded(sections) > NODES:
@@ -206,7 +206,7 @@ def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | Non
         try:
             value = yaml.safe_load(text)
         except BROKEN as e:
-            raise ConfigError(f"--set {setting!r}: the value isn't valid YAML. Close its brackets, or quote it") from e
+            raise ConfigError(f"--set {setting!r}: the value isn't valid YAML. Close the brackets, or quote the value") from e
         *parents, last = path.split(".")
         target: Any = raw
         for depth, key in enumerate(parents, 1):

@@ -78,11 +78,11 @@ def value_problem(kind: str, message: str, value: str, limits: dict[str, Any], k
         return f"{value} {LIMITS[kind].format(**numbers)}"
     if kind == "string_pattern_mismatch":
         pattern = limits["pattern"]
-        return f"{value} {NAME_FAULT if pattern == NAME else f'has other characters than {pattern} allows. Correct it'}"
+        return f"{value} {NAME_FAULT if pattern == NAME else f'has other characters than {pattern} allows. Correct the value'}"
     wanted, usual = WANTED.get(kind, ("", UNKNOWN))
     example = usual if example == UNKNOWN else example
     problem = f"expected {wanted}, got {value}" if wanted else f"{message.removeprefix('Input ')} ({value})"
-    fix = f". Write {key}: {example}" if key and example != UNKNOWN else "" if wanted else ". Correct it"
+    fix = f". Write {key}: {example}" if key and example != UNKNOWN else "" if wanted else ". Correct the value"
     return f"{problem}{fix}"
 
 

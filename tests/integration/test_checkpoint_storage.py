@@ -246,7 +246,7 @@ def test_a_save_that_fails_on_one_worker_is_heard_of_by_all_at_a_next_step(tmp_p
     told: dict[str, list[dict[str, Any]]] = {}
     for row in ranks.run(f"{__name__}:heard", (3,), str(tmp_path)):
         told.setdefault(row["case"], []).append(row)
-    for case, error, text in [("disk", "StorageError", "shard-00001.safetensors: can't write it (file too large)"),
+    for case, error, text in [("disk", "StorageError", "shard-00001.safetensors: can't write this file (file too large)"),
                               ("copy", "WorkerError", "worker 1: NotImplementedError")]:  # fmt: skip
         rows = told[case]
         assert len(rows) == 3 and {(row["steps"], row["error"]) for row in rows} == {(rows[0]["steps"], error)}

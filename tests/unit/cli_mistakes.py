@@ -113,7 +113,7 @@ FILES = [
 ]
 KEYS = [
     (key("train.steps"), "--set", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
-    (key("train.steps=["), "--set", "the value isn't valid YAML. Close its brackets, or quote it"),
+    (key("train.steps=["), "--set", "the value isn't valid YAML. Close the brackets, or quote the value"),
     (key("name.first=x"), "--set", "'name' is a value, not a mapping of keys. Write name=VALUE"),
     (key("data.sources.5.path=x"), "--set", "'5' isn't an index into a list of 1 item. Use 0"),
     (key("train.steps=many"), "train.steps", "expected an integer"),

@@ -37,7 +37,7 @@ def first_end(attempts: Iterable[RecordedAttempt], since: float) -> float | None
 
 
 def detected_s(effect: FaultEffect) -> float | None:
-    """Computes the seconds from the fault until the run noticed the fault; None if the run didn't notice it."""
+    """Computes the seconds from the fault until the run noticed the fault; None if the run didn't notice the fault."""
     at = effect.seen if effect.seen is not None else first_end(effect.attempts, effect.struck)
     return None if at is None else max(0.0, at - effect.struck)
 
@@ -107,7 +107,7 @@ def problems(row: dict[str, Any], report: VerifyReport, curve: list[int], steps:
     if row["lost"] or row["repeated"]:
         faults.append(f"the run lost {row['lost']} samples and repeated {row['repeated']}")
     if not report["ok"] or report["steps"] != steps:
-        faults.append(f"the run's receipts differ from its data: {report['first_difference']}")
+        faults.append(f"the run's receipts differ from the run's data: {report['first_difference']}")
     if curve != list(range(1, steps + 1)):
         faults.append("MLflow doesn't have the loss of every step exactly once")
     if not math.isfinite(row["loss_difference"]):

@@ -1,12 +1,13 @@
 """Runs a proxy between an S3 server and its clients. The proxy injects the faults of an overloaded or broken store.
 
-Invariants: if a request or an answer has no fault, the proxy forwards it unchanged, including the client's Host header. So
-signatures stay valid. Each request gets at most one fault. A seeded generator draws this fault by the faults' rates. The proxy
-counts the faults that it injects.
+Invariants: the proxy forwards a request or an answer without a fault unchanged, including the client's Host header. So signatures
+stay valid. Each request gets at most one fault. A seeded generator draws this fault by the faults' rates. The proxy counts the
+faults that it injects.
 
 `faults` may be replaced at any time. Requests that have begun keep the fault that was drawn for them.
 
-Both sides use plain HTTP/1.1. So the proxy works with a store that you run, but not with a cloud's TLS endpoint.
+The connections to clients and to the store use plain HTTP/1.1. So the proxy works with a store that you run, but not with a
+cloud's TLS endpoint.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class FaultProxy:
 
     @contextlib.contextmanager
     def serving(self, connection: socket.socket) -> Iterator[None]:
-        """Registers a connection for the duration of the context. If the proxy ends within the context, it breaks the
+        """Registers a connection for the duration of the context. If the proxy ends within the context, the proxy breaks the
         connection."""
         self._open.add(connection)
         try:

@@ -149,7 +149,7 @@ def up(where: Channel, mine: T, merge: Callable[[T, T], T]) -> T:
 
 
 def down(where: Channel, value: T) -> T:
-    """Sends rank 0's value to all ranks, and returns it."""
+    """Sends rank 0's value to all ranks, and returns this value."""
     rank, world = dist.get_rank(where.group), dist.get_world_size(where.group)
     if rank:
         value = cast("T", _receive(where, parent(rank)))

@@ -146,7 +146,7 @@ class HostCopy(CopyStream):
     def copy(self, shards: Mapping[str, FlatShard], copied: Callable[[], None]) -> dict[str, FlatShard]:
         """Copies the slices as they were at the last `mark`, and calls `copied` after each slice.
 
-        On a GPU, the copies are only queued: call `wait` before you use them.
+        On a GPU, the copies are only queued: call `wait` before you use the copies.
         """
         ranges = layout(shards)
         if ranges != self._ranges:

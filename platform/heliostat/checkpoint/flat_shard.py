@@ -10,7 +10,7 @@ from heliostat.checkpoint.columns import ROWS, Columns
 class FlatShard(torch.Tensor):
     """Represents the slice [start, start + n) of a flat tensor of `numel` elements, in the order of `columns`.
 
-    `local` holds the slice. The shape of this object is the shape of the complete flat tensor. Operations on it aren't
+    `local` holds the slice. The shape of this object is the shape of the complete flat tensor. Operations on a FlatShard aren't
     supported.
     """
 

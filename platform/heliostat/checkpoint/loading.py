@@ -1,6 +1,6 @@
 """Loads a checkpoint into a worker's slices, at any ZeRO stage and world size.
 
-A worker computes which shards hold its slices, and reads the indexes of these shards. Then it reads only the blocks that
+A worker computes which shards hold its slices, and reads the indexes of these shards. Then the worker reads only the blocks that
 contain its slices, and checks each block (`checksums`). Nothing is ever unpickled.
 """
 
@@ -73,7 +73,7 @@ def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
     for name, tensor in state.items():
         stored = safetensors_file.DTYPES[tensors[name].dtype]
         if stored != tensor.dtype and not (stored.is_floating_point and tensor.dtype.is_floating_point):
-            what = f"has {name!r} as {stored}, but the model has it as {tensor.dtype}"
+            what = f"has {name!r} as {stored}, but the model has this tensor as {tensor.dtype}"
             raise CheckpointError(
                 f"{checkpoint.location}: {what}. Another model made this checkpoint. Use that model, or another name for the run"
             )
@@ -123,7 +123,7 @@ def _shards(source: SavedCheckpoint, targets: dict[str, torch.Tensor], starts: d
 
 
 def casts(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> str | None:
-    """Describes, for the user, the tensors that `load` rounds; returns None if it rounds no tensor.
+    """Describes, for the user, the tensors that `load` rounds; returns None if `load` rounds no tensor.
 
     `load` rounds a tensor if the engine's dtype has fewer bits than the checkpoint's.
 

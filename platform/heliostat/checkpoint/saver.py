@@ -133,7 +133,7 @@ class Saver:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> bool:
-        """Waits until the save in flight is complete; returns whether there was one.
+        """Waits until the save in flight is complete; returns whether a save was in flight.
 
         An error on one worker is raised on all workers.
         """
@@ -209,7 +209,10 @@ class Saver:
         except StorageError as e:
             self._unpruned += 1
             again = f", {self._unpruned} times in a row" if self._unpruned > 1 else ""
-            self._notice(f"step {step}: can't remove old checkpoints{again}. They use space until heliostat can delete them: {e}")
+            self._notice(
+                f"step {step}: can't remove old checkpoints{again}. These checkpoints use space until heliostat "
+                f"can delete them: {e}"
+            )
 
     def _copy(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         slices = {n: t for n, t in state.items() if isinstance(t, FlatShard)}
@@ -249,7 +252,7 @@ class Keeper:
             self._loaded = self._name(slices)
 
     def keep(self, slices: dict[str, FlatShard]) -> str | None:
-        """Saves the slices as a folder unless it exists; returns the folder's name, or None if no worker has slices."""
+        """Saves the slices as a folder, unless this folder exists; returns the folder's name, or None if no worker has slices."""
         any_ = merged(self.group, lambda: bool(slices), operator.or_)
         if not first(self.group, lambda: any_):
             return None

@@ -81,7 +81,7 @@ class ZeroKeys(Strict):
 
 class Fp16(Strict):
     loss_scale: Annotated[Float, Field(ge=0)] = 0.0
-    """Fixed loss scale; 0 adjusts it during the run."""
+    """Fixed loss scale. With 0, DeepSpeed adjusts the loss scale during the run."""
     initial_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
     """Initial loss scale, as a power of 2."""
     loss_scale_window: Positive = 1000

@@ -32,7 +32,7 @@ class Data(Strict):
     sources: Annotated[list[Source], Field(min_length=1), Filled("from `path`")]
     """Datasets to mix. Each path may be listed only once."""
     sequence_length: Annotated[int, Field(gt=1)] | None = None
-    """Tokens per sample. Required for token datasets; image datasets don't have it."""
+    """Tokens per sample. Required for token datasets. Image datasets don't use this key."""
     seed: Seed = 0
     """Random seed for sample order."""
     virtual_ranks: Annotated[Count | None, Was("lanes")] = None
@@ -56,7 +56,7 @@ class Data(Strict):
     labels: dict[str, str] = {}
     """Ray labels of the nodes that fetch samples. Empty: any node."""
     document_mask: bool = False
-    """Prevents attention between documents that are packed into one sample. Some models don't support it, see
+    """Prevents attention between documents that are packed into one sample. Some models don't support this mask, see
     docs/training/document-masks.md"""
 
     @model_validator(mode="before")
@@ -198,7 +198,7 @@ class Watchdog(Strict):
 
 class Mlflow(Strict):
     uri: Annotated[str, Filled("MLFLOW_TRACKING_URI, or `sqlite:///.heliostat/mlflow.db`")]
-    """Tracking store: `sqlite:///FILE`, or `http://HOST:PORT`. It never contains a password."""
+    """Tracking store: `sqlite:///FILE`, or `http://HOST:PORT`. The URI must not contain a password."""
     experiment: Annotated[Experiment, Filled("the job's name")]
     """Name of the experiment: up to 250 characters; no part between slashes is empty, `.` or `..`."""
     register_as: Name | None = Field(default=None, alias="register")

@@ -1,4 +1,4 @@
-"""Defines the job file: one YAML file describes one run. `load` validates it; `docs/job.md` explains every key.
+"""Defines the job file: one YAML file describes one run. `load` validates the file; `docs/job.md` explains every key.
 
 `sections` and `train_section` define the sections, and `rules` checks them together. A `Job` object is always valid.
 """
@@ -45,7 +45,7 @@ class Job(Strict):
     synonyms = SYNONYMS
 
     name: Name
-    """Name of the run: its folder is `storage/name`, and `--resume` continues it."""
+    """Name of the run. The run's folder is `storage/name`. `--resume` continues the run."""
     recipe: Annotated[str, Filled("from the keys of `model`; else `heliostat.recipes:CausalLM`")]
     """Import path of the recipe: the class that defines the model, the batch, and the loss."""
     model: dict[str, Any]
@@ -267,8 +267,8 @@ def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | N
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
     """Fills in `train.grad_accum_dtype` and `train.recipe_version` if the job leaves them open.
 
-    A resumed run keeps its values. If the run is older than these keys, it gets the values in `BEFORE_KEYS`. A new run gets the
-    newest values. Raises ConfigError if the run can't resume with the job's optimizer.
+    A resumed run keeps its values. If the run is older than these keys, the keys get the values in `BEFORE_KEYS`. A new run gets
+    the newest values. Raises ConfigError if the run can't resume with the job's optimizer.
     """
     if recorded is not None:
         before = with_rules(recorded)["train"]

@@ -197,8 +197,8 @@ class Train(Strict):
     """Version of an image recipe's rules for drawing a sample's random numbers. Unset: 2, but a resumed run keeps its value. See
     docs/diffusion.md#versions"""
     deepspeed: dict[str, object] = {}
-    """DeepSpeed's settings for speed and memory. They override the settings that heliostat derives from other keys. Supported
-    keys: docs/training/deepspeed-keys.md"""
+    """DeepSpeed's settings for speed and memory. These settings override the settings that heliostat derives from other keys.
+    Supported keys: docs/training/deepspeed-keys.md"""
     activation_checkpointing: Annotated[bool | Literal["selective"] | Count, BeforeValidator(_layers)] = False
     """Recomputes activations in the backward pass, which trades time for memory. A number N: only in the first N layers.
     `selective`: in all layers, but keeps the outputs of matrix multiplications and attention. See

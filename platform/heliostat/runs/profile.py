@@ -63,8 +63,8 @@ def place(run: Location, request: ProfileRequest) -> Location:
 
 
 def requested(run: Location) -> ProfileRequest | None:
-    """Reads the run's request for a profile; None if there is no request, or if it already has an answer. Raises DataError if
-    the file isn't a request."""
+    """Reads the run's request for a profile; None if there is no request, or if the request already has an answer. Raises
+    DataError if the file isn't a request."""
     try:
         request = REQUEST.read(_request(run))
     except FileNotFoundError:
@@ -97,7 +97,7 @@ def answered(run: Location, request: ProfileRequest) -> ProfileAnswer | None:
 def take(
     run: Location, rank: int, steps: int, sleep: Callable[[float], object] = time.sleep
 ) -> tuple[ProfileRequest, ProfileAnswer]:
-    """Requests a profile and waits for it. Returns the request and its answer.
+    """Requests a profile and waits until the profile is complete. Returns the request and its answer.
 
     Raises ConfigError if the run isn't running, has no such worker, or is already being profiled. Raises HeliostatError if the
     run ends without an answer, or if the worker couldn't profile its steps.
@@ -110,9 +110,7 @@ def take(
             )
         raise ConfigError(f"{run}: the run isn't running. Profile it while it trains: heliostat train JOB --resume")
     if rank >= workers:
-        raise ConfigError(
-            f"--rank: the run has only {workers} workers, numbered from 0 ({rank}). Pass a rank from 0 to {workers - 1}"
-        )
+        raise ConfigError(f"--rank: the run has {workers} workers, and none has rank {rank}. Pass a rank from 0 to {workers - 1}")
     request = ProfileRequest(time.strftime("%Y%m%d%H%M%S", time.gmtime()) + secrets.token_hex(3), rank, steps)
     _send(run, request)
     try:

@@ -1,8 +1,8 @@
 """Records a run's segments, next to its receipts. A segment is a range of the run's steps that follow one data plan.
 
 The start of the run writes the first segment. `--allow-data-change` adds a segment at the step where the run resumes. If the run
-returns to a checkpoint before a loss spike, this adds a segment too, because the new plan leaves out the spike's samples. When a
-run resumes from a step, the records of later steps are removed, because these steps are trained again.
+returns to a checkpoint before a loss spike, this return adds a segment, too, because the new plan leaves out the spike's samples.
+When a run resumes from a step, the records of later steps are removed, because these steps are trained again.
 """
 
 from __future__ import annotations

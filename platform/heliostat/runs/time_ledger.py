@@ -159,8 +159,8 @@ class LedgerRecorder:
         now.seen = max(now.seen, now.known)
 
     def _mark(self, step: int) -> None:
-        """Adds a mark at a step. Of the earlier marks, keeps only the marks at checkpoints, because later attempts may begin
-        there."""
+        """Adds a mark: a step, and the computing seconds until this step. Of the earlier marks, keeps only the marks at
+        checkpoints, because later attempts may begin there."""
         now = self.attempts[-1]
         if now.marks and now.marks[-1][0] not in self._saved_at:
             now.marks.pop()

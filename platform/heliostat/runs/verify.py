@@ -80,8 +80,7 @@ def units(history: History) -> Iterator[StepUnit]:
 
 
 def recompute(unit: StepUnit) -> Recomputed:
-    """Recomputes a unit's step digests from the contents of its samples. In addition to this, locates the samples that the data
-    order planned."""
+    """Recomputes a unit's step digests from the contents of its samples. Also locates the samples that the data order planned."""
     order = unit.data.order
     places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, virtual ranks, samples per rank]
     loaded = unit.data.load(places.ravel())

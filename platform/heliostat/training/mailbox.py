@@ -1,4 +1,5 @@
-"""Connects workers and driver through a mailbox: a small Ray actor on the driver's node. Training steps never wait for it.
+"""Connects workers and driver through a mailbox: a small Ray actor on the driver's node. Training steps never wait for the
+mailbox.
 
 Rank 0 posts events (`runs.events`). Every worker sends heartbeats, which show that the worker is alive, and report its progress.
 The answer to a heartbeat is the driver's orders:
@@ -224,7 +225,7 @@ class RunMailbox:
             ray.kill(self._actor)
 
     def begin(self, attempt: int) -> AttemptMailbox:
-        """Begins an attempt. Creates an actor if there is none, or if the old one no longer answers."""
+        """Begins an attempt. Creates an actor if there is none, or if the old actor no longer answers."""
         if self._actor:
             try:
                 ray.get(self._actor.begin.remote(attempt), timeout=ANSWER_S)
@@ -237,7 +238,7 @@ class RunMailbox:
 
 
 def _make(attempt: int) -> ActorHandle[MailboxState]:
-    """Creates a mailbox actor on the driver's node, so that it doesn't die with a worker's node."""
+    """Creates a mailbox actor on the driver's node, so that the actor doesn't die with a worker's node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(MailboxState).options(num_cpus=0, scheduling_strategy=here)
     return cast("ActorHandle[MailboxState]", mailbox.remote(attempt))

@@ -53,8 +53,8 @@ class CopySource:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Holds an attempt's plan for in-memory checkpoints: its number, each rank's keepers, and the generation that it starts from,
-    if any."""
+    """Holds an attempt's plan for in-memory checkpoints: its number, each rank's keepers, and the generation that the attempt
+    starts from, if any."""
 
     attempt: int
     keepers: list[list[ActorHandle[MemoryKeeper]]]  # by rank: its own node's keeper, and another node's if there is one
@@ -175,7 +175,7 @@ class MemoryKeeper:
             copy.facts, copy.layout, copy.own = facts, layout, own
 
     def _require_present(self, id: str) -> None:
-        """Raises ValueError for a copy of an earlier attempt, and counts it."""
+        """Raises ValueError for a copy of an earlier attempt, and counts this copy as rejected."""
         if (attempt := attempt_of(id)) != self._attempt:
             self._refused += 1
             raise ValueError(f"rejected an in-memory checkpoint of attempt {attempt} in attempt {self._attempt}")

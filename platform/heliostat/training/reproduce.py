@@ -60,8 +60,8 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
     count = min(steps or recorded.end, recorded.end)
     if steps and steps > recorded.end:
         raise ConfigError(
-            f"--steps {steps}: the run's record ends at step {recorded.end}, where the run ended or its data changed. "
-            "Pass a lower number"
+            f"--steps {steps}: the run's record ends at step {recorded.end}, where the run ended or the run's data changed. "
+            "Pass this step or an earlier step"
         )
     notes = differences(recorded, source_code.source(), source_code.environment())
     for note in notes:

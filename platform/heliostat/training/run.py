@@ -11,7 +11,7 @@ Every run takes the same path:
 - plan its data from its last checkpoint
 - train, export, and register the model (`driver/run.py`)
 
-`heliostat train --json` prints the result. The run's folder has it as `result.json`.
+`heliostat train --json` prints the result. The run's folder has the result as `result.json`.
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def _manifests(job: Job, recipe: Recipe | None, recorded: DataPlan | None, chang
             if recipe and shared.kind not in (recipe.kind, collection.KIND):
                 raise ConfigError(
                     f"data.sources.{i}.path: expected a dataset of {recipe.kind!r}, which {job.recipe} trains on, "
-                    f"got {shared.kind!r} ({location})"
+                    f"got {shared.kind!r} ({location}). Use another dataset or recipe"
                 )
             manifests.append(shared)
     if faults:

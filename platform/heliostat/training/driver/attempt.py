@@ -226,7 +226,7 @@ class Attempt:
             self._find_stall(now)
 
     def _decide(self, event: orders.AttemptEvent) -> orders.AttemptAction | None:
-        """Applies `orders.decide` to an event, and sends the orders that it returns. Called from two threads."""
+        """Applies `orders.decide` to an event, and sends the orders that `decide` returns. Called from two threads."""
         with self._deciding:
             self._watch, action = orders.decide(self._watch, event)
         match action:

@@ -52,7 +52,7 @@ class Failure:
 
     @property
     def own(self) -> BaseException | None:
-        """Returns the error that the worker itself raised, if it is known."""
+        """Returns the error that the worker itself raised; None if this error isn't known."""
         if not _alive(self.error):
             return self.reported
         return innermost(self.error) or getattr(self.error, "cause", None) or self.error
@@ -166,7 +166,7 @@ def _named(lost: Sequence[Failure]) -> str:
 def _alive(error: Exception | None) -> bool:
     """Returns whether the process survived.
 
-    It did if its own task raised the error. It didn't if Ray raised the error because the process is dead.
+    The process survived if its own task raised the error. The process is dead if Ray raised the error to report its death.
     """
     return isinstance(error, ray.exceptions.RayTaskError)
 

@@ -47,7 +47,8 @@ def finalize(
 ) -> Ending:
     """Exports the last checkpoint, logs and registers the model, and records sample outputs. Returns the run's result.
 
-    Idempotent: after an interruption, it can run again, and reuses the parts that exist. It writes `result.json` last.
+    Idempotent: after an interruption, this function can run again, and reuses the parts that exist. The function writes
+    `result.json` last.
     """
     from heliostat.inference.export import export
     from heliostat.tracking import card
@@ -160,7 +161,7 @@ class Beside:
             log.warning("evaluate.benchmarks: scoring ended with exit code %d. Continue with: %s", code, again)
 
     def end(self) -> None:
-        """Ends the process. The scores so far are kept."""
+        """Ends the process that scores checkpoints. heliostat keeps the scores so far."""
         if self._process and self._process.poll() is None:
             processes.stop([psutil.Process(self._process.pid)], END_S)
             self._process.wait(END_S)

@@ -130,7 +130,7 @@ class WorkerPool:
         return self._seen.setdefault(member, gpus) == gpus
 
     def drop(self, member: Member) -> None:
-        """Ends a process, if it lives. The pool keeps the process's resources."""
+        """Ends a process, if the process is alive. The pool keeps the process's resources."""
         if self._members.get(member.slot) is member:
             del self._members[member.slot]
         self._seen.pop(member, None)
@@ -142,7 +142,7 @@ class WorkerPool:
         self._give_all_back()
 
     def reopen(self) -> None:
-        """Makes a closed pool usable again. Call it once no other thread waits in the pool."""
+        """Makes a closed pool usable again. Call this method once no other thread waits in the pool."""
         self._closed.clear()
 
     def _go_on(self) -> None:

@@ -301,7 +301,7 @@ class DrivenRun:
         return source
 
     def _beat(self) -> None:
-        """Updates the ledger, raises an error if the lease was lost, and stops the run at a limit. Call it often."""
+        """Updates the ledger, raises an error if the lease was lost, and stops the run at a limit. Call this method often."""
         self.ledger.beat()
         if self.lease.lost:
             raise self.lease.lost
@@ -355,7 +355,7 @@ class DrivenRun:
         return [done]
 
     def _pause(self, seconds: float) -> None:
-        """Waits before the next attempt. If a signal or a limit stops the run meanwhile, raises its error."""
+        """Waits before the next attempt. If a signal or a limit stops the run meanwhile, raises the error of this stop."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self.signals.name:
             self._beat()

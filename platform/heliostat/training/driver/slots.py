@@ -110,7 +110,7 @@ class Slots:
             self.waiting.clear()
 
     def _take_free(self, missing: int) -> bool:
-        """Takes free resources if they are enough for all missing slots. Returns whether it took them."""
+        """Takes free resources if they are enough for all missing slots. Returns whether it took the resources."""
         per_node = Counter(s.node for s in self.held.values())
         free, leaving = nodes.free(self.workers.labels), nodes.draining() | self.avoided()
         spots_found = spots(self.workers, {n: r for n, r in free.items() if n not in leaving}, per_node, missing)

@@ -65,7 +65,7 @@ class LossWatch(Hook):
         raise self._error(step, what)
 
     def _error(self, step: int, what: str) -> HeliostatError:
-        """Creates the error of a step, counted from 0, whose numbers aren't finite. With `spike.action: rollback`, it is a
+        """Creates the error of a step, counted from 0, whose numbers aren't finite. With `spike.action: rollback`, the error is a
         LossSpikeError."""
         if self.job.spike and self.job.spike.action == "rollback":
             return LossSpikeError(f"step {step + 1}: {what}", step)

@@ -1,8 +1,8 @@
-"""Copies a worker's part of the training state into the memory of its node and of another node, and reads it back from there.
+"""Copies a worker's part of the training state into the memory of its node and of another node, and reads the copies back.
 
 First the state is copied into this process's memory. As with a save, this happens during the next forward and backward pass, so
-only the next optimizer step waits for it. On a GPU, the copy is queued on a separate stream, into pinned memory. The optimizer's
-kernels wait for the copy; the host doesn't.
+only the next optimizer step waits for the copy. On a GPU, the copy is queued on a separate stream, into pinned memory. The
+optimizer's kernels wait for the copy; the host doesn't.
 
 Then a separate thread sends the copy to the keepers (`training.memory_keeper`) in pieces, several at a time. A worker that dies
 or is late leaves a generation incomplete, and an incomplete generation isn't used. If a worker's copy fails, or if training waits
@@ -76,7 +76,7 @@ class MemoryCopies:
         self._stream.hold_back()
 
     def keep(self, facts: CopyFacts, own: object, state: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
-        """Copies the state after a step. All workers call this, and `wait` before it, at the same steps.
+        """Copies the state after a step. All workers call `wait` and then this method, at the same steps.
 
         `facts`: the same on all workers. `own`: the rest of this worker's state, which the thread encodes.
         """

@@ -1,7 +1,8 @@
-"""Makes a step's micro-batches: derives their samples' keys and their random seeds, and moves them to the device.
+"""Makes a step's micro-batches: derives keys for samples and random seeds for micro-batches, and moves the micro-batches to the
+device.
 
-Keys and seeds depend only on the step and on a sample's position in the global batch, not on the worker that computes it.
-Recomputing a step gives the same keys and seeds.
+Keys and seeds depend only on the step and on a sample's position in the global batch, not on the worker that computes this
+sample. Recomputing a step gives the same keys and seeds.
 
 While a step computes, a thread reads the next step's samples and makes its batches (`BatchesAhead`):
 
@@ -13,9 +14,9 @@ While a step computes, a thread reads the next step's samples and makes its batc
 Samples and errors of batches made ahead count only once their step takes them. Only one thread at a time makes batches, because
 recipes don't have to make `batch` thread-safe.
 
-A recipe should derive a batch's random numbers from the samples' keys. If it uses process-wide generators, it would change the
-random numbers of the current step. So the thread stops before such a draw (`_OwnNumbers`). From that step on, `take` makes the
-batches.
+A recipe should derive a batch's random numbers from the samples' keys. A recipe that uses process-wide generators would change
+the random numbers of the current step. So the thread stops before such a draw (`_OwnNumbers`). From that step on, `take` makes
+the batches.
 """
 
 from __future__ import annotations

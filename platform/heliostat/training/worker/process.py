@@ -1,4 +1,4 @@
-"""Runs attempts in a process that outlives them: a Ray actor of the driver's pool (`training.driver.pool`).
+"""Runs attempts in a process that outlives the attempts: a Ray actor of the driver's pool (`training.driver.pool`).
 
 Between two attempts, a process leaves its process group and resets DeepSpeed's state. DeepSpeed's counters must be equal in a
 process that survived and in a new one.

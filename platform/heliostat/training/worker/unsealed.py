@@ -118,7 +118,7 @@ class Unsealed:
             del self._digests[: len(part.digests)], self._lanes[: part.steps], self._bad[: len(part.bad)]
 
     def seal(self, done: int) -> int:
-        """Writes the receipt of the steps up to `done`, and waits for it.
+        """Writes the receipt of the steps up to `done`, and waits until the receipt is written.
 
         Returns the number of samples replaced in the run. All workers call this method together.
         """
