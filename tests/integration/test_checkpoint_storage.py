@@ -192,8 +192,8 @@ def refusals(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
     saver.wait()
     found = checkpoint.open_checkpoint(run, 1)
     for other, message in [
-        ({"master.new": torch.zeros(3)}, "has no 'master.new'"),
-        ({"master.small": torch.zeros(30)}, "has 'master.small' in another shape than the model"),
+        ({"master.new": torch.zeros(3)}, "has no tensor 'master.new'"),
+        ({"master.small": torch.zeros(30)}, "has tensor 'master.small' in another shape than the model"),
     ]:
         with pytest.raises(CheckpointError, match=rf"{message}\. Another model made this checkpoint"):
             checkpoint.load(found, other, group)

@@ -163,7 +163,7 @@ def test_a_ledger_that_cannot_be_read_at_first_is_read_again_and_said_to_be_miss
         assert watched.check() == ""
         time.sleep(0.01)
     assert [record.getMessage() for record in caplog.records] == [
-        f"can't read the run's ledger. Until it is readable, goodput and limits count only this command: {error}"
+        f"can't read the run's ledger. Until heliostat can read the ledger, goodput and limits count only this command: {error}"
     ]
     store.error = None
     until(watched.check, "limit")

@@ -256,7 +256,7 @@ def test_a_pretrained_folder_is_found_from_the_workspace(named, made, stays, wor
     ("changes", "line"),
     [
         ({"data.mix_schedule": [{"step": 5, "weights": [1.0, 2.0]}]},
-         "data.mix_schedule.0.weights: expected one for each of the 1 sources, got 2. List one weight per source"),
+         "data.mix_schedule.0.weights: expected one weight for each of the 1 sources, got 2. List one weight per source"),
         ({"data.mix_schedule": [{"step": 5, "weights": [1.0]}, {"step": 5, "weights": [2.0]}]},
          "data.mix_schedule.1.step: 5 isn't above 5. List the changes in the order of their steps"),
         ({"data.mix_schedule": [{"step": 5, "weights": [0.0]}]},

@@ -66,14 +66,14 @@ def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
         n for n in state if n not in missing and (list(state[n].shape) != tensors[n].shape or not _turns(checkpoint, n, state[n]))
     ]
     if missing or wrong:
-        what = f"has no {missing[0]!r}" if missing else f"has {wrong[0]!r} in another shape than the model"
+        what = f"has no tensor {missing[0]!r}" if missing else f"has tensor {wrong[0]!r} in another shape than the model"
         raise CheckpointError(
             f"{checkpoint.location}: {what}. Another model made this checkpoint. Use that model, or another name for the run"
         )
     for name, tensor in state.items():
         stored = safetensors_file.DTYPES[tensors[name].dtype]
         if stored != tensor.dtype and not (stored.is_floating_point and tensor.dtype.is_floating_point):
-            what = f"has {name!r} as {stored}, but the model has this tensor as {tensor.dtype}"
+            what = f"has tensor {name!r} as {stored}, but the model has this tensor as {tensor.dtype}"
             raise CheckpointError(
                 f"{checkpoint.location}: {what}. Another model made this checkpoint. Use that model, or another name for the run"
             )

@@ -33,18 +33,18 @@ class OffloadParam(Strict):
     buffer_count: Positive = 5
     """Number of buffers of weights."""
     buffer_size: Positive = 100_000_000
-    """Elements per buffer."""
+    """Number of elements per buffer."""
     max_in_cpu: Elements = 1_000_000_000
-    """Elements that stay in host memory with NVMe."""
+    """Number of elements that stay in host memory when other elements are on NVMe."""
 
 
 class ZeroKeys(Strict):
     reduce_bucket_size: Positive = 500_000_000
-    """Elements per reduction of gradients."""
+    """Number of gradient elements per reduction."""
     allgather_bucket_size: Positive = 500_000_000
-    """Elements per gather of parameters."""
+    """Number of parameter elements per all-gather."""
     overlap_comm: bool = False
-    """Reduces gradients during the backward pass, with twice the buckets."""
+    """Reduces gradients during the backward pass, which needs twice the buckets."""
     contiguous_gradients: bool = True
     """Copies gradients into one buffer as soon as they are computed."""
     reduce_scatter: bool = True
@@ -54,15 +54,15 @@ class ZeroKeys(Strict):
     use_multi_rank_bucket_allreduce: bool = True
     """Uses one all-reduce for a bucket whose parts belong to several workers."""
     sub_group_size: Positive = 1_000_000_000
-    """Elements that the optimizer updates at once at stage 3."""
+    """Number of elements that the optimizer updates at once at stage 3."""
     stage3_prefetch_bucket_size: Elements = 50_000_000
     """Maximum number of parameter elements to gather before they are used."""
     stage3_param_persistence_threshold: Elements = 100_000
-    """Maximum elements of a parameter that stays complete on every worker."""
+    """Maximum number of elements of a parameter that stays complete on every worker."""
     stage3_model_persistence_threshold: Elements = 1 << 62
-    """Maximum total elements of the parameters that stay complete on every worker."""
+    """Maximum number of elements, in total, of the parameters that stay complete on every worker."""
     stage3_max_live_parameters: Elements = 1_000_000_000
-    """Maximum elements that are gathered at the same time."""
+    """Maximum number of parameter elements that are gathered at the same time."""
     stage3_max_reuse_distance: Elements = 1_000_000_000
     """Keeps a gathered parameter if it is used again within this number of elements."""
     stage3_module_granularity_threshold: Elements = 0
@@ -83,11 +83,11 @@ class Fp16(Strict):
     loss_scale: Annotated[Float, Field(ge=0)] = 0.0
     """Fixed loss scale. With 0, DeepSpeed adjusts the loss scale during the run."""
     initial_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
-    """Initial loss scale, as a power of 2."""
+    """Exponent of the initial loss scale: the scale begins at 2 to this power."""
     loss_scale_window: Positive = 1000
-    """Steps without an overflow after which the scale doubles."""
+    """Number of steps without an overflow after which DeepSpeed doubles the loss scale."""
     hysteresis: Positive = 2
-    """Overflows after which the scale is halved."""
+    """Number of overflows after which DeepSpeed halves the loss scale."""
     consecutive_hysteresis: bool = False
     """Resets the overflow count after a step without an overflow."""
     min_loss_scale: Positive = 1
@@ -96,15 +96,15 @@ class Fp16(Strict):
 
 class Aio(Strict):
     block_size: Positive = 1 << 20
-    """Bytes per request."""
+    """Bytes per I/O request."""
     queue_depth: Positive = 8
     """Concurrent requests."""
     intra_op_parallelism: Positive = 1
-    """Threads per operation."""
+    """Number of threads per I/O operation."""
     single_submit: bool = False
-    """Submits requests one by one."""
+    """Submits I/O requests one by one."""
     overlap_events: bool = True
-    """Overlaps submission with waiting."""
+    """Submits I/O requests while earlier requests are still running."""
 
 
 class Allowed(Strict):

@@ -253,7 +253,7 @@ def _mix_faults(job: Ruled) -> Iterator[str]:
     for i, change in enumerate(data.mix_schedule):
         key = f"data.mix_schedule.{i}"
         if len(change.weights) != len(data.sources):
-            problem = f"expected one for each of the {len(data.sources)} sources, got {len(change.weights)}"
+            problem = f"expected one weight for each of the {len(data.sources)} sources, got {len(change.weights)}"
             yield f"{key}.weights: {problem}. List one weight per source"
         if change.step <= before:
             yield f"{key}.step: {change.step} isn't above {before}. List the changes in the order of their steps"

@@ -99,7 +99,7 @@ def _fault(attempt: RecordedAttempt) -> str | None:
     if not all(0 <= t < LATEST for t in times) or not all(abs(s) < LATEST for s in seconds):
         return "a time isn't a number"
     if not all(0 <= n < 2**53 for n in (attempt.start_step, attempt.workers, *(step for step, _ in attempt.marks))):
-        return "a step or the number of workers isn't a count"
+        return "a step or the number of workers isn't a whole number from 0 on"
     return None
 
 
@@ -213,7 +213,7 @@ class GoodputReport(TypedDict):
 
 
 def report(attempts: Iterable[RecordedAttempt]) -> GoodputReport:
-    """Builds the goodput report."""
+    """Builds the goodput report: the seconds by part, of the run and of each attempt."""
     settled = settle(attempts)
     parts = account(s.attempt for s in settled)
     known = sum(parts.values())

@@ -108,7 +108,7 @@ def take(
             raise ConfigError(
                 f"{run}: no run in this folder. If the run is on another machine, pass a folder that both machines can read"
             )
-        raise ConfigError(f"{run}: the run isn't running. Profile it while it trains: heliostat train JOB --resume")
+        raise ConfigError(f"{run}: the run isn't running. Start the run, then profile again: heliostat train JOB --resume")
     if rank >= workers:
         raise ConfigError(f"--rank: the run has {workers} workers, and none has rank {rank}. Pass a rank from 0 to {workers - 1}")
     request = ProfileRequest(time.strftime("%Y%m%d%H%M%S", time.gmtime()) + secrets.token_hex(3), rank, steps)
@@ -144,7 +144,7 @@ def _send(run: Location, request: ProfileRequest) -> None:
     if other != request:  # if they are equal, the store's reply to this write was lost
         raise ConfigError(
             f"{run}: another profile isn't complete yet. Wait until that profile is complete. "
-            f"If the command for it was killed, delete {_request(run)}"
+            f"If the command for that profile was killed, delete {_request(run)}"
         )
 
 

@@ -246,7 +246,9 @@ class LedgerRecorder:
             self._again = time.monotonic() + RETRY_S
             if first:
                 log.warning(
-                    "can't read the run's ledger. Until it is readable, goodput and limits count only this command: %s", e
+                    "can't read the run's ledger. Until heliostat can read the ledger, goodput and limits count only "
+                    "this command: %s",
+                    e,
                 )
             return
         if not first:

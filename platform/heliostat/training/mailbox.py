@@ -165,7 +165,7 @@ def by_other_clock(heartbeats: dict[int, Pulse], now: float) -> dict[int, Pulse]
 
 
 class Bounded:
-    """Keeps the newest events up to a limit, and counts the older ones that were dropped."""
+    """Keeps the newest events up to a limit, and counts the older events that were dropped."""
 
     def __init__(self, limit: int) -> None:
         self._kept: deque[tuple[int, Event]] = deque(maxlen=limit)

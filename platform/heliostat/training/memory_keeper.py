@@ -3,10 +3,10 @@
 Each node of a run has one keeper, an actor that outlives the workers.
 
 A copy is the part of the state that one worker has after one step, as bytes. A copy arrives in pieces, several at a time, and the
-keeper checksums each piece on arrival. A copy is valid once it is sealed: it is then complete, and its checksums equal those that
-its worker computed. Copies with the same id form a *generation*: one copy per worker of an attempt, after the same step. A keeper
-keeps two generations, because the newest may be incomplete. A keeper accepts only copies of the current attempt, and counts
-rejected copies.
+keeper checksums each piece on arrival. A copy is valid once it is sealed: it is then complete, and its checksums equal the
+checksums that its worker computed. Copies with the same id form a *generation*: one copy per worker of an attempt, after the same
+step. A keeper keeps two generations, because the newest may be incomplete. A keeper accepts only copies of the current attempt,
+and counts rejected copies.
 """
 
 from __future__ import annotations

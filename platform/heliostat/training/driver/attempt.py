@@ -1,7 +1,7 @@
 """Runs one attempt at a training run: starts the pool's workers, and watches them from the driver until they end.
 
 The driver's thread never waits for long. The thread drains the mailbox. It orders the workers to stop after a checkpoint in three
-cases: a user asks for it, a node's provider takes a node away, or the cluster has room for more workers. If no worker makes
+cases: a user asks for a stop, a node's provider takes a node away, or the cluster has room for more workers. If no worker makes
 progress any more, the thread ends the workers.
 """
 

@@ -1,4 +1,4 @@
-"""Measures a run's time and cost, and detects when it reaches one of the job's `limits`.
+"""Measures a run's time and cost, and detects when the run reaches one of the job's `limits`.
 
 Time and cost are totals of the whole run: the ledger has the totals of earlier commands, and a monotonic clock measures this
 command. The time between commands doesn't count. While the ledger can't be read, only this command counts. The cost is the price
@@ -24,7 +24,7 @@ RAYS, ACCELERATOR = "ray.io/", "ray.io/accelerator-type"  # labels that Ray give
 
 
 class Spending:
-    """Checks a run's limits."""
+    """Compares a run's time and cost with the job's limits."""
 
     def __init__(self, job: Job, ledger: LedgerRecorder) -> None:
         self.limits, self.workers, self._ledger = job.limits, job.workers, ledger
@@ -42,7 +42,7 @@ class Spending:
 
     def look(self, nodes: Iterable[LivingNode]) -> None:
         """Finds the price per hour of a worker on these nodes (`cluster.nodes.inventory`). Raises ConfigError if the price table
-        lacks it."""
+        lacks this price."""
         if self.lacks_price:
             self._rate = hourly(self.workers, nodes)
 
@@ -78,8 +78,8 @@ class Spending:
 
 
 def hourly(workers: Workers, nodes: Iterable[LivingNode]) -> float | None:
-    """Computes the price of a worker's hour on the most expensive node that may run it. Returns None if there is no such node
-    yet.
+    """Computes the price per hour of a worker, on the most expensive node that may run the worker. Returns None if no node may
+    run the worker yet.
 
     Raises ConfigError if one of these nodes has a GPU that isn't in the price table.
     """

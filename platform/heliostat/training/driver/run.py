@@ -121,7 +121,7 @@ class DrivenRun:
         return self._with_mlflow_run(lambda: self._finalize(last, summary))
 
     def catch_up(self) -> None:
-        """Completes the record in MLflow if an earlier command couldn't complete it.
+        """Completes the record in MLflow if an earlier command couldn't complete this record.
 
         Adds the missing metrics, or only sets the status of the finished run.
         """

@@ -6,9 +6,9 @@ separately.
     slots.give_back([2])     # the other slots stay
 
 A run takes all missing slots together, or none of them. If the slots don't fit now, one placement group for all missing slots
-waits in Ray's queue. The group reserves nothing until Ray can place it completely; then groups of one bundle replace it. If the
-missing slots don't come within 30 seconds, the run releases the slots that it holds. So no half-placed run holds resources for
-long.
+waits in Ray's queue. The group reserves nothing until Ray can place it completely; then groups of one bundle replace this group.
+If the missing slots don't come within 30 seconds, the run releases the slots that it holds. So no half-placed run holds resources
+for long.
 """
 
 from __future__ import annotations

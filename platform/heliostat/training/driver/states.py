@@ -139,7 +139,7 @@ class AllDone:
 
 @dataclass(frozen=True)
 class CommandEnded:
-    """Reports that the command has completed its work, or that an error ends it. `state`: one of ENDS."""
+    """Reports that the command has completed its work, or that an error ends the command. `state`: one of ENDS."""
 
     state: RunState
 

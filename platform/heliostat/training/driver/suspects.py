@@ -55,10 +55,11 @@ def exclude(bad: Sequence[str], job: Job, count: int, pool: WorkerPool) -> str:
     names = ", ".join(bad)
     if _room_without(bad, job, pool) >= count:
         pool.avoid(bad, for_good=True)
-        text = f"Excluded until this command ends: node {names}. Check the devices there"
+        text = f"Excluded until this command ends: node {names}. Check the devices of each listed node"
     else:
         text = (
-            f"No other nodes have room for {count} workers, so heliostat continues to use node {names}. Check the devices there"
+            f"No other nodes have room for {count} workers, so heliostat continues to use node {names}. "
+            "Check the devices of each listed node"
         )
     log.warning(text)
     return text

@@ -35,7 +35,7 @@ def collect(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[int, str]:
-    """Collects the stack traces that arrive within `wait_s` seconds after the order. Returns them by rank.
+    """Collects the stack traces that arrive within `wait_s` seconds after the order. Returns the traces by rank.
 
     `drain` returns new events. `take` is called with the events that aren't stack traces.
     """

@@ -5,7 +5,7 @@
 
 No post waits for the driver: an event is sent, and lost if there is no driver.
 
-Evaluation, checkpoints, and checks are each a `Hook` that the loop (`step`) calls. To add one, derive a class from `Hook`,
+Evaluation, checkpoints, and checks are each a `Hook` that the loop (`step`) calls. To add a hook, derive a class from `Hook`,
 override the methods it needs, and list it in `build`. A hook must not wait for the device or for another worker at every step.
 """
 

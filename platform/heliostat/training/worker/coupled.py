@@ -88,8 +88,8 @@ def first_pass(
     terms: Terms,
     progressed: Callable[[], None],
 ) -> CoupledStep:
-    """Represents this worker's micro-batches without gradients, and computes the loss over all workers' samples with its
-    gradients.
+    """Represents this worker's micro-batches without gradients, and computes the loss over all workers' samples, and the
+    gradients of this loss.
 
     All workers call this function together. `terms`: the step's number of loss terms. `progressed`: called after each
     micro-batch.
