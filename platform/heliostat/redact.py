@@ -38,7 +38,7 @@ BEGIN, END = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"), re.compile(r"-----END
 
 
 def redact(text: str) -> str:
-    """Replaces the secrets in a text's URIs by ***."""
+    """Replaces the secrets in a text's URIs with ***."""
     if "://" in text:
         text = URI.sub(_without_user, text)
     if "=" in text:

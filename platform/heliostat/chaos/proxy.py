@@ -245,7 +245,7 @@ def exactly(source: BinaryIO, length: int | None) -> Iterator[bytes]:
         piece = source.read1(BLOCK if left is None else min(BLOCK, left))  # type: ignore[attr-defined]
         if not piece:
             if left:
-                raise ConnectionError(f"the peer closed the connection {left} bytes early")
+                raise ConnectionError(f"the peer closed the connection before the last {left} bytes")
             return
         left = None if left is None else left - len(piece)
         yield piece

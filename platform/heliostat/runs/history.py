@@ -84,7 +84,10 @@ class History:
         for link in [*(Link(r.where, r.end, r.chain) for r in self.receipts), *self._checkpoints(run)]:
             self.links.setdefault(link.end, []).append(link)
         if not self.links:
-            raise ConfigError(f"{run}: has no receipts yet. heliostat writes the first receipt with the first checkpoint")
+            raise ConfigError(
+                f"{run}: has no receipts yet. heliostat writes the first receipt with the first checkpoint. "
+                "Try again after that checkpoint"
+            )
         self.steps = max(self.links)
 
     def version(self, step: int) -> int:

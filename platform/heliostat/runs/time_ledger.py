@@ -141,7 +141,8 @@ class LedgerRecorder:
         now.known, now.pending = at, pending
 
     def _join(self, event: ModelPhase) -> None:
-        """Books the start of the workers. `event.queued_s`: seconds for which the last requested placement group waited."""
+        """Books the time until the workers began to run: as `queued`, then as `starting`. `event.queued_s`: seconds for which the
+        last requested placement group waited."""
         now, at = self.attempts[-1], event.at
         self._joined = max(now.known, at - sum((event.ledger or {}).values()))
         if self._placing:
@@ -252,7 +253,7 @@ class LedgerRecorder:
                 )
             return
         if not first:
-            log.warning("read the run's ledger again. From now on, goodput and limits count all commands")
+            log.warning("can read the run's ledger again. From now on, goodput and limits count all commands")
 
     def close(self, outcome: str, reason: str = "") -> None:
         """Closes the ledger at the end of the command, and waits until its file is written."""

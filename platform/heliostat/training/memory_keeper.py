@@ -171,7 +171,7 @@ class MemoryKeeper:
             copy = self._copies[id, rank]
             if sorted(copy.arrived) != sorted(sums) or sum(one.size for one in sums) != len(copy.data):
                 del self._copies[id, rank]
-                raise ValueError("an in-memory checkpoint arrived damaged (checksum)")
+                raise ValueError("an in-memory checkpoint arrived damaged (wrong checksum), so heliostat doesn't use it")
             copy.facts, copy.layout, copy.own = facts, layout, own
 
     def _require_present(self, id: str) -> None:

@@ -367,7 +367,9 @@ def _check_mlflow(uri: str) -> None:
             with e:
                 said = brief(" ".join(re.sub("<[^>]*>", " ", e.read(4096).decode(errors="replace")).split()))
             kind = TrackingError if e.code >= 500 else HeliostatError
-            raise kind(f"mlflow.uri: {uri} answers with an error: {e.code} {e.reason}{f' ({said})' if said else ''}") from e
+            raise kind(
+                f"mlflow.uri: {uri} answers with an error: {e.code} {e.reason}{f' ({said})' if said else ''}. Check the server"
+            ) from e
         except (urllib.error.URLError, TimeoutError, OSError) as e:
             raise TrackingError(
                 f"mlflow.uri: {uri} doesn't answer ({getattr(e, 'reason', e)}). Start the server: mlflow server"

@@ -92,7 +92,7 @@ class WorkerEnded:
 
 @dataclass(frozen=True)
 class Clock:
-    """Reports the time."""
+    """Reports the current time, so that `decide` notices deadlines."""
 
     now: float
 
@@ -165,7 +165,7 @@ def decide(watch: WorkerWatch, event: AttemptEvent) -> Decision:
         case Clock(now=now) if now >= watch.back_by:
             return watch, EndLate()
         case Clock(now=now) if now > watch.stop_by and not watch.fault:
-            what = f"the workers wrote no checkpoint within checkpoint.grace ({watch.grace:g} s)"
+            what = f"the workers wrote no checkpoint within checkpoint.grace ({watch.grace:g} s). Raise checkpoint.grace"
             interrupted = watch.ordered == INTERRUPTED
             return _give_up(watch, StoppedError(f"stopped by {watch.asked_by}: {what}") if interrupted else StalledError(what))
         case FaultFound(error=error):

@@ -34,7 +34,7 @@ class LossWatch(Hook):
     def on_report(self, first: int, losses: list[float]) -> None:
         """Checks the losses of steps.
 
-        Raises LossSpikeError for a spike that the job rolls back, and NonFiniteError for a non-finite loss.
+        Raises LossSpikeError for a loss spike if the job sets `spike.action: rollback`, and NonFiniteError for a non-finite loss.
         """
         for step, loss in enumerate(losses, first):
             excess = self.detector.excess(loss) if self.detector else None

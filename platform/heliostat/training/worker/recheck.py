@@ -100,7 +100,7 @@ class CorruptionCheck(Hook):
     def look(self, step: int) -> str | None:
         """Compares the workers before a step. Returns a notice for the user if the check turns itself off.
 
-        Raises CorruptionError on all workers if they differ.
+        Raises CorruptionError on all workers if the results differ.
         """
         if self.agreed < 0:
             self.agreed = step
