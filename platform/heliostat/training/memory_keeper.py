@@ -90,7 +90,8 @@ def summed(data: np.ndarray, start: int) -> Sum:
 
 @dataclass
 class Copy:
-    """Holds one copy. Sealing sets its `facts`, its `layout`, and `own`: the part of the state that no other worker has.
+    """Holds one worker's copy of the training state. When the copy is complete, sealing sets its `facts`, its `layout`, and
+    `own`: the part of the state that no other worker has.
 
     `own` is encoded by `wire`, because a keeper doesn't import its classes.
     """

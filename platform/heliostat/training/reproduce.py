@@ -91,7 +91,8 @@ def read(client: Any, run: Any) -> RecordedRun:
     )
     if job is None or not data["segments"] or not starts:
         raise ConfigError(
-            f"run {run_id}: its record has no job, data, or machines, because the run ended before its first checkpoint"
+            f"run {run_id}: the record in MLflow has no job, data, or machines, because the run ended before its first "
+            "checkpoint. Reproduce another run"
         )
     first = consumed.parse(data)[0]
     environment = read_json(client, run_id, f"code/environment-{starts[0]['environment']}.json", dict[str, str]) or {}

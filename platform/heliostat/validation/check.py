@@ -129,8 +129,8 @@ def check_file(path: Path, settings: list[str] | None = None, cluster: Path | Cl
 
 
 def check_job(job: Job) -> tuple[Job, Recipe]:
-    """Checks everything that needs no dataset, store, or machine. Returns the job as this machine can compute it, and its
-    recipe."""
+    """Checks everything that needs no dataset, store, or machine. Returns the job, with a precision that this machine's CPU
+    supports, and the job's recipe."""
     faults = Faults()
     job, recipe = _check_job(job, faults)
     if recipe is None or faults:
