@@ -77,7 +77,10 @@ def test_a_server_that_answers_with_an_error_is_not_said_to_be_silent():
     full = "<html><p>No space left\n on device</p>"
     with server(503, full) as uri, pytest.raises(HeliostatError) as e:
         check._check_mlflow(uri)
-    assert str(e.value) == f"mlflow.uri: {uri} answers with an error: 503 Service Unavailable (No space left on device)"
+    assert (
+        str(e.value)
+        == f"mlflow.uri: {uri} answers with an error: 503 Service Unavailable (No space left on device). Check the server"
+    )
 
 
 def test_a_run_that_resumes_trains_without_an_mlflow_that_is_away(tmp_path, caplog):

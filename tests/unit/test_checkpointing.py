@@ -92,7 +92,8 @@ def test_layers_that_take_their_input_by_name_are_refused(monkeypatch):
 
 
 def test_what_cannot_hold_it_is_refused_by_name():
-    assert faults(**{OFFLOAD: True}) == [f"{OFFLOAD}: needs {WHICH}, whose layer inputs it moves. Set that too"]
+    why = "because only inputs of checkpointed layers are offloaded. Set both keys"
+    assert faults(**{OFFLOAD: True}) == [f"{OFFLOAD}: needs {WHICH}, {why}"]
     assert faults(**{OFFLOAD: True, WHICH: True, "train.compile": True}) == [
         f"{OFFLOAD}: true isn't supported with train.compile. Set one of them to false"
     ]

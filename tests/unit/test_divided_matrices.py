@@ -38,7 +38,7 @@ FAMILIES = {
         ({"workers.count": 3, "train.global_batch_size": 12}, "doesn't divide workers.count 3. Use 2 or 4 workers"),
         (
             {"train.zero.stage": 3},
-            "isn't supported with train.zero.stage 3, which shards every matrix over all workers. Use 1 or 2",
+            "isn't supported with train.zero.stage 3, which shards every matrix over all workers. Use stage 1 or 2",
         ),
         ({"train.compile": True}, "isn't supported with train.compile. Remove one of them"),
         ({"train.tiled_mlp": True}, "isn't supported with train.tiled_mlp. Remove one of them"),

@@ -44,7 +44,7 @@ def refusals(**changes):
          "needs micro-batches of one sample, and train.micro_batch_size is 2"),
         (GPU | {ATTENTION: "flex_attention", "workers": {"count": 2, "gpus": 1}, "train.parallel.sequence": 2}, "isn't supp"),
         ({ATTENTION: "flash"}, "train.attention"),
-        ({FP8: True, "train.precision": "bf16"}, "train.fp8: true needs GPUs (workers.gpus is 0). Set it to false"),
+        ({FP8: True, "train.precision": "bf16"}, "train.fp8: true needs GPUs (workers.gpus is 0). Set train.fp8 to false"),
         (GPU | {FP8: True, "train.precision": "fp16"}, "with train.precision 'fp16'"),
         (GPU | {FP8: True, "train.tiled_mlp": True}, "isn't supported with train.tiled_mlp"),
         (GPU | {COMPILE: "blocks", "train.tiled_loss": True}, "train.tiled_loss: true isn't supported with train.compile"),

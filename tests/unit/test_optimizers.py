@@ -174,7 +174,9 @@ def test_an_average_in_the_optimizer_takes_the_place_of_a_schedule_and_of_anothe
 
 @pytest.mark.parametrize("key", GROWING)
 def test_batches_and_samples_that_grow_are_refused_by_name(key):
-    with pytest.raises(ConfigError, match=rf"^job\.yaml: train: {key} isn't supported: every .*\. Remove it, and use train\."):
+    with pytest.raises(
+        ConfigError, match=rf"^job\.yaml: train: {key} isn't supported: every .*\. Remove this key, and use train\."
+    ):
         job(**{f"train.{key}": 100})
 
 
