@@ -34,8 +34,8 @@ from tests.unit import build_images
 from tests.unit.build_document_index import CORPUS, index, write_dataset
 from tests.unit.build_job import BASE, job
 from tests.unit.build_language_model import write_model
+from tests.unit.build_text_to_image import recipe, woken
 from tests.unit.page import KEY, client, opened
-from tests.unit.test_text_to_image import recipe, woken
 
 BEARER = {"Authorization": f"Bearer {KEY}"}
 
