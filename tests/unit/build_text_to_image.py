@@ -13,6 +13,7 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.recipes.images import diffusers_folder
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.storage.locations import Location
+from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.unit import build_images
@@ -35,6 +36,15 @@ def woken(model: torch.nn.Module) -> torch.nn.Module:
             if not parameter.any():
                 parameter.normal_(std=0.1)
     return model
+
+
+def export(made: TextToImage, model: torch.nn.Module, folder: Path) -> Path:
+    """Writes a model's folder for diffusers: its weights as `export` stores them, and everything else as the recipe saves it."""
+    made.save_config(folder)
+    for prefix, file in made.layout.items():
+        mine = {n.removeprefix(prefix): t.contiguous() for n, t in model.state_dict().items() if n.startswith(prefix)}
+        save_file(mine, folder / f"{file}.safetensors", {"format": "pt"})
+    return folder
 
 
 def rows(dataset: Path, count: int = 12) -> Any:

@@ -10,11 +10,10 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from heliostat.recipes.images import diffusers_folder
 from heliostat.recipes.images.pipeline import TextToImagePipeline, generators
-from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
 from tests.unit.build_images import UNET
-from tests.unit.build_text_to_image import BACKBONES, autoencoder, clip, recipe, woken
+from tests.unit.build_text_to_image import BACKBONES, autoencoder, clip, export, recipe, woken
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,14 +52,10 @@ def test_latents_are_sampled_as_stable_diffusions_own_pipeline_does(prediction, 
 def test_an_exported_folder_loads_with_plain_diffusers_and_draws_the_same(arch, prediction, digits, tmp_path):
     """Weights as `export` stores them, and everything else as the recipe saves it. Then DiffusionPipeline alone loads the
     folder."""
-
     made = recipe(digits, backbone=BACKBONES[arch], objective={"prediction": prediction})
     torch.manual_seed(0)
     model = woken(made.build()).eval()
-    made.save_config(tmp_path)
-    for prefix, file in made.layout.items():
-        mine = {n.removeprefix(prefix): t.contiguous() for n, t in model.state_dict().items() if n.startswith(prefix)}
-        save_file(mine, tmp_path / f"{file}.safetensors", {"format": "pt"})
+    export(made, model, tmp_path)
     prompts = ["the digit one", "seven, handwritten"]
     plain: Any = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     plain.set_progress_bar_config(disable=True)
@@ -87,10 +82,5 @@ def test_latents_with_clip_and_a_unet_are_exported_as_stable_diffusion(digits, t
     torch.manual_seed(0)
     model = made.build()
     assert not any("text_encoder" in n or "vae" in n for n, _ in model.named_parameters()), "frozen parts are not trained"
-
-    out = tmp_path / "out"
-    made.save_config(out)
-    mine = {n.removeprefix("unet."): t.contiguous() for n, t in model.state_dict().items()}
-    save_file(mine, out / "unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
-    plain: Any = DiffusionPipeline.from_pretrained(out)
+    plain: Any = DiffusionPipeline.from_pretrained(export(made, model, tmp_path / "out"))
     assert type(plain) is StableDiffusionPipeline
