@@ -1,7 +1,6 @@
 """Tests the language-model recipe: impossible models are rejected by key, and packed documents don't see each other."""
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -26,15 +25,7 @@ SHAPES = {
                  "vocab_size": 96},
 }  # fmt: skip
 NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe(model: dict | None = None, length: int = 64, **changes) -> CausalLM:

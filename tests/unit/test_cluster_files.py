@@ -15,11 +15,7 @@ from tests.unit.build_job import ROOT, job
 
 CLUSTERS = sorted((ROOT / "clusters").glob("*.yaml"))
 KUBERAY_FILES = [p for p in CLUSTERS if p.stem.startswith("kuberay")]
-
-
-@pytest.fixture(autouse=True)
-def workspace(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("in_repository")
 
 
 def read(name: str) -> cluster_file.ClusterFile:

@@ -25,7 +25,7 @@ from heliostat.tasks.work import Work
 from typer.testing import CliRunner
 
 from tests.unit.build_curation import HereFlow, spelled
-from tests.unit.test_making import make, text_making
+from tests.unit.build_making import make, text_making
 
 SHARD_BYTES = 40_000
 BPE = {"vocab_size": 300, "train_bytes": 5000, "path": None, "end_of_document": "<|endoftext|>"}

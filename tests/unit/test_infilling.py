@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from tests.unit import build_pages
 from tests.unit.build_curation import HereFlow
-from tests.unit.test_making import text_making
+from tests.unit.build_making import text_making
 from tests.unit.test_tokenizers import END, HELD, trained
 
 BPE = {"vocab_size": 400, "train_bytes": 50_000, "path": None, "end_of_document": END}

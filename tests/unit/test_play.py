@@ -28,14 +28,13 @@ from heliostat.recipes.images.generator import ImageCanvas
 from heliostat.recipes.images.generator import PictureOptions as Options
 from heliostat.recipes.text import sentence_folder
 from PIL import Image
-from safetensors.torch import save_file
 
 from tests.unit import build_images
 from tests.unit.build_document_index import CORPUS, index, write_dataset
 from tests.unit.build_job import BASE, job
 from tests.unit.build_language_model import write_model
+from tests.unit.build_text_to_image import export, recipe, woken
 from tests.unit.page import KEY, client, opened
-from tests.unit.test_text_to_image import recipe, woken
 
 BEARER = {"Authorization": f"Bearer {KEY}"}
 
@@ -45,10 +44,7 @@ def write_painter(folder, dataset):
     made = recipe(dataset)
     torch.manual_seed(0)
     model = woken(made.build()).eval()
-    made.save_config(folder)
-    for prefix, file in made.layout.items():
-        mine = {n.removeprefix(prefix): t.contiguous() for n, t in model.state_dict().items() if n.startswith(prefix)}
-        save_file(mine, folder / f"{file}.safetensors", {"format": "pt"})
+    export(made, model, folder)
     exported.write(folder, job(**build_images.job(dataset)), {"run_id": "f" * 32, "step": 1, "data_digest": "d"})
     return folder
 
