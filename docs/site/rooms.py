@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "platform" / "heliostat"
-FORM = re.compile(r"(?P<purpose>.+?)\n\nStart at `(?P<start>[\w/]+)`\.\nMay import: (?P<imports>[^.]+)\.", re.DOTALL)
+FORM = re.compile(r"(?P<purpose>.+?)\n\nStart at `(?P<start>[\w/]+)`\.\s+May import: (?P<imports>[^.]+)\.", re.DOTALL)
 PAGES = {"docs/concepts.md": "rooms", "CONTRIBUTING.md": "layers"}
 
 

@@ -33,7 +33,7 @@ __all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datase
 
 
 class _Earlier:
-    """Finds public modules under their earlier paths, so that existing recipes and pipelines still import.
+    """Finds public modules under their earlier paths, so that existing recipes and pipelines can still import these modules.
 
     This class doesn't subclass `importlib.abc.MetaPathFinder`, because importing `importlib.abc` would double the import time of
     heliostat.

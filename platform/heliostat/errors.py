@@ -172,8 +172,8 @@ class TrackingError(HeliostatError):
 
 @contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Puts the name of the file or folder with the fault before an error's message within the context, unless the message
-    already contains it."""
+    """Puts the name of a faulty file or folder at the start of errors that the context raises. A message that already contains
+    this name stays unchanged."""
     try:
         yield
     except HeliostatError as e:

@@ -36,7 +36,8 @@ MODULES = {
 
 
 def require(extra: str, *modules: str, what: str = "this") -> None:
-    """Raises MissingExtraError if one of an extra's modules isn't installed. `what`: the part of heliostat that needs it."""
+    """Raises MissingExtraError if one of an extra's modules isn't installed. `what`: the part of heliostat that needs these
+    modules."""
     unknown = set(modules) - set(MODULES[extra])
     assert modules and not unknown, f"the extra {extra!r} doesn't contain the modules {unknown or 'nothing'}"
     for module in modules:
@@ -45,8 +46,8 @@ def require(extra: str, *modules: str, what: str = "this") -> None:
 
 
 def missing(what: str, extra: str, module: str) -> MissingExtraError:
-    """Makes the error for a missing module. The message has `what` needs the module, the extra, and the command that installs the
-    extra."""
+    """Makes the error for a missing module. The message has the part that needs the module (`what`), the module, the extra, and
+    the command that installs the extra."""
     return MissingExtraError(f"{what} needs the extra {extra!r} (no module {module!r}). Run: {command(extra)}")
 
 
@@ -74,7 +75,8 @@ def _pairs() -> Iterator[tuple[str, str]]:
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Makes `__getattr__` and `__dir__` for a package. They import a name at its first use. `homes`: name -> module."""
+    """Makes `__getattr__` and `__dir__` for a package. These functions import a name at its first use. `homes`: name ->
+    module."""
 
     def get(name: str) -> object:
         if name not in homes:

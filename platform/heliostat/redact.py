@@ -38,7 +38,7 @@ BEGIN, END = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"), re.compile(r"-----END
 
 
 def redact(text: str) -> str:
-    """Replaces the secrets in a text's URIs by ***."""
+    """Replaces the secrets in a text's URIs with ***."""
     if "://" in text:
         text = URI.sub(_without_user, text)
     if "=" in text:
@@ -132,8 +132,8 @@ def _keys(lines: list[str]) -> set[int]:
 
 
 def _continued(lines: list[str]) -> set[int]:
-    """Finds the numbers of the lines that continue the value of a key with such a name: lines with more indentation than the key,
-    and plain items of a list."""
+    """Finds the numbers of the lines that continue the value of a key whose name suggests a secret: lines with more indentation
+    than the key, and plain items of a list."""
     numbers = set[int]()
     for i, line in enumerate(lines):
         values = _values(line)

@@ -68,8 +68,8 @@ def old_names(model: type[BaseModel]) -> dict[str, str]:
 def renamed(model: type[BaseModel], raw: Any, at: str = "", into: dict[str, str] | None = None) -> Any:
     """Replaces old names of keys in a file's content, unless the file has both names.
 
-    `at`: the path of `raw` in the file, with a final dot. `into`: a mapping that gets the old path -> new path of each replaced
-    key.
+    `at`: the path of `raw` in the file, with a final dot. `into`: a mapping that receives an entry (old path -> new path) for
+    each replaced key.
     """
     if isinstance(raw, list):
         return [renamed(model, part, f"{at}{i}.", into) for i, part in enumerate(raw)]
@@ -101,7 +101,7 @@ def _below(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
 
 
 def _number(value: object) -> object:
-    """Converts a string to the number in it. YAML 1.1 reads 1e-3, which has no dot, as a string."""
+    """Converts a string that is a number to this number. YAML 1.1 reads 1e-3, which has no dot, as a string."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -143,15 +143,17 @@ def documents(path: Path) -> list[Any]:
         near = f". Did you mean {others[close[0]]!r}?" if close else nearest("", list(others.values()))
         raise ConfigError(f"{path}: no such file{near or '. Check the path'}") from e
     except IsADirectoryError as e:
-        raise ConfigError(f"{path}: is a folder. Use a YAML file in it") from e
+        raise ConfigError(f"{path}: is a folder. Pass a YAML file in this folder") from e
     except UnicodeDecodeError as e:
         raise ConfigError(f"{path}: isn't UTF-8 text (byte {e.start}). Use a YAML file") from e
     except OSError as e:
-        raise ConfigError(f"{path}: can't read it ({e.strerror or e}). Check the path and its permissions") from e
+        raise ConfigError(f"{path}: can't read this file ({e.strerror or e}). Check the path and its permissions") from e
     except BROKEN as e:
         raise ConfigError(f"{path}: {e if isinstance(e, ConfigError) else _broken(e)}") from e
     if bounded(sections) > NODES:
-        raise ConfigError(f"{path}: has more than {NODES:,} values, or a value that contains itself (& and *). Remove some")
+        raise ConfigError(
+            f"{path}: has more than {NODES:,} values, or a value that contains itself (& and *). Remove some values"
+        )
     return sections
 
 
@@ -161,7 +163,7 @@ def _broken(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     why = getattr(error, "problem", None) or error
-    return f"not valid YAML{place} ({brief(' '.join(str(why).split()))}). Correct it, or quote the value"
+    return f"not valid YAML{place} ({brief(' '.join(str(why).split()))}). Correct this line, or quote the value"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | Non
         try:
             value = yaml.safe_load(text)
         except BROKEN as e:
-            raise ConfigError(f"--set {setting!r}: the value isn't valid YAML. Close its brackets, or quote it") from e
+            raise ConfigError(f"--set {setting!r}: the value isn't valid YAML. Close the brackets, or quote the value") from e
         *parents, last = path.split(".")
         target: Any = raw
         for depth, key in enumerate(parents, 1):
@@ -282,7 +284,7 @@ def explain(error: ValidationError, model: type[BaseModel], within: str = "") ->
         if fault["type"] == "extra_forbidden":
             known = [field.alias or known for known, field in owner.model_fields.items()] if owner else []
             own = advice.get(name.lower().replace("-", "_"), f"Use {key}")
-            fix = f". {own}" if own != f"Use {key}" else nearest(name, known) or ". Remove it"
+            fix = f". {own}" if own != f"Use {key}" else nearest(name, known) or ". Remove this key"
             lines.append(f"{key}: unknown key{fix}")
         elif fault["type"] == "missing":
             lines.append(advice.get(f"{key}?") or absent(key, _example(owner, name)))
@@ -333,9 +335,7 @@ def _literals(annotation: object) -> list[object]:
 def require_whole(model: type, key: str) -> None:
     """Raises ConfigError, which begins with the key, if a class doesn't implement all methods that its base class requires."""
     if missing := sorted(getattr(model, "__abstractmethods__", ())):
-        raise ConfigError(
-            f"{key}: {model.__module__}:{model.__qualname__} lacks {', '.join(missing)}. Implement what the base class requires"
-        )
+        raise ConfigError(f"{key}: {model.__module__}:{model.__qualname__} lacks {', '.join(missing)}. Implement these methods")
 
 
 def validate(model: type[M], raw: object, where: str, context: object = None) -> M:
@@ -348,13 +348,14 @@ def validate(model: type[M], raw: object, where: str, context: object = None) ->
 
 
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
-    """Reads and validates a file of a kind (`KIND_KEYS`), with settings applied. ConfigError for a file of a different kind."""
+    """Reads and validates a file of a kind (`KIND_KEYS`), with settings applied. Raises ConfigError for a file of a different
+    kind."""
     return validate(model, read(model, kind, path, settings), str(path))
 
 
 def read(model: type[BaseModel], kind: str, path: Path, settings: list[str] | None = None) -> dict[str, Any]:
-    """Reads a file of a kind, applies settings, and replaces old names of keys. Logs each old name once per file. ConfigError for
-    a file of a different kind."""
+    """Reads a file of a kind, applies settings, and replaces old names of keys. Logs each old name once per file. Raises
+    ConfigError for a file of a different kind."""
     raw, changes = read_yaml(path), dict[str, str]()
     require_kind(kind, path, raw)
     raw = renamed(model, raw, into=changes)
@@ -365,7 +366,7 @@ def read(model: type[BaseModel], kind: str, path: Path, settings: list[str] | No
 
 @cache
 def _say_renamed(where: str, old: str, new: str) -> None:
-    log.warning("%s: %s is now %s", where, old, new)
+    log.warning("%s: key %s is now %s. Use the new name", where, old, new)
 
 
 # Keys that only files of one kind have: one of them in a file determines its kind.

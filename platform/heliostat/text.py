@@ -57,7 +57,8 @@ def brief(text: object, longest: int = LONGEST) -> str:
 def nearest(word: str, choices: list[str]) -> str:
     """Suggests the most similar choice as `. Did you mean 'x'?`.
 
-    If no choice is similar, lists all choices instead. Then returns "" if there are more than 30 choices, or none.
+    If no choice is similar, lists all choices instead, up to 30. Returns "" if more than 30 choices exist and none is similar, or
+    if the list is empty.
     """
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:
@@ -77,11 +78,11 @@ def value_problem(kind: str, message: str, value: str, limits: dict[str, Any], k
         return f"{value} {LIMITS[kind].format(**numbers)}"
     if kind == "string_pattern_mismatch":
         pattern = limits["pattern"]
-        return f"{value} {NAME_FAULT if pattern == NAME else f'has other characters than {pattern} allows. Correct it'}"
+        return f"{value} {NAME_FAULT if pattern == NAME else f'has other characters than {pattern} allows. Correct the value'}"
     wanted, usual = WANTED.get(kind, ("", UNKNOWN))
     example = usual if example == UNKNOWN else example
     problem = f"expected {wanted}, got {value}" if wanted else f"{message.removeprefix('Input ')} ({value})"
-    fix = f". Write {key}: {example}" if key and example != UNKNOWN else "" if wanted else ". Correct it"
+    fix = f". Write {key}: {example}" if key and example != UNKNOWN else "" if wanted else ". Correct the value"
     return f"{problem}{fix}"
 
 

@@ -185,15 +185,15 @@ def test_a_full_disk_is_a_storage_error_on_all_ranks_and_the_checkpoint_before_s
 def refusals(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     run = Location(folder)
     saver = checkpoint.Saver(run, spec.Checkpoint.model_validate({"every": 1, "best": {"metric": "accuracy"}}), group)
-    with pytest.raises(ConfigError, match=r"^checkpoint.best.metric: 'accuracy' isn't a score of the recipe\. Scores: loss$"):
+    with pytest.raises(ConfigError, match=r"^checkpoint.best.metric: 'accuracy' isn't a score of the recipe\. Use one of: loss$"):
         saver.save(1, _state(_whole(1, 1000)), FACTS)
     saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
     saver.save(1, _state(_whole(1, 1000)), FACTS)
     saver.wait()
     found = checkpoint.open_checkpoint(run, 1)
     for other, message in [
-        ({"master.new": torch.zeros(3)}, "has no 'master.new'"),
-        ({"master.small": torch.zeros(30)}, "has 'master.small' in another shape than the model"),
+        ({"master.new": torch.zeros(3)}, "has no tensor 'master.new'"),
+        ({"master.small": torch.zeros(30)}, "has tensor 'master.small' in another shape than the model"),
     ]:
         with pytest.raises(CheckpointError, match=rf"{message}\. Another model made this checkpoint"):
             checkpoint.load(found, other, group)
@@ -246,7 +246,7 @@ def test_a_save_that_fails_on_one_worker_is_heard_of_by_all_at_a_next_step(tmp_p
     told: dict[str, list[dict[str, Any]]] = {}
     for row in ranks.run(f"{__name__}:heard", (3,), str(tmp_path)):
         told.setdefault(row["case"], []).append(row)
-    for case, error, text in [("disk", "StorageError", "shard-00001.safetensors: can't write it (file too large)"),
+    for case, error, text in [("disk", "StorageError", "shard-00001.safetensors: can't write this file (file too large)"),
                               ("copy", "WorkerError", "worker 1: NotImplementedError")]:  # fmt: skip
         rows = told[case]
         assert len(rows) == 3 and {(row["steps"], row["error"]) for row in rows} == {(rows[0]["steps"], error)}

@@ -37,7 +37,7 @@ from tests.integration.conftest import curve
 from tests.integration.reference import plain_losses
 from tests.unit import build_images
 from tests.unit.build_images import TEXT, UNET
-from tests.unit.test_text_to_image import clip
+from tests.unit.build_text_to_image import clip
 
 PROMPTS = [{"text": f"the digit {word}", "label": word} for word in ("zero", "two", "five")]
 

@@ -85,7 +85,7 @@ def test_a_damaged_chunk_is_replaced_listed_and_verified_or_stops_the_run(own_co
     for entry in entries:
         assert entry["row_group"] == 0 and entry["shard"].startswith("shards/") and "cannot be read" in entry["reason"]
         assert entry["replaced_by"]["row_group"] != 0 or entry["replaced_by"]["shard"] != entry["shard"]
-    with pytest.raises(DataError, match=r"row group 0: cannot be read .*data\.on_bad_sample 'replace'"):
+    with pytest.raises(DataError, match=r"row group 0: cannot be read .*data\.on_bad_sample to 'replace'"):
         train(job_file("strict"), settings(1, **source, **{"data.on_bad_sample": "fail"}))
 
 

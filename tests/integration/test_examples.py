@@ -145,7 +145,7 @@ def test_a_recipe_that_is_neither_exported_nor_served_trains_to_its_end(job_file
     (tmp_path / "bigrams.yaml").write_text(yaml.safe_dump(made))
     with caplog.at_level(logging.WARNING, logger="heliostat"):
         result = train(tmp_path / "bigrams.yaml")
-    said = f"no model logged: {__name__}:Bigrams doesn't support export. The run's checkpoints remain"
+    said = f"no model logged in MLflow: the recipe {__name__}:Bigrams doesn't support export. The run's checkpoints remain"
     assert said in caplog.text and result["model_uri"] is None and result["samples"] == []
     assert result["eval"]["loss"] < curve(tracking, result["run_id"])[0]
     assert train(tmp_path / "bigrams.yaml", resume=True) == result

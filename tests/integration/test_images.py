@@ -21,7 +21,7 @@ from PIL import Image
 from tests import stores
 from tests.integration.pipelines import write_pipeline
 from tests.unit.build_images import image
-from tests.unit.test_text_to_image import autoencoder, clip
+from tests.unit.build_text_to_image import autoencoder, clip
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

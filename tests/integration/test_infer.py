@@ -121,7 +121,7 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
         assert code == 2 and len(error.strip().splitlines()) == 1
         return error
 
-    assert "--max-tokens: has an effect only with --task continue or chat (score). Remove it" in said(
+    assert "--max-tokens: has an effect only with --task continue or chat (score). Remove this option" in said(
         "--out", str(tmp_path / "out"), "--task", "score", "--max-tokens", "3"
     )
     assert "not empty, and has no batch inference" in said("--out", str(tmp_path), "--max-tokens", "3")

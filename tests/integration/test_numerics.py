@@ -57,7 +57,7 @@ def test_an_architecture_computes_what_one_plain_process_does(arch, concluded) -
     by bias, sharded experts, and shared samples."""
     one = concluded[arch.replace("_", "-")]
     assert one["ok"], one["faults"][:3]
-    assert ("cut from" in one["trial"]["model"]) == (arch != "gpt2")  # which is small enough as it is
+    assert ("reduced from" in one["trial"]["model"]) == (arch != "gpt2")  # which is small enough as it is
     rows = {row["what"]: row for row in one["rows"]}
     assert rows["gradients"]["count"] == rows["updates"]["count"] >= 4 * 15  # a row for each tensor and step
     assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch_size"]
@@ -162,7 +162,7 @@ def named(found: dict[str, Any], what: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "cause", "first"),
     [
-        ("wrong-scale", "is 1.02 times the right one: a wrong scale", 1),
+        ("wrong-scale", "is 1.02 times the right gradient: a wrong scale", 1),
         ("stale-gradient", "is the gradient of the previous step: a stale buffer", 2),
     ],
 )
@@ -181,7 +181,7 @@ def test_gradients_that_were_not_reduced_are_told_from_others(faulty) -> None:
         len({fault["name"] for fault in gradients})
         == next(r for r in faulty["not-reduced"]["rows"] if r["what"] == "updates")["count"] / 4
     )
-    assert all("one worker's share: it wasn't reduced over the workers" in fault["text"] for fault in gradients)
+    assert all("one worker's share: the gradient wasn't reduced over the workers" in fault["text"] for fault in gradients)
 
 
 @pytest.mark.ci
@@ -197,7 +197,7 @@ def test_an_optimizer_that_errs_is_found_by_its_updates_alone(faulty) -> None:
     assert {fault["what"] for fault in faulty["lost-moment"]["faults"]} == {"updates"}
     assert min(fault["step"] for fault in faulty["lost-moment"]["faults"]) == 4
     hasty_ = named(faulty["wrong-rate"], "updates")
-    assert any("is 1.5 times the right one: a wrong scale" in fault["text"] for fault in hasty_)
+    assert any("is 1.5 times the right update: a wrong scale" in fault["text"] for fault in hasty_)
 
 
 # the command ---------------------------------------------------------------------------------------------------------

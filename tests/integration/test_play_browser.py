@@ -201,7 +201,7 @@ def test_without_its_key_the_page_asks_for_it_and_says_what_is_wrong(able, open_
     screen.until(lambda: screen.one("#door").is_displayed())
     assert not screen.all("[role=tab]") and not screen.one("#door .error").is_displayed()
     screen.one("#door input").send_keys("sk-a-key-of-nobody-here\n")
-    assert screen.error("door") == "unknown API key"
+    assert screen.error("door") == "unknown API key. Use a key from the server's --keys file"
     screen.one("#door input").clear()
     screen.one("#door input").send_keys(f"{KEY}\n")
     assert screen.tabs() and not screen.one("#door").is_displayed()

@@ -74,7 +74,7 @@ def test_what_is_wrong_has_its_status_and_names_the_parameter(endpoint):
         with pytest.raises(openai.BadRequestError) as refused:
             ask.completions.create(**{**ASKED, **more})
         assert refused.value.param == param
-    with pytest.raises(openai.BadRequestError, match="longer than 512 tokens, the model's maximum"):
+    with pytest.raises(openai.BadRequestError, match="the text has more than 512 tokens, the model's maximum"):
         ask.embeddings.create(model=NAME, input="w " * 900)
     with pytest.raises(openai.APIStatusError) as large:
         ask.completions.create(**{**ASKED, "prompt": "w" * 20_001})

@@ -49,7 +49,7 @@ def test_a_spike_that_is_not_undone_is_told_on_the_terminal_in_the_log_in_mlflow
         for event in events:
             show.event(event)
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(said) == 2 and said[0].startswith("step 21: loss spike (1 so far): loss 9, where 1.01 is usual and")
+    assert len(said) == 2 and said[0].startswith("step 21: loss spike (1 so far): loss 9 (usual loss 1.01, limit ")
     assert "--step 21" in said[0] and "Training continues" in said[0] and "step 31: loss spike (2 so far)" in said[1]
 
     data = make_dataset(tmp_path / "data", 1)

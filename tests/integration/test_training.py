@@ -208,7 +208,7 @@ def test_the_same_name_is_not_overwritten_and_a_finished_run_is_not_repeated(fin
 def test_an_optimizer_that_the_checkpoints_do_not_fit_is_refused_on_resume(finished) -> None:
     """One line names the state in the checkpoints."""
     kept = r"'sgd' keeps momentum_buffer per parameter, but the run's checkpoints"
-    fault = rf"^train\.optimizer: {kept} \('adamw'\) contain exp_avg, exp_avg_sq\. Keep 'adamw'"
+    fault = rf"^train\.optimizer: {kept} \('adamw'\) contain exp_avg, exp_avg_sq\. Set train\.optimizer\.name to 'adamw'"
     with pytest.raises(ConfigError, match=fault):
         train(finished[1], ["train.optimizer={name: sgd, lr: 0.1}", "train.steps=30"], resume=True)
 

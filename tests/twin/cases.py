@@ -13,7 +13,7 @@ from transformers import T5Config, T5EncoderModel
 from tests.golden import data
 from tests.unit import build_images, build_pairs
 from tests.unit.build_job import BASE, job
-from tests.unit.test_text_to_image import autoencoder, clip
+from tests.unit.build_text_to_image import autoencoder, clip
 
 EXPERTS = {**BASE["model"], "arch": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "router_z_loss_coef": 1e-3}
 FLOW = {"backbone": build_images.SD3, "objective": {"prediction": "flow", "timesteps": "logit_normal"}}

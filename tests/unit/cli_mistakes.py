@@ -103,7 +103,7 @@ FILES = [
     (["check", "{empty}"], "{empty}", "is empty. Write lines of the form `key: value`"),
     (["check", "{list}"], "{list}", "expected a mapping of keys to values, got [1]. Write lines"),
     (["check", "{broken}"], "{broken}", "not valid YAML in line 2, column 1"),
-    (["check", "{date}"], "{date}", "(month must be in 1..12). Correct it, or quote the value"),
+    (["check", "{date}"], "{date}", "(month must be in 1..12). Correct this line, or quote the value"),
     (["check", "{binary}"], "{binary}", "isn't UTF-8 text (byte 0). Use a YAML file"),
     (["check", "{twice}"], "{twice}", "twice"),
     (["check", "{two}"], "{two}", "2 documents"),
@@ -113,7 +113,7 @@ FILES = [
 ]
 KEYS = [
     (key("train.steps"), "--set", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
-    (key("train.steps=["), "--set", "the value isn't valid YAML. Close its brackets, or quote it"),
+    (key("train.steps=["), "--set", "the value isn't valid YAML. Close the brackets, or quote the value"),
     (key("name.first=x"), "--set", "'name' is a value, not a mapping of keys. Write name=VALUE"),
     (key("data.sources.5.path=x"), "--set", "'5' isn't an index into a list of 1 item. Use 0"),
     (key("train.steps=many"), "train.steps", "expected an integer"),

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 os.environ["HELIOSTAT_CACHE"] = ""  # a test that changes how models are counted must not meet what was counted before
 LOOK_S, LOOKS = 0.005, 10
-COUNTED_ONCE = ("test_auto", "test_plan", "test_plan_layouts", "test_plan_memory_savers", "test_plan_muon", "test_plan_selective",
-                "test_cli_errors", "test_cli_next", "test_cli_reports", "test_dry_run")  # fmt: skip
+COUNTED_ONCE = ("test_auto", "test_plan", "test_plan_counts", "test_plan_layouts", "test_plan_memory_savers", "test_plan_muon",
+                "test_plan_selective", "test_plan_state", "test_cli_errors", "test_cli_next", "test_cli_reports",
+                "test_dry_run")  # fmt: skip
 
 
 def _computes() -> bool:
@@ -59,6 +60,25 @@ def nothing_waits_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def in_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test in the repository's root, where jobs and clusters are found by their relative paths."""
+    from tests.unit.build_job import ROOT
+
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Computes on one thread: small models are slower on several threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """Returns HOST:PORT of an S3 server in this process."""
@@ -92,6 +112,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     from tests.unit.build_document_index import CORPUS, write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("corpus"), CORPUS)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a dataset of handwritten digits, which no test changes."""
+    from tests.unit import build_images
+
+    return build_images.digits(tmp_path_factory.mktemp("digits") / "data", 120)
 
 
 @pytest.fixture(scope="session")

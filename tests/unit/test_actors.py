@@ -61,7 +61,7 @@ def test_the_last_actor_that_has_no_place_is_one_error_in_time(made):
         found.lost(reference)
     assert not found.ready, "no task is given to actors that are away"
     now[0] = pool.PLACE_S + 1
-    with pytest.raises(HeliostatError, match=r"can't restart the last actor within 120 s.* start again"):
+    with pytest.raises(HeliostatError, match=r"can't restart the last actor within 120 s.* run the command again"):
         found.ready  # noqa: B018
 
 

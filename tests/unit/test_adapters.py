@@ -158,10 +158,10 @@ def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
     with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors\. Save the adapter with safetensors"):
         Adapters(model, {"x": str(tmp_path / "pickled")})
     other = write_model(tmp_path, {**BASE["model"], "intermediate_size": 24}, 64)
-    with pytest.raises(ConfigError, match=r"down_proj: its matrices are .*\. Pass an adapter of this model"):
+    with pytest.raises(ConfigError, match=r"down_proj: the adapter's matrices are .*\. Pass an adapter of this model"):
         Adapters(LoadedModel(other).model, {"x": folders["rude"]})
     for tensors, said in (
-        ({"base_model.model.lm_head.weight": torch.ones(2)}, "isn't a layer's matrix"),
+        ({"base_model.model.lm_head.weight": torch.ones(2)}, "isn't a lora_A or lora_B matrix"),
         ({"base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)}, "nowhere: isn't a linear layer of the model"),
         ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 4)}, "self_attn.q_proj: has only A"),
         ({}, "is empty"),
@@ -191,7 +191,8 @@ def test_a_layer_that_does_not_see_rows_is_refused_when_it_is_loaded(tmp_path):
     tensors = {f"base_model.model.proj.lora_{letter}.weight": tensor for letter, tensor in sizes.items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(
-        ConfigError, match=r"--adapter: x: one of its layers doesn't compute rows independently\. Merge the adapter"
+        ConfigError,
+        match=r"--adapter: x: a layer with adapter weights doesn't compute the rows of a batch independently\. Merge the adapter",
     ):
         Adapters(Flat(), {"x": str(tmp_path)})
 

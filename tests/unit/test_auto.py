@@ -16,17 +16,13 @@ from heliostat.validation import check
 from heliostat.validation.check import load_job
 
 from tests.unit.build_index import index
-from tests.unit.build_job import ROOT, job, write
+from tests.unit.build_job import job, write
 from tests.unit.forked import run
 
 FOUR = {"workers.count": 4, "workers.gpus": 1, "train.global_batch_size": 16}
 MIXTRAL = {"model.arch": "mixtral", "model.num_local_experts": 8, "model.num_experts_per_tok": 2}
 DEEP = {"model.hidden_size": 16384, "model.num_hidden_layers": 3, "model.intermediate_size": 65536, "model.vocab_size": 4096}
-
-
-@pytest.fixture(autouse=True)
-def workspace(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("in_repository")
 
 
 def ranked(**changes):
@@ -135,7 +131,7 @@ def test_a_run_that_goes_on_with_as_many_workers_keeps_its_layout(tmp_path, capl
             4,
         )
         and "--set train.zero.stage=2" in caplog.text
-        and "keeps its parallelism configuration: --set" in caplog.text
+        and "keeps this parallelism configuration: --set" in caplog.text
     )
     fewer = job(**{**asked, "workers.count": 2})
     assert auto.settled(fewer, resume=True) == auto.settled(fewer), "other workers, and so the fastest on those"

@@ -229,7 +229,7 @@ def test_another_input_and_a_second_command_are_refused_before_ray_starts(model,
         run.infer(model, str(tmp_path / "two"), str(out), asked)
     with (
         lease.take(Location(str(out))),
-        pytest.raises(ConfigError, match=r"--out: .*out is being written by process \d+ on .*\. Wait for it"),
+        pytest.raises(ConfigError, match=r"--out: .*out is being written by process \d+ on .*\. Wait for that process"),
     ):
         run.infer(model, str(tmp_path / "one"), str(out), asked)
 
@@ -287,7 +287,10 @@ def test_drawing_into_a_folder_that_cannot_be_is_refused_before_ray_starts(model
 def test_a_place_that_takes_no_answer_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch):
     monkeypatch.setattr(exported, "generator", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
-    for out, why in ((tmp_path, "is a folder. Use a file in it"), (tmp_path / "file" / "a.txt", "can't write to the folder")):
+    for out, why in (
+        (tmp_path, "is a folder. Use a file in this folder"),
+        (tmp_path / "file" / "a.txt", "can't write to the folder"),
+    ):
         with pytest.raises(AccessError, match=why):
             generate.generate(model, "a", {}, 0, str(out))
 

@@ -1,7 +1,6 @@
 """Tests the language-model recipe: impossible models are rejected by key, and packed documents don't see each other."""
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -26,15 +25,7 @@ SHAPES = {
                  "vocab_size": 96},
 }  # fmt: skip
 NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recipe(model: dict | None = None, length: int = 64, **changes) -> CausalLM:
@@ -118,7 +109,7 @@ def test_a_sequence_longer_than_the_positions_is_refused(arch, key):
     """This holds under either name of the key. If the job doesn't set the positions, they grow with the sequence."""
     shape = {k: v for k, v in SHAPES[arch].items() if k != "n_positions"}
     assert recipe({**shape, key: 64}).config.max_position_embeddings == 64
-    assert refusal({**shape, key: 63}) == "data.sequence_length: 64 is above the model's max_position_embeddings 63"
+    assert refusal({**shape, key: 63}) == "data.sequence_length: 64 is above the model's max_position_embeddings. Use at most 63"
     assert recipe(shape, 5000).config.max_position_embeddings == 5000
 
 
@@ -140,7 +131,7 @@ def test_a_pretrained_model_is_a_folder_with_a_configuration(tmp_path):
         if found not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             assert refusal({"pretrained": str(tmp_path)}).endswith(f"contains a {found!r}, which isn't a causal language model")
     LlamaConfig(max_position_embeddings=32).save_pretrained(tmp_path)
-    assert "is above the model's max_position_embeddings 32" in refusal({"pretrained": str(tmp_path)})
+    assert "is above the model's max_position_embeddings. Use at most 32" in refusal({"pretrained": str(tmp_path)})
     assert recipe({"pretrained": str(tmp_path)}, 32).config.model_type == "llama"
 
 

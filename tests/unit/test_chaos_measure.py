@@ -112,7 +112,7 @@ def test_a_model_that_is_registered_twice_or_not_at_all_is_a_problem():
     [
         ("kill-wroker", r"unknown fault \(kill-wroker\). Did you mean 'kill-worker'"),
         ("sigterm,hang,hang", r"^--faults: a fault is listed twice \(hang\)\. List each fault once"),
-        ("", r"^--faults: the list is empty\. Use kill-worker, "),
+        ("", r"^--faults: the list is empty\. Use one or more of: kill-worker, "),
     ],
 )
 def test_a_wrong_list_of_faults_is_one_clear_error(given, words, tmp_path):

@@ -77,7 +77,10 @@ def test_a_server_that_answers_with_an_error_is_not_said_to_be_silent():
     full = "<html><p>No space left\n on device</p>"
     with server(503, full) as uri, pytest.raises(HeliostatError) as e:
         check._check_mlflow(uri)
-    assert str(e.value) == f"mlflow.uri: {uri} answers with an error: 503 Service Unavailable (No space left on device)"
+    assert (
+        str(e.value)
+        == f"mlflow.uri: {uri} answers with an error: 503 Service Unavailable (No space left on device). Check the server"
+    )
 
 
 def test_a_run_that_resumes_trains_without_an_mlflow_that_is_away(tmp_path, caplog):
@@ -142,7 +145,7 @@ def test_commands_give_an_mlflow_that_is_away_one_budget_and_say_what_to_run_nex
     error = result.exception
     assert isinstance(error, TrackingError) and time.monotonic() - begun < 45
     assert str(error).startswith(f"MLflow at {uri}: no answer within 2 s (") and "\n" not in str(error)
-    assert str(error).endswith("). Start it with `mlflow server`, or pass another store: --mlflow URI")
+    assert str(error).endswith("). Start the server with `mlflow server`, or pass another store: --mlflow URI")
 
 
 def test_mlflow_draws_no_bars_for_scripts_either_unless_they_ask_for_them(monkeypatch):

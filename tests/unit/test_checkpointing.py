@@ -68,7 +68,8 @@ class Spied(HostTensors):
 def test_more_layers_than_there_are_is_refused_with_the_number():
     recipe(MODEL, **{WHICH: LAYERS}).probe()
     with pytest.raises(
-        ConfigError, match=re.escape(f"{WHICH}: 5 is not below the number of layers of 'llama', 4. Set it to true")
+        ConfigError,
+        match=re.escape(f"{WHICH}: 5 must be below the number of layers of 'llama', which is 4. Set this key to true"),
     ):
         recipe(MODEL, **{WHICH: LAYERS + 1}).probe()
 
@@ -84,12 +85,15 @@ def test_layers_that_take_their_input_by_name_are_refused(monkeypatch):
 
     call = LlamaDecoderLayer.__call__
     monkeypatch.setattr(LlamaDecoderLayer, "__call__", lambda self, hidden, **more: call(self, hidden_states=hidden, **more))
-    with pytest.raises(ConfigError, match=r"doesn't support activation offload: the layers take their input.*\. Set it to false"):
+    with pytest.raises(
+        ConfigError, match=r"doesn't support activation offload: the layers take their input.*\. Set this key to false"
+    ):
         recipe(MODEL, **{WHICH: True, OFFLOAD: True}).probe()
 
 
 def test_what_cannot_hold_it_is_refused_by_name():
-    assert faults(**{OFFLOAD: True}) == [f"{OFFLOAD}: needs {WHICH}, whose layer inputs it moves. Set that too"]
+    why = "because only inputs of checkpointed layers are offloaded. Set both keys"
+    assert faults(**{OFFLOAD: True}) == [f"{OFFLOAD}: needs {WHICH}, {why}"]
     assert faults(**{OFFLOAD: True, WHICH: True, "train.compile": True}) == [
         f"{OFFLOAD}: true isn't supported with train.compile. Set one of them to false"
     ]

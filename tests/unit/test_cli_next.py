@@ -91,7 +91,7 @@ def test_a_run_that_another_store_knows_names_that_store(tmp_path):
         match=r"no such run in sqlite:////asked\.db\. The run is in another store: pass --mlflow sqlite:////other\.db$",
     ):
         mlflow_client.find(Empty(), str(tmp_path), "sqlite:////asked.db")
-    with pytest.raises(ConfigError, match=r"no such run in sqlite:////other\.db$"):
+    with pytest.raises(ConfigError, match=r"no such run in sqlite:////other\.db\. List the runs: heliostat run list$"):
         mlflow_client.find(Empty(), str(tmp_path), "sqlite:////other.db")
 
 

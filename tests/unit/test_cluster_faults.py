@@ -119,7 +119,7 @@ LAUNCHER_OPEN = {
     "the dashboard listens on $(hostname -I)": ("--dashboard-host=127.0.0.1", "--dashboard-host $(hostname -I)"),
     "the dashboard listens on ::": ("--dashboard-host=127.0.0.1", "--dashboard-host ::"),
     "docker.run_options: publishes a port": ("- --shm-size=256g", "- -p 8265:8265"),
-    "run_options: publishes a port. Remove it": ("- --shm-size=256g", "- -p8265:8265"),
+    "run_options: publishes a port. Remove this option": ("- --shm-size=256g", "- -p8265:8265"),
     "gpu.docker.worker_run_options: publishes a port": ("        - --gpus=all", "        - --gpus=all --publish=8265:8265"),
     "open to the whole internet": (
         "  cache_stopped_nodes: false",

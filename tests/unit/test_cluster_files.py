@@ -15,11 +15,7 @@ from tests.unit.build_job import ROOT, job
 
 CLUSTERS = sorted((ROOT / "clusters").glob("*.yaml"))
 KUBERAY_FILES = [p for p in CLUSTERS if p.stem.startswith("kuberay")]
-
-
-@pytest.fixture(autouse=True)
-def workspace(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("in_repository")
 
 
 def read(name: str) -> cluster_file.ClusterFile:
@@ -113,7 +109,7 @@ def test_a_job_too_big_for_the_cluster_is_refused_before_it_waits_for_ever():
     big = job(
         **{"workers.gpus": 1, "workers.count": 128, "train.global_batch_size": 256, "workers.labels": {"heliostat-pool": "train"}}
     )
-    with pytest.raises(ConfigError, match=r"workers\.count: 128 workers .* has room for 64 at its maximum"):
+    with pytest.raises(ConfigError, match=r"workers\.count: 128 workers .* has room for 64 workers at its maximum"):
         check_pools(big, cluster)
     lost = job(**{"workers.labels": {"heliostat-pool": "trian"}})
     with pytest.raises(ConfigError, match=r"workers\.labels: no pool .*heliostat-pool=train"):

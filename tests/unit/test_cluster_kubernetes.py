@@ -10,10 +10,7 @@ from heliostat.errors import ClusterError
 
 from tests.unit.build_job import ROOT
 
-
-@pytest.fixture(autouse=True)
-def workspace(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("in_repository")
 
 
 def read(name: str) -> cluster_file.ClusterFile:

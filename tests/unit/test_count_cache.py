@@ -89,7 +89,7 @@ def test_a_damaged_file_is_counted_anew_and_said(folder, caplog):
     whole = place.read_text()
     place.write_text(whole[:100])
     assert counts() == counted and place.read_text() == whole
-    assert "counting the model again" in caplog.text and str(place) in caplog.text
+    assert "so heliostat counts the model again" in caplog.text and str(place) in caplog.text
 
 
 def test_the_newest_are_kept(folder, monkeypatch):

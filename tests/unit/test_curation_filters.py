@@ -234,7 +234,7 @@ def test_length():
     assert reason(Length(min_words=3), "one two") == "short" and reason(Length(min_words=2), "one two") == ""
     assert reason(Length(max_bytes=3), "ää") == "long" and reason(Length(max_chars=3), "ää") == ""
     assert reason(Length(max_lines=1), "a\nb") == "long" and reason(Length(max_lines=1), "a\n") == ""
-    with pytest.raises(ValidationError, match="at least one, such"):
+    with pytest.raises(ValidationError, match="at least one limit, such"):
         Length()
     with pytest.raises(ValidationError, match="min_chars 5 is above max_chars 3"):
         Length(min_chars=5, max_chars=3)
@@ -356,7 +356,7 @@ def test_a_stage_without_a_function_is_named_before_any_document(tmp_path):
         def decides(self, document):
             return None
 
-    with pytest.raises(ConfigError, match="Undefined doesn't define what to do"):
+    with pytest.raises(ConfigError, match="Undefined doesn't define `decide`"):
         Undefined().open()
 
 

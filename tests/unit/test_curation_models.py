@@ -112,7 +112,7 @@ def test_what_a_set_cannot_be_is_said(sets, tmp_path, caplog):
     assert "1 examples of gsm have fewer than 13 words" in caplog.text
     with pytest.raises(ConfigError, match="line 1: none of the fields text"):
         Decontaminate(sets=sets, fields=["text"]).check()
-    with pytest.raises(ConfigError, match=r"no example has 99 words\. Lower `n`"):
+    with pytest.raises(ConfigError, match=r"no example has 99 words or more\. Lower `n`"):
         Decontaminate(sets=sets, n=99).check()
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(ConfigError, match="line 1: not a JSON object"):

@@ -299,7 +299,7 @@ def test_nothing_to_replace_with_is_an_error(tmp_path):
     file = tmp_path / "a" / "shards" / "0.parquet"
     for group in range(pq.ParquetFile(file).num_row_groups):
         damage(file, group)
-    with pytest.raises(DataError, match="all samples of its shuffle window are bad"):
+    with pytest.raises(DataError, match="all samples of the shuffle window are bad"):
         data.load(np.arange(40))
 
 

@@ -212,4 +212,4 @@ def test_a_body_that_does_not_end_is_refused_and_holds_no_place_of_its_key():
     asked = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b"", "server": ("x", 1)}
     for _ in range(2):
         response = asyncio.run(front(Request(asked, receive)))
-        assert response.status_code == 408 and b"the body didn't arrive within 0.2 s" in response.body
+        assert response.status_code == 408 and b"the request's body didn't arrive within 0.2 s" in response.body

@@ -55,7 +55,9 @@ def test_the_check_refuses_them_before_anything_starts():
     with pytest.raises(ConfigError) as e:
         check.check_job(job(**{"train.deepspeed": {"gradient_accumulation_steps": 1, "tensor_parallel": {"autotp_size": 2}}}))
     first, second = str(e.value).splitlines()
-    assert first.startswith("train.deepspeed.gradient_accumulation_steps: not supported. It follows from train.global_batch_size")
+    assert first.startswith(
+        "train.deepspeed.gradient_accumulation_steps: not supported. This number follows from train.global_batch_size"
+    )
     assert second.strip().startswith("train.deepspeed.tensor_parallel: not supported. Use train.parallel.tensor")
 
 

@@ -25,7 +25,7 @@ TWO = {KEY: 2, "workers.count": 2, "train.zero.stage": 3}
     ("changes", "line"),
     [
         ({"workers.count": 3, "train.global_batch_size": 12}, "doesn't divide workers.count 3. Use 2 or 4 workers"),
-        ({"train.zero.stage": 2}, "needs train.zero.stage 3, which shards the other weights. Set it"),
+        ({"train.zero.stage": 2}, "needs train.zero.stage 3, which shards the other weights. Set train.zero.stage to 3"),
         ({"train.compile": True}, "isn't supported with train.compile. Remove one of them"),
         ({"train.parallel.sequence": 2}, "isn't supported with train.parallel.sequence. Remove one of them"),
         ({"train.sdc_check": {"every": 5}}, "isn't supported with train.sdc_check. Remove one of them"),
@@ -40,13 +40,13 @@ def test_an_elastic_run_has_multiples_of_those_that_divide_experts():
     elastic = {KEY: 2, "train.zero.stage": 3}
     assert job(**elastic, **{"workers.count": [1, 8]}).worker_counts() == [2, 4]  # of 8 samples in micro-batches of 2
     (line,) = faults(**{**elastic, KEY: 4, "workers.count": [1, 3]})
-    assert line == f"{KEY}: 4: no number from 1 to 3 (workers.count) is a multiple. Change one of the two keys"
+    assert line == f"{KEY}: 4: no number from 1 to 3 (workers.count) is a multiple of this number. Change one of the two keys"
 
 
 @pytest.mark.parametrize(
     ("model", "error"),
     [
-        (LLAMA, r"'llama' has no experts\. Set it to 1"),
+        (LLAMA, r"'llama' has no experts\. Set this key to 1"),
         ({**MODELS["mixtral"], "num_local_experts": 9}, r"2 doesn't divide the model's 9 experts\. Use 3 or 9"),
         ({**MODELS["mixtral"], "num_local_experts": 5}, r"2 doesn't divide the model's 5 experts\. Use 5"),
     ],

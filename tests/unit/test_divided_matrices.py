@@ -38,7 +38,7 @@ FAMILIES = {
         ({"workers.count": 3, "train.global_batch_size": 12}, "doesn't divide workers.count 3. Use 2 or 4 workers"),
         (
             {"train.zero.stage": 3},
-            "isn't supported with train.zero.stage 3, which shards every matrix over all workers. Use 1 or 2",
+            "isn't supported with train.zero.stage 3, which shards every matrix over all workers. Use stage 1 or 2",
         ),
         ({"train.compile": True}, "isn't supported with train.compile. Remove one of them"),
         ({"train.tiled_mlp": True}, "isn't supported with train.tiled_mlp. Remove one of them"),
@@ -66,14 +66,14 @@ def test_workers_that_divide_matrices_compute_each_sample_together():
 @pytest.mark.parametrize(
     ("model", "degree", "error"),
     [
-        ({**LLAMA, "num_key_value_heads": 1}, 2, r"2 doesn't divide model\.num_key_value_heads 1\. Set it to 1"),
-        ({**LLAMA, "intermediate_size": 65}, 2, r"2 doesn't divide model\.intermediate_size 65\. Set it to 1"),
+        ({**LLAMA, "num_key_value_heads": 1}, 2, r"2 doesn't divide model\.num_key_value_heads 1\. Set this key to 1"),
+        ({**LLAMA, "intermediate_size": 65}, 2, r"2 doesn't divide model\.intermediate_size 65\. Set this key to 1"),
         (LLAMA, 4, r"4 doesn't divide model\.num_key_value_heads 2\. Use 2"),
         ({"arch": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}, 2,
-         r"transformers has no tensor-parallel plan for 'gpt2'\. Set it to 1"),
+         r"transformers has no tensor-parallel plan for 'gpt2'\. Set this key to 1"),
         (MODELS["mixtral"], 2, r"not supported for the experts of 'mixtral'\. Use train\.parallel\.expert"),
         ({**LLAMA, "arch": "olmo2"}, 2,
-         r"not supported: transformers shards '.*q_proj' of 'olmo2' by 'colwise_gather_output'\. Set it to 1"),
+         r"not supported: transformers shards '.*q_proj' of 'olmo2' by 'colwise_gather_output'\. Set this key to 1"),
     ],
 )  # fmt: skip
 def test_a_model_whose_matrices_cannot_be_divided_is_refused(model, degree, error):
@@ -127,7 +127,7 @@ def test_biases_of_what_is_summed_are_summed_too():
 
 
 def test_a_recipe_that_divides_no_matrices_is_refused():
-    with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: .* doesn't support tensor parallelism\. Set it to 1"):
+    with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: .* doesn't support tensor parallelism\. Set this key to 1"):
         made = job(**TWO, evaluate=None)
         require_abilities(made, Around(made))
 

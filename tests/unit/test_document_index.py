@@ -201,7 +201,9 @@ def test_fragments_that_were_lost_are_made_again(corpus, tmp_path):
     was = rows(tmp_path)
     lost = SearchIndex(Location(str(tmp_path))).table.get_fragments()[0].data_files()[0].path
     (tmp_path / table.NAME / "data" / lost).unlink()
-    with pytest.raises(DataError, match=r"passages\.lance: a part is missing \(.*Run `heliostat search index` again"):
+    with pytest.raises(
+        DataError, match=r"passages\.lance: a part of the index is missing \(.*Run `heliostat search index` again"
+    ):
         SearchIndex(Location(str(tmp_path))).search(["line"], "bm25", 50)
     assert index(corpus, tmp_path)["new"] == 1 and rows(tmp_path) == was
 

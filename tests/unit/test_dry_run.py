@@ -25,7 +25,7 @@ from heliostat.tasks.work import Work
 from typer.testing import CliRunner
 
 from tests.unit.build_curation import HereFlow, spelled
-from tests.unit.test_making import make, text_making
+from tests.unit.build_making import make, text_making
 
 SHARD_BYTES = 40_000
 BPE = {"vocab_size": 300, "train_bytes": 5000, "path": None, "end_of_document": "<|endoftext|>"}
@@ -174,7 +174,7 @@ def test_merges_that_the_whole_will_need_are_foreseen(tmp_path, monkeypatch):
     found = made.predicted(inputs)
     _, whole = make_whole(tmp_path, STAGES)
     assert not plain and "merge" in whole.done and "merge" not in made.flow.done
-    assert sum("merges its runs" in note and "estimated from a part of the sample" in note for note in found["notes"]) == 1
+    assert sum("merges these files" in note and "estimated from a part of the sample" in note for note in found["notes"]) == 1
     again = Prediction(made.sample, made.stages, funnel_of(made), made.flow, made.counted, 0.0, {}, shards_drop_duplicates=True)
     told = again.report(1)
     merge, _ = (counts.pop("merge") for counts in (made.flow.seconds, made.flow.walls))
@@ -259,7 +259,7 @@ def test_a_share_that_holds_nothing_is_refused_and_nothing_stays(tmp_path, monke
     path.write_text(json.dumps({"name": "i", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(tmp_path / "in"),
                                 "output": str(tmp_path / "out"), "tokenizer": {"vocab_size": 300}}))  # fmt: skip
     monkeypatch.setattr("heliostat.curation.prepare._start_ray", lambda pipeline: None)
-    with pytest.raises(ConfigError, match=r"--sample: .*1 files is less than one file\. Choose a larger share"):
+    with pytest.raises(ConfigError, match=r"--sample: .*1 files is less than one file\. Pass a larger share"):
         dry_run(path, [], 1e-9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "p.yaml"]
 
@@ -282,7 +282,7 @@ def test_pipelines_without_a_dry_run_say_so(tmp_path):
 def test_a_sample_of_which_nothing_is_left_says_so(tmp_path):
     make_input(tmp_path / "in", 300)
     made, inputs = trial(tmp_path, 0.5, stages=[{"stage": "length", "min_words": 5000}])
-    with pytest.raises(DataError, match=r"the sample is empty .*Choose a larger sample"):
+    with pytest.raises(DataError, match=r"the sample is empty .*Pass a larger --sample"):
         made.predicted(inputs)
 
 

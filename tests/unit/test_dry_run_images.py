@@ -9,8 +9,8 @@ from heliostat.curation.pieces import FilePart
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
 
+from tests.unit.build_image_pipeline import make_input
 from tests.unit.build_images import Here, folder_of, image, prepared
-from tests.unit.test_image_pipeline import make_input
 
 
 def keys(folder, **more):

@@ -114,12 +114,12 @@ def test_a_batch_knows_equal_texts_ends_each_and_counts_what_is_cut(data) -> Non
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"data.sequence_length": 64}, "data.sequence_length: not used for rows"),
+    ({"data.sequence_length": 64}, "data.sequence_length: only for token datasets"),
     ({"train.global_batch_size": 1, "train.micro_batch_size": 1, "data.virtual_ranks": 1},
      "train.global_batch_size: a batch of 1 pair"),
     ({"model.pooling": "max"}, "model.pooling"),
     ({"model.temperature": 0}, "model.temperature"),
-    ({"model.max_tokens": 64}, "model.max_tokens: 64 is above the model's max_position_embeddings 32"),
+    ({"model.max_tokens": 64}, "model.max_tokens: 64 is above the model's max_position_embeddings. Use at most 32"),
     ({"model.arch": "vit"}, "model.arch: 'vit' isn't a text encoder or decoder"),
     ({"model.init": {"zero_output_projections": True}}, "model.init"),
     ({"model.widht": 3}, "model.widht: unknown key"),
@@ -135,7 +135,9 @@ def test_a_loss_that_couples_samples_is_an_ability_of_its_own(data) -> None:
     made = recipe(data)
     assert require_class("recipe", "x", Embedder) is Embedder
     require_abilities(made.job, made)
-    with pytest.raises(ConfigError, match=r"`couple`, but heliostat never calls it\. Derive the recipe from .*CouplesSamples"):
+    with pytest.raises(
+        ConfigError, match=r"`couple`, but heliostat never calls `couple`\. Derive the recipe from .*CouplesSamples"
+    ):
         require_class("recipe", "x", type("Plain", (Least,), {"couple": lambda *_: None}))
 
 

@@ -132,7 +132,7 @@ def test_old_checkpoints_that_cannot_be_removed_cost_warnings_and_never_a_save()
     saver, notices = pruning(prune)
     for step in range(TOLERATED + 5):
         saver._prune(step)
-    later = "They use space until heliostat can delete them"
+    later = "These checkpoints use space until heliostat can delete them"
     assert notices[0] == f"step 0: can't remove old checkpoints. {later}: delete: denied"
     assert notices[1].startswith("step 2: can't remove old checkpoints. ")
     assert notices[-1] == f"step 7: can't remove old checkpoints, 6 times in a row. {later}: {AWAY}"

@@ -8,7 +8,7 @@ from heliostat.curation.web import client
 from heliostat.curation.web.client import Bounds, FetchError
 
 from tests.unit.build_tls import UNNAMED, Secure, signed
-from tests.unit.test_fetching import Handler, running
+from tests.unit.test_fetching import drip, running
 
 
 @pytest.fixture
@@ -16,16 +16,6 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     with running(Secure(signed(tmp_path))) as made:
         yield made
-
-
-def drip(handler: Handler) -> None:
-    """Answers one byte every tenth of a second, for a minute."""
-    handler.send_response(200)
-    handler.end_headers()
-    for _ in range(600):
-        handler.wfile.write(b"x")
-        handler.wfile.flush()
-        time.sleep(0.1)
 
 
 def test_what_drips_over_tls_ends_in_time(server):

@@ -56,7 +56,8 @@ def test_a_cluster_without_a_node_that_carries_the_labels_is_warned_of_once(tmp_
     assert not made.full and not made.full
     assert (
         caplog.text.count(
-            "read: tasks wait for a node with CPUs and the labels {'pool': 'data'}. The cluster has no such node now"
+            "read: tasks wait for a node with CPUs and the labels {'pool': 'data'}. The cluster has no such node now. "
+            "Start such a node, or change `labels`"
         )
         == 1
     )

@@ -51,13 +51,15 @@ def test_a_file_that_changes_after_it_was_listed_is_an_error_that_names_it(tmp_p
     source = TextSource(str(tmp_path), TextRules())
     assert list(source.read(piece[0]))
     rewrite(tmp_path / name)
-    with pytest.raises(DataError, match=rf"^input: \S+/{name}: changed during the run: it had 460 bytes .* Start again"):
+    with pytest.raises(
+        DataError, match=rf"^input: \S+/{name}: changed during the run: the file had 460 bytes .* Start the command again"
+    ):
         list(source.read(piece[0]))
     with pytest.raises(DataError, match="changed"):
         tasks.count_lines(None, str(tmp_path), piece[0])
     with (tmp_path / name).open("a") as f:
         f.write("more")
-    with pytest.raises(DataError, match="and has 464 now"):
+    with pytest.raises(DataError, match="and has 464 bytes now"):
         list(source.read(piece[0]))
 
 
@@ -86,7 +88,11 @@ def test_a_store_may_list_fractions_of_a_second_that_it_does_not_tell_of_one_fil
     for seconds, same in ((5, True), (6, False)):
         told = pafs.FileInfo("b/in/a.jsonl", pafs.FileType.File, size=100, mtime_ns=seconds * 1_000_000_000)
         monkeypatch.setattr(Location, "attempt", lambda self, operation, told=told: told)
-        with contextlib.nullcontext() if same else pytest.raises(DataError, match="as many now, of another time"):
+        with (
+            contextlib.nullcontext()
+            if same
+            else pytest.raises(DataError, match="the same size now, but another modification time")
+        ):
             sources.require_unchanged(Location("s3://b/in"), listed)
 
 
@@ -138,7 +144,8 @@ def test_work_of_another_version_of_a_library_is_done_again_and_the_log_says_why
         _, here = curate(tmp_path, texts(), STAGES)
     assert here.kept["read"] == 5 and here.done["minhash-1-sign"] == 5, "what does not follow from it stays"
     assert (
-        "work: rensa 0.5" in caplog.text and "-> 99.0: heliostat repeats the work that depends on these libraries" in caplog.text
+        "work: rensa 0.5" in caplog.text
+        and "-> 99.0: the versions differ, so heliostat repeats the work that depends on these libraries" in caplog.text
     )
     upgraded(monkeypatch, "ftfy")
     _, here = curate(tmp_path, texts(), STAGES)

@@ -56,7 +56,7 @@ def test_a_dataset_of_which_nothing_can_be_held_out_is_refused(tmp_path: Path):
     chunks = len(source.chunks)
     why = rf"data\.sources\.0 has no document boundaries, so only whole row groups can be held out \({chunks}\)"
     with pytest.raises(
-        ConfigError, match=rf"evaluate\.fraction: 0\.0001 holds out none of [\d,]+ samples\. {why}\. Prepare it again"
+        ConfigError, match=rf"evaluate\.fraction: 0\.0001 holds out none of [\d,]+ samples\. {why}\. Prepare the dataset again"
     ):
         faults(source, fraction=0.0001)
 

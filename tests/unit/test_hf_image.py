@@ -144,7 +144,7 @@ def test_what_cannot_score_is_refused_with_the_fix(tmp_path, classifier, clip):
 
     refused("set min_score, max_score, or both", model=str(clip))
     refused("has no preprocessor_config.json", model=str(tmp_path), min_score=0.5)
-    refused("is a classifier. Set label to one of its labels: clean, watermark", model=str(classifier), min_score=0.5)
+    refused("Set label to one of the classifier's labels: clean, watermark", model=str(classifier), min_score=0.5)
     refused("'watermarks' isn't a label of the model.*watermark", model=str(classifier), label="watermarks", min_score=0.5)
     refused("is a CLIP, which has no labels", model=str(clip), label="x", min_score=0.5)
     shutil.copytree(classifier, tmp_path / "code")

@@ -159,7 +159,7 @@ def test_a_file_name_that_leads_out_of_an_image_input_is_left_out(beside, name):
 def test_a_metadata_file_that_is_a_link_out_of_the_input_is_one_error(beside):
     (beside.parent / "secret/rows").write_text('{"file_name": "a.png"}')
     (beside / "metadata.jsonl").symlink_to("../secret/rows")
-    with pytest.raises(ConfigError, match=r"input: metadata.jsonl: can't read it: a link, .* that leads out"):
+    with pytest.raises(ConfigError, match=r"input: metadata.jsonl: can't read this file: a link, .* that leads out"):
         list(image_sources.tasks(str(beside), image_sources.listing(str(beside)), ImageColumns()))
 
 
@@ -247,7 +247,7 @@ def test_a_csv_field_without_end_is_one_error(tmp_path):
     """This also holds after documents were read from .csv, whose fields may be longer."""
     csv.field_size_limit(1 << 30)
     (tmp_path / "metadata.csv").write_text('file_name,caption\n"' + "x" * 200_000)
-    with pytest.raises(ConfigError, match=r"input: metadata\.csv: can't read it"):
+    with pytest.raises(ConfigError, match=r"input: metadata\.csv: can't read this file"):
         list(image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), ImageColumns()))
 
 

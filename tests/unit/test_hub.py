@@ -132,7 +132,7 @@ def test_what_is_not_what_the_hub_lists_is_refused_and_removed(hub):
     hub.push("org/m", MODEL)
     hub.changed["model.safetensors"] = WEIGHTS[:-1] + b"?"
     message = refusal("org/m")
-    assert "model.safetensors isn't the file that the Hub lists" in message and "Start again" in message
+    assert "model.safetensors isn't the file that the Hub lists" in message and "Run the command again" in message
     hub.changed.clear()
     folder = files.model("k", resolved("org/m"))
     damaged = (folder / "model.safetensors").resolve()
@@ -162,7 +162,7 @@ def test_a_cache_without_a_list_is_used_with_a_warning_and_not_if_a_download_was
     files._kept.cache_clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert {f.path for f in files.listing("k", name)} == {*ABOUT, "model.safetensors"}
-    assert f"{name}: the cache has no list of the Hub's files. Using the 4 files that it has" in caplog.text
+    assert f"{name}: the cache has no list of the Hub's files. Using the 4 files in the cache" in caplog.text
     (repository / "blobs" / "abc.incomplete").write_bytes(b"half")
     with pytest.raises(ConfigError, match=r"lacks the files, or some of them, of org/m \(HF_HUB_OFFLINE is set\)"):
         files.listing("k", name)
@@ -179,7 +179,9 @@ def test_a_lock_that_another_process_keeps_is_waited_for_with_a_deadline(hub, mo
     lock = files.client.cache() / ".locks" / "models--org--m" / f"{weights.hash}.lock"
     with (
         WeakFileLock(lock),
-        pytest.raises(StorageError, match=r"another process has held the lock .*Delete this lock"),
+        pytest.raises(
+            StorageError, match=r"another process has held the lock .*If no process is downloading this file, delete the lock"
+        ),
     ):
         files.model("k", name)
 
@@ -189,11 +191,15 @@ def test_a_lock_that_another_process_keeps_is_waited_for_with_a_deadline(hub, mo
     [
         (
             "absent",
-            "no folder 'org/absent' here, and no model 'org/absent' on the Hub (401). Check the name; if it is private, log in",
+            "no folder 'org/absent' here, and no model 'org/absent' on the Hub (401). "
+            "Check the name; if the repository is private, log in",
         ),
         ("m@v9", "org/m has no revision 'v9' (404). Use a branch, a tag, or a commit"),
         ("gated", "org/gated: the Hub denies access (401). Accept the terms at"),
-        ("pickled", "org/pickled has no safetensors (pytorch_model.bin is a pickle, which can run code). Convert it at https://"),
+        (
+            "pickled",
+            "org/pickled has no safetensors (pytorch_model.bin is a pickle, which can run code). Convert the weights at https://",
+        ),
         ("limited", "here, and the Hub limits requests (429). Wait some minutes, or log in for a higher limit: hf auth login"),
         ("failing", "the Hub fails (503)"),
     ],
@@ -252,7 +258,10 @@ def test_without_a_network_the_cache_is_used(hub, monkeypatch, caplog):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hub.requests.clear()
     assert resolved("org/m") == name and files.model("k", name) == folder and not hub.requests
-    assert refusal("org/other").endswith("Unset it, or run on a machine with a network and copy the cache: hf download org/other")
+    assert refusal("org/other").endswith(
+        "Unset HF_HUB_OFFLINE, or run this command on a machine with a network "
+        "and copy that machine's cache: hf download org/other"
+    )
     monkeypatch.delenv("HF_HUB_OFFLINE")
     hub.failing = 9
     assert resolved("org/m") == name and f"using {name.revision} from the cache" in caplog.text

@@ -123,7 +123,7 @@ def test_a_pretrained_models_own_processor_makes_the_pixels(data, tmp_path) -> N
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"data.sequence_length": 64}, "data.sequence_length: not used for rows"),
+    ({"data.sequence_length": 64}, "data.sequence_length: only for token datasets"),
     ({"train.global_batch_size": 1, "train.micro_batch_size": 1, "data.virtual_ranks": 1},
      "train.global_batch_size: a batch of 1 pair"),
     ({"model.temperature": 0}, "model.temperature"),
@@ -134,7 +134,7 @@ def test_a_pretrained_models_own_processor_makes_the_pixels(data, tmp_path) -> N
     ({"model.vision_config": 3}, "model.vision_config: expected a mapping"),
     ({"model.vision_config.num_attention_heads": 3}, "model: .*16.*not a multiple of the number of attention heads .*3"),
     ({"model.vision_config.patch_size": 3}, "patch_size: 3 doesn't divide the image side of 8 pixels"),
-    ({"model.vision_config.image_size": 16}, "image_size: 16 given, but the images have 8 pixels per side. Remove it"),
+    ({"model.vision_config.image_size": 16}, "image_size: 16 given, but the images have 8 pixels per side. Remove this key"),
     ({"model.text_config.vocab_size": 100}, "model.text_config.vocab_size: 100 is below the tokenizer's"),
     ({"model.init": {"zero_output_projections": True}}, "model.init"),
     ({"model": {"pretrained": "no/where"}}, "model.pretrained: 'no/where' isn't a model folder"),

@@ -56,7 +56,7 @@ def test_real_images_of_a_damaged_chunk_are_left_out_and_it_is_said(tmp_path, ca
     seen: list[None] = []
     images, labels = real_images([made], progressed=lambda: seen.append(None))
     assert len(images) == len(labels) == 40 and len(seen) == 2
-    assert "row group 0: cannot be read" in caplog.text and "Its images are left out" in caplog.text
+    assert "row group 0: cannot be read" in caplog.text and "The scores leave out the images of this row group" in caplog.text
 
 
 def test_conditional_accuracy_is_the_share_of_labelled_prompts_that_are_shown(dataset):

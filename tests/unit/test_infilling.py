@@ -28,7 +28,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from tests.unit import build_pages
 from tests.unit.build_curation import HereFlow
-from tests.unit.test_making import text_making
+from tests.unit.build_making import text_making
 from tests.unit.test_tokenizers import END, HELD, trained
 
 BPE = {"vocab_size": 400, "train_bytes": 50_000, "path": None, "end_of_document": END}
@@ -111,7 +111,7 @@ def test_tokens_are_the_texts_and_markers_stand_for_no_bytes(kind):
 
 def test_a_tokenizer_that_cannot_do_it_is_refused():
     with pytest.raises(
-        ConfigError, match=r"none of the tokens that mark the pieces .*<fim_prefix>.*Use another tokenizer, or train one"
+        ConfigError, match=r"none of the tokens that mark prefix, .*<fim_prefix>.*Use another tokenizer, or train a tokenizer"
     ):
         infilling.names(tokens.load(trained("byte fallback")))
     with pytest.raises(ConfigError, match="puts a space before each text"):

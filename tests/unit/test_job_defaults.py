@@ -165,8 +165,11 @@ def test_epochs_are_steps_that_see_each_sample_so_often(seed):
 @pytest.mark.parametrize(
     ("length", "message"),
     [
-        ({"steps": 5, "epochs": 2}, "train: steps and epochs each set the length of the run. Keep one"),
-        ({"steps": 5, "epochs": 2, "tokens": 9}, "train: steps and epochs and tokens each set the length of the run. Keep one"),
+        ({"steps": 5, "epochs": 2}, "train: steps and epochs each set the length of the run. Keep one of these keys"),
+        (
+            {"steps": 5, "epochs": 2, "tokens": 9},
+            "train: steps and epochs and tokens each set the length of the run. Keep one of these keys",
+        ),
         ({"seed": 1}, "train.steps: required key missing. Write train.steps: INTEGER, or train.epochs, or train.tokens"),
         ({"epochs": -1}, "train.epochs: expected a number above 0, got -1. Write train.epochs: 2"),
         ({"epochs": "many"}, "train.epochs: expected a number above 0, got 'many'. Write train.epochs: 2"),
@@ -332,5 +335,5 @@ def test_a_key_of_another_tool_gets_one_line_that_names_heliostats(word):
     advice = SYNONYMS[word.lower().replace("-", "_")]
     assert str(e.value) in (
         f"job.yaml: train.{word}: unknown key. {advice}",
-        f"job.yaml: train: steps and {word} each set the length of the run. Keep one",
+        f"job.yaml: train: steps and {word} each set the length of the run. Keep one of these keys",
     )

@@ -9,11 +9,7 @@ from heliostat.validation import check
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "jobs").glob("*.yaml"), *(ROOT / "jobs" / "examples").glob("*.yaml")])
-
-
-@pytest.fixture(autouse=True)
-def workspace(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("in_repository")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

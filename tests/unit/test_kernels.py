@@ -44,7 +44,7 @@ def refusals(**changes):
          "needs micro-batches of one sample, and train.micro_batch_size is 2"),
         (GPU | {ATTENTION: "flex_attention", "workers": {"count": 2, "gpus": 1}, "train.parallel.sequence": 2}, "isn't supp"),
         ({ATTENTION: "flash"}, "train.attention"),
-        ({FP8: True, "train.precision": "bf16"}, "train.fp8: true needs GPUs (workers.gpus is 0). Set it to false"),
+        ({FP8: True, "train.precision": "bf16"}, "train.fp8: true needs GPUs (workers.gpus is 0). Set train.fp8 to false"),
         (GPU | {FP8: True, "train.precision": "fp16"}, "with train.precision 'fp16'"),
         (GPU | {FP8: True, "train.tiled_mlp": True}, "isn't supported with train.tiled_mlp"),
         (GPU | {COMPILE: "blocks", "train.tiled_loss": True}, "train.tiled_loss: true isn't supported with train.compile"),
@@ -179,7 +179,7 @@ def test_a_gpu_that_is_too_old_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     with pytest.raises(
-        ConfigError, match=r"train\.fp8: needs GPUs of compute capability 8\.9 or later, and NVIDIA A100 has 8\.0"
+        ConfigError, match=r"train\.fp8: needs GPUs of compute capability 8\.9 or later, but NVIDIA A100 has 8\.0"
     ):
         float8.require_device()
 

@@ -87,7 +87,9 @@ def test_a_lease_that_was_given_back_or_whose_process_is_gone_is_free_at_once(pl
     for number in (1, 2):
         with lease.take(place) as held:
             assert held.fence.number == number
-            with pytest.raises(ConfigError, match=rf"is being trained by process {os.getpid()} on .*\. Wait for it, stop it, or"):
+            with pytest.raises(
+                ConfigError, match=rf"is being trained by process {os.getpid()} on .*\. Wait for that process, stop it, or"
+            ):
                 lease.take(place)
     gone = subprocess.run([sys.executable, "-c", DIES, str(place)], check=False)
     assert gone.returncode == -signal.SIGKILL

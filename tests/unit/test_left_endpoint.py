@@ -45,7 +45,7 @@ def test_an_endpoint_in_use_and_applications_of_others_stay(cluster):
     with pytest.raises(ConfigError, match="its command is still running"):
         run.end_left()
     cluster.applications, cluster.running = {**OURS, "app": ["Ingress", "Model"]}, False
-    with pytest.raises(ConfigError, match="has other applications, and the end of this endpoint would end"):
+    with pytest.raises(ConfigError, match="has other applications, and stopping this endpoint would stop these"):
         run.end_left()
     assert not cluster.ended
 
@@ -63,7 +63,7 @@ def test_an_endpoint_that_was_killed_before_its_deployments_exist_is_ended(clust
 @pytest.mark.parametrize("left", [{"other": []}, {"heliostat-front": ["Front"], "other": ["Ingress"]}])
 def test_an_application_of_others_without_deployments_stays(cluster, left):
     cluster.applications = left
-    with pytest.raises(ConfigError, match="has other applications, and the end of this endpoint would end"):
+    with pytest.raises(ConfigError, match="has other applications, and stopping this endpoint would stop these"):
         run.end_left()
     cluster.applications, cluster.proxies, cluster.running = {}, {"node": "HEALTHY"}, True
     with pytest.raises(ConfigError, match="its command is still running"):

@@ -82,7 +82,7 @@ def test_a_price_that_is_not_known_is_an_error_and_only_of_nodes_that_may_hold_w
     assert hourly(of_ray, [node("L4", pool="a"), node("H100", pool="a")]) == pytest.approx(1.67)
     with pytest.raises(ConfigError, match=r"^limits\.cost: the price table has no price for MI300X\. .*\. Use limits\.hours"):
         hourly(job(workers={"gpus": 1}).workers, [node("H100"), node("MI300X")])
-    with pytest.raises(ConfigError, match="a GPU that Ray has no name for"):
+    with pytest.raises(ConfigError, match="a GPU whose name Ray doesn't know"):
         hourly(job(workers={"gpus": 1}).workers, [node()])
 
 
@@ -163,7 +163,7 @@ def test_a_ledger_that_cannot_be_read_at_first_is_read_again_and_said_to_be_miss
         assert watched.check() == ""
         time.sleep(0.01)
     assert [record.getMessage() for record in caplog.records] == [
-        f"can't read the run's ledger. Until it is readable, goodput and limits count only this command: {error}"
+        f"can't read the run's ledger. Until heliostat can read the ledger, goodput and limits count only this command: {error}"
     ]
     store.error = None
     until(watched.check, "limit")

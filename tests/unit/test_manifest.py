@@ -182,7 +182,9 @@ def test_a_damaged_manifest_is_never_read_as_another(tmp_path):
 def test_another_parquet_file_is_not_taken_for_a_manifest(tmp_path, table, meta):
     """With other columns, no metadata, or metadata that isn't an object, one DataError names the file."""
     pq.write_table(table.replace_schema_metadata({"heliostat": meta} if meta else None), tmp_path / manifest.FILE)
-    with pytest.raises(DataError, match=r"manifest\.parquet: isn't a heliostat manifest, or is damaged$"):
+    with pytest.raises(
+        DataError, match=r"manifest\.parquet: isn't a heliostat manifest, or is damaged\. Prepare the dataset again$"
+    ):
         manifest.read(Location(str(tmp_path)))
 
 

@@ -42,7 +42,7 @@ GPUS = {**FOUR, "workers.gpus": 1}
         ({**GPUS, "train.zero.quantize_weights": True, "train.zero.shard_group_size": 2},
          "train.zero.quantize_weights: not supported with train.zero.shard_group_size"),
         ({**GPUS, "train.zero.quantize_gradients": True}, "train.zero: quantize_gradients isn't supported: DeepSpeed's"),
-        ({"train.compile": "deepcompile"}, "train.compile: deepcompile isn't supported: DeepSpeed's passes begin at"),
+        ({"train.compile": "deepcompile"}, "train.compile: deepcompile isn't supported: DeepCompile's passes begin at"),
         ({"train.zero.shard_group_size": 4, "train.zero.stage": 3, "workers.count": [1, 3]},
          "train.zero.shard_group_size: 4: no number from 1 to 3 (workers.count) is a multiple"),
     ],

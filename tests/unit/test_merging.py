@@ -14,7 +14,7 @@ from heliostat.tasks.merging import ShardRange, exchanged, merged
 from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow, curate, left, left_out
-from tests.unit.test_making import STAGES, make, make_input
+from tests.unit.build_making import STAGES, make, make_input
 from tests.unit.test_minhash import planted
 from tests.unit.test_repeated_lines import make_texts
 from tests.unit.test_similar_images import images

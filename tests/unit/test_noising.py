@@ -126,8 +126,8 @@ def test_times_cover_the_process_evenly():
     [
         ({"prediction": "eps"}, "Did you mean 'epsilon'?"),
         ({"zero_terminal_snr": True}, "zero_terminal_snr needs prediction 'v'"),
-        ({"prediction": "flow", "min_snr": 5.0}, "Remove them"),
-        ({"shift": 2.0}, "need prediction 'flow'. Remove them"),
+        ({"prediction": "flow", "min_snr": 5.0}, "Remove these keys"),
+        ({"shift": 2.0}, "need prediction 'flow'. Remove timesteps and shift"),
     ],
 )
 def test_objectives_that_make_no_sense_are_refused(keys, says):

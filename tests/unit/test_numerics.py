@@ -23,10 +23,13 @@ RIGHT, BEFORE = PARTS[0] + PARTS[1], torch.randn(40, generator=DRAW)
 @pytest.mark.parametrize(
     ("found", "cause"),
     [
-        (0.5 * RIGHT, "is 0.5 times the right one: a wrong scale"),
-        (PARTS[0], "is one worker's share: it wasn't reduced over the workers"),
-        (2 * PARTS[1], "is one worker's share: it wasn't reduced over the workers"),
-        (torch.cat([2 * PARTS[0][:20], 2 * PARTS[1][20:]]), "is one worker's share: it wasn't reduced over the workers"),
+        (0.5 * RIGHT, "is 0.5 times the right gradient: a wrong scale"),
+        (PARTS[0], "is one worker's share: the gradient wasn't reduced over the workers"),
+        (2 * PARTS[1], "is one worker's share: the gradient wasn't reduced over the workers"),
+        (
+            torch.cat([2 * PARTS[0][:20], 2 * PARTS[1][20:]]),
+            "is one worker's share: the gradient wasn't reduced over the workers",
+        ),
         (BEFORE, "is the gradient of the previous step: a stale buffer"),
         (RIGHT + BEFORE, "includes the gradient of the previous step: a stale buffer, not cleared"),
         (torch.zeros(40), "is zero: the parameter gets no gradient"),

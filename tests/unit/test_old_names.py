@@ -50,7 +50,7 @@ def test_a_file_of_an_earlier_version_is_the_same_job_and_each_old_key_is_logged
     assert schema.validate(Job, schema.read(Job, "job", path), "job") == now()
     spec.load(path)
     said = [r.message for r in caplog.records if " is now " in r.message]
-    assert said == [f"{path}: {old} is now {OLD[old]}" for old in sorted(VALUES, key=said_order(said))]
+    assert said == [f"{path}: key {old} is now {OLD[old]}. Use the new name" for old in sorted(VALUES, key=said_order(said))]
 
 
 def said_order(said):

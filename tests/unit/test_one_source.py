@@ -89,7 +89,8 @@ def test_a_part_that_is_not_the_one_that_its_collection_lists_is_refused(buckets
     place = Location(str(buckets / "8x16"))
     manifest.write(place, rows("shards/1.parquet", 3, 10), manifest.read(place).meta)
     with pytest.raises(
-        ConfigError, match=r"data.sources: .*set: part 8x16 has digest .*\. A `heliostat data prepare` .* Run the prepare again"
+        ConfigError,
+        match=r"data.sources: .*set: part 8x16 has digest .*\. A `heliostat data prepare` .* Run `heliostat data prepare` again",
     ):
         collection.expand(job(**{"data.sequence_length": None, "data.sources": [{"path": str(buckets)}]}))
 

@@ -174,7 +174,9 @@ def test_an_average_in_the_optimizer_takes_the_place_of_a_schedule_and_of_anothe
 
 @pytest.mark.parametrize("key", GROWING)
 def test_batches_and_samples_that_grow_are_refused_by_name(key):
-    with pytest.raises(ConfigError, match=rf"^job\.yaml: train: {key} isn't supported: every .*\. Remove it, and use train\."):
+    with pytest.raises(
+        ConfigError, match=rf"^job\.yaml: train: {key} isn't supported: every .*\. Remove this key, and use train\."
+    ):
         job(**{f"train.{key}": 100})
 
 
@@ -197,7 +199,7 @@ def test_hidden_matrices_are_those_between_embedding_and_head():
     recipe.group = lambda name, shape: Group(hidden=name.endswith("embed_tokens.weight"))
     assert building.hidden_matrices(recipe, model) == {"model.embed_tokens.weight"}
     recipe.group = lambda name, shape: Group(hidden=True)
-    with pytest.raises(ConfigError, match=r"CausalLM\.group marks '.*norm.*' as hidden, but it isn't a matrix"):
+    with pytest.raises(ConfigError, match=r"CausalLM\.group sets `hidden` for '.*norm.*', but this parameter isn't a matrix"):
         building.hidden_matrices(recipe, model)
 
 
@@ -261,7 +263,9 @@ def test_a_run_goes_on_with_an_optimizer_that_keeps_what_its_checkpoints_hold(ke
         assert spec.settle(made, raw(**changed(recorded))).train.optimizer == made.train.optimizer
         return
     name, before = keys["name"], recorded["name"]
-    holds = rf"the run's checkpoints \({before!r}\) contain {', '.join(held) or 'nothing'}\. Keep {before!r}"
+    holds = (
+        rf"the run's checkpoints \({before!r}\) contain {', '.join(held) or 'nothing'}\. Set train\.optimizer\.name to {before!r}"
+    )
     with pytest.raises(ConfigError, match=rf"^train\.optimizer: {name!r} keeps .* per parameter, but {holds}"):
         spec.settle(made, raw(**changed(recorded)))
 

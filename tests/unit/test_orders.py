@@ -47,7 +47,10 @@ def test_a_signal_after_the_grace_of_a_node_that_goes_has_a_grace_of_its_own():
     assert [one.code for one in actions if isinstance(one, orders.OrderStop)] == [PREEMPTED, INTERRUPTED] and len(actions) == 2
     at, actions = played(at, orders.Clock(NOW + 91), orders.Clock(NOW + 92))
     assert len(actions) == 1 and isinstance(at.fault, StoppedError)
-    assert str(at.fault) == "stopped by SIGTERM: the workers wrote no checkpoint within checkpoint.grace (60 s)"
+    assert (
+        str(at.fault)
+        == "stopped by SIGTERM: the workers wrote no checkpoint within checkpoint.grace (60 s). Raise checkpoint.grace"
+    )
     assert isinstance(played(watch(), orders.NodesLeaving(1, NOW), orders.Clock(NOW + 61))[0].fault, StalledError)
 
 

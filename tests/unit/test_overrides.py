@@ -104,18 +104,21 @@ def test_the_lineage_says_what_was_changed(folder):
         ({"rope_scaling": {**YARN, "beta_fas": 1}}, "rope_scaling.beta_fas: unknown key. Did you mean 'beta_fast'?"),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 1}},
-            "rope_scaling: beta_fast: not supported for rope_type 'linear'. Remove it",
+            "rope_scaling: beta_fast: not supported for rope_type 'linear'. Remove this key",
         ),
-        ({"rope_scaling": YARN, "rope_parameters": {}}, "rope_scaling: model.rope_parameters is set too. Remove one of them"),
+        (
+            {"rope_scaling": YARN, "rope_parameters": {}},
+            "rope_scaling: model.rope_parameters is set too. Remove one of these two keys",
+        ),
         (
             {"hidden_size": 64},
-            "hidden_size: 64 doesn't fit the pretrained weights: 'lm_head.weight' has size 96 x 32, and would have 96 x 64. "
+            "hidden_size: 64 doesn't fit the pretrained weights: 'lm_head.weight' has size 96 x 32, and with this key 96 x 64. "
             "Remove this key",
         ),
         (
             {"attention_dropout": 0.1, "num_hidden_layers": 1},
             "num_hidden_layers: 1 doesn't fit the pretrained weights: 'model.layers.1.input_layernorm.weight' has size 32, and "
-            "would have nothing. Remove this key",
+            "with this key nothing. Remove this key",
         ),
     ],
 )

@@ -201,7 +201,7 @@ def test_equal_pairs_are_kept_once_and_counted(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("keys", "said"), [
-    ({"text_column": "query"}, "columns.query: 'query' is columns.text"),
+    ({"text_column": "query"}, "columns.query: 'query' is also the value of columns.text"),
     ({"exclude": ["[z-a]"]}, "exclude: .* not a valid pattern"),
     ({"output": "in/out"}, "output: .* overlap"),
 ])  # fmt: skip

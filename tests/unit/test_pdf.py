@@ -85,7 +85,7 @@ def test_files_are_read_where_the_pipeline_has_the_stage(tmp_path, caplog):
     (folder / "c.txt").write_text("c")
     with caplog.at_level(logging.WARNING):
         assert files({"stage": "length", "min_chars": 1}) == ["c.txt"]
-    assert "skipping 3 PDFs. To read them, put {stage: pdf}" in caplog.text
+    assert "skipping 3 PDFs. To read these files, put {stage: pdf}" in caplog.text
     assert files({"stage": "pdf"}) == ["a.pdf", "b.PDF.gz", "c.txt", "locked.pdf"]
     source = TextSource(str(folder), TextRules())
 

@@ -91,7 +91,7 @@ def test_a_model_whose_numbers_are_not_finite_is_told_and_its_documents_are_not_
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"max_perplexity": None}, "set min_perplexity, max_perplexity, or buckets"), ({"buckets": [3, 3]}, "must ascend"),
+    ({"max_perplexity": None}, "Set min_perplexity, max_perplexity, or buckets"), ({"buckets": [3, 3]}, "must ascend"),
     ({"bucket_column": "perplexity"}, "is the column of the perplexity"), ({"min_perplexity": 0.5}, "0.5 is too small"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(model, keys, message):

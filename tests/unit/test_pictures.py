@@ -204,7 +204,7 @@ def test_a_row_goes_to_the_end_of_its_line_whatever_is_in_its_caption(tmp_path):
 
 def test_a_metadata_file_that_cannot_be_read_is_one_error(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a"')
-    with pytest.raises(ConfigError, match=r"input: metadata.jsonl: can't read it"):
+    with pytest.raises(ConfigError, match=r"input: metadata.jsonl: can't read this file"):
         read(str(tmp_path))
     (tmp_path / "metadata.jsonl").write_text('{"name": "a"}')
     with pytest.raises(ConfigError, match=r"metadata\.jsonl: no column 'file_name'\. The file's columns: name"):

@@ -91,7 +91,9 @@ def test_what_does_not_fit_the_job_is_found_either_way(tmp_path, monkeypatch, pl
     if not plain:
         monkeypatch.setattr(plain_keys, "read", lambda model: None)
     model = {"arch": "llama", **SIZES, "vocab_size": 96, "max_position_embeddings": 32}
-    with pytest.raises(ConfigError, match=r"data\.sequence_length: 33 is above the model's max_position_embeddings 32"):
+    with pytest.raises(
+        ConfigError, match=r"data\.sequence_length: 33 is above the model's max_position_embeddings\. Use at most 32"
+    ):
         CausalLM(job(**{"model": model, "data.sequence_length": 33}))
     with pytest.raises(ConfigError, match=r"model\.vocab_size: 1 is below the tokenizer's"):
         bound(tmp_path / "d", **{"model": {**model, "vocab_size": 1}, "data.sequence_length": 16})

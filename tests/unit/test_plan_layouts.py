@@ -14,13 +14,10 @@ from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 
-from tests.unit.build_job import ROOT, job, write
+from tests.unit.build_job import job, write
 from tests.unit.forked import run
 
-
-@pytest.fixture(autouse=True)
-def workspace(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("in_repository")
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,7 @@ from tests.unit.build_job import ROOT, job
 GIB = 1 << 30
 WHICH, OFFLOAD, TILED = "train.activation_checkpointing", "train.activation_offload", "train.tiled_mlp"
 LONG = {"train.precision": "fp32", "data.sequence_length": 256, "model.num_hidden_layers": 4}
-
-
-@pytest.fixture(autouse=True)
-def workspace(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("in_repository")
 
 
 def real(changes: dict) -> int:

@@ -20,15 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from tests.unit.build_job import BASE, ROOT, job
+from tests.unit.build_job import BASE, job
 from tests.unit.test_plan_memory_savers import LONG, TILED, WHICH
 
 SELECTIVE = "selective"
-
-
-@pytest.fixture(autouse=True)
-def workspace(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("in_repository")
 
 
 class Alive(TorchDispatchMode):

@@ -28,14 +28,13 @@ from heliostat.recipes.images.generator import ImageCanvas
 from heliostat.recipes.images.generator import PictureOptions as Options
 from heliostat.recipes.text import sentence_folder
 from PIL import Image
-from safetensors.torch import save_file
 
 from tests.unit import build_images
 from tests.unit.build_document_index import CORPUS, index, write_dataset
 from tests.unit.build_job import BASE, job
 from tests.unit.build_language_model import write_model
+from tests.unit.build_text_to_image import export, recipe, woken
 from tests.unit.page import KEY, client, opened
-from tests.unit.test_text_to_image import recipe, woken
 
 BEARER = {"Authorization": f"Bearer {KEY}"}
 
@@ -45,10 +44,7 @@ def write_painter(folder, dataset):
     made = recipe(dataset)
     torch.manual_seed(0)
     model = woken(made.build()).eval()
-    made.save_config(folder)
-    for prefix, file in made.layout.items():
-        mine = {n.removeprefix(prefix): t.contiguous() for n, t in model.state_dict().items() if n.startswith(prefix)}
-        save_file(mine, folder / f"{file}.safetensors", {"format": "pt"})
+    export(made, model, folder)
     exported.write(folder, job(**build_images.job(dataset)), {"run_id": "f" * 32, "step": 1, "data_digest": "d"})
     return folder
 
@@ -170,7 +166,7 @@ def test_a_search_finds_passages_and_what_is_wrong_is_refused(writer, answering_
         ("search", {"query": " "}, 400, "is empty"),
         ("search", {"query": "a", "top": 51}, 400, "less than or equal to 50"),
         ("search", {"query": "a", "mode": "dense"}, 400, "the index has no embeddings. Use bm25"),
-        ("search", {"query": "a", "model": writer.name}, 400, "isn't the index. The index is 'code-index'"),
+        ("search", {"query": "a", "model": writer.name}, 400, "isn't the served index. Set model to 'code-index'"),
         ("chat/completions", {**chat, "messages": [message, message]}, 400, "at most 1 item"),
         ("chat/completions", {**chat, "messages": [{**message, "role": "system"}]}, 400, "expected exactly one message"),
         ("chat/completions", {**chat, "messages": [{**message, "content": "zzzzqqq"}]}, 404, "no passage of the index"),
@@ -183,7 +179,10 @@ def test_a_search_finds_passages_and_what_is_wrong_is_refused(writer, answering_
         assert (answer.status_code, said in answer.json()["error"]["message"]) == (status, True), answer.text
     with opened(None, documents) as url:
         assert requests.post(f"{url}/v1/search", json={"query": "line"}, headers=BEARER, timeout=60).json()["data"]
-        with pytest.raises(openai.BadRequestError, match=r"no model answers from 'code-index'\. Send the request to /v1/search"):
+        with pytest.raises(
+            openai.BadRequestError,
+            match=r"'code-index' is an index, and the endpoint has no model that .*\. Send the request to /v1/search",
+        ):
             client(url).chat.completions.create(**chat)
         told = requests.get(f"{url}/abilities", headers=BEARER, timeout=60).json()
         assert told["tabs"] == ["ask"] and told["prompt"] is None and not told["passages"]["answers"]
@@ -234,7 +233,7 @@ def test_an_index_without_its_embedder_is_refused_at_the_start(writer, tmp_path)
     index(write_dataset(tmp_path / "data", CORPUS), place, folder)
     assert Shelf(str(place), None).index.modes == ("bm25", "dense", "hybrid")
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"--embedder: .*embedder, which made .*, doesn't exist"):
+    with pytest.raises(ConfigError, match=r"--embedder: .*embedder doesn't exist\. Pass the folder of the embedder that built"):
         Replica(Holds(None, 4, str(place)))
     assert Shelf(str(place), str(tmp_path / "elsewhere")).index.embedder == tmp_path / "elsewhere"
 
@@ -249,11 +248,11 @@ def test_an_embedder_is_asked_for_embeddings_alone_and_has_no_page(writer, tmp_p
         made = client(url).embeddings.create(model="embedder", input=texts[:2]).data
         for one, right in zip(made, found, strict=True):
             assert one.embedding == pytest.approx(right.values["embedding"].tolist(), abs=1e-6)
-        with pytest.raises(openai.BadRequestError, match="is longer than 16 tokens"):
+        with pytest.raises(openai.BadRequestError, match="the text has more than 16 tokens"):
             client(url).embeddings.create(model="embedder", input=texts[2:])
         with pytest.raises(openai.BadRequestError, match=r"embeds texts\. Send the request to /v1/embeddings"):
             client(url).completions.create(model="embedder", prompt="x")
-    with pytest.raises(ConfigError, match="is an embedder, which has no page"):
+    with pytest.raises(ConfigError, match="is an embedder, and the page doesn't support embedders"):
         play(served(str(folder), "sqlite:///x", None, None, None), lambda: pytest.fail("made keys"), Serving(), print)
 
 

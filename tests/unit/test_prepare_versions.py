@@ -342,7 +342,7 @@ def test_two_prepares_of_one_folder_do_not_work_at_once(make, tmp_path):
     claim = {"host": socket.gethostname(), "pid": other.pid, "started": psutil.Process(other.pid).create_time()}
     versions.write_record(place, {"building": claim})
     try:
-        with pytest.raises(ConfigError, match=f"process {other.pid} is preparing it"):
+        with pytest.raises(ConfigError, match=f"process {other.pid} is preparing this dataset"):
             make()
     finally:
         other.communicate(b"\n", timeout=30)

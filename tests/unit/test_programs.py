@@ -199,7 +199,7 @@ def test_a_machine_without_a_sandbox_is_refused(monkeypatch):
         patch.setattr(unit_tests, "_python", lambda: {"libraries": ["/nowhere"], "executable": "/nowhere/python"})
         with pytest.raises(HeliostatError, match="can't isolate a program on this machine"):
             unit_tests.run_program("", "")
-        with pytest.raises(ConfigError, match=r"It needs Linux 5\.12 or later, and user namespaces"):
+        with pytest.raises(ConfigError, match=r"The sandbox needs Linux 5\.12 or later, and user namespaces"):
             unit_tests.require_sandbox()
     unit_tests.require_sandbox.cache_clear()
 

@@ -144,7 +144,7 @@ def test_what_is_no_captioner_is_refused(tmp_path, captioner):
     shutil.copytree(captioner, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
-    with pytest.raises(ConfigError, match=r"is a 'llava'\. Captions need one of blip, git"):
+    with pytest.raises(ConfigError, match=r"is a 'llava'\. To caption images, use one of blip, git"):
         parse({"stage": "recaption", "model": str(folder)}).check()
     (folder / "config.json").write_text(json.dumps(config))
     before = image_models.digests(str(folder))

@@ -52,7 +52,9 @@ class Scaled(Least):
 def test_a_parameter_without_a_dimension_is_refused_by_its_name() -> None:
     """DeepSpeed would end with a traceback when it sends the model to all workers."""
     made = job(recipe="x:Scaled", **{"train.zero.stage": 1})
-    with pytest.raises(ConfigError, match=r"'scale' has no dimension, .*\. Give it the shape \[1\], or make it a buffer"):
+    with pytest.raises(
+        ConfigError, match=r"'scale' has no dimensions, .*\. Give this parameter the shape \[1\], or make it a buffer"
+    ):
         deepspeed_engine.build_model(made, Scaled(made), {})
 
 
@@ -117,21 +119,31 @@ def workspace(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("Old", r"uses the first recipe protocol\. Derive it from heliostat\.recipe[\w.]*\.Recipe .* docs/guides/recipe.md"),
-        ("Nothing", r"isn't a recipe: it doesn't derive from heliostat\.recipe[\w.]*\.Recipe"),
-        ("function", "is not a class"),
+        (
+            "Old",
+            r"uses the first recipe protocol\. Derive the class from heliostat\.recipe[\w.]*\.Recipe .* docs/guides/recipe.md",
+        ),
+        ("Nothing", r"isn't a recipe\. Derive the class from heliostat\.recipe[\w.]*\.Recipe"),
+        ("function", "isn't a class"),
         ("Incomplete", "lacks `batch`, `loss`"),
-        ("Kindless", "doesn't define `kind`, the kind of dataset that it reads: 'tokens' or 'rows'"),
-        ("Losses", "defines `losses`, which heliostat no longer uses: `loss` returns named parts"),
-        ("Added", "defines `added`, which heliostat no longer uses: `loss` returns named parts"),
-        ("Silent", r"defines `evaluate`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe\S*\.Evaluates"),
-        ("Unserved", r"defines `serving`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe[\w.]*\.Serves"),
+        ("Kindless", "doesn't define `kind`, the kind of its datasets. Set `kind` to 'tokens' or 'rows'"),
+        ("Losses", "defines `losses`, which heliostat no longer uses. Remove `losses`: return named parts"),
+        ("Added", "defines `added`, which heliostat no longer uses. Remove `added`: return named parts"),
+        (
+            "Silent",
+            r"defines `evaluate`, but heliostat never calls `evaluate`\. Derive the recipe from heliostat\.recipe\S*\.Evaluates",
+        ),
+        (
+            "Unserved",
+            r"defines `serving`, but heliostat never calls `serving`\. Derive the recipe from heliostat\.recipe[\w.]*\.Serves",
+        ),
         (
             "Mute",
-            r"is served through its `generator`, but doesn't define `generator`\. Derive the recipe from heliostat\.recipe[\w.]*\.Generates",
+            r"is served through its `generator`, but doesn't define `generator`\. "
+            r"Derive the recipe from heliostat\.recipe[\w.]*\.Generates",
         ),
         ("Unasked", "defines no `prompts`, but MLflow logs a prompt with the model"),
-        ("Unmeasured", "gathers embedding, but has no `measure` that uses them"),
+        ("Unmeasured", "lists embedding in `gathered`, but doesn't define `measure`"),
     ],
 )
 def test_what_is_no_recipe_is_one_line_before_anything_starts(workspace, name, says):
@@ -161,7 +173,7 @@ def test_a_recipe_that_answers_no_prompts_says_so(workspace):
     made = workspace / "model"
     made.mkdir()
     exported.write(made, job(recipe="heliostat.recipes:Autoencoder"), {})
-    with pytest.raises(ConfigError, match="a model of Autoencoder doesn't answer prompts"):
+    with pytest.raises(ConfigError, match="Autoencoder models don't answer prompts"):
         exported.generator(made, {})
     exported.write(made, job(recipe="own_recipes:Least"), {})
     with pytest.raises(ConfigError, match="'own_recipes:Least' doesn't support export"):
@@ -192,7 +204,7 @@ def test_scores_are_means_over_the_terms_unless_a_recipe_says_otherwise():
     recipe = Scored(job())
     assert recipe.metrics({"loss": 6.0, "right": 2.0, "terms": 4.0}) == {"loss": 1.5, "right": 0.5}
     assert recipe.scores == ("loss",) and recipe.measure({}) == {}
-    with pytest.raises(ConfigError, match=r"Scored\.evaluate returns no `terms` to divide by\. Add them"):
+    with pytest.raises(ConfigError, match=r"Scored\.evaluate returns no `terms` to divide by\. Add `terms`"):
         recipe.metrics({"loss": 6.0})
 
 
@@ -246,8 +258,8 @@ def test_the_plan_knows_groups_frozen_modules_and_models_beside():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"frozen": ("encoder",)}, "frozen names 'encoder', which isn't a submodule of its model"),
-        ({"group": lambda self, name, shape: Group(lr=-1.0)}, r"group returns lr -1\.0\. Return at least 0"),
+        ({"frozen": ("encoder",)}, "frozen names 'encoder', but the model has no such submodule"),
+        ({"group": lambda self, name, shape: Group(lr=-1.0)}, r"group returns lr -1\.0\. Return a finite number of at least 0"),
         ({"group": lambda self, name, shape: Group(weight_decay=float("nan"))}, "group returns weight_decay nan"),
     ],
 )

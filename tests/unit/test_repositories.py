@@ -289,7 +289,7 @@ def test_a_listing_of_clones_and_archives_says_the_same_however_git_keeps_them(c
     two = list(clones.read("own/repo/.git", clone / "own/repo/.git", LIMITS))
     assert [d.text for d in kept(one).values()] == [d.text for d in kept(two).values()]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"0 files, no archive .* and no git clone"):
+    with pytest.raises(ConfigError, match=r"0 files, but no archive .* and no git clone"):
         repositories.listing(str(tmp_path / "empty"))
 
 

@@ -74,11 +74,14 @@ def test_pruning_after_every_save_keeps_what_pruning_at_the_end_would(seed):
             {"evaluate.benchmarks": {"suite": "suite.yaml", "every": 14}},
             "evaluate.benchmarks.every: 14 isn't a multiple of checkpoint.every 10. Use 10",
         ),
-        ({"checkpoint.best": {}, "evaluate": None}, "checkpoint.best: needs scores. Add evaluate, or remove checkpoint.best"),
+        (
+            {"checkpoint.best": {}, "evaluate": None},
+            "checkpoint.best: needs scores. Add the section evaluate, or remove checkpoint.best",
+        ),
         (
             {"checkpoint.best": {}, "evaluate.every": 4},
             "checkpoint.best: evaluate.every 4 doesn't divide checkpoint.every 10, so some checkpoints would have no "
-            "score. Change one of them",
+            "score. Change one of the two keys",
         ),
         (
             {"checkpoint.best": {"metric": "train_loss"}},

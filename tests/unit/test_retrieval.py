@@ -109,7 +109,7 @@ def test_another_embedder_is_refused(document_index, embedder, tmp_path):
     other = write_model(tmp_path, {**BASE["model"], "intermediate_size": 32}, 64)
     with pytest.raises(ConfigError, match="isn't the model"):
         SearchIndex(document_index.place, other).search(["x"], "dense", 3)
-    with pytest.raises(ConfigError, match=r"doesn't exist\. Pass the embedder's folder"):
+    with pytest.raises(ConfigError, match=r"doesn't exist\. Pass the folder of the embedder that built"):
         SearchIndex(document_index.place, tmp_path / "none").search(["x"], "dense", 3)
 
 
@@ -204,7 +204,7 @@ def test_a_model_answers_from_the_passages_that_it_has_room_for(document_index, 
         monkeypatch, capsys, "ask", str(document_index.place), "f7", "--model", str(embedder), "--max-tokens", "64"
     )
     assert code == 2 and "max_tokens: 64 leaves no room for a prompt" in said and "Pass --max-tokens below 64" in said
-    with pytest.raises(Refusal, match=r"leaves no room for the question\. Lower it by at least 89") as refused:
+    with pytest.raises(Refusal, match=r"leaves no room for the question\. Lower max_tokens by at least 89") as refused:
         asyncio.run(Shelf(str(document_index.place), str(embedder)).prompt(Search("f7", 1), -88, len))
     assert (refused.value.status, refused.value.param) == (400, "max_tokens")
 

@@ -15,7 +15,7 @@ from tests.unit.build_images import image
 
 pytestmark = pytest.mark.parametrize("place", ["s3"], indirect=True)
 OLD, NEW = b'{"text": "old words"}\n', b'{"text": "new words"}\n'
-CHANGED = r"changed during the run: it had {} bytes .* has as many now, of another content\. Start again"
+CHANGED = r"changed during the run: the file had {} bytes .* has the same size now, but another content\. Start the command again"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.html"])
@@ -26,7 +26,7 @@ def test_an_object_of_the_same_size_and_second_is_an_error_that_names_it(place, 
     place.join(name).write(NEW)
     with pytest.raises(DataError, match=rf"^input: \S+/{name}\S*: " + CHANGED.format(r"\d+")):
         list(TextSource(str(place), TextRules()).read(file.part))
-    with pytest.raises(DataError, match="of another content"):
+    with pytest.raises(DataError, match="but another content"):
         tasks.count_lines(place, str(place), file.part)
 
 
@@ -54,7 +54,7 @@ def test_an_object_that_is_written_again_while_it_is_read_is_an_error(place, mon
     with sources.blocks(place, "a.jsonl", 1 << 20, file.part) as opened:
         assert opened.read(len(OLD)) == OLD
         place.join("a.jsonl").write(NEW * 20_000)
-        with pytest.raises(DataError, match="of another content"):
+        with pytest.raises(DataError, match="but another content"):
             opened.read()
 
 

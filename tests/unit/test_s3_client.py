@@ -130,7 +130,7 @@ def test_a_weak_etag_is_not_compared_as_no_conditional_read_would_match_it(answe
 def test_a_store_that_gives_an_etag_in_listings_alone_is_read_by_it(answers):
     answers(None)
     assert sources._as_listed(Location("s3://b/a.jsonl"), FilePart("a.jsonl", 10, 0, etag="abc")) == 10
-    with pytest.raises(DataError, match="had 9 bytes at the start, and has 10 now"):
+    with pytest.raises(DataError, match="had 9 bytes at the start, and has 10 bytes now"):
         sources._as_listed(Location("s3://b/a.jsonl"), FilePart("a.jsonl", 9, 0, etag="abc"))
 
 

@@ -132,7 +132,7 @@ def test_a_step_that_has_no_receipt_says_which_have(run):
 def test_a_run_without_a_checkpoint_has_no_recipe(run):
     """Its job is in the checkpoints. One line reports this."""
     layout.folder(run, STEPS).delete()
-    with pytest.raises(ConfigError, match="has no complete checkpoint, so its recipe isn't known"):
+    with pytest.raises(ConfigError, match=r"has no complete checkpoint, so the run's recipe isn't known\. Try again after"):
         samples(run, 1)
 
 

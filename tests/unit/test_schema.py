@@ -163,7 +163,7 @@ def test_a_key_given_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "not valid YAML in line 1, column 6 (expected ',' or ']', but got '<stream end>'). Correct it"),
+        ("a: [1", "not valid YAML in line 1, column 6 (expected ',' or ']', but got '<stream end>'). Correct this line"),
         ("a: b: c", "not valid YAML"),
         ("\t", "not valid YAML"),
         ("- 1", "expected a mapping of keys to values, got [1]. Write lines"),
@@ -250,7 +250,7 @@ def test_settings_apply_in_order():
         ("train.steps", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
         ("=5", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
         ("", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
-        ("train.steps=[", "the value isn't valid YAML. Close its brackets, or quote it"),
+        ("train.steps=[", "the value isn't valid YAML. Close the brackets, or quote the value"),
         ("data.sources.1.path=x", "'1' isn't an index into a list of 1 item. Use 0"),
         ("data.sources.path=x", "'path' isn't an index into a list of 1 item. Use 0"),
         ("data.sources.-1.path=x", "'-1' isn't an index into a list of 1 item. Use 0"),

@@ -137,7 +137,7 @@ def test_what_it_was_not_tried_with_is_refused_in_one_line():
     ):
         said = faults(**ON, **{key: value, "workers.count": 2, "train.zero.stage": 1})
         assert f"{WHICH}: selective isn't supported with {named}. Remove one of them" in said
-    with pytest.raises(ConfigError, match=r"checkpoints all layers or none\. Set it to true or false"):
+    with pytest.raises(ConfigError, match=r"checkpoints all layers or none\. Set this key to true or false"):
         require_abilities(job(**ON, evaluate=None), Around(torch.nn.Module))
     with pytest.raises(ConfigError, match=rf"{WHICH}: transformers doesn't checkpoint the layers of '.*' one by one"):
         recipe({"arch": "xlnet", "d_model": 32, "n_head": 4, "n_layer": 2}, **ON).probe()
@@ -151,6 +151,6 @@ def test_it_is_tried_before_a_run_begins(arch, monkeypatch):
         Giving, "__torch_dispatch__", lambda self, func, types, args=(), kwargs=None: func(*args, **(kwargs or {})) * 1.5
     )
     with pytest.raises(
-        ConfigError, match=rf"{WHICH}: '{arch}' doesn't support selective checkpointing: .*\. Set it to true or false"
+        ConfigError, match=rf"{WHICH}: '{arch}' doesn't support selective checkpointing: .*\. Set this key to true or false"
     ):
         recipe({"arch": arch, **MODELS[arch]}, **ON).probe()

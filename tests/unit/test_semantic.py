@@ -225,7 +225,7 @@ def test_folders_that_cannot_embed_are_refused_with_the_fix(tmp_path, model):
         with pytest.raises(ConfigError, match=match):
             parse({"stage": "semantic", "model": str(folder), "max_tokens": 128, **keys}).check()
 
-    refused("max_tokens: 512 is above the model's maximum. Set it to 128", max_tokens=512)
+    refused("max_tokens: 512 is above the model's maximum. Set max_tokens to 128", max_tokens=512)
     (folder / "modules.json").write_text(
         json.dumps([{"type": "sentence_transformers.models.Transformer"}, {"type": "st.models.Dense"}])
     )

@@ -56,13 +56,15 @@ def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
 def test_layouts_that_are_not_offered_are_refused_by_name(key):
     """The error has the reason and an alternative. The same holds for configurations by DeepSpeed's own keys."""
     (line,) = faults(**{f"train.parallel.{key}": 2})
-    assert line.startswith(f"train.parallel: {key} isn't supported: ") and ". Remove it (docs/training/parallelism.md#" in line
+    assert (
+        line.startswith(f"train.parallel: {key} isn't supported: ") and ". Remove this key (docs/training/parallelism.md#" in line
+    )
 
 
 def test_an_elastic_run_has_multiples_of_those_that_share_a_sample():
     assert job(**{KEY: 2, "workers.count": [1, 8]}).worker_counts() == [2, 4, 8]
     (line,) = faults(**{KEY: 4, "workers.count": [1, 3]})
-    assert line == f"{KEY}: 4: no number from 1 to 3 (workers.count) is a multiple. Change one of the two keys"
+    assert line == f"{KEY}: 4: no number from 1 to 3 (workers.count) is a multiple of this number. Change one of the two keys"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,8 @@ def test_another_recipe_is_refused_and_told_what_it_lacks():
     ):
         require_abilities(job(**TWO, evaluate=None), Around(torch.nn.Module))
     (line,) = faults(**TWO, **{"data.sequence_length": None})
-    assert line == f"{KEY}: 2 needs data.sequence_length, which the job doesn't set. Set it, or remove train.parallel.sequence"
+    fix = "Set data.sequence_length, or remove train.parallel.sequence"
+    assert line == f"{KEY}: 2 needs data.sequence_length, which the job doesn't set. {fix}"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,9 @@ def test_a_window_that_is_longer_than_a_sample_is_taken():
 def test_what_cannot_be_tried_is_refused_and_says_why(monkeypatch):
     monkeypatch.setattr(cutting.tiny, "LARGEST", 0)
     monkeypatch.setattr(cutting, "_known", {})
-    with pytest.raises(ConfigError, match=rf"{KEY}: not supported for 'llama': the check failed \(its smallest model"):
+    with pytest.raises(
+        ConfigError, match=rf"{KEY}: not supported for 'llama': the check failed \(the architecture's smallest model"
+    ):
         recipe(**TWO).probe()
 
 

@@ -88,7 +88,7 @@ def test_a_folder_of_pickles_is_not_copied(spill, model):
     described = describe("model", str(model))
     assert here(spill, described) == str(model)
     (model / "pytorch_model.bin").write_text("other")
-    with pytest.raises(ConfigError, match=r"because it can run code\. Save the model as safetensors"):
+    with pytest.raises(ConfigError, match=r"because this file can run code\. Save the model as safetensors"):
         here(spill, described)
 
 
@@ -169,7 +169,7 @@ def test_a_damaged_copy_is_not_used(spill, model, where):
     (weights,) = [p for p in copies.iterdir() if p.stat().st_size == 100]
     if where == "work":
         weights.write_text("v" * 100)
-        with pytest.raises(NotHereError, match="was damaged, so heliostat removed it"):
+        with pytest.raises(NotHereError, match="was damaged, so heliostat removed this copy"):
             here(spill, described)
         assert not weights.exists() and not cached()
         shutil.move(kept, model)
@@ -210,7 +210,7 @@ def test_one_process_copies_while_others_wait_and_not_forever(spill, model, monk
     monkeypatch.setattr(shipping, "WAIT_S", 0.2)
     monkeypatch.setattr(shipping, "BYTES_PER_S", 1 << 40)
     with (local_files.alone(local_files.cache(shipping.SHIPPED) / described.digest, 1.0),
-          pytest.raises(HeliostatError, match=r"another process has been copying .*model for 0 s\. Start again")):  # fmt: skip
+          pytest.raises(HeliostatError, match=r"another process .* copying .* for 0 s\. Run the command again")):  # fmt: skip
         here(spill, described)
     monkeypatch.setattr(shipping, "WAIT_S", -1.0)
     with pytest.raises(HeliostatError, match="reading is too slow"):

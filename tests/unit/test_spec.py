@@ -102,11 +102,11 @@ def test_a_huge_batch_is_checked_at_once(workspace):
         ),
         (
             {"train.zero.offload.param": "cpu", "train.zero.stage": 2},
-            "train.zero.offload.param: needs train.zero.stage 3, not 2. Set it",
+            "train.zero.offload.param: needs train.zero.stage 3, not 2. Set train.zero.stage to 3",
         ),
         (
             {"train.zero.offload.optimizer": "cpu", "train.zero.stage": 0, "train.precision": "fp32"},
-            "train.zero.offload.optimizer: needs train.zero.stage 1, 2, or 3. Set it",
+            "train.zero.offload.optimizer: needs train.zero.stage 1, 2, or 3. Set train.zero.stage",
         ),
         (
             {"train.zero.offload.param": "nvme", "train.zero.stage": 3},
@@ -187,7 +187,9 @@ def test_a_dumped_job_loads_as_the_same_job(workspace, changes):
 def test_a_worker_has_one_gpu_or_none(workspace, gpus):
     """Two workers on one GPU would see it twice, and a worker uses only one of two GPUs. A recorded job of this kind still
     opens."""
-    with pytest.raises(ConfigError, match=rf"^workers\.gpus: a worker trains on one GPU or none, not {gpus}\. Set it to 1 or 0"):
+    with pytest.raises(
+        ConfigError, match=rf"^workers\.gpus: a worker trains on one GPU or none, not {gpus}\. Set workers\.gpus to 1 or 0"
+    ):
         spec.load(write(workspace, **{"workers.gpus": gpus}))
     assert schema.validate(Job, raw(**{"workers.gpus": gpus}), "recorded").workers.gpus == gpus
 
@@ -254,14 +256,14 @@ def test_a_pretrained_folder_is_found_from_the_workspace(named, made, stays, wor
     ("changes", "line"),
     [
         ({"data.mix_schedule": [{"step": 5, "weights": [1.0, 2.0]}]},
-         "data.mix_schedule.0.weights: expected one for each of the 1 sources, got 2. List one weight per source"),
+         "data.mix_schedule.0.weights: expected one weight for each of the 1 sources, got 2. List one weight per source"),
         ({"data.mix_schedule": [{"step": 5, "weights": [1.0]}, {"step": 5, "weights": [2.0]}]},
          "data.mix_schedule.1.step: 5 isn't above 5. List the changes in the order of their steps"),
         ({"data.mix_schedule": [{"step": 5, "weights": [0.0]}]},
          "data.mix_schedule.0.weights: all weights are 0. Set one weight above 0"),
         ({"data.sources": [{"path": "a", "weight": 0}]}, "data.sources: all weights are 0. Set one weight above 0"),
         ({"data.sources": [{"path": "a"}, {"path": "b", "weight": 0}]},
-         "data.sources.1.weight: is 0 at every step. Remove the source, or give it a weight"),
+         "data.sources.1.weight: is 0 at every step. Remove this source, or set a weight above 0"),
     ],
 )  # fmt: skip
 def test_a_mix_that_makes_no_sense_is_refused(changes, line):
@@ -326,7 +328,7 @@ def test_a_finished_run_knows_what_a_job_now_says_otherwise():
 def test_keys_of_earlier_versions_are_taken_and_have_no_effect(workspace, caplog):
     path = write(workspace, **{"train.cpu_kernels": False})
     assert "cpu_kernels" not in spec.load(path).dump()["train"]
-    assert [r.getMessage() for r in caplog.records] == ["train.cpu_kernels: has no effect any more. Remove it"]
+    assert [r.getMessage() for r in caplog.records] == ["train.cpu_kernels: this key no longer has an effect. Remove it"]
     assert "cpu_kernels" not in job(**{"train.cpu_kernels": True}).dump()["train"]  # as in every recorded job, without a word
     assert len(caplog.records) == 1
 

@@ -138,8 +138,8 @@ def test_a_dead_driver_is_started_again_and_goes_on_where_it_was(tmp_path):
     """The driver was killed, or a library ended it without a message. Its own files aren't overwritten, but earlier ones are."""
     code, starts, log = _supervised(tmp_path, "early", "killed", "exits", "ends", retries=3)
     assert code == 0 and starts == [["--overwrite"], ["--overwrite"], ["--resume"], ["--resume"]]
-    assert "the driver died without an error, killed by SIGKILL. Starting it again in 0 s (retry 1 of 3)" in log
-    assert "with exit code 1. Starting it again" in log
+    assert "the driver died without an error, killed by SIGKILL. Starting the driver again in 0 s (retry 1 of 3)" in log
+    assert "with exit code 1. Starting the driver again" in log
 
 
 def test_a_driver_that_ends_with_an_error_of_its_own_is_not_started_again(tmp_path):
@@ -152,7 +152,7 @@ def test_a_successor_that_cannot_begin_is_tried_again_and_a_first_driver_is_not(
     to fix."""
     code, starts, log = _supervised(tmp_path / "later", "killed", "away", "away", "ends", retries=3)
     assert code == 0 and starts == [["--overwrite"], *[["--resume"]] * 3]
-    assert "with exit code 1 before it had begun. Starting it again" in log
+    assert "with exit code 1 before it had begun. Starting the driver again" in log
     code, starts, _ = _supervised(tmp_path / "first", "away", "ends", retries=3)
     assert code == 1 and len(starts) == 1
 

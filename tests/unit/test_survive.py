@@ -139,7 +139,7 @@ def test_a_stall_is_when_nobody_gets_on_or_somebody_is_silent():
     assert stalled({}, 2, now=70, limit=60, since=0) == "no worker made progress for 70 s"
     assert stalled({0: pulse(10, 100), 1: pulse(95, 100)}, 2, now=100, limit=60, since=0) is None
     assert stalled({0: pulse(10, 100), 1: pulse(30, 100)}, 2, now=100, limit=60, since=0) == "no worker made progress for 70 s"
-    silent = "no sign of life from worker 1 for 60 s"
+    silent = "no heartbeat from worker 1 for 60 s"
     assert stalled({0: pulse(95, 100), 1: pulse(30, 30)}, 2, now=100, limit=60, since=0) == silent
     assert stalled({0: pulse(95, 100)}, 2, now=100, limit=60, since=0) == silent
     assert stalled({0: pulse(95, 100)}, 2, now=100, limit=60, since=50) is None

@@ -61,5 +61,5 @@ def test_a_file_takes_the_memory_of_one_tensor_and_one_that_may_not_grow_is_a_st
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], capture_output=True, text=True, timeout=60, check=True)
     growth, message = done.stdout.splitlines()
     assert int(growth) < 16
-    assert message == f"{path}: can't write it (file too large). Free some space there"
+    assert message == f"{path}: can't write this file (file too large). Free some space on this disk"
     assert not path.exists()

@@ -32,12 +32,12 @@ tokenizer: {{vocab_size: 300}}
         (["normalise=NFD"], "normalise: 'NFD' isn't a choice"),
         (["tokenizer.path=x"], "set either vocab_size"),
         (["tokenizer={path: nowhere}"], "tokenizer.path: 'nowhere': no such file"),
-        (["tokenizer={path: TMP/bad.json}"], "tokenizer.path: the tokenizers library can't read it"),
+        (["tokenizer={path: TMP/bad.json}"], "tokenizer.path: the tokenizers library can't read this file"),
         (["tokenizer={path: TMP/tok, end_of_document: </s>}"], "'</s>' isn't in the vocabulary"),
         (["tokenizer.vocab_size=10"], "tokenizer.vocab_size"),
         (
             ["tokenizer.vocab_size=258", "fill_in_the_middle={rate: 0.5}"],
-            "no room for the 3 tokens of fill_in_the_middle. Set it to 260",
+            "no room for the 3 tokens of fill_in_the_middle. Set vocab_size to 260",
         ),
         (["tokenizer={path: TMP/tok}", "fill_in_the_middle={}"], "fill_in_the_middle: the tokenizer has none of the tokens"),
         (["fill_in_the_middle={rate: 2}"], "fill_in_the_middle.rate"),
@@ -50,7 +50,7 @@ tokenizer: {{vocab_size: 300}}
         ),
         (
             ["columns=[date]", "stages=[{stage: minhash, keep: oldest, column: dat}]"],
-            "stages.0: minhash: column: 'dat' isn't a column of the documents. Did you mean 'date'? Correct it, or name",
+            "stages.0: minhash: column: 'dat' isn't a column of the documents. Did you mean 'date'? Correct the name, or add",
         ),
         (
             ["stages=[{stage: c4}, {stage: minhash, keep: best, column: score}]"],

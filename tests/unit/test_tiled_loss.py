@@ -110,7 +110,7 @@ def test_an_architecture_that_changes_its_logits_afterwards_is_refused(model, ri
 def test_what_cannot_hold_it_is_refused_by_name():
     (line,) = faults(**TILED, **{"train.compile": True})
     assert line == "train.tiled_loss: true isn't supported with train.compile. Set one of them to false"
-    with pytest.raises(ConfigError, match=re.escape("doesn't support a tiled loss. Set it to false")):
+    with pytest.raises(ConfigError, match=re.escape("doesn't support a tiled loss. Set this key to false")):
         require_abilities(job(**TILED, evaluate=None), Around(torch.nn.Module))
 
 

@@ -96,9 +96,9 @@ def test_gradients_of_weights_are_summed_over_tiles_in_fp32():
 
 
 @pytest.mark.parametrize(("model", "why"), [
-    ({"arch": "mixtral", "num_local_experts": 4}, "its layers have experts instead of MLPs"),
-    ({"arch": "gpt2", "n_embd": 32, "n_head": 4}, r"its MLPs draw random numbers, which differ in tiles \(set the model's"),
-    ({"arch": "bloom", "hidden_size": 32, "n_head": 4, "hidden_dropout": 0.0}, "its MLPs take more inputs than"),
+    ({"arch": "mixtral", "num_local_experts": 4}, "the model's layers have experts instead of MLPs"),
+    ({"arch": "gpt2", "n_embd": 32, "n_head": 4}, r"the model's MLPs draw random numbers, which differ in tiles \(set the"),
+    ({"arch": "bloom", "hidden_size": 32, "n_head": 4, "hidden_dropout": 0.0}, "the model's MLPs take other inputs"),
     ({"arch": "opt", "hidden_size": 32, "num_attention_heads": 4}, "some layers have no MLP module"),
 ])  # fmt: skip
 def test_a_model_without_such_mlps_is_refused_in_one_line(model, why):
@@ -114,12 +114,12 @@ def test_an_mlp_that_mixes_tokens_is_found(monkeypatch):
     plainly = LlamaMLP.forward
     recipe({"arch": "llama"}, **TILED).probe()
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plainly(self, x) + x.mean(1, keepdim=True))
-    with pytest.raises(ConfigError, match=r"its MLPs don't compute each token independently\. Set it to false"):
+    with pytest.raises(ConfigError, match=r"the model's MLPs don't compute each token independently\. Set this key to false"):
         recipe({"arch": "llama"}, **TILED).probe()
 
 
 def test_what_cannot_hold_it_is_refused_by_name():
     (line,) = faults(**TILED, **{"train.compile": True})
     assert line == "train.tiled_mlp: true isn't supported with train.compile. Set one of them to false"
-    with pytest.raises(ConfigError, match=re.escape("doesn't support tiled MLPs. Set it to false")):
+    with pytest.raises(ConfigError, match=re.escape("doesn't support tiled MLPs. Set this key to false")):
         require_abilities(job(**TILED, evaluate=None), Around(torch.nn.Module))

@@ -47,7 +47,7 @@ def test_behind_what_was_cut_out_the_record_tells(made):
     assert [note for note in told["notes"] if "depend on all documents" in note] == told["notes"] != []
     whole = {row["hash"] for table in reasons.ends(made) for row in table.to_pylist()}  # one has kept the line that all have
     changed = next(text for text in TEXTS if hashlib.sha256(text.encode()).hexdigest() not in whole)
-    with pytest.raises(ConfigError, match=r"Stage 0 repeated_lines derives texts from all documents, .* Use --id or --url"):
+    with pytest.raises(ConfigError, match=r"The changes by stage 0 repeated_lines depend on all documents, .* Use --id or --url"):
         trace.find(made, text=changed.encode())
 
 
@@ -66,7 +66,9 @@ def _read(row):
 def test_a_stage_that_this_version_does_not_have_is_one_clear_line(made):
     by = reasons.made_by(made)
     by = by | {"stages": [{**by["stages"][1], "gone_key": 3}]}
-    with pytest.raises(ConfigError, match=r"has a stage that this version doesn't have, or has changed: .*gone_key"):
+    with pytest.raises(
+        ConfigError, match=r"made with a stage that this version of heliostat doesn't have, or has changed: .*gone_key"
+    ):
         list(trace.stages_again(by, dataclasses.replace(trace.read_again(trace.source_of(by), "a.jsonl#1"))))
 
 

@@ -99,7 +99,7 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         ({"set": {"train.stesp": 5}}, {}, "train.stesp: unknown key. Did you mean 'steps'"),
         ({"set": {"train.optimizer.lr": 1e-3}}, {}, "space.train.optimizer.lr: is also in `set`"),
         ({"metric": "los"}, {}, "metric: 'los' isn't a score of heliostat.recipes:CausalLM. Did you mean 'loss'"),
-        ({}, {"evaluate": None}, "job: has no evaluate, so it reports no metric"),
+        ({}, {"evaluate": None}, "job: has no section `evaluate`, so it reports no metric"),
         ({}, {"workers.count": [1, 4]}, "is elastic, but a sweep needs a fixed number"),
         ({}, {"train.parallel": "auto"}, "train.parallel auto could choose a different configuration"),
         ({"budget": {}}, {}, "budget: searcher 'random' needs a limit"),
@@ -139,7 +139,7 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         (
             {"scheduler": {"name": "pbt", "interval": 10}, "space": {"model.hidden_size": {"choice": [32, 64]}}},
             {},
-            "space.model.hidden_size: 'pbt' can't change it during a run",
+            "space.model.hidden_size: 'pbt' can't change this key during a run",
         ),
         ({"scheduler": {"name": "pbt", "interval": 10}, "budget": {"hours": 1}}, {}, "budget.trials: 'pbt' needs"),
     ],

@@ -244,7 +244,7 @@ def test_a_run_without_receipts_says_so(run):
     """It was stopped before its first checkpoint."""
     run.location.join("receipts").delete()
     run.location.join("checkpoints").delete()
-    with pytest.raises(ConfigError, match=r"has no receipts yet\. The first is written with the first checkpoint"):
+    with pytest.raises(ConfigError, match=r"has no receipts yet\. heliostat writes the first receipt with the first checkpoint"):
         verify.verify(run.location)
 
 
@@ -331,7 +331,7 @@ def test_the_command_fails_on_a_wrong_run(run, monkeypatch, capsys):
     assert code == 1 and told["first_difference"]["step"] == 8 and not told["ok"]
     assert told["error"]["type"] == "VerifyError" and told["error"]["exit_code"] == 1 and told["error"]["message"] in err
     assert err == (
-        f"error: {run.location}: step 8 is the first that differs: its samples' digest is {run.digests[7]}, "
+        f"error: {run.location}: step 8 is the first step that differs: the digest of the step's samples is {run.digests[7]}, "
         "but step-00000010.json has 00\n"
     )
 

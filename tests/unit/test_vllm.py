@@ -88,7 +88,7 @@ def test_scores_add_up_and_one_that_is_missing_is_an_error():
     at = [None, {5: SimpleNamespace(logprob=-1.5)}, {7: SimpleNamespace(logprob=-0.5), 8: SimpleNamespace(logprob=-0.1)}]
     assert vllm_engine.nats([3, 5, 7], at) == 2.0
     for tokens, found in (([3, 5], at), ([3, 5, 9], at), ([3, 5, 7], [*at[:2], None])):
-        with pytest.raises(ValueError, match="vLLM scored"):
+        with pytest.raises(ValueError, match="vLLM scored only"):
             vllm_engine.nats(tokens, found)
     told = vllm_engine.probabilities(at[2], 7, 1)
     assert told == {"chosen": -0.5, "best": [(8, -0.1)]} and vllm_engine.probabilities(at[2], 7, 0)["best"] == []
@@ -268,7 +268,7 @@ def test_an_adapter_of_another_model_is_refused_before_vllm_starts(model, vllm, 
     path = "base_model.model.model.layers.0.self_attn.q_proj"
     pair = {f"{path}.lora_A.weight": torch.ones(4, 9), f"{path}.lora_B.weight": torch.ones(9, 4)}
     save_file(pair, tmp_path / "one/adapter_model.safetensors")
-    with pytest.raises(ConfigError, match=r"q_proj: its matrices are .*\. Pass an adapter of this model"):
+    with pytest.raises(ConfigError, match=r"q_proj: the adapter's matrices are .*\. Pass an adapter of this model"):
         VllmEngine(model, 4, {"one": str(tmp_path / "one")})
 
 

@@ -112,7 +112,8 @@ def test_a_folder_that_transformers_converts_is_loaded_by_it_and_says_so(worker,
     model = first_weights.build(made, CausalLM(made))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), right.parameters(), strict=True))
     assert (
-        "the first worker loads all weights at once, which needs 0.0 GB of host memory" in caplog.text
+        "the first worker loads all weights at once" in caplog.text
+        and "needs 0.0 GB of host memory" in caplog.text
         and "expected one tensor for" in caplog.text
     )
 
@@ -132,7 +133,11 @@ def test_a_folder_that_is_not_as_it_should_be_is_left_to_the_library(fault, work
         file.write_bytes(file.read_bytes().replace(b'"lm_head.weight"', b'"lm_hand.weight"'))
     else:
         (tmp_path / "adapter_config.json").write_text("{}")
-    words = {"cut": "incomplete", "renamed": "expected one tensor for 'lm_head.weight', found none", "adapter": "has an adapter"}
+    words = {
+        "cut": "incomplete",
+        "renamed": "expected one tensor for 'lm_head.weight', found none",
+        "adapter": "contains an adapter",
+    }
     with pytest.raises(folder_weights.UnreadableError, match=words[fault]):
         folder_weights.find(model, noted)
 

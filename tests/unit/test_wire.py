@@ -132,7 +132,7 @@ def test_bytes_of_a_peer_make_no_code_run(tmp_path):
 
 def test_a_message_has_a_largest_size(monkeypatch):
     monkeypatch.setattr(wire, "MOST", 100)
-    with pytest.raises(ValueError, match="larger than 100"):
+    with pytest.raises(ValueError, match="more than the maximum of 100"):
         wire.pack(b"x" * 100)
 
 

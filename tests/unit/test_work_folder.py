@@ -42,14 +42,16 @@ def test_a_spill_that_is_damaged_is_removed_so_that_the_next_start_makes_it_agai
     damaged = tmp_path / "spill" / found.runs[2].name
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:40] + bytes(len(whole) - 80) + whole[-40:])
-    with pytest.raises(DataError, match=rf"^work: \S+{damaged.name}: was damaged, so heliostat removed it\. Start again"):
+    with pytest.raises(
+        DataError, match=rf"^work: \S+{damaged.name}: was damaged, so heliostat removed this file\. Run the command again"
+    ):
         left(found, here)
     assert not damaged.exists()
     again, here = curate(tmp_path, texts(), STAGES)
     assert left(again, here).keys() and damaged.read_bytes() == whole
     told = tmp_path / "spill" / segment.store(here.work.spill, {"a": "b" * 50})
     told.write_bytes(told.read_bytes()[:-3])
-    with pytest.raises(DataError, match="was damaged, so heliostat removed it"):
+    with pytest.raises(DataError, match="was damaged, so heliostat removed this file"):
         segment.load(here.work.spill, str(told.relative_to(tmp_path / "spill")))
 
 

@@ -53,7 +53,8 @@ class Batch:
 
 
 class Sealed(TypedDict):
-    """Describes the receipts of a run so far: the steps, the chain, and the number of replaced bad samples."""
+    """Describes the receipts of a run so far: the number of steps, the chained hash of all receipts, and the number of replaced
+    bad samples."""
 
     steps: int
     chain: str
@@ -66,7 +67,7 @@ class Feed(Iterator[Batch]):
     def __init__(self, job: Job, plan: DataPlan, folder: str, step: int) -> None:
         if not dist.is_initialized():
             raise ConfigError(
-                "ExactStream.start: called outside a TorchTrainer. Call it in the training function, on every worker"
+                "ExactStream.start: called outside a TorchTrainer. Call this method in the training function, on every worker"
             )
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.job, self.plan, self.folder = job, plan, Location(folder)
@@ -78,7 +79,10 @@ class Feed(Iterator[Batch]):
                 f"virtual ranks. Use {' or '.join(map(str, workers))}"
             )
         if not 0 <= step <= self.last_step:
-            raise ConfigError(f"ExactStream.start: step {step} isn't between 0 and the stream's last step, {self.last_step}")
+            raise ConfigError(
+                f"ExactStream.start: step {step} isn't between 0 and the stream's last step, "
+                f"{self.last_step}. Pass your checkpoint's step"
+            )
         self.group = dist.new_group(backend="gloo")  # for tensors on the CPU, for any backend of the training
         self.dataset = open_dataset(self.plan)
         self._unsealed = Unsealed(self.folder, self.dataset, self.group)
@@ -100,10 +104,11 @@ class Feed(Iterator[Batch]):
         return Batch(self.done, mine.content, mine.lanes, len(mine.bad))
 
     def receipt(self) -> Sealed:
-        """Seals the steps since the last receipt, and returns the state of the run's receipts. All workers must call it together.
+        """Seals the steps since the last receipt, and returns the state of the run's receipts. All workers must call this method
+        together.
 
-        Call it before you report the checkpoint of these steps, because a run continues only from a step at which a receipt ends.
-        Raises DataError if more bad samples were replaced than `data.max_bad_fraction` allows.
+        Call this method before you report the checkpoint of these steps, because a run continues only from a step at which a
+        receipt ends. Raises DataError if more bad samples were replaced than `data.max_bad_fraction` allows.
         """
         done = self.done
         if done > self._sealed:
@@ -119,12 +124,13 @@ class Feed(Iterator[Batch]):
         self._parts = []
 
     def _begin(self, step: int) -> tuple[str, int]:
-        """Prepares the folder. Returns the receipts' chain up to the step, and the number of bad samples before it."""
+        """Prepares the folder for a start after the step. Returns the chained hash of all receipts up to the step, and the number
+        of bad samples before the step."""
         chain, replaced = agreement.first(self.group, lambda: self._started(step))
         return chain, replaced if self.rank == 0 else 0
 
     def _started(self, step: int) -> tuple[str, int]:
-        """Prepares the folder on rank 0. Raises ConfigError if no receipt ends at the step."""
+        """Prepares the folder for a start after the step, on rank 0. Raises ConfigError if no receipt ends at the step."""
         ends = {r.end: r.chain for r in receipts(self.folder)} | {0: receipt.GENESIS}
         if step not in ends:
             known = ", ".join(map(str, sorted(ends)))
@@ -166,7 +172,7 @@ class Feed(Iterator[Batch]):
 
 
 class PartDesk:
-    """Hands out the parts of a stream."""
+    """Distributes the parts of a stream to the workers, as a Ray actor."""
 
     def __init__(self, parts: list[DataIterator]) -> None:
         self._parts = parts

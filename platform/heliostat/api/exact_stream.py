@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # imports torch and Ray, which workers need, but planning doe
 
 
 class AnySamples:
-    """Implements the minimum of a recipe. It accepts samples of the job's kind, with any content."""
+    """Implements a minimal recipe. This recipe accepts samples of the job's kind, with any content."""
 
     def __init__(self, job: Job) -> None:
         self.kind = "tokens" if job.data.sequence_length else "rows"
@@ -66,7 +66,7 @@ class ExactStream:
         return divisors(self.plan.shape.lanes)
 
     def start(self, step: int = 0) -> Feed:
-        """Opens this worker's share of the steps after `step`. All workers must call it together, with the same step.
+        """Opens this worker's share of the steps after `step`. All workers must call this method together, with the same step.
 
         Raises ConfigError if the number of workers doesn't divide the number of virtual ranks, or if no receipt ends at the step.
         heliostat removes the records of later steps from the folder, because these steps run again.

@@ -37,7 +37,7 @@ Overrides = Mapping[str, object] | Sequence[str]
 
 
 def load_job(job: Place | Mapping[str, object], overrides: Overrides = ()) -> Job:
-    """Loads a job from its YAML file, or from a mapping. The ConfigError lists every wrong key.
+    """Loads a job from its YAML file, or from a mapping. Raises one ConfigError, which lists every wrong key.
 
     `overrides`: {"train.steps": 100}, or ["train.steps=100"] like `--set`. Relative paths are relative to the current folder.
     """
@@ -76,11 +76,11 @@ def train(
     allow_data_change: bool = False,
     verbose: bool = False,
 ) -> Run:
-    """Trains a job to its last step, exports and registers its model, and returns the run.
+    """Trains a job to the last step, exports and registers the trained model, and returns the run.
 
     `resume`: continues from the run's last checkpoint, if there is one. `overwrite`: first deletes the run with this name.
     `allow_data_change`: resumes with different data, as a new segment. The function blocks, and writes its progress to standard
-    error. On Ctrl-C or SIGTERM, it saves a checkpoint and raises StoppedError.
+    error. On Ctrl-C or SIGTERM, the function saves a checkpoint and raises StoppedError.
     """
     from heliostat.plan import auto
     from heliostat.training.run import train_job
@@ -163,7 +163,9 @@ def datasets(
         raise ConfigError(f"data: expected the keys of a job's data, or a Job, got {brief(repr(data))}")
     if isinstance(data, Job):
         if steps is not None or global_batch_size is not None or held_out:
-            raise ConfigError("heliostat.datasets: steps, global_batch_size, and held_out come from the job. Leave them out")
+            raise ConfigError(
+                "heliostat.datasets: steps, global_batch_size, and held_out come from the job. Leave out these arguments"
+            )
         return plan_stream(data, folder)
     if steps is None or global_batch_size is None:
         raise ConfigError(
@@ -191,7 +193,8 @@ def _json(key: str, value: object) -> str:
 
 
 def _path(key: str, value: object, wanted: str) -> Path:
-    """Returns a path argument as a Path. If the argument has a different type, raises a ConfigError that begins with its name."""
+    """Returns a path argument as a Path. If the argument has a different type, raises a ConfigError that begins with the
+    argument's name."""
     if not isinstance(value, str | os.PathLike):
         raise ConfigError(f"{key}: expected {wanted}, got {brief(repr(value))}")
     return Path(value)
@@ -223,7 +226,7 @@ def install() -> None:
 
 
 def shown(error: HeliostatError, trace: TracebackType | None) -> str:
-    """Formats an error below the frames of the traceback that led to heliostat."""
+    """Formats an error: first the traceback's frames in the user's code, then the error's message."""
     theirs = list(itertools.takewhile(lambda frame: not frame.filename.startswith(PACKAGE), traceback.extract_tb(trace)))
     head = ["Traceback (most recent call last):\n", *traceback.format_list(theirs)] if theirs else []
     return "".join([*head, f"{type(error).__module__}.{type(error).__qualname__}: {error}\n"])

@@ -1,5 +1,5 @@
-"""Reads a run's folder from Python: its curves, checkpoints, and receipts. It can also export the run's model, and generate with
-this model.
+"""Reads a run's folder from Python: its curves, checkpoints, and receipts. The class `Run` also exports the run's model, and
+generates with this model.
 
 run = heliostat.Run(".heliostat/runs/quickstart") # or an MLflow run id
 """
@@ -102,8 +102,8 @@ class Run:
         return survey(self._place)
 
     def receipts(self) -> list[ReceiptFile]:
-        """Reads the receipts in order. A receipt covers the steps `first` + 1 to `end`. It has one digest per step, and the chain
-        after these steps."""
+        """Reads the receipts in order. A receipt covers the steps `first` + 1 to `end`. A receipt has one digest per step, and
+        the chained hash after these steps."""
         from heliostat.runs.history import receipts
 
         return receipts(self._place)
@@ -162,9 +162,11 @@ class Run:
         if step is not None:
             if step not in (steps := layout.steps(self._place)):
                 have = ", ".join(map(str, steps)) or "none"
-                raise CheckpointError(f"step: {self._place} has no checkpoint of step {step}. Its checkpoints: {have}")
+                raise CheckpointError(f"step: {self._place} has no checkpoint of step {step}. The run's checkpoints: {have}")
             return layout.open_checkpoint(self._place, step)
         saved = layout.latest(self._place)
         if saved is None:
-            raise CheckpointError(f"{self._place}: has no complete checkpoint")
+            raise CheckpointError(
+                f"{self._place}: has no complete checkpoint. List the checkpoints: heliostat run checkpoints RUN"
+            )
         return saved

@@ -2,9 +2,9 @@
 
     rows = chaos(Path("jobs/chaos.yaml"), ["kill-worker", "hang"], work=Path(".heliostat/chaos"))
 
-Each run is a separate `heliostat train` on a private Ray of this machine. The run has the job's settings, except the name, the
-storage, and the MLflow store. The storage and the MLflow store are in the work folder. A fault's files are in `FAULT/`, and the
-output of its run is in `FAULT.log`.
+Each run is a separate `heliostat train` on a private Ray cluster on this machine. The run has the job's settings, except the
+name, the storage, and the MLflow store. The storage and the MLflow store are in the work folder. A fault's files are in `FAULT/`,
+and the output of its run is in `FAULT.log`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def chaos(
     work: Path | None = None,
     report: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict[str, object]], list[str]]:
-    """Runs the job once without faults and once per fault; returns (a row per fault, the problems of all runs).
+    """Runs the job once without faults and once per fault; returns (a table row per fault, a list of the problems of all runs).
 
     `report` gets a description of each stage. Raises ConfigError, before anything starts, if the job or a fault isn't suitable.
     """
@@ -88,12 +88,12 @@ def chaos(
     job = checked.job
     if job.train.steps < 4 * job.checkpoint.every:
         raise ConfigError(
-            f"checkpoint.every: {job.checkpoint.every} gives fewer than four checkpoints in {job.train.steps} "
-            f"steps, but the faults need at least four. Set it to {max(1, job.train.steps // 8)}"
+            f"checkpoint.every: {job.checkpoint.every} means fewer than four checkpoints in {job.train.steps} "
+            f"steps, but the faults need at least four. Set checkpoint.every to {max(1, job.train.steps // 8)}"
         )
     for fault in faults:
         if reason := fault.unable(job):
-            raise ConfigError(f"--faults: can't inject {fault.name} here: it {reason}. Remove this fault")
+            raise ConfigError(f"--faults: can't inject {fault.name} here: this fault {reason}. Remove this fault from --faults")
     work = (work or workspace.root() / ".heliostat" / "chaos").absolute() / job.name
     work.mkdir(parents=True, exist_ok=True)
     it = Chaos(path, checked, settings or [], work, seed, rate)
@@ -117,20 +117,22 @@ def choose(names: list[str]) -> list[Fault]:
         if name not in FAULTS:
             raise ConfigError(f"--faults: unknown fault ({name}){schema.nearest(name, list(FAULTS))}")
     if not names:
-        raise ConfigError(f"--faults: the list is empty. Use {', '.join(FAULTS)}")
+        raise ConfigError(f"--faults: the list is empty. Use one or more of: {', '.join(FAULTS)}")
     if twice := [name for name in FAULTS if names.count(name) > 1]:
         raise ConfigError(f"--faults: a fault is listed twice ({', '.join(twice)}). List each fault once")
     return [FAULTS[name] for name in names]
 
 
 def _unbroken(it: Chaos) -> Unbroken:
-    """Runs the job without faults. If there is an earlier run without faults, with the same job and data, resumes this run
+    """Runs the job without faults. If an earlier run without faults has the same job and data, resumes that earlier run
     instead."""
     same = json.dumps([it.checked.job.dump(), it.checked.plan.digest], sort_keys=True)
     name = f"unbroken-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
     with Command([*it.arguments(name, {}), "--resume"], it.work / "unbroken.log") as command:
         if command.wait(RUN_S):
-            raise HeliostatError(f"the job doesn't train without faults either: {command.last_words()}. Read {command.log}")
+            raise HeliostatError(
+                f"the run without faults failed, so no fault can be measured: {command.last_words()}. Read {command.log}"
+            )
         result = command.result()
     run = Location(str(it.work / "runs")).join(name)
     sizes = [sum(size for _, size in layout.folder(run, step).files()) for step in layout.steps(run)]
@@ -171,7 +173,7 @@ def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, object]
 def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unbroken) -> tuple[dict[str, object], list[str]]:
     result, report = command.result(), verify(scene.run)
     if fault.name == "corrupt-shard" and not report["replaced"]:
-        raise ChaosError("the run didn't read the damaged shard")
+        raise ChaosError("the run didn't read the damaged shard, so this fault had no effect. Try another --seed")
     attempts = goodput.read(scene.run)
     seen = scene.seen or (command.heard(fault.notice, scene.struck) if fault.notice else None)
     cured = scene.cured or (command.heard(fault.cured, scene.struck) if fault.cured else None)

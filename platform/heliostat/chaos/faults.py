@@ -99,7 +99,7 @@ class Fault:
 def _one_worker(scene: Scene, command: Command) -> psutil.Process:
     processes = workers(command.process.pid)
     if not processes:
-        raise ChaosError("found no worker process")
+        raise ChaosError("found no worker process, so there was nothing to kill. Read the fault's .log file in the work folder")
     return scene.random.choice(processes)
 
 
@@ -120,7 +120,7 @@ def kill_driver(scene: Scene, command: Command) -> None:
 
 
 def prepare_late(scene: Scene) -> None:
-    """Makes the run register its model, so that there is enough work after the run's last step."""
+    """Makes the run register its model, so that the run still works for some seconds after its last step."""
     scene.settings["mlflow.register"] = MODEL
 
 
@@ -164,7 +164,9 @@ def prepare_nodes(scene: Scene) -> LocalNodes:
 def kill_node(scene: Scene, command: Command) -> None:
     busy = [node for node in scene.tool.nodes[1:] if node.workers()]  # the first node is the head
     if not busy:
-        raise ChaosError("found no node with a worker")
+        raise ChaosError(
+            "found no Ray node with a worker, so there was nothing to kill. Read the fault's .log file in the work folder"
+        )
     scene.random.choice(busy).kill()
 
 
@@ -259,7 +261,7 @@ def met_corrupt_shard(scene: Scene, command: Command) -> None:
 
 def torn_checkpoint(scene: Scene, command: Command) -> None:
     """Waits for the next complete checkpoint, truncates one of its shards to half its size, and kills a worker. The run must then
-    resume from the checkpoint before that one."""
+    resume from the checkpoint before the truncated checkpoint."""
     command.until(lambda: bool(whole_checkpoints(scene.run)), SEEING_S, "checkpoint was written")
     known = set(whole_checkpoints(scene.run))
     command.until(lambda: bool(set(whole_checkpoints(scene.run)) - known), SEEING_S, "other checkpoint was written")
@@ -285,7 +287,7 @@ def prepare_mlflow(scene: Scene) -> ServerProcess:
 
 
 def mlflow_down(scene: Scene, command: Command) -> None:
-    """Stops the MLflow server. Starts it again after the run has noticed the stop and completed five more steps."""
+    """Stops the MLflow server. Starts the server again after the run has noticed the stop and completed five more steps."""
     scene.tool.stop()
     command.until(lambda: bool(command.heard(logger.AWAY, scene.struck)), SEEING_S, "metric was missed")
     so_far = command.step
@@ -297,7 +299,7 @@ def mlflow_down(scene: Scene, command: Command) -> None:
 
 
 def no_disk(job: Job) -> str | None:
-    """Returns the reason why this machine can't mount a small disk; None if it can."""
+    """Returns the reason why this machine can't mount a small disk; None if this machine can mount one."""
     if os.geteuid():
         return "mounts a small tmpfs, which needs root"
     with tempfile.TemporaryDirectory() as probe:
@@ -317,7 +319,7 @@ def mount_disk(folder: Path, size: int) -> None:
     except FileNotFoundError as e:
         raise ChaosError("needs the command `mount`") from e
     if done.returncode:
-        raise ChaosError(f"cannot mount a tmpfs ({done.stderr.strip()})")
+        raise ChaosError(f"can't mount a tmpfs ({done.stderr.strip()})")
 
 
 def unmount_disk(folder: Path) -> None:
@@ -354,8 +356,9 @@ FAULTS = {
         Fault("hang", "a worker's process is suspended, and stays suspended", hang),
         Fault("sigterm", "the command gets SIGTERM, and is submitted again", sigterm, notice="SIGTERM: stopping",
               submitted_again=True),
-        Fault("kill-driver", "the command's process is killed, and it is submitted again", kill_driver, submitted_again=True),
-        Fault("kill-driver-late", "the command's process is killed after the last checkpoint, and it is submitted again",
+        Fault("kill-driver", "the command's process is killed, and the command is submitted again", kill_driver,
+              submitted_again=True),
+        Fault("kill-driver-late", "the command's process is killed after the last checkpoint, and the command is submitted again",
               kill_driver_late, prepare_late, submitted_again=True, late=True),
         Fault("restart-head", "the cluster's head dies and starts again, and the command is submitted again", restart_head,
               prepare_head, cannot_make_nodes, submitted_again=True),

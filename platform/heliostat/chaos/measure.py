@@ -1,4 +1,5 @@
-"""Measures the effect of a fault on a run, from the run's records and its command's output. All functions are pure."""
+"""Measures the effect of a fault on a run, from the run's records and from the output of the run's command. All functions are
+pure."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ Lines = Sequence[tuple[float, str]]  # wall-clock time, line of output
 class FaultEffect:
     """Holds the observations of a run with a fault. Times are wall-clock seconds.
 
-    `struck`: the time of the fault. `seen`: when the run noticed the fault. `cured`: when the fault was over. Each of them is
-    None if the time follows from the run's attempts.
+    `struck`: the time of the fault. `seen`: when the run noticed the fault. `cured`: when the fault was over. If a time is None,
+    heliostat takes this time from the start and end of the run's attempts.
     """
 
     struck: float
@@ -36,7 +37,7 @@ def first_end(attempts: Iterable[RecordedAttempt], since: float) -> float | None
 
 
 def detected_s(effect: FaultEffect) -> float | None:
-    """Computes the seconds from the fault until the run noticed the fault; None if the run didn't notice it."""
+    """Computes the seconds from the fault until the run noticed the fault; None if the run didn't notice the fault."""
     at = effect.seen if effect.seen is not None else first_end(effect.attempts, effect.struck)
     return None if at is None else max(0.0, at - effect.struck)
 
@@ -104,9 +105,9 @@ def problems(row: dict[str, Any], report: VerifyReport, curve: list[int], steps:
     """
     faults = []
     if row["lost"] or row["repeated"]:
-        faults.append(f"lost {row['lost']} samples and repeated {row['repeated']}")
+        faults.append(f"the run lost {row['lost']} samples and repeated {row['repeated']}")
     if not report["ok"] or report["steps"] != steps:
-        faults.append(f"the run's receipts differ from its data: {report['first_difference']}")
+        faults.append(f"the run's receipts differ from the run's data: {report['first_difference']}")
     if curve != list(range(1, steps + 1)):
         faults.append("MLflow doesn't have the loss of every step exactly once")
     if not math.isfinite(row["loss_difference"]):

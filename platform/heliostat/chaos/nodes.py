@@ -1,7 +1,8 @@
-"""Starts a Ray cluster of several nodes on this machine. Each node is a raylet on its own loopback address, and can be killed by
-itself.
+"""Starts a Ray cluster of several nodes on this machine. Each node is a raylet on its own loopback address, and can be killed
+without the other nodes.
 
-The head (127.0.0.1) has no CPUs, and runs the driver and Ray's own services. Clients use `environment`.
+The head (127.0.0.1) has no CPUs, and runs the driver and Ray's own services. A process that connects to the cluster needs the
+environment variables in `environment`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class LocalNodes:
     """Runs a cluster of local nodes while its context lasts: `with LocalNodes(folder, count, cpus) as nodes:`."""
 
     inside: tuple[str, ...] = ()
-    """Command that starts the next nodes, for example a command that hides files from them."""
+    """Prefix of the command line that starts the next nodes, for example a command that hides files from these nodes."""
 
     def __init__(self, folder: Path, count: int, cpus: float) -> None:
         self._folder, self._count, self._cpus = folder, count, cpus
@@ -95,7 +96,7 @@ class LocalNodes:
         shutil.rmtree(SESSIONS, ignore_errors=True)
 
     def _start(self, host: str, *arguments: str) -> None:
-        """Starts a node, and waits until it has joined the cluster; ChaosError after STARTS failed attempts."""
+        """Starts a node, and waits until it has joined the cluster. Raises ChaosError after STARTS failed attempts."""
         private.folder(SESSIONS)
         log = self._folder / f"node-{host}.log"
         environment = {**SILENT, **PATIENT, **URGENT, **os.environ, **self.environment}

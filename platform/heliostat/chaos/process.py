@@ -102,7 +102,8 @@ class Command:
             time.sleep(0.02)
 
     def until_ended(self, seconds: float) -> None:
-        """Waits for the end of a command that has lost its cluster. If this takes longer than `seconds`, kills the command."""
+        """Waits for the end of a command that has lost its cluster. If the command is still running after `seconds` seconds,
+        kills the command."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -110,12 +111,12 @@ class Command:
             processes.end_tree(self.process)
 
     def heard(self, words: str, since: float) -> float | None:
-        """Returns the first time, at or after `since`, at which the words appeared in the output (ignoring case). None if they
-        didn't appear."""
+        """Returns the first time, at or after `since`, at which the words appeared in the output (ignoring case). Returns None if
+        the words didn't appear."""
         return next((at for at, line in list(self.lines) if at >= since and words.lower() in line.lower()), None)
 
     def last_words(self) -> str:
-        """Returns the last line on standard error. If the command failed, this is the error."""
+        """Returns the last line on standard error. If the command failed, this line is the error."""
         return next((line for _, line in reversed(self.lines) if line.strip()), "no output")
 
     def wait(self, seconds: float) -> int:

@@ -1,12 +1,13 @@
 """Runs a proxy between an S3 server and its clients. The proxy injects the faults of an overloaded or broken store.
 
-Invariants: if a request or an answer has no fault, the proxy forwards it unchanged, including the client's Host header. So
-signatures stay valid. Each request gets at most one fault. A seeded generator draws this fault by the faults' rates. The proxy
-counts the faults that it injects.
+Invariants: the proxy forwards a request or an answer without a fault unchanged, including the client's Host header. So signatures
+stay valid. Each request gets at most one fault. A seeded generator draws this fault by the faults' rates. The proxy counts the
+faults that it injects.
 
 `faults` may be replaced at any time. Requests that have begun keep the fault that was drawn for them.
 
-Both sides use plain HTTP/1.1. So the proxy works with a store that you run, but not with a cloud's TLS endpoint.
+The connections to clients and to the store use plain HTTP/1.1. So the proxy works with a store that you run, but not with a
+cloud's TLS endpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ANSWER_S = 300.0  # maximum seconds to wait for a byte from the store or the cli
 @dataclass(frozen=True)
 class ProxyFault:
     """Describes a fault. `key`: a pattern (`*` and `?`) for `/bucket/key`. `limit`: the maximum number of times that the proxy
-    injects it.
+    injects this fault.
 
     status: the request doesn't reach the store; the answer has `status` and an S3 error with that `code`
     delay:  the request reaches the store `seconds` late
@@ -125,12 +126,12 @@ class FaultProxy:
             return drawn
 
     def ended_within(self, seconds: float) -> bool:
-        """Waits `seconds`, or until the proxy ends; returns whether it ended."""
+        """Waits `seconds`, or until the proxy ends; returns whether the proxy ended."""
         return self._stopped.wait(seconds)
 
     @contextlib.contextmanager
     def serving(self, connection: socket.socket) -> Iterator[None]:
-        """Registers a connection for the duration of the context. If the proxy ends within the context, it breaks the
+        """Registers a connection for the duration of the context. If the proxy ends within the context, the proxy breaks the
         connection."""
         self._open.add(connection)
         try:
@@ -150,7 +151,7 @@ class _Server(socketserver.ThreadingTCPServer):
 class _Connection(socketserver.BaseRequestHandler):
     """Serves one client's connection: forwards its requests, one after another, over one connection to the store.
 
-    If the store has closed the connection to it, opens another connection.
+    If the store has closed its connection, opens a new connection to the store.
     """
 
     server: _Server
@@ -244,7 +245,7 @@ def exactly(source: BinaryIO, length: int | None) -> Iterator[bytes]:
         piece = source.read1(BLOCK if left is None else min(BLOCK, left))  # type: ignore[attr-defined]
         if not piece:
             if left:
-                raise ConnectionError(f"the peer closed the connection {left} bytes early")
+                raise ConnectionError(f"the peer closed the connection before the last {left} bytes")
             return
         left = None if left is None else left - len(piece)
         yield piece

@@ -35,7 +35,7 @@ class ServerProcess:
         self.stop()
 
     def start(self) -> None:
-        """Starts the server, and waits until it answers. ChaosError if the server ends, or doesn't answer within START_S
+        """Starts the server, and waits until it answers. Raises ChaosError if the server ends, or doesn't answer within START_S
         seconds."""
         self._process = self._launch()
         deadline = time.monotonic() + START_S

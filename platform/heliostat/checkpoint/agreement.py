@@ -34,7 +34,7 @@ class Channel:
 
     Threads can use several channels of a group at once, if the channels have different tags.
 
-    `timeout`: for one message; None means the group's timeout.
+    `timeout`: maximum time for one message; None means the group's timeout.
     """
 
     group: dist.ProcessGroup
@@ -138,7 +138,7 @@ def children(rank: int, world: int) -> list[int]:
 def up(where: Channel, mine: T, merge: Callable[[T, T], T]) -> T:
     """Merges the values of all ranks in rank order.
 
-    Rank 0 returns the value of all ranks. Other ranks return the merged value of their branch.
+    Rank 0 returns the merged value of all ranks. Other ranks return the merged value of their branch.
     """
     rank, world = dist.get_rank(where.group), dist.get_world_size(where.group)
     for child in children(rank, world):
@@ -149,7 +149,7 @@ def up(where: Channel, mine: T, merge: Callable[[T, T], T]) -> T:
 
 
 def down(where: Channel, value: T) -> T:
-    """Sends rank 0's value to all ranks, and returns it."""
+    """Sends rank 0's value to all ranks, and returns this value."""
     rank, world = dist.get_rank(where.group), dist.get_world_size(where.group)
     if rank:
         value = cast("T", _receive(where, parent(rank)))
@@ -170,7 +170,7 @@ def _receive(where: Channel, source: int) -> object:
     first = _get(where, source, HEAD)
     size = int.from_bytes(first[:SIZE], "little")
     if size > wire.MOST:
-        raise TrainingError(f"worker {source} announced a message of {size:,} bytes, more than the limit of {wire.MOST:,}")
+        raise TrainingError(f"worker {source} announced a message of {size:,} bytes, but the limit is {wire.MOST:,} bytes")
     data = first[SIZE : SIZE + size]
     if size > len(data):
         data += _get(where, source, size - len(data))

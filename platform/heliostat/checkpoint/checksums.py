@@ -1,7 +1,8 @@
-"""Checks checkpoint data in blocks of 1 MiB. Every block of a chunk has a CRC-32, and unchecked bytes are never used.
+"""Checks checkpoint data in blocks of 1 MiB. A chunk is the range of a tensor's elements that one shard has. Every block of a
+chunk has a CRC-32, and unchecked bytes are never used.
 
-To read a part of a chunk, a reader reads the complete blocks that contain this part. So it reads less than two blocks per chunk
-in addition, and no additional bytes for a complete chunk. Adjacent blocks of a file are read together.
+To read a part of a chunk, a reader reads the complete blocks that contain this part. So a reader reads fewer than two additional
+blocks per chunk, and no additional bytes for a complete chunk. Adjacent blocks of a file are read together.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ has a part of every row. In the matrix's own order (row after row), these parts 
 blocks of columns, one block after another. Within a block, one row follows another. In this order, a worker's shard is one
 slice. With one block, this order is the matrix's own order.
 
-When a matrix is read in another order, each stored block contributes a rectangle to a wanted block. The functions only compute;
-they do no I/O.
+When a matrix is read in another order, each stored block contributes a rectangle to a wanted block. The functions of this module
+only compute, and do no I/O.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Rectangle(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Describes `rows` rows of a wanted block, of `width` elements each.
+    """Describes one step of a conversion: `rows` consecutive rows of a wanted block, with `width` elements each.
 
     `first`: index of the first row's first element in the wanted order.
     """

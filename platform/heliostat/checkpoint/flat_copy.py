@@ -49,7 +49,7 @@ class CopiedBytes:
 
 
 def layout(state: Mapping[str, torch.Tensor]) -> list[FlatRange]:
-    """Assigns each slice a place in a buffer. The slices are in the order of their names."""
+    """Assigns each slice a place in a buffer. The slices are sorted by name."""
     ranges, offset = list[FlatRange](), 0
     for name in sorted(state):
         local, start = _local(state[name])
@@ -91,7 +91,7 @@ def unpack(state: Mapping[str, torch.Tensor], ranges: Iterable[FlatRange], buffe
 def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> list[CopiedBytes]:
     """Finds each wanted byte in the copy of one of the ranks, and joins adjacent bytes into pieces.
 
-    Raises TrainingError if no copy has a byte.
+    Raises TrainingError if a wanted byte is in no copy.
     """
     by_name: dict[str, list[tuple[int, int, int, FlatRange]]] = {}
     for rank, ranges in copies.items():
@@ -146,7 +146,7 @@ class HostCopy(CopyStream):
     def copy(self, shards: Mapping[str, FlatShard], copied: Callable[[], None]) -> dict[str, FlatShard]:
         """Copies the slices as they were at the last `mark`, and calls `copied` after each slice.
 
-        On a GPU, the copies are only queued: call `wait` before you use them.
+        On a GPU, the copies are only queued: call `wait` before you use the copies.
         """
         ranges = layout(shards)
         if ranges != self._ranges:

@@ -10,7 +10,7 @@ from heliostat.checkpoint.columns import ROWS, Columns
 class FlatShard(torch.Tensor):
     """Represents the slice [start, start + n) of a flat tensor of `numel` elements, in the order of `columns`.
 
-    `local` holds the slice. The shape of this object is the shape of the complete flat tensor. Operations on it aren't
+    `local` holds the slice. The shape of this object is the shape of the complete flat tensor. Operations on a FlatShard aren't
     supported.
     """
 
@@ -34,4 +34,4 @@ class FlatShard(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> object:  # type: ignore[override]
-        raise TypeError(f"a FlatShard doesn't support {func}")
+        raise TypeError(f"a FlatShard doesn't support {func}. Use the tensor in `local`")

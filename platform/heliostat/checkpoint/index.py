@@ -124,7 +124,7 @@ def _fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
 
 
 def _in_runs(tensor: Tensor) -> Tensor:
-    """Returns a tensor's entry of any format in the form of the newest format."""
+    """Converts a tensor's entry from any format to the newest format."""
     if tensor.chunks is None:
         return tensor
     ordered = sorted(tensor.chunks, key=lambda c: c.start)

@@ -1,12 +1,13 @@
 """Defines the layout of a checkpoint in storage: a folder such as `checkpoints/step-00000100`.
 
-`checkpoint.json` is written last, and makes the folder valid. It lists every shard and its index with their sizes. It also
-records which shards hold which elements of each tensor (`placement`). Its last entry is the CRC-32 of all bytes before this
-entry. A shard's index (`index`) lists the place of each chunk of elements in the shard, and a CRC-32 for each block of a chunk.
+`checkpoint.json` is written last, and makes the folder valid. This file lists every shard and every shard's index, with their
+sizes. The file also records which shards hold which elements of each tensor (`placement`). Its last entry is the CRC-32 of all
+bytes before this entry. A shard's index (`index`) lists the place of each chunk of elements in the shard, and a CRC-32 for each
+block of a chunk.
 
 A checkpoint is unusable if `checkpoint.json` is missing or damaged, or if a shard or an index is missing or has the wrong size.
-Damage inside an index or a shard is detected when it is read, always before its data is used. All these faults raise
-CorruptCheckpointError; use the previous checkpoint then.
+Readers detect damage inside an index or a shard before they use any of its data. All these faults raise CorruptCheckpointError;
+use the previous checkpoint then.
 
 Frozen parameters are in a folder of the same form, `checkpoints/frozen-<digest>`. Every checkpoint of the run refers to this
 folder. If the folder is incomplete, no other checkpoint helps, so a CheckpointError ends the run.
@@ -126,11 +127,11 @@ class SavedCheckpoint:
         chunk.
 
         `target`: a contiguous tensor. Reads the indexes of the shards that hold the elements. Raises CheckpointError if the
-        target's dtype isn't the stored one.
+        target's dtype differs from the stored dtype.
         """
         dtype, stop = self._size(name)[1], first + target.numel()
         if target.dtype != dtype:  # bytes of another dtype would be misread as numbers
-            raise CheckpointError(f"{self.location}: {name!r} has dtype {dtype}, so it can't be read as {target.dtype}")
+            raise CheckpointError(f"{self.location}: {name!r} has dtype {dtype}, so this tensor can't be read as {target.dtype}")
         flat, size, out = target.reshape(-1), dtype.itemsize, []
         for chunk in placement.chunks(self.index.tensors[name].runs, first, stop):
             low, high = max(first, chunk.start), min(stop, chunk.start + chunk.numel)
@@ -197,7 +198,7 @@ class SavedCheckpoint:
         try:
             total, damaged = location.attempt(read)
         except OSError as e:
-            raise self.fault(f"{location}: can't read it ({brief(e)})") from e
+            raise self.fault(f"{location}: can't read this shard ({brief(e)})") from e
         if damaged:
             where = f"bytes {damaged.offset} to {damaged.offset + damaged.size}"
             raise self.fault(f"{location}: {where} have changed since they were written (CRC-32)")
@@ -261,7 +262,7 @@ def format_of(tensors: Mapping[str, Tensor]) -> int:
 
 
 def encode(index: Mapping[str, object]) -> bytes:
-    """Encodes an index as the bytes of `checkpoint.json`. Its last entry is a CRC-32 of the bytes before it."""
+    """Encodes an index as the bytes of `checkpoint.json`. The last entry is a CRC-32 of all bytes before this entry."""
     body = indexes.encode(index)[:-1]
     return body + b', "crc32": "%08x"}' % zlib.crc32(body)
 
@@ -315,7 +316,7 @@ def _open(location: Location, step: int | None) -> SavedCheckpoint:
 
 
 def files(index: TensorIndex) -> Iterator[tuple[str, int]]:
-    """Yields the files that an index lists, with their sizes: each shard, and its index if it has one."""
+    """Yields the files that an index lists, with their sizes: each shard, and the shard's index if there is one."""
     for shard in index.shards:
         yield shard.file, shard.bytes
         if shard.index:
@@ -323,7 +324,7 @@ def files(index: TensorIndex) -> Iterator[tuple[str, int]]:
 
 
 def latest(run: Location, before: int | None = None) -> SavedCheckpoint | None:
-    """Returns the newest complete checkpoint, or the newest one before step `before`.
+    """Returns the newest complete checkpoint, or the newest complete checkpoint before step `before`.
 
     Logs a warning for each incomplete checkpoint.
     """

@@ -1,6 +1,6 @@
 """Loads a checkpoint into a worker's slices, at any ZeRO stage and world size.
 
-A worker computes which shards hold its slices, and reads the indexes of these shards. Then it reads only the blocks that
+A worker computes which shards hold its slices, and reads the indexes of these shards. Then the worker reads only the blocks that
 contain its slices, and checks each block (`checksums`). Nothing is ever unpickled.
 """
 
@@ -50,7 +50,7 @@ def load(
     try:
         total = agreed(group, read)
     except WorkerError as e:
-        raise CheckpointError(f"{checkpoint.location}: can't load it: {e}") from e
+        raise CheckpointError(f"{checkpoint.location}: can't load this checkpoint: {e}") from e
     for name, target in targets.items():
         local = _local(state[name])
         if target.data_ptr() != local.data_ptr():
@@ -66,19 +66,23 @@ def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
         n for n in state if n not in missing and (list(state[n].shape) != tensors[n].shape or not _turns(checkpoint, n, state[n]))
     ]
     if missing or wrong:
-        what = f"has no {missing[0]!r}" if missing else f"has {wrong[0]!r} in another shape than the model"
-        raise CheckpointError(f"{checkpoint.location}: {what}. Another model made this checkpoint")
+        what = f"has no tensor {missing[0]!r}" if missing else f"has tensor {wrong[0]!r} in another shape than the model"
+        raise CheckpointError(
+            f"{checkpoint.location}: {what}. Another model made this checkpoint. Use that model, or another name for the run"
+        )
     for name, tensor in state.items():
         stored = safetensors_file.DTYPES[tensors[name].dtype]
         if stored != tensor.dtype and not (stored.is_floating_point and tensor.dtype.is_floating_point):
-            what = f"has {name!r} as {stored}, but the model has it as {tensor.dtype}"
-            raise CheckpointError(f"{checkpoint.location}: {what}. Another model made this checkpoint")
+            what = f"has tensor {name!r} as {stored}, but the model has this tensor as {tensor.dtype}"
+            raise CheckpointError(
+                f"{checkpoint.location}: {what}. Another model made this checkpoint. Use that model, or another name for the run"
+            )
 
 
 def _turns(checkpoint: SavedCheckpoint, name: str, tensor: torch.Tensor) -> bool:
-    """Compares the order of a tensor in the checkpoint with its order in the state.
+    """Checks whether a tensor can be converted from its element order in the checkpoint to its element order in the state.
 
-    Returns whether the rows of both have the same width.
+    Returns true if the rows have the same width in both orders.
     """
     return len({order.width for order in (checkpoint.order(name), _order(tensor)) if order != ROWS}) <= 1
 
@@ -119,7 +123,7 @@ def _shards(source: SavedCheckpoint, targets: dict[str, torch.Tensor], starts: d
 
 
 def casts(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> str | None:
-    """Describes, for the user, the tensors that `load` rounds; returns None if it rounds no tensor.
+    """Describes, for the user, the tensors that `load` rounds; returns None if `load` rounds no tensor.
 
     `load` rounds a tensor if the engine's dtype has fewer bits than the checkpoint's.
 

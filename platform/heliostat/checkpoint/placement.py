@@ -85,7 +85,8 @@ class Chunk(NamedTuple):
 
 @wire.travels
 class WrittenPart(NamedTuple):
-    """Holds the shards that some consecutive ranks wrote, and their tensors. The runs of the tensors refer to these shards."""
+    """Holds the shards that some consecutive ranks wrote, and the tensors in these shards. The runs of the tensors refer to these
+    shards."""
 
     shards: list[Shard]
     tensors: Tensors
@@ -135,7 +136,7 @@ def runs(chunks: Iterable[Chunk]) -> list[Run]:
 def chunks(runs: Iterable[Run], first: int = 0, stop: int | None = None) -> Iterator[Chunk]:
     """Yields the chunks that hold any of the elements [first, stop).
 
-    Without `stop`, yields all chunks, whatever `first` is. Doesn't iterate over the chunks that it doesn't yield.
+    Without `stop`, yields all chunks, whatever `first` is. Skips all other chunks without iterating over them.
     """
     for shard, shards, start, numel in runs:
         low, high = 0, shards

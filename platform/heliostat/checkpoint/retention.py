@@ -61,7 +61,7 @@ class RetentionRow(TypedDict):
 
 
 def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] | None = None) -> dict[int, list[str]]:
-    """Selects the complete steps to keep; returns for each, ascending, the rules that keep it.
+    """Selects the complete checkpoints to keep. Returns, by ascending step, the rules that keep each checkpoint.
 
     `scores`: value of the best metric by step. A step without a finite score is never the best. Of equal scores, the newer step
     is better.
@@ -93,7 +93,8 @@ class Pruner:
         self._scores: dict[int, float] = {}
 
     def prune(self, saved: int) -> None:
-        """Deletes the checkpoints that the policy doesn't keep. Call it once step `saved` is complete, with no save in flight."""
+        """Deletes the checkpoints that the policy doesn't keep. Call this method once step `saved` is complete, with no save in
+        flight."""
         files = {path for path, _ in self.run.join(run_folder.CHECKPOINTS).files()}
         self._scores.pop(saved, None)  # from an earlier save of this step
         completeness = {step: f"{folder(self.run, step).name}/{INDEX}" in files for step in steps(self.run)}
@@ -139,7 +140,7 @@ class Pruner:
 def score(run: Location, checkpoint: SavedCheckpoint, policy: Policy) -> float:
     """Returns a checkpoint's value of the metric that decides which checkpoint is best.
 
-    The value comes from the checkpoint's index or from a benchmark; it is nan if there is no value yet.
+    The value comes from the checkpoint's index or from a benchmark; the result is nan if there is no value yet.
     """
     if policy.best and policy.best.is_late:
         return _benchmark(run, checkpoint.step, checkpoint.index.written, policy.best.metric)

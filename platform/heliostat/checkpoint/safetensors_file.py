@@ -62,6 +62,8 @@ def write(path: Path, entries: list[Entry], metadata: dict[str, str]) -> dict[st
     except BaseException as e:
         path.unlink(missing_ok=True)  # an incomplete file would only use space
         if isinstance(e, OSError):
-            raise StorageError(f"{path}: can't write it ({(e.strerror or str(e)).lower()}). Free some space there") from e
+            raise StorageError(
+                f"{path}: can't write this file ({(e.strerror or str(e)).lower()}). Free some space on this disk"
+            ) from e
         raise
     return {name: 8 + len(text) + offset for name, offset in offsets.items()}

@@ -106,7 +106,7 @@ class Saver:
         best, scores = self.policy.best, cast("Mapping[str, float]", facts["metrics"]).keys() - {"train_loss"}
         if best and scores and best.metric not in scores and not best.is_late:
             raise ConfigError(
-                f"checkpoint.best.metric: {best.metric!r} isn't a score of the recipe. Scores: {', '.join(sorted(scores))}"
+                f"checkpoint.best.metric: {best.metric!r} isn't a score of the recipe. Use one of: {', '.join(sorted(scores))}"
             )
         self.wait()
         started = time.perf_counter()
@@ -133,7 +133,7 @@ class Saver:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> bool:
-        """Waits until the save in flight is complete; returns whether there was one.
+        """Waits until the save in flight is complete; returns whether a save was in flight.
 
         An error on one worker is raised on all workers.
         """
@@ -153,7 +153,7 @@ class Saver:
         pending.result()
 
     def before_change(self) -> None:
-        """Waits until the state that is being saved may change.
+        """Waits until a change of the training state can't affect the save in flight.
 
         On a GPU, the host waits only until the copies are queued. Work that is queued later waits until the copies are done.
         """
@@ -209,7 +209,10 @@ class Saver:
         except StorageError as e:
             self._unpruned += 1
             again = f", {self._unpruned} times in a row" if self._unpruned > 1 else ""
-            self._notice(f"step {step}: can't remove old checkpoints{again}. They use space until heliostat can delete them: {e}")
+            self._notice(
+                f"step {step}: can't remove old checkpoints{again}. These checkpoints use space until heliostat "
+                f"can delete them: {e}"
+            )
 
     def _copy(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         slices = {n: t for n, t in state.items() if isinstance(t, FlatShard)}
@@ -242,14 +245,14 @@ class Keeper:
     def loaded(self, checkpoint: SavedCheckpoint, slices: dict[str, FlatShard]) -> None:
         """Records that the slices were loaded from the checkpoint, and were perhaps cast.
 
-        Until they change, later saves use the checkpoint's folder.
+        Until the slices change, later saves use the checkpoint's folder of frozen parameters.
         """
         if checkpoint.frozen:
             self._folder = checkpoint.frozen.location.name
             self._loaded = self._name(slices)
 
     def keep(self, slices: dict[str, FlatShard]) -> str | None:
-        """Saves the slices as a folder unless it exists; returns the folder's name, or None if no worker has slices."""
+        """Saves the slices as a folder, unless this folder exists; returns the folder's name, or None if no worker has slices."""
         any_ = merged(self.group, lambda: bool(slices), operator.or_)
         if not first(self.group, lambda: any_):
             return None

@@ -40,12 +40,11 @@ def write(
     wrote: Callable[[], None] = lambda: None,
     fence: Fence | None = None,
 ) -> None:
-    """Writes the tensors of all ranks as one folder. All ranks call it together.
+    """Writes the tensors of all ranks as one folder. All ranks call this function together.
 
-    `facts`: entries of `checkpoint.json` from rank 0; `wrote`: called after every written block, and after every window of an
-    upload; `fence`: the lease of the driver that saves, if several drivers could save. If a rank fails,
-    all ranks raise its error; an error that isn't heliostat's own becomes a CheckpointError. Raises CheckpointError also if the
-    slices leave out elements.
+    `facts`: entries of `checkpoint.json` from rank 0; `wrote`: called after every written block, and after every uploaded part;
+    `fence`: the lease of the driver that saves, if several drivers could save. If a rank fails, all ranks raise its error; an
+    error that isn't heliostat's own becomes a CheckpointError. Raises CheckpointError also if the slices leave out elements.
     """
     rank, world = dist.get_rank(channel.group), dist.get_world_size(channel.group)
     try:
@@ -53,7 +52,7 @@ def write(
         part = merged(channel, partial(write_shard, target, mine(tensors, rank, world), rank, wrote), placement.merge)
         first(channel, partial(finish, target, step, facts, part, fence))
     except WorkerError as e:
-        raise CheckpointError(f"{target}: can't save it: {e}") from e
+        raise CheckpointError(f"{target}: can't save this folder: {e}") from e
 
 
 def mine(tensors: Mapping[str, torch.Tensor], rank: int, world: int) -> dict[str, torch.Tensor]:
@@ -73,7 +72,7 @@ def clear(target: Location, fence: Fence | None) -> None:
 def finish(
     target: Location, step: int | None, facts: Mapping[str, object], part: placement.WrittenPart | None, fence: Fence | None
 ) -> None:
-    """Makes the folder valid: checks that it has every element exactly once, then writes `checkpoint.json`."""
+    """Makes the folder valid: checks that the folder has every element exactly once, then writes `checkpoint.json`."""
     written = part or placement.WrittenPart([], {})
     contents = index.root(step, {"format": layout.format_of(written.tensors), **facts}, written)
     if fence:

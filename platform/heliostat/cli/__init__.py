@@ -1,4 +1,4 @@
-"""Defines the command line: one module per group of commands; `common` and `options` have what commands share.
+"""Defines the command line, with one module per group of commands. `common` and `options` contain code that all groups use.
 
 Start at `main`.
 May import: `apps`, `chaos`, `checkpoint`, `cluster`, `config`, `curation`, `data`, `evaluation`, `inference`, `numerics`,

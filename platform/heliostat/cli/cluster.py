@@ -72,7 +72,7 @@ def check_(
 @command(CLUSTER, example="clusters/local.yaml")
 def up(
     file: File,
-    restart: Annotated[bool, flag("--restart", help="If Ray runs already, restart it; this ends Ray's jobs")] = False,
+    restart: Annotated[bool, flag("--restart", help="If Ray runs already, restart Ray; this ends Ray's jobs")] = False,
 ) -> None:
     """Start a cluster, or join a running one: processes on this machine, `ray up`, or `kubectl apply`."""
     from heliostat.cluster import launch, review

@@ -1,4 +1,5 @@
-"""Defines what commands share: the application in which they are registered, the standard output, and how they print results.
+"""Defines code that all commands use: the application in which commands are registered, standard output, and functions that print
+results.
 
 `command` registers a command. A command that reports prints its result as text to `out`, and ends with `finish`. With `--json`,
 `out` prints nothing, and `finish` prints the result as one JSON object.
@@ -88,10 +89,10 @@ def command(
     group: str, name: str | None = None, *, example: str, reports: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a command in a group of `groups`, or at the top level. The function's docstring is the help text. Lists of
-    commands show its first sentence.
+    commands show the docstring's first sentence.
 
-    `name`: the command's name, by default the function's. `example`: example arguments for the help text. `reports`: whether the
-    command has `--json`.
+    `name`: the command's name, by default the function's name. `example`: example arguments for the help text. `reports`: whether
+    the command has `--json`.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -113,8 +114,8 @@ def require_file(place: Location) -> None:
 
 
 def keys_of(place: Path | None) -> Callable[[], dict[str, str] | None]:
-    """Checks the file of API keys, if the file exists. Returns a function that reads the file, and that first creates the file if
-    it is missing."""
+    """Checks the file of API keys, if the file exists. Returns a function that reads the file. If the file is missing, this
+    function first creates the file."""
     from heliostat.web import keys
 
     def known() -> dict[str, str] | None:
@@ -140,7 +141,8 @@ def print_page(url: str, place: Path) -> None:
 
 
 def program(elsewhere: bool = False) -> str:
-    """Returns the words that run this program in the user's shell: its name, or its path if the program isn't on the PATH.
+    """Returns the words that run heliostat in the user's shell: the program's name, or the program's path if the name isn't on
+    the PATH.
 
     `elsewhere`: whether the words must work in another folder. If so, the path is absolute.
     """
@@ -174,8 +176,8 @@ def _lines(row: Sequence[str], widths: list[int], left: Collection[int], width: 
 
 
 def bands(widths: Sequence[int], width: int | None) -> list[tuple[int, int]]:
-    """Groups the columns into bands [begin, end). In each row, a band is printed as one line. A band has as many columns as fit
-    into `width`, but at least one column."""
+    """Splits a table that is too wide into groups of columns, each [begin, end). A row is printed with one line per group. A
+    group has as many columns as fit into `width` characters, but at least one column."""
     columns, begin, used = list[tuple[int, int]](), 0, 0
     for i, one in enumerate(widths):
         if width is not None and i > begin and used + len(GAP) + one > width:
@@ -204,7 +206,9 @@ def store_uri(uri: str | None) -> str:
     if uri.startswith("sqlite:///"):
         place = Path(uri.removeprefix("sqlite:///").partition("?")[0])
         if not place.exists():
-            raise ConfigError(f"--mlflow: no such file ({place}). Pass the database of a store, which `heliostat train` creates")
+            raise ConfigError(
+                f"--mlflow: no such file ({place}). Pass the path of an MLflow database, which `heliostat train` creates"
+            )
         require_database("--mlflow", place)
     return uri
 

@@ -1,4 +1,4 @@
-"""Shows the results of curation, and trains its classifiers: `heliostat data` trace, forget, report, train-classifier."""
+"""Shows the results of curation, and trains quality classifiers: `heliostat data` trace, forget, report, train-classifier."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Id = Annotated[
     str | None,
     typer.Option(
         "--id",
-        help="Choose the document by its id, which is its path in the input, such as a.html, or a.jsonl#12 for a record",
+        help="Choose the document by its id, which is the document's path in the input, such as a.html, or a.jsonl#12 (a record)",
         metavar="ID",
     ),
 ]
@@ -153,13 +153,16 @@ def _ways(dataset: Manifest, id: str, mlflow: str | None) -> Report:
 def _print_forgotten(report: Report) -> None:
     tokens = f", {report['tokens']:,} tokens" if report["tokens"] else ""
     out.print(f"dataset {report['dataset']} is ready: {report['documents']:,} documents{tokens}, digest {report['digest'][:12]}; "
-              f"it no longer contains {', '.join(report['forgotten'])}")  # fmt: skip
+              f"the dataset no longer contains {', '.join(report['forgotten'])}")  # fmt: skip
     if report["shard"]:
         out.print(f"  the document was in shard {report['shard']['path']} of version {report['previous'][:12]}")
     else:
         out.print("  the document was in no shard; the dataset had only a record of the document")
     for hop in report["instead"]:
-        out.print(f"  a near-duplicate is still in the dataset. Forget it, too: --id {hop['id']}")
+        out.print(
+            "  a near-duplicate is still in the dataset. To remove this near-duplicate too, run the "
+            f"command again with --id {hop['id']}"
+        )
     _print_runs(report)
     out.print("  the old dataset, its earlier versions, the input, and the models of these runs still contain the document")
 
@@ -218,9 +221,9 @@ def _did(stage: Report) -> str:
 def _print_runs(report: Report) -> None:
     for row in report["runs"]:
         steps = ", ".join(f"{step:,}" for step in row["steps"][:MOST]) + (" ..." if len(row["steps"]) > MOST else "")
-        how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "no sample of its own"
+        how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "no sample in this run"
         how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
-        how += f"; its samples are unknown: {row['fault']}" if row["fault"] else ""
+        how += f"; the run's samples are unknown: {row['fault']}" if row["fault"] else ""
         how += f"; {row['unsure']:,} replaced samples are not listed" if row["unsure"] else ""
         out.print(f"  run {row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
         for sample in row["samples"][:MOST]:

@@ -116,7 +116,7 @@ def _predict(pipeline: Path, settings: list[str], sample: str) -> None:
 
 @command(DATA, example=".heliostat/data/quickstart")
 def index(dataset: Dataset) -> None:
-    """Add new shards in a dataset's folder to its manifest, as a new version. Earlier versions stay valid."""
+    """Add new shards in a dataset's folder to the dataset's manifest, as a new version. Earlier versions stay valid."""
     from dataclasses import asdict
 
     from heliostat.data.index import index as run

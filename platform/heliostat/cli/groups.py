@@ -1,7 +1,7 @@
 """Groups the commands, and translates names of earlier versions into current names.
 
 The tree has two levels: `heliostat GROUP COMMAND`. Five commands have no group. `RENAMED` and `OPTIONS` list the names of version
-0.1. They still work in the version after 0.1. Each use of an old name prints a line on standard error.
+0.1. These old names still work in the version after 0.1. Each use of an old name prints a line on standard error.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def notice(ctx: Any, old: str, new: str) -> None:
 
 
 def split(args: list[str]) -> tuple[list[str], list[str]]:
-    """Splits words at `--`, because the words after `--` aren't options."""
+    """Splits a command line into the words before `--`, and the rest, which contains no options."""
     end = args.index("--") if "--" in args else len(args)
     return args[:end], args[end:]
 

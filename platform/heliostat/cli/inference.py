@@ -1,4 +1,4 @@
-"""Runs models on inputs, and exports them: `heliostat model` generate, infer, evaluate, export."""
+"""Runs models on inputs, and exports models: `heliostat model` generate, infer, evaluate, export."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def infer(
     cluster: OnCluster = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Run a model over all documents of an input. If the command is killed, run it again to resume."""
+    """Run a model over all documents of an input. If the command is killed, run the command again to resume."""
     from heliostat.cluster.endpoint import join
 
     join(cluster)
@@ -119,7 +119,7 @@ def infer(
     options = {k: v for k, v in {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}.items() if v is not None}
     if options and task not in WRITES:
         option = next(iter(options)).replace("_", "-")
-        raise ConfigError(f"--{option}: has an effect only with --task {' or '.join(WRITES)} ({task}). Remove it")
+        raise ConfigError(f"--{option}: has an effect only with --task {' or '.join(WRITES)} ({task}). Remove this option")
     settings = {"task": task, "column": column, "keep": keep or [], "seed": seed, "batch": batch, "options": options}
     checked = validate(BatchSettings, settings, "infer")
     run_ = run(model_folder(model, mlflow), input_, to, checked, workers, out.quiet, engine)
@@ -132,7 +132,7 @@ def infer(
     cost = "unknown (the price table lacks this GPU)" if run_["cost"] is None else f"{run_['cost']:,.2f} {run_['currency']}"
     out.print(f"{run_['answers']:,} answers are in {to}/answers{cut}{without}; {pace}; cost {cost}")
     if run_["deleted"]:
-        out.print(f"{run_['deleted']:,} answers are deleted, because their inputs changed or are gone")
+        out.print(f"{run_['deleted']:,} answers are deleted, because the inputs changed or no longer exist")
     finish(run_)
 
 

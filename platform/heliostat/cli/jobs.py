@@ -46,7 +46,8 @@ def recorded(job_id: str) -> SubmissionRecord | None:
 
 @contextmanager
 def jobs_on(cluster: str | None, record: SubmissionRecord | None = None, field: str = "--cluster") -> Iterator[Jobs]:
-    """Connects to the jobs of `cluster`, by default the cluster in the record. Errors begin with `field`."""
+    """Connects to the jobs of `cluster`, by default the cluster in the record. `field`: the option that begins the error
+    messages."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs
 
@@ -64,7 +65,7 @@ def submit(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Send a job to a cluster. Checks and plans the job first, and sends the workspace's files with it."""
+    """Send a job to a cluster. Checks and plans the job first, and sends the workspace's files with the job."""
     from heliostat.storage.run_folder import require_one_way
     from heliostat.submit.submission import SubmissionRecord
 
@@ -76,7 +77,7 @@ def submit(
 
 
 def checked(file: Path, settings: list[str], endpoint_: Endpoint, resume: bool = False) -> Job:
-    """Loads a job. Checks its paths, its plan on the cluster, and the services that this machine can reach.
+    """Loads a job. Checks the job's paths, the job's plan on the cluster, and the services that this machine can reach.
 
     The returned job has its final parallelism configuration.
     """
@@ -154,7 +155,8 @@ def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> RunProgre
 
 
 def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
-    """Returns a job's state as its cluster reports it, or from the local record if the cluster no longer exists."""
+    """Returns a job's state as the job's cluster reports it. If the cluster no longer exists, returns the state in the local
+    record."""
     record = recorded(job_id)
     try:
         with jobs_on(cluster, record) as known:
@@ -201,7 +203,7 @@ def stop(
     now: Annotated[bool, flag("--now", help="Don't wait for a checkpoint")] = False,
     cluster: Target = None,
 ) -> None:
-    """Stop a job. It saves a checkpoint first, unless you pass --now."""
+    """Stop a job. The job saves a checkpoint first, unless you pass --now."""
     from heliostat.storage.retries import BUDGET
 
     with jobs_on(cluster, recorded(id_)) as jobs:
@@ -216,7 +218,7 @@ def stop(
 
 @command(JOB, example="quickstart --set workers.count=4")
 def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None) -> None:
-    """Submit a job again, to resume from its last checkpoint. --set changes keys such as workers.count."""
+    """Submit a job again, to resume from the job's last checkpoint. --set changes keys such as workers.count."""
     from heliostat.submit.submission import changed
 
     record = recorded(id_)

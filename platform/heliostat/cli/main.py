@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def _run(json_: bool, verbose: bool) -> int:
-    """Runs the command, and reports its error; returns the exit code."""
+    """Runs the command, reports the command's error, and returns the exit code."""
     ended: BaseException = KeyboardInterrupt()
     try:
         if (code := app(prog_name="heliostat", standalone_mode=False) or 0) != 130:
@@ -116,8 +116,8 @@ def described(error: BaseException) -> DescribedCommand:
 
 
 def _nothing_more() -> None:
-    """Ensures that the result is the last line of standard output. When Ray ends, it may print more text, and this text then goes
-    to standard error."""
+    """Ensures that the result is the last line of standard output. When Ray ends, Ray may print more text, and this text then
+    goes to standard error."""
     sys.stdout.flush()
     sys.stdout = sys.stderr
 
@@ -163,5 +163,5 @@ def start_logs(verbose: bool) -> None:
 
 
 def stamp(at: datetime, began: date) -> str:
-    """Formats a time for the terminal. Adds the date only if it isn't `began`, the day on which the command began."""
+    """Formats a time for the terminal. Adds the date only if the date differs from `began`, the day of the command's start."""
     return at.strftime("%H:%M:%S" if at.date() == began else STAMP)

@@ -35,7 +35,7 @@ class FolderRun(TypedDict):
 
 
 class NextCommand(TypedDict):
-    """Describes a command to type, and the reason for it."""
+    """Describes a command to type, and the reason for this command."""
 
     command: str
     why: str
@@ -111,16 +111,16 @@ def _next(folder: Path, status: FolderStatus, jobs: list[FoundFile], pipelines: 
 
 def _after(run: FolderRun) -> list[tuple[list[str], str]]:
     if run["state"] == "running":
-        return [(["run", "goodput", run["folder"]], "where its time goes"), (["run", "ui"], "curves in the browser")]
+        return [(["run", "goodput", run["folder"]], "how the run uses its time"), (["run", "ui"], "curves in the browser")]
     if run["state"] == "interrupted":
         return [(["train", run["job"], "--resume"], "continue from the last checkpoint")]
     ui = (["run", "ui"], "curves, samples, lineage in the browser")
-    verify = (["run", "verify", run["folder"]], "check what it trained on")
+    verify = (["run", "verify", run["folder"]], "check which data the run trained on")
     if run["model"] is None or run["answers"] is None:
         return [ui, verify]
     file = ["--out", "image.png"] if run["answers"] == "images" else []
     generate = (["model", "generate", run["model"], "--prompt", "Hello", *file], "use the model")
-    return [generate, (["model", "play", run["model"]], "try it in the browser"), ui, verify]
+    return [generate, (["model", "play", run["model"]], "try the model in the browser"), ui, verify]
 
 
 def _files(parent: Path) -> list[FoundFile]:

@@ -107,7 +107,7 @@ Keys = Annotated[
     Path,
     typer.Option(
         metavar="FILE",
-        help="A file of API keys. Each line is KEY, or NAME and KEY. If the file is missing, it is made with a new key",
+        help="A file of API keys. Each line is KEY, or NAME and KEY. heliostat creates a missing file, with a new key",
     ),
 ]
 Target = Annotated[

@@ -88,7 +88,7 @@ def degrees(parallel: dict[str, int]) -> str:
 
 
 def replayed(which: bool | int | str) -> str:
-    """Formats `train.activation_checkpointing`: yes, no, selective, or a number of layers."""
+    """Formats the value of `train.activation_checkpointing` for the plan's table: yes, no, selective, or a number of layers."""
     if isinstance(which, bool):
         return "yes" if which else "no"
     return which if isinstance(which, str) else plural(which, "layer")

@@ -1,4 +1,4 @@
-"""Indexes documents, and searches them: `heliostat search` index, ask."""
+"""Indexes documents, and searches indexes: `heliostat search` index, ask."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def ask(
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of the answer")] = 128,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Ask an index a question: show passages with their sources, or a model's answer from them."""
+    """Ask an index a question: show passages with their sources, or a model's answer from these passages."""
     from heliostat.apps.search import build, reranking
     from heliostat.apps.search.search import MODES, SearchIndex
     from heliostat.storage.locations import Location

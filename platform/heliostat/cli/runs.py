@@ -48,7 +48,7 @@ def runs(
     with tracking(mlflow) as (client, uri):
         result = run_table.rows(client, experiment)
     if not result:
-        out.print(f"no run in {redact(uri)}")
+        out.print(f"no run in {redact(uri)}. Train one: heliostat train JOB.yaml")
     else:
         print_table(run_table.cells(result), left=range(4))
     finish({"runs": result})
@@ -83,7 +83,9 @@ def lineage(
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="List the runs that trained on this shard; pass its path, or the end of its path"),
+        typer.Option(
+            metavar="PATH", help="List the runs that trained on this shard; pass the shard's path, or the end of this path"
+        ),
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(metavar="DIGEST", help="List the runs that trained on the dataset with this digest")
@@ -112,7 +114,7 @@ def _backwards(client: MlflowClient, shard: str | None, dataset: str | None) -> 
 
     rows = Seen(client).answer(shard, dataset)
     for row in rows:
-        how = f"{row['samples']:,} samples" if row["samples"] else "no sample of its own"
+        how = f"{row['samples']:,} samples" if row["samples"] else "no sample in this run"
         how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
         out.print(f"{row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
     if not rows:
@@ -151,7 +153,7 @@ def promote(
     instead = f", in place of version {done['replaced']}" if done["replaced"] else ""
     out.print(f"{done['name']} version {done['version']} is {alias}{instead}")
     for fault in done["overruled"]:
-        out.print(f"  overruled: {fault}")
+        out.print(f"  promoted because of --force, although a rule failed: {fault}")
     finish(done)
 
 

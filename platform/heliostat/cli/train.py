@@ -40,7 +40,8 @@ def check(
     offline: Annotated[bool, flag("--offline", help="Don't check datasets, stores, and machines")] = False,
     cluster: ClusterFile = None,
     numerics: Annotated[
-        bool, flag("--numerics", help="Run some steps on two workers here, and compare them with one plain process in fp32")
+        bool,
+        flag("--numerics", help="Run some steps on two workers here, and compare the numbers with one plain process in fp32"),
     ] = False,
 ) -> None:
     """Find everything wrong with a job before anything starts."""
@@ -102,7 +103,7 @@ def _recomputed(t: Report) -> list[str]:
     return [
         f"{t['model']}; {t['optimizer']}, {t['precision']}, ZeRO stage {t['stage']}, {t['workers']} workers on {where}",
         f"{t['steps']} steps of {t['global_batch_size']} samples{tokens} in micro-batches of {t['micro_batch_size']}; "
-        f"the steps from {t['resumed']['step']} on again, resumed on "
+        f"the steps from {t['resumed']['step']} on run a second time, resumed on "
         f"{t['resumed']['workers']} worker at stage {t['resumed']['stage']}",
     ]
 
@@ -121,7 +122,8 @@ def _number(value: float) -> str:
 
 
 def explain(faults: list[Report]) -> str:
-    """Lists the differences. Differences with a known cause come first, and so do the largest differences."""
+    """Lists the differences, sorted by step. Within a step, differences with a known cause come first, then the largest
+    differences."""
     ordered = sorted(faults, key=lambda f: (f["step"], not f["cause"], -f["difference"]))
     more = f"\n  and {len(ordered) - SHOWN:,} more" if len(ordered) > SHOWN else ""
     return "the numbers differ from those of one plain process\n  " + "\n  ".join(f["text"] for f in ordered[:SHOWN]) + more
@@ -132,7 +134,7 @@ def train(
     job: Annotated[
         Path | None,
         typer.Argument(
-            help="A job file; leave it out with --from-sweep",
+            help="A job file; leave out JOB with --from-sweep",
             metavar="JOB",
             show_default=False,
             autocompletion=completion.job_files,

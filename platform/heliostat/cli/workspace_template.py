@@ -18,7 +18,7 @@ def create(folder: Path) -> list[str]:
     """Writes the workspace's files, and returns their paths in the folder. If one of the files exists already, raises ConfigError
     and writes nothing.
 
-    An existing `.gitignore` isn't an error: it gets the lines that are missing.
+    An existing `.gitignore` isn't an error: this function appends the missing lines.
     """
     shipped = _files(files("heliostat.cli") / "template", "")
     template = {(IGNORED if path == "gitignore" else path): file for path, file in shipped}
@@ -38,7 +38,7 @@ def create(folder: Path) -> list[str]:
 
 
 def _refuse(folder: Path, paths: list[str]) -> None:
-    """Raises ConfigError if a file already exists, or if a file has the path of a folder."""
+    """Raises ConfigError if a file already exists, or if a file has the path of a folder of the workspace."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: isn't a folder. Pass another name")
     blocking = {p for path in paths for p in Path(path).parents if (folder / p).exists() and not (folder / p).is_dir()}
@@ -46,7 +46,7 @@ def _refuse(folder: Path, paths: list[str]) -> None:
     if here:
         more = f" and {len(here) - 1} more" if len(here) > 1 else ""
         raise ConfigError(
-            f"{folder}: already has {here[0]}{more}, so nothing was written. Pass another folder, or empty this one"
+            f"{folder}: already has {here[0]}{more}, so nothing was written. Pass another folder, or empty this folder"
         )
 
 

@@ -37,8 +37,8 @@ def fits(workers: Workers, node: Resources, taken: float = 0.0) -> int:
 def room(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, int], apart: bool = False) -> int:
     """Computes how many workers fit on the nodes if one of the nodes also runs a data task; 0 if no node can run the data task.
 
-    `free`: free resources by node. `in_use`: number of this run's workers on each node; their resources count as free. `apart`:
-    whether other nodes read the data. If so, no data task is counted.
+    `free`: free resources by node. `in_use`: number of this run's workers on each node; the resources of these workers count as
+    free. `apart`: whether other nodes read the data. If so, no data task is counted.
     """
     nodes = [{"CPU": r.get("CPU", 0.0) + in_use.get(n, 0) * workers.cpus,
               "GPU": r.get("GPU", 0.0) + in_use.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
@@ -103,7 +103,7 @@ def missing(
     need += "" if apart else f", and {FETCHING:g} CPU for reading the data"
     if not all_:
         labels = ", ".join(f"{k}={v}" for k, v in workers.labels.items())
-        return f"no living node{f' with the labels {labels}' if labels else ''} can hold {need}; waiting for one"
+        return f"no living node{f' with the labels {labels}' if labels else ''} can hold {need}; waiting for such a node"
     have = [sum(node.get(kind, 0.0) for node in all_.values()) for kind in ("CPU", "GPU")]
     left = [sum(free.get(name, {}).get(kind, 0.0) for name in all_) for kind in ("CPU", "GPU")]
     used = _amount(have[0] - left[0], have[1] - left[1] if workers.gpus else 0)
@@ -151,7 +151,7 @@ def check_pools(job: Job, cluster: ClusterFile) -> None:
     if (fits := room(need, nodes, {}, apart=True)) < need.least:
         raise ConfigError(
             f"workers.count: {need.least} workers of {need.cpus:g} CPUs and {need.gpus:g} GPUs don't fit on "
-            f"{cluster.path}, which has room for {fits} at its maximum. Lower workers.count, or raise the pool's maximum"
+            f"{cluster.path}, which has room for {fits} workers at its maximum. Lower workers.count, or raise the pool's maximum"
         )
     if any(p not in train and p.most and (p.cpus or 0.0) >= FETCHING for p in data):
         return

@@ -1,7 +1,7 @@
 """Warns about settings that fail at the first `ray up` on AWS or Google Cloud, and about open ports in any cluster file.
 
 Ray's launcher accepts files with such settings, so the problems appear only when you already pay for machines. The rules come
-from the providers' documentation and from the code of Ray 2.60's launcher. None of them was tested on a cloud.
+from the providers' documentation and from the code of Ray 2.60's launcher. None of the rules was tested on a cloud.
 
 A process that reaches Ray's ports can run code on the cluster (CVE-2023-48022), unless Ray requires a token.
 """
@@ -69,7 +69,10 @@ def _registry(cluster: ClusterFile) -> Iterator[str]:
     for image in sorted({pool.image for pool in cluster.pools if pool.image}):
         host = image.partition("/")[0]
         if PRIVATE_REGISTRY.search(host) and not any("docker" in c and host in c for c in registries):
-            yield f"initialization_commands: no command logs in to {host}, so the nodes can't pull {image}. Add one"
+            yield (
+                f"initialization_commands: no command logs in to {host}, so the nodes can't pull {image}. "
+                "Add a `docker login` command"
+            )
 
 
 def _docker(cluster: ClusterFile) -> Iterator[str]:
@@ -90,7 +93,7 @@ def _docker(cluster: ClusterFile) -> Iterator[str]:
         if efa and "/dev/infiniband" not in words:
             yield f"{where}: the container has no EFA devices, so NCCL falls back to TCP. Add --device=/dev/infiniband"
         if efa and "memlock" not in words:
-            yield f"{where}: EFA registers memory. Add --ulimit=memlock=-1:-1"
+            yield f"{where}: EFA locks more memory than the container's limit allows. Add --ulimit=memlock=-1:-1"
 
 
 def _spot(cluster: ClusterFile) -> Iterator[str]:
@@ -107,21 +110,21 @@ def _aws(cluster: ClusterFile) -> Iterator[str]:
     head = cluster.raw.get("head_node_type")
     if not cluster.raw["provider"].get("use_internal_ips"):
         yield (
-            "provider.use_internal_ips: every node gets a public address. Set it to true, with private subnets, to "
+            "provider.use_internal_ips: every node gets a public address. Set this key to true, with private subnets, to "
             "keep the nodes inside the VPC"
         )
     for where, config, node, _ in _nodes(cluster):
         if "/latest/" in str(config.get("ImageId", "")):
             yield (f"{where}.ImageId: the latest image changes, so later nodes may boot another image. Set an image id (ami-...)")
         if "IamInstanceProfile" not in config:
-            of_head = "Ray creates one for the head, with AmazonEC2FullAccess and AmazonS3FullAccess"
+            of_head = "Ray creates a profile for the head, with AmazonEC2FullAccess and AmazonS3FullAccess"
             others = "the nodes have no credentials for the datasets"
             is_head = cluster.raw["available_node_types"].get(head) is node
             yield (f"{where}.IamInstanceProfile: not set, so {of_head if is_head else others}. Set a profile (docs/clusters.md)")
         if (config.get("MetadataOptions") or {}).get("HttpTokens") != "required":
             yield (
                 f"{where}.MetadataOptions: {{HttpTokens: required}} is missing, so a forged request can read the "
-                "node's credentials. Add it"
+                "node's credentials. Add this option"
             )
         for disk in config.get("BlockDeviceMappings") or []:
             if "Ebs" in disk and not disk["Ebs"].get("Encrypted"):
@@ -147,7 +150,8 @@ def _gcp(cluster: ClusterFile) -> Iterator[str]:
         items = {i.get("key"): str(i.get("value")) for i in (config.get("metadata") or {}).get("items") or []}
         if gpus and "nvidia" not in image and items.get("install-nvidia-driver", "").lower() != "true":
             yield (
-                f"{where}: the GPUs have no driver. Use an image with one, or set metadata.items install-nvidia-driver: 'True'"
+                f"{where}: the GPUs have no driver. Use an image with a GPU driver, or set metadata.items "
+                "install-nvidia-driver: 'True'"
             )
         for account in config.get("serviceAccounts") or []:
             if BROAD_SCOPE in (account.get("scopes") or []):
@@ -180,8 +184,8 @@ def _gcp_addresses(cluster: ClusterFile) -> Iterator[str]:
             )
         elif not cluster.raw["provider"].get("use_internal_ips"):
             yield (
-                f"provider.use_internal_ips: not true, and {where} has no public address, so Ray would wait for one "
-                "forever. Set it to true"
+                f"provider.use_internal_ips: not true, and {where} has no public address, so Ray would wait "
+                "for a public address forever. Set this key to true"
             )
 
 
@@ -217,12 +221,15 @@ def _launcher_ports(cluster: ClusterFile) -> Iterator[str]:
                 )
     for where, options in docker_options(cluster):
         if any(re.match(r"(-p|-P|--publish)", option) for option in options):
-            yield f"{where}: publishes a port. Remove it, because only the cluster's nodes may reach Ray's ports"
+            yield f"{where}: publishes a port. Remove this option, because only the cluster's nodes may reach Ray's ports"
     group = cluster.raw["provider"].get("security_group") or {}
     for rule in group.get("IpPermissions") or []:
         ranges = [*(rule.get("IpRanges") or []), *(rule.get("Ipv6Ranges") or [])]
         if any(value in EVERYWHERE for r in ranges for value in r.values()):
-            yield (f"provider.security_group: port {rule.get('FromPort', 'any')} is open to the whole internet. Restrict it")
+            yield (
+                f"provider.security_group: port {rule.get('FromPort', 'any')} is open to the whole internet. "
+                "Restrict this rule to your own addresses"
+            )
 
 
 def _asks_for_token(command: str) -> bool:
@@ -258,4 +265,4 @@ def _kuberay_ports(spec: Section) -> Iterator[str]:
         yield "headGroupSpec.enableIngress: exposes the dashboard. Use a port-forward"
     for name, group in groups(spec):
         if group["template"]["spec"].get("hostNetwork"):
-            yield f"{name}: hostNetwork: exposes Ray's ports on the host's addresses. Remove it"
+            yield f"{name}: hostNetwork: exposes Ray's ports on the host's addresses. Remove hostNetwork"

@@ -106,7 +106,9 @@ def shaped(path: Path) -> Iterator[None]:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
         fault = f"{type(e).__name__}: {brief(e)}"
-        raise ConfigError(f"{path}: can't read the file: a part is missing or has the wrong type ({fault})") from e
+        raise ConfigError(
+            f"{path}: can't read the file: a part is missing or has the wrong type ({fault}). Correct this part"
+        ) from e
 
 
 def read(path: Path) -> ClusterFile:
@@ -129,7 +131,9 @@ def read(path: Path) -> ClusterFile:
             name = workspace.check_name(f"{path}: cluster_name", raw["cluster_name"])
             return ClusterFile(path, "launcher", str(raw["provider"]["type"]) and name, raw)
     except (KeyError, TypeError) as e:
-        raise ConfigError(f"{path}: is incomplete, or a part has the wrong type ({type(e).__name__}: {e})") from e
+        raise ConfigError(
+            f"{path}: is incomplete, or a part has the wrong type ({type(e).__name__}: {e}). Correct the file"
+        ) from e
     raise ConfigError(
         f"{path}: isn't a cluster file. Write cluster-launcher YAML (cluster_name, provider) or a KubeRay "
         "manifest (apiVersion: ray.io/v1)"

@@ -43,8 +43,8 @@ def remote_environment(gpus: float) -> dict[str, dict[str, str]]:
 
 
 def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
-    """Joins the cluster that RAY_ADDRESS names. If it names none, starts a private Ray with `cpus` logical CPUs. A second call
-    does nothing.
+    """Joins the cluster that RAY_ADDRESS names. If RAY_ADDRESS isn't set, starts a private Ray with `cpus` logical CPUs. A second
+    call does nothing.
 
     `gpus`: number of GPUs of a private Ray, at most the number in this machine. `verbose`: whether to show Ray's logs and the
     workers' output. Raises ConfigError if `gpus` isn't 0 and this machine has no GPU. Raises ClusterError if Ray doesn't

@@ -1,4 +1,4 @@
-"""Queries a cluster's dashboard over HTTP. Every request has a deadline. If there is a token, the request contains it."""
+"""Queries a cluster's dashboard over HTTP. Every request has a deadline. If a token exists, every request contains this token."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def probe(url: str, token: str | None = None) -> int:
 
 
 class ClusterMember(TypedDict):
-    """Describes a node that belongs to the cluster, or that belonged to it earlier."""
+    """Describes a node that belongs to the cluster, or that belonged to the cluster earlier."""
 
     id: str
     address: str

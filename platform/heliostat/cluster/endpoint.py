@@ -1,10 +1,10 @@
-"""Resolves a cluster file, an address, or a local cluster's name to the URL of its Jobs API and its token.
+"""Resolves a cluster file, an address, or a local cluster's name to the URL of the cluster's Jobs API and the cluster's token.
 
 On clouds, the dashboard listens only on the head's loopback address. heliostat reaches the dashboard through `ray dashboard`
 (ssh) or `kubectl port-forward`. These commands run only while heliostat needs them.
 
-A Ray driver must run on a node of its cluster. For the option `--cluster` of `serve` and `infer`, `join` makes this process a
-driver of a cluster on this machine.
+A Ray driver must run on a node of its cluster. For the option `--cluster` of `heliostat model serve` and `heliostat model infer`,
+the function `join` makes this process a driver of a cluster on this machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ END_S = 10.0
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Holds the URL of a cluster's Jobs API and its token.
+    """Holds the URL of a cluster's Jobs API and the cluster's token.
 
     `here`: whether the cluster's nodes are on this machine, and so can read this machine's files. `file`: the cluster file, if
     known.
@@ -57,7 +57,9 @@ def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]
         states = local.known()
         if len(states) != 1:
             have = (
-                f"{len(states)} are running here: {', '.join(s.name for s in states)}" if states else "no cluster is running here"
+                f"{len(states)} clusters are running here: {', '.join(s.name for s in states)}"
+                if states
+                else "no cluster is running here"
             )
             start = "" if states else ", or start one: heliostat cluster up clusters/local.yaml"
             raise ConfigError(f"{field}: no cluster given ({have}). Pass a cluster file, an address, or a cluster's name{start}")
@@ -122,7 +124,10 @@ def _answering(endpoint_given: Endpoint) -> Endpoint:
             f"{endpoint_given.url}: the cluster rejects the token. Set RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
         )
     if status != 200:
-        raise ClusterError(f"{endpoint_given.url}: no Ray cluster answers here ({status or 'no connection'})")
+        raise ClusterError(
+            f"{endpoint_given.url}: no Ray cluster answers here ({status or 'no connection'}). "
+            "Check the address, or start the cluster"
+        )
     return endpoint_given
 
 
@@ -142,7 +147,8 @@ def kube_name(cluster: ClusterFile) -> str:
     name = tool(command, f"finding the cluster of the job {cluster.name}").strip()
     if not name:
         raise ClusterError(
-            f"{cluster.path}: the job {cluster.name} has no cluster yet. The job may be waiting for its quota (`suspend`)"
+            f"{cluster.path}: the job {cluster.name} has no cluster yet. The job may be waiting for its quota "
+            "(`suspend`). Check the job with kubectl"
         )
     return name
 
@@ -170,11 +176,13 @@ def tool(command: list[str], what: str, timeout: float = 600.0, stdin: str | Non
     ClusterError if the tool isn't installed, fails (with the tool's last line), or exceeds the timeout.
     """
     if not shutil.which(command[0]):
-        raise ClusterError(f"{what} needs `{command[0]}`, which isn't on the PATH. Install it")
+        raise ClusterError(f"{what} needs `{command[0]}`, which isn't on the PATH. Install this tool")
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as e:
-        raise ClusterError(f"{what}: `{' '.join(command[:3])}` didn't end within {timeout:.0f} s") from e
+        raise ClusterError(
+            f"{what}: `{' '.join(command[:3])}` didn't end within {timeout:.0f} s. Check the connection to the cluster"
+        ) from e
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise ClusterError(f"{what}: {lines[-1].strip() if lines else f'exit code {done.returncode}'}")
@@ -188,7 +196,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
     The command's last argument is a free local port, or `PORT:8265` for kubectl.
     """
     if not shutil.which(command[0]):
-        raise ClusterError(f"reaching the cluster needs `{command[0]}`, which isn't on the PATH. Install it")
+        raise ClusterError(f"reaching the cluster needs `{command[0]}`, which isn't on the PATH. Install this tool")
     port = processes.free_port()
     place = f"{port}:8265" if command[0] == "kubectl" else str(port)
     process = subprocess.Popen([*command, place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -199,7 +207,10 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
                 said = (process.stderr.read() if process.stderr else "").strip().splitlines()
                 raise ClusterError(f"`{' '.join(command[:3])}` failed: {said[-1] if said else process.returncode}")
             if time.monotonic() > deadline:
-                raise ClusterError(f"`{' '.join(command[:3])}` didn't reach the cluster's Jobs API within {TUNNEL_S:.0f} s")
+                raise ClusterError(
+                    f"`{' '.join(command[:3])}` didn't reach the cluster's Jobs API within "
+                    f"{TUNNEL_S:.0f} s. Check that the cluster runs"
+                )
             time.sleep(0.5)
         yield url, token
     finally:
@@ -211,7 +222,7 @@ STATE_PORT = 6379  # Ray's default
 
 
 def join(target: str | None) -> None:
-    """Sets this process's environment so that Ray connects to a cluster. Call it before Ray is imported.
+    """Sets this process's environment so that Ray connects to a cluster. Call this function before you import Ray.
 
     `target`: a cluster of this machine; None changes nothing. Raises ConfigError if `target` isn't such a cluster, or if
     RAY_ADDRESS is also set. Raises ClusterError if the cluster doesn't answer.

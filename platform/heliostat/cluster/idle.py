@@ -67,7 +67,7 @@ def main() -> int:
     if not wait(lambda: busy(state.url, token), options.minutes * 60):
         log.info("cluster %s no longer answers", options.name)
         return 0
-    log.info("cluster %s had no job for %g minutes (idle_timeout_minutes). Ending it", options.name, options.minutes)
+    log.info("cluster %s had no job for %g minutes (idle_timeout_minutes). Ending the cluster", options.name, options.minutes)
     local.down(options.name)
     return 0
 

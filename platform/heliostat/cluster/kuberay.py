@@ -79,7 +79,7 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
         if time.monotonic() - begun > seconds:
             last = f" (last warning: {warned.about}: {warned.reason}: {warned.message})" if warned.uid else ""
             raise ClusterError(
-                f"{cluster.path}: not ready after {seconds:.0f} s{last}. It is still starting. Run the command "
+                f"{cluster.path}: not ready after {seconds:.0f} s{last}. The start continues on Kubernetes. Run the command "
                 f"again to wait, or run: kubectl -n {cluster.namespace} describe {cluster.kind.lower()} "
                 f"{cluster.name}"
             )
@@ -87,7 +87,7 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
 
 
 def _rejection(cluster: ClusterFile, event: KubernetesEvent) -> ClusterError:
-    return ClusterError(f"{cluster.path}: KubeRay rejects the file ({event.reason}): {event.message}")
+    return ClusterError(f"{cluster.path}: KubeRay rejects the file ({event.reason}): {event.message}. Correct the file")
 
 
 class Asker:
@@ -172,8 +172,8 @@ def _status(cluster: ClusterFile) -> Section:
 
 
 def _events(cluster: ClusterFile) -> Iterator[KubernetesEvent]:
-    """Yields the events of the resource, and the events of the cluster and the pods that KubeRay makes for it. Their names begin
-    with the resource's name."""
+    """Yields the events of the resource, and the events of the cluster and the pods that KubeRay makes for this resource. The
+    names of the cluster and the pods begin with the resource's name."""
     command = ["kubectl", "-n", cluster.namespace, "get", "events", "-o", "json"]
     for item in json.loads(tool(command, f"reading the events of {cluster.name}", 60)).get("items") or []:
         about = item.get("involvedObject") or item.get("regarding") or {}

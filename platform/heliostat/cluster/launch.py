@@ -1,4 +1,4 @@
-"""Starts and stops a cluster with the tool for its file: heliostat itself, `ray up` and `ray down`, or kubectl."""
+"""Starts and stops a cluster with the tool for the cluster file: heliostat itself, `ray up` and `ray down`, or kubectl."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
             os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # the autoscaler's version 2 doesn't start one of the hosts
         require_launcher(cluster)
         tool(launcher(cluster, restart), f"starting {cluster.name}", UP_S)
-        kept = "" if restart else ". Ray wasn't restarted on nodes where it already ran (--restart restarts it)"
+        kept = "" if restart else ". Ray wasn't restarted on nodes where Ray already ran (to restart Ray there, pass --restart)"
         return {
             "name": cluster.name,
             "note": (f"is up{kept}. Submit a job through ssh: heliostat submit JOB.yaml --cluster {cluster.path}"),
@@ -108,7 +108,7 @@ def _stop_hosts(cluster: ClusterFile) -> None:
         try:
             tool(["ssh", *key, *trust, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", where, stop], f"stopping {address}", 60)
         except ClusterError as e:
-            log.warning("%s. If the host exists, Ray may still run on it", e)
+            log.warning("%s. If the host exists, Ray may still run on this host", e)
 
 
 def _down_local(name: str) -> LaunchResult:

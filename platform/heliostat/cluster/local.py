@@ -41,7 +41,7 @@ LATE = "timed out during startup"  # is in the log of a node if Ray gave up its 
 
 @dataclass
 class ClusterState:
-    """Describes a local cluster. `nodes` is empty if heliostat joined the cluster instead of starting it."""
+    """Describes a local cluster. `nodes` is empty if heliostat joined the cluster instead of starting the cluster."""
 
     name: str
     file: str
@@ -71,7 +71,9 @@ class ClusterState:
         (self.folder / "state.json").write_text(json.dumps(asdict(self), indent=2))
 
 
-STATE = Format(ClusterState, "record of a local cluster", ConfigError, fix="End its processes, and delete its folder")
+STATE = Format(
+    ClusterState, "record of a local cluster", ConfigError, fix="End the cluster's processes, and delete the cluster's folder"
+)
 
 
 def home() -> Path:
@@ -88,7 +90,9 @@ def read(name: str) -> ClusterState | None:
     except FileNotFoundError:
         return None
     if any(Path(n.folder).parent.name != _node_folder(name, 0).parent.name for n in state.nodes):  # `down` removes them
-        raise ConfigError(f"{place}: names folders of another cluster, perhaps because it was copied here. Remove this record")
+        raise ConfigError(
+            f"{place}: names folders of another cluster, perhaps because the record was copied here. Remove this record"
+        )
     return replace(state, name=name)
 
 
@@ -114,7 +118,8 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     if state and restart:
         if not state.nodes:
             raise ConfigError(
-                f"--restart: heliostat joined the cluster at {state.url} and didn't start it. Restart it where it was started"
+                f"--restart: heliostat joined the cluster at {state.url} and didn't start it. Restart this "
+                "cluster where it was started"
             )
         down(cluster.name)
         state = None
@@ -127,7 +132,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
                 f"{cluster.name}: its head has died, and {len(alive)} of its workers still run. To end and "
                 "restart them: heliostat cluster up --restart"
             )
-        log.info("cluster %s has no running processes. Starting it again", state.name)
+        log.info("cluster %s has no running processes. Starting the cluster again", state.name)
         down(cluster.name)
     state = ClusterState(cluster.name, str(cluster.path), url_of(cluster))
     state.folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +160,7 @@ def _start_workers(cluster: ClusterFile, state: ClusterState) -> None:
         ended = [n for n in state.nodes if n not in alive]
         if not ended or not all(LATE in _log(state, n) for n in ended):
             raise
-        log.warning("%s. Starting it once more", e)
+        log.warning("%s. Starting the worker once more", e)
         _complete(cluster, state, alive)
         _until_ready(state, cluster.addresses[1:], set())
 
@@ -228,14 +233,14 @@ def _join(state: ClusterState, answer: int) -> ClusterState:
     if not private.ours(state.url):
         raise ConfigError(
             f"{state.file}: another user's process answers at {state.url}, so heliostat sent no token. "
-            f"{elsewhere}, or, if you trust that user with your token and your code, run: heliostat submit --cluster "
+            f"{elsewhere}. Or if you trust that user with your token and your code, run: heliostat submit --cluster "
             f"{state.url}"
         )
     token = dashboard.own_token()
     if answer != 200 and not (token and dashboard.probe(state.url, token) == 200):
         raise ConfigError(
             f"{state.file}: the server at {state.url} needs a token that heliostat doesn't have. {elsewhere}, or "
-            "set RAY_AUTH_TOKEN_PATH to its token"
+            "set RAY_AUTH_TOKEN_PATH to the file with the server's token"
         )
     private.write_token(state.token_file, token or "")
     state.write()
@@ -310,12 +315,15 @@ def _missing(state: ClusterState, addresses: list[str], before: set[str]) -> str
     line."""
     if not private.ours(state.url):
         return (
-            f"no dashboard of this user answers at {state.url}. If another process uses its port, change "
+            f"no dashboard of this user answers at {state.url}. If another process uses the port, change "
             "--dashboard-port in the file"
         )
     ready = {n["address"] for n in dashboard.node_table(state.url, state.token) if n["alive"] and n["id"] not in before}
     late = [n for n in state.nodes if n.address in addresses and n.address not in ready]
-    return "; ".join(f"the {n.role} {n.address} hasn't joined: {_tail(state, n)}" for n in late) or "nodes joined too late"
+    return (
+        "; ".join(f"the {n.role} {n.address} hasn't joined: {_tail(state, n)}" for n in late)
+        or "nodes joined too late. Run the command again"
+    )
 
 
 def _log(state: ClusterState, node: Node) -> str:
@@ -325,7 +333,7 @@ def _log(state: ClusterState, node: Node) -> str:
 def _tail(state: ClusterState, node: Node) -> str:
     lines = [line for line in _log(state, node).splitlines() if line.strip()]
     wrong = [line for line in lines if "rror" in line]
-    return (wrong or lines or ["it printed no output"])[-1].strip()
+    return (wrong or lines or ["the node printed no output"])[-1].strip()
 
 
 def down(name: str) -> int:
@@ -335,12 +343,12 @@ def down(name: str) -> int:
     """
     state = read(name)
     if state is None:
-        raise ConfigError(f"{name}: no such cluster on this machine. List them: heliostat cluster list")
+        raise ConfigError(f"{name}: no such cluster on this machine. List the clusters: heliostat cluster list")
     if watcher := _watcher(state):
         processes.stop([watcher])
     ended, remaining = processes.end(state.nodes)
     if remaining:
-        raise ClusterError(f"{name}: processes {remaining} don't end. End them yourself")
+        raise ClusterError(f"{name}: processes {remaining} don't end. End these processes with `kill -9`")
     for node in state.nodes:
         shutil.rmtree(Path(node.folder).parent, ignore_errors=True)
     shutil.rmtree(state.folder, ignore_errors=True)

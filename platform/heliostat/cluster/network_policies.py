@@ -56,7 +56,11 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
                 f"{key}: KubeRay rejects the cluster unless its operator has the feature gate {GATES[key]}, which is "
                 "off by default. "
             )
-            + ("Use a NetworkPolicy object, like clusters/kuberay-h100.yaml" if key == "networkPolicy" else "Turn it on first")
+            + (
+                "Use a NetworkPolicy object, like clusters/kuberay-h100.yaml"
+                if key == "networkPolicy"
+                else "Turn on the feature gate first"
+            )
         )
     if "networkPolicy" in gated:
         return  # the operator makes the policies
@@ -65,7 +69,7 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
     if exposed := [name for name, own in rules.items() if own.ingress is None and name != SUBMITTER]:
         yield (
             f"NetworkPolicy: every pod of Kubernetes can reach Ray's ports of {', '.join(exposed)}. Add an "
-            "Ingress policy that selects them, like clusters/kuberay-h100.yaml"
+            "Ingress policy that selects these pods, like clusters/kuberay-h100.yaml"
         )
     for kind in kinds:
         yield from _unreachable(cluster, kind, rules[kind.name], kinds)
@@ -123,7 +127,8 @@ def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list
             continue
         if not all(_lets_pods_through(rules, other) for other in of_ray):
             yield (
-                f"NetworkPolicy: {kind.name}: {direction}: doesn't allow all of the cluster's own pods. Allow them on every port"
+                f"NetworkPolicy: {kind.name}: {direction}: doesn't allow all of the cluster's own pods. Allow "
+                "the cluster's own pods on every port"
             )
     yield from _unsubmitted(kind, own, kinds)
     if own.egress is not None:
@@ -131,7 +136,9 @@ def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list
             yield f"NetworkPolicy: {kind.name}: egress: pods can't look up names, not even the name of the head. Allow port {DNS}"
         autoscales = kind.name == "head" and cluster.spec.get("enableInTreeAutoscaling")
         if autoscales and not any(_open(own.egress, port, kinds) for port in KUBERNETES_API):
-            yield ("NetworkPolicy: head: egress: the autoscaler can't reach Kubernetes. Allow port 443 or 6443 of its API")
+            yield (
+                "NetworkPolicy: head: egress: the autoscaler can't reach Kubernetes. Allow port 443 or 6443 of the Kubernetes API"
+            )
         account = (kind.template.get("spec") or {}).get("serviceAccountName")
         if account and not any(_open(own.egress, port, kinds) for port in IDENTITY):
             where = ", ".join(f"{port} for {cloud}" for port, cloud in IDENTITY.items())

@@ -50,7 +50,8 @@ def crowded_now(job: Job) -> str | None:
     total = sum(labeled.values())
     return (
         f"no node has the {FETCHING:g} free CPU that reading the data needs: {len(labeled)} nodes have {total:g} "
-        f"CPUs, and {total - sum(left.values()):g} of them are in use by this run's workers, by its data reading, and by other "
+        f"CPUs, and {total - sum(left.values()):g} of them are in use by this run's workers, by this run's data "
+        "tasks, and by other "
         "jobs"
     )
 
@@ -126,7 +127,7 @@ def draining() -> set[str]:
 
 
 def ask_for(workers: Workers, count: int) -> None:
-    """Requests resources for `count` workers from the autoscaler, if the cluster has one."""
+    """Requests resources for `count` workers from the autoscaler, if the cluster has an autoscaler."""
     from ray.autoscaler.sdk import request_resources
 
     need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
@@ -153,4 +154,4 @@ def kill(processes: Collection[Mapping[str, Any]]) -> None:
         waiting.append(_kill.options(scheduling_strategy=affinity).remote([p["pid"] for p in processes if p["node"] == node]))
     _, late = ray.wait(waiting, num_returns=len(waiting), timeout=ENDING_S)
     if late:
-        log.warning("%d nodes didn't end their workers within %.0f s", len(late), ENDING_S)
+        log.warning("%d nodes didn't end their workers within %.0f s, so these workers may still run", len(late), ENDING_S)

@@ -81,10 +81,13 @@ def _privileges(name: str, pod: Section) -> Iterator[str]:
         if "ALL" not in ((own.get("capabilities") or {}).get("drop") or []):
             missing.append("capabilities: {drop: [ALL]}")
         if missing:
-            yield f"{name}: container {container.get('name')}: securityContext lacks {', '.join(missing)}"
+            yield f"{name}: container {container.get('name')}: securityContext lacks {', '.join(missing)}. Add these settings"
         network = [r for r in _resources(container) if RDMA.search(r)]
         if network and "IPC_LOCK" not in ((own.get("capabilities") or {}).get("add") or []):
-            yield (f"{name}: container {container.get('name')}: {network[0]} registers memory. Add the capability IPC_LOCK")
+            yield (
+                f"{name}: container {container.get('name')}: {network[0]} locks memory, which the container "
+                "isn't allowed to do. Add the capability IPC_LOCK"
+            )
 
 
 def _gpu_pod(name: str, pod: Section) -> Iterator[str]:
@@ -94,7 +97,10 @@ def _gpu_pod(name: str, pod: Section) -> Iterator[str]:
             "forever. Add a toleration"
         )
     if not pod.get("nodeSelector") and not pod.get("affinity"):
-        yield f"{name}: no nodeSelector, so the pods may run on nodes with another GPU. Add one with the GPU's product label"
+        yield (
+            f"{name}: no nodeSelector, so the pods may run on nodes with another GPU. Add a nodeSelector with "
+            "the GPU's product label"
+        )
 
 
 def _ending(name: str, pod: Section) -> Iterator[str]:

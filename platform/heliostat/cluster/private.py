@@ -30,7 +30,7 @@ def folder(path: Path) -> Path:
     except FileExistsError:
         status = path.lstat()  # follows no link, because the link's owner could choose any target
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise ConfigError(f"{path}: isn't a folder of this user. Remove it, or set TMPDIR to another folder") from None
+            raise ConfigError(f"{path}: isn't a folder of this user. Remove this path, or set TMPDIR to another folder") from None
         path.chmod(0o700)
     return path
 

@@ -92,11 +92,11 @@ def token_file() -> Path:
 
 
 def ahead(gpus: float, modules: Sequence[str] = TASKS) -> ForkServer | None:
-    """Starts the fork server of a private Ray, which imports `modules`, and returns it.
+    """Starts and returns the fork server of a private Ray. The fork server imports `modules`.
 
-    Returns None if RAY_ADDRESS names a cluster, or if forking isn't supported. If a fork server already runs, it stays unchanged,
-    and its workers import missing modules themselves. For workers with GPUs, the server imports no training module, because the
-    import of DeepSpeed queries CUDA. After such a query, forks can't use CUDA.
+    Returns None if RAY_ADDRESS names a cluster, or if forking isn't supported. If a fork server already runs, this server stays
+    unchanged, and the server's workers import missing modules themselves. For workers with GPUs, the server imports no training
+    module, because the import of DeepSpeed queries CUDA. After such a query, forks can't use CUDA.
     """
     if os.environ.get("RAY_ADDRESS"):
         return None

@@ -63,8 +63,8 @@ def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: f
     """Ends processes: sends SIGTERM, waits `patience_s`, then sends SIGKILL to the remaining processes and waits at most
     `kill_s`.
 
-    If `patience_s` is 0, sends only SIGKILL. While it waits, it reaps children of this process. So the `Popen` objects of these
-    children get no exit code.
+    If `patience_s` is 0, sends only SIGKILL. While this function waits, it reaps children of this process. So the `Popen` objects
+    of these children get no exit code.
     """
     left = list(processes)
     for number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, kill_s)):
@@ -90,7 +90,7 @@ class OwnProcess(Protocol):
 def end_tree(root: OwnProcess, patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
     """Ends a process and its descendants with `stop`. If `patience_s` is 0, the processes end as if the power failed.
 
-    Does nothing if the process has ended, because its id may now belong to another process.
+    Does nothing if the process has ended, because the ended process's id may now belong to another process.
     """
     if root.poll() is None:
         stop(family(root.pid), patience_s, kill_s)
@@ -146,7 +146,7 @@ def listening_fault(url: str) -> str:
 
 @dataclass
 class Node:
-    """Describes a Ray node that heliostat started. `pid` and `created` (seconds since the epoch) identify its shell."""
+    """Describes a Ray node that heliostat started. `pid` and `created` (seconds since the epoch) identify the node's shell."""
 
     role: str
     address: str
@@ -156,7 +156,7 @@ class Node:
 
     @property
     def process(self) -> psutil.Process | None:
-        """Returns the shell that runs the node's start command; None if it has ended."""
+        """Returns the shell that runs the node's start command; None if this shell has ended."""
         return alive(self.pid, self.created)
 
 

@@ -1,7 +1,7 @@
 """Wraps private parts of Ray 2.60 for other modules: facts about nodes and sessions that Ray's public API doesn't have.
 
 Because of these private parts, `pyproject.toml` pins the version of Ray. This module doesn't wrap all private parts that
-heliostat uses: while a private Ray starts, `connect` replaces others.
+heliostat uses: while a private Ray starts, the module `connect` replaces other private parts.
 """
 
 from __future__ import annotations

@@ -64,17 +64,17 @@ def _impossible(cluster: ClusterFile) -> Iterator[str]:
         yield f"head_node_type: {head!r} isn't a node type{nearest(head, known)}"
     for pool in cluster.pools:
         if pool.least > pool.most:
-            yield f"pool {pool.name}: minimum of {pool.least} nodes is above the maximum of {pool.most}"
+            yield f"pool {pool.name}: minimum of {pool.least} nodes is above the maximum of {pool.most}. Raise the maximum"
         if pool.gpus and not pool.cpus:
-            yield f"pool {pool.name}: {pool.gpus:g} GPUs and no CPU, so no worker fits. Give it CPUs"
+            yield f"pool {pool.name}: {pool.gpus:g} GPUs and no CPU, so no worker fits. Give the pool CPUs"
     if "max_workers" in raw and (most := sum(p.most for p in cluster.pools if not p.head)) and raw["max_workers"] < most:
         least = sum(p.least for p in cluster.pools if not p.head)
         if raw["max_workers"] < least:
-            yield f"max_workers: {raw['max_workers']} is below the {least} nodes that the pools start with"
+            yield f"max_workers: {raw['max_workers']} is below the {least} nodes that the pools start with. Raise max_workers"
     if cluster.provider == "local":
         for address in cluster.addresses:
             if cluster.addresses.count(address) > 1:
-                yield f"provider.worker_ips: {address} is listed twice"
+                yield f"provider.worker_ips: {address} is listed twice. Remove one entry"
                 break
     if cluster.kind != "launcher":
         yield from _kuberay_impossible(cluster)
@@ -87,22 +87,23 @@ def _kuberay_impossible(cluster: ClusterFile) -> Iterator[str]:
     }
     if len(versions) > 1:
         yield (
-            f"images: {', '.join(sorted(versions))}: the head and the workers must have the same versions of Ray and heliostat"
+            f"images: {', '.join(sorted(versions))}: the head and the workers must have the same versions of "
+            "Ray and heliostat. Use the same image"
         )
     if spec.get("enableInTreeAutoscaling"):
         for group in spec.get("workerGroupSpecs") or []:
             if "maxReplicas" not in group:
-                yield f"worker group {group['groupName']}: maxReplicas: required with enableInTreeAutoscaling"
+                yield f"worker group {group['groupName']}: maxReplicas: required with enableInTreeAutoscaling. Add maxReplicas"
     names = [g["groupName"] for g in spec.get("workerGroupSpecs") or []]
     if len(set(names)) < len(names):
-        yield f"workerGroupSpecs: two groups have the same name: {', '.join(names)}"
+        yield f"workerGroupSpecs: two groups have the same name: {', '.join(names)}. Rename one group"
 
 
 def _sense(cluster: ClusterFile) -> Iterator[str]:
     for pool in cluster.pools:
         if pool.gpus and not pool.labels:
             yield (
-                f"pool {pool.name}: has GPUs and no labels, so jobs can't keep other work off its nodes. Add labels "
+                f"pool {pool.name}: has GPUs and no labels, so jobs can't keep other work off the pool's nodes. Add labels "
                 "(workers.labels, data.labels)"
             )
         if pool.image and (":" not in pool.image.rpartition("/")[2] or pool.image.endswith(":latest")):
@@ -113,7 +114,7 @@ def _sense(cluster: ClusterFile) -> Iterator[str]:
                 "head. Set CPU: 0"
             )
     if "change-me" in cluster.path.read_text(encoding="utf-8"):
-        yield "the file still contains change-me. Replace it with your values"
+        yield "the file still contains change-me. Replace change-me with your values"
 
 
 # secrets --------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def crd_folder() -> Path:
 
 @lru_cache
 def _launcher() -> Section:
-    """Reads Ray's schema directly from its file, because importing Ray would take a second."""
+    """Reads Ray's schema directly from the schema's file, because importing Ray would take a second."""
     from importlib.util import find_spec
 
     spec = find_spec("ray")

@@ -105,18 +105,18 @@ def drain(seconds: float, reason: str, address: str | None = None, node_ip: str 
         nodes = client.get_all_node_info(timeout=RETRY_S).items()
         mine = [key.hex() for key, n in nodes if n.node_manager_address == here and n.state == alive]
         if len(mine) != 1:
-            raise ClusterError(f"{len(mine)} Ray nodes run at {here}, expected one")
+            raise ClusterError(f"{len(mine)} Ray nodes run at {here}, expected one. Pass --node-ip")
         until = int((time.time() + seconds) * 1000)  # the protocol requires milliseconds since the epoch
         accepted, why = client.drain_node(mine[0], preemption, reason, until)
     except (ConnectionError, ray.exceptions.RayError) as e:
-        raise ClusterError(f"can't ask Ray's state server: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+        raise ClusterError(f"can't reach Ray's state server: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
     if not accepted:
         raise ClusterError(f"Ray rejected the drain: {why}")
     return mine[0]
 
 
 def watch(notice: Callable[[], float | None], drains: Callable[[float], str], poll_s: float = POLL_S) -> None:
-    """Polls `notice` until it returns a number of seconds, then drains the node. Retries until the drain succeeds.
+    """Polls `notice` until this function returns a number of seconds, then drains the node. Retries until the drain succeeds.
 
     Raises ClusterError if this number of seconds passes before a drain succeeds. Warns once when the metadata service stops
     answering.
@@ -135,7 +135,7 @@ def watch(notice: Callable[[], float | None], drains: Callable[[float], str], po
         if left is not None:
             break
         time.sleep(poll_s)
-    log.warning("the provider takes this machine away in %.0f s: draining its Ray node", left)
+    log.warning("the provider ends this machine in %.0f s: draining the machine's Ray node", left)
     deadline = time.monotonic() + left
     while True:
         try:

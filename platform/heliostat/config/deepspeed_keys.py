@@ -22,29 +22,29 @@ Elements = Annotated[int, Field(ge=0)]
 
 class OffloadOptimizer(Strict):
     pin_memory: bool = True
-    """Page-locked memory: copies are faster, but other processes can't use it."""
+    """Page-locked memory: copies are faster, but other processes can't use this memory."""
     buffer_count: Positive = 4
     """Number of buffers of optimizer state."""
 
 
 class OffloadParam(Strict):
     pin_memory: bool = True
-    """Page-locked memory: copies are faster, but other processes can't use it."""
+    """Page-locked memory: copies are faster, but other processes can't use this memory."""
     buffer_count: Positive = 5
     """Number of buffers of weights."""
     buffer_size: Positive = 100_000_000
-    """Elements per buffer."""
+    """Number of elements per buffer."""
     max_in_cpu: Elements = 1_000_000_000
-    """Elements that stay in host memory with NVMe."""
+    """Number of elements that stay in host memory when other elements are on NVMe."""
 
 
 class ZeroKeys(Strict):
     reduce_bucket_size: Positive = 500_000_000
-    """Elements per reduction of gradients."""
+    """Number of gradient elements per reduction."""
     allgather_bucket_size: Positive = 500_000_000
-    """Elements per gather of parameters."""
+    """Number of parameter elements per all-gather."""
     overlap_comm: bool = False
-    """Reduces gradients during the backward pass, with twice the buckets."""
+    """Reduces gradients during the backward pass, which needs twice the buckets."""
     contiguous_gradients: bool = True
     """Copies gradients into one buffer as soon as they are computed."""
     reduce_scatter: bool = True
@@ -54,19 +54,19 @@ class ZeroKeys(Strict):
     use_multi_rank_bucket_allreduce: bool = True
     """Uses one all-reduce for a bucket whose parts belong to several workers."""
     sub_group_size: Positive = 1_000_000_000
-    """Elements that the optimizer updates at once at stage 3."""
+    """Number of elements that the optimizer updates at once at stage 3."""
     stage3_prefetch_bucket_size: Elements = 50_000_000
-    """Elements of parameters to gather ahead of their use."""
+    """Maximum number of parameter elements to gather before they are used."""
     stage3_param_persistence_threshold: Elements = 100_000
-    """Maximum elements of a parameter that stays complete on every worker."""
+    """Maximum number of elements of a parameter that stays complete on every worker."""
     stage3_model_persistence_threshold: Elements = 1 << 62
-    """Maximum total elements of the parameters that stay complete on every worker."""
+    """Maximum number of elements, in total, of the parameters that stay complete on every worker."""
     stage3_max_live_parameters: Elements = 1_000_000_000
-    """Maximum elements that are gathered at the same time."""
+    """Maximum number of parameter elements that are gathered at the same time."""
     stage3_max_reuse_distance: Elements = 1_000_000_000
     """Keeps a gathered parameter if it is used again within this number of elements."""
     stage3_module_granularity_threshold: Elements = 0
-    """Gathers a module with its parts at once if the parts are smaller than this; 0: never."""
+    """Gathers a module and its submodules at once if the submodules have fewer elements than this value; 0: never."""
     stage3_use_all_reduce_for_fetch_params: bool = False
     """Gathers parameters by all-reduce."""
     stage3_allgather_sequential: bool = False
@@ -81,13 +81,13 @@ class ZeroKeys(Strict):
 
 class Fp16(Strict):
     loss_scale: Annotated[Float, Field(ge=0)] = 0.0
-    """Fixed loss scale; 0 adjusts it during the run."""
+    """Fixed loss scale. With 0, DeepSpeed adjusts the loss scale during the run."""
     initial_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
-    """Initial loss scale, as a power of 2."""
+    """Exponent of the initial loss scale: the scale begins at 2 to this power."""
     loss_scale_window: Positive = 1000
-    """Steps without an overflow after which the scale doubles."""
+    """Number of steps without an overflow after which DeepSpeed doubles the loss scale."""
     hysteresis: Positive = 2
-    """Overflows after which the scale is halved."""
+    """Number of overflows after which DeepSpeed halves the loss scale."""
     consecutive_hysteresis: bool = False
     """Resets the overflow count after a step without an overflow."""
     min_loss_scale: Positive = 1
@@ -96,15 +96,15 @@ class Fp16(Strict):
 
 class Aio(Strict):
     block_size: Positive = 1 << 20
-    """Bytes per request."""
+    """Bytes per I/O request."""
     queue_depth: Positive = 8
     """Concurrent requests."""
     intra_op_parallelism: Positive = 1
-    """Threads per operation."""
+    """Number of threads per I/O operation."""
     single_submit: bool = False
-    """Submits requests one by one."""
+    """Submits I/O requests one by one."""
     overlap_events: bool = True
-    """Overlaps submission with waiting."""
+    """Submits I/O requests while earlier requests are still running."""
 
 
 class Allowed(Strict):
@@ -121,15 +121,17 @@ class Allowed(Strict):
     """Precision of gradients in transfers between workers. Unset: the training precision."""
 
 
-SET = "heliostat sets it. Remove it"
+SET = "heliostat sets this key. Remove it from the job"
 STAGES = "heliostat doesn't split models into pipeline stages. Use train.zero.stage 3 or train.parallel"
 OFFLOAD = "Use train.zero.offload"
-MLFLOW = "Losses and rates are in MLflow (mlflow.uri). Remove it"
-GOODPUT = "It waits for the GPU in every micro-batch. Use `heliostat run goodput`, which shows where the time goes"
+MLFLOW = "Losses and rates are in MLflow (mlflow.uri). Remove this key"
+GOODPUT = "This timer waits for the GPU in every micro-batch. Use `heliostat run goodput`, which shows where the time goes"
 INSTEAD = {
     "train_batch_size": "Use train.global_batch_size",
     "train_micro_batch_size_per_gpu": "Use train.micro_batch_size",
-    "gradient_accumulation_steps": "It follows from train.global_batch_size, train.micro_batch_size, workers.count. Remove it",
+    "gradient_accumulation_steps": (
+        "This number follows from train.global_batch_size, train.micro_batch_size, and workers.count. Remove this key"
+    ),
     "managed_gradient_accumulation": SET,
     "gradient_clipping": "Use train.grad_clip",
     "prescale_gradients": SET,
@@ -153,26 +155,26 @@ INSTEAD = {
     "zero_optimization.cpu_offload": "Use train.zero.offload.optimizer",
     "zero_optimization.cpu_offload_param": "Use train.zero.offload.param",
     "zero_optimization.cpu_offload_use_pin_memory": OFFLOAD,
-    "zero_optimization.load_from_fp32_weights": "heliostat's checkpoints always contain fp32 master weights. Remove it",
-    "zero_optimization.elastic_checkpoint": "heliostat's checkpoints load on any number of workers. Remove it",
+    "zero_optimization.load_from_fp32_weights": "heliostat's checkpoints always contain fp32 master weights. Remove this key",
+    "zero_optimization.elastic_checkpoint": "heliostat's checkpoints load on any number of workers. Remove this key",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "Use `heliostat model export`",
     "zero_optimization.zero_hpz_partition_size": "Use train.zero.hpz_partition_size",
     "zero_optimization.zero_quantized_weights": "Use train.zero.quantize_weights",
-    "zero_optimization.zero_quantized_nontrainable_weights": "It would round weights that checkpoints contain. Remove it",
-    "zero_optimization.zero_quantized_gradients": f"{QUANTIZED_GRADIENTS}. Remove it",
+    "zero_optimization.zero_quantized_nontrainable_weights": "This key would round weights that checkpoints contain. Remove it",
+    "zero_optimization.zero_quantized_gradients": f"{QUANTIZED_GRADIENTS}. Remove this key",
     "zero_optimization.mics_shard_size": "Use train.zero.shard_group_size",
     "zero_optimization.mics_hierarchical_params_gather": "Use train.zero.shard_group_size",
-    "zero_optimization.zeropp_loco_param": "Its state would be missing from checkpoints. Remove it",
+    "zero_optimization.zeropp_loco_param": "The state of LoCo would be missing from checkpoints. Remove this key",
     "activation_checkpointing": "Use train.activation_checkpointing",
     "compile": f"Use train.compile. DeepCompile isn't supported: {DEEPCOMPILE}",
     "sequence_parallel_size": "Use train.parallel.sequence",
     "checkpoint": "Use checkpoint",
-    "load_universal_checkpoint": "heliostat's checkpoints load at any stage. Remove it",
+    "load_universal_checkpoint": "heliostat's checkpoints load at any ZeRO stage. Remove this key",
     "seed": "Use train.seed",
     "elasticity": "Use workers.count: [least, most]",
     "data_efficiency": "Use data.mix_schedule",
     "curriculum_learning": "Use data.mix_schedule",
-    "dataloader_drop_last": "Every step has a complete batch. Remove it",
+    "dataloader_drop_last": "Every step has a complete batch. Remove this key",
     "steps_per_print": "Use train.log_every",
     "timers": GOODPUT,
     "wall_clock_breakdown": GOODPUT,
@@ -211,7 +213,7 @@ def faults(job: Job) -> list[str]:
         ("zero_optimization.offload_param", bool(offload.param), "train.zero.offload.param"),
     ]
     lines += [
-        f"train.deepspeed.{key}: has no effect without {need}. Remove it"
+        f"train.deepspeed.{key}: has no effect without {need}. Remove this key"
         for key, met, need in needs
         if _has(section, key) and not met
     ]

@@ -34,7 +34,7 @@ class Default(NamedTuple):
 
 
 class Devices(NamedTuple):
-    """Describes the devices of the workers. `gpus`: GPUs per worker, 1 or 0; `why`: the reason."""
+    """Describes the devices of the workers. `gpus`: GPUs per worker, 1 or 0; `why`: the reason for this number."""
 
     gpus: int
     why: str
@@ -64,7 +64,7 @@ def fill(raw: Raw, devices: Callable[[], Devices] = here) -> tuple[Raw, list[Def
     if not job.waits:
         every = max(1, min(1000, job.number("train.steps") // 10))
         job.give("checkpoint", "every", every, "a tenth of train.steps, at most 1,000")
-    job.give("", "storage", RUNS, "below the workspace")
+    job.give("", "storage", RUNS, "in the workspace")
     store = os.environ.get("MLFLOW_TRACKING_URI")
     job.give("mlflow", "uri", store or STORE, "MLFLOW_TRACKING_URI" if store else "the store that commands use")
     name = job.raw.get("name")
@@ -92,7 +92,8 @@ class _Filling:
 
     @property
     def waits(self) -> bool:
-        """Returns whether the number of steps follows from epochs. If so, the number is known only after the dataset is read."""
+        """Returns whether the number of steps follows from epochs. Such a number is known only after heliostat has read the
+        dataset."""
         return "epochs" in self.part("train") and not self.number("train.steps")
 
     def give(self, section: str, key: str, value: object, why: str) -> None:
@@ -134,7 +135,11 @@ def _fill_batches(job: _Filling) -> None:
         return
     unit = replicas * (micro or 1)
     whole = -(-GLOBAL_BATCH // unit) * unit
-    why = "samples per optimizer step" if whole == GLOBAL_BATCH else "the next multiple of what the workers process at once"
+    why = (
+        "samples per optimizer step"
+        if whole == GLOBAL_BATCH
+        else "the next multiple of the samples that the workers process at once"
+    )
     job.give(
         "train", "global_batch_size", whole, f"{GLOBAL_BATCH} {why}" if whole == GLOBAL_BATCH else f"{GLOBAL_BATCH}, or {why}"
     )
@@ -194,12 +199,12 @@ def _rate(job: _Filling) -> tuple[float, str]:
     """Returns a peak learning rate, and its source."""
     model = job.part("model")
     if "pretrained" in model:
-        return 2e-5, "fine-tuning, as Llama 2 (arXiv 2307.09288)"
+        return 2e-5, "fine-tuning: the rate of Llama 2 (arXiv 2307.09288)"
     if job.raw.get("recipe") != LANGUAGE_MODEL:
-        return 1e-4, "as DiT and Stable Diffusion (arXiv 2212.09748)"
+        return 1e-4, "the rate of DiT and Stable Diffusion (arXiv 2212.09748)"
     width, depth = (next((model[key] for key in keys if isinstance(model.get(key), int)), 0) for keys in (WIDTHS, DEPTHS))
     if not (0 < width <= LARGEST and 0 < depth <= LARGEST):
-        return 3e-4, "as LLaMA (arXiv 2302.13971)"
+        return 3e-4, "the rate of LLaMA (arXiv 2302.13971)"
     size = 12 * depth * width**2
     rate = max(1e-4, 0.003239 - 0.0001395 * math.log(size))
     return float(f"{rate:.2g}"), f"by size, {size:,} weights in the layers (arXiv 2001.08361, D.1)"

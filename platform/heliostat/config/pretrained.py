@@ -1,7 +1,8 @@
 """Finds the pretrained models of a job. The value of each `pretrained` key in `model` is a folder or a model of the Hub.
 
-If a folder with this name exists, it is used. Otherwise `ORG/NAME[/FOLDER][@REVISION]` is a model of the Hugging Face Hub. A
-job's record has the model's commit (`pinned`), and each node finds or downloads the model in its own cache (`located`).
+If a folder with this name exists, heliostat uses this folder. Otherwise `ORG/NAME[/FOLDER][@REVISION]` is a model of the Hugging
+Face Hub. A job's record has the model's commit (`pinned`), and each node finds or downloads the model in its own cache
+(`located`).
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def on_hub(job: Job) -> list[tuple[str, HubName]]:
 
 
 def hub_name(value: str) -> HubName | None:
-    """Parses a value as the name of a model of the Hub. Returns None if the value is a folder: if it exists as a path, or is an
-    absolute path."""
+    """Parses a value as the name of a model of the Hub. Returns None if the value is a folder: an existing path, or an absolute
+    path."""
     return None if Path(value).exists() else names.model(value)
 
 
@@ -43,7 +44,8 @@ def pinned(job: Job) -> Job:
 
 
 def as_recorded(job: Job, recorded: Mapping[str, Any]) -> Job:
-    """Adds to each Hub model without a revision in the job the commit that the resumed run recorded. Returns this job."""
+    """Returns the job with a commit for each Hub model that has no revision in the job: the commit that the resumed run
+    recorded."""
     before = {key: name for key, value in named(recorded.get("model") or {}) if (name := names.model(value)) and name.pinned}
 
     def change(key: str, name: HubName) -> str:

@@ -48,9 +48,11 @@ def faults(job: Ruled) -> list[str]:
 def _step_faults(job: Ruled) -> Iterator[str]:
     paths, schedule = [s.path for s in job.data.sources], job.train.schedule
     if len(set(paths)) < len(paths):
-        yield "data.sources: a path is listed twice. List it once, with the sum of its weights"
+        yield "data.sources: a path is listed twice. List this path once, with the sum of its weights"
     if schedule.warmup_steps >= job.train.steps:
-        yield f"train.schedule.warmup_steps: {schedule.warmup_steps} isn't below train.steps {job.train.steps}. Lower it"
+        yield (
+            f"train.schedule.warmup_steps: {schedule.warmup_steps} isn't below train.steps {job.train.steps}. Lower warmup_steps"
+        )
 
 
 def _sequence_faults(job: Ruled) -> Iterator[str]:
@@ -61,7 +63,10 @@ def _sequence_faults(job: Ruled) -> Iterator[str]:
     yield from _group_faults(key, each, job)
     length = job.data.sequence_length
     if not length:
-        yield f"{key} needs data.sequence_length, which the job doesn't set. Set it, or remove train.parallel.sequence"
+        yield (
+            f"{key} needs data.sequence_length, which the job doesn't set. Set data.sequence_length, or remove "
+            "train.parallel.sequence"
+        )
     elif length % each:
         near = " or ".join(map(str, _multiples(length, each)))
         yield f"{key} doesn't divide data.sequence_length {length}. Use a length of {near}"
@@ -79,7 +84,8 @@ def _group_faults(key: str, each: int, job: Ruled) -> list[str]:
         return [f"{key} doesn't divide workers.count {workers.count}. Use {near} workers"]
     if workers.most // each * each < workers.least:
         return [
-            f"{key}: no number from {workers.least} to {workers.most} (workers.count) is a multiple. Change one of the two keys"
+            f"{key}: no number from {workers.least} to {workers.most} (workers.count) is a multiple of this number. "
+            "Change one of the two keys"
         ]
     return []
 
@@ -102,7 +108,7 @@ def _expert_faults(job: Ruled) -> Iterator[str]:
     key = f"train.parallel.expert: {each}"
     yield from _group_faults(key, each, job)
     if train.zero.stage != 3:
-        yield f"{key} needs train.zero.stage 3, which shards the other weights. Set it"
+        yield f"{key} needs train.zero.stage 3, which shards the other weights. Set train.zero.stage to 3"
     yield from _untried(key, _unshared(train))
 
 
@@ -113,7 +119,7 @@ def _tensor_faults(job: Ruled) -> Iterator[str]:
     key = f"train.parallel.tensor: {each}"
     yield from _group_faults(key, each, job)
     if train.zero.stage == 3:
-        yield f"{key} isn't supported with train.zero.stage 3, which shards every matrix over all workers. Use 1 or 2"
+        yield f"{key} isn't supported with train.zero.stage 3, which shards every matrix over all workers. Use stage 1 or 2"
     own = {
         "train.parallel.expert": train.parallel.expert > 1,
         "train.tiled_mlp": train.tiled_mlp,
@@ -152,21 +158,24 @@ def _many_nodes_faults(job: Ruled) -> Iterator[str]:
         if not each:
             continue
         if zero.stage != 3:
-            yield f"{key} shards weights, so it needs train.zero.stage 3, not {zero.stage}. Set it"
+            yield f"{key} shards weights, so it needs train.zero.stage 3, not {zero.stage}. Set train.zero.stage to 3"
         if not isinstance(each, bool):
             yield from _group_faults(key, each, job)
         yield from _untried(key, untried)
     if zero.shard_group_size and zero.hpz_partition_size:
         yield (
             "train.zero.hpz_partition_size: no effect with train.zero.shard_group_size, which keeps all weights "
-            "within a group. Remove it"
+            "within a group. Remove hpz_partition_size"
         )
     if zero.shard_group_size and zero.offload.optimizer:
         yield "train.zero.shard_group_size: not supported with train.zero.offload.optimizer. Remove one of them"
     if zero.shard_group_size and train.optimizer.orthogonalizes:
-        yield f"train.zero.shard_group_size: not supported with train.optimizer.name {train.optimizer.name!r}. Remove it"
+        yield (
+            f"train.zero.shard_group_size: not supported with train.optimizer.name {train.optimizer.name!r}. "
+            "Remove shard_group_size"
+        )
     if zero.quantize_weights and not job.workers.gpus:
-        yield "train.zero.quantize_weights: true needs GPUs (workers.gpus is 0). Set it to false"
+        yield "train.zero.quantize_weights: true needs GPUs (workers.gpus is 0). Set quantize_weights to false"
     if zero.quantize_weights and zero.shard_group_size:
         yield "train.zero.quantize_weights: not supported with train.zero.shard_group_size. Remove one of them"
 
@@ -181,7 +190,10 @@ def _memory_faults(job: Ruled) -> Iterator[str]:
     if train.activation_checkpointing == SELECTIVE:
         yield from _untried(f"train.activation_checkpointing: {SELECTIVE}", untried_selective(job))
     if train.activation_offload and not train.activation_checkpointing:
-        yield "train.activation_offload: needs train.activation_checkpointing, whose layer inputs it moves. Set that too"
+        yield (
+            "train.activation_offload: needs train.activation_checkpointing, because only inputs of checkpointed layers are "
+            "offloaded. Set both keys"
+        )
 
 
 def untried_selective(job: Ruled) -> dict[str, bool]:
@@ -241,7 +253,7 @@ def _mix_faults(job: Ruled) -> Iterator[str]:
     for i, change in enumerate(data.mix_schedule):
         key = f"data.mix_schedule.{i}"
         if len(change.weights) != len(data.sources):
-            problem = f"expected one for each of the {len(data.sources)} sources, got {len(change.weights)}"
+            problem = f"expected one weight for each of the {len(data.sources)} sources, got {len(change.weights)}"
             yield f"{key}.weights: {problem}. List one weight per source"
         if change.step <= before:
             yield f"{key}.step: {change.step} isn't above {before}. List the changes in the order of their steps"
@@ -252,7 +264,7 @@ def _mix_faults(job: Ruled) -> Iterator[str]:
         yield f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0. Set one weight above 0"
     for i in range(len(data.sources)):
         if not empty and not any(weights[i] for weights in mixes if i < len(weights)):
-            yield f"data.sources.{i}.weight: is 0 at every step. Remove the source, or give it a weight"
+            yield f"data.sources.{i}.weight: is 0 at every step. Remove this source, or set a weight above 0"
 
 
 def _precision_faults(job: Ruled) -> Iterator[str]:
@@ -264,14 +276,14 @@ def _precision_faults(job: Ruled) -> Iterator[str]:
             "layer. Use stage 2, or set train.compile to true or false"
         )
     if job.train.precision == "bf16" and job.train.zero.stage == 0:
-        yield "train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed. Use stage 1, or fp32"
+        yield "train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed. Use stage 1, or train.precision fp32"
     if job.train.precision == "fp16" and job.train.zero.stage == 0:
         yield "train.zero.stage: 0 with train.precision 'fp16' has no master weights for checkpoints. Use stage 1"
     if job.train.grad_accum_dtype == "fp32" and sums_on_host(job):
         where = f"train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}"
         yield (
             f"train.grad_accum_dtype: fp32 isn't supported with {where}: DeepSpeed sums in host memory in low "
-            "precision. Use stage 3, or set train.grad_accum_dtype to same"
+            "precision. Use train.zero.stage 3, or set train.grad_accum_dtype to same"
         )
 
 
@@ -290,7 +302,7 @@ def _attention_faults(job: Ruled) -> Iterator[str]:
         if job.data.document_mask and train.micro_batch_size > 1:
             yield (
                 f"{key} with data.document_mask needs micro-batches of one sample, and train.micro_batch_size is "
-                f"{train.micro_batch_size}. Set it to 1 (with longer samples), or use flex_attention"
+                f"{train.micro_batch_size}. Set the micro-batch size to 1 (with longer samples), or use flex_attention"
             )
 
 
@@ -305,7 +317,7 @@ def _fp8_faults(job: Ruled) -> list[str]:
         "isn't supported with train.parallel": train.parallel.sharing > 1 or train.parallel.expert > 1,
         "isn't supported with train.tiled_mlp": train.tiled_mlp,
     }
-    return [f"train.fp8: true {why}. Set it to false, or change that" for why, is_so in wrong.items() if is_so]
+    return [f"train.fp8: true {why}. Set train.fp8 to false, or change the other key" for why, is_so in wrong.items() if is_so]
 
 
 def _optimizer_faults(job: Ruled) -> Iterator[str]:
@@ -329,11 +341,14 @@ def sums_on_host(job: Ruled) -> bool:
 def _offload_faults(job: Ruled) -> Iterator[str]:
     zero, offload = job.train.zero, job.train.zero.offload
     if offload.optimizer and zero.stage == 0:
-        yield "train.zero.offload.optimizer: needs train.zero.stage 1, 2, or 3. Set it"
+        yield "train.zero.offload.optimizer: needs train.zero.stage 1, 2, or 3. Set train.zero.stage"
     if offload.param and zero.stage != 3:
-        yield f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}. Set it"
+        yield f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}. Set train.zero.stage to 3"
     if (offload.param == "nvme") != bool(offload.nvme_path):
-        yield "train.zero.offload.nvme_path: needed with train.zero.offload.param 'nvme', and only with it. Set both, or neither"
+        yield (
+            "train.zero.offload.nvme_path: needed with train.zero.offload.param 'nvme', and only with 'nvme'. "
+            "Set both keys, or neither"
+        )
 
 
 def _mlflow_faults(job: Ruled) -> Iterator[str]:
@@ -357,11 +372,11 @@ def _checkpoint_faults(job: Ruled) -> Iterator[str]:
             yield f"{key}: {every} isn't a multiple of checkpoint.every {policy.every}. Use {near}"
     of_evaluation = policy.best if policy.best and not policy.best.is_late else None
     if of_evaluation and not job.evaluate:
-        yield "checkpoint.best: needs scores. Add evaluate, or remove checkpoint.best"
+        yield "checkpoint.best: needs scores. Add the section evaluate, or remove checkpoint.best"
     elif of_evaluation and job.evaluate and policy.every % job.evaluate.every:  # a checkpoint needs a score of the same step
         yield (
             f"checkpoint.best: evaluate.every {job.evaluate.every} doesn't divide checkpoint.every {policy.every}, "
-            "so some checkpoints would have no score. Change one of them"
+            "so some checkpoints would have no score. Change one of the two keys"
         )
     if policy.best and policy.best.metric == "train_loss":
         yield "checkpoint.best.metric: 'train_loss' is a score of the training. Use a score of the evaluation, for example loss"

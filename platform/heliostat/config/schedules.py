@@ -18,23 +18,23 @@ from heliostat.schema import Strict
 
 
 def cosine(schedule: Schedule, step: int, steps: int) -> float:
-    """Falls to `final_ratio` along half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
+    """Returns a factor that falls from 1 to `final_ratio` along half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983)."""
     return _down_to(schedule.final_ratio, 0.5 * (1 + math.cos(math.pi * _progress(schedule.warmup_steps, step, steps))))
 
 
 def constant(schedule: Schedule, step: int, steps: int) -> float:
-    """Keeps the rate at the peak."""
+    """Returns 1 at every step, so the rate stays at the peak."""
     return 1.0
 
 
 def linear(schedule: Schedule, step: int, steps: int) -> float:
-    """Falls to `final_ratio` in a straight line."""
+    """Returns a factor that falls from 1 to `final_ratio` in a straight line."""
     return _down_to(schedule.final_ratio, 1 - _progress(schedule.warmup_steps, step, steps))
 
 
 def wsd(schedule: Schedule, step: int, steps: int) -> float:
-    """Stays at the peak, then falls linearly over the last `decay_fraction` of the steps (warm-up, stable, decay: Hu et al. 2024,
-    MiniCPM, arXiv 2404.06395)."""
+    """Returns a factor that stays 1, then falls linearly to `final_ratio` over the last `decay_fraction` of the steps. The name
+    stands for warm-up, stable, decay (Hu et al. 2024, MiniCPM, arXiv 2404.06395)."""
     start = max(schedule.warmup_steps, steps - round(schedule.decay_fraction * steps))
     return 1.0 if step < start else _down_to(schedule.final_ratio, 1 - _progress(start, step, steps))
 

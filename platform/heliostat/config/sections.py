@@ -32,7 +32,7 @@ class Data(Strict):
     sources: Annotated[list[Source], Field(min_length=1), Filled("from `path`")]
     """Datasets to mix. Each path may be listed only once."""
     sequence_length: Annotated[int, Field(gt=1)] | None = None
-    """Tokens per sample. Required for token datasets; image datasets don't have it."""
+    """Tokens per sample. Required for token datasets. Image datasets don't use this key."""
     seed: Seed = 0
     """Random seed for sample order."""
     virtual_ranks: Annotated[Count | None, Was("lanes")] = None
@@ -56,7 +56,7 @@ class Data(Strict):
     labels: dict[str, str] = {}
     """Ray labels of the nodes that fetch samples. Empty: any node."""
     document_mask: bool = False
-    """Prevents attention between documents that are packed into one sample. Some models don't support it, see
+    """Prevents attention between documents that are packed into one sample. Some models don't support this mask, see
     docs/training/document-masks.md"""
 
     @model_validator(mode="before")
@@ -86,7 +86,7 @@ class Evaluate(Strict):
     every: Positive
     """Steps between two evaluations. The last step is always evaluated."""
     samples: Count = 256
-    """Maximum number of held-out samples to score. If there are fewer, heliostat reports it."""
+    """Maximum number of held-out samples to score. If fewer held-out samples exist, heliostat logs a warning."""
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
     """Share of the documents to hold out, by the hash of their text. The run never trains on held-out documents. Shares of 1, 2,
     and 5 divided by 10, 100, 1,000, or 10,000 are exact, see docs/data-order.md#held-out-documents"""
@@ -130,8 +130,8 @@ class Checkpoint(Strict):
     the run resumes from the newest in-memory checkpoint, and loses at most this number of steps. Unset: none. See
     docs/reliability/memory-checkpoints.md"""
     memory_limit: ByteSize = ByteSize(8 << 30)
-    """Maximum bytes (`8GiB`) of each node's memory for in-memory checkpoints. If they need more, heliostat makes none, and
-    reports it."""
+    """Maximum bytes (`8GiB`) of each node's memory for in-memory checkpoints. If in-memory checkpoints need more, heliostat makes
+    none, and logs a notice."""
 
     def due(self, done: int) -> bool:
         """Returns whether a checkpoint is saved after `done` steps."""
@@ -143,7 +143,7 @@ class Checkpoint(Strict):
 
 
 def _count(value: object) -> object:
-    """Validates the value, which is a number of workers or a range [least, most]."""
+    """Validates a number of workers, or a range [least, most]."""
     both = value if isinstance(value, list) else [value, value]
     counts = [n for n in both if isinstance(n, int) and not isinstance(n, bool)]
     if not len(both) == len(counts) == 2 or not 0 < counts[0] <= counts[1] <= LARGEST:
@@ -198,7 +198,7 @@ class Watchdog(Strict):
 
 class Mlflow(Strict):
     uri: Annotated[str, Filled("MLFLOW_TRACKING_URI, or `sqlite:///.heliostat/mlflow.db`")]
-    """Tracking store: `sqlite:///FILE`, or `http://HOST:PORT`. It never contains a password."""
+    """Tracking store: `sqlite:///FILE`, or `http://HOST:PORT`. The URI must not contain a password."""
     experiment: Annotated[Experiment, Filled("the job's name")]
     """Name of the experiment: up to 250 characters; no part between slashes is empty, `.` or `..`."""
     register_as: Name | None = Field(default=None, alias="register")

@@ -1,4 +1,4 @@
-"""Defines the job file: one YAML file describes one run. `load` validates it; `docs/job.md` explains every key.
+"""Defines the job file: one YAML file describes one run. `load` validates the file; `docs/job.md` explains every key.
 
 `sections` and `train_section` define the sections, and `rules` checks them together. A `Job` object is always valid.
 """
@@ -45,7 +45,7 @@ class Job(Strict):
     synonyms = SYNONYMS
 
     name: Name
-    """Name of the run: its folder is `storage/name`, and `--resume` continues it."""
+    """Name of the run. The run's folder is `storage/name`. `--resume` continues the run."""
     recipe: Annotated[str, Filled("from the keys of `model`; else `heliostat.recipes:CausalLM`")]
     """Import path of the recipe: the class that defines the model, the batch, and the loss."""
     model: dict[str, Any]
@@ -59,7 +59,7 @@ class Job(Strict):
     """Training: length, optimizer, precision, parallelism."""
     evaluate: Evaluate | None = None
     """Evaluation on held-out samples. Unset: no evaluation."""
-    checkpoint: Annotated[Checkpoint, Filled("`every` by rule")]
+    checkpoint: Annotated[Checkpoint, Filled("`every`: a tenth of `train.steps`, at most 1,000")]
     """When to save checkpoints, and which checkpoints to keep."""
     workers: Workers = Workers()
     """Number, resources, and placement of the workers."""
@@ -182,12 +182,12 @@ def complete(
     raw = schema.renamed(Job, raw)
     if isinstance(raw.get("train"), dict):
         for key in RETIRED & raw["train"].keys():
-            log.warning("train.%s: has no effect any more. Remove it", key)
+            log.warning("train.%s: this key no longer has an effect. Remove it", key)
     raw, filled = fill(raw, devices)
     train = raw.get("train")
     lengths = [key for key in LENGTHS if train.get(key) is not None] if isinstance(train, dict) else []
     if lengths == ["tokens"] and isinstance(data := raw.get("data"), dict) and "sequence_length" not in data:
-        raise ConfigError(f"{where}: train.tokens: needs data.sequence_length. Set it, or use train.steps")
+        raise ConfigError(f"{where}: train.tokens: needs data.sequence_length. Set data.sequence_length, or use train.steps")
     if not isinstance(train, dict) or lengths != ["epochs"]:
         return raw, filled
     epochs, length = train["epochs"], {"steps": LARGEST}
@@ -267,8 +267,8 @@ def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | N
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
     """Fills in `train.grad_accum_dtype` and `train.recipe_version` if the job leaves them open.
 
-    A resumed run keeps its values. If the run is older than these keys, it gets the values in `BEFORE_KEYS`. A new run gets the
-    newest values. Raises ConfigError if the run can't resume with the job's optimizer.
+    A resumed run keeps its values. If the run is older than these keys, the keys get the values in `BEFORE_KEYS`. A new run gets
+    the newest values. Raises ConfigError if the run can't resume with the job's optimizer.
     """
     if recorded is not None:
         before = with_rules(recorded)["train"]
@@ -328,8 +328,8 @@ def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
     """
     if job.workers.gpus not in (0, 1):
         raise ConfigError(
-            f"workers.gpus: a worker trains on one GPU or none, not {job.workers.gpus:g}. Set it to 1 or 0, and "
-            "workers.count to the number of GPUs"
+            f"workers.gpus: a worker trains on one GPU or none, not {job.workers.gpus:g}. Set workers.gpus to 1 or 0, "
+            "and workers.count to the number of GPUs"
         )
     root = workspace.root()
     raw = job.dump()

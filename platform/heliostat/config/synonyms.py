@@ -71,11 +71,12 @@ KEYS: dict[str, tuple[str, ...]] = {  # heliostat's key -> its names in other to
 }  # fmt: skip
 NOT_OFFERED = {  # keys of other tools without a key in heliostat, and the advice
     **dict.fromkeys(("lora", "peft", "lora_r", "lora_alpha", "qlora", "adapter", "use_peft"),
-                    "Adapters such as LoRA are not supported: heliostat trains all weights. Remove it"),
+                    "Adapters such as LoRA are not supported: heliostat trains all weights. Remove this key"),
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization", "bnb_4bit"),
-                    "Training quantized weights is not supported. Remove it"),
+                    "Training quantized weights is not supported. Remove this key"),
     **dict.fromkeys(("gradient_accumulation_steps", "grad_accum", "grad_accum_steps", "accumulate_grad_batches"),
-                    "It follows from train.global_batch_size, train.micro_batch_size, and workers.count. Remove it"),
+                    "This number follows from train.global_batch_size, train.micro_batch_size, and workers.count. "
+                    "Remove this key"),
     **dict.fromkeys(("warmup_ratio", "warmup_fraction"), "Set the number of steps: train.schedule.warmup_steps"),
     **dict.fromkeys(("tokenizer", "tokenizer_name", "tokenizer_path"),
                     "The dataset has the tokenizer. Set `tokenizer` in the pipeline's file"),
@@ -83,16 +84,18 @@ NOT_OFFERED = {  # keys of other tools without a key in heliostat, and the advic
     **dict.fromkeys(("pipeline_parallel", "pipeline_parallel_size", "pp", "pp_size"),
                     "Pipeline parallelism is not supported. Use train.zero.stage 3 or train.parallel"),
     **dict.fromkeys(("fsdp_config", "strategy", "accelerator"), "heliostat shards with DeepSpeed ZeRO. Use train.zero.stage"),
-    **dict.fromkeys(("resume", "resume_from_checkpoint", "load_path"), "Use `heliostat train JOB --resume`. Remove it"),
-    **dict.fromkeys(("overwrite", "overwrite_output_dir", "save_overwrite"), "Use `heliostat train JOB --overwrite`. Remove it"),
-    **dict.fromkeys(("push_to_hub", "hub_model_id"), "Use `heliostat model export`. Remove it"),
+    **dict.fromkeys(("resume", "resume_from_checkpoint", "load_path"), "Use `heliostat train JOB --resume`. Remove this key"),
+    **dict.fromkeys(("overwrite", "overwrite_output_dir", "save_overwrite"),
+                    "Use `heliostat train JOB --overwrite`. Remove this key"),
+    **dict.fromkeys(("push_to_hub", "hub_model_id"), "Use `heliostat model export`. Remove this key"),
     **dict.fromkeys(("num_proc", "dataloader_num_workers", "prefetch_factor", "pin_memory", "dataloader"),
-                    "Ray Data reads the samples, and sets its own parallelism. Remove it"),
-    **dict.fromkeys(("shuffle", "drop_last", "dataloader_drop_last"), "Batches are always shuffled and complete. Remove it"),
-    **dict.fromkeys(("packing", "group_by_length", "padding"), "Documents are packed (see data.document_mask). Remove it"),
+                    "Ray Data reads the samples, and sets its own parallelism. Remove this key"),
+    **dict.fromkeys(("shuffle", "drop_last", "dataloader_drop_last"),
+                    "Batches are always shuffled and complete. Remove this key"),
+    **dict.fromkeys(("packing", "group_by_length", "padding"), "Documents are packed (see data.document_mask). Remove this key"),
     **dict.fromkeys(("dropout", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "d_model", "n_layer"),
-                    "It is a key of the model. Set it in the section model"),
-    **dict.fromkeys(("dpo", "rlhf", "ppo", "grpo", "reward_model"), "Preference training is not supported. Remove it"),
+                    "This is a key of the model. Set this key in the section model"),
+    **dict.fromkeys(("dpo", "rlhf", "ppo", "grpo", "reward_model"), "Preference training is not supported. Remove this key"),
 }  # fmt: skip
 MISSING = {  # the key's path with a question mark -> the message for a missing required key
     "data?": absent("data", "{path: FOLDER, sequence_length: INTEGER}"),
@@ -101,5 +104,5 @@ MISSING = {  # the key's path with a question mark -> the message for a missing 
     "train.steps?": absent("train.steps", "INTEGER, or train.epochs, or train.tokens"),
 }
 SYNONYMS = {word: f"Use {key}" for key, words in KEYS.items() for word in words} | NOT_OFFERED | MISSING
-"""Advice for an unknown key, by the key's last part (in lower case, with `_` for `-`). Also the message for a missing key, by the
-key's path with `?`."""
+"""Advice for unknown keys, and messages for missing keys. An unknown key is looked up by its last part, in lower case, with `_`
+for `-`. A missing key is looked up by its path, followed by `?`."""

@@ -50,7 +50,7 @@ class Zero(Strict):
         """Rejects `quantize_gradients`, a setting of ZeRO++, with the reason."""
         if isinstance(value, dict) and "quantize_gradients" in value:
             raise ValueError(
-                f"quantize_gradients isn't supported: {QUANTIZED_GRADIENTS}. Remove it, and use shard_group_size, "
+                f"quantize_gradients isn't supported: {QUANTIZED_GRADIENTS}. Remove this key, and use shard_group_size, "
                 "which sends gradients between nodes once per step"
             )
         return value
@@ -66,13 +66,13 @@ class Zero(Strict):
 NOT_OFFERED = {
     "pipeline": "heliostat doesn't split models into stages, but train.zero.stage 3 shards their layers over all workers",
     "context": "use sequence, which splits samples over workers",
-    "data": "heliostat computes it from workers.count and sequence or tensor",
+    "data": "heliostat computes this number from workers.count and sequence or tensor",
 }
 
 
 class Parallel(Strict):
     auto: bool = False
-    """Chooses the fastest parallelism configuration that fits, by the plan. It sets the degrees below, `zero.stage`,
+    """Chooses the fastest parallelism configuration that fits, by the plan. This choice sets the degrees below, `zero.stage`,
     `zero.offload`, `micro_batch_size`, and `activation_checkpointing`. Write `parallel: auto`. See
     docs/training/parallelism.md#automatic-choice"""
 
@@ -106,7 +106,7 @@ class Parallel(Strict):
             )
         for key in (key for key in NOT_OFFERED if isinstance(value, dict) and key in value):
             page = "docs/training/parallelism.md#not-supported"
-            raise ValueError(f"{key} isn't supported: {NOT_OFFERED[key]}. Remove it ({page})")
+            raise ValueError(f"{key} isn't supported: {NOT_OFFERED[key]}. Remove this key ({page})")
         return value
 
 
@@ -142,7 +142,7 @@ def _layers(value: object) -> object:
     raise ValueError(f"{brief(repr(value))} isn't a choice. Use true, false, {SELECTIVE}, or a number of layers (1 or more)")
 
 
-DEEPCOMPILE = "DeepSpeed's passes begin at the optimizer's step 0, which a resumed run doesn't have"
+DEEPCOMPILE = "DeepCompile's passes begin at the optimizer's step 0, but a resumed run begins at a later step"
 
 
 def _compiled(value: object) -> object:
@@ -165,14 +165,16 @@ class Train(Strict):
     """Tokens to train on, instead of `steps`. heliostat converts tokens to steps of `global_batch_size` x `data.sequence_length`,
     rounded up."""
     steps_from: str | None = None
-    """In a run's record: the origin of `steps`, for example `epochs: 2`. Don't set it."""
+    """In a run's record: the origin of `steps`, for example `epochs: 2`. Don't set this key."""
     stop_after: Positive | None = None
     """Step after which training stops early. The schedule still follows `steps`. Unset: training stops at `steps`."""
     global_batch_size: Annotated[Count, Was("global_batch"), Filled("64, or the next multiple that the workers can share")]
     """Samples per optimizer step, summed over all workers."""
     micro_batch_size: Annotated[Count, Was("micro_batch"), Filled("up to 4")]
     """Samples that a worker processes at once. The number of accumulated micro-batches follows from this value."""
-    optimizer: Annotated[AnyOptimizer, Filled("AdamW with a rate by rule, see docs/reference/yaml.md#defaults")]
+    optimizer: Annotated[
+        AnyOptimizer, Filled("AdamW, with a learning rate that depends on the model, see docs/reference/yaml.md#defaults")
+    ]
     """Optimizer."""
     schedule: Schedule = Schedule()
     """Learning rate schedule."""
@@ -195,8 +197,8 @@ class Train(Strict):
     """Version of an image recipe's rules for drawing a sample's random numbers. Unset: 2, but a resumed run keeps its value. See
     docs/diffusion.md#versions"""
     deepspeed: dict[str, object] = {}
-    """DeepSpeed's settings for speed and memory. They override the settings that heliostat derives from other keys. Supported
-    keys: docs/training/deepspeed-keys.md"""
+    """DeepSpeed's settings for speed and memory. These settings override the settings that heliostat derives from other keys.
+    Supported keys: docs/training/deepspeed-keys.md"""
     activation_checkpointing: Annotated[bool | Literal["selective"] | Count, BeforeValidator(_layers)] = False
     """Recomputes activations in the backward pass, which trades time for memory. A number N: only in the first N layers.
     `selective`: in all layers, but keeps the outputs of matrix multiplications and attention. See
@@ -247,10 +249,10 @@ class Train(Strict):
         if not isinstance(value, dict):
             return value
         if len(lengths := [key for key in LENGTHS if value.get(key) is not None]) > 1:
-            raise ValueError(f"{' and '.join(lengths)} each set the length of the run. Keep one")
+            raise ValueError(f"{' and '.join(lengths)} each set the length of the run. Keep one of these keys")
         for key in (key for key in GROWING if key in value):
             why = f"{GROWING[key]}. The data order, resuming, and the schedule rely on this"
-            raise ValueError(f"{key} isn't supported: {why}. Remove it, and use train.schedule.warmup_steps")
+            raise ValueError(f"{key} isn't supported: {why}. Remove this key, and use train.schedule.warmup_steps")
         return {key: setting for key, setting in value.items() if key not in RETIRED}
 
     def worker_counts(self, virtual_ranks: int, least: int, most: int) -> list[int]:

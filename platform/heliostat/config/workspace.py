@@ -51,7 +51,7 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
     module_name, mark, attribute = path.partition(":")
     if not mark or not module_name or not attribute or module_name.startswith("."):
         near = nearest(path, _built_in(field))
-        raise ConfigError(f"{field}: {path!r} must have the form package.module:Class{near or '. Correct it'}")
+        raise ConfigError(f"{field}: {path!r} must have the form package.module:Class{near or '. Correct this path'}")
     if str(root()) not in sys.path:
         sys.path.insert(0, str(root()))
     if module_name in BUILT_IN and not _there(module_name):
@@ -68,10 +68,12 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
             raise ConfigError(f"{field}: no module {module_name!r} in {root()}{near}") from e
         if extra := extras.bringing(e.name or ""):
             raise extras.missing(f"{field}: {path}", extra, str(e.name)) from e
-        raise ConfigError(f"{field}: {module_name} needs the module {e.name!r}, which isn't installed. Install it") from e
+        raise ConfigError(
+            f"{field}: {module_name} needs the module {e.name!r}, which isn't installed. Install this module"
+        ) from e
     except Exception as e:  # the module may raise anything
         fault = f"{field}: can't import {module_name} ({type(e).__name__}: {text.brief(e)})"
-        raise ConfigError(f"{fault}. Use --verbose to see the line") from e
+        raise ConfigError(f"{fault}. Use --verbose to see the line with the error") from e
     if target is None:
         own = [n for n, o in vars(module).items() if isinstance(o, type) and o.__module__ == module_name]
         names = list(getattr(module, "__all__", own))

@@ -3,19 +3,20 @@ missed.
 
 Method: Manku, Jain and Das Sarma, Detecting Near-Duplicates for Web Crawling, 2007. The bits are split into blocks. Two hashes
 that differ in d bits differ in at most d blocks, and are equal in the other blocks. For every choice of d blocks to leave out,
-the remaining blocks are a key. So two such hashes share at least one key. With more blocks, keys are longer, and there are more
-keys. The number of blocks is large enough that few different hashes share a key by chance.
+the remaining blocks are a key. So two hashes that differ in at most d bits share at least one key. With more blocks, keys are
+longer, and there are more keys. The number of blocks is large enough that few different hashes share a key by chance.
 
 A node is a perceptual hash. Images with the same perceptual hash are a group. The image with the smallest pixel hash represents
 the group. A node's rank is the first 64 bits of that pixel hash.
 
-Then this module chooses the images that stay, as if it visited all of them in the order of their pixel hashes.
+Then this module chooses the images to keep. The result is the same as if this module visited all images in the order of their
+pixel hashes.
 
-An image is dropped if it is near an earlier image that stays. The images that stay are the lexicographically first maximal
-independent set of the pairs' graph. Rounds find this set. A node stays when all nearby earlier nodes are known to be dropped. A
-node is dropped when a nearby earlier node is known to stay. The order is random, because it is the order of hashes. So there are
-few rounds, for any number of nodes (Blelloch, Fineman and Shun, Greedy Sequential Maximal Independent Set and Matching are
-Parallel on Average, 2012).
+An image is dropped if it is near an earlier image that is kept. The kept images are the lexicographically first maximal
+independent set of the pairs' graph. Rounds find this set. A node is kept when all nearby earlier nodes are known to be dropped. A
+node is dropped when a nearby earlier node is known to be kept. The order of hashes is random. So few rounds are needed, for any
+number of nodes (Blelloch, Fineman and Shun, Greedy Sequential Maximal Independent Set and Matching are Parallel on Average,
+2012).
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ EDGES: dict[str, type[np.generic]] = {**dict.fromkeys(("u", "v", "u_rank", "v_ra
 
 
 def blocks(distance: int, hashes: int) -> int:
-    """Chooses the smallest number of blocks whose keys are long enough to separate `hashes` hashes, with at most KEYS keys per
-    hash."""
+    """Chooses the number of blocks into which a hash's 64 bits are split. It is the smallest number whose keys separate `hashes`
+    hashes, with at most KEYS keys per hash."""
     count = distance + 1
     while comb(count + 1, distance) <= KEYS and BITS - distance * ceil(BITS / count) < log2(max(2, hashes)):
         count += 1
@@ -52,7 +53,8 @@ def blocks(distance: int, hashes: int) -> int:
 
 
 def masks(distance: int, count: int) -> list[int]:
-    """Lists the bits of each key: all blocks except `distance` of them."""
+    """Returns one 64-bit mask per key. Each mask selects `count - distance` of the `count` blocks, and there is one mask for
+    every such selection."""
     edges = np.linspace(0, BITS, count + 1).astype(int).tolist()
     of_block = [(1 << stop) - (1 << start) for start, stop in pairwise(edges)]
     whole = (1 << BITS) - 1
@@ -60,8 +62,8 @@ def masks(distance: int, count: int) -> list[int]:
 
 
 def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[str, object]:
-    """Spills the perceptual hash of each image in a run. With `exact`, it spills the pixel hash instead. `number`: the run's
-    number."""
+    """Writes the perceptual hash of each image in `run`, a temporary file of images, to another temporary file. With `exact`,
+    writes the pixel hash instead. `number`: the index of `run` among all such files."""
     runs = []
     for table in survivors(folder, run, columns=["hash", "id", *([] if exact else ["looks"])]):
         looks = table["key"].to_numpy() if exact else table["looks"].to_numpy().view(np.uint64)
@@ -74,28 +76,28 @@ def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[s
 
 
 def gather(folder: Location, part: int, parts: int, names: list[str]) -> pa.Table:
-    """Reads the images whose perceptual hash is in one part of all keys. The images are grouped by perceptual hash; groups are
-    sorted by pixel hash and id."""
+    """Reads the images whose perceptual hash is in key range `part` of `parts` equal ranges. Returns a table that is sorted by
+    perceptual hash, then by pixel hash and id."""
     order = [(name, "ascending") for name in ("looks", "hash", "id")]
     return spill.joined(folder, names, *spill.share(part, parts), FACES).sort_by(order).combine_chunks()
 
 
 def firsts(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two arrays for the gathered images: whether an image is the first of its group, and whether it is the first with
-    its pixels."""
+    """Returns two bool arrays [images] for the sorted images: whether each image is the first with its perceptual hash, and
+    whether each image is the first with its pixel hash."""
     looks, hashes = table["looks"].to_numpy(), prefixes(table, 4)
     return spill.starts(looks), spill.starts(looks, *hashes.T)
 
 
 def prefixes(table: pa.Table, words: int = 1) -> np.ndarray:
-    """Returns the first 64-bit words of the hashes, one row per image."""
+    """Returns the first `words` 64-bit words of each image's pixel hash, as uint64 [images, words]."""
     whole = np.frombuffer(b"".join(table["hash"].to_pylist()), ">u8").astype(np.uint64)
     return whole.reshape(-1, 4)[:, :words]
 
 
 def group(folder: Location, part: int, parts: int, names: list[str], distance: int, count: int) -> dict[str, object]:
-    """Spills every node of this part once under each of the node's keys (from `count` blocks). Each row has the node's rank,
-    and the number of the node's distinct images."""
+    """Writes each distinct perceptual hash of key range `part` to temporary files, once under each key of the hash. Each row has
+    the hash's rank, and the number of distinct images with this hash. `count`: the number of blocks of a hash."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     starts = np.flatnonzero(of_group)
@@ -114,7 +116,8 @@ def _keys(looks: np.ndarray, number: int, mask: int) -> np.ndarray:
 
 
 def pairs(folder: Location, part: int, parts: int, names: list[str], distance: int) -> dict[str, object]:
-    """Spills the edges, in both directions, between near nodes that share a key of this part."""
+    """Writes all pairs of near perceptual hashes that share a key in key range `part` to a temporary file. Each pair is written
+    as two edges, one per direction."""
     keys, looks, ranks, images = spill.arrays(
         folder, names, *spill.share(part, parts), key=np.uint64, looks=np.uint64, rank=np.uint64, images=np.int64
     )
@@ -134,7 +137,8 @@ def pairs(folder: Location, part: int, parts: int, names: list[str], distance: i
 
 
 def spilled(folder: Location, edges: tuple[np.ndarray, ...]) -> tuple[str, int]:
-    """Spills edges by their first node, each edge once; returns the spill's name and the number of edges."""
+    """Writes edges to a temporary file, sorted by the first node of each edge, without repeated edges. Returns the file's name
+    and the number of edges."""
     order = np.lexsort((edges[1], edges[0]))
     edges = tuple(column[order] for column in edges)
     first = spill.starts(*edges[:2])
@@ -149,10 +153,11 @@ NAMES = pa.schema(
 
 
 def settle(folder: Location, part: int, parts: int, names: list[str], messages: list[str]) -> dict[str, object]:
-    """Decides which nodes of this part stay, if this is known now. Spills messages to the decided nodes' later neighbors.
+    """Decides which nodes (perceptual hashes) of key range `part` are kept or dropped, if the decisions about their earlier
+    neighbors are known. Writes each decision to a temporary file, for the node's later neighbors.
 
-    `messages` say which nodes stay and which are dropped. The task also spills the edges of undecided nodes, and the cause of
-    each drop.
+    `messages`: the temporary files with the decisions of the previous round. The task also writes the edges of undecided nodes,
+    and the node that caused each drop.
     """
     low, high = spill.share(part, parts)
     u, v, u_rank, v_rank, images = spill.arrays(folder, names, low, high, **EDGES)
@@ -177,8 +182,8 @@ def settle(folder: Location, part: int, parts: int, names: list[str], messages: 
 
 
 def name(folder: Location, part: int, parts: int, names: list[str], fates: list[str]) -> dict[str, object]:
-    """Spills, for each dropped node and each node that causes a drop, the id of the image that stays, and the size of this
-    image's cluster."""
+    """Writes one row to a temporary file for each dropped node, and for each node that caused a drop. The row has the id of the
+    image that is kept, and the size of this image's cluster."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     starts = np.flatnonzero(of_group)
@@ -198,8 +203,8 @@ def name(folder: Location, part: int, parts: int, names: list[str], fates: list[
 
 
 def judge(folder: Location, part: int, parts: int, names: list[str], named: list[str]) -> dict[str, object]:
-    """Spills the dropped images of this part, sorted by their positions in runs. Each has the reason, and the id of the image
-    that stays instead."""
+    """Writes the dropped images of key range `part` to a temporary file, sorted by position. Each row has the reason for the
+    drop, and the id of the image that is kept instead."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     about = spill.joined(folder, named, *spill.share(part, parts), NAMES).to_pylist()

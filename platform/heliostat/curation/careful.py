@@ -1,4 +1,4 @@
-"""Processes a task's documents so that one bad document doesn't end a run (`tasks.care`).
+"""Processes a task's documents so that one bad document doesn't end the pipeline's run (`tasks.care`).
 
 If a stage raises an error, the documents of the batch are processed one by one. If reading a file part fails, the rest of this
 part is left out (`unread`).
@@ -24,8 +24,8 @@ READ_TOGETHER = 64  # documents that are read between two recorded steps
 
 @dataclass
 class Careful:
-    """Processes a task's documents. `care` is None if an error should end the task. `crashes` counts the documents that it
-    leaves out."""
+    """Processes a task's documents. `care` is None if an error should end the task. `crashes` counts the documents that are left
+    out, because processing them failed."""
 
     care: Care | None
     taken: int = 0
@@ -40,7 +40,8 @@ class Careful:
     def reading(
         self, piece: list[FilePart], read: Callable[[FilePart], Iterable[Document | Dropped]]
     ) -> Iterator[Document | Dropped]:
-        """Yields the documents of parts. If reading a part fails, it yields the documents before the failure."""
+        """Yields the documents of file parts. If reading a part fails, and `care` isn't None, yields the documents before the
+        failure, then a `Dropped` for the rest of the part."""
         for self.part, part in enumerate(piece):
             yield from read(part) if self.care is None else self._part(self.care, part, read)
 
@@ -79,13 +80,13 @@ class Careful:
             self.note(TaskPlace(at, 0))
 
     def note(self, place: TaskPlace) -> None:
-        """Records the step that comes next, so that a crash can be traced to it."""
+        """Records the next step in the task's note. If the process crashes, heliostat then knows at which step."""
         if self.care is not None:
             note = {"attempt": self.care.attempt, "place": asdict(place)}
             self.care.note.write(json.dumps(note).encode())
 
     def take(self, batch: list[Document], through: Through) -> None:
-        """Processes a batch through the stages, without the documents that crash."""
+        """Runs a batch of documents through the stages, and leaves out the documents at which a stage fails."""
         first, self.taken = self.taken, self.taken + len(batch)
         if self.care is None:
             through.batch(batch)
@@ -148,15 +149,16 @@ def _row(last: str, count: int) -> str:
 
 
 class Through(ABC):
-    """Runs documents through the stages, always a complete batch or none of it. Each kind of task implements this."""
+    """Defines how a task runs documents through the stages: a complete batch, or nothing of it if a stage fails. Each kind of
+    task implements this class."""
 
     @abstractmethod
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
-        """Processes a batch; calls `about` before each stage."""
+        """Runs a batch through the stages. Calls `about` with a stage's name before the stage runs."""
 
     @abstractmethod
     def leave_out(self, document: Document, crash: Crash) -> None:
-        """Records that a document crashed."""
+        """Records that a document was left out, because a stage failed at this document."""
 
 
 def count(counts: tally.Tally, stages: list[str], crash: Crash, size: int) -> None:

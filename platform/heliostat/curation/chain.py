@@ -1,4 +1,4 @@
-"""Runs documents through the stages that process them one by one."""
+"""Runs documents through the stages that process each document alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from heliostat.tasks.shipping import Shipment
 from heliostat.tasks.work import key
 
 Entry = tuple[dict[str, Any], str, tuple[Shipment, ...]]
-"""Three values: a stage's entry in a pipeline file, the key of everything that the stage depends on, and the files that the
+"""Three values: a stage's entry in a pipeline file, the digest of everything that the stage depends on, and the files that the
 entry lists."""
 Gone = tuple[str, str, str, str, dict[str, float], dict[str, Any]]
 BATCH, BATCH_CHARS = 64, 1 << 20  # maximum documents, and their characters, in a stage's batch
@@ -25,7 +25,7 @@ IMAGE_SHARE = 32  # bytes of an image that count as one character: an image is a
 
 
 def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Document], list[Dropped]]]:
-    """Yields batches: the documents to process, and the dropped documents that were read between them."""
+    """Groups documents into batches. Yields (documents to process, dropped documents that were read between these documents)."""
     waiting, dropped, size = list[Document](), list[Dropped](), 0
     for item in documents:
         if isinstance(item, Dropped):
@@ -41,7 +41,8 @@ def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Docu
 
 
 class Chain:
-    """Runs a list of stages, numbered from `first`, and counts their actions in `tally`."""
+    """Runs documents through a list of stages, and counts each stage's kept and dropped documents in `tally`. `first`: the number
+    of the first stage."""
 
     def __init__(self, folder: Location, stages: list[Entry], first: int = 0) -> None:
         self.stages: list[tuple[str, Stage, Work]] = []
@@ -67,7 +68,10 @@ class Chain:
             outcomes = work(documents)
             tally.entry(self.tally, name)["seconds"] += cpu_time.now() - start
             if len(outcomes) != len(documents):
-                raise HeliostatError(f"stage {name!r} returned {len(outcomes)} outcomes for {len(documents)} documents")
+                raise HeliostatError(
+                    f"stage {name!r} returned {len(outcomes)} outcomes for {len(documents)} documents. "
+                    "Return one outcome per document"
+                )
             documents = []
             for old, size, outcome in zip(before, sizes, outcomes, strict=True):
                 after = 0 if outcome.document is None else bytes_of(outcome.document)
@@ -87,11 +91,12 @@ def bytes_of(document: Document) -> int:
 
 @lru_cache(maxsize=64)
 def _opened(entry: str, follows: str) -> Work:
-    """Opens a stage once per process: later tasks with the same stage reuse its models and lists."""
+    """Opens a stage once per process. Later tasks with the same stage reuse the stage's models and lists."""
     stage = registry.parse(json.loads(entry))
     if key(stage.follows()) != follows:
         raise ConfigError(
-            f"stages: {stage.named()}: its files or libraries on node {socket.gethostname()} differ from those at "
-            "the start. Install the same files and libraries on every node, don't change them during the run, and start again"
+            f"stages: {stage.named()}: the stage's files or libraries on node {socket.gethostname()} differ from those at "
+            "the start. Install the same files and libraries on every node, don't change them during the run, and run the "
+            "command again"
         )
     return stage.open()

@@ -47,7 +47,8 @@ _GENERATED_WORDS = re.compile(
 
 
 def language_of(path: str, text: str) -> str:
-    """Detects the language by the file's name, then by the interpreter in its first line; "" if neither is known."""
+    """Returns the programming language of a file, from the file's name, or else from the interpreter in its first line; "" if
+    unknown."""
     name = path.rpartition("/")[2].partition("#")[0].lower()
     language = BY_NAME.get(name) or (BY_SUFFIX.get(name.rpartition(".")[2]) if "." in name else None)
     if language is None and text.startswith("#!") and (said := _SHEBANG.match(text[:200])):
@@ -61,7 +62,7 @@ def is_vendored(path: str) -> bool:
 
 
 def is_generated(path: str, text: str) -> bool:
-    """Checks whether a file's name, or one of its first five lines, marks it as generated."""
+    """Checks whether a file is generated: whether the file's name, or one of its first five lines, says so."""
     if _GENERATED_NAME.search(path):
         return True
     return any(_GENERATED_WORDS.search(line[:500]) for line in text[:4000].split("\n")[:5])

@@ -50,8 +50,8 @@ FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
 class ComparableWords:
     """Holds the words of texts, one text after another.
 
-    `hashes` are equal for words that compare as equal. `exact` differs from `hashes` only for numbers, which it distinguishes.
-    `counts` has the number of words of each text.
+    `counts`: the number of words of each text. `hashes`: a 64-bit hash per word, the same for words that compare as equal.
+    `exact`: like `hashes`, but different numbers have different hashes. `numbers`: whether each word is a number.
     """
 
     counts: np.ndarray
@@ -60,7 +60,8 @@ class ComparableWords:
     numbers: np.ndarray
 
     def spans(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """Hashes spans of words. The spans must be in ascending order. Spans that have only numbers are hashed as written."""
+        """Returns a hash for each span of words [start, stop), as uint64 [spans]. The spans must be in ascending order. Spans
+        that have only numbers are hashed as written."""
         span_hashes = hashed(self.hashes, starts, stops)
         if self.numbers.any():
             others = np.concatenate([[0], np.cumsum(~self.numbers)])
@@ -69,7 +70,7 @@ class ComparableWords:
         return span_hashes
 
     def ngrams(self, n: int, short: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes every n-gram of the texts; returns (hashes, number per text).
+        """Hashes every n-gram of the texts. Returns (hashes of all n-grams, number of n-grams per text).
 
         A text with fewer than `n` words has no n-gram or, with `short`, one n-gram of all its words.
         """
@@ -84,7 +85,7 @@ class ComparableWords:
 
 
 def words(texts: Sequence[str]) -> ComparableWords:
-    """Finds the words of texts."""
+    """Splits texts into comparable words, and returns the words' hashes."""
     plain = [text if text.isascii() else unicodedata.normalize("NFC", text) for text in texts]
     begins = np.fromiter(accumulate((len(text) + 1 for text in plain), initial=0), np.int64)
     joined = plain[0] if len(plain) == 1 else "\n".join(plain)
@@ -104,8 +105,8 @@ def words(texts: Sequence[str]) -> ComparableWords:
 
 
 def edges(text: str) -> np.ndarray:
-    """Returns the start and end of each word of a text, int [words, 2]. It finds as many words as `words` does, whether the
-    text is in NFC or not."""
+    """Returns the start and end of each word of a text, int [words, 2]. The number of words is the same as from `words`, also for
+    a text that isn't in NFC."""
     places = _edges_of(text)
     plain = text if text.isascii() else unicodedata.normalize("NFC", text)
     return places if plain == text else _as_many(text, places, plain, _edges_of(plain))
@@ -116,11 +117,11 @@ def _edges_of(text: str) -> np.ndarray:
 
 
 def _as_many(text: str, places: np.ndarray, plain: str, wanted: np.ndarray) -> np.ndarray:
-    """Returns a text's words. If the NFC of a piece between two white spaces has a different number of words, it returns the
-    NFC's words for this piece.
+    """Returns the start and end of a text's words, as many as the text has in NFC.
 
-    The positions of the NFC's words are scaled in proportion. NFC reorders marks of several scripts in a row, which may move the
-    start of a word.
+    If a piece between two white spaces has a different number of words in NFC, this function uses the NFC's words for this piece.
+    It scales the positions of these words in proportion. NFC reorders marks of several scripts in a row, which may move the start
+    of a word.
     """
     cuts, plain_cuts = _gaps(text), _gaps(plain)
     at, plain_at = np.searchsorted(places[:, 0], cuts), np.searchsorted(wanted[:, 0], plain_cuts)
@@ -137,21 +138,22 @@ def _as_many(text: str, places: np.ndarray, plain: str, wanted: np.ndarray) -> n
 
 
 def _gaps(text: str) -> np.ndarray:
-    """Returns the start of a text, the end of each white space in it, and a position after it."""
+    """Returns positions in a text, int [white-space characters + 2]: the start, the end of each white-space character, and a
+    position after the text's end."""
     gaps = np.fromiter((gap.end() for gap in regex.finditer(r"\s", text)), np.int64)
     return np.concatenate([[0], gaps, [len(text) + 1]])
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """Joins arrays, and empties their list."""
+    """Concatenates the arrays in a list, and clears the list."""
     values = parts[0] if len(parts) == 1 else np.concatenate(parts)
     parts.clear()
     return values
 
 
 def hashed(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Hashes spans of values. The spans must be in ascending order. A hash is a polynomial: the difference of two prefix sums,
-    divided by a power of the base."""
+    """Returns a hash for each span of values [start, stop), as uint64 [spans]. The spans must be in ascending order. A hash is a
+    polynomial: the difference of two prefix sums, divided by a power of the base."""
     span_hashes, at = np.empty(len(starts), np.uint64), 0
     with np.errstate(over="ignore"):
         while at < len(starts):
@@ -180,7 +182,8 @@ def _block_powers() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Returns the comparison value and the kind of each code point."""
+    """Returns two arrays with an entry per Unicode code point: the code point to use in comparisons, and the kind of character
+    (such as LETTER)."""
     kinds, folded = np.zeros(CODES, np.uint8), np.arange(CODES, dtype=np.uint32)
     marks, alone = _having(r"\p{M}"), _having(ALONE)
     kinds[_having(r"\p{L}\p{N}") | marks] = LETTER
@@ -209,13 +212,14 @@ def _ascii_tables() -> tuple[bytes, bytes]:
 
 @lru_cache(maxsize=1)
 def _every() -> list[tuple[int, str]]:
-    """Returns all assigned code points, as pairs (first code point, text). After 0x40000 there are only tags and variation
-    selectors."""
+    """Returns the ranges that contain all assigned Unicode code points, as pairs (first code point, the range's characters).
+    After 0x40000 there are only tags and variation selectors."""
     return [(first, "".join(map(chr, range(first, stop)))) for first, stop in ((0, 0x40000), (0xE0000, 0xE0200))]
 
 
 def _having(properties: str) -> np.ndarray:
-    """Returns the code points that match a regular expression of Unicode properties and characters."""
+    """Returns whether each Unicode code point matches a regular expression of Unicode properties and characters, as bool
+    [CODES]."""
     table = np.zeros(CODES, bool)
     for first, text in _every():
         for run in regex.finditer(rf"[{properties}]+", text):
@@ -227,7 +231,7 @@ Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # sta
 
 
 def _blocks(text: str) -> Iterator[Block]:
-    """Yields the words of each part of a text; at least one part."""
+    """Splits a text into parts, and yields the words of each part as arrays (`Block`). An empty text has one part."""
     begin = 0
     while True:
         end = _end(text, begin)
@@ -251,7 +255,8 @@ def _end(text: str, begin: int) -> int:
 
 
 def _block(text: str) -> Block:
-    """Finds the words of a part of a text. A number is hashed as one 0, so its other digits are removed first."""
+    """Finds the words of one part of a text, as arrays (`Block`). Every number is hashed as a single 0, so the other digits of a
+    number are removed first."""
     raw, code, kind = _looked_up(text)
     at = np.flatnonzero(kind != SKIPPED) if len(kind) and kind.max() == SKIPPED else None
     if at is not None:
@@ -288,7 +293,7 @@ def _looked_up(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _edges(kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the start and end of each word from the kinds of characters."""
+    """Returns the start and end positions of each word in a text, from the kinds of the text's characters."""
     inside = np.zeros(len(kind) + 2, bool)
     inside[1:-1] = (kind == LETTER) | (kind >= UNSPACED)
     begins = inside[1:] & ~inside[:-1]

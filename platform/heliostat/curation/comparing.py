@@ -1,4 +1,5 @@
-"""Completes a comparison of documents: marks the dropped documents of every run, and adds the stage's counts to the funnel."""
+"""Completes a stage that compares documents: records the dropped documents, and adds the stage's counts to the funnel (the counts
+per stage)."""
 
 from __future__ import annotations
 
@@ -27,30 +28,31 @@ LARGEST = 20  # largest clusters to list
 DOCUMENT_BYTES = 4000  # bytes of memory per document in a task: both ids and the columns, some of them several times
 RUNS = 16  # runs per task, approximately
 JUDGED = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("reason", "detail", "measures"))])
-"""Schema of the dropped documents. `key`: the document's place, (number of its run) << 32 | row."""
+"""Schema of the dropped documents. `key`: the document's position, (number of a temporary file) << 32 | row in this file."""
 
 
 def parts(bytes: int, memory_limit: int) -> int:
-    """Chooses the number of parts into which `bytes` bytes of keys are split."""
+    """Returns the number of parts into which `bytes` bytes of keys are split, so that a part has at most `memory_limit` bytes."""
     return max(1, -(-bytes // memory_limit))
 
 
 def by_runs(flow: Flow, kind: str, runs: list[SpilledRun], names: list[str], memory_limit: int, **more: object) -> Iterator[Task]:
-    """Yields tasks that each read the spills' rows about some runs. Each task takes as many runs as fit into its memory."""
+    """Yields tasks that each process some temporary files of documents (`runs`). A task reads the rows about these documents from
+    the files `names`. Each task gets as many files of documents as fit into its memory."""
     groups = list(filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES, RUNS))
     return about(flow, kind, groups, names, **more)
 
 
 def adding(task: Task, **more: object) -> Task:
-    """Returns a task with further arguments. These arguments also become part of the task's key."""
+    """Returns a copy of a task with additional arguments. These arguments also become part of the task's key."""
     return replace(task, key=key(task.key, more), arguments={**task.arguments, **more})
 
 
 def about(
     flow: Flow, kind: str, groups: list[list[SpilledRun]], names: list[str], also: object = None, **more: object
 ) -> Iterator[Task]:
-    """Yields one task per group of runs. Each task reads the spills' rows about the runs of its group. `also`: further parts of
-    the tasks' keys."""
+    """Yields one task per group of temporary files of documents. Each task reads the rows about its group's documents from the
+    files `names`. `also`: additional parts of the tasks' keys."""
     firsts = list(accumulate((len(group) for group in groups), initial=0))
     ranges = [(first << 32, stop << 32) for first, stop in pairwise(firsts)]
     for group, first, (follows, shared) in zip(groups, firsts, exchanged(flow, kind, names, ranges), strict=False):
@@ -60,10 +62,11 @@ def about(
 
 def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind: str, judged: list[dict[str, Any]],
              memory_limit: int, **more: Any) -> list[SpilledRun]:  # fmt: skip
-    """Drops the documents that the comparison marked, and adds the stage's tally to `curated`; returns the remaining runs.
+    """Drops the documents that a comparing stage chose to drop, and adds the stage's counts to `curated`. Returns the files of
+    documents, without the dropped documents.
 
-    Each record in `judged` has the name of a spill of JUDGED, and `clusters`, `largest`, and `sizes`. `more` is added to the
-    tally.
+    Each record in `judged` has the name of a file of JUDGED rows, and `clusters`, `largest`, and `sizes`. `more`: additional
+    fields for the stage's counts.
     """
     label, runs, names = tally.label(number, stage), curated.runs, [r["judged"] for r in judged]
     decided, left = settled(flow, curated, kind, decide, by_runs(flow, kind, runs, names, memory_limit, stage=label))
@@ -78,7 +81,8 @@ def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind
 
 def settled(flow: Flow, curated: Curated, kind: str, decide: TaskFunction,
             tasks: Iterator[Task]) -> tuple[list[dict[str, Any]], list[SpilledRun]]:  # fmt: skip
-    """Runs the tasks that mark the dropped documents of each run; returns their records, and the remaining runs."""
+    """Runs the tasks that list the dropped documents of each file of documents. Returns the tasks' records, and the files without
+    the dropped documents."""
     decided = flow.all(f"{kind}-decide", decide, tasks)
     for record in decided:
         curated.take({**record, "runs": []})
@@ -87,15 +91,15 @@ def settled(flow: Flow, curated: Curated, kind: str, decide: TaskFunction,
 
 
 def counted(sizes: Iterable[int]) -> dict[str, int]:
-    """Counts clusters by their number of documents, for a record."""
+    """Counts clusters by size. Returns a mapping for JSON: number of documents (as a string) -> number of clusters."""
     return {str(size): number for size, number in sorted(Counter(sizes).items())}
 
 
 def stage_tally(
     flow: Flow, kind: str, before: list[SpilledRun], after: list[SpilledRun], clusters: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns the part of the tally for a stage that compares documents: input, output, and the largest clusters. It has no
-    reasons."""
+    """Returns the counts of a stage that compares documents: input, output, and the largest clusters. The numbers of drops by
+    reason aren't included."""
     part = tally.entry({}, "")
     part |= {"documents": sum(r.rows for r in before), "bytes": sum(r.bytes for r in before),
              "kept": sum(r.rows for r in after), "kept_bytes": sum(r.bytes for r in after)}  # fmt: skip
@@ -110,12 +114,13 @@ def stage_tally(
 
 
 def without(run: SpilledRun, decided: str | None, rows: int, bytes: int) -> SpilledRun:
-    """Returns a run without the rows that a spill marks as dropped. Without a spill, it returns the complete run."""
+    """Returns a file of documents without the rows that the file `decided` lists as dropped. If `decided` is None, returns the
+    file of documents unchanged."""
     return SpilledRun(run.name, run.rows - rows, run.bytes - bytes, (*run.decided, decided)) if decided else run
 
 
 def decide(folder: Location, first: int, runs: list[SpilledRun], stage: str, names: list[str]) -> dict[str, object]:
-    """Spills the dropped documents of these runs, with the reasons."""
+    """Writes the dropped documents of some files of documents to temporary files, with the reasons."""
     out, files, decided = segment.Spiller(folder, 1), list[str](), [list[str | int | None]([None, 0, 0]) for _ in runs]
     for number, judged in by_run(folder, first, len(runs), names):
         why, gone, size = {row["key"] & 0xFFFFFFFF: row for row in judged.to_pylist()}, [segment.DECIDED.empty_table()], 0

@@ -14,7 +14,7 @@ from heliostat.errors import ConfigError
 
 
 def grams(texts: Sequence[str], n: int) -> list[np.ndarray]:
-    """Returns the hash of each n-gram of each text's words, in order."""
+    """Returns the hashes of each text's word n-grams: one uint64 array per text, in order."""
     hashes, counts = words(texts).ngrams(n)
     return np.split(hashes, np.cumsum(counts))[: len(texts)]
 
@@ -28,24 +28,26 @@ class NgramIndex:
     names: list[str]
 
     def hits(self, grams: np.ndarray) -> np.ndarray:
-        """Returns the positions of a text's n-grams that are in an evaluation set."""
+        """Returns the indexes in `grams` (hashes of a text's n-grams) of the n-grams that are in an evaluation set."""
         if not len(self.hashes) or not len(grams):
             return np.zeros(0, np.int64)
         at = np.searchsorted(self.hashes, grams).clip(max=len(self.hashes) - 1)
         return np.flatnonzero(self.hashes[at] == grams)
 
     def name(self, gram: np.uint64) -> str:
-        """Returns the source of a matching n-gram: the first source, if there are several."""
+        """Returns the source (`set#example`) of an n-gram that is in an evaluation set; the first source, if there are
+        several."""
         return self.names[int(self.places[np.searchsorted(self.hashes, gram)])]
 
 
 def examples(path: str, data: bytes, fields: list[str]) -> Iterator[tuple[int, str]]:
-    """Yields the numbered texts of an evaluation set. In JSON lines, an example is the given fields (by default, all strings),
-    joined by line ends. In other files, an example is a paragraph. ConfigError if the file can't be read."""
+    """Yields (number, text) for each example of an evaluation set. In JSON Lines files, an example's text is the values of the
+    given fields (by default, all strings), joined by line breaks. In other files, each paragraph is an example. Raises
+    ConfigError if the file can't be parsed."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ConfigError(f"sets: {path!r} is not UTF-8 (byte {e.start:,}). Convert it") from e
+        raise ConfigError(f"sets: {path!r} isn't UTF-8 (byte {e.start:,}). Convert the file to UTF-8") from e
     if not path.endswith((".jsonl", ".json", ".ndjson")):
         yield from enumerate(filter(str.strip, re.split(r"\n\s*\n", text)), 1)
         return
@@ -58,7 +60,10 @@ def examples(path: str, data: bytes, fields: list[str]) -> Iterator[tuple[int, s
             raise ConfigError(f"sets: {path!r}, line {number:,}: not a JSON object. Write one example per line") from e
         strings = list(_strings({k: record.get(k) for k in fields} if fields and isinstance(record, dict) else record))
         if fields and not strings:
-            raise ConfigError(f"sets: {path!r}, line {number:,}: none of the fields {', '.join(fields)} is present")
+            raise ConfigError(
+                f"sets: {path!r}, line {number:,}: none of the fields {', '.join(fields)} is present. "
+                "Correct `fields`, or this line"
+            )
         yield number, "\n".join(strings)
 
 
@@ -71,7 +76,8 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tuple[NgramIndex, dict[str, int]]:
-    """Builds the index of named sets (path and bytes). Counts the examples that are too short for an n-gram."""
+    """Builds the n-gram index of evaluation sets (name -> path and bytes). Also returns the number of examples per set that have
+    fewer than `n` words."""
     parts, places, names, short = list[np.ndarray](), list[np.ndarray](), list[str](), dict[str, int]()
     for name, (path, data) in sorted(sets.items()):
         numbered = list(examples(path, data, fields))
@@ -83,6 +89,6 @@ def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tupl
             parts.append(hashes_of_example)
             places.append(np.full(len(hashes_of_example), len(names) - 1, np.int32))
     if not parts:
-        raise ConfigError(f"sets: no example has {n} words. Lower `n`")
+        raise ConfigError(f"sets: no example has {n} words or more. Lower `n`")
     hashes, first = np.unique(np.concatenate(parts), return_index=True)
     return NgramIndex(hashes, np.concatenate(places)[first], names), short

@@ -1,8 +1,8 @@
-"""Embeds texts with a Hugging Face folder: an embedder (transformers or sentence-transformers), or a language model.
+"""Embeds texts with the model in a Hugging Face folder: an embedder (transformers or sentence-transformers), or a language model.
 
-The folder defines how the last hidden states become one vector (`heliostat.recipes.text.sentence_folder`); by default, it is
-their mean across the tokens. Each vector is scaled by its largest number and rounded to 8 bits. So dot products of two vectors
-are integers, and are the same on every machine.
+The folder defines how the last hidden states become one vector (`heliostat.recipes.text.sentence_folder`). By default, the vector
+is the mean of the hidden states across the tokens. Each vector is scaled by its largest number and rounded to 8 bits. So dot
+products of two vectors are integers, and are the same on every machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def identity(folder: str) -> dict[str, str]:
 
 
 class TextEmbedder(Reader[np.ndarray]):
-    """Embeds texts as vectors of 8-bit numbers; a text without tokens is all zeros."""
+    """Embeds texts as int8 vectors. The vector of a text without tokens is all zeros."""
 
     def __init__(self, folder: str, max_tokens: int, batch: int) -> None:
         describe(folder)
@@ -59,7 +59,8 @@ class TextEmbedder(Reader[np.ndarray]):
 
 
 def rounded(vectors: np.ndarray) -> np.ndarray:
-    """Scales each vector by its largest number, and rounds it to 8 bits."""
+    """Scales each vector so that its largest absolute number is 127, and rounds the numbers to int8. Returns int8 [vectors,
+    dimensions]."""
     largest = np.abs(vectors).max(axis=1, keepdims=True)
     scale = np.divide(127.0, largest, out=np.zeros_like(largest), where=largest > 0)
     return np.rint(vectors * scale).astype(np.int8)

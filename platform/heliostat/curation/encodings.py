@@ -21,7 +21,8 @@ PRESCAN, HEADER = 1024, 300  # maximum bytes of a page, and maximum characters o
 
 
 def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
-    """Returns Python's name for a page's encoding, and the kind of evidence for it: mark, header, meta, utf-8, or looks."""
+    """Returns Python's name for a page's encoding, and the kind of evidence for it: `mark` (a byte-order mark), `header`, `meta`,
+    `utf-8`, or `looks` (a guess from the bytes)."""
     from resiliparse.parse.encoding import detect_encoding
 
     for mark, known in _MARKS:
@@ -40,7 +41,7 @@ def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
 
 
 def _named(label: str) -> str | None:
-    """Returns the encoding that browsers use for a label, as Python's name for it; None for an unknown label."""
+    """Returns Python's name for the encoding that browsers use for a label; None for an unknown label."""
     from resiliparse.parse.encoding import map_encoding_to_html5
 
     name = map_encoding_to_html5(label, False)

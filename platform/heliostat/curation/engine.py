@@ -1,8 +1,9 @@
-"""Runs an input's documents through the stages, on Ray: from pieces of files to spilled runs of the kept documents.
+"""Runs an input's documents through the stages, on Ray. The input is pieces of files, and the result is temporary files of the
+kept documents.
 
-The result is a pure function of inputs and configuration. A task's output doesn't depend on where, when, or how often it runs,
-and comparisons of documents (`GlobalStage`) don't depend on the distribution of documents across runs. Every finished task is
-recorded (`work`), so the next run of the pipeline doesn't repeat it.
+The result is a pure function of inputs and configuration. A task's output doesn't depend on where, when, or how often it runs.
+Comparisons of documents (`GlobalStage`) don't depend on the distribution of documents across temporary files. Every finished task
+is recorded (`work`), so the pipeline's next run doesn't repeat this task.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ Item = TypeVar("Item")
 
 @dataclass
 class Curated:
-    """Holds the output of the stages: runs of kept documents, spills of dropped documents, and tallies."""
+    """Holds the output of the stages: the names of temporary files with kept documents, dropped documents, and counts per
+    stage."""
 
     runs: list[SpilledRun] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -40,8 +42,8 @@ class Curated:
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     source: DocumentSource | None = None
-    """Converts documents to their stored form after a stage between segments has shortened them. `identity`: everything that this
-    conversion depends on."""
+    """Converts documents to their stored form after a stage between segments has shortened these documents. `identity`:
+    everything that this conversion depends on."""
     identity: list[object] = field(default_factory=list)
 
     @property
@@ -49,7 +51,7 @@ class Curated:
         return sum(run.bytes for run in self.runs)
 
     def take(self, record: dict[str, Any]) -> list[SpilledRun]:
-        """Adds a task's dropped documents, and returns the task's runs of kept documents."""
+        """Adds a task's dropped documents and counts to this object. Returns the task's temporary files of kept documents."""
         self.left_out += record["left_out"]
         self.tallies += [record["tally"]] if record.get("tally") else []
         self.reasons.update(record["reasons"])
@@ -60,7 +62,7 @@ class Curated:
 
 @dataclass
 class StageEngine:
-    """Runs stages as tasks of a flow; `memory_limit`: the bytes that a task may use."""
+    """Runs stages as Ray tasks of a `Flow`; `memory_limit`: the bytes of memory that a task may use."""
 
     flow: Flow
     source: DocumentSource
@@ -68,7 +70,8 @@ class StageEngine:
     memory_limit: int
 
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
-        """Processes the pieces through all stages; with `explained`, it counts the documents that it reads, too."""
+        """Runs the documents in pieces of the input through all stages. With `explained`, also counts the documents that are
+        read."""
         first, *rest = segments(stages)
         curated = Curated(source=self.source, identity=self.identity)
         curated.runs = self._taken(
@@ -93,7 +96,8 @@ class StageEngine:
         tasks: Iterator[Task],
         pooled: bool = False,
     ) -> list[SpilledRun]:
-        """Runs the tasks of a segment; returns their runs in the order of the tasks."""
+        """Runs the tasks of a segment (consecutive stages). Returns the tasks' temporary files of kept documents, in the order of
+        the tasks."""
         records = self.flow.all(kind, function, tasks, pooled=pooled)
         return [run for record in records for run in curated.take(record)]
 
@@ -128,7 +132,8 @@ class StageEngine:
                                       "run_bytes": self.run_bytes}, bytes=run.bytes, careful=True)  # fmt: skip
 
     def _entries(self, stages: list[Stage]) -> list[Entry]:
-        """Returns the stages' entries, and the files that the entries list, for the stages' tasks."""
+        """Returns for each stage: its entry in the pipeline file, the digest of its dependencies, and the files that the entry
+        lists. The stage's tasks get these values as arguments."""
         entries = list[Entry]()
         for stage in stages:
             shipments = (shipping.describe(name, path) for name, path in stage.named_paths())
@@ -141,10 +146,10 @@ class StageEngine:
 
 
 def segments(stages: list[Stage]) -> list[list[tuple[int, Stage]]]:
-    """Splits a list of stages, with their numbers, into segments. A stage that compares documents or needs a GPU is a segment
-    of its own.
+    """Splits a list of stages, with their numbers, into segments. A stage that compares documents or needs a GPU is a segment of
+    its own.
 
-    The first segment never has such a stage, so it may be empty.
+    The first segment never has a stage of these kinds, so the first segment may be empty.
     """
     groups = [list[tuple[int, Stage]]()]
     for number, stage in enumerate(stages):
@@ -159,7 +164,8 @@ def _alone(stage: Stage) -> bool:
 
 
 def summed(flow: Flow, names: list[str]) -> tally.Tally:
-    """Sums tallies, in tasks if there are many."""
+    """Sums the counts (tallies) in some temporary files. If there are more than TALLIES files, Ray tasks sum parts of them
+    first."""
     while len(names) > TALLIES:
         tasks = (Task(key("tally", part), {"names": part}) for part in groups(names, TALLIES))
         names = [record["tally"] for record in flow.all("tally", _sum, tasks)]

@@ -23,9 +23,9 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def enough(fraction: float, spread: float, within: float) -> float:
-    """Computes the share of the input that a sample needs, so that the estimate of a sum has a relative error of at most
-    `within` (with 95 % confidence). `spread` is the relative standard error of a sample that has the share `fraction` of the
-    input. For a share f, the error is proportional to the square root of (1 - f) / f."""
+    """Computes the share of the input that a sample needs for a given precision. With this share, the estimate of a sum has a
+    relative error of at most `within` (95 % confidence). `spread` is the relative standard error of a sample that has the share
+    `fraction` of the input. For a share f, the error is proportional to the square root of (1 - f) / f."""
     needed = (within / Z) ** 2
     constant = spread * spread * fraction / (1 - fraction)
     return constant / (constant + needed)
@@ -46,9 +46,9 @@ def duplicates(documents: int, sizes: dict[int, int], times: float) -> Duplicate
     """Estimates the share of duplicates in a whole input that has `times` times as many documents as the sample. `sizes` maps
     each size of a cluster in the sample (2 or more) to the number of clusters with this size.
 
-    A sample with share f contains both documents of a pair with probability f squared, so its share of duplicates is too low.
-    The expected value comes from the cluster sizes that make the sample's sizes likely (`whole_sizes`), within the bounds. In
-    small samples, the expected value depends mostly on the starting point of this search. The lower bound is the sample's
+    A sample with share f contains both documents of a pair with probability f squared. So the sample's share of duplicates is too
+    low. The expected value comes from the cluster sizes that make the sample's sizes likely (`whole_sizes`), within the bounds.
+    In small samples, the expected value depends mostly on the starting point of this search. The lower bound is the sample's
     share. The upper bound assumes that all clusters are pairs. It is the largest number of pairs (95 % of a Poisson variable),
     divided by f squared. Chao and Lin's lower bound of distinct documents (2012) limits the upper bound.
     """
@@ -67,16 +67,16 @@ def duplicates(documents: int, sizes: dict[int, int], times: float) -> Duplicate
 def duplicates_by_place(
     documents: int, groups: dict[int, int], places: dict[int, int], rate: float, times: float
 ) -> DuplicateShare:
-    """Estimates the share of duplicates in a whole input that has `times` times as many documents as the sample. The sample
-    chose places, such as ranges of a file, and then a share `rate` of the documents in each place.
+    """Estimates the share of duplicates in a whole input that has `times` times as many documents as the sample. The sample chose
+    places, such as ranges of a file, and then a share `rate` of the documents in each place.
 
     `groups` maps the number of documents that a cluster has in one place (2 or more) to how often this number occurs. `places`
     maps the number of places in which a cluster has documents (2 or more) to how often this number occurs. Neighbors are often
     similar, for example pages of a site. If a place is in the sample, the sample has a share `rate` of its documents, so the
     chance to have both documents of a pair in this place depends only on `rate`. If the documents of a pair are in two places,
-    both places must be in the sample. This has the square of the probability of one place. So `rate` gives the estimate within
-    places. The documents that remain in a place count as independent, and give the estimate across places. The bounds of both
-    estimates are multiplied. Those within places also include the sampling error of the places (`wilson`).
+    both places must be in the sample. The probability of this is the square of one place's probability. So the estimate within
+    places uses `rate`. The documents that remain in a place count as independent, and give the estimate across places. The bounds
+    of both estimates are multiplied. The bounds within places also include the sampling error of the places (`wilson`).
     """
     dropped = sum((size - 1) * number for size, number in groups.items())
     within, left, (least, most) = duplicates(documents, groups, 1 / rate), documents - dropped, wilson(dropped, documents)
@@ -93,8 +93,8 @@ def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:
     that a cluster has in the sample (1 or more) to the number of clusters with this number.
 
     The sample contains m of a cluster's k documents with the binomial probability. Expectation maximization approaches the most
-    likely mixture of cluster sizes. It starts with few large clusters, and stops early, because late rounds fit noise. If the
-    sample has many documents of a cluster, the cluster's size is this number divided by the sample's share.
+    likely mixture of cluster sizes. The algorithm starts with few large clusters, and stops early, because late rounds fit noise.
+    If the sample has many documents of a cluster, the cluster's size is this number divided by the sample's share.
     """
     known = {m: n for m, n in sizes.items() if n and m > SHOWN}
     seen = {m: n for m, n in sizes.items() if n and m <= SHOWN}
@@ -114,7 +114,7 @@ def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:
 
 
 def _grid(most: float) -> np.ndarray:
-    """Lists cluster sizes: 1 to 8, then each a third larger than the one before."""
+    """Lists cluster sizes up to about `most`: 1 to 8, then each size is a third larger than the previous size."""
     sizes = list(range(1, 9))
     while sizes[-1] < most:
         sizes.append(sizes[-1] * 4 // 3)

@@ -55,7 +55,8 @@ def check(dataset: Manifest, output: Location) -> None:
 
 
 def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], output: Location) -> Manifest:
-    """Makes the dataset without the document `id` and its duplicates (`document_rows`). Returns the new manifest."""
+    """Copies the dataset to `output`, without the document `id` and its duplicates (`document_rows`). Returns the new
+    manifest."""
     gone = {id, *(row["id"] for row in document_rows)}
     kept = [row for row in reasons.end_of(dataset, id) if row["reason"] == "kept"]
     path = documents.current(dataset, kept[0]["detail"]) if kept else None
@@ -66,7 +67,10 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
         others = chunks.filter(pc.not_equal(chunks["path"].cast(pa.string()), path)).cast(manifest.SCHEMA)
         chunks = pa.concat_tables([others, pa.Table.from_pylist(rows, manifest.SCHEMA)])
         if not len(chunks):
-            raise ConfigError(f"{dataset.location}: {id!r} is the dataset's only document, and a dataset can't be empty")
+            raise ConfigError(
+                f"{dataset.location}: {id!r} is the dataset's only document, and a dataset can't be empty. "
+                "Delete the dataset instead"
+            )
     meta |= {name: meta[name] - removed[name] for name in ("documents", "bytes") if name in meta}
     if "together" in meta:
         meta["together"] = {name: value for name, value in meta["together"].items() if name not in OF_GROUPS}
@@ -94,7 +98,8 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
 
 
 def _shard(dataset: Manifest, path: str, id: str, output: Location) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Rewrites a shard without a document. Returns the shard's rows of the manifest, and the counts of the removed document."""
+    """Rewrites a shard without one document. Returns the new shard's rows of the manifest, and the counts (documents, bytes,
+    tokens) of the removed document."""
     place = dataset.location.join(path)
     if dataset.kind != "tokens":
         with place.open() as source:
@@ -120,8 +125,8 @@ def _rows(output: Location, path: str, data: bytes | None, column: str | None) -
 
 
 def _record(dataset: Manifest, gone: set[str], removed: dict[str, int], output: Location) -> dict[str, Any]:
-    """Rewrites the record of how the dataset was made, without the documents' texts, columns, and hashes. Returns the part for
-    the manifest."""
+    """Rewrites the record of how the dataset was made, without the removed documents' texts, columns, and hashes. Returns the
+    manifest's metadata about this record."""
     funnel = reasons.funnel(dataset)
     for part in funnel.values():
         for rule, examples in part.get("examples", {}).items():
@@ -138,8 +143,7 @@ def _record(dataset: Manifest, gone: set[str], removed: dict[str, int], output: 
 
 
 def _copy(source: Location, output: Location, paths: list[str]) -> None:
-    """Copies the files that don't exist yet. Existing files are never different, because a file's name identifies its
-    content."""
+    """Copies the files that don't exist at `output` yet. A file's name identifies its content, so existing files are the same."""
     present = {name for name, _ in output.files()}
     with ThreadPoolExecutor(COPIERS) as pool:
         list(pool.map(lambda path: output.join(path).write(source.join(path).read()), [p for p in paths if p not in present]))

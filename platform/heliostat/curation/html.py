@@ -20,7 +20,8 @@ Answer = tuple[dict[str, object], bytes]
 
 
 def extractor(keys: ExtractKeys) -> Callable[[dict[str, object], bytes], Answer]:
-    """Builds a function that maps a page's bytes to its text, and to facts to record. `keys`: the keys of the stage."""
+    """Builds a function that extracts the text of an HTML page. The function takes (facts about the page, bytes of the page), and
+    returns (facts to record, text in UTF-8). `keys`: the keys of the stage."""
     extract = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}[keys["library"]](keys)
 
     def work(about: dict[str, object], data: bytes) -> Answer:

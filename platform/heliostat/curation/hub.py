@@ -63,8 +63,8 @@ def _models(value: Any, key: str, pinned: dict[str, str]) -> Any:
 
 
 def _folder(key: str, value: str, tokenizer: bool, pinned: dict[str, str]) -> str:
-    """Returns the local folder of a model of the Hub. Returns the value itself if it is an existing path, or isn't a model's
-    name."""
+    """Returns the local folder of a model of the Hub. Returns `value` unchanged if it is an existing path, or doesn't have the
+    form of a model's name."""
     name = None if Path(value).exists() else names.model(value)
     if name is None:
         return value
@@ -77,12 +77,13 @@ def _folder(key: str, value: str, tokenizer: bool, pinned: dict[str, str]) -> st
 
 
 def root(uri: str) -> Location:
-    """Locates the dataset's folder in this machine's cache. The dataset's paths are relative to it."""
+    """Returns the location of the dataset's folder in this machine's cache. The dataset's paths are relative to this folder."""
     return Location(str(files.folder(_whole(names.dataset("input", uri)))))
 
 
 def find(uri: str, compiled: Callable[[str], re.Pattern[str]]) -> tuple[Location, list[tuple[str, Listed]]]:
-    """Finds the files of a pinned dataset that its path selects: a file, a folder, a glob, or a configuration of its card."""
+    """Finds the files of a pinned dataset that the path in `uri` selects: a file, a folder, a glob, or a configuration of the
+    dataset's card. Returns the dataset's folder in the cache, and the files."""
     name = names.dataset("input", uri)
     whole, inside = _whole(name), name.inside
     listed = files.listing("input", whole)
@@ -97,10 +98,10 @@ def find(uri: str, compiled: Callable[[str], re.Pattern[str]]) -> tuple[Location
 
 
 def fetch(base: Location, path: str) -> bool:
-    """Downloads a file of the input to this node's cache, if the Hub lists it; returns whether it does.
+    """Downloads a file of the input to this node's cache, if the Hub lists this file; returns whether the Hub lists it.
 
     A metadata file may contain any path. This function downloads nothing for a path that the Hub doesn't list, such as
-    `../../file`. Another function, which checks paths, rejects such paths.
+    `../../file`. Another function checks paths, and rejects a path outside the dataset.
     """
     name = None if base.is_s3 else files.of_folder(Path(base.path))
     if name is None:
@@ -116,13 +117,17 @@ def _whole(name: HubName) -> HubName:
 
 
 def _configured(name: HubName, listed: list[HubFile], wanted: str, compiled: Callable[[str], re.Pattern[str]]) -> list[HubFile]:
-    """Chooses the files of a configuration: `wanted`, or the default one. If there is no configuration, chooses files by their
-    names."""
+    """Chooses the files of the configuration `wanted`, or of the default configuration. If the dataset has no configuration,
+    chooses files by their names."""
     configs = _configs(name, listed)
     if wanted and wanted not in configs:
         folders = sorted({f.path.partition("/")[0] for f in listed if "/" in f.path})
         known = [*configs, *folders]
-        has = f"It has {', '.join(known[:20])}{nearest(wanted, known)}" if known else "It has neither folders nor configurations"
+        has = (
+            f"It has {', '.join(known[:20])}{nearest(wanted, known)}"
+            if known
+            else "Remove this name from `input`: the dataset has neither folders nor configurations"
+        )
         raise ConfigError(f"input: {name.repo} has no file, folder, or configuration {wanted!r}. {has}")
     if not configs:
         return _trained(name, [f for f in listed if not _is_apart(f.path)])
@@ -137,7 +142,7 @@ def _configured(name: HubName, listed: list[HubFile], wanted: str, compiled: Cal
     taken = {TRAIN: splits[TRAIN]} if TRAIN in splits else splits
     unread = {split: members for split, members in splits.items() if split not in taken}
     log.info("input: %s, configuration %r: split %s%s", name, chosen, _counted(taken),
-             f"; not read: {_counted(unread)} (to read them, put their path into the input)" if unread else "")  # fmt: skip
+             f"; not read: {_counted(unread)} (to read these files, add their path to `input`)" if unread else "")  # fmt: skip
     return sorted({f.path: f for members in taken.values() for f in members}.values(), key=lambda f: f.path)
 
 
@@ -154,7 +159,7 @@ def _trained(name: HubName, listed: list[HubFile]) -> list[HubFile]:
     others = [f for f in listed if words[f.path] & OTHERS and TRAIN not in words[f.path]]
     if not others or not any(TRAIN in members for members in words.values()):
         return listed
-    log.info("input: %s: heliostat doesn't read %s of other splits, such as %s. To read them, put their path into the input",
+    log.info("input: %s: heliostat doesn't read %s of other splits, such as %s. To read these files, add their path to `input`",
              name, plural(len(others), "file"), others[0].path)  # fmt: skip
     return [f for f in listed if f not in others]
 
@@ -165,7 +170,8 @@ def _is_apart(path: str) -> bool:
 
 
 def _configs(name: HubName, listed: list[HubFile]) -> dict[str, dict[str, list[str]]]:
-    """Reads the configurations of a dataset's card: configuration -> split -> globs of files."""
+    """Reads the configurations in a dataset's card: configuration -> split -> globs of files. Returns an empty mapping if there
+    are none."""
     card = [f for f in listed if f.path == CARD]
     if not card:
         return {}
@@ -174,7 +180,12 @@ def _configs(name: HubName, listed: list[HubFile]) -> dict[str, dict[str, list[s
     try:
         known = yaml.safe_load(header[1]) if header else None
     except yaml.YAMLError as e:
-        log.warning("input: %s: can't read the header of its %s (%s). heliostat knows no configuration", name, CARD, brief(e))
+        log.warning(
+            "input: %s: can't read the configurations in the dataset's %s (%s), so heliostat ignores these configurations",
+            name,
+            CARD,
+            brief(e),
+        )
         return {}
     configs = known.get("configs") if isinstance(known, dict) else None
     if not isinstance(configs, list):

@@ -1,4 +1,5 @@
-"""Runs images through the model in a Hugging Face folder. It reads only safetensors and JSON, and runs no code from the folder.
+"""Runs images through the model in a Hugging Face folder. This module reads only safetensors and JSON, and runs no code from the
+folder.
 
 The result for an image, a score or a caption, doesn't depend on the other images in its batch: batches are always full, so the
 same kernels compute every image. Captions are decoded greedily.
@@ -26,10 +27,12 @@ GENERATION = "generation_config.json"
 
 
 def describe(folder: str) -> Config:
-    """Reads the folder's config.json; ConfigError if a required file is missing."""
+    """Returns the folder's config.json as a dictionary. Raises ConfigError if a required file is missing."""
     processors = _processors(folder)
     if not processors:
-        raise ConfigError(f"model: {folder!r} has no {PROCESSORS[0]}. Save the image processor there with save_pretrained")
+        raise ConfigError(
+            f"model: {folder!r} has no {PROCESSORS[0]}. Save the image processor to this folder with save_pretrained"
+        )
     config, *_ = [read_json(folder, name) for name in (CONFIG, *processors)]
     require_files(folder, tokenizer=is_clip(config) or config.get("model_type") in CAPTIONERS)
     return config
@@ -38,7 +41,7 @@ def describe(folder: str) -> Config:
 def require_captioner(folder: str) -> None:
     """Raises ConfigError if the folder isn't a captioner, or a required file is missing."""
     if (kind := describe(folder).get("model_type")) not in CAPTIONERS:
-        raise ConfigError(f"model: {folder!r} is a {kind!r}. Captions need one of {', '.join(CAPTIONERS)}")
+        raise ConfigError(f"model: {folder!r} is a {kind!r}. To caption images, use one of {', '.join(CAPTIONERS)}")
 
 
 def _processors(folder: str) -> list[str]:
@@ -58,7 +61,7 @@ def digests(folder: str) -> dict[str, str]:
 
 
 class ImageModel(ABC, Generic[Value]):
-    """Runs images, with their captions if needed, through a folder's model, on a GPU if there is one."""
+    """Runs images through the model in a folder, with captions if the model needs them. Uses a GPU if the machine has one."""
 
     what = "an image classifier or CLIP"
 
@@ -75,7 +78,9 @@ class ImageModel(ABC, Generic[Value]):
                 folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32)  # fmt: skip
         except Exception as e:  # errors of many kinds, for faulty folders
             fault = str(e).partition("\n")[0]
-            raise ConfigError(f"model: can't load {folder!r} as {self.what} ({fault})") from e
+            raise ConfigError(
+                f"model: can't load {folder!r} as {self.what} ({fault}). Use a folder that save_pretrained has written"
+            ) from e
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def tokenizer(self) -> Tokenizer:
@@ -84,7 +89,10 @@ class ImageModel(ABC, Generic[Value]):
         try:
             return Tokenizer.from_file(str(Path(self.folder) / TOKENIZER))
         except Exception as e:  # the library raises nothing narrower
-            raise ConfigError(f"model: can't load {self.folder!r} as {self.what} ({TOKENIZER}: {e})") from e
+            raise ConfigError(
+                f"model: can't load {self.folder!r} as {self.what} ({TOKENIZER}: {e}). "
+                "Use a folder that save_pretrained has written"
+            ) from e
 
     def __call__(self, images: list[bytes], captions: list[str] | None = None) -> list[Value]:
         """Returns the model's result for each image."""
@@ -118,7 +126,7 @@ class ImageLabels(ImageModel[float]):
 
 
 class CaptionFit(ImageModel[float]):
-    """Scores with a CLIP model how well captions fit their images."""
+    """Computes the cosine similarity of each image and its caption, with a CLIP model."""
 
     def __init__(self, folder: str, batch: int) -> None:
         from transformers import CLIPModel
@@ -140,7 +148,7 @@ class CaptionFit(ImageModel[float]):
 
 
 class Captioner(ImageModel[tuple[str, bool]]):
-    """Returns for each image: (caption, whether the caption was truncated at `max_tokens`)."""
+    """Captions images. A call returns for each image: (caption, whether the caption was truncated at `max_tokens`)."""
 
     what = "a captioner"
 

@@ -52,7 +52,8 @@ _logged = set[str]()  # messages that were logged on this machine
 
 
 class IsolatedError(Exception):
-    """Explains why there is no answer: `reason` is `timeout`, `crashed`, or a reason of the function."""
+    """Reports that the isolated function returned no result. `reason`: `timeout`, `crashed`, or a reason that the function
+    returned."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -60,8 +61,8 @@ class IsolatedError(Exception):
 
 
 class Isolated:
-    """Calls the function that `module:function` builds from `keys`, in a process that starts on demand and is replaced when it
-    fails."""
+    """Calls a function in a separate process, which starts at the first call, and is replaced after a failure. `function`: the
+    factory, as `module:function`, which builds this function from `keys`."""
 
     def __init__(self, function: str, keys: dict[str, object], seconds: float, megabytes: int) -> None:
         self._function, self._keys, self._seconds, self._megabytes = function, keys, seconds, megabytes
@@ -70,7 +71,8 @@ class Isolated:
         self._root = tempfile.TemporaryDirectory(prefix="heliostat-parser-")  # mounts in it are visible only to the process
 
     def __call__(self, about: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        """Returns the function's answer; IsolatedError if the process doesn't answer in time."""
+        """Returns the function's result (facts, bytes). Raises IsolatedError if the process times out or crashes, or if the
+        function reports an error."""
         if self._process is None:
             self._start()
         assert self._socket is not None
@@ -116,16 +118,19 @@ class Isolated:
         try:
             started, _ = _receive(ours, time.monotonic() + START_SECONDS)
         except OSError:
-            raise RuntimeError(f"{self._function}: its process didn't start (exit code {self.close()})") from None
+            raise RuntimeError(
+                f"{self._function}: the parser's process didn't start (exit code {self.close()}). "
+                "Import this module to see the error"
+            ) from None
         for lack in set(started["lacks"]) - _logged:
             _logged.add(lack)
             log.warning(
-                "can't fully isolate document parsers on this machine: %s. heliostat still isolates them, but less than usual",
+                "can't fully isolate document parsers on this machine: %s. Process untrusted documents on another machine",
                 lack,
             )
 
     def close(self) -> int | None:
-        """Ends the process, if there is one; returns its exit code."""
+        """Ends the process, if there is one. Returns the process's exit code; None if there is no process."""
         process, self._process = self._process, None
         if self._socket is not None:
             self._socket.close()
@@ -157,7 +162,7 @@ def _send(sock: socket.socket, about: dict[str, object], data: bytes, deadline: 
 def _receive(sock: socket.socket, deadline: float | None) -> tuple[dict[str, Any], bytes]:
     head, size = _HEAD.unpack(_exactly(sock, _HEAD.size, deadline))
     if head + size > MOST_REPLY:
-        raise ConnectionError("the answer is too large")
+        raise ConnectionError("the other process sent an answer that is too large")
     about = json.loads(_exactly(sock, head, deadline))
     return about, _exactly(sock, size, deadline)
 
@@ -182,7 +187,7 @@ def _left(deadline: float | None) -> float | None:
 
 
 def places() -> list[str]:
-    """Lists the files that a loaded parser reads: Python's libraries, system libraries, fonts, and this package."""
+    """Lists the folders that a loaded parser reads: Python's libraries, system libraries, fonts, and this package."""
     paths = sysconfig.get_paths()
     libraries = [str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix)]
     libraries += [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -195,7 +200,7 @@ def _shut_in(root: Path) -> list[str]:
     """Isolates this process, with the modules that it has loaded; returns the protections that the machine doesn't support."""
     lacks = []
     if not sys.platform.startswith("linux") or platform.machine() not in sandbox.CALLS:
-        return [f"it needs Linux on {', '.join(sandbox.CALLS)}"]
+        return [f"isolation needs Linux on {', '.join(sandbox.CALLS)}"]
     try:
         sandbox.shut_in(root, places(), BOX_BYTES, {}, same_user=True)
     except OSError as e:
@@ -208,7 +213,8 @@ def _shut_in(root: Path) -> list[str]:
 
 
 def _serve(function: str, keys: dict[str, object], seconds: float, megabytes: int, root: Path) -> None:
-    """Answers requests on standard input, a socket, until the other process has ended."""
+    """Runs the function on each request from standard input, which is a socket. Sends each result back, until the other process
+    has ended."""
     sock = socket.socket(fileno=os.dup(0))
     module, _, name = function.partition(":")
     work = getattr(importlib.import_module(module), name)(keys)

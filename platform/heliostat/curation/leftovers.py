@@ -19,7 +19,7 @@ OLD_S = 86_400.0  # seconds since the last write in a folder: a younger folder m
 
 
 def sample_folder(output: Location) -> Location:
-    """Returns a folder for a dry run, next to the output."""
+    """Returns a random new location next to the output, for the files of a dry run. Doesn't create the folder."""
     return output.ending(f".sample-{secrets.token_hex(4)}")
 
 
@@ -42,7 +42,7 @@ def remove_old_samples(output: Location, now: float | None = None) -> list[str]:
 
 
 def _written(folder: Location) -> float:
-    """Returns the time of the last write in the folder, in seconds since 1970; the current time if it isn't known."""
+    """Returns the time of the last write in the folder, in seconds since 1970; the current time if the last write isn't known."""
     selector = pafs.FileSelector(folder.path, recursive=True, allow_not_found=True)
     try:
         infos = folder.attempt(lambda: [folder.fs.get_file_info(folder.path), *folder.fs.get_file_info(selector)])

@@ -52,7 +52,7 @@ def is_license_file(path: str) -> bool:
 
 
 def spdx_of(text: str) -> str | None:
-    """Returns the SPDX id of a license's text; None if it is unknown, or edited."""
+    """Returns the SPDX id of a license's text; None if the text isn't a known license, or was edited."""
     words = normalised(text).split()
     for length, known in _by_length().items():
         if length <= len(words) <= length + _TITLE_WORDS and (license := known.get(" ".join(words[-length:]))):
@@ -61,7 +61,7 @@ def spdx_of(text: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """Reduces a license's text to the words to compare, without list marks, copyright lines, and names of holders."""
+    """Reduces a license's text to the words that are compared. Removes list marks, copyright lines, and names of holders."""
     body = _MARK.sub("", _COPYRIGHT.sub("", text.lower().replace("https://", "http://")))
     words = " ".join(re.findall(r"[a-z0-9]+", body))
     for pattern, holder in _HOLDERS:
@@ -71,7 +71,7 @@ def normalised(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _by_length() -> dict[int, dict[str, str]]:
-    """Maps a number of words to the licenses whose text, without its title, has this number of words."""
+    """Returns the known license texts: number of words of a text (without its title) -> the text's words -> SPDX id."""
     from identify.vendor.licenses import LICENSES
 
     by_length: dict[int, dict[str, str]] = {}

@@ -25,7 +25,8 @@ ABOUT, WEIGHTS = "classifier.json", "weights.safetensors"
 
 
 class ThresholdScores(TypedDict):
-    """Holds the scores of a threshold on held-out documents. `precision` is None if the threshold selects no document."""
+    """Holds the precision and recall of a score threshold on held-out documents. `precision` is None if no document reaches the
+    threshold."""
 
     precision: float | None
     recall: float
@@ -44,7 +45,7 @@ class TrainingReport(TypedDict):
 
 
 class NgramCounter:
-    """Counts a text's word n-grams, up to `ngrams` words long, in 2 to the `bits` buckets."""
+    """Maps the word n-grams of a text, up to `ngrams` words long, to hash buckets. There are 2 to the power of `bits` buckets."""
 
     def __init__(self, ngrams: int, bits: int, chars: int) -> None:
         self.ngrams, self.bits, self.chars = ngrams, bits, chars
@@ -58,7 +59,7 @@ class NgramCounter:
         return number
 
     def __call__(self, text: str) -> np.ndarray:
-        """Returns the buckets of the n-grams in a text's first `chars` characters."""
+        """Returns the bucket of each n-gram in the first `chars` characters of a text, int64 [n-grams]."""
         if len(self._known) > MOST_WORDS:
             self._known.clear()
         known, shift = self._known, np.uint64(64 - self.bits)
@@ -79,13 +80,14 @@ class LinearScorer:
         self.weights, self.bias, self.features = weights, bias, features
 
     def score(self, text: str) -> float:
-        """Returns the probability that a text is like the good examples. For an empty text, it is the share of good examples."""
+        """Returns the probability (0 to 1) that a text is like the good examples. For an empty text, this is the share of good
+        examples."""
         buckets = self.features(text)
         logit = self.bias + (float(self.weights[buckets].mean(dtype=np.float64)) if len(buckets) else 0.0)
         return 1 / (1 + float(np.exp(-np.clip(logit, -500, 500))))
 
     def save(self, folder: Path, report: Mapping[str, object]) -> None:
-        """Writes the folder: the weights, the settings, and the report on the training."""
+        """Writes the classifier to a folder: the weights, the settings, and the training report."""
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,14 +111,18 @@ def load(folder: Path) -> LinearScorer:
             f"model: {str(folder)!r} contains no classifier ({type(e).__name__}: {e}). Train one: heliostat data train-classifier"
         ) from e
     if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
-        raise ConfigError(f"model: {str(folder)!r}: weights of {weights.dtype} {weights.shape} don't match the keys in {ABOUT}")
+        raise ConfigError(
+            f"model: {str(folder)!r}: weights of {weights.dtype} {weights.shape} don't match the keys in {ABOUT}. "
+            "Train the classifier again: heliostat data train-classifier"
+        )
     return scorer
 
 
 def train(
     good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2
 ) -> tuple[LinearScorer, TrainingReport]:
-    """Trains a classifier on examples of both kinds. Returns it with a report: precision and recall on held-out documents.
+    """Trains a classifier on texts of good and of bad documents. Returns the classifier, and a report with precision and recall
+    on held-out documents.
 
     The texts' hashes select the held-out documents; equal texts count once. ConfigError if there are too few documents.
     """
@@ -126,7 +132,7 @@ def train(
     examples = dict.fromkeys(good, 1) | dict.fromkeys(bad, 0)
     both = len(set(good) & set(bad))
     if both:
-        raise ConfigError(f"{both:,} documents are in both folders of examples. Remove them from one folder")
+        raise ConfigError(f"{both:,} documents are in both folders of examples. Remove these documents from one folder")
     ordered = sorted(examples, key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     labels = np.array([examples[text] for text in ordered])
     test = np.zeros(len(ordered), bool)
@@ -134,7 +140,8 @@ def train(
         places = np.flatnonzero(labels == label)
         if len(places) < 10:
             raise ConfigError(
-                f"there are only {len(places)} different examples of {'good' if label else 'bad'} documents. Give at least 10"
+                f"there are only {len(places)} different examples of {'good' if label else 'bad'} documents. "
+                "Add documents until there are 10"
             )
         test[places[: max(1, round(held_out * len(places)))]] = True
     features = NgramCounter(ngrams, bits, chars)
@@ -149,7 +156,7 @@ def train(
 
 
 def _report(scores: np.ndarray, held_out: np.ndarray, trained: np.ndarray) -> TrainingReport:
-    """Reports precision and recall of the good documents at a number of thresholds."""
+    """Computes precision and recall of the good documents at five score thresholds, and counts the documents."""
     at = dict[str, ThresholdScores]()
     for threshold in (0.1, 0.25, 0.5, 0.75, 0.9):
         chosen = scores >= threshold

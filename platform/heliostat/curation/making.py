@@ -2,7 +2,7 @@
 
 Each kind of dataset (texts, pairs, images) implements reading and shards in a subclass.
 
-With a sample of the input, it predicts the size and cost of the complete dataset.
+From a sample of the input, `Making` predicts the size and cost of the complete dataset.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class WrittenShards:
-    """Describes written shards: their rows and facts in the manifest, their part of the funnel, and spills of the documents'
-    fates."""
+    """Describes written shards: their rows and metadata for the manifest, their counts for the funnel, and the temporary files
+    that record each document's shard."""
 
     rows: list[dict[str, Any]]
     facts: dict[str, Any]
@@ -51,15 +51,16 @@ class WrittenShards:
 
 @dataclass
 class Making(ABC):
-    """Makes the dataset of one pipeline; the fields are the pipeline's keys."""
+    """Makes the dataset of one pipeline. A subclass reads and writes one kind of dataset, and its fields are the pipeline's
+    keys."""
 
     kind: ClassVar[str] = "rows"
     meanings: ClassVar[dict[str, str]] = {}
-    """Meanings of the reasons for which reading drops documents."""
+    """Meanings of the reasons for which the reader drops documents: reason -> meaning."""
     recorded: ClassVar[bool] = True
-    """Whether a dataset with stages records the fate of each document."""
+    """Whether a dataset with stages records for each document its shard, or the reason why it was dropped."""
     what_read: ClassVar[bool] = False
-    """Whether the dataset's record contains `meanings`."""
+    """Whether the dataset's record also has `meanings`."""
 
     flow: Flow
     source: DocumentSource
@@ -71,7 +72,7 @@ class Making(ABC):
     seconds: dict[str, float] = field(default_factory=dict, init=False)
     """CPU seconds of each stage, including earlier runs of the pipeline. Known after the run."""
     counted: tally.Tally = field(default_factory=dict, init=False)
-    """Tally of the stages, known after the run."""
+    """Counts of kept and dropped documents per stage (tally), known after the run."""
 
     @property
     @abstractmethod
@@ -80,7 +81,7 @@ class Making(ABC):
 
     @property
     def columns(self) -> list[str]:
-        """Returns the columns that are recorded for each document."""
+        """Returns the names of the columns that are recorded for each document."""
         return []
 
     @property
@@ -95,12 +96,12 @@ class Making(ABC):
 
     @property
     def explained(self) -> bool:
-        """Checks whether the dataset records the fate of each document."""
+        """Checks whether the dataset records for each document its shard, or the reason why it was dropped."""
         return self.recorded and (bool(self.stages) or self.sample is not None)
 
     @abstractmethod
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
-        """Splits the input into pieces of work."""
+        """Splits the input into pieces. One task reads each piece, a list of file parts."""
 
     @abstractmethod
     def write(self, curated: Curated) -> WrittenShards:
@@ -122,7 +123,7 @@ class Making(ABC):
         return written.rows, meta
 
     def curated(self, inputs: list[InputFile]) -> Curated:
-        """Reads the input and runs it through the stages."""
+        """Reads the input, and runs the documents through the stages. Returns the kept and the dropped documents."""
         engine = StageEngine(self.flow, self.source, self.identity, self.memory_limit)
         return engine.curate(self.pieces(inputs), self.all_stages, self.explained)
 
@@ -144,7 +145,8 @@ class Making(ABC):
         return listed(self.flow, rows, curated.left_out, self.output, **also) if rows else None
 
     def _explain(self, curated: Curated, written: WrittenShards) -> dict[str, Any]:
-        """Writes the funnel and the fate of each document. Returns the part for the manifest."""
+        """Writes the funnel (counts per stage), and each document's shard or reason for dropping it, to files. Returns the
+        manifest's metadata about these files."""
         total = summed(self.flow, sorted(curated.tallies))
         explained = reasons.explained(self.all_stages, total, written.shard)
         for name in (segment.READ, segment.FINISH) if self.what_read else ():
@@ -165,13 +167,13 @@ class Making(ABC):
         return {segment.READ: round(max(0.0, reading - first), 3), **of_stages, "shard": round(shards, 3)}
 
     def ranges(self, runs: list[SpilledRun], shards: int, bounds: merging.Bounds | None = None) -> list[ShardRange]:
-        """Splits the runs into ranges of hashes, one per shard; by default, equal ranges. First merges runs if there are so many
-        that a shard would read too little from each."""
+        """Splits the documents' hashes into ranges, one per shard; by default, equal ranges. Returns the ranges with the
+        temporary files to read. If a shard would read too little from each of many files, merges files first."""
         of_hashes = bounds or (lambda first, stop: tasks.bounds(first, shards, stop))
         return merging.merged(self.flow, runs, shards, of_hashes, self.memory_limit // RUN_SHARE)
 
     def shards(self, function: TaskFunction, work: Iterator[Task], cpus: int = 1) -> Iterator[dict[str, Any]]:
-        """Writes the missing shards. Yields a task's record when the task finishes."""
+        """Writes the shards that don't exist yet. Yields each task's record when the task finishes."""
         present = dict(self.output.files())
 
         def whole(record: dict[str, Any]) -> bool:
@@ -197,7 +199,9 @@ class Making(ABC):
         curated = self.curated(inputs)
         rows, meta = self._run(curated)
         if not rows:
-            raise DataError(f"the sample is empty after all stages ({meta.get('dropped')}). Choose a larger sample")
+            raise DataError(
+                f"--sample: the sample is empty after all stages (dropped: {meta.get('dropped')}). Pass a larger --sample"
+            )
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, curated.runs, self.sample.fraction)
         shares = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)

@@ -20,7 +20,8 @@ def is_pdf(data: bytes) -> bool:
 
 
 def reader(keys: dict[str, int]) -> Callable[[dict[str, object], bytes], Answer]:
-    """Builds a function that maps a PDF's bytes to its text, and to facts to record. `keys`: the keys of the stage."""
+    """Builds a function that extracts the text of a PDF. The function takes (facts about the file, bytes of the PDF), and returns
+    (facts to record, text in UTF-8). `keys`: the keys of the stage."""
     import pypdfium2
 
     def work(about: dict[str, object], data: bytes) -> Answer:

@@ -1,5 +1,5 @@
-"""Finds e-mail addresses, public IP addresses, phone numbers, card numbers, and account numbers in text. Each function returns
-spans.
+"""Finds e-mail addresses, public IP addresses, phone numbers, card numbers, and account numbers in text. Each function yields
+spans (start, stop) in characters.
 
 A number must have a valid checksum, or be in the register of valid numbers. Every pattern is bounded, so the time is linear in
 the text's length.
@@ -83,7 +83,7 @@ def emails(text: str) -> Iterator[Span]:
 
 
 def addresses(text: str) -> Iterator[Span]:
-    """Finds public IP addresses. It leaves out networks, and private, local, multicast, and documentation ranges."""
+    """Finds public IP addresses. Leaves out networks, and private, local, multicast, and documentation ranges."""
     for match in _IPV4.finditer(text):
         groups = match[0].split(".")
         plain = sum(len(group) > 1 for group in groups) < LONG and match[0] not in RESOLVERS
@@ -165,13 +165,13 @@ def ibans(text: str) -> Iterator[Span]:
 
 
 def require_region(region: str) -> None:
-    """Checks that a region's phone numbers are known; ConfigError if not."""
+    """Raises ConfigError if the phone numbers of a region (a country code, such as US) aren't known."""
     import phonenumbers
 
     if region not in phonenumbers.SUPPORTED_REGIONS:
         meant = OTHER_NAMES.get(region.upper(), region.upper())
         known = meant in phonenumbers.SUPPORTED_REGIONS
-        hint = f"Did you mean {meant!r}?" if known else "Remove it to find only numbers that start with +"
+        hint = f"Did you mean {meant!r}?" if known else "Remove `region` to find only numbers that start with +"
         raise ConfigError(f"region: {region!r} isn't an ISO 3166 country code (two capital letters, such as US). {hint}")
 
 
@@ -201,21 +201,23 @@ def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
 
 
 def _apart(number: str) -> bool:
-    """Checks that parentheses are closed, and that a point isn't the only separator, because decimal numbers contain a point."""
+    """Checks that a candidate for a phone number has closed parentheses, and isn't a decimal number (its only separator is one
+    point)."""
     between = {*number} - {*"0123456789+"}
     return number.count("(") == number.count(")") and ("." not in between or (between == {"."} and number.count(".") > 1))
 
 
 def _as_written(groups: list[str], usual: list[str]) -> bool:
-    """Checks whether the area code is a separate group of digits, which is usual. In a date or a list of numbers, it isn't."""
+    """Checks whether the area code is a separate group of digits, as is usual in phone numbers. In a date or a list of numbers,
+    these digits aren't a separate group."""
     ends = {len("".join(groups[i:])) for i in range(1, len(groups))}
     apart = len("".join(usual[1:])) in ends
     return apart and min(map(len, groups)) >= min(2, *map(len, usual))
 
 
 def replaced(text: str, spans: dict[str, list[Span]], placeholders: dict[str, str]) -> tuple[str, dict[str, int]]:
-    """Replaces spans with the placeholder of their kind, and counts them. If two spans overlap, the kind that comes first in
-    `spans` wins."""
+    """Replaces spans with the placeholder of their kind. Returns the new text, and the number of replaced spans per kind. If two
+    spans overlap, the kind that comes first in `spans` wins."""
     order = {kind: i for i, kind in enumerate(spans)}
     chosen = list[tuple[int, int, str]]()
     for start, stop, kind in sorted(

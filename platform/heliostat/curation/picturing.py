@@ -21,14 +21,15 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def picture_of(document: Document) -> Picture:
-    """Returns a document's image; ConfigError if it isn't an image."""
+    """Returns a document's image; ConfigError if the document has no image."""
     if document.picture is None:
         raise ConfigError(f"stages: {document.id} isn't an image. Use this stage in image pipelines")
     return document.picture
 
 
 def fault(error: Exception) -> str:
-    """Formats an image's fault as a text that is the same in every process. Pillow's errors may contain memory addresses."""
+    """Formats the error for an invalid image, without the memory addresses that Pillow's errors may contain. So the text is the
+    same in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")[:200]
 
 
@@ -73,7 +74,7 @@ def _eight_bits(image: Image) -> Image:
 
 
 def thumbnail(data: bytes) -> str:
-    """Makes a small JPEG of an image, in base64; "" for bytes that can't be read."""
+    """Returns a small JPEG of an image, in base64; "" if the bytes can't be decoded."""
     try:
         image = upright(data).convert("RGB")
     except Exception:  # noqa: BLE001 - Pillow raises errors of many kinds for invalid bytes

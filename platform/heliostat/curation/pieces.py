@@ -1,5 +1,5 @@
-"""Splits an input's files into pieces of work. The split is a pure function of the listing and of a piece size. This size changes
-little when files are added.
+"""Splits an input's files into pieces, one per task. The split is a pure function of the list of files and of a piece size. This
+size changes little when files are added.
 
 A large file is split into ranges of bytes, if files of its kind can be read from the middle. Small files are read together. The
 names of small files decide where a piece ends, so a new or removed file changes only one piece.
@@ -19,11 +19,12 @@ LEAST, MOST = 1 << 20, 128 << 20  # minimum and maximum bytes of a piece
 
 @dataclass(frozen=True)
 class FilePart:
-    """Describes the part of a file to read: the complete file, or the records that begin in a range. `bytes` and `modified` are
-    those of the complete file.
+    """Describes the part of a file to read: the complete file, or the records that begin in a range of bytes. `bytes` and
+    `modified` (in nanoseconds since 1970) are the complete file's size and time.
 
-    `first`: the number of the range's first record, counted from 1; 0 if the reader determines the number. `etag`: the ETag of
-    an object, if its store has ETags. `path_by_time`: the path that a spilled task has without ETags, if this path differs.
+    `first`: the number of the range's first record, counted from 1; 0 if the reader determines the number. `etag`: the ETag of an
+    object, if its store has ETags. `path_by_time`: the path in the form of older versions of heliostat, without ETags; "" if it
+    is the same.
     """
 
     path: str
@@ -59,7 +60,8 @@ class FilePart:
 
 
 def size(total: int) -> int:
-    """Chooses the bytes per piece for an input of `total` bytes: an eighth of it, rounded to a power of two, within limits."""
+    """Returns the bytes per piece for an input of `total` bytes: an eighth of `total`, rounded to a power of two, within
+    limits."""
     return min(MOST, max(LEAST, 1 << max(0, (total // 8).bit_length() - 1)))
 
 

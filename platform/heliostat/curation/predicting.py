@@ -52,8 +52,8 @@ class Rate:
 
 @dataclass
 class Prediction:
-    """Predicts the result for the whole input from a run on a sample. It uses the run's funnel, the CPU seconds of the run's
-    tasks (`flow`), and those of the stages (`counted`)."""
+    """Predicts the result for the whole input from a run on a sample. Uses the funnel of this run, the CPU seconds of its tasks
+    (`flow`), and the CPU seconds of the stages (`counted`)."""
 
     sample: SampledParts
     stages: list[Stage]
@@ -129,7 +129,8 @@ class Prediction:
         return shares
 
     def _hours(self, factors: dict[str, float], taken: dict[str, float]) -> dict[str, float]:
-        """Predicts the hours of each kind of task from the sample's seconds."""
+        """Predicts the hours of each kind of task for the whole input. `taken`: the seconds of each kind in the run on the
+        sample. `factors`: a result of `kept_factors`."""
         before = {number: factors[tally.label(number, stage)] for number, stage in enumerate(self.stages)}
         hours, sample = {}, self.sample
         for kind, seconds in taken.items():
@@ -152,27 +153,27 @@ class Prediction:
         kept, notes = self.funnel[SHARD]["kept"], list[str]()
         for name, share in self.repeated.items():
             if share.high - share.low > 0.01:
-                notes.append(f"{name}: few documents in the sample are duplicates of each other: {share.seen:.1%}. "
-                    f"For the whole input, {share.expected:.1%} are expected, and {share.low:.1%} to {share.high:.1%} are "
+                notes.append(f"{name}: {share.seen:.1%} of the sample's documents are duplicates. The whole input has a "
+                    f"larger share: {share.expected:.1%} are expected, and {share.low:.1%} to {share.high:.1%} are "
                     "possible")  # fmt: skip
         for number, stage in enumerate(self.stages):
             if isinstance(stage, GlobalStage) and (name := tally.label(number, stage)) not in self.repeated:
                 notes.append(
-                    f"{name}: this stage compares all documents. In the whole input, it will drop a larger share than "
-                    "in the sample"
+                    f"{name}: this stage compares all documents. In the whole input, the stage will drop a larger share "
+                    "of documents than in the sample"
                 )
         if kept < FEW:
-            notes.append(f"only {kept:,} documents of the sample are kept, so the estimates are rough. Choose a larger share")
+            notes.append(f"only {kept:,} documents of the sample are kept, so the estimates are rough. Pass a larger --sample")
         if (known := estimates.Z * self.spread) > GOOD:
             larger = estimates.enough(self.sample.fraction, self.spread, GOOD)
-            notes.append(f"bytes, tokens, and hours have an error of {known:.0%}, which follows from the number and sizes of the "
-                f"kept documents. A share of {larger:.2g} would reduce the error to {GOOD:.0%}")  # fmt: skip
+            notes.append(f"the predicted bytes, tokens, and hours have an error of {known:.0%}, because of the number and sizes "
+                f"of the kept documents. Pass --sample {larger:.2g} to reduce the error to {GOOD:.0%}")  # fmt: skip
         return notes
 
 
 def kept_factors(funnel: Funnel, repeated: dict[str, DuplicateShare], which: str = "expected") -> dict[str, float]:
-    """Computes a factor for the documents of each stage. The whole input keeps a smaller share of its documents than the sample,
-    because it has more duplicates."""
+    """Computes a factor for the number of documents at each stage. The whole input has more duplicates than the sample, so it
+    keeps a smaller share of its documents."""
     factors, factor = {}, 1.0
     for name in funnel:
         factors[name] = factor
@@ -184,7 +185,8 @@ def kept_factors(funnel: Funnel, repeated: dict[str, DuplicateShare], which: str
 def rows_of(
     funnel: Funnel, sample: SampledParts, factors: list[dict[str, float]], per_byte: float | None
 ) -> list[dict[str, Any]]:
-    """Scales the funnel to the whole input, with a binomial confidence interval of the share that each stage keeps.
+    """Scales the sample's funnel (counts per stage) to the whole input. Adds a 95 % confidence interval to the number of
+    documents that each stage keeps.
 
     `factors`: results of `kept_factors` for the expected, the lowest, and the highest share of duplicates. `per_byte`: tokens per
     byte.
@@ -214,7 +216,7 @@ def rows_of(
 
 
 def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
-    """Estimates the relative standard error of the bytes in a sample's runs, for independent documents.
+    """Estimates the relative standard error of the bytes that a sample keeps, if documents are independent.
 
     The error is large if a few large documents have most of the bytes.
     """
@@ -227,7 +229,7 @@ def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
 
 
 def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
-    """Sums the sizes of the documents in runs, in bytes, and the squares of these sizes."""
+    """Sums the sizes in bytes of the documents in some temporary files, and the squares of these sizes."""
     total, squared = 0, 0.0
     for run in runs:
         for table in survivors(folder, run, columns=["bytes"]):
@@ -239,7 +241,8 @@ def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
 def alike_of(
     flow: Flow, output: Location, ends: list[list[str]], funnel: dict[str, dict[str, Any]], sample: SampledParts
 ) -> dict[str, Alike]:
-    """Counts the documents in a sample that comparing stages dropped as duplicates, by place."""
+    """Counts the duplicates that each comparing stage dropped in a sample, within places and across places (`Alike`). A place is
+    a file, or a range of a file."""
     compared = [name for name, part in funnel.items() if "clusters" in part["counts"]]
     stages, parts = [*compared, EXACT], max(1, sum(funnel[name]["documents"] for name in [*compared, "shard"]) // ROWS)
     arguments = {"output": output.uri, "paths": [path for _, path in ends], "stages": stages}
@@ -257,7 +260,7 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[int, int]:
 
 def count_alike(folder: Location, part: int, parts: int, output: str, paths: list[str], stages: list[str],
                 places: list[str]) -> dict[str, object]:  # fmt: skip
-    """Counts duplicates for each stage, for a part of all clusters.
+    """Counts the duplicates that each stage dropped. The task counts those in part `part` of `parts` equal parts of all clusters.
 
     Returns the two counts of `Alike` for each stage.
     """
@@ -277,8 +280,8 @@ def count_alike(folder: Location, part: int, parts: int, output: str, paths: lis
 
 
 def place_of(id: str, drawn: set[str]) -> str:
-    """Returns the place of a document in the sample: the drawn place that is a prefix of the document's id. If there is none,
-    returns the id itself."""
+    """Returns the place of a document in the sample, such as a file: the place that is a prefix of the document's id. If no place
+    is a prefix, returns the id."""
     ends = (at for at, letter in enumerate(id) if letter in "#/")
     return next((id[:at] for at in ends if id[:at] in drawn), id)
 

@@ -7,12 +7,12 @@ from typing import Any
 from heliostat.errors import ConfigError
 from heliostat.terminal import duration
 
-HEAD = ["stage", "documents", "kept", "of what was read", "bytes", "tokens", "CPU"]
+HEAD = ["stage", "documents", "kept", "share of documents read", "bytes", "tokens", "CPU"]
 HOUR_S = 3600
 
 
 def fraction(value: str) -> float:
-    """Parses a share such as `0.1%` or `0.001`; ConfigError unless it is between 0 and 1."""
+    """Parses a share such as `0.1%` or `0.001`. Returns a number between 0 and 1; raises ConfigError for other values."""
     text = value.strip()
     try:
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -35,7 +35,7 @@ def table(report: dict[str, Any]) -> list[list[str]]:
 
 def explain(facts: dict[str, Any]) -> list[str]:
     sample, whole = facts["sample"], facts["input"]
-    cost = f"{facts['cost']:,.2f} {facts['currency']} by the plan's price table"
+    cost = f"{facts['cost']:,.2f} {facts['currency']} at the prices of `heliostat plan`"
     cpu, wall = duration(facts["cpu_hours"] * HOUR_S), duration(facts["wall_hours"] * HOUR_S)
     few, many = duration(facts["cpu_hours_low"] * HOUR_S), duration(facts["cpu_hours_high"] * HOUR_S)
     row = facts["funnel"][-1]
@@ -48,11 +48,11 @@ def explain(facts: dict[str, Any]) -> list[str]:
         f" in {whole['files']:,} files, in {duration(facts['seconds'])}",
         (
             f"whole input: {facts['documents']:,} documents ({row['kept_low']:,} to {row['kept_high']:,}), {size}{tokens}{cpu} "
-            f"of CPU ({few} to {many}; {cost}), {wall} on {facts['cpus']} CPUs"
+            f"of CPU time ({few} to {many}; {cost}), {wall} on {facts['cpus']} CPUs"
         ),
         (
-            "in brackets: 95 % intervals, from the fewest to the most possible duplicates. They assume independent documents. "
-            "If neighboring documents are similar, the true intervals are wider"
+            "in brackets: 95 % intervals, from the fewest to the most possible duplicates. These intervals assume independent "
+            "documents. If neighboring documents are similar, the true intervals are wider"
         ),
         *(f"note: {note}" for note in facts["notes"]),
     ]

@@ -84,7 +84,7 @@ class Pipeline(Strict):
     name: str = Field(min_length=1)
     """Name of the dataset, recorded in its manifest."""
     output: str = Field(min_length=1)
-    """Folder of the dataset, or `s3://bucket/prefix`. It must be outside the input."""
+    """Folder of the dataset, or `s3://bucket/prefix`. This folder must be outside the input."""
     labels: dict[str, str] = {}
     """Ray label selectors of the nodes that do the work: `v`, `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
     keep_days: Float = Field(7.0, ge=0)
@@ -100,8 +100,8 @@ class Pipeline(Strict):
         """Lists the files to read, sorted by path; ConfigError if there are none."""
 
     def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
-        """Returns, if the input is the answers of a batch inference, the model that wrote these answers, and the model's
-        source."""
+        """Returns facts about the model that generated the input (`heliostat model infer`), and the source of the model. Returns
+        None for other inputs."""
         return None
 
     def identity(self) -> dict[str, Any]:
@@ -115,13 +115,15 @@ class Pipeline(Strict):
         """Writes everything but the manifest, on Ray. Returns the manifest's rows and its metadata, which includes `kind`.
 
         Files are named after their content (`versions.store`), because the folder may also contain an older version. In the
-        metadata, `files` lists the files that get a second, plain name when they are published. `listed` lists the files that
-        list the dropped documents.
+        metadata, `files` lists the files that get a second, plain name when they are published. `listed`: the paths of the files
+        that list the dropped documents.
         """
 
     def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
         """Prepares a share of the input in a folder, on Ray, and returns the prediction for the whole input, as JSON values."""
-        raise ConfigError(f"--sample: {type(self).__name__} doesn't support dry runs; text and image pipelines do")
+        raise ConfigError(
+            f"--sample: {type(self).__name__} doesn't support dry runs. Remove --sample, or use a text or image pipeline"
+        )
 
     def watched(self, watch: PipelineWatch) -> None:
         """Sets the progress display that `write` and `predict` use."""
@@ -130,7 +132,7 @@ class Pipeline(Strict):
         """Deletes the unfinished work of an earlier run, for `--force`."""
 
     def finish(self, dataset: Manifest) -> None:
-        """Removes temporary files once the dataset is published, and adds the files that the dataset's digest doesn't cover."""
+        """Removes temporary files after the dataset is published. Writes the files that the dataset's digest doesn't cover."""
 
 
 def place(uri: str, key: str) -> Location:
@@ -156,13 +158,13 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
         raise ConfigError(f"{path}: {absent('pipeline', 'heliostat.pipelines:TextPipeline')}")
     target = raw.pop("pipeline")
     if not isinstance(target, str):
-        raise ConfigError(f"{path}: pipeline: {target!r} isn't a class. Set one, such as heliostat.pipelines:TextPipeline")
+        raise ConfigError(f"{path}: pipeline: {target!r} isn't a class. Set a class, such as heliostat.pipelines:TextPipeline")
     cls = workspace.import_path(f"{path}: pipeline", target)
     if not (isinstance(cls, type) and issubclass(cls, Pipeline)):
         raise ConfigError(f"{path}: pipeline: {target!r} must be a subclass of heliostat.curation.prepare.Pipeline")
     for key, now in getattr(cls, "moved", {}).items():
         if key in raw:
-            log.warning("%s: %s is now columns.%s", path, key, now)
+            log.warning("%s: the key %s is now columns.%s. Rename the key", path, key, now)
     raw, pinned = hub.resolved(raw)
     pipeline = validate(cls, raw, str(path))
     pipeline._hub = pinned
@@ -170,9 +172,9 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
 
 
 def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Prepares the dataset that the pipeline YAML describes, or finds it up to date; returns the report as JSON values.
+    """Prepares the dataset that the pipeline file describes, unless the dataset is up to date.
 
-    It shows the progress unless `quiet` is set.
+    Returns the report as JSON values. Shows the progress unless `quiet` is set.
     """
     start = time.monotonic()
     target, pipeline = load(path, settings)
@@ -284,8 +286,8 @@ def _start_ray(pipeline: Pipeline) -> None:
 
 
 def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:
-    """Removes the files of this run that no version of the dataset uses. If this removal fails too, logs that a later run
-    removes the files."""
+    """Removes the files of this run that no version of the dataset uses. If removing these files fails, logs that a later run
+    removes them."""
     log.warning("%s: %s; removing the files of this run. The dataset stays as it was before", output,
                 "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
     try:
@@ -293,11 +295,11 @@ def _undo(output: Location, before: set[str], record: dict[str, Any], error: Bas
         versions.remove_all(output, sorted(set(versions.listing(output)) - before - needed))
         versions.release(output, record)
     except HeliostatError as e:
-        log.warning("%s. The next `heliostat data prepare` removes the files", e)
+        log.warning("%s. The next `heliostat data prepare` removes this run's files", e)
 
 
 def _list(output: Location, listed: list[str]) -> None:
-    """Publishes the list of dropped documents under its plain name, as one file or as a folder of several files, in place of an
+    """Publishes the list of dropped documents under the name LISTED, as one file or as a folder of several files. Replaces an
     older list.
 
     The older list is replaced when the new list is complete. If a store has one list as a file and the other as a folder, the
@@ -367,8 +369,8 @@ def _report(
     meta = dataset.meta
     if pruned.until is not None:
         until = datetime.fromtimestamp(pruned.until).isoformat(" ", "minutes")
-        log.info(("%s: heliostat keeps %d replaced versions, because runs may read them, the newest until %s. The first "
-            "`heliostat data prepare` after that date removes it (keep_days)"), dataset.location, pruned.kept, until)  # fmt: skip
+        log.info(("%s: heliostat keeps %d replaced versions, because runs may read them. The first `heliostat data prepare` "
+            "after %s removes the newest of these versions (keep_days)"), dataset.location, pruned.kept, until)  # fmt: skip
     return {
         "dataset": str(dataset.location),
         "digest": dataset.digest,

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def in_words(reason: str) -> str:
-    """Formats a stage's drop reason for people. In reports, the reason is `NUMBER STAGE: REASON`."""
+    """Formats a drop reason of a report, `NUMBER STAGE: REASON`, for people: `STAGE: REASON`."""
     stage, _, why = re.sub(r"^\d+ ", "", reason).partition(": ")
     return f"{stage}: {why}" if why not in ("", stage) else stage
 

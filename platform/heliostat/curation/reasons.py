@@ -1,9 +1,10 @@
-"""Defines and reads the record of how a curated dataset was made: the funnel, and the fate of every document with its reason.
+"""Defines and reads the record of how a curated dataset was made: the funnel (counts per stage), and the end of each document
+(its shard, or the reason for dropping it).
 
 A dataset whose pipeline has `stages` names these files in its manifest's metadata, under `curation`:
 
-    funnel      files/funnel-....json: what each stage did, in order, from reading to shards
-    ends        files/ends-....parquet, several: the fate of each document (`END`), sorted by the hash of its id. The list has
+    funnel      files/funnel-....json: the counts of each stage, in order, from reading to shards
+    ends        files/ends-....parquet, several: the end of each document (`END`), sorted by the hash of its id. The list has
                 the first hash of each file, so finding one document needs only one file
 
 If the pipeline's `columns` lists columns, the ends have a column `columns` with the values as JSON. The dataset's digest doesn't
@@ -50,12 +51,13 @@ def funnel(dataset: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def seconds(dataset: Manifest) -> dict[str, float]:
-    """Reads the CPU seconds of each stage, by the funnel's names; empty if they aren't known."""
+    """Reads the CPU seconds of each stage, by `NUMBER NAME`; empty if the dataset doesn't record the seconds."""
     return _uncovered(dataset, SECONDS)
 
 
 def made_by(dataset: Manifest) -> dict[str, Any]:
-    """Reads how the dataset was made: `input`, `rules`, and `stages` of its pipeline; empty if they aren't known."""
+    """Reads the keys `input`, `rules`, and `stages` of the pipeline that made the dataset; empty if the dataset doesn't record
+    these keys."""
     return _uncovered(dataset, PIPELINE)
 
 
@@ -67,26 +69,27 @@ def _uncovered(dataset: Manifest, name: str) -> dict[str, Any]:
 
 
 def end_of(dataset: Manifest, id: str) -> list[dict[str, Any]]:
-    """Finds the fate of a document, as rows of END. If `reason` is `kept`, `detail` is the document's shard. Returns no rows for
-    an unknown id."""
+    """Finds the records of a document: its shard (`reason` is `kept`, and `detail` is the shard), or the reason for dropping it.
+    Returns rows of END; no rows for an unknown id."""
     wanted = key_of(id)
     return [row for table in _tables(dataset, wanted, wanted + 1) for row in _rows(table) if row["id"] == id]
 
 
 def kept_as(dataset: Manifest, digest: str) -> list[dict[str, Any]]:
-    """Finds the fate of documents whose text, after all stages, has this SHA-256 (hex); reads all ends."""
+    """Finds the records (rows of END) of documents whose text, after all stages, has this SHA-256 (hex). Reads the records of all
+    documents."""
     return [row for table in ends(dataset) for row in _rows(table.filter(pc.equal(table["hash"], digest)))]
 
 
 def with_column(dataset: Manifest, name: str, value: str) -> list[dict[str, Any]]:
-    """Finds the fate of documents whose column has this value; reads all ends. MissingDataError if the ends don't have the
-    column."""
+    """Finds the records (rows of END) of documents that have this value in a column. Reads the records of all documents.
+    MissingDataError if the dataset doesn't record the column."""
     part, rows = json.dumps(value), []
     for table in ends(dataset):
         if "columns" not in table.column_names:
             raise MissingDataError(
-                f"{dataset.location}: the dataset doesn't keep the column {name!r} of its documents. Prepare it "
-                f"with `columns: [{name}]`"
+                f"{dataset.location}: the dataset doesn't keep the column {name!r} of its documents. Add "
+                f"`columns: [{name}]` to the pipeline, and run `heliostat data prepare`"
             )
         near = _rows(table.filter(pc.match_substring(table["columns"].fill_null(""), part)))
         rows += [row for row in near if row["columns"].get(name) == value]
@@ -99,7 +102,7 @@ def _rows(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def ends(dataset: Manifest) -> Iterator[pa.Table]:
-    """Yields the fates of all documents, as tables of END."""
+    """Yields tables of END: a row per document with its shard, or the reason for dropping it."""
     yield from _tables(dataset, 0, spill.ALL)
 
 
@@ -110,7 +113,7 @@ def _tables(dataset: Manifest, low: int, high: int) -> Iterator[pa.Table]:
 
 
 def _listed(dataset: Manifest) -> Iterator[tuple[int, int, str]]:
-    """Yields (first hash, hash after the last, path) of each file of ends."""
+    """Yields (first hash, hash after the last hash, path) of each file of END rows."""
     listed = _named(dataset)["ends"]
     for (begin, path), (end, _) in zip(listed, [*listed[1:], [f"{spill.ALL:x}", ""]], strict=True):
         yield int(begin, 16), int(end, 16), path
@@ -119,8 +122,8 @@ def _listed(dataset: Manifest) -> Iterator[tuple[int, int, str]]:
 def _named(dataset: Manifest) -> dict[str, Any]:
     if "curation" not in dataset.meta:
         raise MissingDataError(
-            f"{dataset.location}: the dataset doesn't record the fate of documents, because its pipeline has no `stages`. Add "
-            "`stages`, and run `heliostat data prepare`. Unreadable documents are in its quarantine.parquet"
+            f"{dataset.location}: the dataset doesn't record which documents were dropped, because its pipeline has no `stages`. "
+            "Add `stages`, and run `heliostat data prepare`. The dataset's quarantine.parquet lists unreadable documents"
         )
     return dataset.meta["curation"]
 
@@ -133,7 +136,8 @@ def parts(rows: int) -> int:
 
 
 def write_ends(folder: Location, part: int, parts: int, names: list[str], output: str, columns: list[str]) -> dict[str, object]:
-    """Writes one file of ends in a task: the ends of one part of all keys, with the given columns of the documents."""
+    """Writes one file of END rows, in a task: the rows whose key is in key range `part` of `parts`. `columns`: the documents'
+    columns to include. Returns the range's first key, and the file's path."""
     low, high = spill.share(part, parts)
     table = spill.joined(folder, names, low, high, END)
     place = table.schema.get_field_index("columns")
@@ -149,9 +153,9 @@ def store_ends(output: Location, table: pa.Table) -> str:
 
 
 def rewritten(dataset: Manifest, ids: set[str], end: dict[str, str], output: Location) -> list[list[str]]:
-    """Rewrites the ends of these documents, so that only the id and `end` remain.
+    """Rewrites the END rows of these documents, so that only the id and the fields of `end` remain.
 
-    Returns the list of all files of ends; the files of other documents aren't rewritten.
+    Returns [first hash, path] for all files of END rows. Files without these documents aren't rewritten.
     """
     files, keys = list[list[str]](), sorted(key_of(id) for id in ids)
     for begin, stop, path in _listed(dataset):

@@ -1,9 +1,9 @@
 """Finds the parts that several documents share, and removes all occurrences except the first, for any number of documents.
 
-A task spills every part of a text under the hash of its content. Another task reads the hashes in one range of keys, and finds
-the first occurrence of each hash. It then processes the occurrences in batches, and spills all occurrences except the first,
-sorted by document. So a line that is in every document takes no more memory than a line in two documents. The documents' ids
-decide which occurrence is the first.
+A first task writes the hash and the position of every part of a text to a temporary file. A second task reads the hashes in one
+range of keys, and finds the first occurrence of each hash. It then processes the occurrences in batches, and writes all
+occurrences except the first to a temporary file, sorted by document. So a line that is in every document takes no more memory
+than a line in two documents. The documents' ids decide which occurrence is the first.
 
 The compared parts are lines, paragraphs, or windows of words. Windows are chosen by content (winnowing: Schleimer, Wilkerson and
 Aiken 2003). Of every `size` consecutive windows, the window with the smallest hash is chosen. So if two texts share a span of 2 *
@@ -55,7 +55,7 @@ Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # per occurrence: hash, docume
 
 
 class Signing(Protocol):
-    """Hashes the comparable parts of texts. Ray sends this object to tasks, so it has only plain fields."""
+    """Hashes the comparable parts of texts. Ray sends an object of this class to tasks, so the object has only plain fields."""
 
     def hashes(self, text: str) -> list[tuple[int, int]]:
         """Lists (position, content hash) of a text's parts."""
@@ -64,7 +64,7 @@ class Signing(Protocol):
 
 @dataclass(frozen=True)
 class ComparedParts:
-    """Defines the comparable lines or paragraphs."""
+    """Hashes the lines or paragraphs of texts that have at least `min_words` words."""
 
     unit: Unit
     min_words: int
@@ -86,7 +86,8 @@ def _hash(text: str) -> int:
 
 
 def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, object]:
-    """Spills (hash of the part, hash of the id, row, position) for the parts of a run's documents."""
+    """Writes a row for each part of the documents in `run`, a temporary file of documents, to another temporary file. A row has
+    the hash of the part, the hash of the document's id, the document's row, and the part's position."""
     signed: list[tuple[int, int, int, int]] = []
     for table in survivors(folder, run, columns=["id", "text"]):
         for row, id, text in zip(table["row"].to_pylist(), table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
@@ -100,7 +101,8 @@ def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, object]
 
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Spills, by document, the repeated parts to remove: all occurrences except the first, for one part of all keys."""
+    """Writes the positions of the repeated parts to remove (all occurrences except the first) to temporary files, sorted by
+    document. Processes the hashes in key range `part` of `parts`."""
     low, high = spill.share(part, parts)
     keys, documents, places = _firsts(folder, names, low, high)
     waiting, size, files = list[pa.Table](), 0, list[str]()
@@ -143,7 +145,8 @@ def _first(tables: list[Rows]) -> Rows:
 def lost_of(
     folder: Location, first: int, runs: list[SpilledRun], names: list[str]
 ) -> Iterator[tuple[SpilledRun, dict[int, set[int]]]]:
-    """Yields runs with the positions to remove from each of their documents, by row. `first`: the number of the first run."""
+    """Yields (temporary file of documents, mapping). The mapping has the parts to remove: a document's row -> positions in the
+    document. `first`: the number of the first file."""
     lost = dict(by_run(folder, first, len(runs), names))
     for number, run in enumerate(runs, first):
         lost_parts: dict[int, set[int]] = {}
@@ -156,7 +159,7 @@ def lost_of(
 
 @dataclass(frozen=True)
 class WordWindows:
-    """Defines windows of `size` words."""
+    """Hashes windows of `size` consecutive words of a text. The content decides which windows are chosen (winnowing)."""
 
     size: int
 
@@ -195,7 +198,8 @@ REWRITTEN = 8  # runs that a task rewrites
 
 @dataclass(frozen=True)
 class Cut:
-    """Holds a text without its repeated parts, the number of removed units, and the unit's name."""
+    """Holds a text without its repeated parts, the share of its words that were removed, and the number of removed parts.
+    `detail` describes the removal."""
 
     text: str
     removed_words: float
@@ -204,7 +208,8 @@ class Cut:
 
 
 class RepeatingStage(GlobalStage):
-    """Removes the parts that documents share, except one occurrence; a subclass defines the parts and the removal."""
+    """Removes parts that several documents share, such as lines, except the first occurrence. A subclass defines the parts and
+    the removal."""
 
     version: ClassVar[int] = 3  # version 3: words as in `comparable`, and texts that become too short are dropped
     reasons: ClassVar = {
@@ -214,7 +219,8 @@ class RepeatingStage(GlobalStage):
     thresholds: ClassVar = {"removed_words": ("max_removed_words",)}
 
     max_removed_words: Float = Field(1.0, ge=0, le=1)
-    """Maximum share of a document's words that may be removed; documents above it are dropped (`repeated`); 1 drops none."""
+    """Maximum share of a document's words that may be removed. Documents above this share are dropped (`repeated`); 1 drops
+    none."""
 
     @abstractmethod
     def signing(self) -> Signing:
@@ -222,7 +228,7 @@ class RepeatingStage(GlobalStage):
 
     @abstractmethod
     def cut(self, text: str, lost: set[int]) -> Cut:
-        """Removes the parts of a text at these positions."""
+        """Returns a text without the parts at the positions in `lost`."""
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs, parts = f"repeated-{number}", curated.runs, self.signing()
@@ -247,7 +253,7 @@ class RepeatingStage(GlobalStage):
         return [run for record in records for run in curated.take(record)]
 
     def outcome(self, document: Document, lost: set[int]) -> Outcome:
-        """Removes the parts of a document at these positions, or drops the document."""
+        """Removes the parts of a document at the positions in `lost`, or drops the document."""
         if not lost:
             return Outcome(document, measures={"removed_words": 0.0})
         assert isinstance(document.text, str)
@@ -263,8 +269,8 @@ class RepeatingStage(GlobalStage):
 
 def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str, Any], number: int, memory_limit: int,
            names: list[str], source: DocumentSource | None) -> SegmentRecord:  # fmt: skip
-    """Spills the documents of some runs again, without their repeated parts. `source` converts changed documents to their stored
-    form."""
+    """Writes the documents in some temporary files to new temporary files, without the repeated parts. `source` converts changed
+    documents to their stored form."""
     stage = registry.parse(entry)
     assert isinstance(stage, RepeatingStage)
     name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8)

@@ -13,7 +13,8 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication keeps num
 
 
 def duplicates(parts: Iterable[str]) -> tuple[int, int, int]:
-    """Counts the parts, the duplicates among them, and the duplicates' characters. Only a hash of each part is in memory."""
+    """Returns the number of parts, the number of duplicates among the parts, and the number of characters in these duplicates.
+    Only a hash of each part is in memory."""
     hashes, lengths = array("Q"), array("q")
     for part in parts:
         hashes.append(xxhash.xxh64_intdigest(part.encode("utf-8", "surrogatepass")))
@@ -24,7 +25,7 @@ def duplicates(parts: Iterable[str]) -> tuple[int, int, int]:
 
 
 class Repeats:
-    """Measures the repeated n-grams of a text. The text's words are given as hashes and lengths."""
+    """Counts the characters in repeated n-grams of a text. The text's words are given as hashes and lengths."""
 
     def __init__(self, words: np.ndarray, lengths: np.ndarray) -> None:
         self.words = words
@@ -34,7 +35,8 @@ class Repeats:
         self._twice: np.ndarray | None = None  # positions at which the n-gram may be repeated; None: every position
 
     def _advance(self, n: int) -> np.ndarray:
-        """Returns a hash of every n-gram. Successive calls need increasing values of `n`."""
+        """Returns the hash of each n-gram of `n` words, uint64 [words - n + 1]. Successive calls need increasing values of
+        `n`."""
         while self._n < n:
             for start in range(0, len(self.words) - self._n, BLOCK):
                 stop = min(start + BLOCK, len(self.words) - self._n)
@@ -61,7 +63,7 @@ class Repeats:
         return int(self.ends[at + n] - self.ends[at] + n - 1) * most
 
     def duplicate_chars(self, n: int) -> int:
-        """Counts the characters of repeated n-grams, from the start of the text and without overlaps."""
+        """Counts the characters of n-grams that repeat an earlier n-gram of the text. Overlapping n-grams don't count twice."""
         if len(self.words) < n:
             return 0
         hashes = self._advance(n)
@@ -92,7 +94,7 @@ class Repeats:
 
 
 def _first_of(hashes: np.ndarray, values: np.ndarray) -> int:
-    """Returns the position of the first hash that is in the sorted values. Such a hash must exist."""
+    """Returns the position of the first hash that is in the sorted `values`. At least one of the hashes must be in `values`."""
     for start in range(0, len(hashes), BLOCK):
         part = hashes[start : start + BLOCK]
         which = np.minimum(np.searchsorted(values, part), len(values) - 1)

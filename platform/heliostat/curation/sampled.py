@@ -1,4 +1,4 @@
-"""Defines a sample of an input: the parts to read, and the ratio of the whole to the sample."""
+"""Defines a sample of an input: the parts to read, and the ratio of the whole input to the sample."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ FEW_UNKNOWN = 0.05
 
 
 def chosen(what: str, rate: float, seed: int) -> bool:
-    """Checks whether a record is in the sample, by the record's hash."""
+    """Checks whether a record is in the sample, which has the share `rate` of all records. The hash of `what` (the record's name)
+    decides."""
     return _drawn(what, seed) < rate
 
 
@@ -24,8 +25,8 @@ def evenly(parts: Iterable[FilePart], rate: float) -> list[FilePart]:
     """Chooses a share of parts with a representative mix of sizes. A larger share contains all parts of a smaller share.
 
     Parts are grouped into classes by size, with bounds that are powers of two. Each class contributes its share, in the order of
-    the parts' hashes. A random draw per class decides whether to round this share up or down. So each part has the same chance,
-    and within a class, pairs are almost independent.
+    the parts' hashes. A random draw per class decides whether to round this share up or down. So each part has the same chance to
+    be chosen, and within a class, pairs are almost independent.
     """
     classes, sample = dict[int, list[FilePart]](), list[FilePart]()
     for part in parts:
@@ -42,16 +43,16 @@ def _drawn(what: str, seed: int) -> float:
 
 
 def place(part: FilePart, name: str) -> str:
-    """Returns the name of a drawn place, which is the prefix of the ids in this place. `name`: the path of an input that is a
-    single file."""
+    """Returns the prefix of the ids of all documents in a part: a file's path, or `path@start` for a range of a file. `name`: the
+    path of an input that is a single file."""
     path = part.path or name
     return path if part.stop is None else f"{path}@{part.start}"
 
 
 @dataclass
 class SampledParts:
-    """Holds the parts to read, the share of their records to take (by kind of file), and the sizes of the input and the
-    sample."""
+    """Holds a sample: the parts to read, the share of the parts' records to take (by kind of file), and the sizes of the input
+    and the sample."""
 
     fraction: float
     name: str = ""
@@ -64,7 +65,7 @@ class SampledParts:
     files: int = 0
     taken_files: float = 0.0
     places: list[str] = field(default_factory=list)
-    """Places (`place`) of the parts that have many documents."""
+    """Prefixes of document ids (`place`), one for each part that has many documents."""
     many_bytes: int = 0
     """Bytes of the input files that have many documents each. The number of these documents isn't known."""
 
@@ -94,12 +95,12 @@ class SampledParts:
 
     @property
     def of_documents(self) -> float:
-        """Returns the ratio of the input's documents to the sample's. If almost all files have one document, this is the ratio
-        of the numbers of files. Otherwise, it is the ratio of the bytes."""
+        """Returns the ratio of the input's number of documents to the sample's number. If almost all files have one document,
+        this is the ratio of the numbers of files. Otherwise, this is the ratio of the bytes."""
         return self.files / self.taken_files if self.unknown < FEW_UNKNOWN else self.of_bytes
 
     def pieces(self) -> Iterator[list[FilePart]]:
-        """Yields the parts in pieces of work."""
+        """Yields the parts in pieces of similar size, one piece per task."""
         target, size, piece = pieces.size(self.read_bytes), 0, list[FilePart]()
         for part in self.parts:
             piece.append(part)

@@ -1,5 +1,5 @@
-"""Runs texts through the model in a Hugging Face folder. It reads only safetensors and tokenizer.json, and runs no code from the
-folder.
+"""Runs texts through the model in a Hugging Face folder. This module reads only safetensors and tokenizer.json, and runs no code
+from the folder.
 
 The result for a text, such as a classifier's score, doesn't depend on the other texts in its batch: the padded length of a text
 depends only on the length of this text, and batches are always full. So texts of the same length use the same kernels.
@@ -34,14 +34,16 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
 def describe(folder: str, name: str = "model") -> Config:
-    """Reads the folder's config.json; ConfigError, which begins with `name`, if a required file is missing."""
+    """Returns the folder's config.json as a dictionary. Raises ConfigError, which begins with `name`, if a required file is
+    missing."""
     config = read_json(folder, CONFIG, name)
     require_files(folder, name)
     return config
 
 
 def read_json(folder: str, file: str, name: str = "model") -> Config:
-    """Reads a JSON mapping from the folder; ConfigError if the file isn't a mapping, or requires code in the folder."""
+    """Reads a JSON mapping from a file of the folder. Raises ConfigError if the file isn't a mapping, or if the model requires
+    code in the folder."""
     try:
         config = json.loads(files.read(name, str(Path(folder) / file)))
         fault = "" if isinstance(config, dict) else "isn't a mapping"
@@ -61,7 +63,7 @@ def require_files(folder: str, name: str = "model", tokenizer: bool = True) -> N
     if not weights(folder):
         raise ConfigError(f"{name}: {folder!r} has no safetensors weights. Save the model with save_pretrained")
     if tokenizer and not (Path(folder) / TOKENIZER).is_file():
-        raise ConfigError(f"{name}: {folder!r} has no {TOKENIZER}. Save its fast tokenizer there with save_pretrained")
+        raise ConfigError(f"{name}: {folder!r} has no {TOKENIZER}. Save the fast tokenizer to this folder with save_pretrained")
 
 
 def weights(folder: str) -> list[Path]:
@@ -81,8 +83,8 @@ def require_label(label: str, config: Config) -> None:
 
 
 def label_scores(logits: Tensor, place: int, config: PretrainedConfig) -> list[float]:
-    """Computes the scores of the label at index `place`: probabilities, or the outputs of a model with a single label, such as a
-    grade."""
+    """Returns the score of the label at index `place` for each text: a probability, or the output of a model with a single label,
+    such as a grade."""
     values = logits.float()
     if values.shape[-1] > 1:
         values = values.sigmoid() if config.problem_type == "multi_label_classification" else values.softmax(-1)
@@ -106,25 +108,26 @@ def check_length(config: Config, max_tokens: int) -> None:
     """Raises ConfigError if the model can't read `max_tokens` tokens."""
     most = config.get("max_position_embeddings")
     if isinstance(most, int) and max_tokens > most:
-        raise ConfigError(f"max_tokens: {max_tokens:,} is above the model's maximum. Set it to {most:,} or less")
+        raise ConfigError(f"max_tokens: {max_tokens:,} is above the model's maximum. Set max_tokens to {most:,} or less")
 
 
 class NamesModel(Stage):
-    """Defines the key for a model's folder. The model reads texts, unless a subclass changes that."""
+    """Defines the key `model` of a stage: the folder of a model that reads texts. A subclass may accept models for other
+    inputs."""
 
     libraries: ClassVar[tuple[str, ...]] = MODELS
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """Folder of the model, or `ORG/NAME` of the Hugging Face Hub (docs/guides/hub.md). Nodes that lack it get a copy of its
-    files, without pickles."""
+    """Folder of the model, or `ORG/NAME` of the Hugging Face Hub (docs/guides/hub.md). Nodes without the folder get a copy of the
+    folder's files, without pickles."""
 
     def digests(self) -> dict[str, object]:
         return {"model": digests(self.model)}
 
 
 class ModelStage(NamesModel):
-    """Runs each document through the model in a folder, and decides on each document alone."""
+    """Runs documents through the model in a folder, and keeps or drops each document independently of the others."""
 
     def open(self) -> Work:
         self.check()
@@ -137,7 +140,7 @@ class ModelStage(NamesModel):
 
     @abstractmethod
     def outcome(self, document: Document, *values: Any, **none: Any) -> Outcome:
-        """Decides on a document from the model's values for it."""
+        """Keeps or drops a document, based on the values that the model computed for this document."""
 
 
 class ScoringStage(ModelStage):
@@ -168,8 +171,8 @@ class ScoringStage(ModelStage):
 
 
 class Reader(ABC, Generic[Value]):
-    """Runs texts, or pairs of texts, through a folder's model, on a GPU if there is one. A subclass defines the model and the
-    results. If a pair is longer than `max_tokens`, the second text is truncated."""
+    """Runs texts, or pairs of texts, through the model in a folder. Uses a GPU if the machine has one. A subclass defines the
+    model and the results. If a pair is longer than `max_tokens`, the second text is truncated."""
 
     pairs = False
 
@@ -184,7 +187,9 @@ class Reader(ABC, Generic[Value]):
             model = self.load(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
         except Exception as e:  # errors of many kinds, for faulty folders
             fault = str(e).partition("\n")[0]
-            raise ConfigError(f"{name}: can't load {folder!r} as {what} ({fault})") from e
+            raise ConfigError(
+                f"{name}: can't load {folder!r} as {what} ({fault}). Use a folder that save_pretrained has written"
+            ) from e
         self.model = model.eval().to(self.device)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_tokens, strategy="only_second" if self.pairs else "longest_first")
@@ -196,7 +201,7 @@ class Reader(ABC, Generic[Value]):
         """Loads the folder's model, with options for transformers."""
 
     def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[Value, bool]]:
-        """Returns for each text or pair: (result, whether it was longer than `max_tokens`)."""
+        """Returns for each text or pair: (result, whether the text or pair was longer than `max_tokens`)."""
         encoded = self.tokenizer.encode_batch(texts)
         by_length = dict[int, list[int]]()
         for i, one in enumerate(encoded):

@@ -1,8 +1,9 @@
 """Runs a segment: the stages between two comparisons of documents. The segment reads pieces of the pipeline's input, or the
-spills of an earlier segment.
+temporary files of an earlier segment.
 
-A segment's task reads documents, runs the stages, and spills the kept documents in runs. A run is sorted by text hash, and its
-size is at most a share of `memory_limit`. Dropped documents go to a separate spill. The stages' counts go to a tally.
+A segment's task reads documents, runs the stages, and writes the kept documents to temporary files (runs). Each run is sorted by
+text hash, and its size is at most a share of `memory_limit`. Dropped documents go to a separate temporary file. The stages'
+counts go to a tally.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ Row = tuple[Any, ...]  # Arrow values
 
 
 class SegmentRecord(TypedDict):
-    """Describes the record of a task that has run documents through stages."""
+    """Describes the record of a task that ran documents through stages: the names of its temporary files, and counts of dropped
+    documents by reason."""
 
     runs: list[tuple[str, int, int]]
     left_out: list[str]
@@ -62,19 +64,20 @@ class SegmentRecord(TypedDict):
 
 
 class DocumentSource(Protocol):
-    """Reads an input's documents in a task. Ray sends this object to the task."""
+    """Reads an input's documents in a task. Ray sends an object of this class to the task."""
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         """Yields the documents of a part of the input, and reports of dropped documents."""
         ...
 
     def finish(self, document: Document) -> Document | Dropped:
-        """Converts a document to its stored form, after the stages, or drops it."""
+        """Converts a document to the form that shards store, after all stages. Returns `Dropped` if the document must be
+        dropped."""
         ...
 
 
 def key_of(id: str) -> int:
-    """Computes the key of a document's records: the hash of its id."""
+    """Returns the 64-bit hash of a document's id. Rows about documents are sorted by this key."""
     return xxhash.xxh64_intdigest(id.encode("utf-8", "surrogatepass"))
 
 
@@ -84,9 +87,9 @@ def packed(columns: Mapping[str, object] | None) -> str | None:
 
 
 def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterator[tuple[int, pa.Table]]:
-    """Yields (a run's number, the rows about the run's documents, in order) for each run that has rows.
+    """Yields (number of a temporary file of documents, sorted rows about the file's documents) for each file that has rows.
 
-    The key of a row is a document's place: (number of the run) << 32 | row.
+    The key of a row is the document's position: (number of the file) << 32 | row in the file.
     """
     tables = [t for name in names for t in spill.read(folder, name, first << 32, (first + count) << 32)]
     if tables:
@@ -99,7 +102,8 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 
 def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource, stages: list[Entry], run_bytes: int,
                 explained: bool, care: Care | None = None) -> dict[str, object]:  # fmt: skip
-    """Runs a segment on a piece of the input; with `explained`, it counts the documents that it reads, too."""
+    """Runs the stages of a segment on one piece of the input; returns the task's record. With `explained`, also counts the
+    documents that are read."""
     start = cpu_time.now()
     chain = Chain(folder, stages)
     opening = cpu_time.now() - start
@@ -111,7 +115,8 @@ def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource,
 
 def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: list[Entry], first: int, run_bytes: int,
              care: Care | None = None) -> dict[str, object]:  # fmt: skip
-    """Runs a segment on a run from the previous segment, from stage `first` on."""
+    """Runs the stages of a segment, from number `first`, on one temporary file of documents from the previous segment. Returns
+    the task's record."""
     start = cpu_time.now()
     chain = Chain(folder, stages, first)
     opening = cpu_time.now() - start
@@ -120,7 +125,7 @@ def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: 
 
 
 def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Iterator[Document | Dropped]:
-    """Counts the documents that a task reads, and the seconds that reading them takes."""
+    """Yields the documents that a task reads, unchanged. Counts the documents and the CPU seconds of reading in `counts`."""
     entry, reading = tally.entry(counts, READ), iter(documents)
     while True:
         start = cpu_time.now()
@@ -139,7 +144,7 @@ def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Ite
 
 
 def documents_of(folder: Location, run: SpilledRun) -> Iterator[tuple[int, Document]]:
-    """Yields (row, document) for the run's documents that weren't dropped."""
+    """Yields (row, document) for each document in a temporary file that wasn't dropped later."""
     for table in survivors(folder, run):
         for row in table.to_pylist():
             columns = json.loads(row["columns"]) if row["columns"] else {}
@@ -151,7 +156,7 @@ def _picture(row: dict[str, Any]) -> Picture:
 
 
 def _unfinished(document: Document) -> bool:
-    """Checks whether a document is still in its source's form."""
+    """Checks whether a document is still in the form in which it was read: undecoded bytes, or an image without a hash."""
     return isinstance(document.text, bytes) or (document.picture is not None and not document.picture.hash)
 
 
@@ -168,7 +173,7 @@ def _run(folder: Location, documents: Iterable[Document | Dropped], source: Docu
 
 @dataclass
 class _Stages(careful.Through):
-    """Runs documents through a chain of stages, and collects the spills."""
+    """Runs documents through a chain of stages, and collects the kept and the dropped documents."""
 
     chain: Chain
     source: DocumentSource
@@ -199,7 +204,7 @@ class _Stages(careful.Through):
 
 
 class _Undoing(_Stages):
-    """Runs documents through a chain of stages. If a stage fails, the batch leaves no counts and no changes."""
+    """Runs documents through a chain of stages. If a stage raises an error, undoes all counts and changes of the batch."""
 
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
         counts, self.chain.tally = self.chain.tally, {}
@@ -211,7 +216,7 @@ class _Undoing(_Stages):
 
 
 def row_of(document: Document) -> Row:
-    """Returns a document as a row of a run, without the key and the row's number."""
+    """Returns a document as a row of a temporary file (schema RUN or PICTURES), without `key` and `row`."""
     assert isinstance(document.text, str)
     raw, picture = document.text.encode(), document.picture
     digest, size = (picture.hash, len(raw) + len(picture.data)) if picture else (hashlib.sha256(raw).digest(), len(raw))
@@ -221,14 +226,14 @@ def row_of(document: Document) -> Row:
 
 def left_out(id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None,
              columns: Mapping[str, object] | str | None = None) -> Row:  # fmt: skip
-    """Returns the LEFT_OUT row of a dropped document."""
+    """Returns the row about a dropped document, with the fields of LEFT_OUT."""
     numbers, kept = json.dumps(measures) if measures else None, columns if isinstance(columns, str) else packed(columns)
     return key_of(id), id, stage, reason, detail, numbers, None, kept
 
 
 @dataclass
 class Spiller:
-    """Collects a task's kept and dropped documents, and spills each list when it is large."""
+    """Collects a task's kept and dropped documents in memory, and writes each list to a temporary file when the list is large."""
 
     folder: Location
     run_bytes: int
@@ -245,7 +250,7 @@ class Spiller:
         self.hold(row_of(document))
 
     def hold(self, row: Row) -> None:
-        """Adds a document's row."""
+        """Adds the row of a kept document. Writes the collected rows to a temporary file if they exceed `run_bytes`."""
         self.rows.append(row)
         self.size += row[2] + len(row[3] or "") + 200
         if self.size >= self.run_bytes:
@@ -256,7 +261,7 @@ class Spiller:
         self.hold_left_out(left_out(id, stage, reason, detail, measures, columns))
 
     def hold_left_out(self, row: Row) -> None:
-        """Adds the row of a dropped document."""
+        """Adds the row of a dropped document. Writes the collected rows to a temporary file if there are many."""
         _, id, stage, reason, detail, _, _, columns = row
         self.out.append(row)
         self.out_size += len(id) + len(detail) + len(columns or "")
@@ -267,7 +272,7 @@ class Spiller:
             self.spill_left_out()
 
     def spill(self) -> None:
-        """Writes the collected documents as a run: sorted by hash, then id, and numbered in that order."""
+        """Writes the collected documents to a temporary file. Rows are sorted by hash, then id, and numbered in that order."""
         self.rows.sort(key=lambda row: (row[0], row[1]))
         table, bytes = _table(self.rows), sum(row[2] for row in self.rows)
         self.rows, self.size = [], 0  # freed before the file is made, because the file takes as much memory
@@ -281,7 +286,7 @@ class Spiller:
         self.spilled.append(spill.write(self.folder, table, ("id", "stage", "reason", "detail")))
 
     def record(self, counts: tally.Tally) -> SegmentRecord:
-        """Spills the remaining documents, and returns the task's record."""
+        """Writes the remaining documents to temporary files, and returns the task's record."""
         if self.rows:
             self.spill()
         if self.out:
@@ -298,7 +303,7 @@ class Spiller:
 
 
 def _table(rows: list[Row]) -> pa.Table:
-    """Makes a run's table from its sorted rows."""
+    """Builds the table for a temporary file of documents from sorted rows."""
     hashes, *others = zip(*rows, strict=True)
     keys = np.frombuffer(b"".join(hashes), ">u8")[::4].astype(np.uint64)
     schema = PICTURES if len(others) > 4 else RUN
@@ -307,12 +312,12 @@ def _table(rows: list[Row]) -> pa.Table:
 
 
 def store(folder: Location, value: object) -> str:
-    """Writes JSON values to the spill folder, under a name derived from their content."""
+    """Writes a JSON value to the folder of temporary files. Returns the file's name, which is derived from the value."""
     return spill.put(folder, _encoded(value), ".json")
 
 
 def name_of(value: object) -> str:
-    """Returns the name under which `store` writes JSON values."""
+    """Returns the name of the file to which `store` writes this JSON value."""
     return spill.named(_encoded(value), ".json")
 
 
@@ -321,6 +326,6 @@ def _encoded(value: object) -> bytes:
 
 
 def load(folder: Location, name: str) -> Any:
-    """Reads the values that `store` wrote under this name."""
+    """Reads the JSON value that `store` wrote to the file of this name."""
     with spill.whole(folder, name):
         return json.loads(folder.join(name).read())

@@ -10,8 +10,8 @@ SPACE, LINE_END = re.compile(r"\s"), re.compile(r"\n")
 
 
 def slices(text: str, ends: re.Pattern[str] = SPACE) -> Iterator[str]:
-    """Yields slices of a text, each with the character at which it was split. A text without such a character is a single
-    slice."""
+    """Yields slices of a text of about SLICE characters. Each slice ends with the character that `ends` matched. A text without
+    such a character is a single slice."""
     at = 0
     while at < len(text):
         end = ends.search(text, at + SLICE) if len(text) - at > SLICE else None

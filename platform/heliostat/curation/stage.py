@@ -85,14 +85,15 @@ Judge = Callable[[str], tuple[str, dict[str, float]]]
 
 
 def text_of(document: Document) -> str:
-    """Returns a document's text; ConfigError if it is still bytes."""
+    """Returns a document's text. Raises ConfigError if the document still has bytes instead of text."""
     if isinstance(document.text, bytes):
         raise ConfigError(f"stages: {document.id} is bytes, not text. Put `extract` or `pdf` before the stages that read text")
     return document.text
 
 
 def by_text(judge: Judge) -> Work:
-    """Builds a stage's function from a judge of texts. The function keeps a document unchanged, or drops it."""
+    """Builds a stage's function from `judge`, which returns the reason to drop a text, or "". The function keeps each document
+    unchanged, or drops it."""
 
     def work(documents: list[Document]) -> list[Outcome]:
         judged = [judge(text_of(document)) for document in documents]
@@ -102,25 +103,26 @@ def by_text(judge: Judge) -> Work:
 
 
 def first_failed(*rules: tuple[bool, str]) -> str:
-    """Returns the reason of the first rule that failed; "" if none did."""
+    """Returns the reason of the first rule that failed; "" if no rule failed."""
     return next((reason for failed, reason in rules if failed), "")
 
 
 @runtime_checkable
 class Decides(Protocol):
-    """Describes a stage that decides on one document without loading models or lists."""
+    """Describes a stage that keeps or drops each document without loading models or lists."""
 
     def decide(self, document: Document) -> Outcome:
-        """Decides on one document."""
+        """Keeps or drops one document; returns the outcome."""
 
 
 class Stage(Strict):
-    """Defines a stage. A subclass's fields are the stage's keys in a pipeline file, and its methods process documents."""
+    """Defines a stage. The fields of a subclass are the stage's keys in a pipeline file, and the methods of a subclass process
+    documents."""
 
     reasons: ClassVar[dict[str, str]] = {}
     """Reasons for which the stage drops documents: reason -> meaning."""
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Measures that decide on a document: measure -> the fields with its thresholds."""
+    """Measures that decide whether a document is kept: measure -> the fields with the measure's thresholds."""
     limits: ClassVar[dict[str, tuple[str, str, str]]] = {}
     """Rules that compare one measure with one field, in order of precedence: reason -> (measure, field, meaning).
 
@@ -133,7 +135,7 @@ class Stage(Strict):
     """Python distributions on which the result depends. If the version of one of these distributions changes, the stage's tasks
     run again."""
     gpu: ClassVar[bool] = False
-    """Whether the stage runs alone, in tasks that each have a GPU if the cluster has any."""
+    """Whether the stage runs in its own tasks, apart from other stages. Each of these tasks has a GPU if the cluster has GPUs."""
     of_images: ClassVar[bool] = False
     """Whether the stage reads images instead of captions."""
     version: ClassVar[int] = 1
@@ -141,15 +143,15 @@ class Stage(Strict):
     heliostat then computes the results again."""
 
     makes: ClassVar[tuple[str, ...]] = ()
-    """Columns that the stage adds to documents, in addition to those in its keys `column`, `bucket_column`, and `original`."""
+    """Columns that the stage adds to documents, in addition to the columns in the stage's keys `column`, `bucket_column`, and
+    `original`."""
     compares: ClassVar[tuple[str, ...]] = ()
-    """Keys that name a column to compare, which documents must have."""
+    """Keys that name a column whose values the stage compares. Documents must have this column."""
 
     paths: ClassVar[tuple[str, ...]] = ()
-    """Keys that name files or folders, such as a model. `shipping` copies them to the nodes of the tasks."""
+    """Keys that name files or folders, such as a model. `shipping` copies these files to the nodes of the tasks."""
     later: ClassVar[frozenset[str]] = frozenset()
-    """Keys that newer versions of heliostat added. A dataset that was made before heliostat had such a key is up to date if the
-    key has its default."""
+    """Keys that newer versions of heliostat added. A dataset from before such a key is up to date if the key has its default."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: object) -> None:
@@ -216,7 +218,7 @@ class Stage(Strict):
             extras.require(*self.needs, what=f"stage {self.named()}")
 
     def failed(self, measures: Mapping[str, float]) -> str:
-        """Returns the reason of the first limit in `limits` that the measures violate; "" if they violate none."""
+        """Returns the reason of the first limit in `limits` that the measures violate; "" if the measures violate no limit."""
         for reason, (measure, name, _) in self.limits.items():
             limit, value = getattr(self, name), measures.get(measure)
             if limit is None or value is None:
@@ -232,25 +234,25 @@ class Stage(Strict):
         counts: dict[str, int] | None = None,
         columns: Mapping[str, object] = MappingProxyType({}),
     ) -> Outcome:
-        """Drops the document if its measures violate the limits. Otherwise keeps it, with the additional columns."""
+        """Drops the document if its measures violate the limits. Otherwise keeps the document, with the additional columns."""
         reason = self.failed(measures)
         if not reason:
             document.columns |= columns
         return Outcome(None if reason else document, reason, measures=measures, counts=counts or {})
 
     def open(self) -> Work:
-        """Loads the stage's models and lists, and returns its function. The function maps a batch of documents to one outcome per
-        document, in order."""
+        """Loads the stage's models and lists, and returns the stage's function. The function maps a batch of documents to one
+        outcome per document, in order."""
         decide = self.loaded()
         return lambda documents: [decide(document) for document in documents]
 
     def loaded(self) -> Callable[[Document], Outcome]:
-        """Loads the stage's models and lists, and returns its function for a single document. `open` returns the function for
-        batches."""
+        """Loads the stage's models and lists, and returns the stage's function for a single document. `open` returns the function
+        for batches."""
         Stage.check(self)  # on this node, because `decide` may take a missing module for bad data
         if not isinstance(self, Decides):
             raise ConfigError(
-                f"stage {self.named()}: {type(self).__name__} doesn't define what to do. Add `decide` (docs/guides/filter.md)"
+                f"stage {self.named()}: {type(self).__name__} doesn't define `decide`. Add this method (docs/guides/filter.md)"
             )
         return self.decide
 
@@ -260,12 +262,12 @@ def _digest(key: str, path: str) -> str:
 
 
 class GlobalStage(Stage):
-    """Defines a stage that compares documents. It runs its own tasks between the tasks of other stages, and has no function for
-    batches."""
+    """Defines a stage that compares documents. Such a stage runs its own tasks between the tasks of other stages, and has no
+    function for batches."""
 
     @abstractmethod
     def compare(self, flow: Flow, curated: Any, number: int, memory_limit: int) -> list[SpilledRun]:
-        """Compares the documents of the runs in `curated`, and returns the runs without the dropped documents.
+        """Compares the documents in `curated`. Returns the temporary files of these documents, without the dropped documents.
 
         `number`: the stage's number. The method adds the dropped documents and the stage's tally to `curated`.
         """

@@ -41,9 +41,9 @@ class StagedPipeline(Pipeline):
     """Stages for documents, or for images with captions, between reading and shards, in this order: `{stage: NAME, KEY: VALUE}`.
     See docs/data/stages.md"""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
-    """Bytes of memory that a task may use in addition to its process at the start. Ray reserves this memory, so a node runs
-    only as many tasks as fit. If a node's memory fits fewer tasks than its CPUs, a log line reports it. Set more memory for a
-    Parquet file with large row groups (docs/benchmarks/curation.md), or for documents above a fortieth of this value."""
+    """Bytes of memory that a task may use, in addition to the memory of its process at the start. Ray reserves this memory, so a
+    node runs only as many tasks as fit. If a node has memory for fewer tasks than CPUs, heliostat logs this. Set more memory for
+    a Parquet file with large row groups (docs/benchmarks/curation.md), or for documents above a fortieth of this value."""
     work: str | None = None
     """Folder or `s3://` prefix for unfinished work, from which an interrupted run resumes. Unset: next to the output, with
     `.work` after its name. See docs/data/work.md"""
@@ -69,12 +69,12 @@ class StagedPipeline(Pipeline):
 
     @property
     def worked(self) -> Work:
-        """Locates the unfinished work."""
+        """Returns the folder of the pipeline's unfinished work."""
         return Work(place(self.work, "work") if self.work else place(self.output, "output").ending(".work"))
 
     def flow(self, work: Work | None = None, cluster: Cluster | None = None) -> Flow:
-        """Makes the flow that runs the tasks and shows their progress. `work`: a work folder that replaces the pipeline's;
-        `cluster`: where the tasks run, by default on Ray."""
+        """Makes the flow that runs the tasks and shows their progress. `work`: a work folder to use instead of the pipeline's
+        work folder. `cluster`: the cluster that runs the tasks, by default Ray's."""
         flow = Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
         flow.cluster = cluster or flow.cluster
         return flow
@@ -96,16 +96,15 @@ class StagedPipeline(Pipeline):
 
     def check_columns(self, known: Iterable[str], key: str) -> None:
         """Raises ConfigError if documents can't have the columns that stages compare. Without the column, all documents would be
-        equal. `known`: columns from reading. `key`: the pipeline key that lists additional columns, "" if there isn't such a
-        key."""
+        equal. `known`: columns from reading. `key`: the pipeline key that lists additional columns, "" if there is none."""
         available = set(known)
         for number, stage in enumerate(self.stages):
             if not type(stage).__module__.startswith("heliostat."):
                 return  # a user's own stage may make any column
             for field in stage.compares:
                 if (name := getattr(stage, field)) and name not in available:
-                    hint, also = nearest(name, sorted(available)), f", or name it under `{key}` too" if key else ""
-                    fix = f"{hint}{'' if hint.endswith('?') else '.'} Correct it{also}"
+                    hint, also = nearest(name, sorted(available)), f", or add the column to `{key}`" if key else ""
+                    fix = f"{hint}{'' if hint.endswith('?') else '.'} Correct the name{also}"
                     problem = f"{name!r} isn't a column of the documents"
                     raise ConfigError(f"stages.{number}: {stage.named()}: {field}: {problem}{fix}")
             available |= stage.made()
@@ -122,7 +121,9 @@ class StagedPipeline(Pipeline):
 
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         """Chooses a sample for a dry run."""
-        raise ConfigError(f"--sample: {type(self).__name__} doesn't support dry runs; text and image pipelines do")
+        raise ConfigError(
+            f"--sample: {type(self).__name__} doesn't support dry runs. Remove --sample, or use a text or image pipeline"
+        )
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         making = self.making(self.flow(), output)
@@ -138,11 +139,12 @@ class StagedPipeline(Pipeline):
         return making.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def uncovered(self) -> dict[str, dict[str, Any]]:
-        """Returns, if the dataset has stages, the files that the dataset's digest doesn't cover, by their names."""
+        """Returns the files that the dataset's digest doesn't cover: name -> content. Returns an empty mapping if the dataset has
+        no stages."""
         return {reasons.SECONDS: self._seconds} if self._seconds else {}
 
     def finish(self, dataset: Manifest) -> None:
-        """Writes the files that the dataset's digest doesn't cover, and removes the work."""
+        """Writes the files that the dataset's digest doesn't cover. Removes the unfinished work, unless `keep_work` is set."""
         for name, facts in self.uncovered().items() if self.stages else ():
             dataset.location.join(kept_path(dataset.digest, name)).write(json.dumps(facts).encode())
         if self.keep_work:

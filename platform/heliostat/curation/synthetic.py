@@ -1,4 +1,5 @@
-"""Reads the lineage of synthetic data. If an input is the answers of a batch inference, it finds the model that wrote them."""
+"""Reads the lineage of synthetic data. If an input is the output of `heliostat model infer`, finds the model that generated this
+input."""
 
 from __future__ import annotations
 
@@ -43,10 +44,10 @@ TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="Run
 
 
 def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
-    """Returns the model, the settings, and the inputs of these files, from `inference.json`. None if the files aren't answers of
-    a batch inference.
+    """Returns the model, the settings, and the inputs that generated these files, from `inference.json`. Returns None if the
+    files aren't the output of `heliostat model infer`.
 
-    If the record can't be read or doesn't list the files, logs a warning, and the files have no lineage.
+    If `inference.json` can't be read or doesn't list the files, logs a warning, and the files have no lineage.
     """
     folder = root if root.name == FOLDER else _above(root)
     if folder.name != FOLDER:
@@ -61,7 +62,11 @@ def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
         return None
     listed = {PurePosixPath(one["file"]).name for one in facts["answers_in"]}
     if others := {PurePosixPath(file.path or root.name).name for file in files} - listed:
-        log.warning("the dataset doesn't record which model wrote it, because %s doesn't list %s", record, min(others))
+        log.warning(
+            "the dataset doesn't record which model wrote it, because %s doesn't list %s. Remove other files from the input",
+            record,
+            min(others),
+        )
         return None
     return {name: value for name, value in facts.items() if name in InferenceFacts.__annotations__ and name != "answers_in"}
 

@@ -30,7 +30,7 @@ def label(number: int, stage: Stage) -> str:
 
 
 def entry(tally: Tally, name: str) -> dict[str, Any]:
-    """Returns a stage's part of the tally. Creates this part if it doesn't exist."""
+    """Returns the counts of a stage in the tally. If the tally has none, adds counts of zero."""
     empty = {"documents": 0, "bytes": 0, "kept": 0, "kept_bytes": 0, "seconds": 0.0, "dropped": {}, "counts": {},
              "histograms": {}, "examples": {}}  # fmt: skip
     return tally.setdefault(name, empty)
@@ -57,7 +57,7 @@ def count(tally: Tally, name: str, stage: Stage, before: Document, outcome: Outc
 
 
 def narrow(stage: Stage, measures: dict[str, float]) -> list[str]:
-    """Lists the measures that are within a tenth of one of their thresholds."""
+    """Lists the measures whose value is within a tenth of one of the measure's thresholds."""
     candidates = []
     for measure, fields in stage.thresholds.items():
         limits = [v for v in (getattr(stage, f, None) for f in fields) if isinstance(v, int | float) and not isinstance(v, bool)]
@@ -74,7 +74,7 @@ def rounded(value: float) -> float:
 
 
 def example(examples: dict[str, list[Any]], rule: str, document: Document, detail: str, measures: dict[str, float]) -> None:
-    """Records a document as an example of a rule, if its hash is one of the lowest."""
+    """Records a document as an example of a rule, if the document's hash is one of the EXAMPLES lowest hashes for this rule."""
     kept_examples, place = examples.setdefault(rule, []), xxhash.xxh64_intdigest(f"{rule}\0{document.id}".encode())
     if len(kept_examples) < EXAMPLES or place < kept_examples[-1][0]:
         text = document.text if isinstance(document.text, str) else document.text[: 4 * EXCERPT].decode("utf-8", "replace")
@@ -85,7 +85,7 @@ def example(examples: dict[str, list[Any]], rule: str, document: Document, detai
 
 
 def merge(tallies: Iterable[Tally]) -> Tally:
-    """Sums tallies. Only the sum and one tally are in memory at a time."""
+    """Returns the sum of tallies. Only the sum and one tally are in memory at a time."""
     total: Tally = {}
     for tally in tallies:
         add(total, tally)
@@ -93,7 +93,7 @@ def merge(tallies: Iterable[Tally]) -> Tally:
 
 
 def add(total: Tally, tally: Tally) -> None:
-    """Adds `tally` to `total`."""
+    """Adds the counts of `tally` to `total`, in place."""
     for name, part in tally.items():
         _add(entry(total, name), part)
 

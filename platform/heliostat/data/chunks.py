@@ -4,8 +4,8 @@ All samples of a damaged or replaced row group are bad. heliostat detects the da
 checksums, the Parquet structure, or the number of tokens. A token outside the vocabulary makes only its own sample bad. Every
 read gives the same bad samples, and `Dataset.load` replaces them.
 
-If a shard is missing, or the store fails for longer than the retry budget, this is an error instead. The shard may be readable
-later. If its samples were replaced, the run would depend on chance.
+If a shard is missing, or the store fails for longer than the retry budget, reading raises an error. heliostat doesn't replace
+these samples, because the shard may be readable later, and the run's samples must not depend on chance.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _tokens(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _by_chunk(samples: SamplePlaces) -> list[np.ndarray]:
-    """Groups the samples by row group: for each, an array of their indices."""
+    """Groups the samples by row group. Returns an array of sample indices for each row group."""
     order = np.lexsort((samples.chunk, samples.source))
     source, chunk = samples.source[order], samples.chunk[order]
     edges = np.flatnonzero((source[1:] != source[:-1]) | (chunk[1:] != chunk[:-1])) + 1
@@ -131,7 +131,8 @@ def _by_chunk(samples: SamplePlaces) -> list[np.ndarray]:
 
 
 def _arrange(parts: list[pa.Table | None], members: list[np.ndarray]) -> pa.Table:
-    """Puts the rows of each part at the indices of its members, and nulls where a part is missing."""
+    """Joins tables to one table, in the order of the samples. `members`: the indices of each table's rows in the result. Rows
+    of a missing table are null."""
     good = [(mine, part) for mine, part in zip(members, parts, strict=True) if part is not None]
     if not good:
         return pa.table({})

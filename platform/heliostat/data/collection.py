@@ -3,9 +3,9 @@
 `prepare` writes a collection. Each part is a complete dataset in its own folder, with its own manifest. The collection's
 manifest lists the row groups of all parts, so its digest identifies the whole collection.
 
-A job contains the collection's path. `expand` replaces the collection with its parts, and divides its weight among them. So an
-epoch of the collection is an epoch of every part. All samples of a virtual rank in a step then come from one part
-(`Shape.unit`). The order stays exact, and independent of the number of workers.
+A job contains the collection's path. `expand` replaces the collection with its parts, and divides the collection's weight among
+the parts. So an epoch of the collection is an epoch of every part. All samples of a virtual rank in a step then come from one
+part (`Shape.unit`). The order stays exact, and independent of the number of workers.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def expand(job: Job, recorded: DataPlan | None = None) -> Job:
                 raise ConfigError(
                     f"data.sources: {source.path}: part {name} has digest {now[:12]}, but the collection lists "
                     f"{digest[:12]}. A `heliostat data prepare` of the collection is running, or was interrupted. "
-                    "Run the prepare again"
+                    "Run `heliostat data prepare` again"
                 )
         total = sum(meta["parts"].values())
         expanded.append((source, [(place.join(name).uri, rows / total) for name, rows in sorted(meta["parts"].items())]))
@@ -101,5 +101,6 @@ def expand(job: Job, recorded: DataPlan | None = None) -> Job:
 
 
 def _round(weight: float) -> float:
-    """Rounds a weight to four digits. Mixing is exact, so more digits would make its period too long."""
+    """Rounds a weight to four digits. With more digits, the sequence in which sources are mixed would repeat only after too
+    many samples."""
     return max(round(weight, 4), 0.0001) if weight else 0.0

@@ -18,7 +18,7 @@ Content: TypeAlias = np.ndarray | pa.Table
 
 
 def part(content: Content, rows: slice) -> Content:
-    """Returns consecutive samples, without a copy."""
+    """Returns the samples of the slice `rows`, without copying the data."""
     return content[rows] if isinstance(content, np.ndarray) else content.slice(rows.start, rows.stop - rows.start)
 
 

@@ -1,6 +1,6 @@
 """Counts the samples of each row group that a run has trained on, and finds the steps that used them.
 
-Only data plans are needed.
+The functions need only data plans and manifests, not the shards.
 
 The counts are exact. The complete windows before a step contain a prefix of every source's stream, so whole row groups of each
 epoch are counted at once. Only the samples of the last window are located one by one.
@@ -41,7 +41,7 @@ def cut(plans: list[DataPlan], steps: int) -> list[Segment]:
 def segment_counts(segment: Segment, manifests: list[Manifest]) -> list[np.ndarray]:
     """Counts the samples of each row group that a segment's steps used: int64 [chunks] for each source.
 
-    A bad sample counts, not its replacement. Samples that the plan skips don't count.
+    A bad sample counts; the sample that replaced it doesn't. Samples that the plan skips don't count.
     """
     skipping = make_order(segment.plan, manifests)
     order = make_order(dataclasses.replace(segment.plan, skips=()), manifests)
@@ -88,7 +88,8 @@ def counts(order: Order, step: int) -> list[np.ndarray]:
 
 
 def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
-    """Adds up the counts of the row groups of each shard. The shards are in manifest order, without those whose count is 0."""
+    """Returns the count of each shard: the sum over the shard's row groups. The shards are in manifest order, without shards
+    whose count is 0."""
     out: dict[str, int] = {}
     for path, count in zip(manifest.paths, chunk_counts.tolist(), strict=True):
         if count:
@@ -97,7 +98,8 @@ def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
 
 
 def ranges(manifest: Manifest, seen: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """Yields the shards in `seen` as ranges (first, last) of shards that are consecutive in the manifest."""
+    """Groups the shards in `seen` into ranges that are consecutive in the manifest. Yields the first and the last shard's path
+    of each range."""
     run: list[str] = []
     for path in dict.fromkeys(manifest.paths):
         if path in seen:
@@ -148,7 +150,8 @@ def visits(segment: Segment, source: int, chunk: int, rows: range) -> list[Visit
 
 
 def _windows(order: Order, source: int, first: int, stop: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yields the windows in [begin, end), as positions, that contain samples [first, stop) of a source's stream."""
+    """Yields (begin, end) of each window between the positions `begin` and `end` that contains samples [first, stop) of the
+    source's stream."""
     while first < stop and int(order.before(end)[source]) > first:
         low, high = begin, end - 1
         while low < high:  # finds the first position after which the sequence contains more than `first` samples of the source

@@ -70,7 +70,8 @@ class DataPlan:
 
     @staticmethod
     def parse(raw: object, where: object = "the data plan") -> DataPlan:
-        """Builds the plan from the output of `dump`. Raises DataError, which begins with `where`, if `raw` isn't a valid plan."""
+        """Builds the plan from the output of `dump`. Raises DataError if `raw` isn't a valid plan. The error's text begins with
+        `where`."""
         if isinstance(raw, dict):
             raw = {"version": 1, **raw}  # plans of the oldest runs have no version
             version, others = raw["version"], sorted(raw.keys() - {f.name for f in dataclasses.fields(DataPlan)})
@@ -79,7 +80,10 @@ class DataPlan:
                     f"{where}: version {version} isn't supported; this heliostat reads 1 to {NEWEST}. Use a newer heliostat"
                 )
             if others:
-                raise DataError(f"{where}: written by another version of heliostat (unknown key {printable(others[0])[:100]!r})")
+                raise DataError(
+                    f"{where}: written by another version of heliostat (unknown key {printable(others[0])[:100]!r}). "
+                    "Use that version"
+                )
         return PLAN.build(raw, where)
 
     @staticmethod
@@ -100,7 +104,7 @@ class DataPlan:
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:32]
 
     def differences(self, other: DataPlan) -> list[str]:
-        """Lists the changes from this plan to `other`, one line each, in terms of the job file."""
+        """Lists the changes from this plan to `other`, one line each, with the names of the job's keys."""
         names = {"version": "the version of the data plan", "digests": "the datasets' content",
                  "mix": "data.sources weights and data.mix_schedule, as [step, weights]",
                  "max_epochs": "data.sources max_epochs", "sequence_length": "data.sequence_length", "seed": "data.seed",
@@ -168,7 +172,9 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
             f"rank, which come from one source. Use {shape.per_lane}, or change data.virtual_ranks"
         )
     if recorded is not None and not job.worker_counts(lanes):  # for a new run, the job's own rules say it
-        raise ConfigError(f"workers.count: {job.workers.count} doesn't divide the run's {lanes} virtual ranks")
+        raise ConfigError(
+            f"workers.count: {job.workers.count} doesn't divide the run's {lanes} virtual ranks. Use a divisor of this number"
+        )
     start = first_step if first_step is not None else recorded.first_step if recorded else 0
     changes = [(0, [s.weight for s in job.data.sources]), *((c.step, c.weights) for c in job.data.mix_schedule)]
     now = [weights for step, weights in changes if step <= start][-1]
@@ -189,7 +195,7 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
 def sample_bytes(sequence_length: int | None, manifests: list[Manifest]) -> int:
     """Computes the mean number of bytes of a sample.
 
-    For rows, these are the stored bytes; for tokens, the bytes of the int32 values.
+    For row datasets, counts the stored bytes. For token datasets, counts 4 bytes per token.
     """
     stored = sum(int(m.chunks["bytes"].to_numpy().sum()) for m in manifests)
     return 4 * sequence_length if sequence_length else max(1, stored // max(1, sum(m.rows for m in manifests)))
@@ -245,16 +251,16 @@ class Dataset:
     def load(self, positions: np.ndarray, replace: bool = True) -> Loaded:
         """Loads the samples at positions of the global sequence, and replaces bad ones.
 
-        The replacement is the next good sample of the same source in the window; the search continues with the window's first
-        sample after its last one. If the source has no good sample there, the next good sample of any source is used. So the
-        choice depends only on the window's content. It doesn't depend on the process that reads, or on the step at which a run
-        resumes. Raises DataError for a bad sample if `replace` is false, or if its window has no good sample.
+        The replacement is the next good sample of the same source in the window; after the window's last sample, the search
+        continues with the first one. If the source has no good sample in the window, the next good sample of any source is
+        used. So the choice depends only on the window's content. It doesn't depend on the process that reads, or on the step at
+        which a run resumes. Raises DataError for a bad sample if `replace` is false, or if its window has no good sample.
         """
         samples = self.order.locate(positions)
         gathered = self.gather(samples)
         if gathered.faults and not replace:
             raise DataError(
-                f"{next(iter(gathered.faults.values()))}. With data.on_bad_sample 'replace', heliostat trains on another sample"
+                f"{next(iter(gathered.faults.values()))}. To train on another sample instead, set data.on_bad_sample to 'replace'"
             )
         bad: list[Bad] = []
         parts = [gathered.content] if len(gathered.content) else []  # the replacements follow, one by one
@@ -286,7 +292,7 @@ def _replacement(at: int, window: SamplePlaces, read: Gathered, reason: str) -> 
     for j in (*same, *turn):
         if int(j) not in read.faults:
             return int(j)
-    raise DataError(f"{reason}; all samples of its shuffle window are bad")
+    raise DataError(f"{reason}; all samples of the shuffle window are bad. Restore the shards, or prepare the dataset again")
 
 
 @lru_cache(maxsize=2)

@@ -28,7 +28,7 @@ def named(name: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Turns ranges on within the context."""
+    """Turns on the ranges of `named` within the context."""
     global _profiles
     _profiles += 1
     try:

@@ -66,7 +66,7 @@ def _uploaded(
 
 @functools.cache
 def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
-    """Returns the device's stream for a purpose; each call returns the same one."""
+    """Returns the device's CUDA stream for a purpose, such as `save`. Calls with the same purpose return the same stream."""
     return torch.cuda.Stream(device)
 
 
@@ -79,16 +79,16 @@ class Arrival:
         self._moment = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def awaited(self) -> None:
-        """Makes work that is queued next wait for the mark. The calling thread doesn't wait."""
+        """Makes work that is queued after this call wait for the mark. The calling thread doesn't wait."""
         if self._moment is not None:
             torch.cuda.current_stream(self._device).wait_event(self._moment)
 
 
 class LateRead:
-    """Copies a tensor's current values to the host. The copy is only queued; `values` waits for it."""
+    """Copies a tensor's current values to the host. The constructor only queues the copy; `values` waits for the copy."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        """Queues the copy."""
+        """Queues the copy of the tensor to host memory."""
         tensor, self._arrived = tensor.detach(), None
         if tensor.is_cuda:
             self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -107,7 +107,7 @@ class HostTensors(saved_tensors_hooks):
     """Keeps tensors that autograd saves within the context in host memory. Copies each tensor back to the device before its use.
 
     Copies run on separate streams. The backward pass uses tensors in the reverse of the order in which they were saved. So when
-    the backward pass takes a tensor, the tensor saved just before this one begins to be copied back.
+    the backward pass uses a tensor, this class starts to copy back the tensor that was saved just before.
     """
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class HostTensors(saved_tensors_hooks):
 class _Saved:
     """Holds a tensor in host memory.
 
-    `before`: the tensor that autograd saved before this one, while it is needed; `restored`: whether this tensor was already
+    `before`: a weak reference to the tensor that autograd saved before this one; `restored`: whether this tensor was already
     copied back to the device. Most tensors are needed once, and so are copied back once.
     """
 
@@ -158,7 +158,7 @@ class _Saved:
             self._fetched = self._host.to(self.device, non_blocking=True), fetching.record_event()
 
     def restore(self) -> torch.Tensor:
-        """Returns the tensor on its device. Work that is queued there next waits for the copy."""
+        """Returns the tensor on its device. Work that is queued on the device after this call waits for the copy."""
         self.fetch()
         self.restored = True
         if self._fetched is None:
@@ -188,7 +188,8 @@ class CopyStream:
 
     @contextmanager
     def queue(self) -> Iterator[None]:
-        """Queues the copies that are made within the context. They copy the state at the last `mark`. `wait` waits for them."""
+        """Queues the copies that are made within the context on a separate stream. These copies have the state at the last
+        `mark`. `wait` waits for these copies."""
         if self._stream is None or self._ready is None:
             yield
             return
@@ -198,7 +199,8 @@ class CopyStream:
             self._done = self._stream.record_event()
 
     def hold_back(self) -> None:
-        """Makes GPU work that is queued next wait until the queued copies are done. The calling thread doesn't wait."""
+        """Makes GPU work that is queued after this call wait until the queued copies are done. The calling thread doesn't
+        wait."""
         if self._stream is not None and self._done is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._done)
 

@@ -16,8 +16,8 @@ from heliostat.data.manifest import Manifest
 class Piece:
     """Describes the part of a document that one row group contains.
 
-    `chunk`: index of the row group in the manifest; `row_group`: its index in the shard; `first`: index of the document's first
-    token in the row group; `tokens`: number of its tokens.
+    `chunk`: index of the row group in the manifest; `row_group`: index of the row group in the shard; `first`: index of the
+    document's first token in the row group; `tokens`: number of the document's tokens in the row group.
     """
 
     chunk: int

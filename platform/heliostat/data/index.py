@@ -1,6 +1,6 @@
 """Indexes the shards that were added to a dataset's folder, as a new version of its manifest: `heliostat data index DATASET`.
 
-- It reads only the footers of the new shards, several in parallel, and no data.
+- heliostat reads only the footers of the new shards, several in parallel, and no data.
 - The shards in the manifest must exist with their recorded sizes.
 - The previous version stays readable by its digest. So runs that began with the previous version keep their sample order.
 - It doesn't matter whether shards are indexed together or one after another: the digest is the same. Without new shards, nothing
@@ -54,7 +54,8 @@ class IndexReport:
 def index(location: Location) -> IndexReport:
     """Indexes the new shards of a dataset.
 
-    Raises DataError if a listed shard is missing or has another size, or if a new one doesn't fit the dataset.
+    Raises DataError if a listed shard is missing or has another size, or if a new shard's columns or tokens don't fit the
+    dataset.
     """
     start = time.monotonic()
     before = manifest.read(location)
@@ -79,7 +80,7 @@ def index(location: Location) -> IndexReport:
 
 
 def _of_replaced(location: Location) -> set[str]:
-    """Lists the shards of replaced versions, which stay in the folder for the runs that read them."""
+    """Lists the shards of replaced versions. These shards stay in the folder for the runs that still read them."""
     names = versions.read_record(location).get("replaced", {})
     kept = [name for name, _ in location.join(manifest.VERSIONS).files() if name in names] if names else []
     return {path for name in kept for path in manifest.read_version(location, name).chunks["path"].to_pylist()}
@@ -90,8 +91,8 @@ def _check_listed(location: Location, listed: dict[str, int], sizes: dict[str, i
         if sizes.get(path) != expected:
             actual = f"{sizes[path]:,} bytes" if path in sizes else "missing"
             raise DataError(
-                f"{location.join(path)}: expected {expected:,} bytes, found {actual}. Restore the file, and give "
-                "new data new names"
+                f"{location.join(path)}: expected {expected:,} bytes, found {actual}. Restore the file, and write "
+                "new data to a file with a new name"
             )
 
 

@@ -1,4 +1,4 @@
-"""Defines the format of texts that train a model to fill in a middle, and of the prompts that ask for one.
+"""Defines the format of texts that train a model to fill in a middle, and of the prompts for this task.
 
     PREFIX prefix SUFFIX suffix MIDDLE middle       (prefix, suffix, middle: PSM)
     PREFIX SUFFIX suffix MIDDLE prefix middle       (suffix, prefix, middle: SPM)
@@ -49,7 +49,8 @@ class Markers:
         return Markers(*meta[FACT]["markers"]) if FACT in meta else None
 
     def prompt(self, prefix: Sequence[int], suffix: Sequence[int], suffix_first: bool) -> list[int]:
-        """Puts the tokens of a prefix and a suffix into the order after which a model writes the middle."""
+        """Builds the prompt for a middle: the tokens of a prefix and a suffix, in the order that the model was trained on, with
+        markers."""
         if suffix_first:
             return [self.prefix, self.suffix, *suffix, self.middle, *prefix]
         return [self.prefix, *prefix, self.suffix, *suffix, self.middle]
@@ -106,7 +107,8 @@ def text(tokenizer: Tokenizer, tokens: np.ndarray, end: int | None, markers: Mar
 
 
 def names(tokenizer: Tokenizer) -> tuple[str, str, str] | None:
-    """Returns the marker names of the known model whose markers the tokenizer has; None if the tokenizer has no such markers."""
+    """Returns the names of the tokenizer's three markers, if a known model uses these markers; None if the tokenizer has no
+    known markers."""
     return next((known for known in KNOWN if all(tokenizer.token_to_id(name) is not None for name in known)), None)
 
 
@@ -114,7 +116,9 @@ def find(tokenizer: Tokenizer, named: Sequence[str]) -> Markers:
     """Returns the markers with these names. Raises ConfigError if the tokenizer lacks a marker."""
     ids = [token for name in named if (token := tokenizer.token_to_id(name)) is not None]
     if len(ids) != 3:
-        raise ConfigError(f"{FACT}: {list(named)} aren't three tokens of the tokenizer")
+        raise ConfigError(
+            f"{FACT}: {list(named)} aren't three tokens of the tokenizer. Use the names of three tokens in tokenizer.json"
+        )
     return Markers(*ids)
 
 
@@ -122,7 +126,7 @@ def encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
     """Encodes the pieces of a text. If you join the pieces' tokens and decode them, you get the text.
 
     Some tokenizers put a space before each text, but these pieces don't get such a space. Raises ConfigError if the tokenizer
-    can't avoid it.
+    can't leave out this space.
     """
     before, alone, behind = (tokenizer.encode(text, add_special_tokens=False).ids for text in (ANCHOR, PROBE, ANCHOR + PROBE))
     anchor = "" if behind == before + alone else ANCHOR

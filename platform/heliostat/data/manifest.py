@@ -63,7 +63,7 @@ COUNTED = ("row_group", "rows", "tokens", "bytes", "file_bytes")
 
 @open_
 class Curation(TypedDict):
-    """Describes the record of each document's outcome. `funnel`: its path; `ends`: each file's first key (hex) and path."""
+    """Lists the record files of curation. `funnel`: path of the counts per stage; `ends`: (first key in hex, path) per file."""
 
     funnel: NotRequired[str]
     ends: NotRequired[list[Annotated[list[str], Field(min_length=2, max_length=2)]]]
@@ -71,7 +71,7 @@ class Curation(TypedDict):
 
 @open_
 class Meta(TypedDict):
-    """Describes the metadata that the engine itself reads from a manifest. Pipelines add more."""
+    """Describes the metadata that the engine itself reads from a manifest. Pipelines add more keys."""
 
     kind: Annotated[str, Field(min_length=1)]
     digest: str
@@ -102,7 +102,7 @@ class Manifest:
     def fact(self, name: str) -> Any:
         """Returns a value from the metadata that the caller needs. Raises DataError if the value is missing."""
         if self.meta.get(name) is None:
-            raise DataError(f"{self.location}: its manifest lacks {name!r}. Prepare the dataset again")
+            raise DataError(f"{self.location}: the manifest lacks {name!r}. Prepare the dataset again")
         return self.meta[name]
 
     @property
@@ -117,7 +117,7 @@ class Manifest:
         """Counts the samples of each row group, int64 [chunks]: rows, or complete sequences of `sequence_length` tokens."""
         if self.kind == "rows":
             return self.chunks["rows"].to_numpy()
-        assert sequence_length, "a token dataset is cut into sequences of a given length"
+        assert sequence_length, "samples of a token dataset need a sequence_length"
         return self.chunks["tokens"].to_numpy() // sequence_length
 
     def file(self, name: str) -> Location:
@@ -134,7 +134,7 @@ class Manifest:
 
     @property
     def places(self) -> np.ndarray:
-        """Returns the place of each row group, which decides whether it is held out: int64 [chunks], in 1/PLACES; -1: unknown."""
+        """Returns the place of each row group, which decides the held-out split: int64 [chunks], in 1/PLACES; -1: unknown."""
         return self.chunks["place"].to_numpy()
 
     @property
@@ -171,10 +171,10 @@ def place(hash: str) -> int:
 
 
 def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Any]]:
-    """Reads the manifest rows of one shard from its footer. It reads no data page.
+    """Reads the manifest rows of one shard from the shard's footer. Reads no data pages.
 
-    Raises DataError if the shard is missing or isn't Parquet. With `token_column`, DataError also if the footer shows that this
-    column doesn't hold lists of token ids below `vocab_size`.
+    Raises DataError if the shard is missing or isn't Parquet. With `token_column`, raises DataError, too, if the footer shows
+    that this column doesn't hold lists of token ids below `vocab_size`.
     """
     place = location.join(path)
 
@@ -187,9 +187,9 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
         parquet = footer.parquet
         names = [parquet.schema.column(i).path.split(".")[0] for i in range(parquet.num_columns)]
     except FileNotFoundError as e:
-        raise DataError(f"{place}: the shard is missing") from e
+        raise DataError(f"{place}: the shard is missing. Restore it, or prepare the dataset again") from e
     except (pa.ArrowException, OSError, ValueError) as e:
-        raise DataError(f"{place}: isn't a readable Parquet file ({brief(e)})") from e
+        raise DataError(f"{place}: isn't a readable Parquet file ({brief(e)}). Restore or remove the file") from e
     if token_column:
         _check_tokens(place, parquet, [i for i, name in enumerate(names) if name == token_column], token_column, vocab_size)
     places = _places(parquet)
@@ -226,10 +226,10 @@ def _places(parquet: pq.FileMetaData) -> list[int]:
 def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int], name: str, vocab_size: int | None) -> None:
     """Raises DataError unless the column holds lists of integers and, by its statistics, no empty list or unknown token."""
     if not columns:
-        raise DataError(f"{place}: has no column {name!r}")
+        raise DataError(f"{place}: has no column {name!r}. Write the shard with the columns of the dataset's other shards")
     leaf = parquet.schema.column(columns[0])
     if len(columns) > 1 or leaf.max_repetition_level != 1 or leaf.physical_type not in ("INT32", "INT64"):
-        raise DataError(f"{place}: column {name!r} isn't a list of integers")
+        raise DataError(f"{place}: column {name!r} isn't a list of integers. Write the column as a list of token ids")
     for group in range(parquet.num_row_groups):
         bounds = parquet.row_group(group).column(columns[0]).statistics
         if bounds is None:
@@ -258,14 +258,14 @@ def write_table(location: Location, chunks: pa.Table, meta: Mapping[str, object]
 
 
 def keep(version: Manifest) -> None:
-    """Stores this version in `manifests/` if it is missing there: older datasets have only `manifest.parquet`."""
+    """Stores this version in `manifests/` if it isn't there yet. Older datasets have only `manifest.parquet`."""
     place = version.location.join(VERSIONS, version_name(version.digest))
     if not place.exists():
         place.write(_encode(version))
 
 
 def _complete(chunks: pa.Table) -> pa.Table:
-    """Completes the table to all columns of SCHEMA, in its order, with the values in `LATER` for missing ones."""
+    """Returns the table with all columns of SCHEMA, in the order of SCHEMA. Missing columns get their values from `LATER`."""
     columns = {column.name: chunks[column.name] for column in SCHEMA if column.name not in LATER}
     for name, unknown in LATER.items():
         value = pa.scalar(unknown, SCHEMA.field(name).type)
@@ -274,7 +274,7 @@ def _complete(chunks: pa.Table) -> pa.Table:
 
 
 def _compact(chunks: pa.Table) -> pa.Table:
-    """Encodes paths and footers as dictionaries, so that all row groups of a file share one copy."""
+    """Returns the table with paths and footers in dictionary encoding: the row groups of a file share one copy."""
     for name in ("path", "footer"):
         column = chunks[name] if pa.types.is_dictionary(chunks[name].type) else chunks[name].dictionary_encode()
         chunks = chunks.set_column(chunks.schema.get_field_index(name), name, column.unify_dictionaries())
@@ -317,7 +317,7 @@ def read(location: Location, digest: str | None = None) -> Manifest:
     try:
         manifest = _read(location, VERSIONS, version_name(digest))
     except FileNotFoundError as e:
-        raise DataError(f"{changed}, and heliostat didn't keep the earlier version") from e
+        raise DataError(f"{changed}, and heliostat didn't keep the earlier version. Train under a new name") from e
     if manifest.digest != digest:
         raise DataError(f"{changed}, and {VERSIONS}/{version_name(digest)} has digest {manifest.digest}, not {digest}")
     return manifest
@@ -363,7 +363,7 @@ def _read(location: Location, *parts: str) -> Manifest:
             raise ValueError("columns of other types, or values are missing")
         computed, outside = digest(chunks, meta), _outside(chunks, meta)
     except (pa.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise DataError(f"{place}: isn't a heliostat manifest, or is damaged") from e
+        raise DataError(f"{place}: isn't a heliostat manifest, or is damaged. Prepare the dataset again") from e
     if computed != meta.get("digest"):
         raise DataError(f"{place}: doesn't match its own digest. Prepare the dataset again")
     if outside is not None:
@@ -392,7 +392,7 @@ def _unsound(chunks: pa.Table, meta: object) -> str:
     for name in COUNTED:
         least, most = pc.min_max(chunks[name]).values()
         if chunks.num_rows and not 0 <= least.as_py() <= most.as_py() < LARGEST:
-            return f"{name}: from {least} to {most}"
+            return f"{name}: values from {least} to {most}"
     footers = pc.unique(chunks["footer"]).cast(pa.string())
     wrong = pc.invert(pc.match_substring_regex(footers, "^[0-9a-f]{16,128}$"))
     if pc.any(wrong).as_py():

@@ -28,7 +28,8 @@ WAIT_S = 600  # seconds to wait for another process that makes the same table
 
 
 def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
-    """Returns the table that `build` makes. One process of the machine builds it, and the others open its file.
+    """Returns the table that `build` makes. One process of the machine builds the table, and the other processes open the
+    table's file.
 
     `key`: a value that JSON can represent, with everything that the table depends on.
     """
@@ -43,7 +44,7 @@ def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
             _write(file, built)
             return _open(file) or built
     except (OSError, pa.ArrowException) as e:
-        log.warning("%s: can't share a table there (%s), so this process keeps its own copy", file.parent, e)
+        log.warning("%s: can't share a table in this folder (%s), so this process keeps its own copy", file.parent, e)
         return build()
 
 

@@ -37,7 +37,8 @@ Size = Annotated[int, Field(gt=0, le=LARGEST)]
 @closed
 @dataclass(frozen=True)
 class Shape:
-    """Describes how the global sequence is cut. The run records it, because the order depends on it."""
+    """Describes how the global sequence is cut into windows and blocks. The run records the shape, because the sample order
+    depends on it."""
 
     batch: Size  # G: global batch size
     lanes: Size  # C: virtual ranks
@@ -128,7 +129,8 @@ class Mixture:
         return source, item
 
     def owed(self, position: int) -> list[int]:
-        """Computes the units owed to each source at the start of a unit, times OWED: its share minus the units taken."""
+        """Computes, for each source, the units owed at the start of a unit, times OWED: the source's share minus the units
+        already taken."""
         units = position // self.unit
         taken = (self.counts(position) // self.unit).tolist()
         due = [(c * units * OWED + self.period // 2) // self.period for c in self.parts]
@@ -172,7 +174,8 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Section:
-    """Describes consecutive steps with one mixture and one cut. A change of weights or a used-up source starts a new section."""
+    """Describes consecutive steps with the same source weights and the same blocks. A change of weights or a used-up source
+    starts a new section."""
 
     first_step: int
     steps: int | None  # a multiple of `steps_per_block`; None: without end
@@ -195,7 +198,7 @@ class Section:
 def sections(
     mix: list[tuple[int, list[float]]], caps: list[int | None], shape: Shape, carry: bool = True
 ) -> tuple[list[Section], int | None]:
-    """Cuts the run into sections, and finds the step at which its data runs out (None: never).
+    """Cuts the run into sections, and finds the step at which the run's data runs out (None: never).
 
     `mix`: (step, weights from this step on), ascending; `caps`: maximum number of samples per source. A source is left out from
     the first step that would exceed its cap, and the others share its weight. If a section's steps aren't a multiple of the
@@ -236,7 +239,7 @@ def sections(
                     "and can't continue. Train under another name, so that the run gets a new data plan"
                 )
             left = [0.0 if stop else w for w, stop in zip(left, over, strict=True)]
-    raise AssertionError("the last section is endless, or runs out of data")
+    raise AssertionError("the last section of the data order must be endless, or end when a source runs out of data")
 
 
 def _affordable(mixture: Mixture, left: np.ndarray, batch: int, most: int | None) -> int | None:

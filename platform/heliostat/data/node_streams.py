@@ -1,10 +1,10 @@
-"""Runs the streams of one attempt.
+"""Runs the Ray Data streams that supply the workers of one attempt.
 
 A small run has one stream. A run with many ranks has one stream per node, or per group of nodes.
 
-The executor of a Ray Dataset is one thread, which takes 10 to 20 ms per block of 8 MB. So a run with one stream gets only 0.4 to
-0.8 GB/s on any number of nodes. Consecutive blocks belong to consecutive ranks. So a stream reads complete windows if it serves
-at least as many ranks as a window has blocks. No other stream then reads these windows, except at the ends of a stream's ranks,
+The executor of a Ray Dataset is one thread, which takes 10 to 20 ms per block of 8 MB. So one stream delivers only 0.4 to 0.8
+GB/s, even on many nodes. Consecutive blocks belong to consecutive ranks. So a stream reads complete windows if it serves at
+least as many ranks as a window has blocks. No other stream then reads these windows, except at the ends of a stream's ranks,
 where a window can be shared. The samples, their order, and their digests don't depend on the number of streams.
 """
 
@@ -42,7 +42,7 @@ class StreamLimits:
     labels: dict[str, str]
 
     def split(self, task: Fetch, ranks: int) -> list[DataIterator]:
-        """Starts a stream for `ranks` ranks, and returns each rank's part."""
+        """Starts a Ray Data stream for `ranks` ranks, and returns an iterator over the blocks of each rank."""
         return stream.split(stream.dataset(task, max(2, ranks), self.memory, self.sample_bytes, self.labels), ranks)
 
 
@@ -54,12 +54,11 @@ class StreamKeeper:
 
 
 class NodeStreams:
-    """Owns the streams of an attempt. `end` ends them."""
+    """Owns the streams that supply an attempt's workers with data. `end` ends the streams."""
 
     def __init__(self, task: Fetch, ranks: int, limits: StreamLimits) -> None:
-        """Starts the stream now if one stream is enough for every placement of the ranks.
-
-        The stream then starts at the same time as the workers.
+        """Prepares the streams. If one stream is enough for every placement of the ranks, starts this stream now, while the
+        workers start.
         """
         self._task, self._limits = task, limits
         self._keepers: list[ActorHandle[StreamKeeper]] = []
@@ -68,7 +67,8 @@ class NodeStreams:
             self._streams.append(limits.split(task, ranks))
 
     def parts(self, nodes: Sequence[str]) -> list[DataIterator]:
-        """Returns each rank's part of its stream, and starts the streams that don't run yet. `nodes`: the node of each rank."""
+        """Returns, for each rank, the iterator over the rank's blocks. Starts the streams that don't run yet. `nodes`: the node
+        of each rank."""
         if self._streams:
             return self._streams[0]
         grouped = groups(nodes, per_window(self._task.plan.shape))
@@ -76,7 +76,7 @@ class NodeStreams:
             self._streams.append(self._limits.split(self._task, len(nodes)))
             return self._streams[0]
         log.info(
-            "%d streams read the data; each shuffle window is read %.2f times",
+            "%d streams read the data; each shuffle window is read %.2f times on average",
             len(grouped),
             reads(grouped, self._task.plan.shape),
         )

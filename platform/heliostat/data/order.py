@@ -116,7 +116,7 @@ class Order:
         return self.shape.window // self.shape.block
 
     def _section(self, starts: np.ndarray, at: int) -> int:
-        assert at >= starts[0], "before the sequence's first step"
+        assert at >= starts[0], "the position is before the sequence's first step"
         return int(np.searchsorted(starts, at, side="right")) - 1
 
     def data_step(self, step: int) -> int:
@@ -173,7 +173,7 @@ class Order:
         return range(begin, end)
 
     def block(self, number: int) -> np.ndarray:
-        """Computes the positions of a block: int64 [R]."""
+        """Computes the positions of a block's samples in the global sequence: int64 [samples per block]."""
         index = self._section(self._blocks, number)
         section = self.sections[index]
         size = section.steps_per_block * self.shape.per_lane
@@ -256,7 +256,8 @@ class Order:
         return epochs.astype(np.int32), chunk, row
 
     def held_shares(self, count: int) -> list[int]:
-        """Computes how many held-out samples to take from each source, by weight. Rounded, so the sum may differ from `count`."""
+        """Computes how many held-out samples to take from each source, by weight. Each number is rounded, so the sum may differ
+        from `count`."""
         return [max(1, round(count * share)) for share in self.sections[0].mixture.shares]
 
     def held_out(self, count: int) -> SamplePlaces:
@@ -286,7 +287,7 @@ def shuffled(chunks: int, key: tuple[int, ...]) -> np.ndarray:
 class Epoch:
     """Holds a source's chunks in the order of an epoch.
 
-    It keeps the sums of sizes over runs of chunks, not the size of every chunk.
+    To save memory, this class keeps the number of samples in each group of RUN consecutive chunks, not in each chunk.
     """
 
     def __init__(self, split: Split, key: tuple[int, ...]) -> None:

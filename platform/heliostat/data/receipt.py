@@ -7,9 +7,9 @@
 
 None of these digests depends on the number of workers.
 
-A receipt records its version of this scheme; receipts of version 1 record none. Each receipt is checked by the rules of its
-version. Version 2 also hashes the names, types, and nulls of rows; for tokens, versions 1 and 2 give the same digests. A resumed
-run continues with the newest version.
+A receipt records the version of this scheme that it uses; receipts of version 1 don't record a version. Each receipt is checked
+by the rules of its version. Version 2 also hashes the names, types, and nulls of rows; for tokens, versions 1 and 2 give the
+same digests. A resumed run continues with the newest version.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONTENTS = {1: sample_bytes_1, 2: sample_bytes}
 
 
 def sample_digests(samples: SamplePlaces, contents: Content, version: int = VERSION) -> np.ndarray:
-    """Computes the digest of each sample from its place and its content: uint64 [n]."""
+    """Computes the digest of each sample from the sample's place (source, epoch, chunk, row) and its content: uint64 [n]."""
     places = np.stack([samples.source, samples.epoch, samples.chunk, samples.row], axis=1).astype("<i8")
     out = bytearray()
     for place, row in zip(places, CONTENTS[version](contents), strict=True):

@@ -1,9 +1,10 @@
 """Reads Parquet shards: footers, byte ranges of row groups, and digests that detect a replaced file.
 
 The manifest holds the digest of every shard's footer. Each read of a row group compares this digest, so a replaced shard is
-detected. For shards that `prepare` wrote, the manifest also holds XXH3-128 of each row group's stored bytes. So changed bytes are
-detected even if the footer is the same and the page checksums are right. XXH3 detects accidents and replaced files at memory
-speed. XXH3 doesn't protect against an attacker who can also write the manifest; the manifest's SHA-256 identifies the dataset.
+detected. For shards that `prepare` wrote, the manifest also holds XXH3-128 of each row group's stored bytes. This digest shows
+changed bytes even if the footer is the same and the page checksums are right. XXH3 detects accidents and replaced files at
+memory speed. XXH3 doesn't protect against an attacker who can also write the manifest; the manifest's SHA-256 identifies the
+dataset.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class ExchangedError(ValueError):
 
 
 def read_group(file: pa.NativeFile, group: int, column: str | None, footer: str, content: str) -> pa.Table:
-    """Reads a row group of an open file, or one of its columns, after comparing the digests of footer and content.
+    """Reads a row group of an open file, or one of its columns, after it has compared the digests of footer and content with
+    the manifest's digests.
 
     `content`: "" if the manifest doesn't record it. Raises ExchangedError if a digest differs; pa.ArrowException, OSError, or
     ValueError if the file is damaged.

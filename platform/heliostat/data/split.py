@@ -11,8 +11,8 @@ at 1, 2, and 5 tenths, hundredths, and so on. At these fractions, exactly the do
 Otherwise, the place is a hash of the shard's footer digest and the row group's number.
 
 For datasets of rows, a row is a sample. If their places are unknown, a row group needn't be held out completely. Instead, some
-consecutive rows of the row group are held out, beginning at a hashed row. Their number grows with the fraction. After the last
-row, they continue with the first row.
+consecutive rows of the row group are held out, beginning at a hashed row. The number of these rows grows with the fraction.
+After the row group's last row, they continue with its first row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ NEWEST = 2  # newest version of the rules for split and order; the data plan rec
 
 
 def hash64(values: np.ndarray) -> np.ndarray:
-    """Computes the finalizer of SplitMix64 (Steele et al. 2014), uint64 to uint64. It spreads counters and digests evenly."""
+    """Computes the finalizer of SplitMix64 (Steele et al. 2014), uint64 to uint64. This hash spreads counters and digests
+    evenly."""
     z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

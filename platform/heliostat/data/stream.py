@@ -50,8 +50,8 @@ COPIES = 4  # copies of a window during its fetch: its chunks, its samples, its 
 class Fetch:
     """Fetches windows, as a Ray Data map task: takes the index of a window, and yields its blocks in the `wanted` ranges.
 
-    `windows`, `wanted`: ranges [begin, end) of windows and of blocks; `ranks`: (some ranks, the number of all ranks), to yield
-    only the blocks of these ranks; None: all blocks.
+    `windows`, `wanted`: ranges [begin, end) of windows and of blocks; `ranks`: (ranks, number of all ranks); yields only the
+    blocks of `ranks`. None: yields all blocks.
     """
 
     plan: DataPlan
@@ -72,7 +72,7 @@ class Fetch:
         raise IndexError(index)
 
     def numbers(self, order: Order, window: int) -> list[int]:
-        """Lists the wanted blocks of a window."""
+        """Lists the numbers of a window's blocks that this task yields."""
         inside = [n for n in order.blocks(window) if any(first <= n < last for first, last in self.wanted)]
         if self.ranks is None:
             return inside
@@ -80,7 +80,7 @@ class Fetch:
         return [n for n in inside if n % self.plan.shape.lanes % count in ranks]
 
     def indices(self) -> Iterable[int]:
-        """Lists the indices of the windows that contain wanted blocks, in order."""
+        """Lists the indices of the windows that contain blocks for this task, in order."""
         if self.ranks is None:
             return range(self.count)
         order = open_dataset(self.plan).order
@@ -123,7 +123,7 @@ def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bo
 
 
 def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
-    """Adds [begin, end) to ascending ranges, and merges it with the last one if they touch or overlap."""
+    """Adds [begin, end) to a list of ascending ranges. Merges it with the last range if the two touch or overlap."""
     if ranges and begin <= ranges[-1][1]:
         begin = ranges.pop()[0]
     ranges.append((begin, end))
@@ -156,7 +156,8 @@ class Windows(Datasource):
 
 
 class Ahead(BackpressurePolicy):
-    """Limits the window indices that wait for a fetch. Ray Data limits only bytes, and would take all of these small blocks."""
+    """Limits the window indices that wait for a fetch. Ray Data limits only bytes, so without this class it queues the indices
+    of all windows at once."""
 
     def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
         if not op.name.startswith("ReadWindows"):  # Ray's name for the task of `Windows`
@@ -184,7 +185,7 @@ def dataset(
     labels: dict[str, str] | None = None,
     own_cpu: bool = True,
 ) -> ray.data.Dataset:
-    """Makes the Ray Dataset of the task's blocks, with one Ray block for each.
+    """Makes the Ray Dataset of the task's blocks: each block of the order is one Ray block.
 
     At most `concurrency` windows are in flight, fewer if `memory_limit` (bytes) doesn't allow that many. `sample_bytes`: mean
     size of a sample; `labels`: only nodes with these Ray labels fetch; `own_cpu`: each fetch task reserves one of Ray's CPUs. If
@@ -212,8 +213,8 @@ def dataset(
 def split(data: ray.data.Dataset, workers: int) -> list[DataIterator]:
     """Splits the stream by blocks into one part for each worker, in order.
 
-    The stream runs in its own actor on this node; `end` stops it. Ray Train could split it too, but needs one more process, and
-    can start only after the workers.
+    The stream runs in its own actor on this node; `end` stops it. Ray Train could also split the stream, but it needs one more
+    process, and can start only after the workers.
     """
     return data.streaming_split(workers, equal=False)
 
@@ -277,7 +278,8 @@ class LaneStream:
 
 
 def iterate(part: DataIterator, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
-    """Starts a worker's stream over its part of the data. The stream prefetches one round ahead from now on."""
+    """Returns a worker's stream of samples, cut from the worker's blocks in `part`. From this call on, the stream prefetches
+    one round."""
     lanes = plan.shape.lanes // workers
     batches = part.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
     return LaneStream(begun(iter(batches)), plan, order, rank, workers, start_step)

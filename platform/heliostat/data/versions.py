@@ -71,7 +71,7 @@ def store(location: Location, prefix: str, data: bytes, suffix: str) -> str:
 
 
 def read_record(location: Location) -> dict[str, Any]:
-    """Reads the folder's record; {} if it is missing or damaged.
+    """Reads the folder's record; {} if the record is missing or damaged.
 
     Raises ConfigError if the folder has files, but neither a record nor a readable manifest.
     """
@@ -79,12 +79,12 @@ def read_record(location: Location) -> dict[str, Any]:
         record = json.loads(location.join(RECORD).read())
         if isinstance(record, dict):
             return record | {"replaced": _times(record.get("replaced"))}
-        log.warning("%s: damaged, so heliostat writes it again", location.join(RECORD))
+        log.warning("%s: the file is damaged, so heliostat writes a new one", location.join(RECORD))
         return {}
     except FileNotFoundError:
         pass
     except ValueError:
-        log.warning("%s: damaged, so heliostat writes it again", location.join(RECORD))
+        log.warning("%s: the file is damaged, so heliostat writes a new one", location.join(RECORD))
         return {}
     files = location.attempt(lambda: location.fs.get_file_info(pafs.FileSelector(location.path, allow_not_found=True)))
     if not files:
@@ -95,7 +95,7 @@ def read_record(location: Location) -> dict[str, Any]:
         first = min(i.base_name for i in files)
         raise ConfigError(
             f"output: {location}: not empty, and not a heliostat dataset (it contains {first!r}, but "
-            f"not {RECORD}). Use another folder, or empty this one"
+            f"not {RECORD}). Use another folder, or delete the files in this folder"
         ) from e
     return {}
 
@@ -118,10 +118,12 @@ def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
         host, pid = other.get("host"), other.get("pid")
         if host != socket.gethostname():
             log.warning("%s: `data prepare` on %r didn't finish, or is still running. "
-                        "Two concurrent prepares would damage each other's files",
+                        "If it is still running, stop one of the two: concurrent prepares damage each other's files",
                         location, host)  # fmt: skip
         elif pid != os.getpid() and _alive(pid, other.get("started")):
-            raise ConfigError(f"output: {location}: process {pid} is preparing it. Wait for it, or stop it first")
+            raise ConfigError(
+                f"output: {location}: process {pid} is preparing this dataset. Wait until that process ends, or stop it first"
+            )
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
     record = {**record, "building": mine}
     write_record(location, record)
@@ -129,7 +131,7 @@ def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def release(location: Location, record: Mapping[str, object]) -> None:
-    """Writes the record without the entry that `claim` added."""
+    """Writes the folder's record without the entry that `claim` added for this process."""
     write_record(location, {k: v for k, v in record.items() if k != "building"})
 
 
@@ -194,7 +196,7 @@ def prune(location: Location, record: Mapping[str, Any], keep_s: float, now: flo
         versions = all_versions(location)
         newest = manifest.read(location)
     except DataError as e:
-        log.warning("%s. So heliostat doesn't remove files of earlier versions", e)
+        log.warning("%s. heliostat can't read this version, so it doesn't remove files of earlier versions", e)
         return NOTHING
     ages = {name: now - when for name, when in record.get("replaced", {}).items() if name in versions}
     gone = {name for name, age in ages.items() if age >= keep_s and name != manifest.version_name(newest.digest)}
@@ -213,13 +215,13 @@ def prune(location: Location, record: Mapping[str, Any], keep_s: float, now: flo
 
 
 def remove_all(location: Location, paths: list[str]) -> int:
-    """Deletes files, several in parallel because object storage answers slowly; returns their bytes."""
+    """Deletes files, several in parallel because object storage answers slowly; returns the sum of their sizes in bytes."""
     with device_threads.pool(REMOVERS) as pool:
         return sum(pool.map(partial(remove, location), paths))
 
 
 def remove(location: Location, path: str) -> int:
-    """Deletes a file, and its parent folders if they are then empty; returns the file's bytes."""
+    """Deletes a file, and its parent folders if they are then empty; returns the file's size in bytes."""
     place = location.join(path)
     info = place.attempt(lambda: place.fs.get_file_info(place.path))
     if info.type == pafs.FileType.File:
@@ -243,7 +245,7 @@ def publish(location: Location, dataset: Manifest) -> None:
 def save_beside(location: Location) -> None:
     """Copies files with plain names, such as `tokenizer.json`, before a new version overwrites them.
 
-    Only versions without `files` in their metadata need these copies. Other versions have their own.
+    Only versions without `files` in their metadata need these copies. Other versions already have their own files.
     """
     try:
         newest = manifest.read(location)

@@ -57,7 +57,8 @@ def require_config(job: Job) -> None:
     except ValidationError as e:
         first = e.errors()[0]
         raise ConfigError(
-            f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg']}"
+            f"train.deepspeed: zero_optimization.{'.'.join(map(str, first['loc']))}: {first['input']!r}: {first['msg']}. "
+            "Correct this key"
         ) from e
 
 
@@ -76,11 +77,12 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
 
 
 def _require_dimensions(model: torch.nn.Module) -> None:
-    """Raises ConfigError for a parameter without dimensions (a scalar), because DeepSpeed doesn't send it to other workers."""
+    """Raises ConfigError for a parameter without dimensions (a scalar), because DeepSpeed doesn't send such parameters to other
+    workers."""
     if single := [name for name, p in model.named_parameters() if p.dim() == 0]:
         raise ConfigError(
-            f"recipe: the model's parameter {single[0]!r} has no dimension, and DeepSpeed can't send it to "
-            f"workers. Give it the shape [1], or make it a buffer if it isn't trained ({GUIDE})"
+            f"recipe: the model's parameter {single[0]!r} has no dimensions, so DeepSpeed can't send this parameter to workers. "
+            f"Give this parameter the shape [1], or make it a buffer if you don't train it ({GUIDE})"
         )
 
 
@@ -106,7 +108,7 @@ class ZeroInit:
 
 @contextmanager
 def _partitioned(config: dict[str, Any]) -> Iterator[None]:
-    """Partitions models that recipes build inside the context, as this DeepSpeed config describes."""
+    """Opens a context in which models are partitioned during construction, as `config` (DeepSpeed's config) describes."""
     importlib.import_module("torch._dynamo")  # its first import fails under zero.Init
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -119,8 +121,8 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     """Builds a DeepSpeedEngine on the process group of the attempt.
 
     With sequence parallelism (`sharing`), the engine shards state and averages gradients over all workers. With tensor
-    parallelism, the engine does both over the workers that have the same part of each matrix. Raises ConfigError if DeepSpeed
-    can't train the model in this parallelism configuration.
+    parallelism, the engine shards state and averages gradients over the workers that have the same part of each matrix. Raises
+    ConfigError if DeepSpeed can't train the model in this parallelism configuration.
     """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
@@ -193,8 +195,8 @@ def _require_eighths(model: torch.nn.Module) -> None:
         if numel % (8 * workers):
             raise ConfigError(
                 f"train.zero.quantize_weights: {name} has {numel:,} elements, which {workers} workers can't "
-                "divide into equal parts that are multiples of 8. Use another number of workers, or set it to "
-                "false"
+                "divide into equal parts that are multiples of 8. Use another number of workers, or set "
+                "train.zero.quantize_weights to false"
             )
 
 
@@ -202,7 +204,7 @@ def destroy_engines() -> None:
     """Destroys the engines of this process and frees their memory.
 
     The garbage collector doesn't see some references to an engine: gradient hooks, a cache of ZeRO-3's coordinator, and the
-    modules of the last forward pass. Stage 3 also leaves its own `linear` in torch, which rounds gradients differently.
+    modules of the last forward pass. Stage 3 also leaves DeepSpeed's own `linear` in torch, which rounds gradients differently.
     """
     if "deepspeed" not in sys.modules:
         return
@@ -214,7 +216,8 @@ def destroy_engines() -> None:
 
 
 def forget_groups() -> None:
-    """Removes DeepSpeed's process groups and restarts its counters. In a new group, the counters of all ranks must be equal."""
+    """Removes DeepSpeed's process groups, and restarts DeepSpeed's counters of parameters and modules. In a new group, the
+    counters of all ranks must be equal."""
     if "deepspeed" not in sys.modules:
         return
     patches.forget_groups()
@@ -231,7 +234,8 @@ def gradient_norm(engine: DeepSpeedEngine, clip: float) -> torch.Tensor:
     """Computes the global gradient norm before clipping, without waiting for the device. Returns a tensor without dimensions on
     the device. The norm is infinite if a gradient isn't finite.
 
-    At stages 1 to 3, it is the norm of the last step. At stage 0, call this function before the step, because it also clips.
+    At stages 1 to 3, returns the norm of the last step. At stage 0, also clips the gradients, so call this function before the
+    step.
     """
     if engine.zero_optimization_stage():
         norm = torch.as_tensor(engine.get_global_grad_norm())

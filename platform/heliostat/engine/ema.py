@@ -1,10 +1,11 @@
-"""Keeps an exponential moving average (EMA) of the weights. Each rank averages its own fp32 slices, as ZeRO shards them.
+"""Keeps an exponential moving average (EMA) of the weights. Each rank averages its own slices of the fp32 master weights.
 
 After step t, counted from 1, the average moves toward the weights by 1 - min(decay, (1 + t) / (10 + t)). So the initial weights
 lose their influence quickly. Checkpoints contain the average as `ema.<parameter>`, and reshard it like the fp32 master weights.
 Exports use the average.
 
-`applied` swaps the average with the weights for an evaluation, and swaps them back afterwards. Both stay bitwise the same.
+`applied` swaps the average with the weights for an evaluation, and swaps them back afterwards. The average and the weights stay
+bitwise the same.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class AveragedWeights:
     def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
         """Returns views of this rank's slices of the averages, to save with the other training state.
 
-        With `whole`, returns the complete slices, into which a checkpoint can be loaded. Without it, returns only the parts of
-        the slices that this rank saves.
+        With `whole`, returns the complete slices, into which a checkpoint can be loaded. Without `whole`, returns only the parts
+        of the slices that this rank saves.
         """
         parameters = dict(self.sharded.trained())
         shards = {n: s.holding(self._averages[n]) for n, s in self._masters.items()}
@@ -47,7 +48,8 @@ class AveragedWeights:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Swaps the averages with the weights inside the context. Inside it, don't save a checkpoint, and don't make a step."""
+        """Swaps the averages with the weights inside the context. Inside the context, don't save a checkpoint, and don't run an
+        optimizer step."""
         self._exchange()
         try:
             yield
@@ -74,7 +76,7 @@ class OptimizerAverage(AveragedWeights):
         """Does nothing: the optimizer's step updates the average."""
 
     def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """Returns nothing: `ShardedState.tensors` includes the averages."""
+        """Returns an empty dict, because `ShardedState.tensors` already includes the averages."""
         return {}
 
 

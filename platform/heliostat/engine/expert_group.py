@@ -1,8 +1,8 @@
 """Shards the experts of each layer over the workers of a group (`train.parallel.expert`), at ZeRO stage 3.
 
 Ranks [0, n) are the first group, [n, 2n) the second, and so on. One tensor stacks all experts of a layer, so a worker with some
-complete experts has one slice of the flattened tensor. ZeRO shards that slice over the workers with the same experts, one per
-group.
+complete experts has one slice of the flattened tensor. ZeRO shards this slice over the workers that have the same experts: one
+worker of each group.
 
 So in every parallelism configuration, a worker's part of a parameter is a slice of the flattened parameter. Checkpoints therefore
 load in any other configuration.
@@ -34,7 +34,10 @@ def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
     for module in recipe.stacked_experts(model):
         for key, whole in list(module.named_parameters(recurse=False)):
             if (experts := division.shape(whole)[0]) % workers:
-                raise ConfigError(f"train.parallel.expert: {workers} doesn't divide the {experts} experts of a layer")
+                raise ConfigError(
+                    f"train.parallel.expert: {workers} doesn't divide the {experts} experts of a layer. "
+                    f"Use a divisor of {experts}"
+                )
             own = _part(whole, mine)
             patches.place_expert(own, whole, name, same_experts)
             setattr(module, key, own)

@@ -3,16 +3,16 @@ weights.
 
 The first worker sends the weights to the others one tensor at a time, from device to device, in the precision of training. With
 tensor parallelism (`train.parallel.tensor`), each worker then keeps only its part. The first worker's weights come from one of
-these:
+these sources:
 
-- A pretrained folder: it reads one tensor at a time (`recipes.folder_weights`), so host memory never contains more than one
-  tensor.
-- The recipe's `build`: its host memory contains one copy in fp32 until each tensor is sent.
+- A pretrained folder: the first worker reads one tensor at a time (`recipes.folder_weights`), so host memory never contains
+  more than one tensor.
+- The recipe's `build`: the first worker's host memory contains one fp32 copy of the weights, until each tensor is sent.
 
 All other workers build the model without weights (`recipes.weightless`). A custom recipe may read weights in its `build`, so the
 first worker runs such a `build` with and without weights. If the results differ (`recipes.build_difference`), the workers of each
 node build the model with weights in turns. These workers discard the weights, and keep the other results of `build`. heliostat
-logs the cost of this.
+logs a warning with the host memory that this needs.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def _in_turns(making: _Making, group: dist.ProcessGroup, why: str) -> None:
     turns = max(together(group, lambda: mine)) + 1
     if dist.get_rank() == 0:
         log.warning(
-            "recipe: %s.build needs real weights (%s). So the workers of a node call it one after another, in %d turns, and "
-            "each worker uses %.1f GB of host memory. To avoid this, see in %s what `build` may do without weights.",
+            "recipe: %s.build needs real weights (%s). So the workers of a node call `build` one after another, in %d turns, and "
+            "each worker uses %.1f GB of host memory. %s explains how `build` can work without weights.",
             type(making.recipe).__name__, why, turns, making.gigabytes, GUIDE,
         )  # fmt: skip
 
@@ -109,8 +109,8 @@ class _Making:
         return why
 
     def _is_read(self) -> bool:
-        """Builds the model without weights, and locates the weights in the job's folder. Returns False if they can't be read one
-        by one."""
+        """Builds the model without weights, and locates the weights in the job's folder. Returns False if heliostat can't read
+        the weights one by one."""
         with weightless.building() as noted:
             self.model = building.build(self.recipe)
         try:
@@ -118,7 +118,8 @@ class _Making:
         except folder_weights.UnreadableError as e:
             if noted:
                 log.warning(
-                    "model: the first worker loads all weights at once, which needs %.1f GB of host memory (%s)",
+                    "model: the first worker loads all weights at once, because it can't load them tensor by tensor. This "
+                    "needs %.1f GB of host memory (%s)",
                     self.gigabytes,
                     e,
                 )
@@ -126,7 +127,7 @@ class _Making:
         return True
 
     def _difference(self, twin: Recipe) -> str:
-        """Describes the first difference between a `build` with weights and a `build` without them; "" if there is no
+        """Describes the first difference between a `build` with weights and a `build` without weights; "" if there is no
         difference."""
         try:
             with weightless.building():
@@ -160,7 +161,7 @@ class _Making:
         return self.dtype if parameter.is_floating_point() else parameter.dtype
 
     def _sent(self, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Sends the first worker's values of a tensor to the devices of all workers. Returns the values."""
+        """Sends the first worker's values of a tensor to all workers' devices. Returns this worker's copy."""
         if dist.get_rank() == 0:
             values = self.values.pop(id(tensor), partial(_same, tensor))().to(self.device, dtype).contiguous()
         else:

@@ -51,6 +51,7 @@ def _matrices(group: list[torch.nn.Parameter], slices: list[Slice], everyones: l
 
 
 def _within(span: tuple[int, int], first: int, size: int) -> tuple[int, int]:
-    """Computes which part of a slice is inside [first, first + size). Returns its start, counted from `first`, and its length."""
+    """Computes which part of a slice is inside [first, first + size). Returns the part's start, counted from `first`, and the
+    part's length. Both are numbers of elements."""
     start, stop = max(span[0], first), min(span[0] + span[1], first + size)
     return (start - first, stop - start) if stop > start else (0, 0)

@@ -1,8 +1,8 @@
 """Changes DeepSpeed's behavior. Each patch is a function whose docstring names the DeepSpeed version that it was written for.
 
 `zero_state` reads DeepSpeed's state. `pip` may install a version with other private parts, so each function requires a version of
-the series that heliostat pins. It raises ConfigError for any other version, and if a part that it needs is missing. Import
-DeepSpeed only inside functions, because `prepare_environment` must run first.
+the series `deepspeed~=0.19.8`. The function raises ConfigError for any other version, and if a part that the function needs is
+missing. Import DeepSpeed only inside functions, because `prepare_environment` must run first.
 """
 
 from __future__ import annotations
@@ -69,19 +69,19 @@ def guard(function: Callable[P, T]) -> Callable[P, T]:
         except (AttributeError, ImportError, LookupError, TypeError) as e:
             if isinstance(e, ImportError) and not (e.name or "").startswith("deepspeed."):
                 raise
-            raise ConfigError(f"deepspeed: {installed()} doesn't fit heliostat's {function.__name__} ({e}). {_fix()}") from e
+            raise ConfigError(f"deepspeed: {installed()} doesn't support heliostat's {function.__name__} ({e}). {_fix()}") from e
 
     return guarded
 
 
 def _patch(function: Callable[P, T]) -> Callable[P, T]:
-    """Guards a patch and adds it to `PATCHES`."""
+    """Guards a patch (see `guard`), and adds the patch to the list `PATCHES`."""
     PATCHES.append(patch := guard(function))
     return patch
 
 
 def _replace(owner: object, name: str, value: object) -> None:
-    """Replaces an attribute of DeepSpeed. AttributeError if it doesn't exist, because a new attribute would have no effect."""
+    """Replaces an attribute of DeepSpeed. Raises AttributeError if the attribute doesn't exist: a new attribute has no effect."""
     getattr(owner, name)
     setattr(owner, name, value)
 
@@ -153,7 +153,7 @@ def skip_shared_memory_kernel() -> None:
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """Does nothing."""
+    """Does nothing. Replaces functions of DeepSpeed that must have no effect."""
 
 
 # process groups ------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.Proc
 
 @_patch
 def place_expert(parameter: Any, whole: Any, name: str, same_experts: dist.ProcessGroup) -> None:
-    """Partitions a parameter as ZeRO-3 has partitioned `whole`, but only over the workers that have the same experts.
+    """Partitions a parameter in the way of `whole`, a ZeRO-3 parameter, but only over the workers with the same experts.
 
     Patch for DeepSpeed 0.19.8. Without it ZeRO-3 partitions the parameter over all workers, and so mixes different experts.
     """
@@ -270,9 +270,9 @@ def divide_matrices(model: torch.nn.Module, settings: object, workers: int) -> t
 
 @_patch
 def matrix_part(parameter: Any) -> MatrixPart | None:
-    """Reads how AutoTP has sharded a parameter. Returns None if AutoTP hasn't sharded it.
+    """Reads AutoTP's sharding of a parameter. Returns None if AutoTP hasn't sharded the parameter.
 
-    Patch for DeepSpeed 0.19.8. Without it only AutoTP's own checkpoints can read its marks.
+    Patch for DeepSpeed 0.19.8. Without it only AutoTP's own checkpoints can read AutoTP's marks.
     """
     from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
@@ -345,9 +345,9 @@ def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) 
     """Makes a ZeRO-3 optimizer average its gradients over the groups of workers before each step.
 
     All three functions change a tensor in place, over the groups. `average` averages the gradients, `equalize` sets a norm to the
-    first group's norm, and `agree` sets a flag to the largest. Patch for DeepSpeed 0.19.8. Without it gradients can't be averaged
-    over groups: DeepSpeed reduces after every micro-batch, clips and checks for overflow in one call, and knows only the workers
-    of one group.
+    first group's norm, and `agree` sets a flag to the groups' largest value. Patch for DeepSpeed 0.19.8. Without it gradients
+    can't be averaged over groups: DeepSpeed reduces after every micro-batch, clips and checks for overflow in one call, and knows
+    only the workers of one group.
     """
     step, norms, within = zero.step, zero._get_norm_groups, zero.has_overflow
 

@@ -1,8 +1,8 @@
-"""Joins, aborts, and leaves the process group of an attempt, in a process that outlives the attempt.
+"""Joins, aborts, and leaves the process group of an attempt. The worker's process continues after the attempt.
 
-An aborted NCCL collective returns buffers that it hasn't written, without an error. So `obey` records the order to abort before
-it aborts the group, and `check` raises an error from then on. If `check` returns without an error, the numbers that reached the
-host before are valid.
+An aborted NCCL collective returns without an error, although the buffers have wrong values. So `obey` first records the driver's
+order to abort, and then aborts the group. After an order, `check` raises an error. If `check` raises no error, all numbers that
+reached the host before are valid.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class WorkerPlace:
 
 
 def join(place: WorkerPlace) -> None:
-    """Joins the process group of an attempt. Before that, sets environment variables. With GPUs, also sets the device and the CPU
+    """Joins the process group of an attempt. First sets environment variables. With GPUs, also sets the device and the CPU
     cores."""
     global _order
     import torch
@@ -89,13 +89,13 @@ def leave() -> None:
 def reforms() -> bool:
     """Checks whether this process can form another NCCL group after an abort.
 
-    It can't form one if NCCL's watchdog would end the process before that.
+    The process can't form another group if NCCL's watchdog ends the process first.
     """
     return all(os.environ.get(name, value) == value for name, value in HELD_BACK.items())
 
 
 def order() -> threading.Event:
-    """Returns the event that is set when the driver orders the current attempt to abort. Pass it to `obey`."""
+    """Returns the event that is set when the driver orders the current attempt to abort. Pass this event to `obey`."""
     return _order
 
 
@@ -105,7 +105,7 @@ def ordered() -> bool:
 
 
 def check() -> None:
-    """Raises PeerLostError if the driver has ordered the workers to abort, because this worker's results since then may be
+    """Raises PeerLostError if the driver has ordered the workers to abort, because this worker's results after the order may be
     wrong."""
     if ordered():
         raise PeerLostError("this worker aborted because another worker failed")
@@ -140,8 +140,8 @@ def bind_near(domain: int, bus: int, device: int, devices: Path = DEVICES) -> se
 
     Returns these cores. Returns an empty set if these cores aren't known, or if this process isn't allowed to use any of them.
 
-    Without this, on machines with two processors, kernel launches and copies between host and device cross the link between the
-    processors. Earlier limits of the worker's cores stay in force.
+    Without this binding, on machines with two processors, kernel launches and copies between host and device cross the link
+    between the processors. Earlier limits of the worker's cores stay in force.
     """
     cores = near(domain, bus, device, devices) & _allowed() if hasattr(os, "sched_setaffinity") else set()
     if cores:

@@ -1,4 +1,4 @@
-"""Forms groups of workers that compute each sample together. With `train.parallel.sequence`, each worker has a stretch of the
+"""Forms groups of workers that compute each sample together. With `train.parallel.sequence`, each worker has a range of the
 sample's tokens. With `train.parallel.tensor`, each worker has all tokens and a part of each matrix.
 
 Ranks [0, n) are the first replica, [n, 2n) the second, and so on. The virtual ranks are divided among the replicas. A replica's
@@ -24,7 +24,7 @@ ALONE = Parallel()
 
 
 class SampleGroup:
-    """Describes a worker's position in its replica. `counts`: whether the worker's sums over samples are part of the global sums.
+    """Describes a worker's position in its replica. `counts`: whether global sums over samples include this worker's sums.
     `averaged`: the number of workers over which gradients are averaged."""
 
     def __init__(self, parallel: Parallel = ALONE) -> None:
@@ -46,22 +46,24 @@ class SampleGroup:
 
     @property
     def reads(self) -> bool:
-        """Returns whether this worker reads its replica's samples, and accounts for these samples."""
+        """Returns whether this worker reads and records the samples of its replica: true for the replica's first worker."""
         return self.member == 0
 
     def share(self, work: Callable[[], T]) -> T:
-        """Runs `work` on the replica's first worker. On all workers of the replica, returns its result, or raises its error."""
+        """Runs `work` on the replica's first worker. On all workers of the replica, returns the result of `work`, or raises the
+        error of `work`."""
         return first(self._control, work) if self._control else work()
 
     def cut(self, recipe: Recipe, batch: Batch) -> Batch:
-        """Cuts this worker's stretch out of a batch. Returns the batch itself without sequence parallelism."""
+        """Cuts this worker's range of tokens out of each sample of a batch. Without sequence parallelism, returns the batch
+        itself."""
         if not self.cuts:
             return batch
         assert isinstance(recipe, CutsSamples)
         return recipe.cut(batch, self.part, self.workers)
 
     def join(self, recipe: Recipe, model: torch.nn.Module) -> None:
-        """Makes the model exchange the data that its tokens need from the other stretches."""
+        """Makes the model exchange the data that this worker's tokens need from other workers' tokens."""
         if self.group:
             assert isinstance(recipe, CutsSamples)
             with sequence_attention.exchanging(exchange_heads):
@@ -71,8 +73,8 @@ class SampleGroup:
 def exchange_heads(
     attention: Core, group: dist.ProcessGroup, micro_batch_size: int, sizes: tuple[int, int, int], layers: int
 ) -> Core:
-    """Wraps an attention with DeepSpeed's Ulysses. The wrapper takes some tokens of all heads, and gives `attention` all tokens
-    of some heads. `sizes`: from `sequence_attention.sizes`."""
+    """Wraps an attention with DeepSpeed's Ulysses. The wrapper's inputs are some tokens of all heads. The wrapper calls
+    `attention` with all tokens of some heads. `sizes`: from `sequence_attention.sizes`."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     heads, shared, width = sizes

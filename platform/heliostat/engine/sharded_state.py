@@ -1,4 +1,4 @@
-"""Gives access to the training state that a backend shards over the workers. Every other module reads and writes it here.
+"""Gives access to the training state that a backend shards over the workers. Every other module reads and writes this state here.
 
     sharded = sharded_state.of(engine)
     sharded.tensors()             # named views of master weights, moments, and buffers, to save; `whole=True`: to load into
@@ -6,8 +6,8 @@
     sharded.after_load(steps)     # makes the forward pass use the values in the views
 
 At every stage, a worker has one slice [start, start + n) of each flattened parameter: of its fp32 master weight, and of its
-moments (the optimizer's state). If workers split the parameter (`division`), it is a slice of this worker's part. A `FlatShard`
-contains one slice, so a checkpoint loads in any parallelism configuration. The names of tensors are:
+moments (the optimizer's state). If workers split the parameter (`division`), the worker has a slice of its own part. A
+`FlatShard` contains one slice, so a checkpoint loads in any parallelism configuration. The names of tensors are:
 
 - `master.<parameter>`: fp32 master weights;
 - `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, ...: moments, as the optimizer's class in `heliostat.optim.optimizers` names
@@ -24,7 +24,8 @@ contains one slice, so a checkpoint loads in any parallelism configuration. The 
 - workers with the same state: `replicas`, `weight_replicas`, `matrix_part`;
 - counts: `steps`, `loss_scale`, `read_loss_scale`, `write_loss_scale`.
 
-Gradients have no slices here. A backend moves gradients from buffer to buffer until its step, and no caller needs a part of one.
+Gradients have no slices here. A backend moves gradients from buffer to buffer until the optimizer's step, and no caller needs a
+part of a gradient.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class SlicePlace(NamedTuple):
     start: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Views the slice's elements in `flat`, or in a tensor of its optimizer state."""
+        """Returns a view of the slice's elements in `tensor`, which is `flat` or a tensor of the optimizer state of `flat`."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
@@ -100,8 +101,8 @@ class ShardedState(ABC):
 
     @abstractmethod
     def weights(self, p: torch.nn.Parameter) -> tuple[torch.Tensor, int] | None:
-        """Views this worker's part of a weight as the forward pass uses it. Returns the flat view and its start in the parameter.
-        Returns None if the part is in a file."""
+        """Returns a flat view of this worker's part of a weight, as the forward pass uses the weight, and the part's start in the
+        parameter. Returns None if the part is in a file."""
 
     @abstractmethod
     def refresh(self) -> None:
@@ -109,13 +110,13 @@ class ShardedState(ABC):
 
     @abstractmethod
     def full(self, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
-        """Assembles the moment `key` of this worker's part of a parameter. If `key` is None, assembles its fp32 master weight.
-        Collective."""
+        """Assembles the moment `key` of this worker's part of a parameter. If `key` is None, assembles the part's fp32 master
+        weight. Collective."""
 
     @abstractmethod
     def full_gradient(self, p: torch.nn.Parameter) -> torch.Tensor | None:
-        """Assembles the gradient of the backward passes since the last step, times `loss_scale`. Returns None if there is none.
-        Collective."""
+        """Assembles the gradient of the backward passes since the last step, times `loss_scale`. Returns None if there is no
+        gradient. Collective."""
 
     @property
     @abstractmethod
@@ -125,7 +126,7 @@ class ShardedState(ABC):
     @property
     @abstractmethod
     def loss_scale(self) -> float:
-        """Returns the factor that scales gradients until the step. It is 1 except in fp16."""
+        """Returns the factor by which gradients are scaled until the step. The factor is 1 except in fp16."""
 
     @abstractmethod
     def read_loss_scale(self) -> dict[str, float] | None:
@@ -140,7 +141,7 @@ class ShardedState(ABC):
     # implemented by backends that shard the weights, or that link moments to parameters
 
     def gathered(self, p: torch.nn.Parameter) -> AbstractContextManager[object]:
-        """Opens a context in which a parameter has its complete weight, as the forward pass uses it. Collective."""
+        """Opens a context in which a parameter has its complete weight, in the forward pass's precision. Collective."""
         return nullcontext()
 
     def release(self) -> None:  # noqa: B027
@@ -155,7 +156,7 @@ class ShardedState(ABC):
         """Returns views of this worker's slices of all training state. Loading into these views changes the engine.
 
         If several workers have the same slice, each worker saves a part of it. `whole`: returns complete slices, to load into. If
-        all workers of a tensor-parallel group have the same state, only the first worker saves it.
+        all workers of a tensor-parallel group have the same state, only the first worker saves this state.
         """
         persistent = self.module.state_dict().keys()
         buffers = {f"buffer.{name}": b for name, b in self.module.named_buffers() if name in persistent}
@@ -177,14 +178,15 @@ class ShardedState(ABC):
                 if (part := self.weights(p)) is None:
                     raise ConfigError(
                         f"train.zero.offload.param: nvme offload doesn't support parameters that aren't trained, "
-                        f"such as {name!r}. Use cpu"
+                        f"such as {name!r}. Set this key to cpu"
                     )
                 shard = division.placed(p, *part)
                 out[f"{FROZEN}.{name}"] = shard if whole else self._part(p, shard, self.weight_replicas)
         return out
 
     def share(self, p: torch.nn.Parameter, shard: FlatShard) -> FlatShard:
-        """Returns the part of a trained parameter's slice that this worker saves, if other workers have the same slice."""
+        """Returns the part of a trained parameter's slice that this worker saves. If other workers have the same slice, each
+        worker saves an equal part."""
         return self._part(p, shard, self.replicas)
 
     def saves_all(self) -> bool:
@@ -205,7 +207,7 @@ class ShardedState(ABC):
 
     def _part(self, p: torch.nn.Parameter, shard: FlatShard, replica: Replica) -> FlatShard:
         """Cuts a slice into equal parts, one for each worker that has the slice, and returns this worker's part. If all
-        tensor-parallel workers have a parameter, only the first worker saves it."""
+        tensor-parallel workers have the complete parameter, only the first worker saves the parameter."""
         (number, count), numel = replica, shard.local.numel()
         if self.matrix_part[0] > 0 and division.of(p).parts == 1:
             return shard.cut(0, 0)
@@ -216,10 +218,10 @@ class ShardedState(ABC):
 
     def prepare(self) -> None:
         """Creates the optimizer state before the first step, so that checkpoints can be loaded into it. Raises TrainingError if
-        values that are written into its slices don't reach the backend.
+        the backend doesn't read the values that heliostat writes into the state's slices.
 
-        New runs also need this. DeepSpeed links parameters to their moments after the first parameter group's first step, when
-        the other groups have no moments yet.
+        New runs also need the optimizer state before the first step. DeepSpeed links parameters to their moments after the first
+        parameter group's first step, when the other groups have no moments yet.
         """
         states, fused = self.optimizer.state, self.optimizer.defaults.get("fused")
         for tensor, group in self.groups():
@@ -234,8 +236,8 @@ class ShardedState(ABC):
         """Raises TrainingError unless the backend reads the values that are written into the slices.
 
         Restores and the EMA write into the slices. If a slice were a copy, training would continue with other weights, without an
-        error. So this method writes a number into both ends of each slice, looks for it in the backend's own tensor, and restores
-        the values.
+        error. So this method writes a number into both ends of each slice, looks for this number in the backend's own tensor, and
+        restores the values.
         """
         ends = []
         for name, p, key, shard in self._views():
@@ -252,13 +254,12 @@ class ShardedState(ABC):
                 mine.copy_(values)
         if lost:
             raise TrainingError(
-                f"train.zero: DeepSpeed keeps {len(lost)} tensors, the first of which is {lost[0]!r}, in a place where a "
-                f"restore can't write them "
-                f"({self}). Install the version of DeepSpeed that heliostat requires"
+                f"train.zero: heliostat can't restore {len(lost)} tensors, for example {lost[0]!r}, because DeepSpeed doesn't "
+                f"read the values that heliostat writes ({self}). Install the version of DeepSpeed that heliostat requires"
             )
 
     def after_load(self, steps: int) -> None:
-        """Completes the engine after its slices were loaded: sets the step count, and updates the weights that the forward pass
+        """Completes a restore after the slices were loaded: sets the step count, and updates the weights that the forward pass
         uses."""
         for values in self.optimizer.state.values():
             values["step"].fill_(float(steps))
@@ -271,5 +272,5 @@ def of(engine: DeepSpeedEngine) -> ShardedState:
 
 
 def _ends(values: torch.Tensor) -> torch.Tensor:
-    """Views the first and the last element."""
+    """Returns a view of the first and the last element of a flat tensor."""
     return values[:: max(1, values.numel() - 1)]

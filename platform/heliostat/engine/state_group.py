@@ -1,10 +1,10 @@
 """Shards training state within groups of workers (`train.zero.shard_group_size`) at ZeRO stage 3. Each group has all of the
 state.
 
-Ranks [0, n) are the first group, [n, 2n) the second, and so on. DeepSpeed sees only one group: it gathers and reduces within the
-group, after every micro-batch. Before each optimizer step, the workers with the same part of the state average the gradients of
-that part over all groups. So all groups make the same step. Other names are hybrid sharding and HSDP (Zhang et al. 2022, arXiv
-2205.00119).
+Ranks [0, n) are the first group, [n, 2n) the second, and so on. DeepSpeed sees only one group: DeepSpeed gathers and reduces
+within this group, after every micro-batch. Before each optimizer step, the workers with the same part of the state average the
+gradients of that part over all groups. So all groups make the same step. Other names for this method are hybrid sharding and HSDP
+(Zhang et al. 2022, arXiv 2205.00119).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StateGroup:
         return 0
 
     def dividing(self) -> AbstractContextManager[None]:
-        """Partitions models within the group if `deepspeed.zero.Init` builds them inside the context."""
+        """Opens a context in which `deepspeed.zero.Init` partitions models over the workers of the group."""
         return patches.partition_within(self.within)
 
     def equalize(self, model: torch.nn.Module) -> None:

@@ -2,8 +2,9 @@
 
 DeepSpeed makes the host wait for one stream, and doesn't order the work of another stream.
 
-CUDA streams run concurrently: one stream sees another stream's writes only if it waits for them. `tests/twin` is a simulated
-device that raises an error if an operation uses memory for which its stream hasn't waited. So it shows which streams must wait.
+CUDA streams run concurrently: a stream sees another stream's writes only if the stream waits for these writes. `tests/twin` is a
+simulated device that raises an error if an operation uses memory for which its stream hasn't waited. So this simulation shows
+which streams must wait.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from heliostat.engine.patches import _nothing, _patch, _replace
 def order_reductions(zero: Any) -> None:
     """Makes work that is queued after a backward pass wait on the GPU for ZeRO's reductions, while the host continues.
 
-    With `train.zero.offload.optimizer`, the host still waits, because it reads the sums from its own memory.
+    With `train.zero.offload.optimizer`, the host still waits, because the host reads the summed gradients from its own memory.
     Patch for DeepSpeed 0.19.8. Without it the host waits for the GPU after every micro-batch at stages 2 and 3, and then the GPU
     waits for the host.
     """
@@ -34,8 +35,8 @@ def order_reductions(zero: Any) -> None:
 
 
 def _order_epilogue(zero: Any) -> None:
-    """Makes ZeRO-1 and ZeRO-2 end a backward pass as they do without `overlap_comm`, after they have queued the last
-    reductions."""
+    """Makes ZeRO-1 and ZeRO-2 end a backward pass in the same way as without `overlap_comm`, after the last reductions are
+    queued."""
     reduce, epilogue = zero.reduce_ipg_grads, zero.independent_gradient_partition_epilogue
 
     def ordered() -> None:

@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, str | bool]] = {"column": {"partition_type": "column"
 
 
 def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, object]:
-    """Builds the section of DeepSpeed's config that shards the model's matrices. It is empty for one worker."""
+    """Builds the section of DeepSpeed's config that shards the model's matrices. The section is empty for one worker."""
     if workers == 1:
         return {}
     assert isinstance(recipe, DividesMatrices)
@@ -42,7 +42,7 @@ def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, 
 
 def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
     """Builds regular expressions for the modules' weights, by kind of parallelism. One expression covers all layers. For modules
-    whose gradients are summed, it also matches the biases. AutoTP handles other biases itself."""
+    whose gradients are summed, the expression also matches the biases. AutoTP handles other biases itself."""
     by_layout: dict[str, set[str]] = {}
     for name, kind in modules.items():
         layers = re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name))
@@ -52,10 +52,10 @@ def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
 
 @contextmanager
 def dividing(recipe: Recipe, model: torch.nn.Module, workers: int) -> Iterator[None]:
-    """Shards the matrices of a model as DeepSpeed does when it makes an engine. The model's parameters have shapes, but no values
-    yet. Records on each parameter which part this worker has.
+    """Shards the matrices of a model in the same way as DeepSpeed when DeepSpeed makes an engine. The model's parameters have
+    shapes, but no values yet. Records on each parameter which part this worker has.
 
-    Set the parameters' values inside the context, because hooks on gradients are added when it ends. Collective.
+    Set the parameters' values inside the context, because the end of the context adds hooks on gradients. Collective.
     """
     if workers == 1:
         yield
@@ -71,14 +71,18 @@ def _mark(model: torch.nn.Module, group: dist.ProcessGroup, parts: int) -> None:
     DeepSpeed already has groups of a different size."""
     if dist.get_world_size(group) != parts:  # DeepSpeed keeps its groups for later engines
         raise TrainingError(
-            f"train.parallel.tensor: this process already has DeepSpeed groups of {dist.get_world_size(group)} workers"
+            f"train.parallel.tensor: this process already has DeepSpeed groups of {dist.get_world_size(group)} workers, "
+            f"not of {parts}. Start the run in a new process"
         )
     rank = dist.get_rank(group)
     for parameter in model.parameters():
         if not (cut := patches.matrix_part(parameter)):
             continue
         if len(set(cut.sizes)) > 1:
-            raise TrainingError(f"train.parallel.tensor: DeepSpeed sharded a matrix of {cut.shape} unevenly: {list(cut.sizes)}")
+            raise TrainingError(
+                f"train.parallel.tensor: DeepSpeed sharded a matrix of {cut.shape} into unequal parts: {list(cut.sizes)}. "
+                "Use another number of workers"
+            )
         division.note(parameter, cut.shape, Division(rank, parts, group, cut.shape[1] if cut.by == 1 else 0))
 
 
@@ -95,7 +99,8 @@ def check(recipe: Recipe, engine: DeepSpeedEngine) -> None:
     if wanted != divided:
         some = ", ".join(f"{name} ({kind})" for name, kind in sorted(wanted ^ divided)[:3])
         raise TrainingError(
-            f"train.parallel.tensor: DeepSpeed didn't shard exactly the matrices that the recipe lists. Different: {some}"
+            f"train.parallel.tensor: DeepSpeed didn't shard exactly the matrices that the recipe lists. Different: {some}. "
+            "Correct the recipe's divided_matrices"
         )
 
 

@@ -1,12 +1,12 @@
 """Locates the state that DeepSpeed's ZeRO shards (`sharded_state`), with one class for each of DeepSpeed's optimizers.
 
-Only this module, `patches`, and `stream_patches` use DeepSpeed's internals. `adapter` requires the DeepSpeed version that it was
-written for, and an optimizer with all `parts` that its class names. DeepSpeed's public accessors can't locate the slices: if the
+Only this module, `patches`, and `stream_patches` use DeepSpeed's internals. `adapter` requires DeepSpeed 0.19.8 or a later patch
+version, and an optimizer that has all attributes in `parts`. DeepSpeed's public accessors can't locate the slices: if the
 optimizer's memory is on the host, these accessors return copies on the GPU.
 
-The dynamic loss scale of fp16 is also state. Gradients are computed from the loss times a scale. When they overflow, the scale
-halves, and the step is skipped and counted. After a while without overflow, the scale doubles (Micikevicius et al. 2018, arXiv
-1710.03740, section 3.2). A resumed run without the old scale would skip steps until it has found the scale again.
+The dynamic loss scale of fp16 is also state. Gradients are computed from the loss times a scale. When the gradients overflow, the
+scale halves, and the step is skipped and counted. After a while without overflow, the scale doubles (Micikevicius et al. 2018,
+arXiv 1710.03740, section 3.2). Without the old scale, a resumed run would skip steps until the run has found the scale again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def adapter(engine: DeepSpeedEngine, moments: Moments, copies: Collection[str], 
     """Makes the adapter of an engine that was just initialized.
 
     `replica`: the index of this worker's group, and the number of groups that each have all state (`StateGroup`). Raises
-    ConfigError if this version of DeepSpeed keeps its state in other attributes.
+    ConfigError if this version of DeepSpeed keeps the state in other attributes.
     """
     shared = SummedApart if hasattr(engine.optimizer, "bf16_groups") else Partitioned
     kind: type[ZeroState] = (Replicated, shared, shared, Divided)[engine.zero_optimization_stage()]
@@ -47,7 +47,8 @@ def shape(parameter: Any) -> tuple[int, ...]:
 
 
 def part(parameter: Any) -> torch.Tensor:
-    """Views this worker's part of a parameter. Until ZeRO-3 partitions the parameter, the part is the complete parameter."""
+    """Returns a view of this worker's part of a parameter. Until ZeRO-3 partitions the parameter, the part is the complete
+    parameter."""
     return getattr(parameter, "ds_tensor", parameter).data
 
 
@@ -106,7 +107,10 @@ class ZeroState(ShardedState):
     def write_loss_scale(self, values: dict[str, float] | None) -> str | None:
         scaler = self._scaler()
         if scaler and not values:
-            return f"the checkpoint has no fp16 loss scale, so it starts again at {scaler.cur_scale:g}, and steps may be skipped"
+            return (
+                f"the checkpoint has no fp16 loss scale, so the loss scale starts again at {scaler.cur_scale:g}. "
+                "The first steps may be skipped"
+            )
         for key, value in (values or {}).items() if scaler else ():
             setattr(scaler, key, value)
         return None
@@ -117,7 +121,7 @@ class ZeroState(ShardedState):
 
 
 class Replicated(ZeroState):
-    """Adapts stage 0, where torch's optimizer steps the complete parameters on every worker."""
+    """Implements `ShardedState` for ZeRO stage 0, where torch's optimizer steps the complete parameters on every worker."""
 
     def groups(self) -> list[tuple[torch.Tensor, list[torch.nn.Parameter]]]:
         return [(p, [p]) for _, p in self.trained()]
@@ -136,7 +140,8 @@ class Replicated(ZeroState):
 
 
 class Partitioned(ZeroState):
-    """Adapts stages 1 and 2, where each worker has a part of every parameter group's flat fp32 tensor."""
+    """Implements `ShardedState` for ZeRO stages 1 and 2, where each worker has a part of every parameter group's flat fp32
+    tensor."""
 
     parts: ClassVar[tuple[str, ...]] = (
         "bit16_groups", "single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups", "real_dp_process_group",
@@ -181,7 +186,8 @@ class Partitioned(ZeroState):
 
 
 class SummedApart(Partitioned):
-    """Adapts stage 1 in bf16 with gradients summed in fp32, for which DeepSpeed has a separate optimizer."""
+    """Implements `ShardedState` for ZeRO stage 1 in bf16 with gradients summed in fp32, for which DeepSpeed has a separate
+    optimizer."""
 
     parts = ("bf16_groups", "fp32_groups_flat_partition", "update_lp_params")
 
@@ -190,7 +196,7 @@ class SummedApart(Partitioned):
 
 
 class Divided(ZeroState):
-    """Adapts stage 3, where each worker has a part of every parameter."""
+    """Implements `ShardedState` for ZeRO stage 3, where each worker has a part of every parameter."""
 
     parts = (
         "fp16_groups", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "grad_position", "get_param_id",
@@ -243,7 +249,7 @@ class Divided(ZeroState):
 
 def _own(p: Any) -> tuple[int, int]:
     """Returns the start of this worker's slice within its part of a parameter, and the slice's number of elements. With expert
-    parallelism, ZeRO shards each part over the workers that have it."""
+    parallelism, ZeRO shards each part over the workers that have this part."""
     per = p.ds_tensor.ds_numel
     start = min(dist.get_rank(p.ds_process_group) * per, p.ds_numel)
     return start, min(per, p.ds_numel - start)

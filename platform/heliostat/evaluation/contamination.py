@@ -46,7 +46,7 @@ def of_model(folder: Path) -> Training:
     """
     export = exported.read(folder)
     if export.job is None:
-        raise ConfigError(f"{folder}: the model's folder doesn't name the training data. Set contamination.data")
+        raise ConfigError(f"{folder}: the model's folder doesn't name the training data. Set contamination.data in the suite")
     data, evaluated = export.job["data"], export.job.get("evaluate")
     held_out = evaluated.get("fraction", 0.01) if evaluated else 0.0
     version = {"version": export.data_version} if export.data_version else {}
@@ -75,7 +75,8 @@ class Examples:
         self.grams[task] = decontamination.grams(list(texts), self.n)
 
     def look_through(self, training: Training, shown: Shown = lambda done, all_: None) -> list[str]:
-        """Searches the training data for the n-grams of the examples, and stores those that it finds in `seen`.
+        """Searches the training data for the n-grams of the examples, and adds the n-grams that occur in the training data to
+        `seen`.
 
         Returns an error for each chunk that can't be read.
         """

@@ -20,7 +20,9 @@ def open_text(place: Location) -> Manifest:
     """Opens a prepared dataset. Raises ConfigError if the dataset contains no text."""
     dataset = manifest.read(place)
     if dataset.kind != "tokens":
-        raise ConfigError(f"{place}: contains {dataset.kind!r}. Only text datasets can be compared or searched")
+        raise ConfigError(
+            f"{place}: contains {dataset.kind!r}. Only text datasets can be compared or searched. Pass a text dataset"
+        )
     return dataset
 
 
@@ -48,7 +50,7 @@ class Documents:
         self.damaged: list[str] = []
 
     def token(self, id: int) -> str:
-        """Returns the text of a token in the vocabulary."""
+        """Returns the text of the token with this id in the dataset's vocabulary."""
         return str(self._tokenizer.id_to_token(id))
 
     def texts(self, chunks: Iterable[int]) -> Iterator[list[str]]:

@@ -52,7 +52,7 @@ class KeptResult(TypedDict):
     recorded: dict[str, Any]
 
 
-KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="Delete it, and heliostat scores the checkpoint again")
+KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="Delete this file. heliostat then scores the checkpoint again")
 
 
 @dataclass
@@ -174,7 +174,7 @@ class Followed:
         place.write((json.dumps(self.results[step], indent=1) + "\n").encode())
 
     def _send(self) -> None:
-        """Sends MLflow the results that it lacks. Raises TrackingError if MLflow doesn't answer."""
+        """Sends MLflow the results that MLflow doesn't have yet. Raises TrackingError if MLflow doesn't answer."""
         mlflow = mlflow_id.record(self.run)
         for step, result in sorted(self.results.items()):
             if "run_id" not in mlflow or result["recorded"]["run_id"] is not None:
@@ -194,7 +194,7 @@ class Followed:
         try:
             tagged = recording.tag(mlflow["uri"], mlflow["run_id"], sent)
         except TrackingError as e:
-            log.warning("MLflow doesn't accept the scores of registered versions. Run the command again: %s", brief(e))
+            log.warning("MLflow doesn't accept the scores of registered versions (%s). Run the command again", brief(e))
             return
         for step, versions in tagged.items():
             if versions != sent[step]["recorded"]["versions"]:
@@ -209,11 +209,11 @@ class Followed:
             self._send()
         except TrackingError as e:
             self._again = now + RETRY_S
-            log.warning("MLflow doesn't accept the scores yet: %s", brief(e))
+            log.warning("MLflow doesn't accept the scores yet, so heliostat sends them again later (%s)", brief(e))
 
 
 def alive(run: Location) -> bool:
-    """Returns whether a driver is training the run now, as far as its records show."""
+    """Returns whether a driver is training the run now, according to the records in the run's folder."""
     last = liveness.last(run)
     return last is not None and last.outcome not in ("finished", "interrupted") and liveness.lives(last)
 

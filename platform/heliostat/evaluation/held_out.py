@@ -67,7 +67,8 @@ Ask = Callable[[WordedDocument, random.Random, Sequence[WordedDocument]], Questi
 
 
 def choice(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks for the right continuation of a passage among four continuations. Returns None if the document is too short.
+    """Makes a multiple-choice question: the right continuation of a passage among four continuations. Returns None if the
+    document is too short.
 
     The wrong continuations are from other documents, after the same white space.
     """
@@ -88,8 +89,8 @@ def choice(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocu
 
 
 def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks for the word after a passage. The passage already contains this word (like LAMBADA, Paperno et al. 2016). Returns None
-    if no word of the text fits."""
+    """Makes a question that asks for the word after a passage. The passage already contains this word (like LAMBADA, Paperno et
+    al. 2016). Returns None if no word of the text fits."""
     begins = [letters[0] if (letters := LETTERS.match(text.text, begin)) else "" for begin, _ in text.words]
     places = [(at, word) for at, word in enumerate(begins) if at >= LEAST and word and word in begins[max(0, at - BEFORE) : at]]
     if not places:
@@ -99,8 +100,8 @@ def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocum
 
 
 def recall(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks the model to generate the two words after a passage. Earlier in the passage, the same two words already followed the
-    word that now ends the passage. Returns None if the text has no such place."""
+    """Makes a question in which the model generates the two words after a passage. Earlier in the passage, the same two words
+    already followed the word that now ends the passage. Returns None if the text has no such place."""
     words, last, places = [text.text[a:b] for a, b in text.words], dict[tuple[str, ...], int](), list[int]()
     for at in range(1, len(words) - 1):
         said = (words[at - 1], words[at], words[at + 1])
@@ -120,7 +121,8 @@ def recall(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocu
 
 
 def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
-    """Returns an Ask for the text between a prefix and a suffix. `markers`: the tokens before prefix, suffix, and middle.
+    """Returns a function (`Ask`) that makes questions for the text between a prefix and a suffix. `markers`: the tokens before
+    prefix, suffix, and middle.
 
     `suffix_first`: whether the suffix comes before the prefix (SPM).
     """
@@ -143,8 +145,7 @@ def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
 
 
 def questions(ask: Ask, texts: Sequence[WordedDocument], count: int, seed: int) -> Iterator[Question]:
-    """Yields up to `count` questions. In each round, it tries once per document to make a question. There are at most TRIES
-    rounds."""
+    """Yields up to `count` questions. In each of at most TRIES rounds, tries once per document to make a question."""
     rng, count_asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
     for _ in range(TRIES):
         for number in rng.sample(range(len(texts)), len(texts)):
@@ -224,8 +225,8 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
 
 
 def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, TaskShape]]:
-    """Returns a task if the dataset is rearranged for filling in the middle. In this task, the model generates the middle, up to
-    an end token."""
+    """Returns a task by name if the dataset is rearranged for filling in the middle, else {}. In this task, the model generates
+    the middle, up to an end token."""
     if FACT not in prepared.meta:
         return {}
     end = documents.Documents(prepared).token(prepared.fact("end_of_document"))

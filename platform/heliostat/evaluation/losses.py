@@ -46,9 +46,13 @@ def _evaluate(
     manifests = [read(location) for location in job.sources]
     recipe: Recipe = export.recipe(job)
     if not isinstance(recipe, Evaluates) or not isinstance(recipe, Exports):
-        raise ConfigError(f"{export.folder}: can't evaluate it: {job.recipe} doesn't derive from Evaluates and Exports ({GUIDE})")
+        raise ConfigError(
+            f"{export.folder}: can't evaluate this model: {job.recipe} doesn't derive from Evaluates and Exports ({GUIDE})"
+        )
     if manifests[0].kind != recipe.kind:
-        raise ConfigError(f"--dataset: {data} contains {manifests[0].kind!r}, but the model needs {recipe.kind!r}")
+        raise ConfigError(
+            f"--dataset: {data} contains {manifests[0].kind!r}, but the model needs {recipe.kind!r}. Pass another dataset"
+        )
     recipe.bind(manifests)
     planned = plan(job, manifests)
     dataset = open_dataset(dataclasses.replace(planned, version=export.data_version) if export.data_version else planned)

@@ -62,7 +62,7 @@ def edit_similarity(one: str, other: str) -> float:
 def centred(score: float, guessing: float | None) -> float | None:
     """Computes (score - chance) / (1 - chance). 0 means guessing, and 1 is a perfect score (Li et al. 2024, DataComp-LM).
 
-    Returns None if the score of guessing is unknown, or if it is 1.
+    Returns None if the score of guessing (`guessing`) is unknown or 1.
     """
     return None if guessing is None or guessing >= 1 else (score - guessing) / (1 - guessing)
 

@@ -58,8 +58,8 @@ def record(uri: str, result: Result) -> dict[str, object]:
 
 
 def tag(uri: str, run_id: str, results: Mapping[int, Result]) -> dict[int, list[str]]:
-    """Adds a run's recorded scores to its registered versions. Returns the versions' names by step. `results`: the recorded
-    results by step.
+    """Adds a run's recorded scores to the run's registered model versions. Returns the versions' names by step. `results`: the
+    recorded results by step.
 
     Raises TrackingError if MLflow doesn't answer.
     """

@@ -30,8 +30,8 @@ PACKAGES = ("lm_eval", "transformers", "torch")
 
 
 class Benchmark:
-    """Contains a suite's tasks, and the contamination of their examples by training data. Builds the tasks once, and measures the
-    contamination once."""
+    """Contains a suite's tasks, and the contamination of the tasks' examples by training data. Builds the tasks once, and
+    measures the contamination once."""
 
     def __init__(self, suite: Suite, folder: Location, quiet: bool = False) -> None:
         """Builds the tasks. Raises ConfigError if a task is invalid. `quiet`: shows no progress."""

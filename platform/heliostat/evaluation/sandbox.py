@@ -23,7 +23,7 @@ LOGGERS = ("lm_eval", "datasets", "evaluate", "transformers")
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Restricts lm-eval inside the context."""
+    """Restricts lm-eval inside the context: templates run in a sandbox, and lm-eval shows no output and starts no processes."""
     from lm_eval import utils
     from tqdm import tqdm
 

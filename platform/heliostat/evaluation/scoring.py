@@ -40,7 +40,8 @@ def require_language_model(folder: Path) -> None:
 
 
 def load(folder: Path, suite: Suite) -> HFLM:
-    """Loads a model as lm-eval's class. Raises ConfigError if a weight is missing, or if the model needs code from its folder."""
+    """Loads a model as an object of lm-eval's class `HFLM`. Raises ConfigError if a weight is missing, or if the model needs
+    code from its folder."""
     from lm_eval.models.huggingface import HFLM
 
     with exported.using(folder):
@@ -65,7 +66,7 @@ def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, Sequence[floa
         raise
     except Exception as e:
         raise HeliostatError(
-            f"tasks: {task.name}: lm-eval can't score it ({type(e).__name__}: {brief(e) or 'no reason given'}). "
+            f"tasks: {task.name}: lm-eval can't score this task ({type(e).__name__}: {brief(e) or 'no reason given'}). "
             f"The model reads at most {model.max_length} tokens"
         ) from e
     samples = [one for one in evaluated["samples"][task.name] if one["filter"] == task.filter]

@@ -40,7 +40,7 @@ def _short(text: str, most: int) -> str:
 
 
 def notes(result: Result) -> list[str]:
-    """Returns the lines below the table."""
+    """Returns the notes below the table: mean score, cut examples, contamination, and where MLflow has the scores."""
     average, seen, recorded = result["average"], result["contamination"], result["recorded"]
     lines = []
     if average["centred"] is not None:
@@ -53,7 +53,7 @@ def notes(result: Result) -> list[str]:
     lines += [_of_programs(row) for row in result["tasks"] if row.get("programs")]
     lines += _of_contamination(result, seen)
     lines += [f"{row['task']}: {row['truncated']:,} examples are longer than the model's context, so the model saw only the end "
-              "of each of them"
+              "of each example"
               for row in result["tasks"] if row["truncated"]]  # fmt: skip
     if recorded["why_not"]:
         lines.append(f"not in MLflow: {recorded['why_not']}")

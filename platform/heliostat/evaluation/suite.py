@@ -50,7 +50,7 @@ class Contamination(Strict):
 
 
 class Suite(Strict):
-    """Describes a suite of benchmarks."""
+    """Describes a suite file: the benchmark tasks, and the settings of all tasks."""
 
     name: Name
     """Name of the suite. Its results are stored under this name."""
@@ -77,7 +77,7 @@ class Suite(Strict):
     def _once(self) -> Suite:
         names = [entry.task for entry in self.tasks]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"tasks: {twice!r} is listed twice. Remove one")
+            raise ValueError(f"tasks: {twice!r} is listed twice. Remove one of the two")
         return self
 
 

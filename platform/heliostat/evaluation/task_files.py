@@ -47,7 +47,7 @@ def find(root: Path, name: str) -> Path | None:
     Raises ConfigError if two files have this task."""
     files = naming(root, "task", name)
     if len(files) > 1:
-        raise ConfigError(f"tasks: {name!r} is in two files, {files[0]} and {files[1]}. Rename one")
+        raise ConfigError(f"tasks: {name!r} is in two files, {files[0]} and {files[1]}. Rename one of the two tasks")
     return files[0] if files else None
 
 
@@ -79,7 +79,7 @@ def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, objec
     if path in seen:
         raise ConfigError(f"{path}: include: includes itself. Remove one of the includes")
     if not path.is_relative_to(root.resolve()):
-        raise ConfigError(f"{seen[-1] if seen else path}: include: {path} is outside {root}. Copy it there")
+        raise ConfigError(f"{seen[-1] if seen else path}: include: {path} is outside {root}. Copy the file into this folder")
     if path.is_file() and FUNCTION.search(path.read_text(encoding="utf-8", errors="replace")):
         raise ConfigError(
             f"{path}: contains a `!function`, and heliostat doesn't run code of task files. Write a Jinja "
@@ -134,7 +134,7 @@ def _of_files(kwargs: dict[str, object], folder: Location, cache: Path, where: o
         if isinstance(value, list):
             return [local(one) for one in value]
         if not isinstance(value, str):
-            raise ConfigError(f"{where}: data_files: {value!r} isn't a path")
+            raise ConfigError(f"{where}: data_files: {value!r} isn't a path. Write a path, or a list of paths")
         place = _place(value, folder, where)
         return str(_fetched(place, cache, where))
 
@@ -147,11 +147,14 @@ def _place(value: str, folder: Location, where: object) -> Location:
     try:
         return folder.join(value)
     except DataError as e:
-        raise ConfigError(f"{where}: {value!r} is outside {folder}. Copy it there, or pass its absolute path") from e
+        raise ConfigError(
+            f"{where}: {value!r} is outside {folder}. Copy the file into this folder, or write its absolute path"
+        ) from e
 
 
 def _fetched(place: Location, cache: Path, where: object) -> Path:
-    """Returns a file's local path. Copies the file first if it is in a store. Raises ConfigError if the file doesn't exist."""
+    """Returns a file's local path. If the file is in a store, first copies the file to `cache`. Raises ConfigError if the file
+    doesn't exist."""
     if not place.exists():
         raise ConfigError(f"{where}: data_files: {place}: no such file. Put the file there, or use another file")
     if not place.is_s3:

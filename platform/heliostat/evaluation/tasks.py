@@ -25,7 +25,7 @@ REFUSED = {  # keys of a task file that would run code, or that need other model
     "custom_dataset": "heliostat doesn't run code that makes data sets. Write the data set as JSON lines or Parquet",
     "process_results": "heliostat doesn't run scoring code. Use lm-eval's metrics",
     "use_prompt": "not supported. Write the prompt as doc_to_text and doc_to_target",
-    "unsafe_code": "heliostat runs the model's code only for `unit_tests`. Write the task with them",
+    "unsafe_code": "heliostat runs the model's code only for `unit_tests`. Write the tests under the key `unit_tests`",
     "doc_to_image": "the model reads text only",
     "doc_to_audio": "the model reads text only",
 }
@@ -55,8 +55,8 @@ class EvalTask:
 
 
 def build(suite: Suite, folder: Location, cache: Path) -> list[EvalTask]:
-    """Builds all tasks of a suite, and reads their data sets. `cache`: the folder for copies. Raises ConfigError for the first
-    invalid task."""
+    """Builds all tasks of a suite, and reads their data sets. `cache`: the folder for copies of files from S3. Raises
+    ConfigError for the first invalid task."""
     root = task_files.download(folder, cache / "tasks")
     return [_build(suite, entry, folder, root, cache) for entry in suite.tasks]
 
@@ -77,7 +77,7 @@ def _build(suite: Suite, entry: SuiteEntry, folder: Location, root: Path, cache:
         task = _made({k: v for k, v in config.items() if k not in ("tag", "group", "task_list")}, where, folder, cache)
     if runs_code and (entry.fewshot or entry.metric):
         raise ConfigError(
-            f"tasks: {entry.task}: {'fewshot' if entry.fewshot else 'metric'}: not supported with unit tests. Remove it"
+            f"tasks: {entry.task}: {'fewshot' if entry.fewshot else 'metric'}: not supported with unit tests. Remove this key"
         )
     _settle(task, suite, entry)
     metric, filter_ = _score(task, entry)
@@ -127,7 +127,10 @@ def _said(error: Exception, config: dict[str, object]) -> str:
     """Returns a message with the reason why a task couldn't be built."""
     kind = type(error).__name__
     if kind in ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectTimeout"):
-        return f"its data set {config.get('dataset_path', '')!r} is on the Hugging Face Hub, which doesn't answer ({kind})"
+        return (
+            f"its data set {config.get('dataset_path', '')!r} is on the Hugging Face Hub, which doesn't answer ({kind}). "
+            "Connect this machine to the network, or use local files"
+        )
     return f"{kind}: {brief(error)}"
 
 
@@ -209,7 +212,9 @@ def _generation(options: object, where: object) -> None:
     if options is None:
         return
     if not isinstance(options, dict):
-        raise ConfigError(f"{where}: generation_kwargs: expected a mapping, got {options!r}")
+        raise ConfigError(
+            f"{where}: generation_kwargs: expected a mapping, got {options!r}. Write for example {{max_gen_toks: 64}}"
+        )
     if unknown := [key for key in options if key not in GENERATION]:  # transformers has an option that downloads code
         raise ConfigError(
             f"{where}: generation_kwargs: {unknown[0]!r} isn't supported{nearest(str(unknown[0]), list(GENERATION))}"

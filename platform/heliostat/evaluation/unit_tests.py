@@ -58,7 +58,8 @@ def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[st
         raise ConfigError(f"{where}: {KEY}: expected a template of tests, such as '{{{{tests}}}}', got {template!r}")
     if unfit := [key for key in ITS_OWN if key in config]:
         raise ConfigError(
-            f"{where}: {unfit[0]}: not supported with {KEY}, where the model generates code and {METRIC} is the score. Remove it"
+            f"{where}: {unfit[0]}: not supported with {KEY}, where the model generates code and {METRIC} is the score. "
+            "Remove this key"
         )
     if not allowed:
         raise ConfigError(
@@ -79,18 +80,20 @@ def require_one_answer(config: dict[str, Any], where: object) -> None:
     for chain in config.get("filter_list") or []:
         if [step["function"] for step in chain["filter"] or []][-1:] != [LAST]:
             raise ConfigError(
-                f"{where}: filter_list: {chain['name']}: returns several answers, and only one can run. Add {LAST} at the end"
+                f"{where}: filter_list: {chain['name']}: returns several answers, but only one can run. Add {LAST} at the end"
             )
 
 
 def verdicts(programs: Sequence[tuple[str, str]]) -> list[str]:
-    """Runs programs, each with its tests, up to SIDE_BY_SIDE in parallel. Returns the verdict of each program."""
+    """Runs programs, each with its tests, up to SIDE_BY_SIDE in parallel. Returns how each program ended: `passed`, `failed`,
+    `timed_out`, or `too_much_output`."""
     with ThreadPoolExecutor(min(SIDE_BY_SIDE, os.cpu_count() or 1)) as pool:
         return [outcome.verdict for outcome in pool.map(lambda one: run_program(*one), programs)]
 
 
 def row(facts: Row, ended: Sequence[str]) -> Row:
-    """Adds the score of the unit tests to a task's row. `programs`: the number of programs by verdict."""
+    """Adds the score of the unit tests to a task's row. The row's key `programs` gets the number of programs for each way to
+    end (`passed`, `failed`, ...)."""
     values, counts = passed(ended), Counter(ended)
     score = sum(values) / len(values)
     low, high = measures.wilson(score, len(values))
@@ -127,7 +130,7 @@ class ProgramLimits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """Contains a program's verdict, and the beginning of its output."""
+    """Describes how a program ended (`verdict`, for example `passed` or `timed_out`), with the beginning of its output."""
 
     verdict: str
     output: str
@@ -135,16 +138,18 @@ class ProgramResult:
 
 @cache
 def require_sandbox() -> None:
-    """Raises ConfigError if this machine can't isolate programs. To test this, it runs one program, once per process."""
+    """Raises ConfigError if this machine can't isolate programs. To test this, runs one program, once per process."""
     if not sys.platform.startswith("linux") or platform.machine() not in sandbox.CALLS:
         known = ", ".join(sandbox.CALLS)
         raise ConfigError(f"the sandbox needs Linux on {known}, and this is {sys.platform} on {platform.machine()}")
     try:
         outcome = run_program("x = 1", "assert x == 1")
     except HeliostatError as e:
-        raise ConfigError(f"{brief(e)}. It needs Linux 5.12 or later, and user namespaces, which containers often forbid") from e
+        raise ConfigError(
+            f"{brief(e)}. The sandbox needs Linux 5.12 or later, and user namespaces, which containers often forbid"
+        ) from e
     if outcome.verdict != PASSED:
-        raise ConfigError(f"Python doesn't run in the sandbox ({outcome.verdict}: {brief(outcome.output)})")
+        raise ConfigError(f"Python doesn't run in the sandbox ({outcome.verdict}: {brief(outcome.output)}). Use another machine")
 
 
 def run_program(program: str, tests: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:

@@ -89,7 +89,11 @@ def _files(recipe: Exports, shapes: dict[str, tuple[int, ...]], checkpoint: Save
     files = {file: tensors for file, tensors in recipe.tensors({**shapes, **_buffers(checkpoint)}).items() if tensors}
     used = {source for tensors in files.values() for weight in tensors.values() for source in weight.sources}
     if unused := [n for n in shapes if n not in used]:
-        log.warning("the export leaves out %d parameters, for example %s", len(unused), unused[0])
+        log.warning(
+            "the export leaves out %d parameters, for example %s, because the recipe writes them to no file",
+            len(unused),
+            unused[0],
+        )
     return files
 
 
@@ -141,12 +145,14 @@ class _Sources:
     def entry(self, name: str, weight: Weight, dtype: torch.dtype) -> safetensors_file.Entry:
         if missing := [s for s in weight.sources if s not in self.places and s not in self.initial]:
             raise CheckpointError(
-                f"{self.checkpoint.location}: has no weights for {missing[0]!r}, so it belongs to another model"
+                f"{self.checkpoint.location}: has no weights for {missing[0]!r}, so this checkpoint belongs to another model"
             )
         if weight.make is not None:
             return _entry(name, partial(self._made, name, weight), weight.shape, dtype)
         if len(weight.sources) != 1:
-            raise ConfigError(f"recipe: the export's {name!r} combines {len(weight.sources)} tensors and has no `make` ({GUIDE})")
+            raise ConfigError(
+                f"recipe: the export's {name!r} combines {len(weight.sources)} tensors and has no `make`. Add `make` ({GUIDE})"
+            )
         (source,) = weight.sources
         place = self.places.get(source, "")
         if place.startswith("buffer."):
@@ -164,7 +170,10 @@ class _Sources:
         assert weight.make
         computed = weight.make(*(self._whole(s).float().view(self.shapes[s]) for s in weight.sources))
         if (shape := tuple(computed.shape)) != tuple(weight.shape):
-            raise ConfigError(f"recipe: the export's {name!r} has shape {shape}, expected {tuple(weight.shape)}")
+            raise ConfigError(
+                f"recipe: `make` of the export's {name!r} returns shape {shape}, expected {tuple(weight.shape)}. "
+                "Correct one of them"
+            )
         yield computed.reshape(-1)
 
     def _whole(self, source: str) -> torch.Tensor:
@@ -174,7 +183,7 @@ class _Sources:
 def _entry(
     name: str, stream: Callable[[], Iterator[torch.Tensor]], shape: tuple[int, ...], dtype: torch.dtype
 ) -> safetensors_file.Entry:
-    """Describes a tensor for the file writer, which reads it piece by piece."""
+    """Describes a tensor for the file writer, which reads the tensor piece by piece."""
 
     def parts() -> Iterator[memoryview]:
         for piece in stream():

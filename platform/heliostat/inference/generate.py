@@ -59,7 +59,7 @@ def read_text(option: str, value: str) -> str:
             return value
         return Path(value).read_bytes().decode()
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{option}: {value} isn't UTF-8 text ({e})") from e
+        raise ConfigError(f"{option}: {value} isn't UTF-8 text ({e}). Save the file as UTF-8") from e
     except OSError:  # for example, the name is too long
         return value
 
@@ -73,5 +73,5 @@ def read_prompts(path: Path) -> list[str]:
         raise ConfigError(f"--prompts: can't read {path} ({e})") from e
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError(f"--prompts: {path} contains no prompt. Write one per line")
+        raise ConfigError(f"--prompts: {path} contains no prompt. Write one prompt per line")
     return prompts

@@ -53,7 +53,7 @@ def generate_many(
     claim(place, identity, "answers", "answers of `heliostat model generate --prompts`")
     import torch
 
-    with lease.take(place, "written", "Wait for it, or stop it", field="--out") as lease_:
+    with lease.take(place, "written", "Wait for that process, or stop it", field="--out") as lease_:
         with flow_on_ray(place, "answering prompts", workers, torch.cuda.device_count(), quiet) as flow:
             try:
                 results = answered(flow, folder, prompts, options, seed, out, key(identity))
@@ -70,7 +70,7 @@ def generate_many(
 def answered(
     flow: Flow, folder: Path, prompts: list[str], options: dict[str, object], seed: int, out: str, follows: str
 ) -> list[str]:
-    """Answers prompts with tasks of a flow; returns a JSON line per prompt, in the order of the prompts.
+    """Answers prompts with Ray tasks (`flow`); returns a JSON line per prompt, in the order of the prompts.
 
     `follows`: a key that covers everything that determines the answers, including the model's files.
     """

@@ -51,7 +51,8 @@ def engine_options(
 
 
 def rank(most: int) -> int:
-    """Returns the smallest supported rank that is at least `most`; raises ConfigError if no supported rank is large enough."""
+    """Returns the smallest LoRA rank that vLLM supports and that is at least `most`. Raises ConfigError if no supported rank is
+    large enough."""
     if most > RANKS[-1]:
         raise ConfigError(f"--adapter: vLLM supports adapters up to rank {RANKS[-1]}, not {most}. Use --engine transformers")
     return next(one for one in RANKS if one >= most)
@@ -78,10 +79,10 @@ def nats(tokens: Sequence[int], scored: Sequence[Mapping[int, Logprob] | None]) 
     """Returns the sum of the negative log-likelihoods, in nats, of a prompt's tokens after the first token. Raises ValueError
     if a token's log-likelihood is missing."""
     if len(scored) != len(tokens):
-        raise ValueError(f"vLLM scored {len(scored)} of {len(tokens)} tokens")
+        raise ValueError(f"vLLM scored only {len(scored)} of {len(tokens)} tokens of the prompt")
     known = [at[token].logprob for token, at in zip(tokens[1:], scored[1:], strict=True) if at is not None and token in at]
     if len(known) != len(tokens) - 1:
-        raise ValueError(f"vLLM scored {len(known)} of {len(tokens) - 1} tokens")
+        raise ValueError(f"vLLM scored only {len(known)} of {len(tokens) - 1} tokens of the prompt")
     return -math.fsum(known)
 
 
@@ -109,7 +110,7 @@ class VllmStream:
     ) -> AsyncGenerator[tuple[int, Chosen | None]]:
         """Yields the tokens of an answer as vLLM generates them, each with its log probabilities if `logprobs` isn't None.
 
-        Raises HeliostatError if vLLM stops too early: before a token of `ends`, and before `most` tokens.
+        Raises HeliostatError if vLLM stops before it generates a token of `ends` or `most` tokens.
         """
         params = self.params(**sampling(most, draw.temperature, draw.top_p, draw.seed, ends, logprobs))
         prompt_tokens: TokensPrompt = {"prompt_token_ids": prompt}
@@ -126,7 +127,7 @@ class VllmStream:
 
 
 class OnVllm:
-    """Runs a batch engine's task on vLLM. vLLM forms its own batches from all inputs of a piece."""
+    """Runs a batch engine's task on vLLM. vLLM gets all inputs of a Ray task at once, and forms its own batches."""
 
     loaded: LoadedModel
     longest: int | None

@@ -1,4 +1,4 @@
-"""Checks a job's numerics: runs a small copy of it on two workers and in one plain torch process, and compares the results.
+"""Checks a job's numerics: runs a small copy of the job on two workers and in one plain torch process, and compares the results.
 
     result = check(checked)         # {"ok", "rows", "faults", "trial", "seconds", "losses"}
 
@@ -7,7 +7,7 @@ Each comparison has a limit, which depends on the job's precision (`rows.LIMITS`
 - the initial weights
 - the weights in use against the fp32 master weights
 - each step's loss, and every parameter's gradient and update
-- the state that another parallelism configuration loads from a checkpoint, and its next losses
+- the state that another parallelism configuration loads from a checkpoint, and the next losses of this configuration
 - the receipts of both configurations
 """
 
@@ -28,7 +28,7 @@ from heliostat.validation import check as checks
 
 
 def check(checked: checks.Checked) -> dict[str, Any]:
-    """Runs the trial and compares its results. Raises the error of a process that failed."""
+    """Runs the small job in separate processes, and compares the results. Raises the error of a process that failed."""
     began, job = time.monotonic(), checked.job
     with tempfile.TemporaryDirectory(prefix="heliostat-numerics-") as name:
         processes.run(job, list(checked.plan.digests), Path(name), _gpus(job))
@@ -36,7 +36,7 @@ def check(checked: checks.Checked) -> dict[str, Any]:
 
 
 def conclude(folder: Path) -> dict[str, Any]:
-    """Compares the files that the trial's processes wrote to `folder`."""
+    """Compares the results that the processes of the small job wrote to `folder`."""
     files = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("trial", "played", "resumed", "plain")}
     rows = [*_rows(files, LIMITS[files["trial"]["precision"]]), _receipts(Location(files["trial"]["run"]))]
     faults = [fault for row in rows for fault in row.faults]
@@ -64,7 +64,7 @@ def _rows(files: dict[str, Any], limits: Thresholds) -> list[DifferenceRow]:
 def _together(parts: list[dict[str, object]]) -> DifferenceRow:
     """Joins the rows of all workers.
 
-    The joined row has the worst difference of all workers' rows, and the faults of all these rows.
+    The joined row has the worst difference of all workers, and the faults of all workers.
     """
     rows = [DifferenceRow.parse(part) for part in parts]
     worst = max(rows, key=lambda row: row.worst)
@@ -77,7 +77,8 @@ def _apart(own: float, right: float) -> float:
 
 
 def _receipts(run: Location) -> DifferenceRow:
-    """Verifies the receipts of both configurations: each sample must be the right one, and must be used once."""
+    """Verifies the receipts (records of the used samples) of both configurations: each step must use the planned samples, each
+    once."""
     row, report = DifferenceRow("receipts", 0.0), verify.verify(run)
     wrong = report["lost"] + report["repeated"] + (0 if report["ok"] else 1)
     row.add(report["steps"], "", float(wrong), lambda: verify.explain(report))
@@ -86,7 +87,7 @@ def _receipts(run: Location) -> DifferenceRow:
 
 
 def _gpus(job: Job) -> bool:
-    """Checks whether the job uses GPUs, and this machine has a GPU for each worker of the trial."""
+    """Checks whether the job uses GPUs, and this machine has a GPU for each worker of the small job."""
     if not job.workers.gpus:
         return False
     import torch

@@ -11,8 +11,8 @@ EXPLAINED = 0.1  # a cause explains a difference if at most this share is left
 
 
 def relative(value: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> float:
-    """Computes the norm of the difference, divided by the norm of `right` or by `floor`, whichever is larger. Returns infinity
-    for NaN."""
+    """Computes the relative difference: the norm of `value` - `right`, divided by the norm of `right` or by `floor`, whichever is
+    larger. Returns infinity for NaN."""
     difference, base = float((value - right).norm()), max(float(right.norm()), floor)
     if difference == 0.0:
         return 0.0
@@ -20,7 +20,7 @@ def relative(value: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> fl
 
 
 def floors(gradients: Tensors, share: float) -> dict[str, float]:
-    """Computes, for each parameter, the smallest norm by which the difference of its gradients may be divided.
+    """Computes a lower limit of the norm by which a gradient's difference is divided, for each parameter.
 
     The limit is `share` of the norm that the parameter's gradient would have if all elements of the complete gradient were
     equally large.
@@ -44,11 +44,11 @@ def explain_gradient(
     tolerance = max(limit, EXPLAINED) * size
     ratio = _ratio(value, right)
     if float((value - ratio * right).norm()) <= limit * size:
-        return f"is {ratio:.4g} times the right one: a wrong scale"
+        return f"is {ratio:.4g} times the right gradient: a wrong scale"
     for scale in (1.0, float(len(parts))):
         apart = torch.stack([(value - scale * part).abs() for part in parts]).amin(0)
         if float(apart.norm()) <= tolerance:
-            return "is one worker's share: it wasn't reduced over the workers"
+            return "is one worker's share: the gradient wasn't reduced over the workers"
     if before is not None:
         if float((value - _ratio(value, before) * before).norm()) <= tolerance:
             return "is the gradient of the previous step: a stale buffer"
@@ -59,16 +59,16 @@ def explain_gradient(
 
 
 def explain_update(value: torch.Tensor, right: torch.Tensor, limit: float) -> str:
-    """Finds the cause of a wrong update. Returns an empty string if it can't find the cause."""
+    """Finds the cause of a wrong update. Returns an empty string if the cause is unknown."""
     size = float(value.norm())
     if not size:
         return "the weights didn't change"
     ratio = _ratio(value, right)
     if float((value - ratio * right).norm()) <= max(limit, EXPLAINED) * size:
-        return f"is {ratio:.4g} times the right one: a wrong scale"
+        return f"is {ratio:.4g} times the right update: a wrong scale"
     return ""
 
 
 def _ratio(value: torch.Tensor, right: torch.Tensor) -> float:
-    """Computes the factor that brings `right` closest to `value`, by least squares."""
+    """Computes the factor r for which r * `right` is closest to `value`, by least squares."""
     return float((value * right).sum()) / max(float(right.square().sum()), 1e-300)

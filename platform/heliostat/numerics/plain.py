@@ -1,4 +1,5 @@
-"""Runs the same steps in one plain torch process, in fp32: autograd, a plain loss, torch's own clipping and optimizer.
+"""Runs the small job's steps in one plain torch process, in fp32, with autograd, a plain loss, and torch's own clipping and
+optimizer.
 
 Each step begins from the engine's weights, rounded as in the engine's forward pass. So a comparison shows only the difference of
 that step. The optimizer gets the engine's gradient, so its update doesn't depend on the precision.
@@ -42,7 +43,8 @@ class PlainLoop:
         return {name: p.detach().clone() for name, p in self.trained.items()}
 
     def put(self, weights: compare.Tensors, rounded: bool = True) -> None:
-        """Writes weights into the model. `rounded`: rounds them to the precision of the engine's forward pass."""
+        """Writes weights into the model. `rounded`: whether to round the weights to the precision of the engine's forward
+        pass."""
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(weights[name].to(self.type) if rounded else weights[name])
@@ -81,8 +83,8 @@ class PlainLoop:
     def _coupled(
         self, recipe: CouplesSamples, micros: list[tuple[int, Batch]], terms: int
     ) -> tuple[float, list[dict[str, torch.Tensor]]]:
-        """Does the same as `gradients`, for a loss that couples all samples of the step. A replica's gradient is the contribution
-        of its samples."""
+        """Computes the same as `gradients`, for a loss that couples all samples of the step (contrastive). A replica's gradient
+        is the contribution of the replica's samples."""
         represented = []
         for seed, micro in micros:
             with torch.no_grad():
@@ -121,7 +123,7 @@ class PlainLoop:
 
 
 def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
-    """Runs all steps while the workers run the same steps, and writes the rows of the comparison."""
+    """Runs all steps in the plain process while the workers run the same steps. Writes the differences to `folder`."""
     limits, plain = LIMITS[job.train.precision], PlainLoop(job, plan, recipe)
     begun, grads, updates = (
         DifferenceRow("initial weights", 0.0),

@@ -1,8 +1,8 @@
-"""Runs the small job on a worker: the training loop's own step, engine, data path, checkpoints, and receipts, without Ray.
+"""Runs the small job on a worker, without Ray, with the code of the training loop: step, engine, data, checkpoints, and receipts.
 
 `play` runs on every worker of the job's parallelism configuration. `resume` runs on one worker, with another parallelism
-configuration. Both write their results to a folder: the tensors before and after each step (`weights-STEP`, `gradients-STEP`),
-and everything else as JSON.
+configuration. Both functions write the results to a folder: the tensors before and after each step (`weights-STEP`,
+`gradients-STEP`), and everything else as JSON.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Player:
-    """Acts as a worker without a driver: computes steps, saves, and restores."""
+    """Acts as a training worker without a driver: computes steps, and saves and restores checkpoints."""
 
     def __init__(self, job: Job, plan: DataPlan, recipe: Recipe, start_step: int = 0) -> None:
         self.job, self.recipe = job, recipe
@@ -106,7 +106,8 @@ class Player:
 
 
 def dealt(plan: DataPlan, rank: int, world: int, start_step: int) -> stream.LaneStream:
-    """Streams a worker's blocks of the trial's steps, with the same division of blocks as in training."""
+    """Streams a worker's data blocks for the steps from `start_step` on. Divides the blocks among workers in the same way as
+    training."""
     order = open_dataset(plan).order
     task = stream.fetch(plan, order, start_step, STEPS, replace=True)
 
@@ -152,7 +153,8 @@ def resume(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
 
 
 def _watch(player: Player, folder: Path) -> None:
-    """Writes the gradient of each step to the folder after the step's last backward pass: reduced and summed, before clipping."""
+    """Makes the engine write each step's gradient to the folder after the step's last backward pass: reduced over workers, before
+    clipping."""
     engine, backward = player.engine, player.engine.backward
 
     def kept(*args: object, **named: object) -> object:
@@ -210,7 +212,7 @@ def _keep(place: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write(place: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes tensors to a file for another process of the trial. A file with the name `place` is always complete."""
+    """Writes tensors to the file `place` for another process. This file appears only when it is complete."""
     part = place.with_name(f"{place.name}.part.npz")
     np.savez(part, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
     part.rename(place)

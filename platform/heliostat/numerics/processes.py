@@ -1,8 +1,9 @@
-"""Runs the trial in separate processes: one plain process, two workers, and the worker that resumes with another configuration.
+"""Runs the small job of `heliostat check --numerics` in separate processes: one plain process, two workers, and the worker that
+resumes with another configuration.
 
-`run` starts `python -m heliostat.numerics.processes`, which imports the libraries once and forks the other processes. These find
-each other through a file, and communicate only over loopback. They end when the process that called `run` ends for any reason, or
-at a deadline.
+`run` starts `python -m heliostat.numerics.processes`, which imports the libraries once and forks the other processes. The
+processes find each other through a file, and communicate only over loopback. All processes end when the process that called `run`
+ends, or at a deadline.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELI
 
 
 def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
-    """Runs the trial of a job in `folder`, with the dataset versions of `digests`. Raises the error of a process that failed."""
+    """Runs the small job of a job in `folder`, with the dataset versions of `digests`. Raises the error of a process that
+    failed."""
     give(job, digests, folder, gpus)
     host = subprocess.Popen(
         [sys.executable, "-m", "heliostat.numerics.processes", str(folder)],
@@ -48,7 +50,9 @@ def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
     try:
         host.wait(DEADLINE_S)
     except subprocess.TimeoutExpired:
-        raise TrainingError(f"--numerics: the comparison didn't end within {DEADLINE_S:.0f} s: {_last(folder)}") from None
+        raise TrainingError(
+            f"--numerics: the comparison took longer than {DEADLINE_S:.0f} s. Last line of its log: {_last(folder)}"
+        ) from None
     finally:
         _end(host)
     if (failed := folder / "error.json").exists():
@@ -56,7 +60,9 @@ def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
         kind = ConfigError if error["exit_code"] == 2 else TrainingError
         raise kind(f"--numerics: {error['who']}: {error['message']}")
     if host.returncode:
-        raise TrainingError(f"--numerics: its process ended with code {host.returncode}: {_last(folder)}")
+        raise TrainingError(
+            f"--numerics: the comparison's process ended with code {host.returncode}. Last line of its log: {_last(folder)}"
+        )
 
 
 def give(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
@@ -71,7 +77,7 @@ def _environment(gpus: bool) -> dict[str, str]:
 
 
 def _end(host: subprocess.Popen[bytes]) -> None:
-    """Ends the host and all processes that the host has forked, which are in its session."""
+    """Ends the process `host`, and all processes that `host` has forked."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(host.pid, signal.SIGKILL)
     host.wait(END_S)
@@ -81,7 +87,7 @@ def _end(host: subprocess.Popen[bytes]) -> None:
 
 def _last(folder: Path) -> str:
     lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
+    return lines[-1] if lines else "(the log is empty)"
 
 
 # in the host ---------------------------------------------------------------------------------------------------------
@@ -97,14 +103,15 @@ def main(folder: Path) -> int:
 
 
 def _end_with_parent() -> None:
-    """Ends this process and its children once its parent has ended."""
+    """Ends this process and all processes that it forked, as soon as the parent process has ended."""
     while os.read(0, 1):
         pass
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def host(folder: Path) -> int:
-    """Runs the trial that `folder` describes. Returns 1 if a process has failed, else 0."""
+    """Runs the small job that `folder` describes, and waits for all of its processes. Returns 1 if a process has failed, else
+    0."""
     from heliostat.data import manifest
     from heliostat.numerics import plain, play, small
 
@@ -159,7 +166,8 @@ def _describe(trial: SmallTrial) -> dict[str, object]:
 
 
 def _ended(processes: list[ForkProcess], beside: ForkProcess | None = None) -> bool:
-    """Waits until all processes have ended. Returns False as soon as one of them, or `beside`, has failed."""
+    """Waits until all processes have ended, and returns True. Returns False as soon as one of these processes, or `beside`, has
+    failed."""
     watched = [*processes, *([beside] if beside else [])]
     while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in watched):
         time.sleep(POLL_S)
@@ -191,7 +199,7 @@ def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *ar
 
 
 def _tell(folder: Path, who: str, error: BaseException) -> None:
-    """Writes the first error to the folder. Drops later errors, because they follow from the first one."""
+    """Writes the first error of a comparison to the folder. Drops later errors, because the first error causes them."""
     known = innermost(error) or error
     lines = str(known).strip().splitlines() or [""]
     own = known if isinstance(known, HeliostatError) else None

@@ -1,4 +1,4 @@
-"""Collects differences, one row per kind, and defines their limits with the reasons.
+"""Collects the differences of `heliostat check --numerics`, one row per kind, and defines the limits of these differences.
 
 Differences are relative norms: the norm of the difference, divided by the norm of the result of one plain process in fp32. Each
 step begins from the engine's own weights. So nothing accumulates over steps, and a limit covers one step's rounding. The limits
@@ -15,8 +15,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class NumericFault:
-    """Describes a difference beyond its limit. `what`: the kind. `step`: from 1. `name`: the parameter. `cause`: empty if
-    unknown."""
+    """Describes a difference beyond its limit. `what`: the kind of difference, such as gradient. `step`: counted from 1. `name`:
+    the parameter. `cause`: empty if unknown."""
 
     what: str
     step: int
@@ -58,9 +58,9 @@ class DifferenceRow:
 @dataclass(frozen=True)
 class Thresholds:
     loss: float
-    """Tolerance of a step's loss."""
+    """Tolerance of a step's loss, as a relative difference."""
     gradient: float
-    """Tolerance of each parameter's gradient."""
+    """Tolerance of each parameter's gradient, as a relative difference of norms."""
     floor: float
     """Smallest norm by which a gradient's difference is divided, as a share of the norm expected from the parameter's size. Some
     gradients are zero except for rounding. For example, attention cancels the gradients of key biases."""
@@ -68,8 +68,8 @@ class Thresholds:
     """Tolerance of each parameter's update, compared with torch's optimizer on the engine's gradient. Updates are fp32 at every
     precision, like the master weights and optimizer state."""
     resumed: float
-    """Tolerance of the losses that another configuration computes after the checkpoint. They are compared with the losses of the
-    workers that saved it."""
+    """Tolerance of the losses that another configuration computes after the checkpoint. The comparison is with the losses of the
+    workers that saved the checkpoint."""
 
 
 UPDATE = 1e-3  # clipping divides by a norm that was summed in another order; small updates change only the last bits of weights

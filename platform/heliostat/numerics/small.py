@@ -1,8 +1,8 @@
-"""Makes the small job that `heliostat check --numerics` runs. It has the job's own parallelism, precision, and optimizer, but
-takes only seconds.
+"""Makes the small job that `heliostat check --numerics` runs. The small job has the job's own parallelism, precision, and
+optimizer, but takes only seconds.
 
-A model that is small enough stays unchanged. A larger transformers model is reduced in depth, width, and vocabulary. Its samples
-are shortened, and their tokens are mapped into the smaller vocabulary. Other large models are rejected.
+A model that is small enough stays unchanged. A larger transformers model is reduced in depth, width, and vocabulary. The model's
+samples are shortened, and tokens are mapped into the smaller vocabulary. Other large models are rejected.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
     size = tiny.parameters(loading.load(job, sources, weights=False).build)
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
-        return SmallTrial(small, _loaded(small, sources), f"the whole model, {size:,} parameters{left_out(job)}")
+        return SmallTrial(small, _loaded(small, sources), f"the complete model, {size:,} parameters{left_out(job)}")
     small = small_job(job, folder, gpus, tiny.LENGTH)
     recipe = _loaded(small, sources)
     if not isinstance(recipe, CausalLM):
         raise ConfigError(
-            f"recipe: --numerics runs models of up to {LARGEST:,} parameters, and this one has {size:,}. It can make only "
-            f"models of CausalLM smaller by itself. Make this model smaller with --set model.KEY=VALUE"
+            f"recipe: --numerics runs models of up to {LARGEST:,} parameters, and this model has {size:,}. heliostat can "
+            f"shrink only models of CausalLM. Make this model smaller with --set model.KEY=VALUE"
         )
-    return SmallTrial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
+    return SmallTrial(small, recipe, f"the model, reduced from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
 
 
 def left_out(job: Job) -> str:
-    """Lists the job's settings that the trial leaves out, because it compares two workers with a plain process.
+    """Describes the job's settings that the small job leaves out, because the check compares two workers with a plain process.
 
-    The list is empty if the trial leaves out no settings.
+    Returns "" if the small job has all settings.
     """
     keys = {"train.ema": job.train.ema, "train.zero.shard_group_size": job.train.zero.shard_group_size,
             "train.zero.quantize_weights": job.train.zero.quantize_weights}  # fmt: skip
@@ -73,8 +73,8 @@ def left_out(job: Job) -> str:
 
 
 def unaided(recipe: Recipe) -> Recipe:
-    """Returns the recipe without optimizations for memory or speed. It keeps all activations, computes complete logits and MLPs,
-    and uses reference implementations instead of kernels."""
+    """Returns the recipe without optimizations for memory or speed. This recipe keeps all activations, computes complete logits
+    and MLPs, and uses reference implementations instead of kernels."""
     if not isinstance(recipe, CausalLM):
         return recipe
     plain = recipe.plainly()
@@ -117,7 +117,7 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
 
 
 def _loaded(job: Job, sources: list[Manifest]) -> Recipe:
-    """Loads the recipe of a trial. The tiles of its MLPs are so small that each sample has several tiles."""
+    """Loads the recipe of the small job. The tiles of tiled MLPs are so small that each sample has several tiles."""
     recipe = loading.load(job, sources)
     if isinstance(recipe, CausalLM):
         recipe.tile = TILE
@@ -125,7 +125,7 @@ def _loaded(job: Job, sources: list[Manifest]) -> Recipe:
 
 
 def elsewhere(job: Job) -> Job:
-    """Returns the job with another parallelism configuration. It has another ZeRO stage, and only one worker, which has complete
+    """Returns the job with another parallelism configuration: another ZeRO stage, and only one worker, which computes complete
     samples."""
     stage = ELSEWHERE[job.train.zero.stage]
     optimizer = job.train.zero.offload.optimizer if stage == 3 else None
@@ -148,7 +148,9 @@ def _cut(recipe: CausalLM, job: Job) -> int:
         if size <= LARGEST:
             _fold(recipe, tiny.VOCABULARY)
             return size
-    raise ConfigError(f"model: can't make a small model of {whole.model_type!r} for --numerics. Make it smaller with --set")
+    raise ConfigError(
+        f"model: can't make a small model of {whole.model_type!r} for --numerics. Set a smaller size with --set model.KEY=VALUE"
+    )
 
 
 def _fold(recipe: CausalLM, vocabulary: int) -> None:

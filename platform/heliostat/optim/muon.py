@@ -1,7 +1,8 @@
 """Implements Muon: moves hidden matrices along their orthogonalized momentum (Jordan et al. 2024). AdamW updates everything else.
 
 The momentum is elementwise, so each worker keeps the momentum of its own ZeRO slices. Orthogonalization needs complete matrices.
-They are assembled once per step, after clipping (`whole_matrices`). DeepSpeed's own Muon orthogonalizes before it clips.
+The workers assemble complete matrices once per step, after clipping (`whole_matrices`). DeepSpeed's own Muon orthogonalizes
+before clipping.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class WithAdamW(torch.optim.Optimizer):
     """Updates `orthogonal` groups by Muon, with the state `momentum_buffer`. Updates the other groups by AdamW, with the states
     `exp_avg` and `exp_avg_sq`.
 
-    The class name doesn't contain "Muon", because DeepSpeed handles optimizers with "Muon" in their name in a special way.
+    The class name doesn't contain "Muon", because DeepSpeed has special code for optimizers with "Muon" in the name.
     """
 
     def __init__(self, groups: list[dict[str, object]], adamw: AdamWKeys, muon: MuonKeys) -> None:
@@ -52,7 +53,7 @@ class WithAdamW(torch.optim.Optimizer):
         self.device = torch.device("cpu")
 
     def cut_as(self, cut: dict[torch.Tensor, list[Matrix]], device: torch.device) -> None:
-        """Sets the matrix slices in each flat tensor, and the device on which the workers compute."""
+        """Records which slices of which matrices each flat tensor contains, and the device on which the workers compute."""
         self.cut, self.device = cut, device
 
     @torch.no_grad()

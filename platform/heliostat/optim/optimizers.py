@@ -1,11 +1,11 @@
-"""Defines the optimizers that `train.optimizer.name` accepts. Each class defines an optimizer's keys in the job, the names of its
-state, and the code that builds it in torch. Checkpoints, the plan, and the checks use these classes. docs/guides/optimizer.md
-shows how to add an optimizer.
+"""Defines the optimizers that `train.optimizer.name` accepts. Each class defines an optimizer's keys in the job, the names of the
+optimizer's state, and the code that builds the optimizer in torch. Checkpoints, the plan, and the checks use these classes.
+docs/guides/optimizer.md shows how to add an optimizer.
 
-Importing this module doesn't import torch, but building an optimizer does. An optimizer belongs here if its state is elementwise.
-ZeRO flattens parameters and cuts them into slices at any element, and workers update the slices separately. Checkpoints of one
-partition are loaded into another. An optimizer that needs complete tensors must assemble them in its step, as Muon does.
-`REFUSED` lists some optimizers that don't meet this requirement.
+Importing this module doesn't import torch. Building an optimizer imports torch. An optimizer belongs here if its state is
+elementwise. ZeRO flattens parameters, and cuts the result into slices at any element, and workers update the slices separately.
+Checkpoints of one partition are loaded into another. An optimizer that needs complete tensors must assemble these tensors in its
+step, as Muon does. `REFUSED` lists some optimizers that don't meet this requirement.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Optimizer(Strict):
         Checkpoints use these names."""
 
     def kept(self, hidden_matrix: bool) -> tuple[str, ...]:
-        """Returns the names of a parameter's state tensors. `hidden_matrix`: whether the parameter is a hidden matrix."""
+        """Returns the names of a parameter's optimizer state tensors, such as `exp_avg`. `hidden_matrix`: whether the parameter
+        is a hidden matrix."""
         return self.state
 
     @abstractmethod
@@ -66,7 +67,7 @@ class AdamW(Optimizer):
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """Decay rates of the first and the second moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    """Added to the square root of the second moment."""
+    """Small constant that is added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay of matrices; vectors (biases, norms) have none."""
 
@@ -82,7 +83,8 @@ class AdamW(Optimizer):
 
 
 class Sgd(Optimizer):
-    """Optimizes by stochastic gradient descent with momentum (Sutskever et al. 2013). With momentum 0 it has no state."""
+    """Optimizes by stochastic gradient descent with momentum (Sutskever et al. 2013). With momentum 0, this optimizer has no
+    state."""
 
     name: Literal["sgd"] = "sgd"
     """Algorithm of the optimizer."""
@@ -163,7 +165,7 @@ class ScheduleFree(Optimizer):
     """First: gradients are computed between the iterate and the average; this is the weight of the average. Second: decay rate of
     the second moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    """Added to the square root of the second moment."""
+    """Small constant that is added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay of matrices."""
     copies: ClassVar[frozenset[str]] = frozenset({"z", "ema"})
@@ -199,7 +201,7 @@ class Muon(Optimizer):
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """AdamW's decay rates of the first and the second moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    """AdamW's eps: added to the square root of the second moment."""
+    """AdamW's eps: small constant that is added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay of all matrices: hidden matrices, embeddings, and heads."""
     orthogonalizes: ClassVar[bool] = True
@@ -233,15 +235,15 @@ REGISTRY: dict[str, type[Optimizer]] = {kind.model_fields["name"].default: kind 
 REFUSED = {
     **dict.fromkeys(
         ("adafactor", "shampoo", "soap", "lamb", "lars"),
-        "isn't supported: it needs complete tensors, but ZeRO gives workers slices",
+        "isn't supported: this optimizer needs complete tensors, but ZeRO gives workers slices",
     ),
     **dict.fromkeys(
         ("adamw_8bit", "adamw8bit", "adamw_bnb_8bit"),
-        "isn't supported: ZeRO would split the blocks of its state, and resuming with another number of workers would change "
-        "this state",
+        "isn't supported: ZeRO would split the blocks of the optimizer state, and resuming with another number of workers would "
+        "change this state",
     ),
-    "adagrad": "isn't supported: DeepSpeed replaces it, and then steps only one parameter group",
-    "lbfgs": "isn't supported: it needs several losses per step",
+    "adagrad": "isn't supported: DeepSpeed replaces this optimizer with its own, which steps only one parameter group",
+    "lbfgs": "isn't supported: this optimizer needs several losses per step",
 }
 
 
@@ -254,8 +256,8 @@ def _refuse(value: object) -> object:
 
 
 def _name(value: object) -> str:
-    """Returns the optimizer's name in the value. If the value isn't a mapping, returns the default name, and that optimizer's
-    model reports the error."""
+    """Returns the optimizer's name in the value. If the value isn't a mapping, returns the default name. The default optimizer's
+    validation then reports the error."""
     return str(value.get("name", DEFAULT) if isinstance(value, dict) else getattr(value, "name", DEFAULT))
 
 
@@ -281,5 +283,5 @@ def require_resumable(optimizer: Optimizer, recorded: dict[str, object]) -> None
     )
     raise ConfigError(
         f"train.optimizer: {optimizer.name!r} keeps {keeps} per parameter, but the run's checkpoints ({name!r}) "
-        f"contain {holds}. Keep {name!r}, or start another run"
+        f"contain {holds}. Set train.optimizer.name to {name!r}, or start another run"
     )

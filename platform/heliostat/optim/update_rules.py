@@ -19,7 +19,7 @@ State = dict[str, torch.Tensor]  # state tensors of one parameter, by name
 
 
 class Hyperparameters(TypedDict):
-    """Describes the hyperparameters that rules read from a parameter group."""
+    """Describes the hyperparameters that update rules read from a parameter group."""
 
     lr: float
     weight_decay: float
@@ -58,7 +58,7 @@ def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 class LionStep(UpdateRule):
-    """Updates by the sign of an interpolated momentum, `exp_avg` (Chen et al. 2023, arXiv 2302.06675)."""
+    """Updates parameters by Lion: by the sign of an interpolated momentum, `exp_avg` (Chen et al. 2023, arXiv 2302.06675)."""
 
     def __init__(self, groups: list[dict[str, object]], lr: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
@@ -79,7 +79,7 @@ class ScheduleFreeStep(UpdateRule):
     2405.15682).
 
     The parameters are y = (1 - beta1) z + beta1 x. Gradients are computed at y. z is the iterate, which AdamW without a first
-    moment updates. x is the average, which is evaluated and exported. Both begin as the parameter. x is stored, not recomputed
+    moment updates. x is the average, which is evaluated and exported. z and x begin as the parameter. x is stored, not recomputed
     from y and z, so that checkpoints contain x in the same form as other averages of weights.
     """
 
@@ -101,8 +101,8 @@ class ScheduleFreeStep(UpdateRule):
 
 
 def average_weight(step: int, warmup: int) -> float:
-    """Computes the weight of step number `step`, from 1, in the average of all steps up to it. Weights are proportional to
-    squared learning rates."""
+    """Computes the weight of step number `step`, counted from 1, in the average of the steps 1 to `step`. Weights are
+    proportional to squared learning rates."""
     if step <= warmup:
         return 6 * step / ((step + 1) * (2 * step + 1))
     return 1 / ((warmup + 1) * (2 * warmup + 1) / (6 * warmup) + step - warmup if warmup else step)

@@ -1,9 +1,9 @@
 """Assembles matrices that ZeRO has cut into slices over the workers. Each matrix is assembled on one worker, its owner.
 
 ZeRO gives each worker flat slices of parameters, cut at any element. The workers exchange the slice boundaries once
-(`Matrix.spans`), so each worker knows what it sends and receives. One all-to-all sends the slices of a batch of matrices to the
-owners. Another all-to-all returns slices of the results. So a worker has only two things in memory: its own slices, and those
-complete matrices of one batch that it owns.
+(`Matrix.spans`), so each worker knows which slices to send and to receive. One all-to-all sends the slices of a batch of matrices
+to the owners. Another all-to-all returns slices of the results. So a worker has only two things in memory: its own slices, and
+those complete matrices of one batch that it owns.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def batches(matrices: list[Matrix], workers: int) -> Iterator[list[tuple[Matrix,
 
 
 def on_whole(work: Work, flat: torch.Tensor, matrices: list[Matrix], device: torch.device) -> None:
-    """Applies `work` to complete matrices, and replaces this worker's slices of them in `flat` with the results. Collective."""
+    """Applies `work` to complete matrices, and replaces this worker's slices of these matrices in `flat` with the results.
+    Collective."""
     rank, workers = dist.get_rank(), dist.get_world_size()
     for batch in batches(matrices, workers):
         batch = sorted(batch, key=lambda item: item[1])  # stable, so in the same order on every worker

@@ -1,5 +1,4 @@
-"""Shards a model's computation: samples, matrices, and experts; checks which architectures support it.
+"""Shards a model's computation by samples, matrices, or experts. Checks which architectures support this sharding.
 
-Start at `division`.
-May import: `checkpoint`, `config`, `data`.
+Start at `division`. May import: `checkpoint`, `config`, `data`.
 """

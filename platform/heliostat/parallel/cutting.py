@@ -1,10 +1,10 @@
 """Tests whether a model supports samples that are cut over several workers (sequence parallelism).
 
 A model supports this under three conditions: only attention mixes tokens, all attention uses transformers' interface, and the
-only masks are those for causality and documents. Whether a model meets these conditions depends on the code of its architecture.
+only masks are causal masks and document masks. Whether a model meets these conditions depends on the architecture's code.
 
-The test needs one process. Each row of a batch is a stretch of one sample, and the attention of a small model joins the rows. The
-model's logits must match those of the uncut sample.
+The test needs one process. Each row of a batch is a range of one sample's tokens, and the attention of a small model joins the
+rows. The model's logits must match those of the uncut sample.
 """
 
 from __future__ import annotations
@@ -45,14 +45,16 @@ def require(recipe: LanguageModel, parts: int) -> None:
         )
     how = [recipe.length, recipe.document_mask]
     if fault := tiny.remembered(_known, recipe, how, lambda: tiny.tried(recipe, _fault)):
-        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set it to 1")
+        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set this key to 1")
 
 
 def _require_heads(recipe: LanguageModel, parts: int) -> None:
     """Raises ConfigError unless every worker gets the same number of attention heads. There may be fewer key/value heads than
     workers."""
     if not isinstance(getattr(recipe.config.get_text_config(decoder=True), "num_attention_heads", None), int):
-        raise ConfigError(f"{KEY}: not supported for {recipe.config.model_type!r}, which has no attention heads. Set it to 1")
+        raise ConfigError(
+            f"{KEY}: not supported for {recipe.config.model_type!r}, which has no attention heads. Set this key to 1"
+        )
     heads, shared, _ = sequence_attention.sizes(recipe.config)
     fits = [n for n in divisors(heads) if (shared % n == 0 or n % shared == 0) and recipe.length % n == 0]
     if parts not in fits:
@@ -71,7 +73,7 @@ def _fault(small: LanguageModel) -> str:
     if off <= TOLERANCE:
         return ""
     return (
-        "something other than full attention mixes tokens, for example windows or a recurrent state (its logits "
+        "something other than full attention mixes tokens, for example windows or a recurrent state (the logits "
         f"differ by {off:.1%})"
     )
 
@@ -95,17 +97,17 @@ def difference(recipe: LanguageModel) -> float:
 
 
 def _put_together(model: PreTrainedModel, documents: bool) -> None:
-    """Makes a model treat the rows of a batch as the stretches of one sample."""
+    """Makes a model treat the rows of a batch as consecutive token ranges of one sample."""
     name = model.config._attn_implementation
     if name == "eager":
-        raise UnfitForCutting("its attention has only the implementation 'eager', which is causal only through a mask")
+        raise UnfitForCutting("the model's attention has only the implementation 'eager', which needs a causal mask")
     core, (heads, shared, width) = sequence_attention.core(model), sequence_attention.sizes(model.config)
 
     def exchanged(module: torch.nn.Module, *stretches: torch.Tensor, **options: object) -> Attended:
         *rows, documents_of = stretches
         shapes = [(x.shape[1], x.shape[3]) for x in rows]
         if shapes != [(heads, width), (shared, width), (shared, width)]:
-            raise UnfitForCutting(f"its layers have different numbers of heads, or widths of queries, keys, and values: {shapes}")
+            raise UnfitForCutting(f"the layers have different heads or widths of queries, keys, and values: {shapes}")
         whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in rows]
         attended, _ = core(module, *whole, documents_of, **options)
         return attended.unflatten(1, (PARTS, -1)).squeeze(0), None

@@ -1,5 +1,5 @@
-"""Computes experts that are sharded over the workers of a group (expert parallelism). Tokens go to the workers that have their
-experts, and the results come back.
+"""Computes experts that are sharded over the workers of a group (expert parallelism). Each token goes to the workers that have
+the token's experts, and the results come back.
 
 Each worker of the group has the same number of complete experts of every layer, in rank order. No token is dropped: a worker
 accepts any number of tokens.
@@ -18,7 +18,8 @@ from heliostat.parallel.experts import ExpertLayer
 
 
 def use(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-    """Makes a transformers model compute with all experts of its group. Its modules contain only this worker's experts."""
+    """Makes a transformers model compute with all experts of its group. The model's modules contain only this worker's
+    experts."""
     workers = dist.get_world_size(group)
     for module in experts.layers(model):
         module.all_experts = module.num_experts
@@ -78,8 +79,8 @@ def _forward(
 def _computed(module: ExpertLayer, rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
     """Computes each row with its expert.
 
-    Adds one row of zeros, so that the weights have a gradient even if no row arrived. Without a gradient here, the other workers
-    would wait for it.
+    Adds one row of zeros, so that the weights have a gradient even if no row arrived. Without this gradient, the other workers
+    would wait.
     """
     from transformers.integrations.moe import grouped_mm_experts_forward
 

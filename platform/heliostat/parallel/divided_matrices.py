@@ -1,4 +1,4 @@
-"""Reads from transformers how an architecture's matrices are sharded over workers (tensor parallelism). Tests whether this works.
+"""Reads from transformers how to shard an architecture's matrices over workers (tensor parallelism). Tests this sharding.
 
 The test needs one process. Small models of the architecture, each with its part of every matrix, compute one sample in parallel
 threads. The threads add up the outputs of row-parallel matrices. Each model's logits must match those of the complete model.
@@ -37,7 +37,7 @@ _known: dict[str, str] = {}  # faults of the models that this process has tested
 
 
 def of(model: PreTrainedModel) -> dict[str, Kind]:
-    """Returns how each module's weight is sharded.
+    """Maps the name of each module to the way of sharding its weight.
 
     Leaves out the modules that every worker has completely. Returns an empty result if transformers shards a weight in a way that
     heliostat doesn't support.
@@ -60,20 +60,20 @@ def require(recipe: LanguageModel, parts: int) -> None:
     config, kind = recipe.config, recipe.config.model_type
     plan = dict(_plan(config))
     if not plan:
-        raise ConfigError(f"{KEY}: transformers has no tensor-parallel plan for {kind!r}. Set it to 1")
+        raise ConfigError(f"{KEY}: transformers has no tensor-parallel plan for {kind!r}. Set this key to 1")
     if recipe.routes:
         raise ConfigError(f"{KEY}: not supported for the experts of {kind!r}. Use train.parallel.expert")
     for name, style in plan.items():
         if style not in KINDS:
-            raise ConfigError(f"{KEY}: not supported: transformers shards {name!r} of {kind!r} by {style!r}. Set it to 1")
+            raise ConfigError(f"{KEY}: not supported: transformers shards {name!r} of {kind!r} by {style!r}. Set this key to 1")
     for field in FIELDS:
         number = getattr(config, field, None)
         if isinstance(number, int) and number % parts:
             fits = [n for n in range(2, number + 1) if all(_number(config, f) % n == 0 for f in FIELDS)]
-            instead = f"Use {' or '.join(map(str, fits[:4]))}" if fits else "Set it to 1"
+            instead = f"Use {' or '.join(map(str, fits[:4]))}" if fits else "Set this key to 1"
             raise ConfigError(f"{KEY}: {parts} doesn't divide model.{field} {number}. {instead}")
     if fault := tiny.remembered(_known, recipe, [recipe.document_mask], lambda: tiny.tried(recipe, _fault, 2 * PARTS)):
-        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set it to 1")
+        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set this key to 1")
 
 
 def _number(config: PreTrainedConfig, field: str) -> int:
@@ -84,7 +84,7 @@ def _number(config: PreTrainedConfig, field: str) -> int:
 def _fault(small: LanguageModel) -> str:
     off, narrowed = played(small)
     if narrowed:
-        return f"every worker would have all of {narrowed[0]!r}, but only a part of its input"
+        return f"every worker would have all of {narrowed[0]!r}, but only a part of this module's input"
     return "" if off <= TOLERANCE else f"the shards' logits differ from the complete model's logits by {off:.1%}"
 
 
@@ -92,8 +92,8 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
     """Computes the largest difference between the logits of a small model's parts and of the complete model, in standard
     deviations of the logits.
 
-    Also lists the modules that are complete in each part, but get only a part of their input there. With these modules, the
-    workers would compute different gradients.
+    Also lists the modules that are complete on every worker, but get only a part of the input. For these modules, the workers
+    would compute different gradients.
     """
     torch.manual_seed(0)
     model = recipe.build().eval().double()  # random weights saturate the softmax, which amplifies fp32 rounding to 1e-3
@@ -128,7 +128,7 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
 
 
 def _inputs(model: PreTrainedModel, listed: dict[str, Kind]) -> dict[str, list[Shapes]]:
-    """Records, from now on, the input shapes of each module that has parameters and isn't `listed`."""
+    """Records the input shapes of later calls of each module that has parameters and isn't in `listed`."""
     seen = dict[str, list[Shapes]]()
 
     def note(name: str, args: tuple[object, ...], named: dict[str, object]) -> None:
@@ -149,7 +149,7 @@ class _Meeting:
         self.held = dict[int, torch.Tensor]()
 
     def part(self, model: PreTrainedModel, number: int) -> PreTrainedModel:
-        """Cuts a model's matrices down to part `number`, and connects its row-parallel modules with those of the other parts."""
+        """Cuts a model's matrices down to part `number`, and adds up the outputs of row-parallel modules over all parts."""
         for name, kind in of(model).items():
             module = model.get_submodule(name)
             if kind == "summed":

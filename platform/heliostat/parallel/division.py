@@ -1,8 +1,8 @@
 """Describes which part of a parameter a worker has, if the workers of a group split the parameter.
 
-The engine records the part on each parameter that is split. At ZeRO-3, it also records the shape, which DeepSpeed removes. In
-every parallelism configuration, a worker's part is one slice of the flattened parameter, in the order of the division's
-`columns`. So checkpoints load in any other configuration.
+The engine records the part on each parameter that is split. At ZeRO-3, the engine also records the shape, which DeepSpeed
+removes. In every parallelism configuration, a worker's part is one slice of the flattened parameter, in the order of the
+division's `columns`. So checkpoints load in any other configuration.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from heliostat.checkpoint.flat_shard import FlatShard
 
 
 class Division(NamedTuple):
-    """Describes this worker's part of a parameter: part number `part` of `parts` equal parts. The workers of the group have all
-    parts, in rank order.
+    """Describes this worker's part of a parameter: part number `part` of `parts` equal parts. Worker i of the group has part i.
 
     `width`: the number of columns, if a matrix is split by columns; 0 if a parameter is split in its first dimension.
     """
@@ -69,8 +68,8 @@ def placed(parameter: torch.Tensor, local: torch.Tensor, start: int) -> FlatShar
 
 
 def assembled(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Joins the parts of a parameter from all workers of a group, in the parameter's shape. Returns `values` if the parameter
-    isn't split. Collective."""
+    """Joins the parts of a parameter from all workers of a group, in the parameter's shape. Returns `values` unchanged if the
+    parameter isn't split. Collective."""
     mine = of(parameter)
     if mine.parts == 1:
         return values

@@ -37,15 +37,15 @@ def mask(documents: torch.Tensor, first: int, end: int) -> torch.Tensor:
 def mask_bytes(length: int, itemsize: int) -> int:
     """Counts the bytes of a sample's largest mask.
 
-    Each pair of tokens takes one byte in the mask. It takes `itemsize` more bytes in the bias that fused kernels compute from the
-    mask.
+    Each pair of tokens takes one byte in the mask. Each pair also takes `itemsize` bytes in the bias that fused kernels compute
+    from the mask.
     """
     return min(ROWS, length) * length * (1 + itemsize)
 
 
 def in_blocks(core: Core) -> Core:
     """Wraps the attention `core`. The returned function takes document numbers instead of a mask, and computes in blocks. Without
-    document numbers, it does the same as `core`."""
+    document numbers, the returned function does the same as `core`."""
 
     def attend(
         module: torch.nn.Module,
@@ -110,7 +110,7 @@ def _random(tensor: torch.Tensor) -> Drawn:
 
 @contextmanager
 def _drawn_again(random: Drawn | None, tensor: torch.Tensor) -> Iterator[None]:
-    """Draws the random numbers of the forward pass again inside the context, if the forward pass drew any."""
+    """Opens a context in which the random numbers (dropout) are the same as in the forward pass, if the forward pass drew any."""
     if random is None:
         yield
         return

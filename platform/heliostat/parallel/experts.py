@@ -1,5 +1,5 @@
 """Records the routing of a transformers model with experts: the tokens per expert, and the logits of the routers. Balances the
-experts with the bias that a router adds when it chooses experts.
+experts with the bias that a router adds to the scores of the experts.
 
 This works for all architectures whose experts use transformers' interface (`use_experts_implementation`). In these architectures,
 one module contains all experts of a layer, and gets the chosen experts of every token as an input.
@@ -40,7 +40,7 @@ def number(layer: ExpertLayer) -> int:
 
 
 def routers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
-    """Lists the routers in the model's order. Each router comes with the index of the logits in its output."""
+    """Lists the routers in the model's order, each with the index of the logits in the router's output."""
     outputs = [getattr(m, "_can_record_outputs", None) or {} for m in model.modules()]
     logits = [one["router_logits"] for one in outputs if "router_logits" in one]
     kinds = {one.target_class: one.index for one in logits if getattr(one, "target_class", None)}
@@ -56,7 +56,7 @@ def biases(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 def watched(model: torch.nn.Module) -> Iterator[RoutingWatch]:
     """Records the routing of a model, or of an engine's model, during forward passes inside the context.
 
-    The recomputation by activation checkpointing isn't recorded, because it runs later, outside the context.
+    Recomputation by activation checkpointing isn't recorded, because the recomputation runs later, outside the context.
     """
     module = getattr(model, "module", model)
     watch = _watches.get(module)
@@ -71,7 +71,7 @@ def watched(model: torch.nn.Module) -> Iterator[RoutingWatch]:
 
 class RoutingWatch:
     """Contains the recorded routing. `routed`: int64 [layers, experts + 1], tokens per expert; the last column counts tokens
-    without an expert; None for a model without experts. `logits`: one tensor per router."""
+    without an expert; None for a model without experts. `logits`: the logits of each router, one tensor per router."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         experts = layers(model)
@@ -88,7 +88,7 @@ class RoutingWatch:
         self.on = True
 
     def end(self) -> None:
-        """Stops recording and drops the recorded tensors, because they keep autograd graphs in memory."""
+        """Stops recording and drops the recorded tensors, because the tensors keep autograd graphs in memory."""
         self.on = False
         self.routed: torch.Tensor | None = None
         self.logits: list[torch.Tensor] = []

@@ -1,4 +1,5 @@
-"""Defines the parts of a language model's recipe that this package uses. Reads the numbers of experts from a configuration.
+"""Defines the attributes of a language model's recipe that the package `parallel` uses. Reads the numbers of experts from a
+configuration.
 
 Importing this module imports neither torch nor transformers, because most jobs are checked without them.
 """
@@ -41,7 +42,8 @@ class SummedLoss(Protocol):
 
 
 class LanguageModel(Protocol):
-    """Lists the parts of a language model's recipe that tests of an architecture read, and change in a copy of the recipe."""
+    """Lists the attributes of a language model's recipe that tests of an architecture need. Tests change these attributes in a
+    copy of the recipe."""
 
     job: Job
     length: int

@@ -1,10 +1,10 @@
-"""Computes the attention of samples whose tokens are cut into stretches, one per worker (Ulysses; Jacobs et al. 2023, arXiv
+"""Computes the attention of samples whose tokens are divided into ranges, one per worker (Ulysses; Jacobs et al. 2023, arXiv
 2309.14509).
 
 Before attention, a worker has all heads of some tokens. The workers of a group then exchange values, so that each worker has some
-heads of all tokens. After attention, the workers reverse the exchange. DeepSpeed's `UlyssesSPAttentionHF` does that around the
-model's own attention. This package can't import the engine, so the engine passes the class in (`exchanging`). No other part of a
-model may mix tokens; `cutting` tests this.
+heads of all tokens. After attention, the workers reverse the exchange. DeepSpeed's `UlyssesSPAttentionHF` exchanges the values
+before and after the model's own attention. This package can't import the engine, so the engine passes this class to `exchanging`.
+No other part of a model may mix tokens; `cutting` tests this.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ NAME = "cut"
 
 
 class HeadExchange(Protocol):
-    """Wraps an attention. The wrapper takes some tokens of all heads, and gives `attention` all tokens of some heads. `sizes`:
-    the result of this module's `sizes`."""
+    """Wraps an attention function. The wrapper's inputs are some tokens of all heads. The wrapper calls `attention` with all
+    tokens of some heads. `sizes`: the result of this module's `sizes`."""
 
     def __call__(
         self, attention: Core, group: dist.ProcessGroup, micro_batch_size: int, sizes: tuple[int, int, int], layers: int
@@ -40,7 +40,7 @@ _exchange: ContextVar[HeadExchange | None] = ContextVar("head_exchange", default
 
 @contextmanager
 def exchanging(exchange: HeadExchange) -> Iterator[None]:
-    """Makes `use` exchange heads with this function inside the context."""
+    """Opens a context in which `use` exchanges heads with the function `exchange`."""
     token = _exchange.set(exchange)
     try:
         yield
@@ -56,7 +56,9 @@ def use(model: PreTrainedModel, group: dist.ProcessGroup, micro_batch_size: int,
     """
     exchange = _exchange.get()
     if exchange is None:
-        raise RuntimeError("sequence_attention.use: no engine exchanges heads here. Call it in a recipe's exchange(model, group)")
+        raise RuntimeError(
+            "sequence_attention.use: no engine exchanges heads here. Call this function in a recipe's exchange(model, group)"
+        )
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     attention = exchange(core(model), group, micro_batch_size, sizes(model.config), layers)
 
@@ -88,7 +90,7 @@ class Attention:
         position_ids: torch.Tensor,
         **options: object,
     ) -> Attended:
-        """Computes a layer's attention. It ignores the model's mask, which covers only one stretch."""
+        """Computes a layer's attention. Ignores the model's mask, which covers only this worker's tokens."""
         options.pop("attention_mask", None)
         if self.gathered and position_ids is not self._positions:
             self._positions, self._documents = position_ids, document_attention.numbers(self.gathered(position_ids))
@@ -96,7 +98,8 @@ class Attention:
 
 
 def install(model: PreTrainedModel, name: str, attention: Core) -> None:
-    """Registers with transformers an attention that makes its own masks, and makes the model use it."""
+    """Registers an attention function, which makes its own masks, with transformers under `name`. Makes the model use this
+    attention."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention)
@@ -105,7 +108,7 @@ def install(model: PreTrainedModel, name: str, attention: Core) -> None:
 
 
 def core(model: PreTrainedModel) -> Core:
-    """Returns the function that computes the model's attention. It takes document numbers instead of a mask."""
+    """Returns the function that computes the model's attention. This function takes document numbers instead of a mask."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return document_attention.in_blocks(ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation])

@@ -1,8 +1,8 @@
-"""Shrinks a model's configuration, so that a test of its architecture's code takes a second for a model of any size.
+"""Shrinks a model's configuration, so that a test of the architecture's code takes a second for a model of any size.
 
-The small configuration keeps every switch, the kinds of layers and their order, the width of heads, and how queries share keys.
-Windows and position ranges that are shorter than a sample stay shorter. The small configuration has fewer layers, heads, and
-experts, smaller widths, and a smaller vocabulary.
+The small configuration keeps every switch, the kinds of layers and their order, the width of heads, and the number of query heads
+per key head. Windows and position ranges that are shorter than a sample stay shorter. The small configuration has fewer layers,
+heads, and experts, smaller widths, and a smaller vocabulary.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def shrunk(config: PreTrainedConfig, length: int, heads: int = 2) -> Iterator[Pr
 
 
 def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: int = 2, largest: float | None = None) -> T:
-    """Returns the result of `what` for the first small version of the recipe that can be computed. Raises UntriedError if there
-    is no such version.
+    """Calls `what` with small versions of the recipe until a call succeeds, and returns the result. Raises UntriedError if every
+    call fails.
 
     Every `build` builds the small model again, with kernels that a CPU supports. `heads`: the maximum number of heads. `largest`:
     the maximum number of parameters, by default LARGEST.
@@ -75,7 +75,7 @@ def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: in
         small = recipe.small(config, LENGTH, END)
         try:
             if (size := parameters(small.build)) > most:
-                reason = f"its smallest model has {size:,} parameters"
+                reason = f"the architecture's smallest model has {size:,} parameters"
                 continue
             with one_thread(), torch.random.fork_rng(devices=[]):
                 return what(small)
@@ -96,8 +96,8 @@ def one_thread() -> Iterator[None]:
 
 
 def tried(recipe: LanguageModel, fault: Callable[[LanguageModel], str], heads: int = 2) -> str:
-    """Returns the fault of a small version of the recipe, or "" if there is no fault. If no version can be tested, the result
-    says so."""
+    """Returns the fault of a small version of the recipe, or "" if there is no fault. If no small version can run, the returned
+    text is "the check failed" with the reason."""
     try:
         return attempt(recipe, fault, heads)
     except UntriedError as e:
@@ -105,8 +105,8 @@ def tried(recipe: LanguageModel, fault: Callable[[LanguageModel], str], heads: i
 
 
 def remembered(known: dict[str, T], recipe: LanguageModel, how: Sequence[object], find: Callable[[], T]) -> T:
-    """Returns the earlier result for the same configuration and `how` in this process. If there is no earlier result, computes it
-    with `find`."""
+    """Returns the earlier result for the same configuration and `how` in this process. If there is no earlier result, computes
+    the result with `find`."""
     key = json.dumps([recipe.config.to_dict(), *how], default=str, sort_keys=True)
     if key not in known:
         known[key] = find()
@@ -120,7 +120,7 @@ def tokens(small: LanguageModel) -> np.ndarray:
 
 @torch.no_grad()
 def stir(model: torch.nn.Module) -> None:
-    """Draws random weights, so that every part of a model affects its logits."""
+    """Draws random weights, so that every part of a model affects the model's logits."""
     for p in model.parameters():
         p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
 
@@ -145,7 +145,7 @@ def same(right: torch.Tensor, mine: torch.Tensor, tolerance: float) -> bool:
 
 
 def parameters(build: Callable[[], torch.nn.Module]) -> int:
-    """Counts the parameters of the model that `build` makes. Needs no memory for them."""
+    """Counts the parameters of the model that `build` makes. Needs no memory for the parameters."""
     with torch.device("meta"):
         return sum(p.numel() for p in build().parameters())
 

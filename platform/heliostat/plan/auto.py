@@ -1,8 +1,9 @@
 """Resolves `train.parallel: auto`: replaces `auto` by the fastest parallelism configuration that `heliostat plan JOB --rank`
 finds.
 
-Commands and the API resolve a job before they check, submit, or train it. So all of these use the same configuration, and the
-run's record has the configuration's keys. A run that is resumed on the same number of workers keeps its configuration.
+Commands and the API resolve a job before they check, submit, or train this job. So commands, API, and run use the same
+configuration, and the run's record contains the configuration's keys. A run that is resumed on the same number of workers keeps
+its configuration.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def settled(
     prices: Prices | None = None,
     unread: str = "",
 ) -> Job:
-    """Returns, for `train.parallel: auto`, the job with the fastest parallelism configuration that fits. Otherwise
-    returns the job unchanged. Raises ConfigError if no configuration fits.
+    """Returns, for `train.parallel: auto`, the job with the fastest parallelism configuration that fits. Otherwise returns the
+    job unchanged. Raises ConfigError if no configuration fits.
 
-    `cluster`: the cluster file to plan for. If neither `cluster` nor `device` is given, the plan is for this machine. `resume`:
-    whether to continue the run, if it exists. `unread`: the reason why an earlier attempt couldn't read the datasets.
+    `cluster`: the cluster file to plan for. Without `cluster` and `device`, the plan is for this machine. `resume`: whether to
+    continue the run, if it exists. `unread`: the reason why an earlier attempt couldn't read the datasets.
     """
     if not job.train.parallel.auto:
         return job
@@ -51,7 +52,7 @@ def settled(
     if before is not None:
         kept = layouts.of(before)
         log.info(
-            "%s: the run already has this number of workers, so it keeps its parallelism configuration: %s",
+            "%s: the run already has this number of workers, so the run keeps this parallelism configuration: %s",
             KEY,
             said(computed, kept),
         )
@@ -75,14 +76,13 @@ def settled(
 
 
 def prepared(path: Path, settings: list[str] | None = None, cluster: Path | ClusterFile | None = None) -> tuple[Job, Recipe, str]:
-    """Loads a job file for planning, in the parallelism configuration in which the job trains. Returns the same values as
-    `planner.prepare`."""
+    """Loads a job file for planning, and resolves `train.parallel: auto`. Returns the same values as `planner.prepare`."""
     return bound(*check.check_job(settled(check.load_job(path, settings, cluster), cluster)))
 
 
 def recorded(job: Job) -> Job | None:
-    """Returns the job in the run's newest checkpoint if that job has the same numbers of workers and GPUs as this job. Otherwise
-    returns None."""
+    """Returns the job that the run's newest checkpoint contains, if both jobs have the same number of workers and of GPUs.
+    Otherwise returns None."""
     try:
         job.run_folder.wait_for_store()
         newest = layout.latest(job.run_folder)
@@ -119,13 +119,13 @@ def named(name: str, memory: float, devices: Mapping[str, Machine]) -> str:
     if device := hardware.find(name, memory, devices):
         return device
     raise ConfigError(
-        f"{KEY}: this machine's {name} with {memory / hardware.GIB:.0f} GiB isn't in the price table. Set the "
-        "configuration that `heliostat plan JOB --rank --prices FILE --device NAME` finds"
+        f"{KEY}: this machine's {name} with {memory / hardware.GIB:.0f} GiB isn't in the price table. Run "
+        "`heliostat plan JOB --rank --prices FILE --device NAME`, and set the configuration that this command finds"
     )
 
 
 def said(job: Job, wanted: Layout) -> str:
-    """Formats the `--set` options that make a job train in a configuration."""
+    """Formats the `--set` options that change a job to a parallelism configuration."""
     return shown(layouts.changes(job, wanted))
 
 

@@ -39,7 +39,8 @@ COUNTS = Format(Counts, "count of a model")
 
 
 def get(job: Job, recipe: Recipe, count: Callable[[], Counts]) -> Counts:
-    """Returns the cached counts of a job's model. If the cache doesn't have them, counts the model and caches the result."""
+    """Returns the cached counts of a job's model. If the cache has no counts of this model, counts the model, and caches the
+    result."""
     folder, name = os.environ.get(PLACE, str(workspace.root() / ".heliostat" / "cache")), key(job, recipe)
     if not folder or name is None:
         return count()
@@ -49,14 +50,14 @@ def get(job: Job, recipe: Recipe, count: Callable[[], Counts]) -> Counts:
     except FileNotFoundError:
         pass
     except (DataError, OSError) as e:
-        log.warning("counting the model again: %s", e)
+        log.warning("the cached count of the model is damaged, so heliostat counts the model again: %s", e)
     counts = count()
     try:
         Location(str(place)).write(json.dumps(asdict(counts), default=sorted).encode())
         for old in sorted(place.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
     except (StorageError, OSError) as e:
-        log.info("can't store the count of the model: %s", e)
+        log.info("can't cache the model's parameter and activation counts: %s", e)
     return counts
 
 

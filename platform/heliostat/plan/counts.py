@@ -40,9 +40,8 @@ class ModelStats:
         return {n: _part(s, self.divided.get(n, ""), parts) for n, s in self.shapes.items()}
 
     def added(self) -> tuple[int, int]:
-        """Counts the elements per token that tensor-parallel workers all-reduce, in a forward pass and in a backward pass. In a
-        forward pass, these elements are the outputs of row-parallel matrices. In a backward pass, these elements are the
-        gradients of the inputs of column-parallel matrices."""
+        """Counts the elements per token that tensor-parallel workers all-reduce. Returns two numbers: for a forward pass (outputs
+        of row-parallel matrices), and for a backward pass (gradients of the inputs of column-parallel matrices)."""
         return sum(s[0] for s in self._divided("row")), sum(s[1] for s in self._divided("column"))
 
     def sums(self) -> tuple[int, int]:
@@ -78,8 +77,8 @@ def _part(shape: tuple[int, ...], kind: str, parts: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Tile:
-    """Describes the temporary memory of a tiled MLP's backward pass. A tile has at most `rows` tokens, with `each` bytes per
-    token. The summed gradients of the weights need `sums` bytes."""
+    """Describes the temporary memory of a tiled MLP's backward pass. `rows`: maximum tokens of a tile. `each`: bytes per token of
+    a tile. `sums`: bytes of the summed gradients of the weights."""
 
     rows: int
     each: int
@@ -114,16 +113,16 @@ class Activations:
         return self.held(len(self.layers))
 
     def held(self, first: int, offload: bool = False) -> int:
-        """Computes the peak bytes if the first `first` layers are checkpointed. The peak is after the forward pass, or while
-        one of these layers is recomputed; then the later layers are already done. `offload`: whether all inputs of these layers
-        except one are on the host."""
+        """Computes the peak bytes if the first `first` layers are checkpointed. The peak is either after the forward pass, or
+        during the recomputation of one of these layers, after the backward pass of all later layers. `offload`: whether all
+        inputs of these layers except one are on the host."""
         inputs, inside = [inputs for inputs, _, _ in self.layers], [kept for _, kept, _ in self.layers]
         stored = max(inputs[:first], default=0) if offload else self.inputs(first)
         return self.outside + stored + max(sum(inside[first:]), max(inside[:first], default=0))
 
     def selective(self) -> int:
-        """Computes the peak bytes if all layers keep only the outputs of expensive operations. The peak is after the forward
-        pass, or while a layer is recomputed; then the layers before it still keep their outputs."""
+        """Computes the peak bytes if all layers keep only the outputs of expensive operations. The peak is either after the
+        forward pass, or during the recomputation of a layer, while all earlier layers still keep their outputs."""
         waiting = most = 0
         for _, inside, dear in self.layers:
             most = max(most, waiting + max(inside, dear))
@@ -139,7 +138,7 @@ class OperationWork:
     """Describes `count` equal operations of a step. Each operation has:
 
     - `flops`, `moved`: the FLOPs and bytes that one sample adds;
-    - `fixed`: the bytes that it moves independently of the number of samples;
+    - `fixed`: the bytes that the operation moves for any number of samples;
     - `replayed`: when the operation is recomputed if its layer is checkpointed: 0 (never), ALWAYS, or AT_STAGE_3;
     - `dear`: whether the operation is expensive, so that selective checkpointing keeps its outputs.
     """

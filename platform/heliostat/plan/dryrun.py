@@ -1,13 +1,14 @@
-"""Computes and checks in one process what N ranks would do: `heliostat train JOB.yaml --dry-run --workers N`. The dry run has
-these steps:
+"""Simulates a run of N ranks in one process, and checks the run: `heliostat train JOB.yaml --dry-run --workers N`. The dry run
+has these steps:
 
 - It validates the job for N workers, and validates DeepSpeed's config with DeepSpeed's own classes.
 - It builds the model on the meta device, and cuts its state as ZeRO does.
-- It makes the checkpoint index that the ranks would write.
+- It makes the checkpoint's index that the ranks would write.
 - It makes the data plan, from the datasets if they can be read.
 
-The dry run starts no worker, and allocates no memory for the model. It raises ConfigError if a number isn't divisible as it must
-be, or if the model doesn't fit. It raises CheckpointError if the ranks' slices overlap or leave elements out.
+The dry run starts no worker, and allocates no memory for the model. The dry run raises ConfigError if a number of the job isn't
+divisible as required, or if the model doesn't fit. It raises CheckpointError if the ranks' slices overlap or don't cover all
+elements.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
 
 
 def _owned(job: Job, model: ModelStats) -> list[list[zero_layout.Slice]]:
-    """Divides the trained parameters into the slices that each rank saves."""
+    """Divides the trained parameters into the slices that each rank saves. Returns one list of slices per rank."""
     groups, stage, parallel = model.groups_of(job.train.optimizer), job.train.zero.stage, job.train.parallel
     if parallel.tensor > 1:
         shapes = {n: s for n, s in model.own(parallel.tensor).items() if n in model.trained}

@@ -2,8 +2,8 @@
 
 Let mu be the mean time between interruptions, C the time that a save stops training, and R the time of a restart. The interval W
 that wastes the least time is sqrt(2 C mu) (Young 1974, doi 10.1145/361147.361115). Daly 2006, doi 10.1016/j.future.2004.11.016,
-adds terms that vanish for C << mu. The share of the time that saving wastes is C / W. The share that recomputing and restarting
-waste is (W / 2 + R) / mu.
+adds terms that vanish for C << mu. Saving wastes the share C / W of the time. Recomputing and restarting waste the share (W / 2 +
+R) / mu.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Planner:
         selects: bool = False,
     ) -> None:
         """Prepares the estimates. `exchanged` maps the number of workers that share a sample to the number of elements that each
-        of them sends in the sample's forward pass. `selects`: whether activation checkpointing can cover some layers without the
-        others."""
+        of them sends in the sample's forward pass. `selects`: whether activation checkpointing can cover only some of the
+        layers."""
         self.job, self.device, self.prices, self.exchanged = job, device, prices, exchanged or {1: 0}
         self.model, self.kept, self.work = counts.model, counts.kept, counts.work
         self.workers, self.gpu = job.workers.most, device.name != "cpu"
@@ -63,14 +63,14 @@ class Planner:
         return self.candidate(layouts.of(self.job))
 
     def recommend(self) -> Candidate | None:
-        """Finds the best configuration that fits; None if no configuration fits."""
+        """Finds the fastest configuration that fits in memory. Returns None if no configuration fits."""
         whole = layouts.candidates(self.job, self.workers, [self.job.train.parallel.sequence], self.selects)
         best = min((self.candidate(one) for layout in whole for one in (layout, *self.partly(layout))), key=layouts.order)
         return best if best.fits else None
 
     def partly(self, layout: Layout) -> Iterator[Layout]:
         """Yields, for a configuration that checkpoints all layers, the variant that fits with the fewest checkpointed layers.
-        Yields nothing if no layer has to be checkpointed, or if all layers have to be."""
+        Yields nothing if the configuration fits without checkpointed layers, or only if all layers are checkpointed."""
         many = len(self.kept.layers)
         if not self.selects or layout.checkpointing is not True or many < 2 or self._fits(layout, 0):
             return
@@ -156,7 +156,8 @@ class Planner:
         return spec.settle(self.job, None).train.grad_accum_dtype == "fp32"
 
     def _memory(self, layout: Layout, accumulation: int) -> tuple[memory.StateBytes, memory.Need, int]:
-        """Estimates the training state, all memory of a worker, and the bytes of activations on the host."""
+        """Estimates three amounts of memory of a worker: the training state, the total by purpose, and the bytes of activations
+        on the host."""
         train, model = self.job.train, self.model
         state = memory.state(
             self.shapes,
@@ -203,8 +204,9 @@ class Planner:
         return kept, left
 
     def _time(self, layout: Layout, accumulation: int, moved: Traffic, on_host: int) -> tuple[step_time.StepSeconds, float, int]:
-        """Estimates a step. Returns its times, the seconds of recomputing the forward pass, and the bytes of samples, tokens,
-        and complete matrices that workers exchange. `on_host`: bytes that move to the host and back per step."""
+        """Estimates the time of a step. Returns the step's seconds by part, the seconds of recomputing the forward pass, and the
+        bytes of samples, tokens, and complete matrices that workers exchange. `on_host`: bytes that move to the host and back per
+        step."""
         micro_batch_size, first = layout.micro_batch_size / layout.sequence, self._checkpointed(layout)
         replayed = first / max(1, len(self.kept.layers))
         reducing = self.workers if self.replicas > 1 else 1  # one worker per group; they span as many nodes as all workers
@@ -255,7 +257,7 @@ class Planner:
         return sent, sent / (traffic.rate(self.workers, self.device) * self.network.rate), computed
 
     def _moments(self) -> int:
-        """Counts the elements of the complete optimizer state."""
+        """Counts the elements of the complete optimizer state (all moments of all trained parameters)."""
         kept = self.model.kept(self.job.train.optimizer)
         return sum(len(kept[name]) * math.prod(s) for name, s in self.model.trained.items())
 

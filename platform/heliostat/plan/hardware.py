@@ -42,9 +42,9 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Network:
-    """Holds the rates that communication reaches. `rate`: share of a link's peak, for large messages. `overlap`: the share that
-    computing hides of the communication that runs at the same time. `hop`, `hop_inside`: minimum seconds of a message from one
-    worker to the next, between nodes and inside a node."""
+    """Holds the rates that communication reaches. `rate`: share of a link's peak, for large messages. `overlap`: the share of
+    concurrent communication that computing hides. `hop`, `hop_inside`: minimum seconds of a message from one worker to the next,
+    between nodes and inside a node."""
 
     rate: float
     overlap: float
@@ -87,7 +87,7 @@ class Prices(TypedDict):
 
 
 def table(over: Path | None = None) -> Prices:
-    """Reads the price table `prices.yaml`. The values of a user's file override it."""
+    """Reads the price table `prices.yaml`. The values in the user's file `over` override this table."""
     base = yaml.safe_load(resources.files("heliostat.plan").joinpath("prices.yaml").read_text(encoding="utf-8"))
     return cast(Prices, _merge(base, schema.read_yaml(over), "") if over else base)
 
@@ -112,8 +112,8 @@ def _merge(base: dict[str, object], over: dict[str, object], where: str) -> dict
 
 
 def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | None = None) -> Device:
-    """Resolves the device of one of the job's workers. Raises ConfigError if the price table lacks the device, or if the device
-    doesn't suit the job.
+    """Returns the device of each of the job's workers, with rates and prices. Raises ConfigError if the price table lacks the
+    device, or if the device doesn't suit the job.
 
     `name`: a device of the table. `instance`: a machine type of the table, which may have its own price and network.
     """
@@ -122,16 +122,14 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
         near = schema.nearest(instance, list(prices["instances"]))
         raise ConfigError(
             f"machine type {instance!r} of the cluster file isn't in the price table{near}{'' if near.endswith('?') else '.'} "
-            "Pass --device NAME, or add it to instances in --prices FILE"
+            "Pass --device NAME, or add this machine type to `instances` in --prices FILE"
         )
     rented = prices["instances"].get(instance or "", {})
     name = name or (rented.get("device", DEFAULT_GPU) if gpus else "cpu")
     if name not in prices["devices"]:
         raise ConfigError(f"device {name!r} isn't in the price table{schema.nearest(name, list(prices['devices']))}")
     if (name == "cpu") == bool(gpus):
-        raise ConfigError(
-            f"workers.gpus: {gpus:g} given, but the plan is for {name}. Set workers.gpus, or plan on another device"
-        )
+        raise ConfigError(f"workers.gpus: {gpus:g} given, but the plan is for {name}. Set workers.gpus, or pass another --device")
     raw = prices["devices"][name] | {k: v for k, v in rented.items() if k != "device"}
     try:
         units = cores if name == "cpu" else gpus  # `Device` describes the share of one worker
@@ -151,7 +149,7 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
             host_bandwidth=raw.get("host_bandwidth", HOST_BANDWIDTH) * 1e9 / raw["per_node"] * units,
         )
     except (KeyError, TypeError) as e:
-        raise ConfigError(f"--prices: devices.{name}: {e} is missing, or isn't a number") from e
+        raise ConfigError(f"--prices: devices.{name}: {e} is missing, or isn't a number. Add this value to the price file") from e
 
 
 def find(name: str, memory: float, devices: Mapping[str, Machine]) -> str | None:
@@ -173,8 +171,8 @@ def names(device: str, known: Machine) -> list[str]:
 
 
 def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
-    """Computes the cost of devices for the `seconds` that each device was in use. Returns None if one of the devices isn't in the
-    price table.
+    """Computes the cost of devices, in the price table's currency, from the `seconds` that each device was in use. Returns None
+    if one of the devices isn't in the price table.
 
     Each item of `used` has a `name`: `cpu` for one core, or a GPU's CUDA name. A GPU also has the bytes of its `memory`.
     """
@@ -187,7 +185,7 @@ def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
 
 
 def efficiency(prices: Prices, name: str) -> Efficiency:
-    """Reads a device's efficiency from the table. The device's own entry overrides values of the entry `other`."""
+    """Reads a device's efficiency from the price table. The device's own entry overrides values of the default entry `other`."""
     raw, known = {**prices["efficiency"]["other"], **prices["efficiency"].get(name, {})}, list(Efficiency.__dataclass_fields__)
     for key, value in raw.items():
         if key not in known:

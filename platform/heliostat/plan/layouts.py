@@ -43,8 +43,8 @@ class Layout:
 
     @property
     def family(self) -> tuple[object, ...]:
-        """Returns the family's values. Configurations of one family differ only in micro-batch size and number of checkpointed
-        layers."""
+        """Returns the values that identify the configuration's family. Configurations of one family differ only in micro-batch
+        size and number of checkpointed layers."""
         which = self.checkpointing if isinstance(self.checkpointing, bool | str) else "some"
         return self.stage, which, self.offload_optimizer, self.offload_param, *self.degrees
 
@@ -53,7 +53,7 @@ class Layout:
         return self.sequence, self.tensor, self.expert
 
     def settings(self) -> dict[str, object]:
-        """Returns the job's keys for this configuration, with their values."""
+        """Maps the job keys of this configuration, such as `train.zero.stage`, to their values."""
         return {
             "train.zero.stage": self.stage,
             "train.micro_batch_size": self.micro_batch_size,
@@ -110,7 +110,7 @@ def changes(job: Job, layout: Layout) -> list[str]:
 
 
 def applied(job: Job, layout: Layout) -> Job:
-    """Copies a job with another configuration. Raises ConfigError if the job can't have that configuration."""
+    """Copies a job with another parallelism configuration. Raises ConfigError if the job doesn't support this configuration."""
     return schema.validate(Job, schema.apply(job.dump(), changes(job, layout)), job.name)
 
 
@@ -119,9 +119,9 @@ def _yaml(value: object) -> str:
 
 
 def candidates(job: Job, workers: int, degrees: Iterable[int] = (1,), selects: bool = False) -> Iterator[Layout]:
-    """Yields every configuration that the job could have on `workers` workers. The job's own tensor and expert parallelism stay.
-    `degrees`: numbers of workers that may share a sample. `selects`: whether activation checkpointing can cover some layers
-    without the others."""
+    """Yields every configuration that the job could have on `workers` workers, with the job's own tensor and expert parallelism.
+    `degrees`: numbers of workers that may share a sample. `selects`: whether activation checkpointing can cover only some of the
+    layers."""
     parallel = job.train.parallel
     for sequence in degrees:
         for layout in _alone(job, workers // (sequence * parallel.tensor), selects):
@@ -149,8 +149,8 @@ def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
 
 
 def order(candidate: Candidate) -> tuple[object, ...]:
-    """Returns a sort key of candidates. Candidates that fit come first. They are sorted by time, and equally fast candidates by
-    simplicity."""
+    """Returns a sort key of candidates. Candidates that fit in memory come first, sorted by time per step. The others are sorted
+    by memory. Simplicity breaks ties."""
     if not candidate.fits:
         return (1, candidate.memory["total"], *complexity(candidate.layout))
     return (0, round(candidate.speed["step_s"], 3), *complexity(candidate.layout))
@@ -207,4 +207,4 @@ def _lacks(memory: dict[str, int]) -> str:
         largest = max(("weights", "gradients", "optimizer", "working", "activations", "frozen"), key=lambda k: memory[k])
         sums = f" ({memory['summed'] / GIB:.1f} of them are sums in fp32)" if largest == "gradients" and memory["summed"] else ""
         return f"{(memory['total'] - memory['device']) / GIB:.1f} GiB too much, {largest} {memory[largest] / GIB:.1f}{sums}"
-    return f"{memory['host'] / GIB:.1f} GiB of host memory per worker, more than its share"
+    return f"{memory['host'] / GIB:.1f} GiB of host memory per worker, more than a worker's share"

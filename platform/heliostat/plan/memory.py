@@ -2,7 +2,7 @@
 
 docs/plan-method.md has the formulas. Per parameter, mixed precision with Adam keeps 2 bytes of weights, 2 bytes of gradients, and
 12 bytes of optimizer state: an fp32 master weight and two moments (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). The
-ZeRO stage decides which of these the workers shard. Other optimizers keep fewer moments, or no moments.
+ZeRO stage decides which of these bytes the workers shard. Other optimizers keep fewer moments, or no moments.
 """
 
 from __future__ import annotations
@@ -64,10 +64,9 @@ def state(
 ) -> StateBytes:
     """Computes the bytes of training state that a worker has between two steps.
 
-    The bytes of gradients are their maximum, which they reach before the optimizer's step. The gradients of several micro-batches
-    are summed in fp32 (`sums_fp32`), or in the job's precision. `moments`: number of optimizer-state tensors per parameter: one
-    number for all parameters, or one for each parameter's name. `copied`: number of workers that shard a secondary copy of stage
-    3's weights.
+    The bytes of gradients are the maximum, just before the optimizer's step. The gradients of several micro-batches are summed in
+    fp32 (`sums_fp32`), or in the job's precision. `moments`: number of optimizer-state tensors per parameter: one number for all
+    parameters, or one for each parameter's name. `copied`: number of workers that shard a secondary copy of stage 3's weights.
     """
     sizes = {n: math.prod(s) for n, s in shapes.items()}
     trained = sum(n for name, n in sizes.items() if name not in frozen)
@@ -110,8 +109,8 @@ def _share(sizes: Iterable[int], workers: int, stage: int) -> int:
 
 
 def _touched(shapes: Mapping[str, tuple[int, ...]], workers: int) -> int:
-    """Counts, for each rank, the elements of all parameters of which the rank owns at least a part. Returns the largest of these
-    counts.
+    """Counts, for each rank, the elements of all parameters of which the rank owns at least a part. Returns the largest count of
+    all ranks.
 
     Stage 2 accumulates the complete gradients of these parameters.
     """
@@ -167,7 +166,7 @@ def need(
 ) -> Need:
     """Adds up the bytes that a worker needs: training state, buffers, activations, frozen models, and a margin.
 
-    `frozen_models`: the bytes that frozen models need in every step, and in evaluations. Evaluations keep no activations.
+    `frozen_models`: the bytes that frozen models need: first in every step, then in evaluations. Evaluations keep no activations.
     `on_host`: bytes of activations and pinned batches on the host.
     """
     always, evaluating = frozen_models
@@ -184,7 +183,7 @@ PURPOSES = ("weights", "gradients", "optimizer", "working", "activations", "froz
 
 
 def parts(need: Mapping[str, int], digits: int = 1) -> str:
-    """Formats a worker's device memory (`Need.dump`) in GiB by purpose. Shows, too, how much of the gradients are fp32 sums."""
+    """Formats a worker's device memory (`Need.dump`) in GiB by purpose. Also shows the GiB of fp32 sums of gradients."""
     sums = f" ({need['summed'] / GIB:.{digits}f} of them are sums in fp32)" if need["summed"] else ""
     shown = [name for name in PURPOSES if need[name] or name != "frozen"]
     return ", ".join(f"{name} {need[name] / GIB:.{digits}f}{sums * (name == 'gradients')}" for name in shown)

@@ -41,7 +41,7 @@ def count(job: Job, recipe: Recipe, built: torch.nn.Module | None, contents: Seq
     """Counts everything that a plan needs. `built`: the recipe's model from `build`, if it exists already. Don't use this model
     afterwards.
 
-    `contents`: inputs of `recipe.batch` for one sample, for two samples, and for three samples.
+    `contents`: three inputs of `recipe.batch`: for one, two, and three samples.
     """
     built = built or build(recipe)
     model, parts = stats_of(recipe, built), job.train.parallel.tensor
@@ -90,8 +90,8 @@ def _divided(recipe: Recipe, model: torch.nn.Module) -> dict[str, str]:
 
 
 def _leave_part(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Reduces the matrices of a meta model to one worker's shard, so that the model's operations have the shapes of this
-    shard."""
+    """Reduces the matrices of a model on the meta device to one tensor-parallel worker's shard, so that the model's operations
+    have the shapes of this shard."""
     for name, p in list(model.named_parameters()):
         if tuple(p.shape) != shapes[name]:
             owner, _, own = name.rpartition(".")
@@ -125,8 +125,8 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Conte
 
 
 def _tile(model: torch.nn.Module) -> Tile | None:
-    """Measures a model's largest tiled MLP. Counts the bytes that a tile keeps, as many bytes for the gradients of these values,
-    and the fp32 sums of the weights' gradients."""
+    """Measures a model's largest tiled MLP. Counts the bytes that a tile keeps, the same number of bytes for the gradients of
+    these values, and the fp32 sums of the weights' gradients. Returns None without tiled MLPs."""
     tiled = building.gathered_whole(model)
     if not tiled:
         return None
@@ -161,7 +161,7 @@ def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Conte
 
 @contextmanager
 def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.nn.Module]) -> Iterator[None]:
-    """Removes all layers of a stack except `some`, within the context. Keeps the order of the layers."""
+    """Opens a context in which a stack contains only the layers in `some`, in their order."""
     whole = stack._modules
     places = [i for i, m in enumerate(whole.values()) if m in some]
     by_id: dict[int, PreTrainedConfig] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
@@ -207,7 +207,7 @@ def _alike(stack: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:
 
 
 def _as_it_trains(job: Job, recipe: Recipe, model: torch.nn.Module) -> None:
-    """Converts a model from `build` to the job's precision, unless this has been done already."""
+    """Converts a model from `build` to the job's precision, unless the model already has this precision."""
     if not any(isinstance(p, FakeTensor) for p in model.parameters()):
         model.to(DTYPES[job.train.precision])
 
@@ -229,10 +229,10 @@ def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Content
 
 
 def _one_document() -> AbstractContextManager[object]:
-    """Makes transformers' detection of packed sequences find no packed sequences within the context.
+    """Opens a context in which transformers treats all sequences as not packed.
 
     In a real run, the values of position_ids show that sequences aren't packed, so transformers uses no mask. Fake position_ids
-    have no values, so transformers would make a mask that is right for packed and unpacked sequences.
+    have no values. Outside this context, transformers would then make a mask that fits both cases.
     """
     from transformers import masking_utils
 
@@ -254,8 +254,8 @@ def _fake(model: torch.nn.Module) -> None:
 
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Lists the modules that activation checkpointing wraps. These are the modules that transformers marks or, if it marks none,
-    the members of each `ModuleList`."""
+    """Lists the modules that activation checkpointing wraps. These are the modules that transformers marks or, if transformers
+    marks no module, the members of each `ModuleList`."""
     return [*checkpointing.layers(model)] or list(_listed(model))
 
 

@@ -42,7 +42,7 @@ class Operation:
 class OperationRecorder(TorchDispatchMode):
     """Records every operation that torch dispatches inside its context.
 
-    A layer is recomputed until autograd has all tensors that it keeps of this layer. torch's own matrix multiplications save
+    The recomputation of a layer ends when autograd has all kept tensors of this layer. torch's own matrix multiplications save
     their inputs before they compute. At stage 3, DeepSpeed's linear layers save their inputs afterwards. So if a layer ends with
     such a matrix multiplication, this multiplication is recomputed too.
     """
@@ -92,7 +92,7 @@ class OperationRecorder(TorchDispatchMode):
 
 
 def describe(name: str, args: Arguments, kwargs: Mapping[str, object], out: object, dear: bool) -> Operation:
-    """Describes an operation by its name and tensors. In the result, the operation counts as not recomputed."""
+    """Describes an operation from the operation's name and tensors. The result's `replayed` is 0 (not recomputed)."""
     tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
     moved = float(sum(t.numel() * t.element_size() for t in tensors.values()))
     kind, flops = _work(name, args, kwargs, out)
@@ -144,7 +144,7 @@ def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[Opera
 
 
 def counted(work: Iterable[OperationWork]) -> Counter[OperationWork]:
-    """Counts the operations. Equal operations are counted together."""
+    """Counts equal operations together. Returns a Counter with the number of each operation."""
     counts = Counter[OperationWork]()
     for w in work:
         counts[replace(w, count=1)] += w.count

@@ -1,9 +1,9 @@
 """Plans the job of a job file (`heliostat plan`): in the job's own parallelism configuration, or in all configurations, which are
 then ranked.
 
-With `--calibrate RUN`, a measured run corrects the device's efficiencies. The ledger has the measured computing time of the run's
-steps, and the plan has the expected time. The efficiencies are corrected by the ratio of these times, so the next plan for this
-device starts from measured values.
+With `--calibrate RUN`, a measured run corrects the device's efficiencies. The run's ledger contains the measured computing time
+of the steps, and the plan contains the expected time. heliostat corrects the efficiencies by the ratio of these times. So the
+next plan for this device starts from measured values.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def plan_file(
     write: Path | None = None,
     rank: bool = False,
 ) -> dict[str, object]:
-    """Plans the job of a job file. Reads the datasets if they are reachable.
+    """Plans the job of a job file. Reads the datasets if the storage is reachable.
 
     `run`: a measured run that corrects the device's efficiencies. `write`: the file for the corrected efficiencies. `rank`:
     whether to plan all configurations instead of only the job's own.
@@ -97,11 +97,11 @@ def measured(run: Location) -> Measured:
     checkpoint = layout.latest(run)
     if not checkpoint:
         raise ConfigError(
-            f"--calibrate: {run}: has no checkpoint, and so no record of its job. Train the run until it saves a checkpoint"
+            f"--calibrate: {run}: the run has no checkpoint to read the job from. Continue the run until it saves a checkpoint"
         )
     attempts = [(one, *rate) for one in goodput.read(run) if (rate := pace(one))]
     if not attempts:
-        raise ConfigError(f"--calibrate: {run}: no attempt in its ledger has {LEAST} steps after the first. Train it longer")
+        raise ConfigError(f"--calibrate: {run}: no attempt of the run has {LEAST} steps after its first step. Continue the run")
     longest, seconds, steps = max(attempts, key=lambda one: one[2])
     return Measured(checkpoint.job.on(longest.workers), seconds, steps)
 
@@ -110,8 +110,8 @@ def pace(attempt: RecordedAttempt) -> tuple[float, int] | None:
     """Computes an attempt's computing seconds per step, and the number of measured steps. Returns None if there are too few
     steps.
 
-    If the attempt has two or more marks, measures from the first mark to the last, because the time before the first mark
-    includes warm-up.
+    If the attempt recorded two or more times, measures from the first record to the last, because the time before the first
+    record includes warm-up.
     """
     marks = attempt.marks if len(attempt.marks) > 1 else [(attempt.start_step, 0.0), *attempt.marks]
     (first, began), (last, ended) = marks[0], marks[-1]
@@ -121,8 +121,8 @@ def pace(attempt: RecordedAttempt) -> tuple[float, int] | None:
 def corrected(efficiency: Efficiency, planned: Candidate, step_s: float) -> Efficiency:
     """Corrects a device's efficiency, so that the planned step takes as long as the measured step.
 
-    Corrects only computing; communication and copies stay as planned. If communication and copies take at least half of the
-    measured step, corrects computing by the ratio of the measured to the planned time of a complete step.
+    Corrects only the efficiency of computing. Communication and copies keep the planned times. If communication and copies take
+    at least half of the measured step, corrects computing by the ratio of the measured to the planned time of a complete step.
     """
     parts = planned.parts
     computing = parts["forward_backward"] + parts["replaying"] + parts["updating"]

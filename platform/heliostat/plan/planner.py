@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and cached counts don't need
     import torch
 
 ALONE = (
-    "Prepare it first. An image model needs no dataset for the plan if model.text.pretrained and "
+    "Prepare the dataset first. A plan of an image model needs no dataset if model.text.pretrained and "
     "model.backbone.sample_size are set"
 )
 CHOICES = ("stage", "micro_batch_size", "activation_checkpointing", "offload_optimizer", "speed")
@@ -51,8 +51,8 @@ def prepare(path: Path, settings: list[str] | None, cluster: ClusterFile | None 
 
 
 def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]:
-    """Prepares a checked job, and returns the same values as `prepare`. If `unread` contains a reason, the datasets aren't
-    read."""
+    """Prepares a checked job for planning, and binds the recipe to the datasets. Returns the same values as `prepare`. If
+    `unread` contains a reason, the datasets aren't read."""
     if job.train.activation_checkpointing:
         plain = job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})})
         recipe = make(type(recipe), plain)
@@ -80,8 +80,8 @@ def planners(
     """Counts a job's model, and returns two planners: for the job's minimum number of workers, and for its maximum.
 
     `built`: the recipe's model from `model_stats.build`, if it exists already. Don't use this model afterwards. `exchanged`: the
-    result of `ranking.degrees`; None means only the job's own degree. `counts`: numbers of workers to plan for, instead of the
-    job's own minimum and maximum.
+    result of `ranking.degrees`; None means only the job's own sequence parallelism. `counts`: numbers of workers to plan for,
+    instead of the job's own minimum and maximum.
     """
     numbers = counts or job.worker_counts()
     most, fewest = job.on(numbers[-1]), job.on(numbers[0])
@@ -173,21 +173,28 @@ def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
 def _refusal(job: Job, device: Device, chosen: Candidate, best: Candidate | None) -> str:
     need = chosen.memory
     if need["total"] > device.memory:
-        what = f"needs {need['total'] / GIB:.1f} GiB ({memory.parts(need)}), but {device.name} has {device.memory / GIB:.0f}"
+        what = f"needs {need['total'] / GIB:.1f} GiB ({memory.parts(need)}), but {device.name} has {device.memory / GIB:.0f} GiB"
     else:
-        share = f"a worker's share is {device.host_memory / GIB:.0f}"
+        share = f"a worker's share is {device.host_memory / GIB:.0f} GiB"
         what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload and batches, but {share}"
     more = "activation_checkpointing: true, " if not job.train.activation_checkpointing else ""
     fitting = best.layout if best else None
     replays = fitting and str(fitting.checkpointing) != str(job.train.activation_checkpointing)
     way = (
-        f"it fits with train.zero.stage {fitting.stage}, train.micro_batch_size {fitting.micro_batch_size}"
+        f"the job fits with train.zero.stage {fitting.stage}, train.micro_batch_size {fitting.micro_batch_size}"
         + (", train.zero.offload.optimizer cpu" if fitting.offload_optimizer else "")
         + (f", train.activation_checkpointing {str(fitting.checkpointing).lower()}" if replays else "")
         if fitting
-        else (f"no stage and micro-batch fits on {job.workers.most} workers. Use {more}more workers, offload, or a smaller model")
+        else (
+            f"no ZeRO stage and micro-batch size fits on {job.workers.most} workers. "
+            f"Use {more}more workers, offload, or a smaller model"
+        )
     )
-    sums = ". train.grad_accum_dtype: same needs no sums in fp32" if need["summed"] and need["total"] > device.memory else ""
+    sums = (
+        ". To avoid the sums in fp32, set train.grad_accum_dtype: same"
+        if need["summed"] and need["total"] > device.memory
+        else ""
+    )
     speed = f"with enough memory, a step would take {chosen.speed['step_s']:.3g} s (MFU {chosen.speed['mfu']:.1%})"
     where = f"train.zero.stage {chosen.layout.stage}, train.micro_batch_size {chosen.layout.micro_batch_size}"
     return f"{where}: each worker {what}; {way}{sums}; {speed}"

@@ -1,9 +1,8 @@
 """Ranks those parallelism configurations of a job that fit in memory by their time per step: `heliostat plan JOB --rank`,
 `train.parallel: auto`.
 
-For each number of workers that share matrices or experts, there is a family of configurations, and this family has its own plan.
-With another `train.parallel.tensor`, a worker's matrices have other shapes, so the model is counted again. Only configurations
-that `heliostat check` accepts are listed.
+heliostat makes a separate plan for each number of workers that share matrices or experts. With another `train.parallel.tensor`, a
+worker's matrices have other shapes, so the model is counted again. Only configurations that `heliostat check` accepts are listed.
 """
 
 from __future__ import annotations
@@ -63,7 +62,8 @@ def ranking(
     ranked = layouts.ranked(estimates, lambda layout: possible(job, layout, counts))
     if not ranked:
         raise ConfigError(
-            f"{job.name}: no parallelism configuration trains on {most.workers} workers; {'; '.join(notes) or 'use others'}"
+            f"{job.name}: no parallelism configuration trains on {most.workers} workers; "
+            f"{'; '.join(notes) or 'use another number of workers'}"
         )
     return Ranking(most, ranked, layouts.changes(job, ranked[0].layout) if ranked[0].fits else None, notes)
 
@@ -80,8 +80,7 @@ def possible(job: Job, layout: Layout, counts: list[int]) -> bool:
 def divided(job: Job, recipe: Recipe) -> tuple[list[Job], list[str]]:
     """Lists the ways to shard the model over the workers, each as a job. If possible, the first job doesn't shard the model.
 
-    In addition, returns notes: the reason if no number of workers can shard the matrices, and the reason if no number can shard
-    the experts.
+    Also returns notes with the reasons, if no number of workers can shard the matrices, or if no number can shard the experts.
     """
     stage, parallel, notes, jobs = job.train.zero.stage, job.train.parallel, list[str](), [job]
     if parallel.tensor > 1 or parallel.expert > 1:
@@ -115,7 +114,7 @@ def _parts(counts: list[int]) -> list[int]:
 
 
 def _divides(job: Job, parallel: dict[str, int], stage: int) -> Job:
-    """Copies a job with other degrees of parallelism, and with micro-batches of one sample. Raises ConfigError if this job
+    """Copies a job with other degrees of parallelism, and with micro-batches of one sample. Raises ConfigError if the new job
     isn't valid."""
     raw = job.dump()
     train, zero = raw["train"], raw["train"]["zero"]
@@ -158,6 +157,8 @@ def _exchanged(recipe: Recipe, parts: int) -> int:
     if parts == 1:
         return 0
     if not isinstance(recipe, CutsSamples):
-        raise ConfigError(f"train.parallel.sequence: {type(recipe).__name__} doesn't support sequence parallelism")
+        raise ConfigError(
+            f"train.parallel.sequence: {type(recipe).__name__} doesn't support sequence parallelism. Set this key to 1"
+        )
     recipe.require_cut(parts)
     return recipe.exchanged(parts)

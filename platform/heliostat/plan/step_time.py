@@ -1,10 +1,9 @@
-"""Estimates how long a step takes, and how many bytes it moves. The functions are pure: they compute with operations, bytes,
-and rates.
+"""Estimates a training step's time and the bytes that the step moves. The functions are pure: they compute with operations,
+bytes, and rates.
 
 The time of an operation is the time of its arithmetic plus the time of its bytes. Arithmetic runs at the rate that its kind of
-work reaches on the device, and bytes move at the memory's rate. A rate is the device's peak times `efficiency` (prices.yaml).
-The efficiencies are fitted to published runs, or measured by `heliostat plan --calibrate`. docs/plan-method.md has the
-formulas.
+work reaches on the device, and bytes move at the memory's rate. A rate is the device's peak times `efficiency` (prices.yaml). The
+efficiencies are fitted to published runs, or measured by `heliostat plan --calibrate`. docs/plan-method.md has the formulas.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ class Setting:
     fp8: bool = False  # whether linear layers inside the model's layers multiply in float8
 
     def again(self, work: OperationWork) -> float:
-        """Returns the share of an operation's calls that are recomputed: `replayed`, or 0 if the operation is never
-        recomputed."""
+        """Returns the share of an operation's calls that activation checkpointing recomputes, between 0 and 1."""
         recomputed = work.replayed == ALWAYS or (work.replayed == AT_STAGE_3 and self.stage == 3)
         return self.replayed if recomputed and not (self.selective and work.dear) else 0.0
 
@@ -105,8 +103,8 @@ def operation(work: OperationWork, micro: float, device: Device, compiled: bool 
 
 def computing(work: Collection[OperationWork], setting: Setting, device: Device) -> float:
     """Estimates the computing seconds of a micro-batch. With `fp8`, the matrix multiplications in the layers run in float8, but
-    not the matrix multiplications in the head. A matrix multiplication belongs to a layer if its work equals that of one in the
-    layers' forward pass."""
+    not the matrix multiplications in the head. A matrix multiplication belongs to a layer if the layers' forward pass has a
+    matrix multiplication of equal work."""
     inside = {(w.flops, w.fixed) for w in work if w.kind == MATMUL and w.replayed} if setting.fp8 else set()
     return sum(
         w.count
@@ -120,7 +118,7 @@ def divided(work: Iterable[OperationWork], stacks: Collection[int], parts: int) 
     """Divides the bytes of experts' weights by the number of workers, because each worker reads only its own experts.
 
     `stacks`: bytes of the weights of all experts of a layer. These bytes identify the experts' matrix multiplications. The bytes
-    of such a multiplication are slightly larger, because they include the positions of rows.
+    of such a multiplication are slightly larger, because these bytes include the positions of rows.
     """
 
     def own(w: OperationWork) -> OperationWork:
@@ -131,15 +129,15 @@ def divided(work: Iterable[OperationWork], stacks: Collection[int], parts: int) 
 
 
 def updating(numel: float, moments: float, device: Device, on_host: bool = False) -> float:
-    """Estimates the seconds in which an optimizer reads and writes its share of master weights, moments, gradients, and
-    weights. This data is in the device's memory, or in the worker's share of host memory (`on_host`)."""
+    """Estimates the seconds in which a worker's optimizer step reads and writes this worker's share of master weights, moments,
+    gradients, and weights. This data is in the device's memory, or in the worker's share of host memory (`on_host`)."""
     efficiency = device.efficiency
     rate = device.host_bandwidth * efficiency.host if on_host else device.bandwidth * efficiency.memory
     return numel * (8 + 8 * moments + 4 + 2) / rate
 
 
 def exposed(moved: Traffic, micro_s: float, setting: Setting, device: Device, network: Network) -> tuple[float, float]:
-    """Estimates the seconds of communication in a step, and how many of these seconds don't overlap with computing.
+    """Estimates the seconds of communication in a step, and the seconds that don't overlap with computing.
 
     A ring goes from GPU to GPU inside a node, and from node to node through all network cards of a node together. Stage 3 gathers
     and reduces during all computing. Stage 2 reduces during every backward pass, stages 0 and 1 only during the last backward
@@ -158,8 +156,8 @@ def exposed(moved: Traffic, micro_s: float, setting: Setting, device: Device, ne
 
 
 def hops(workers: int, device: Device, network: Network, rings: int = 1) -> float:
-    """Estimates the minimum seconds in which a message goes around a ring of all workers, or around each of `rings` smaller
-    rings."""
+    """Estimates the minimum seconds (latency) for a message to go around a ring of all workers. `rings`: number of smaller rings
+    instead of one ring."""
     return (workers // rings - 1) * (network.hop_inside if workers <= device.per_node else network.hop)
 
 
@@ -190,9 +188,9 @@ def hidden_sides(model: ModelStats) -> Iterator[tuple[int, int]]:
 
 
 def momenta_sent(elements: int, workers: int, stage: int) -> int:
-    """Estimates the bytes that each worker sends in a step. A worker sends its slices to the workers that orthogonalize the
-    matrices. It sends as many bytes of results to the workers that own the slices. The share 1 / workers of these bytes stays
-    local. At stage 0, all workers have complete matrices, and send nothing."""
+    """Estimates the bytes that each worker sends in a step for Muon. A worker sends slices to the workers that orthogonalize the
+    matrices. It also sends the same number of bytes of results to the owners of the slices. The share 1 / workers of these bytes
+    stays local. At stage 0, all workers have complete matrices, and send nothing."""
     return 2 * MOMENTUM * elements * (workers - 1) // workers**2 if stage else 0
 
 

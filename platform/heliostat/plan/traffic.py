@@ -21,9 +21,9 @@ EIGHT_BITS = 1  # bytes per weight; ignores the scales, which have 4 bytes per t
 class Traffic:
     """Holds the bytes that each worker sends in a step.
 
-    `around`: bytes in a ring of all `workers`. With tensor parallelism, bytes in one of `rings` rings, which share a node's links
-    to other nodes. `inside`: bytes in the worker's `group`. `across`: bytes across groups, sent once, before the optimizer's
-    step. `calls`: number of collectives that go around the ring of all workers.
+    `around`: bytes in a ring of all `workers`. With tensor parallelism, `around` is for one of `rings` rings, which share a
+    node's links to other nodes. `inside`: bytes in the worker's `group`. `across`: bytes across groups, sent once, before the
+    optimizer's step. `calls`: number of collectives that go around the ring of all workers.
     """
 
     around: int
@@ -42,14 +42,15 @@ class Traffic:
         return replace(self, around=self.around + other)
 
     def between_nodes(self, per_node: int) -> int:
-        """Computes the bytes that each node sends to other nodes. Each ring leaves a node once."""
+        """Computes the bytes that each node sends to other nodes in a step. `per_node`: workers per node. Each ring has one link
+        out of a node."""
         if self.workers <= per_node:
             return 0
         return self.around * self.rings + (self.inside if self.group > per_node else 0) + self.across * min(self.group, per_node)
 
     def seconds(self, device: Device) -> tuple[float, float]:
-        """Estimates the seconds of communication at the links' peak rates: during the forward and backward passes, and after
-        them."""
+        """Estimates the seconds of communication at the links' peak rates. Returns two numbers: during the forward and backward
+        passes, and after these passes."""
         during = self.around / rate(self.workers, device, self.rings) + self.inside / rate(self.group, device)
         if self.workers <= device.per_node:
             return during, self.across / device.link
@@ -57,8 +58,8 @@ class Traffic:
 
 
 def rate(workers: int, device: Device, rings: int = 1) -> float:
-    """Returns the peak rate, in bytes per second, between `workers` workers. If they fit on one node, this is the rate of a
-    link. Else it is the rate of each of `rings` rings between nodes."""
+    """Returns the peak rate, in bytes per second, between `workers` workers. If these workers fit on one node, returns the rate
+    of a link. Otherwise, returns the rate of each of `rings` rings between nodes."""
     return device.link if workers <= device.per_node else min(device.link, device.network / rings)
 
 

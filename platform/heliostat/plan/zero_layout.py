@@ -1,9 +1,9 @@
 """Computes which slice of every parameter a rank owns under ZeRO. The functions are pure, and reproduce DeepSpeed 0.19.
 
 Stages 1 and 2 flatten each parameter group into one vector, pad the vector to a multiple of 2 N, and divide it into N parts.
-Stage 3 divides every parameter separately. At stage 0, every rank owns everything, and `sharded_state` saves on each rank the
-part with the rank's number. So the slices of a checkpoint are known before the checkpoint exists. Tests compare these slices with
-the slices of real engines.
+Stage 3 divides every parameter separately. At stage 0, every rank owns everything, and rank r saves part number r
+(`sharded_state`). So the slices of a checkpoint are known before the checkpoint exists. Tests compare these slices with the
+slices of real engines.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def slices(
     """Divides the trained parameters into the slices that each rank owns. Together, the slices cover every element once.
 
     `groups`: names of the parameters in each parameter group of the optimizer. At stage 3, `parts` workers may shard the
-    `stacked` experts; then ZeRO shards each part over the workers that have this part. Alternatively, each of `copies` groups
-    has all parameters, and owns a part of every slice.
+    `stacked` experts; then ZeRO shards each part over the workers that have this part. If `copies` is above 1, each of `copies`
+    groups has all parameters, and owns a part of every slice.
     """
     if stage in (1, 2):
         out: list[list[Slice]] = [[] for _ in range(workers)]
@@ -61,8 +61,8 @@ def divided(
 ) -> list[list[Slice]]:
     """Divides the parameters of tensor-parallel workers (`train.parallel.tensor`) into the slices that each rank saves.
 
-    `shapes`: shapes of one worker's shard. `parts`: number of tensor-parallel workers. `whole`: parameters that every one of
-    these workers has completely, and that only the first of them saves.
+    `shapes`: shapes of one worker's shard. `parts`: number of tensor-parallel workers. `whole`: parameters that each of these
+    workers has completely, and that only the first worker saves.
     """
     of_part = slices(shapes, stage, workers // parts, groups)
     return [

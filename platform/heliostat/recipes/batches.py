@@ -12,7 +12,7 @@ import torch
 
 class Padded(NamedTuple):
     """Contains rows that are padded to the same length. `values`: int64 [rows, length]. `mask`: bool, true for real values.
-    `cut`: the number of values that were left out because their row is longer than `longest`."""
+    `cut`: the number of values that `pad` left out because of its limit `longest`."""
 
     values: torch.Tensor
     mask: torch.Tensor
@@ -25,7 +25,7 @@ class Padded(NamedTuple):
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], fill: int = 0, longest: int | None = None, multiple: int = 8) -> Padded:
-    """Pads rows of different lengths with `fill`, and returns them as one tensor.
+    """Pads rows of different lengths with `fill` to one length, and returns the rows as one tensor.
 
     The tensor is as long as the longest row, rounded up to a multiple of `multiple`, but at most `longest`. Rounding limits the
     number of different shapes.
@@ -44,8 +44,8 @@ def pad(rows: Sequence[Sequence[int] | np.ndarray], fill: int = 0, longest: int 
 class Segments(NamedTuple):
     """Describes the documents of packed samples. Each tensor is [rows, length].
 
-    `starts`: whether a token starts a document; never true at a sample's first token. `ids`: each token's document number in its
-    sample. `positions`: each token's position in its document.
+    `starts`: bool, true for a token that starts a document, except a sample's first token. `ids`: each token's document number in
+    its sample. `positions`: each token's position in its document.
     """
 
     starts: torch.Tensor
@@ -62,8 +62,8 @@ def segments(tokens: torch.Tensor, end: int) -> Segments:
 
 
 def taken(scores: dict[str, torch.Tensor], names: tuple[str, ...], counted: np.ndarray) -> dict[str, np.ndarray]:
-    """Selects the scores `names` of one batch, for the samples where `counted` is true. Converts bf16 to fp32, because NumPy has
-    no bf16."""
+    """Returns the scores in `names` of one batch as NumPy arrays, for the samples where `counted` is true. Converts bf16 to fp32,
+    because NumPy has no bf16."""
     tensors = {n: scores[n].detach().cpu() for n in names}
     return {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy()[counted] for n, t in tensors.items()}
 

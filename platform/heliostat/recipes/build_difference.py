@@ -1,7 +1,7 @@
 """Compares the results of a recipe's `build` with and without weights. Finds differences other than the weights themselves.
 
-The `build` of a custom recipe may read the new weights, copy them, or draw more random numbers. It may store the results in an
-attribute of the model or the recipe, in a list, or in a closure. Such results would differ between workers.
+The `build` of a custom recipe may read the new weights, copy them, or draw more random numbers. The recipe may store the results
+in an attribute of the model or the recipe, in a list, or in a closure. Such results would differ between workers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ HOOKS = re.compile(r"_hooks(_with_kwargs|_always_called)?$")
 
 
 def find(right: tuple[Recipe, torch.nn.Module], other: tuple[Recipe, torch.nn.Module]) -> str:
-    """Returns the first difference between two recipes and their models, or "" if there is none. The values of parameters and
-    registered buffers aren't compared."""
+    """Describes the first difference between two recipes and their models. Returns "" if they are equal. The values of parameters
+    and registered buffers aren't compared."""
     if _parameters(right[1]) != _parameters(other[1]):
         return "its parameters"
     if _buffers(right[1]) != _buffers(other[1]):
@@ -49,7 +49,7 @@ class _Comparison:
         self.kept = list[object]()  # compared objects stay alive: Python may reuse the id of a freed object
 
     def of(self, right: Any, other: Any, where: str = "") -> str:
-        """Compares two objects. Returns the path to the first difference, or "" if there is none."""
+        """Compares two objects. Returns the path to the first difference, such as `.layers[0]`, or "" if both are equal."""
         if right is other or (id(right), id(other)) in self.seen:
             return ""
         if type(right) is not type(other):
@@ -71,7 +71,7 @@ class _Comparison:
 
 
 def _parts(thing: object) -> dict[str, object]:
-    """Returns the parts of an object. Each key is the path to a part, such as `.name` or `[0]`."""
+    """Returns the attributes or items of an object. Each key is the path to a part, such as `.name` or `[0]`."""
     if isinstance(thing, dict):
         return {f"[{key!r}]": value for key, value in thing.items()}
     if isinstance(thing, set | frozenset):

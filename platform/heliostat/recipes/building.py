@@ -1,4 +1,4 @@
-"""Builds a recipe's model as the engine trains it, with its frozen submodules excluded from training."""
+"""Builds a recipe's model for training, freezes submodules, and makes the optimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def frozen_modules(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Modu
     for name in recipe.frozen:
         if name not in known:
             raise ConfigError(
-                f"recipe: {type(recipe).__name__}.frozen names {name!r}, which isn't a submodule of its model ({GUIDE})"
+                f"recipe: {type(recipe).__name__}.frozen names {name!r}, but the model has no such submodule. "
+                f"Correct `frozen` ({GUIDE})"
             )
     return [known[name] for name in recipe.frozen]
 
@@ -36,7 +37,7 @@ def frozen_modules(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Modu
 def rest(recipe: Recipe, model: torch.nn.Module) -> None:
     """Puts frozen submodules back into evaluation mode after a call of `train()`.
 
-    In evaluation mode, they use no dropout, and don't update running statistics.
+    In evaluation mode, these submodules use no dropout, and don't update running statistics.
     """
     for module in frozen_modules(recipe, model):
         module.eval()
@@ -65,7 +66,7 @@ def parameter_groups(
     """Makes the optimizer's parameter groups from the recipe's groups. Each parameter group has a `weight_decay` and an
     `lr_scale`.
 
-    Groups with the job's weight decay come first. Otherwise, groups are in the order of the model. If the optimizer
+    Groups with the job's weight decay come first. Apart from this, groups are in the model's order. If the optimizer
     `orthogonalizes`, hidden matrices are in separate groups, in which `orthogonal` is true.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -85,8 +86,8 @@ def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
     """Lists the names of the trained matrices between hidden layers: 2-D parameters, and the stacked matrices of experts.
     Embeddings, output heads, and convolutions aren't included.
 
-    A recipe can override this choice with `Group.hidden`. Raises ConfigError if the recipe marks a parameter as hidden that isn't
-    a matrix.
+    A recipe can override this choice with `Group.hidden`. Raises ConfigError if the recipe sets `hidden` for a parameter that
+    isn't a matrix.
     """
     apart = {id(p) for m in _apart(model) for p in m.parameters(recurse=False)}
     names = set()
@@ -95,7 +96,8 @@ def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
             dimensions, said = len(shape(p)), recipe.group(name, shape(p)).hidden
             if said and dimensions not in (2, 3):
                 raise ConfigError(
-                    f"recipe: {type(recipe).__name__}.group marks {name!r} as hidden, but it isn't a matrix ({GUIDE})"
+                    f"recipe: {type(recipe).__name__}.group sets `hidden` for {name!r}, but this parameter isn't a matrix. "
+                    f"Return a Group without `hidden` for {name!r} ({GUIDE})"
                 )
             looks = id(p) not in apart and (dimensions == 2 or (dimensions == 3 and "experts" in name.split(".")))
             if looks if said is None else said:
@@ -122,5 +124,7 @@ def grouped(
     for group, _ in groups:
         for what, value in (("weight_decay", group.weight_decay), ("lr", group.lr)):
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"recipe: {type(recipe).__name__}.group returns {what} {value!r}. Return at least 0")
+                raise ConfigError(
+                    f"recipe: {type(recipe).__name__}.group returns {what} {value!r}. Return a finite number of at least 0"
+                )
     return sorted(((group, names) for (group, _), names in groups.items()), key=lambda item: item[0].weight_decay is not None)

@@ -1,5 +1,5 @@
-"""Finds the package's built-in recipes by reading their source files. It doesn't import the recipes, because that would import
-torch.
+"""Finds the package's built-in recipes by reading their source files. This module doesn't import the recipes, because such an
+import would import torch.
 
 A module of `text` or `images` declares its recipe as `BUILT_IN = {"CausalLM": ("transformers",)}`. The key is the name of the
 class. The value lists the modules and libraries that the recipe imports lazily.
@@ -28,7 +28,7 @@ LIBRARIES = {  # by library: the modules that a recipe imports when it builds a 
 
 
 class BuiltIn(NamedTuple):
-    """Describes a built-in recipe: its module, and the modules and libraries that it imports lazily (`late`)."""
+    """Describes a built-in recipe: the recipe's module, and the modules and libraries that the recipe imports lazily (`late`)."""
 
     module: str
     late: tuple[str, ...]
@@ -48,8 +48,8 @@ def find(folder: Path = Path(__file__).parent) -> dict[str, BuiltIn]:
 def modules(recipe: str, model: Mapping[str, object]) -> list[str]:
     """Lists the modules that workers import for a job's `recipe` and `model`. A fork server can import these modules in advance.
 
-    The list is empty for a custom recipe, because its import may have side effects. The fork server skips modules that it can't
-    import.
+    The list is empty for a custom recipe, because importing custom code may have side effects. The fork server skips modules that
+    it can't import.
     """
     from heliostat.config import workspace  # imported here, because the import takes longer than finding all recipes
 

@@ -19,7 +19,7 @@ CUTS = (1, 5, 10)
 
 class Contrast(NamedTuple):
     """Contains the results for some pairs. `loss`: the sum of the pairs' losses, in nats. `masked`: the number of matrix entries
-    that were left out. `right`: the number of queries whose nearest text is their own."""
+    that the loss leaves out. `right`: the number of queries whose nearest text is the text of the same pair."""
 
     loss: torch.Tensor
     masked: torch.Tensor
@@ -32,8 +32,8 @@ def contrast(
     """Computes the contrastive loss of pairs of embeddings, which have length 1. `query`, `text`: [pairs, width]. `names`: int64
     [pairs, 2], the ids of the query and the text of each pair.
 
-    `some`: computes only the contribution of these pairs. It compares their queries with all texts, and their texts with all
-    queries. With `some`, the complete matrix of all queries and all texts is never in memory.
+    `some`: a slice of pairs. If given, computes only the contribution of these pairs: their queries against all texts, and their
+    texts against all queries. With `some`, the complete matrix of all queries and all texts is never in memory.
     """
     own = torch.arange(len(query), device=query.device)[some or slice(None)]
     mine = names if some is None else names[some]
@@ -47,8 +47,8 @@ def contrast(
 
 
 def blocks(pairs: int, rows: int = BLOCK) -> list[slice | None]:
-    """Splits the range of all pairs into slices of at most `rows` pairs. Returns [None], which means all pairs, if they fit into
-    one slice."""
+    """Splits the range of all pairs into slices of at most `rows` pairs. Returns [None], which means all pairs, if all pairs fit
+    into one slice."""
     if pairs <= rows:
         return [None]
     return [slice(start, min(start + rows, pairs)) for start in range(0, pairs, rows)]

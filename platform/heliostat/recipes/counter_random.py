@@ -3,8 +3,8 @@
     normals(seed, keys, stream=1, count=4096)   # fp32 [len(keys), 4096], on the device of `keys`
     words(seed, keys, stream=0, count=2)        # int64 [len(keys), 2]; `uniform` and `normal` map each to a number
 
-The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). It has no state: it encrypts a
-counter, here (block, stream, key), with the seed. It uses torch's integer operations.
+The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The generator has no state. It
+encrypts a counter, here (block, stream, key), with the seed, in torch's integer operations.
 
 To make a normal number from a word, the module computes the inverse of the normal distribution function at this word, from a
 table of parabolas. This needs only multiplications and additions, which IEEE 754 defines to the last bit. Logarithms and sines
@@ -35,7 +35,7 @@ GRID = 2.0**-28  # slopes and curvatures are multiples of this number
 def normals(seed: int, keys: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """Draws `count` normal numbers for each key: fp32 [keys, count], on the keys' device. For the arguments, see `words`.
 
-    On a CPU, it draws the numbers in blocks that fit into the caches.
+    On a CPU, this function draws the numbers in blocks that fit into the caches.
     """
     if keys.device.type != "cpu":
         return normal(words(seed, keys, stream, count))
@@ -77,7 +77,8 @@ def uniform(words: torch.Tensor) -> torch.Tensor:
 def normal(words: torch.Tensor) -> torch.Tensor:
     """Maps words to normal numbers: fp32, between -6.34 and 6.34.
 
-    They differ by at most 2e-7 from the exact inverse. For numbers above 1, this limit is a relative error.
+    The results differ by at most 2e-7 from the exact inverse of the normal distribution. For results above 1, this limit is a
+    relative error.
     """
     signed = (words << 1).sub_(WORD).float()  # its absolute value / 2^33 is the tail probability
     bits = signed.view(torch.int32)
@@ -88,7 +89,7 @@ def normal(words: torch.Tensor) -> torch.Tensor:
 
 
 def exact_heights() -> np.ndarray:
-    """Computes the inverse of the normal distribution at three points of each parabola, fp64 [3, parabolas].
+    """Computes the inverse of the normal distribution function at three points of each parabola, fp64 [3, parabolas].
 
     Parabola i covers tail probabilities from 2^(e - 33) (1 + j / 2^CUTS). Here, e and j are the quotient and the remainder of i
     divided by 2^CUTS.

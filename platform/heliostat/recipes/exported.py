@@ -39,7 +39,7 @@ class TrainedFacts(TypedDict):
 
 @open_
 class Origin(TypedDict):
-    """Describes an exported model's origin: the run that trained it, and the version of that run's data plan."""
+    """Describes an exported model's origin: the run that trained the model, and the version of this run's data plan."""
 
     data_version: NotRequired[Whole]
 
@@ -57,7 +57,7 @@ EXPORTED = Format(Exported, "record of an exported model", ConfigError, fix="Exp
 @dataclass(frozen=True)
 class Export:
     """Describes an exported folder. `job`: the job that trained the model; None for a folder without a record. `data_version`:
-    the version of the run's data plan, which determines the held-out samples; None if it isn't known."""
+    the version of the run's data plan, which determines the held-out samples; None if the version is unknown."""
 
     folder: Path
     recipe: Any  # a class derived from Recipe and Exports
@@ -75,8 +75,8 @@ def is_model(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Export:
-    """Reads an exported folder. Raises ConfigError if its record is damaged, or if its recipe is neither in this workspace nor
-    installed."""
+    """Reads an exported folder. Raises ConfigError if the folder's record is damaged, or if the record's recipe is neither in
+    this workspace nor installed."""
     place = folder / RECORD
     if not place.is_file():
         return Export(folder, workspace.import_path("recipe", LANGUAGE_MODEL, folder), None)
@@ -96,17 +96,20 @@ def generator(folder: Path, options: dict[str, object]) -> Callable[[list[Reques
     """Loads the generator of an exported model. Raises ConfigError if the model's recipe doesn't answer prompts."""
     recipe = read(folder).recipe
     if not issubclass(recipe, Generates):
-        raise ConfigError(f"{folder}: a model of {recipe.__name__} doesn't answer prompts")
+        raise ConfigError(
+            f"{folder}: {recipe.__name__} models don't answer prompts. Use a model whose recipe derives from Generates ({GUIDE})"
+        )
     return recipe.generator(folder, options)
 
 
 @contextmanager
 def using(folder: Path) -> Iterator[None]:
-    """Converts an error that a library raises inside the context into a ConfigError. The error has one line, and names the
-    model's folder."""
+    """Converts an error that a library raises inside the context into a one-line ConfigError that names the model's folder."""
     try:
         yield
     except HeliostatError:
         raise
     except Exception as e:
-        raise ConfigError(f"{folder}: can't load the model ({type(e).__name__}: {brief(e)})") from e
+        raise ConfigError(
+            f"{folder}: can't load the model ({type(e).__name__}: {brief(e)}). Export or copy the folder again"
+        ) from e

@@ -37,7 +37,7 @@ class Stored:
     offset: int
 
     def read(self) -> torch.Tensor:
-        """Reads the tensor into new host memory. It doesn't map the file, because the mapped pages would count as memory of the
+        """Reads the tensor into new host memory. Doesn't map the file, because the mapped pages would count as memory of the
         process."""
         values = torch.empty(self.shape, dtype=self.dtype)
         left = memoryview(values.reshape(-1).view(torch.uint8).numpy().data) if values.numel() else memoryview(b"")
@@ -51,10 +51,10 @@ class Stored:
 
 
 def find(model: torch.nn.Module, noted: list[Pretrained]) -> dict[int, Stored]:
-    """Locates the stored values of all parameters, and of the buffers that the folders contain. The keys are the `id`s of the
-    model's tensors. Raises UnreadableError if a parameter has no stored values."""
+    """Finds the file and offset of each parameter's stored values, and of each buffer in the folders. The keys are the `id`s of
+    the model's tensors. Raises UnreadableError if a parameter has no stored values."""
     if not noted:
-        raise UnreadableError("its weights are drawn at random")
+        raise UnreadableError("the model's weights are initialized at random")
     stored: dict[int, Stored] = {}
     for pretrained in noted:
         try:
@@ -63,7 +63,7 @@ def find(model: torch.nn.Module, noted: list[Pretrained]) -> dict[int, Stored]:
             raise UnreadableError(f"{pretrained.folder}: {type(e).__name__}: {e}") from e
     for name, parameter in model.named_parameters():
         if id(parameter) not in stored:
-            raise UnreadableError(f"{name!r} is not from a folder")
+            raise UnreadableError(f"the parameter {name!r} isn't in a pretrained folder")
     return stored
 
 
@@ -72,9 +72,9 @@ def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
     config = json.loads((folder / "config.json").read_text())
     for key in ("quantization_config", "transformers_weights"):
         if config.get(key):
-            raise UnreadableError(f"{folder}: has {key}")
+            raise UnreadableError(f"{folder}: config.json contains the key {key!r}")
     if (folder / "adapter_config.json").exists():
-        raise UnreadableError(f"{folder}: has an adapter")
+        raise UnreadableError(f"{folder}: contains an adapter (adapter_config.json)")
     stored = _listed(folder)
     named: dict[int, list[str]] = {}
     for name, tensor in pretrained.tensors.items():
@@ -87,10 +87,12 @@ def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
             raise UnreadableError(f"{folder}: expected one tensor for {names[0]!r}, found {len(keys) or 'none'}")
         (key,) = keys
         if any(transform.rename_source_key(key) != (key, None) for transform in converts):
-            raise UnreadableError(f"{folder}: transformers converts {key!r}")
+            raise UnreadableError(f"{folder}: transformers renames or converts the tensor {key!r}")
         one = stored[key]
         if one.shape != tuple(tensor.shape) or one.dtype.is_floating_point != tensor.dtype.is_floating_point:
-            raise UnreadableError(f"{folder}: {key!r} is {one.dtype} {list(one.shape)}, which doesn't match the model")
+            raise UnreadableError(
+                f"{folder}: the tensor {key!r} has {one.dtype} {list(one.shape)}, which doesn't match the model"
+            )
         weights[id(tensor)] = one
     return weights
 

@@ -1,4 +1,4 @@
-"""Loads the recipe that a job names, and binds it to the job's datasets.
+"""Loads the recipe that a job names, and binds the recipe to the job's datasets.
 
 No other module converts `recipe: package.module:Class` to an object.
 """
@@ -15,8 +15,8 @@ from heliostat.recipes.protocol import Recipe
 
 
 def recipe_class(job: Job, record: Path | None = None) -> type[Recipe]:
-    """Imports a job's recipe class. Raises ConfigError if it doesn't exist or isn't a recipe. `record`: the run's folder, if the
-    job comes from the record of a run."""
+    """Imports a job's recipe class. Raises ConfigError if this class doesn't exist or isn't a recipe. `record`: the run's folder,
+    if the job comes from the record of a run."""
     return require_class("recipe", job.recipe, workspace.import_path("recipe", job.recipe, record))
 
 
@@ -27,7 +27,8 @@ def make(cls: type[Recipe], job: Job, weights: bool = False) -> Recipe:
 
 
 def load(job: Job, sources: list[Manifest], record: Path | None = None, weights: bool = True) -> Recipe:
-    """Makes a job's recipe and binds it to the job's datasets. Raises ConfigError if the datasets don't fit the model."""
+    """Makes a job's recipe, and binds the recipe to the job's datasets. Raises ConfigError if the datasets don't fit the
+    model."""
     recipe = make(recipe_class(job, record), job, weights)
     recipe.bind(sources)
     return recipe

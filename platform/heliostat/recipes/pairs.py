@@ -63,11 +63,13 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         if job.data.sequence_length:
-            raise ConfigError("data.sequence_length: not used for rows. Remove it, and set model.max_tokens")
+            raise ConfigError("data.sequence_length: only for token datasets. Remove this key, and set model.max_tokens")
         if job.train.global_batch_size < 2:
-            raise ConfigError("train.global_batch_size: a batch of 1 pair has no other pair to compare with. Set it to 2 or more")
+            raise ConfigError(
+                "train.global_batch_size: a batch of 1 pair has no other pair to compare with. Set this key to 2 or more"
+            )
         if "init" in job.model:
-            raise ConfigError("model.init: only for language models. Remove it")
+            raise ConfigError("model.init: only for language models. Remove this key")
         self.keys = _own_keys(self.own, job.model)
         self.temperature: float = self.keys.temperature  # divides the cosine similarities in the loss
         self.pretrained: str | None = job.model.get("pretrained")
@@ -84,7 +86,7 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
 
     @abstractmethod
     def first(self) -> PreTrainedModel:
-        """Builds the model with initial weights."""
+        """Builds the embedding model with initial weights."""
 
     def whole(self, folder: str) -> PreTrainedModel:
         """Loads the pretrained model."""
@@ -176,12 +178,13 @@ def _own_keys(kind: type[K], model: dict[str, object]) -> K:
 def present(content: pa.Table, column: str) -> list[Any]:
     """Returns a column's values. Raises DataError if a value is missing."""
     if nulls := content[column].null_count:
-        raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}. Leave such rows out of the dataset")
+        raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}. Remove these rows from the dataset")
     return content[column].to_pylist()
 
 
 def named(sides: Sequence[Sequence[str | bytes]]) -> torch.Tensor:
-    """Makes the `names` of samples from their sides, which are texts or bytes. Equal texts or bytes have equal numbers."""
+    """Makes the ids of each sample's two sides (query and match), int64 [samples, 2]. `sides`: the texts or bytes of each side.
+    Equal texts or bytes have equal ids."""
     import torch
 
     return torch.tensor([[_number(value) for value in side] for side in sides]).T.contiguous()

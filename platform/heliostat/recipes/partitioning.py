@@ -1,6 +1,6 @@
 """Lets recipes build models that the engine partitions among workers during construction (ZeRO stage 3).
 
-Recipes can't import the engine. Instead, the engine sets a `Partitioner` here while it builds a model, and recipes call the
+Recipes can't import the engine. Instead, the engine sets a `Partitioner` here while the engine builds a model. Recipes call the
 functions of this module. If no `Partitioner` is set, for example at stages 0 to 2 or on the driver, models are built as usual.
 """
 
@@ -24,11 +24,11 @@ class Partitioner(Protocol):
         """Opens a context in which constructors keep only this worker's part of each parameter."""
 
     def whole(self, parameter: torch.Tensor) -> AbstractContextManager[object]:
-        """Opens a context in which a parameter is complete. When it ends, all workers get the first worker's values.
+        """Opens a context in which a parameter is complete. When the context ends, all workers get the first worker's values.
         Collective."""
 
     def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
-        """Returns the complete shape of a parameter, of which this worker has a part."""
+        """Returns the shape of the complete parameter. This worker may have only a part of the parameter."""
 
 
 _partitioner: ContextVar[Partitioner | None] = ContextVar("partitioner", default=None)
@@ -45,7 +45,7 @@ def by(partitioner: Partitioner) -> Iterator[None]:
 
 
 def wanted() -> bool:
-    """Checks whether models are partitioned now."""
+    """Returns whether the engine is building a model with partitioned parameters now."""
     return _partitioner.get() is not None
 
 
@@ -62,7 +62,7 @@ def whole(parameter: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Returns the shape of the complete parameter, of which this worker may have a part."""
+    """Returns the shape of the complete parameter. This worker may have only a part of the parameter."""
     partitioner = _partitioner.get()
     return partitioner.shape(parameter) if partitioner else division.shape(parameter)
 

@@ -28,7 +28,8 @@ def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
 
 
 def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
-    """Loads a folder's model. Raises ConfigError if a weight is missing, because transformers would initialize it at random."""
+    """Loads a folder's model. Raises ConfigError if a weight is missing, because transformers would initialize this weight at
+    random."""
     model, loading = from_folder(key, auto, folder, output_loading_info=True, **options)
     tied = getattr(model, "all_tied_weights_keys", {})
     if absent := sorted(set(loading["missing_keys"]) - set(tied)):

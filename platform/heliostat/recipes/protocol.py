@@ -33,7 +33,7 @@ IGNORED = -100  # in a batch's `labels`, at tokens without a target: padding and
 
 
 class Part(NamedTuple):
-    """Contains a value in addition to the loss: a mean over the batch. `weight`: its factor in the objective; 0 only logs it."""
+    """Contains a batch mean to log in addition to the loss. `weight`: the mean's factor in the objective; 0 only logs it."""
 
     value: torch.Tensor
     weight: float = 0.0
@@ -41,9 +41,9 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """Contains the loss of a batch. A step's objective is the sum of its loss terms, divided by their number in the global batch.
-    To this it adds each part's weight times the part's mean over the step's batches. Parts are logged by name, and all batches
-    have parts with the same names."""
+    """Contains the loss of a batch. A step's objective is the sum of the step's loss terms, divided by the number of terms in the
+    global batch. The objective also adds each part's weight times the part's mean over the step's batches. Parts are logged by
+    name, and all batches have parts with the same names."""
 
     sum: torch.Tensor  # sum of the batch's loss terms, a scalar
     parts: dict[str, Part] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Companion:
-    """Describes another model on the device, such as a frozen encoder. The plan counts it, and checkpoints leave it out."""
+    """Describes another model on the device, such as a frozen encoder. The plan counts this model; checkpoints leave it out."""
 
     bytes: int
     every_step: bool = True  # False: on the device only during evaluations
@@ -83,10 +83,10 @@ class Recipe(ABC):
         self.job = job
 
     def probe(self) -> None:  # noqa: B027
-        """Checks, on the driver, what `__init__` can't: in seconds, without datasets. Raises ConfigError if a check fails."""
+        """Runs checks that take seconds, on the driver, without datasets. Raises ConfigError if a check fails."""
 
     def bind(self, sources: list[Manifest]) -> None:  # noqa: B027
-        """Takes values from the datasets (tokenizer, vocabulary size). Raises ConfigError if the datasets don't fit the model."""
+        """Reads values from the datasets (tokenizer, vocabulary size). Raises ConfigError if the datasets don't fit the model."""
 
     def assumed(self) -> str:
         """Describes the assumptions of a plan without datasets, such as a vocabulary size. Returns "" if there are none."""
@@ -104,14 +104,14 @@ class Recipe(ABC):
         """Makes CPU tensors from `content`: int32 [batch, sequence_length] for tokens, or an Arrow table for rows.
 
         `keys`: int64 [batch], one number per sample of each step, and per held-out sample. Seed a sample's random numbers with
-        it. One thread calls this for the next step while the current one computes. `heliostat.recipes.batches` has helpers.
+        its key. A thread calls `batch` for the next step during the current step. `heliostat.recipes.batches` has helpers.
         """
 
     def complete(self, batch: Batch) -> Batch:
         """Adds values on the device that don't depend on trained weights, such as noise and outputs of frozen encoders.
 
-        It computes no gradients, and draws nothing from torch's generators. The engine calls it before `loss`. On a GPU, it runs
-        on the upload stream while the previous micro-batch computes. `loss` and `evaluate` call it if a batch isn't complete yet.
+        Computes no gradients, and draws nothing from torch's generators. Runs before `loss`: on a GPU, on the upload stream while
+        the previous micro-batch computes. `loss` and `evaluate` call `complete` if a batch isn't complete yet.
         """
         return batch
 
@@ -120,13 +120,13 @@ class Recipe(ABC):
         """Computes the sum of the batch's loss terms, and other values to minimize or log."""
 
     def terms(self, batch: Batch) -> int:
-        """Counts the loss terms of a batch before its forward pass. The engine doesn't call it if `terms_per_sample` is set."""
+        """Counts a batch's loss terms before the forward pass. The engine doesn't call `terms` if `terms_per_sample` is set."""
         if "labels" in batch:
             return int((batch["labels"] != IGNORED).sum())
         return len(next(iter(batch.values())))
 
     def group(self, name: str, shape: tuple[int, ...]) -> Group:
-        """Decides how a parameter is trained. By default, matrices get weight decay, and vectors (norms, biases) don't."""
+        """Chooses a parameter's training settings. By default, matrices get weight decay, and vectors (norms, biases) don't."""
         return Group() if len(shape) > 1 else Group(weight_decay=0.0)
 
     def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:  # noqa: B027
@@ -141,15 +141,15 @@ class Recipe(ABC):
         return {}
 
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
-        """Lists a model's identical layers, which `train.compile: blocks` compiles one by one. Empty if they are unknown."""
+        """Lists a model's identical layers, which `train.compile: blocks` compiles one by one. Empty if unknown."""
         return []
 
     def active_parameters(self, model: torch.nn.Module) -> int | None:
-        """Counts the parameters that one token uses, in a model with experts. None means all parameters."""
+        """Counts the parameters that one token uses, in a model with experts. Returns None if a token uses all parameters."""
         return None
 
     def flops_per_sample(self, model: torch.nn.Module) -> float | None:
-        """Counts the forward and backward FLOPs of one sample, for MFU. If it returns None, heliostat doesn't report MFU."""
+        """Counts the forward and backward FLOPs of one sample, for MFU. If the result is None, heliostat doesn't report MFU."""
         return None
 
     def describe(self, content: Content) -> str:
@@ -162,7 +162,7 @@ class Recipe(ABC):
 
 class CouplesSamples(Recipe):
     """Trains with a loss over all samples of a step together, such as a contrastive loss. The engine processes each micro-batch
-    twice (GradCache). So loss and gradients are those of the global batch, but need the memory of only one micro-batch."""
+    twice (GradCache). So the loss and gradients equal those of the global batch, but need the memory of only one micro-batch."""
 
     terms_per_sample = 1
 
@@ -172,11 +172,11 @@ class CouplesSamples(Recipe):
 
     @abstractmethod
     def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
-        """Computes a step's loss from the vectors of all its samples, in order. `couple_some` can divide this among workers."""
+        """Computes a step's loss from all its samples' vectors, in order. `couple_some` can divide this work among workers."""
 
     @classmethod
     def shares_coupling(cls) -> bool:
-        """Checks whether `couple_some` and `couple` compute the same loss. They don't if a class overrides only `couple`."""
+        """Checks whether `couple_some` computes the same loss as `couple`: not if a class overrides only `couple`."""
         some, every = (next((c for c in cls.__mro__ if name in vars(c)), None) for name in ("couple_some", "couple"))
         return some is not None and every is not None and issubclass(some, every)
 
@@ -186,29 +186,29 @@ class CouplesSamples(Recipe):
 
 
 class Evaluates(ABC):
-    """Evaluates its model on the held-out samples. Required for a job's `evaluate`."""
+    """Evaluates the model on the held-out samples. Required for the job's section `evaluate`."""
 
     scores: tuple[str, ...] = ("loss",)  # names that `metrics`, `measure`, and a gallery's `judge` report
     gathered: tuple[str, ...] = ()  # results of `evaluate` that are kept for every sample, for `measure`
 
     @abstractmethod
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """Computes scores by name: float [batch], which are summed over samples, or [batch, ...] for names in `gathered`."""
+        """Computes scores by name: float [batch], summed over samples by the engine, or [batch, ...] for names in `gathered`."""
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """Computes the metrics, among them `loss`, from the sums of `evaluate`: by default, each sum divided by that of
-        `terms`."""
+        """Computes the metrics, including `loss`, from the sums of the scores of `evaluate`. By default, divides each sum by the
+        sum of `terms`."""
         if "terms" not in sums:
-            raise ConfigError(f"recipe: {type(self).__name__}.evaluate returns no `terms` to divide by. Add them ({GUIDE})")
+            raise ConfigError(f"recipe: {type(self).__name__}.evaluate returns no `terms` to divide by. Add `terms` ({GUIDE})")
         return {name: total / max(1.0, sums["terms"]) for name, total in sums.items() if name != "terms"}
 
     def measure(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
-        """Computes more metrics on rank 0, from the `gathered` scores of all held-out samples, in the samples' order."""
+        """Computes additional metrics on rank 0, from the `gathered` scores of all held-out samples, in the samples' order."""
         return {}
 
 
 class Exports(ABC):
-    """Exports checkpoints to a folder that works without the engine. `heliostat model export` and the end of a run use it."""
+    """Exports checkpoints to a folder that works without the engine, for `heliostat model export` and at the end of a run."""
 
     layout: dict[str, str] = {"": "model"}  # prefix of parameter names, which is removed -> file, without .safetensors
 
@@ -234,14 +234,14 @@ class Exports(ABC):
 
     @staticmethod
     def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
-        """Derives the `job.model` of an exported folder from the `job.model` that trained it."""
+        """Returns the `job.model` that loads an exported folder. `model`: the `job.model` that trained the exported model."""
         return {"pretrained": str(folder)}
 
 
 @dataclass(frozen=True)
 class Weight:
     """Describes a tensor of an export: one tensor of the model, or the result of `make` from several (`sources`). The sources are
-    read in fp32 when the tensor is written. Only one such tensor is in memory at a time."""
+    read in fp32 when the tensor is written. Only one tensor of an export is in memory at a time."""
 
     sources: tuple[str, ...]
     shape: tuple[int, ...]
@@ -249,7 +249,7 @@ class Weight:
 
 
 class CutsSamples(ABC):
-    """Splits each sample over workers by ranges of tokens, for `train.parallel.sequence`. Parts are means over tokens."""
+    """Splits each sample over workers by ranges of tokens, for `train.parallel.sequence`. `Loss.parts` has means over tokens."""
 
     def require_cut(self, parts: int) -> None:  # noqa: B027
         """Raises ConfigError if samples can't be split over `parts` workers. Runs on the driver, and takes seconds."""
@@ -257,15 +257,15 @@ class CutsSamples(ABC):
     @abstractmethod
     def cut(self, batch: Batch, part: int, parts: int) -> Batch:
         """Cuts range `part` of `parts` equal ranges out of a complete batch, with all values that the loss, terms, and scores
-        need. The sums of these over all ranges must equal those of the complete batch."""
+        need. The sum of each loss, term count, and score over all ranges must equal its value for the complete batch."""
 
     @abstractmethod
     def exchange(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-        """Makes the model exchange the data that tokens need from other ranges. Worker i of the group has range i."""
+        """Makes workers exchange the data that their tokens need from other ranges. Worker i of the group has range i."""
 
     @abstractmethod
     def exchanged(self, parts: int) -> int:
-        """Counts the elements that each of `parts` workers sends to the others in the forward pass of a sample, for the plan."""
+        """Counts the elements that each of `parts` workers sends in a sample's forward pass, for the plan."""
 
 
 class DividesExperts(ABC):
@@ -280,12 +280,12 @@ class DividesExperts(ABC):
         """Lists the modules whose parameters contain all experts of a layer, stacked in the first dimension."""
 
     def sent(self, model: torch.nn.Module) -> int:
-        """Counts the elements that a sample's tokens send to experts and back in a forward pass, for the plan."""
+        """Counts the tensor elements that go to experts and back in a sample's forward pass. The plan uses this number."""
         return 0
 
     @abstractmethod
     def exchange_tokens(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-        """Makes the model send each token to the worker of the group that has the token's expert. Experts are in rank order."""
+        """Makes the model send each token to the group's worker with the token's expert. Experts are in rank order."""
 
 
 class DividesMatrices(ABC):
@@ -298,12 +298,12 @@ class DividesMatrices(ABC):
 
     @abstractmethod
     def divided_matrices(self, model: torch.nn.Module) -> Mapping[str, str]:
-        """Returns, by name, how each module is sharded. `column`: weight and bias, by outputs. `row`: the weight, by inputs;
-        workers add up the outputs. `summed`: not sharded, but used on only a part of the data; workers add up its gradients."""
+        """Maps module names to the way of sharding. `column`: weight and bias, by outputs. `row`: the weight, by inputs; workers
+        add up the outputs. `summed`: not sharded, but with partial inputs; workers add up the module's gradients."""
 
 
 class Generates(Exports):
-    """Answers prompts with its exports. Required for `heliostat model generate`."""
+    """Answers prompts with exported models. Required for `heliostat model generate`."""
 
     prompts: tuple[str, ...] = ()  # prompts for the exported model at the end of a run
 
@@ -320,7 +320,7 @@ class Generates(Exports):
 
 
 class Paints(Generates):
-    """Generates images for prompts with its exports. Each call may have other options. `model serve` and `model play` use it."""
+    """Generates images from prompts with exported models, for `model serve` and `model play`. Options may differ per call."""
 
     @staticmethod
     @abstractmethod
@@ -341,10 +341,10 @@ class Canvas(Protocol):
 
 
 class Serves(Exports):
-    """Logs its exports to MLflow, which serves them. Required for `mlflow.register`."""
+    """Logs exported models to MLflow, which serves these models. Required for `mlflow.register`."""
 
     def serving(self) -> Serving:
-        """Describes, on the driver, how MLflow serves the folder. The default uses `generator`, and needs the recipe's code."""
+        """Describes how MLflow serves the folder. Runs on the driver. The default uses `generator` and the recipe's code."""
         from mlflow.models import infer_signature
 
         assert isinstance(self, Generates)
@@ -357,11 +357,11 @@ class Draws(ABC):
 
     @abstractmethod
     def gallery(self) -> Gallery | None:
-        """Returns the gallery to generate. Returns None if the job asks for no gallery."""
+        """Returns the images (`Gallery`) to generate. Returns None if the job sets no images."""
 
 
 class Gallery(Protocol):
-    """Generates `count` images after every evaluation and scores them."""
+    """Generates `count` images after every evaluation, and scores these images."""
 
     count: int
 
@@ -384,7 +384,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Request:
-    """Contains a prompt to answer. `out`: the path to write to, if the answer is a file (its `file` fact is this path)."""
+    """Contains a prompt to answer. `out`: the path to write to, if the answer is a file (then also the fact `file`)."""
 
     prompt: str
     seed: int

@@ -1,4 +1,5 @@
-"""Serves an exported model as an MLflow pyfunc. It answers with the recipe's `generator`, which is the default of `Serves`.
+"""Serves an exported model as an MLflow pyfunc. The recipe's `generator` answers the prompts. This server is the default of
+`Serves`.
 
 MLflow copies this file into the model. The server needs heliostat and the recipe's package.
 """

@@ -34,7 +34,7 @@ def definition(sources: list[Manifest]) -> bytes:
     """Reads the datasets' `tokenizer.json`. Raises ConfigError if the datasets have different tokenizers, and DataError if the
     file is missing."""
     if len({source.meta.get("tokenizer") for source in sources}) > 1:
-        raise ConfigError("data.sources: the datasets have different tokenizers. Prepare them with one")
+        raise ConfigError("data.sources: the datasets have different tokenizers. Prepare all of them with one tokenizer")
     if "tokenizer" not in sources[0].meta:
         raise ConfigError(f"data.sources: neither {sources[0].location} nor the model has a tokenizer. Set `tokenizer` in the "
             "pipeline, or use model.pretrained")  # fmt: skip
@@ -44,12 +44,13 @@ def definition(sources: list[Manifest]) -> bytes:
     except FileNotFoundError as e:
         raise DataError(f"{file}: no such file. Prepare the dataset again") from e
     if hashlib.sha256(content).hexdigest() != sources[0].fact("tokenizer"):
-        raise ConfigError(f"{file}: isn't the tokenizer that made the dataset. Prepare the dataset again")
+        raise ConfigError(f"{file}: differs from the tokenizer that made the dataset. Prepare the dataset again")
     return content
 
 
 def of_folder(folder: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a pretrained model. If the tokenizer has no padding token, it pads with its end token."""
+    """Loads the tokenizer of a pretrained model. If the tokenizer has no padding token, the tokenizer's end token is used for
+    padding."""
     from transformers import AutoTokenizer
 
     from heliostat.recipes.pretrained import from_folder
@@ -65,7 +66,7 @@ def fit_vocabulary(config: PreTrainedConfig, key: str, wanted: int | None, token
     job's `key`, is below the tokenizer's size."""
     size = len(tokenizer)
     if wanted is not None and wanted < size:
-        raise ConfigError(f"{key}: {wanted} is below the tokenizer's size {size}")
+        raise ConfigError(f"{key}: {wanted} is below the tokenizer's size. Use at least {size}")
     config.vocab_size = wanted or -(-size // 64) * 64  # matrix units are fast with multiples of 64
     config.pad_token_id = tokenizer.pad_token_id
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id

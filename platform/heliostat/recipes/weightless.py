@@ -29,7 +29,7 @@ _building = ContextVar[list[Pretrained] | None]("weightless", default=None)
 
 
 def wanted() -> bool:
-    """Checks whether models are built without weights now. If so, a recipe must not load weights."""
+    """Returns whether models are being built without weights now. If true, a recipe must not load weights."""
     return _building.get() is not None
 
 
@@ -42,8 +42,8 @@ def comes_from(module: torch.nn.Module, folder: str | Path) -> None:
 
 @contextmanager
 def building() -> Iterator[list[Pretrained]]:
-    """Makes modules that are built inside the context register parameters without memory. Yields a list, to which recipes add the
-    folders of their weights."""
+    """Makes modules that are built inside the context register parameters without memory. Yields a list. Recipes add the folders
+    with the model's weights to this list."""
     register = torch.nn.Module.register_parameter
 
     def without(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:

@@ -1,4 +1,5 @@
-"""Computes the data that a run has trained on (`data.json`): its segments, and the samples taken from each source, by shard."""
+"""Computes the content of `data.json`: the data that a run has trained on. This is the run's segments, and the samples taken from
+each source, by shard."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Replaced(ConsumedPlace):
 
 
 class Forgotten(TypedDict):
-    """Describes an earlier version of a dataset. The present version was made from it by removing the documents `ids`."""
+    """Describes an earlier version of a dataset. heliostat made the present version by removing the documents `ids` from this
+    earlier version."""
 
     digest: str
     ids: list[str]
@@ -47,8 +49,8 @@ class Forgotten(TypedDict):
 class ConsumedSource(TypedDict):
     """Describes the samples that a segment took from one source.
 
-    `samples`: number of samples trained on. `range`: positions in the source's stream, where one epoch follows the other. The
-    limits of the range are exact to one sample per virtual rank.
+    `samples`: number of samples trained on. `range`: positions in the source's stream of samples, which repeats the source once
+    per epoch. The limits of the range are exact to one sample per virtual rank.
     """
 
     uri: str

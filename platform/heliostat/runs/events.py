@@ -85,7 +85,7 @@ class LossSpike(Event):
 
     @property
     def text(self) -> str:
-        return f"loss {self.loss:.4g}, where {self.usual:.4g} is usual and {self.limit:.4g} the limit"
+        return f"loss {self.loss:.4g} (usual loss {self.usual:.4g}, limit {self.limit:.4g})"
 
 
 @dataclass(kw_only=True)
@@ -120,7 +120,7 @@ class Saved(Event):
 
 @dataclass(kw_only=True)
 class Paused(Event):
-    """Reports that the workers wait for a decision, after the checkpoint of `step`."""
+    """Reports that the workers wait for a decision whether to continue, after the checkpoint of `step`."""
 
     step: int
     scores: Scores
@@ -202,6 +202,6 @@ LEFT_OUT = ("ledger", "images")  # fields that aren't saved
 
 
 def dump(event: Event) -> dict[str, object]:
-    """Converts an event to JSON values. Its type must be in RECORDED."""
+    """Converts an event to JSON values. The event's type must be in RECORDED."""
     kind = next(name for name, cls in RECORDED.items() if type(event) is cls)
     return {"kind": kind, **{k: v for k, v in vars(event).items() if k not in LEFT_OUT}}

@@ -12,7 +12,7 @@ for each attempt in the run's folder (`ledger/`). This module computes everythin
     communicating  the loop's own collectives, with the wait for the slowest worker
     checkpoint     waiting for a checkpoint or a receipt
     evaluating     held-out scores
-    lost           steps that were recomputed after a return to a checkpoint, and the worker's work when it died
+    lost           steps that were recomputed after a return to a checkpoint, and the last unreported work of a worker that died
     restarting     within a command, from a failure to the first step of the next attempt
     idle           no training: between two commands, and after the last step (export, registration of the model)
 
@@ -99,11 +99,13 @@ def _fault(attempt: RecordedAttempt) -> str | None:
     if not all(0 <= t < LATEST for t in times) or not all(abs(s) < LATEST for s in seconds):
         return "a time isn't a number"
     if not all(0 <= n < 2**53 for n in (attempt.start_step, attempt.workers, *(step for step, _ in attempt.marks))):
-        return "a step or the number of workers isn't a count"
+        return "a step or the number of workers isn't a whole number from 0 on"
     return None
 
 
-LEDGER = Format(RecordedAttempt, "ledger of an attempt", ConfigError, _fault, "Delete it to continue without it")
+LEDGER = Format(
+    RecordedAttempt, "ledger of an attempt", ConfigError, _fault, "Delete this file to continue without the times of this attempt"
+)
 
 
 @dataclass
@@ -178,7 +180,7 @@ def account(attempts: Iterable[RecordedAttempt]) -> dict[str, float]:
 
 
 class Outline(TypedDict):
-    """Describes an attempt without its parts."""
+    """Describes an attempt without its seconds by part."""
 
     started: float
     seconds: float
@@ -191,7 +193,8 @@ class Outline(TypedDict):
 
 
 class AttemptStart(Outline):
-    """Describes an attempt in the report. `before`: the seconds between the previous attempt and this attempt, by part."""
+    """Describes an attempt in the report. `before`: the seconds between the end of the previous attempt and the start of this
+    attempt, by part."""
 
     before: dict[str, float]
     parts: dict[str, float]
@@ -210,7 +213,7 @@ class GoodputReport(TypedDict):
 
 
 def report(attempts: Iterable[RecordedAttempt]) -> GoodputReport:
-    """Builds the goodput report."""
+    """Builds the goodput report: the seconds by part, of the run and of each attempt."""
     settled = settle(attempts)
     parts = account(s.attempt for s in settled)
     known = sum(parts.values())
@@ -252,7 +255,10 @@ def read(run: Location) -> list[RecordedAttempt]:
 def read_report(run: Location) -> GoodputReport:
     attempts = read(run)
     if not attempts:
-        raise ConfigError(f"{run}: has no {run_folder.LEDGER}/, because an older version of heliostat trained it")
+        raise ConfigError(
+            f"{run}: has no {run_folder.LEDGER}/, because an older version of heliostat trained this run. "
+            "Goodput needs this folder"
+        )
     return report(attempts)
 
 

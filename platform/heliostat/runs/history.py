@@ -76,14 +76,18 @@ class History:
         self.plans = segments.read(run)
         if not self.plans:
             raise ConfigError(
-                f"{run}: has no record of its data ({run_folder.SEGMENTS}/ is missing). An older version may have made it"
+                f"{run}: has no record of its data ({run_folder.SEGMENTS}/ is missing). "
+                "An older version of heliostat may have made this run"
             )
         self.receipts = receipts(run)
         self.links: dict[int, list[Link]] = {}
         for link in [*(Link(r.where, r.end, r.chain) for r in self.receipts), *self._checkpoints(run)]:
             self.links.setdefault(link.end, []).append(link)
         if not self.links:
-            raise ConfigError(f"{run}: has no receipts yet. The first is written with the first checkpoint")
+            raise ConfigError(
+                f"{run}: has no receipts yet. heliostat writes the first receipt with the first checkpoint. "
+                "Try again after that checkpoint"
+            )
         self.steps = max(self.links)
 
     def version(self, step: int) -> int:
@@ -122,7 +126,9 @@ def receipts(run: Location) -> list[ReceiptFile]:
                 f"{folder.join(name)}: has version {sealed.version}, from a newer heliostat. Verify the run with that heliostat"
             )
         if sealed.end != run_folder.step_of(name):
-            raise VerifyError(f"{folder.join(name)}: ends at step {sealed.end}, but its name says another step")
+            raise VerifyError(
+                f"{folder.join(name)}: ends at step {sealed.end}, but the file's name has another step. Restore the original file"
+            )
         return sealed
 
     with ThreadPoolExecutor(READERS) as pool:

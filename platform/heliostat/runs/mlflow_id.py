@@ -32,7 +32,7 @@ class MlflowIdRecord(TypedDict, total=False):
     run_id: str
 
 
-MADE = Format(Made, "record of a run", fix="Delete this file, and the run continues as another run in MLflow")
+MADE = Format(Made, "record of a run", fix="If you delete this file, the run continues as another run in MLflow")
 
 
 def record(run: Location) -> MlflowIdRecord:

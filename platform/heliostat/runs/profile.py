@@ -63,8 +63,8 @@ def place(run: Location, request: ProfileRequest) -> Location:
 
 
 def requested(run: Location) -> ProfileRequest | None:
-    """Reads the run's request for a profile; None if there is no request, or if it already has an answer. Raises DataError if
-    the file isn't a request."""
+    """Reads the run's request for a profile; None if there is no request, or if the request already has an answer. Raises
+    DataError if the file isn't a request."""
     try:
         request = REQUEST.read(_request(run))
     except FileNotFoundError:
@@ -97,7 +97,7 @@ def answered(run: Location, request: ProfileRequest) -> ProfileAnswer | None:
 def take(
     run: Location, rank: int, steps: int, sleep: Callable[[float], object] = time.sleep
 ) -> tuple[ProfileRequest, ProfileAnswer]:
-    """Requests a profile and waits for it. Returns the request and its answer.
+    """Requests a profile and waits until the profile is complete. Returns the request and its answer.
 
     Raises ConfigError if the run isn't running, has no such worker, or is already being profiled. Raises HeliostatError if the
     run ends without an answer, or if the worker couldn't profile its steps.
@@ -108,9 +108,9 @@ def take(
             raise ConfigError(
                 f"{run}: no run in this folder. If the run is on another machine, pass a folder that both machines can read"
             )
-        raise ConfigError(f"{run}: the run isn't running. Profile it while it trains: heliostat train JOB --resume")
+        raise ConfigError(f"{run}: the run isn't running. Start the run, then profile again: heliostat train JOB --resume")
     if rank >= workers:
-        raise ConfigError(f"--rank: the run has {workers} workers ({rank}). Pass a rank from 0 to {workers - 1}")
+        raise ConfigError(f"--rank: the run has {workers} workers, and none has rank {rank}. Pass a rank from 0 to {workers - 1}")
     request = ProfileRequest(time.strftime("%Y%m%d%H%M%S", time.gmtime()) + secrets.token_hex(3), rank, steps)
     _send(run, request)
     try:
@@ -118,7 +118,9 @@ def take(
         while (result := answered(run, request)) is None:
             if time.monotonic() >= look_at:
                 if _workers(run) is None and answered(run, request) is None:
-                    raise HeliostatError(f"{run}: the run ended before worker {rank} was profiled. Resume it and try again")
+                    raise HeliostatError(
+                        f"{run}: the run ended before worker {rank} was profiled. Resume the run, and profile again"
+                    )
                 look_at = time.monotonic() + LOOK_S
             sleep(POLL_S)
     finally:
@@ -129,7 +131,7 @@ def take(
 
 
 def _send(run: Location, request: ProfileRequest) -> None:
-    """Writes the request. Doesn't write it if an earlier request is still without an answer."""
+    """Writes the request. Raises ConfigError if an earlier request has no answer yet."""
     data = json.dumps(asdict(request)).encode()
     if _request(run).create(data):
         return
@@ -140,7 +142,10 @@ def _send(run: Location, request: ProfileRequest) -> None:
             return
         other = requested(run)
     if other != request:  # if they are equal, the store's reply to this write was lost
-        raise ConfigError(f"{run}: a profile is under way. Wait for it, or if its command was killed, delete {_request(run)}")
+        raise ConfigError(
+            f"{run}: another profile isn't complete yet. Wait until that profile is complete. "
+            f"If the command for that profile was killed, delete {_request(run)}"
+        )
 
 
 def _request(run: Location) -> Location:

@@ -78,5 +78,7 @@ def _recipe(run: Location, data: Dataset) -> Recipe:
     checkpoint."""
     last = layout.latest(run)
     if last is None:
-        raise ConfigError(f"{run}: has no complete checkpoint, so its recipe isn't known")
+        raise ConfigError(
+            f"{run}: has no complete checkpoint, so the run's recipe isn't known. Try again after the first checkpoint"
+        )
     return load(last.job, data.sources, None if run.is_s3 else Path(run.path), weights=False)

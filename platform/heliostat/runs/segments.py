@@ -1,8 +1,8 @@
 """Records a run's segments, next to its receipts. A segment is a range of the run's steps that follow one data plan.
 
 The start of the run writes the first segment. `--allow-data-change` adds a segment at the step where the run resumes. If the run
-returns to a checkpoint before a loss spike, this adds a segment too, because the new plan leaves out the spike's samples. When a
-run resumes from a step, the records of later steps are removed, because these steps are trained again.
+returns to a checkpoint before a loss spike, this return adds a segment, too, because the new plan leaves out the spike's samples.
+When a run resumes from a step, the records of later steps are removed, because these steps are trained again.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def read(run: Location) -> list[DataPlan]:
     followed = [DataPlan.read(folder.join(path)) for path, _ in folder.files()]
     if any(a.begins >= b.begins for a, b in itertools.pairwise(followed)):
         raise DataError(
-            f"{folder}: the data plans don't follow one another as their names say. One of them belongs to another run"
+            f"{folder}: the order of the data plans differs from the order of their file names. "
+            "One of the files belongs to another run"
         )
     return followed

@@ -59,7 +59,7 @@ class Ledger:
             self.switch(outer)
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Moves booked seconds from one part to another. It is for seconds whose right part is known only later."""
+        """Moves booked seconds from one part to another. Use this method for seconds whose right part is known only later."""
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
@@ -141,7 +141,8 @@ class LedgerRecorder:
         now.known, now.pending = at, pending
 
     def _join(self, event: ModelPhase) -> None:
-        """Books the start of the workers. `event.queued_s`: seconds for which the last requested placement group waited."""
+        """Books the time until the workers began to run: as `queued`, then as `starting`. `event.queued_s`: seconds for which the
+        last requested placement group waited."""
         now, at = self.attempts[-1], event.at
         self._joined = max(now.known, at - sum((event.ledger or {}).values()))
         if self._placing:
@@ -159,8 +160,8 @@ class LedgerRecorder:
         now.seen = max(now.seen, now.known)
 
     def _mark(self, step: int) -> None:
-        """Adds a mark at a step. Of the earlier marks, keeps only the marks at checkpoints, because later attempts may begin
-        there."""
+        """Adds a mark: a step, and the computing seconds until this step. Of the earlier marks, keeps only the marks at
+        checkpoints, because later attempts may begin there."""
         now = self.attempts[-1]
         if now.marks and now.marks[-1][0] not in self._saved_at:
             now.marks.pop()
@@ -246,11 +247,13 @@ class LedgerRecorder:
             self._again = time.monotonic() + RETRY_S
             if first:
                 log.warning(
-                    "can't read the run's ledger. Until it is readable, goodput and limits count only this command: %s", e
+                    "can't read the run's ledger. Until heliostat can read the ledger, goodput and limits count only "
+                    "this command: %s",
+                    e,
                 )
             return
         if not first:
-            log.warning("read the run's ledger again. From now on, goodput and limits count all commands")
+            log.warning("can read the run's ledger again. From now on, goodput and limits count all commands")
 
     def close(self, outcome: str, reason: str = "") -> None:
         """Closes the ledger at the end of the command, and waits until its file is written."""

@@ -1,9 +1,10 @@
 """Verifies a run against its data: recomputes every receipt, and uses only the manifests and the shards for this.
 
-`verify` loads the samples on which each step had to train, and hashes these samples in the same way as training. It compares each
-step's digest, each link of the chain, and the chain that each checkpoint recorded. After a difference, `verify` continues, and it
-recomputes even steps that no receipt covers. So one fault doesn't hide other faults. Because object storage answers slowly,
-`verify` loads several units at the same time. It has these units in memory, and one bit per sample of the current epochs.
+`verify` loads the samples on which each step had to train, and hashes these samples in the same way as training. `verify`
+compares each step's digest, each link of the chain, and the chain that each checkpoint recorded. After a difference, `verify`
+continues, and it recomputes even steps that no receipt covers. So one fault doesn't hide other faults. Because object storage
+answers slowly, `verify` loads several units at the same time. Memory holds these units, and one bit per sample of the current
+epochs.
 """
 
 from __future__ import annotations
@@ -80,8 +81,7 @@ def units(history: History) -> Iterator[StepUnit]:
 
 
 def recompute(unit: StepUnit) -> Recomputed:
-    """Recomputes a unit's step digests from the contents of its samples. In addition to this, locates the samples that the data
-    order planned."""
+    """Recomputes a unit's step digests from the contents of its samples. Also locates the samples that the data order planned."""
     order = unit.data.order
     places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, virtual ranks, samples per rank]
     loaded = unit.data.load(places.ravel())
@@ -232,7 +232,11 @@ def explain(report: VerifyReport) -> str:
     if first["what"] == "receipt":
         return (
             f"step {step} is the first step without a receipt. In total, {report['lost']:,} samples have no receipt. "
-            "A file is missing"
+            "A receipt file is missing"
         )
-    names = {"digest": "its samples' digest", "chain": "the chain after it", "data plan": "its data plan"}
-    return f"step {step} is the first that differs: {names[str(first['what'])]} is {expected}, but {where} has {actual}"
+    names = {
+        "digest": "the digest of the step's samples",
+        "chain": "the hash chain after the step",
+        "data plan": "the step's data plan",
+    }
+    return f"step {step} is the first step that differs: {names[str(first['what'])]} is {expected}, but {where} has {actual}"

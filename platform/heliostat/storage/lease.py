@@ -7,8 +7,8 @@
 `lease/00000007.json` is the seventh lease of the folder. The lease with the highest number is valid. A driver takes a lease by
 creating its file, which fails if the number is taken. So if several drivers start together, only one gets the lease. The holder
 rewrites the file every RENEW_S, and marks the lease as released at the end. A driver may take the next number if the lease is
-released, or its holder is dead. A holder is dead if its process is gone or, on another machine, if it was silent for SILENCE_S.
-Clocks of two machines are never compared.
+released, or its holder is dead. A holder is dead if its process is gone. A holder on another machine is dead if it didn't
+rewrite the file for SILENCE_S seconds. Clocks of two machines are never compared.
 
 The number is the fencing token. If another driver wrongly considered a live holder dead, this holder finds a higher number, and
 stops without writing. It checks for a higher number before it writes each `checkpoint.json`, and before it prunes anything.
@@ -44,7 +44,7 @@ END_S = 10.0  # seconds to wait for a renewal in progress
 
 @dataclass(frozen=True)
 class Holder:
-    """Describes the holder of a lease. Its `pid` can be looked up only if `machine` is this machine (`_machine`)."""
+    """Describes the holder of a lease. The process id `pid` is meaningful only on the machine `machine` (`_machine`)."""
 
     id: str
     host: str
@@ -64,7 +64,8 @@ class Holder:
 
     @property
     def alive(self) -> bool:
-        """Returns whether the holder's process runs and its process id wasn't reused. Works for this machine only."""
+        """Returns whether the holder's process still runs. Detects a process id that another process now uses. Call this
+        function only for a holder on this machine."""
         try:
             process = psutil.Process(self.pid)
             return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -74,7 +75,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Fence:
-    """Holds the fencing token. The holder of the lease hands the token to the processes that write for the holder."""
+    """Holds the fencing token. The lease's holder passes the token to all processes that write for this holder."""
 
     folder: Location
     number: int
@@ -82,17 +83,17 @@ class Fence:
     def check(self) -> None:
         """Checks that this lease is still the newest lease of the folder.
 
-        Raises LeaseError if another driver has taken a newer one.
+        Raises LeaseError if another driver has taken a newer lease.
         """
         newest = newest_number(self.folder)
         if newest != self.number:
             by = _read(self.folder, newest) if newest else None
-            who = f"process {by.pid} on {by.host} has taken over the lease" if by else "its lease is gone"
+            who = f"process {by.pid} on {by.host} has taken over the lease" if by else "the lease of this driver is missing"
             raise LeaseError(f"{self.folder}: {who}. This driver stops, and writes nothing more")
 
 
 class Lease:
-    """Holds a lease from `take` to `release`. A thread renews it."""
+    """Holds a lease from `take` to `release`. A thread renews the lease every RENEW_S seconds."""
 
     def __init__(self, folder: Location, number: int, holder: Holder) -> None:
         self.fence = Fence(folder, number)
@@ -116,7 +117,7 @@ class Lease:
                 self.fence.check()
                 self._place.write(replace(self._holder, released=True).dump())
         except (HeliostatError, OSError) as e:  # the next command then waits until this process is gone
-            log.warning("can't release the lease of %s: %s", self.fence.folder, e)
+            log.warning("can't release the lease of %s, so the next driver may have to wait: %s", self.fence.folder, e)
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):
@@ -128,20 +129,20 @@ class Lease:
                 self.lost = e
                 return
             except (HeliostatError, OSError) as e:
-                log.warning("can't renew the lease of %s: %s", self.fence.folder, e)
+                log.warning("can't renew the lease of %s. heliostat tries again soon: %s", self.fence.folder, e)
 
 
 def take(
     folder: Location,
     doing: str = "trained",
-    instead: str = "Wait for it, stop it, or use another name",
+    instead: str = "Wait for that process, stop it, or use another name",
     field: str = "name",
 ) -> Lease:
-    """Takes the folder's lease. Raises ConfigError if another driver has it.
+    """Takes the folder's lease. Raises ConfigError if another driver has this lease.
 
-    Waits up to SILENCE_S seconds if heliostat can find out whether that driver is alive only by waiting. The other arguments are
-    for the error. `doing`: the driver's action on the folder; `instead`: advice for the user; `field`: the field that chose the
-    folder.
+    For a driver on another machine, waits up to SILENCE_S seconds to find out whether the driver is alive. The other arguments
+    are for the error. `doing`: the driver's action on the folder; `instead`: advice for the user; `field`: the field that chose
+    the folder.
     """
     for _ in range(TRIES):
         number = newest_number(folder)
@@ -184,7 +185,7 @@ def holder(folder: Location, number: int) -> Holder | None:
 
 
 def clear(folder: Location) -> None:
-    """Deletes everything in the folder except its leases, so that no later lease gets a number that an earlier driver had."""
+    """Deletes everything in the folder except the leases. The leases stay, so that lease numbers continue to increase."""
     for name in folder.folders():
         if name != LEASE:
             folder.join(name).delete()
@@ -204,7 +205,7 @@ def _place(folder: Location, number: int) -> Location:
 
 
 def _read(folder: Location, number: int) -> Holder | None:
-    """Reads the holder of a lease; None if the file is missing or damaged, because it then names no process to check."""
+    """Reads the holder of a lease; None if the file is missing or damaged, because then the holder's process isn't known."""
     for wait in (0.1, 1.0, 0.0):  # without hard links, a new file is empty for a moment
         try:
             return Holder(**json.loads(_place(folder, number).read()))
@@ -212,7 +213,7 @@ def _read(folder: Location, number: int) -> Holder | None:
             return None
         except (ValueError, TypeError):
             time.sleep(wait)
-    log.warning("%s: damaged, so heliostat treats the lease as free", _place(folder, number))
+    log.warning("%s: the file is damaged, so heliostat treats this lease as free", _place(folder, number))
     return None
 
 

@@ -48,7 +48,7 @@ def _locked(place: Path, how: int = 0) -> Iterator[os.stat_result]:
     """Locks a folder against other processes, and yields its status.
 
     Raises OSError if the path is a link or isn't a folder. If another process has the lock, waits; with LOCK_NB, raises OSError
-    instead. A process that only checks the age of a new folder releases the lock at once.
+    instead. The wait is short if the other process only checks whether the folder is in use.
     """
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -71,13 +71,14 @@ def is_ours(place: Path) -> bool:
 
 @contextmanager
 def alone(file: Path, wait_s: float) -> Iterator[None]:
-    """Holds the lock of a file or folder in a cache. The lock ends with the process.
+    """Holds the lock of a file or folder in a cache within the context. The operating system releases the lock if the process
+    dies.
 
     Raises OSError if the lock can't be acquired within `wait_s` seconds, or if other users have access to the cache.
     """
     file.parent.mkdir(mode=0o700, exist_ok=True)
     if not is_ours(file.parent):
-        raise PermissionError(f"{file.parent}: other users can write to this folder. Remove it")
+        raise PermissionError(f"{file.parent}: other users can write to this folder. Delete this folder")
     with file.with_suffix(LOCK).open("w") as lock:
         until = time.monotonic() + wait_s
         while True:
@@ -102,8 +103,8 @@ def remove_unused(file: Path) -> None:
 def put_new(path: str, data: bytes) -> bool:
     """Creates a file. If the file exists, changes nothing and returns False.
 
-    The file appears complete, because it is a hard link to a complete file. On a file system without links, the file is opened
-    with the flag for new files.
+    The file appears complete, because it is a hard link to a complete file. On a file system without links, writes the file
+    directly, so a reader may see a part of the file.
     """
     target, partial = Path(path), Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,8 @@ LEAVES = r"(^|[/\\])\.{0,2}([/\\]|$)|[\x00-\x1f\x7f]"
 
 
 def is_inside(path: str) -> bool:
-    """Returns whether a relative path in a record stays inside its folder, judging by its text."""
+    """Returns whether a relative path in a record stays inside the record's folder. Checks only the path's text, not the
+    disk."""
     return re.search(LEAVES, path) is None
 
 
@@ -73,7 +74,7 @@ def _s3(query: str, attempts: int, silence_s: float) -> pafs.FileSystem:
 
 
 def _forget_clients() -> None:
-    """Drops the clients of all stores, so that the next request reads the credentials again. The old ones may have expired."""
+    """Drops the clients of all stores, so that the next request reads the credentials again, because they may have expired."""
     _s3.cache_clear()
     s3_client.client.cache_clear()
 
@@ -88,7 +89,7 @@ class Location:
         if carries_secret(self.uri):
             raise ConfigError("a URI must not contain credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         if "\0" in self.uri:
-            raise ConfigError(f"{printable(self.uri)!r}: contains a null character. Remove it")
+            raise ConfigError(f"{printable(self.uri)!r}: contains a null character. Remove this character")
         try:
             scheme = urlsplit(self.uri).scheme
         except ValueError as e:  # brackets around an invalid address
@@ -129,7 +130,7 @@ class Location:
         """Returns the location of a path inside this folder. Raises DataError for a part that is absolute or contains `..`.
 
         Names come from listings and records, and other people may have written these. Percent signs and backslashes are
-        characters of a name: neither disks nor stores resolve them.
+        ordinary characters of a name: disks and stores don't decode them.
         """
         if leaving := next((p for p in parts if p.startswith("/") or ".." in p.split("/")), None):
             raise DataError(
@@ -170,9 +171,11 @@ class Location:
         self.send(lambda out: out.write(data), len(data), synced)
 
     def create(self, data: bytes) -> bool:
-        """Writes the file if nothing exists here; otherwise returns False. Of several concurrent calls, only one succeeds.
+        """Writes the file and returns True, if nothing exists at this location; otherwise returns False. Of several concurrent
+        calls, only one succeeds.
 
-        If the answer to a successful write is lost, the repeated write returns False. So the data must show who wrote it.
+        If the response to a successful write is lost, the repeated write returns False. So the data must contain the writer's
+        identity.
         """
         if self.is_s3:
             return self.attempt(lambda: self._objects.create(self.path, data))
@@ -180,7 +183,7 @@ class Location:
             return self.attempt(lambda: local_files.put_new(self.path, data))
 
     def upload(self, local: Path, sent: Callable[[], None] = lambda: None) -> None:
-        """Copies a local file here. Calls `sent` whenever UPLOAD_WINDOW bytes have arrived."""
+        """Copies a local file to this location. Calls `sent` whenever UPLOAD_WINDOW bytes have arrived."""
 
         def copy(out: pa.NativeFile) -> None:
             window = 0
@@ -222,7 +225,7 @@ class Location:
 
     @contextmanager
     def _made(self) -> Iterator[None]:
-        """Raises AccessError if a write fails because its folder can't exist, as in a folder of the kernel such as /proc."""
+        """Raises AccessError if a write fails because the folder can't be created, for example below /proc."""
         try:
             yield
         except FileNotFoundError as e:
@@ -244,7 +247,7 @@ class Location:
         return sorted((_listed(i) for i in infos if i.type == pafs.FileType.File), key=lambda i: i.path)
 
     def info(self) -> Listed | None:
-        """Describes the file here, or on a disk also the folder here. Returns None if nothing exists here."""
+        """Describes the file (on a disk, also a folder) at this location. Returns None if nothing exists."""
         if self.is_s3:
             try:
                 return self.attempt(lambda: self._objects.head(self.path))
@@ -272,10 +275,10 @@ class Location:
                 return self.attempt(lambda: self.fs.get_file_info(selector))
             except FileNotFoundError:  # another process has just removed, or created, a file or folder
                 continue
-        raise StorageError(f"{self.uri}: can't list it, because other processes keep changing it")
+        raise StorageError(f"{self.uri}: can't list this folder, because other processes keep changing it. Try again later")
 
     def delete(self) -> None:
-        """Deletes the file, or the folder with its content; does nothing if it is missing."""
+        """Deletes the file, or the folder with its content; does nothing if there is no file or folder at this location."""
 
         def remove() -> None:
             kind = self.fs.get_file_info(self.path).type
@@ -291,7 +294,7 @@ class Location:
 
         Raises StorageError if the store is unreachable, and AccessError if the store rejects the request.
 
-        A missing bucket also raises AccessError. A failed request is repeated for up to PROBE_S.
+        A missing bucket also raises AccessError. A failed request is repeated for up to PROBE_S seconds.
         """
         if not self.is_s3:
             self.attempt(lambda: self.fs.get_file_info(self.path), budget_s=0)
@@ -309,7 +312,7 @@ class Location:
     def wait_for_store(self, sleep: Callable[[float], object] | None = None) -> None:
         """Waits until the store answers. Raises StorageError after AWAY_S seconds. An AccessError is raised at once.
 
-        Use it for running work, such as a resumed run, because ending the work would cost more than waiting.
+        Use this method for running work, such as a resumed run, because it costs more to end the work than to wait.
         """
 
         def judge(error: Exception) -> None:
@@ -317,7 +320,9 @@ class Location:
                 raise error
 
         def give_up(failure: FailedAttempts) -> NoReturn:
-            raise StorageError(f"{failure.error}. Waited {failure.seconds:.0f} s for the store") from failure.error
+            raise StorageError(
+                f"{failure.error}. Waited {failure.seconds:.0f} s for the store. Try again when the store answers"
+            ) from failure.error
 
         def tell(failure: FailedAttempts, wait: float) -> None:
             left = f"Waiting for the store, up to {max(0.0, AWAY_S - failure.seconds):.0f} s more"
@@ -326,7 +331,7 @@ class Location:
         retries.retry(self.probe, AWAY_S, PATIENT, judge, give_up, tell, sleep)
 
     def require_writable(self) -> None:
-        """Raises AccessError unless files can be written here. Checks only disks: the folder, or its nearest existing parent."""
+        """Raises AccessError if no file can be written here. Checks only disks: the folder, or its nearest existing parent."""
         nearest = Path(self.path)
         while not self.is_s3 and not os.path.lexists(nearest):
             nearest = nearest.parent
@@ -334,13 +339,13 @@ class Location:
             raise AccessError(f"{self.uri}: can't write to the folder {nearest}. Use another location")
 
     def require_file(self) -> None:
-        """Raises AccessError if no file can be written here, or if this is a folder.
+        """Raises AccessError if no file can be written at this location, or if the location is a folder.
 
         Raises StorageError if the store is unreachable.
         """
         self.probe()
         if not self.is_s3 and Path(self.path).is_dir():
-            raise AccessError(f"{self.uri}: is a folder. Use a file in it")
+            raise AccessError(f"{self.uri}: is a folder. Use a file in this folder")
         if not self.is_s3:
             Location(str(Path(self.path).parent)).require_writable()
 
@@ -353,19 +358,20 @@ class Location:
         return AccessError(f"{self.uri}: {missing}", self.uri)
 
     def attempt(self, operation: Callable[[], T], budget_s: float | None = None) -> T:
-        """Runs an operation on this place, such as reading a row group, and repeats it while the store fails.
+        """Runs an operation on this location, such as reading a row group, and repeats the operation while the store fails.
 
-        The operation must be repeatable from its start. FileNotFoundError, and errors about the content, pass through at once. A
-        new attempt begins only if it would end within the budget (seconds) when it takes as long as the last one.
+        The operation must be repeatable from its start. FileNotFoundError, and errors about the content, pass through at once.
+        Begins a new attempt only if the attempt ends within the budget (seconds), assuming that it takes as long as the last
+        attempt.
         """
         budget_s = retry_budget() if budget_s is None else budget_s
         return retries.retry(operation, budget_s, BACKOFF, self._judge, self._give_up, self._tell)
 
     def _judge(self, error: Exception) -> None:
-        """Raises heliostat's error for an operation's error. Returns if the store has a fault that may be temporary."""
+        """Raises heliostat's error for a failed operation. Returns without an error if a retry can help."""
         if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
             raise AccessError(
-                f"{self.uri}: a file is where a folder is needed, or a folder where a file is needed", self.uri
+                f"{self.uri}: a file is in the place of a folder, or a folder in the place of a file. Use another path", self.uri
             ) from error
         if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
             raise error
@@ -375,7 +381,7 @@ class Location:
         if meaning == "missing":
             raise FileNotFoundError(self.uri) from error
         if not self.is_s3 and Path(self.path).is_dir():
-            raise AccessError(f"{self.uri}: is a folder, not a file", self.uri) from error
+            raise AccessError(f"{self.uri}: is a folder, not a file. Pass the path of a file", self.uri) from error
         if meaning == "hopeless" and NO_BUCKET in str(error):
             raise self._no_bucket() from error
         if meaning in FINAL:

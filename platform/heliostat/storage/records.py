@@ -32,8 +32,8 @@ open_ = with_config(ConfigDict(extra="allow"))  # for a TypedDict whose records 
 class Format(Generic[T]):
     """Defines one kind of record.
 
-    `kind`: a dataclass, or any type that pydantic supports; `what`: its name in errors; `error`: the class of errors; `check`:
-    describes the fault in a value of that type, or returns None; `fix`: advice for the user.
+    `kind`: a dataclass, or any type that pydantic supports; `what`: the record's name in errors; `error`: the class of errors;
+    `check`: a function that describes the fault of a value, or returns None; `fix`: advice for the user.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Format(Generic[T]):
     def read(self, place: Location | Path) -> T:
         """Reads the record in a file. Raises FileNotFoundError if the file is missing, `error` if the record is invalid.
 
-        An object's length is requested before its bytes. So if another process replaces the file between these two requests, the
-        bytes may be truncated, or other bytes may follow them. In this case, the file is read again.
+        On S3, the object's length is requested before the object's bytes. So if another process replaces the file between these
+        two requests, the bytes may be truncated, or other bytes may follow them. In this case, the file is read again.
         """
         data = _bytes(place)
         for _ in range(AGAIN):
@@ -67,12 +67,12 @@ class Format(Generic[T]):
         return self.parse(data, place)
 
     def read_lines(self, place: Location | Path) -> list[T]:
-        """Reads a file with one record per line; empty lines are left out."""
+        """Reads a file with one JSON record per line, and returns the list of records; skips empty lines."""
         lines = _bytes(place).split(b"\n")
         return [self.parse(line, f"{place}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
     def build(self, raw: object, where: object) -> T:
-        """Builds the record from plain data that is already decoded. `where`: the name of the data's source, for errors."""
+        """Builds the record from decoded JSON data. `where`: the name of the data's source, for errors."""
         return self.parse(json.dumps(raw).encode(), where)
 
     def encode(self, record: T) -> bytes:
@@ -94,7 +94,7 @@ class Format(Generic[T]):
 
 def _inside(path: str) -> str:
     if not is_inside(path):
-        raise ValueError(f"{printable(path)[:200]!r} is outside its folder")
+        raise ValueError(f"{printable(path)[:200]!r} is a path outside the folder of this record")
     return path
 
 
@@ -103,7 +103,7 @@ def _bytes(place: Location | Path) -> bytes:
 
 
 def _first(error: ValidationError) -> str:
-    """Describes the first fault: its place in the record, and the problem."""
+    """Describes the first error of a validation: the key in the record, and the problem."""
     fault = error.errors(include_url=False, include_context=False)[0]
     where = printable(".".join(str(part) for part in fault["loc"]))[:200]
     said = brief(fault["msg"].removeprefix("Value error, "))

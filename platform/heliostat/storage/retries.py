@@ -42,11 +42,11 @@ class Backoff:
 
     @property
     def shortest(self) -> float:
-        """Computes the shortest possible wait, in seconds."""
+        """Computes the shortest possible wait between two attempts, in seconds."""
         return self.first * (1 - self.jitter)
 
     def wait(self, failures: int) -> float:
-        """Computes the wait in seconds after a number of failures in a row, counted from 1."""
+        """Computes the seconds to wait after `failures` consecutive failures (1 or more)."""
         usual = min(self.longest, self.first * 2 ** min(failures - 1, 64))
         return usual * random.uniform(1 - self.jitter, 1 + self.jitter)
 
@@ -121,8 +121,8 @@ def patience(budget_s: float) -> tuple[int, float]:
 def diagnose(error: OSError) -> str:
     """Classifies an error: `refused`, `missing`, `hopeless`, `fault` (of the store, so a retry can help) or `content`.
 
-    pyarrow has one class for all these errors. Errors of its S3 client contain AWS or S3, and errors of the operating system have
-    a number. An OSError with neither of these comes from a Parquet or codec library. Its cause is in the bytes.
+    pyarrow has one class for all these errors. Errors of its S3 client contain AWS or S3, and errors of the operating system
+    have a number. An OSError with neither of these comes from a Parquet or codec library, and is caused by the file's content.
     """
     _, mark, answer = str(error).rpartition("AWS Error")  # the text before it contains names of key and bucket
     words = re.sub(r"[^a-z0-9]", "", answer.lower())

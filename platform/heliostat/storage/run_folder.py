@@ -33,7 +33,7 @@ BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders whose files are na
 
 
 def require_one_way(resume: bool, overwrite: bool) -> None:
-    """Raises ConfigError if a command would both resume a run and delete it."""
+    """Raises ConfigError if a command has both `--resume` and `--overwrite`."""
     if resume and overwrite:
         raise ConfigError("--overwrite: deletes the checkpoints that --resume needs. Pass only one of these options")
 
@@ -63,10 +63,10 @@ def benchmark(run: Location, suite: str, step: int) -> Location:
 
 
 def step_of(name: str) -> int:
-    """Returns the step in the name of a run's file or folder. Raises DataError if the name has none."""
+    """Returns the step in the name of a run's file or folder. Raises DataError if the name contains no step."""
     number = name.removeprefix("step-").partition(".")[0]
     if not number.isdecimal():
-        raise DataError(f"{name}: isn't named after a step, such as step-00000100.json. Move it out of the run's folder")
+        raise DataError(f"{name}: isn't named after a step, such as step-00000100.json. Move this file out of the run's folder")
     return int(number)
 
 

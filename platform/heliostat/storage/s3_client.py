@@ -82,7 +82,7 @@ def given(query: str) -> dict[str, str]:
 
 
 def resolve(query: str) -> S3Options:
-    """Completes the options in a query with options from the environment."""
+    """Returns the options of a query; options that the query doesn't set come from the environment."""
     options = dict(given(query))
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and "endpoint_override" not in options:
@@ -96,12 +96,12 @@ def resolve(query: str) -> S3Options:
 
 
 class RewrittenError(Exception):
-    """Reports that an object isn't the expected one, because it was overwritten."""
+    """Reports that an object was overwritten, so its content isn't the expected content."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """Describes a file or folder, as pyarrow does. `etag`: identifies the content of an object, if its store gives one."""
+    """Describes a file or folder with the fields of pyarrow's `FileInfo`. `etag`: the object's ETag, if the store has ETags."""
 
     path: str
     type: pafs.FileType
@@ -130,7 +130,7 @@ class Store:
         return PAYER if resolve(self.query).requester_pays else {}
 
     def head(self, path: str) -> Listed:
-        """Describes an object. Raises FileNotFoundError if the object is missing."""
+        """Returns an object's size, time, and ETag. Raises FileNotFoundError if the object is missing."""
         bucket, _, key = path.partition("/")
         with worded():
             answer = self.client.head_object(Bucket=bucket, Key=key, **self.payer)
@@ -148,7 +148,7 @@ class Store:
         return entries
 
     def pages(self, path: str, recursive: bool, most: int = 1000) -> Iterator[dict[str, Any]]:
-        """Yields the store's answers to a listing request, with at most `most` names each."""
+        """Yields the pages of the store's response to a listing request, with at most `most` names each."""
         bucket, _, key = path.partition("/")
         request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": most, **self.payer}
         request |= {} if recursive else {"Delimiter": "/"}
@@ -172,13 +172,14 @@ class Store:
                 raise RewrittenError(str(e)) from e
             raise
         if len(data) != end - begin:
-            raise ConnectionError(f"expected {end - begin:,} bytes, got {len(data):,}")
+            raise ConnectionError(f"expected {end - begin:,} bytes from the store, got {len(data):,}")
         return data
 
     def create(self, path: str, data: bytes) -> bool:
-        """Writes an object only if no object exists; returns whether it wrote one.
+        """Writes an object only if no object exists at the path; returns whether the object was written.
 
-        If the answer to a successful write is lost, the repeated write returns False. So the data must show who wrote it.
+        If the response to a successful write is lost, the repeated write returns False. So the data must contain the writer's
+        identity.
         """
         if self.payer:
             raise PermissionError(ONLY_READ)
@@ -199,7 +200,7 @@ def _listed(path: str, size: int, answer: dict[str, Any]) -> Listed:
 
 @lru_cache(maxsize=16)
 def client(query: str, attempts: int, silence_s: float) -> BaseClient:
-    """Makes the client of a store, with `attempts` per request, and `silence_s` seconds to wait for a byte."""
+    """Makes the client of a store, with `attempts` attempts per request, and `silence_s` seconds to wait for a byte."""
     import boto3
     import botocore.session
     from botocore import UNSIGNED
@@ -222,7 +223,7 @@ def client(query: str, attempts: int, silence_s: float) -> BaseClient:
 
 
 def _time(written: str) -> datetime:
-    """Parses a time. Times in listings have a fast parser, because parsing would otherwise take most of a listing's time."""
+    """Parses a time in ISO format. Uses a fast parser for times in listings, because they are most of a listing's work."""
     from botocore.utils import parse_timestamp
 
     with suppress(TypeError, ValueError):
@@ -286,7 +287,8 @@ def _split(infos: Iterable[Listed]) -> tuple[list[Listed], list[str]]:
 
 
 def _plain(path: str, folder: str) -> bool:
-    """Returns whether a folder can be listed by its path. A key may have empty parts (`a//b`), but a path can't."""
+    """Returns whether a folder can be listed by its path. This fails for keys with empty parts (`a//b`), because a path can't
+    have such parts."""
     return folder.startswith(f"{path}/") and all(folder[len(path) + 1 :].split("/"))
 
 
@@ -355,7 +357,7 @@ def _info(entry: Listed) -> pafs.FileInfo:
 
 
 class _Object(io.RawIOBase):
-    """Presents an object as a file. Every read is a request."""
+    """Provides an S3 object as a Python file object. Every read sends one request."""
 
     def __init__(self, store: Store, path: str, size: int) -> None:
         self._store, self._path, self._size, self._at = store, path, size, 0

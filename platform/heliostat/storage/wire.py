@@ -40,10 +40,11 @@ def travels(cls: C) -> C:
 
 
 def pack(value: object) -> bytes:
-    """Encodes a value. Raises TypeError if the value isn't plain, and ValueError if it takes more than MOST bytes."""
+    """Encodes a value. Raises TypeError if the value isn't plain, and ValueError if the encoded value has more than MOST
+    bytes."""
     data = msgpack.packb(value, default=_encode, strict_types=True, unicode_errors=NAMES)
     if len(data) > MOST:
-        raise ValueError(f"a message of {len(data):,} bytes is larger than {MOST:,}")
+        raise ValueError(f"a message between processes has {len(data):,} bytes, more than the maximum of {MOST:,}")
     return data
 
 
@@ -77,7 +78,9 @@ def _extension(code: int, value: object) -> msgpack.ExtType:
 
 def _decode(code: int, data: bytes) -> object:
     if code not in _CODES:
-        raise ValueError(f"unknown type {code} in a message")
+        raise ValueError(
+            f"unknown type {code} in a message between processes. Use the same version of heliostat in all processes"
+        )
     return _CODES[code][2](data)
 
 
@@ -91,7 +94,7 @@ def _name(cls: type) -> str:
 
 def _pack_array(value: np.ndarray) -> bytes:
     if value.dtype.hasobject:
-        raise TypeError("an array of Python objects can't be sent between processes")
+        raise TypeError("an array of Python objects can't be sent between processes. Use an array of numbers")
     out = io.BytesIO()
     np.lib.format.write_array(out, value, allow_pickle=False)
     return out.getvalue()
@@ -105,7 +108,7 @@ def _pack_tensor(value: object) -> bytes:
     import torch
 
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{type(value).__qualname__} can't be sent between processes")
+        raise TypeError(f"{type(value).__qualname__} can't be sent between processes. Use a CPU tensor or a NumPy array")
     flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return pack([str(value.dtype).removeprefix("torch."), list(value.shape), flat.numpy().tobytes()])
 
@@ -116,7 +119,7 @@ def _unpack_tensor(data: bytes) -> torch.Tensor:
     name, shape, content = unpack(data)
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} isn't a tensor type")
+        raise ValueError(f"unknown tensor dtype {name!r} in a message between processes")
     return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
 
 
@@ -135,7 +138,7 @@ def _unpack_table(data: bytes) -> pa.Table:
 def _pack_error(value: HeliostatError) -> bytes:
     """Encodes an error: its class, its arguments, and its attributes.
 
-    If the class isn't in `heliostat.errors`, encodes its base class there.
+    If the class isn't in `heliostat.errors`, encodes the error as its nearest base class in that module.
     """
     value = innermost(value) or value
     kind = next(c for c in type(value).__mro__ if c.__module__ == errors.__name__)
@@ -150,7 +153,7 @@ def _unpack_error(data: bytes) -> HeliostatError:
     name, args, attributes, text = unpack(data)
     kind = getattr(errors, name, None)
     if not (isinstance(kind, type) and issubclass(kind, HeliostatError)):
-        raise ValueError(f"{name!r} isn't a heliostat error")
+        raise ValueError(f"unknown error class {name!r} in a message between processes")
     try:
         error = kind(*args)
     except TypeError:  # the subclass takes other arguments
@@ -162,7 +165,7 @@ def _unpack_error(data: bytes) -> HeliostatError:
 def _unpack_record(data: bytes) -> object:
     name, values = unpack(data)
     if name not in _records:
-        raise ValueError(f"{name!r} isn't a type that processes may exchange")
+        raise ValueError(f"{name!r} isn't registered for messages between processes. Decorate the class with @wire.travels")
     kind = _records[name]
     if not dataclasses.is_dataclass(kind):
         return kind(*values)

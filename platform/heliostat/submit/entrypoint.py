@@ -1,10 +1,10 @@
-"""Runs a submitted job on the cluster's head, as a child process, and copies its log to storage.
+"""Runs a submitted job on the cluster's head, as a child process, and copies the job's log to storage.
 
     python -m heliostat.submit.entrypoint JOB.yaml [--attempt ID] [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
 
 The child is `heliostat train` or `heliostat sweep run`. If the child is killed, or dies without recording an outcome, this
-process starts it again, and the child continues from the newest checkpoint. The job's `retries` limit how often this process
-restarts the child (`Again`). After the last retry, the run's MLflow status is FAILED, with the reason. If the storage is
+process starts the child again, and the child continues from the newest checkpoint. The job's `retries` limit how often this
+process restarts the child (`Again`). After the last retry, the run's MLflow status is FAILED, with the reason. If the storage is
 unreachable, this process waits for it. Resuming doesn't need MLflow. A command that ends by itself records its end in the run's
 ledger.
 
@@ -71,7 +71,7 @@ class Again:
         self._began = time.time()
 
     def died(self, pid: int, code: int) -> str:
-        """Describes how the command died; empty if the command ended by itself. `code`: its exit code, as returned by
+        """Describes how the command died; empty if the command ended by itself. `code`: the command's exit code, as returned by
         `Popen`."""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
@@ -80,7 +80,7 @@ class Again:
         try:
             mine = self._attempt(pid)
         except (HeliostatError, OSError) as e:
-            log.warning("can't find out how the driver ended: %s", e)
+            log.warning("can't find out how the driver ended, so heliostat doesn't restart the driver: %s", e)
             return ""
         if mine is None:  # the command had not begun
             return f"with exit code {code} before it had begun" if self.budget.used and code == 1 else ""
@@ -131,7 +131,7 @@ class Again:
 
 
 class Driver:
-    """Runs the command of a submitted job, starts it again if it dies, and copies its log."""
+    """Runs the command of a submitted job, starts the command again if the command dies, and copies the command's log."""
 
     def __init__(self, job: Path, sweep: Path | None, attempt: str, flags: list[str]) -> None:
         raw = schema.read_yaml(job)
@@ -154,7 +154,7 @@ class Driver:
         self._stdout, self._unsaid = sys.stdout.fileno(), 0
 
     def run(self, queue: str | None) -> int:
-        """Waits for the job's turn in the queue, runs its command to the end, and returns the exit code."""
+        """Waits for the job's turn in the queue, runs the job's command to the end, and returns the exit code."""
         signal.signal(signal.SIGTERM, lambda *_: self.stopping.set())
         if queue:
             self._wait_for_turn(queue)
@@ -169,7 +169,7 @@ class Driver:
             sender.join(NOW_S if self._killed else None)
 
     def _children(self) -> int:
-        """Runs the command, and repeats it while it dies and retries are left. Returns the exit code."""
+        """Runs the command. If the command dies, runs it again until no retries are left. Returns the last exit code."""
         while True:
             pid, code = self._child()
             how = "" if self.stopping.is_set() else self.again.died(pid, code)
@@ -185,10 +185,10 @@ class Driver:
             flags = self.again.flags(self.flags, pid)
             wait = self.again.wait_s(how)
             retry = f"retry {self.again.budget.used} of {self.again.budget.retries.max}"
-            self._say(f"the driver died without an error, {how}. Starting it again in {wait:.0f} s ({retry})")
+            self._say(f"the driver died without an error, {how}. Starting the driver again in {wait:.0f} s ({retry})")
             self._pause(wait)
         except (HeliostatError, OSError) as e:
-            self._say(f"not starting it again: {e}")
+            self._say(f"not starting the driver again: {e}")
             return False
         self.flags = flags
         return True
@@ -207,7 +207,7 @@ class Driver:
             log.warning("MLflow couldn't record the end of the run: %s", e)
 
     def _child(self) -> tuple[int, int]:
-        """Runs the command once, and waits for its end. Returns its process id and exit code."""
+        """Runs the command once, and waits until the command ends. Returns the command's process id and exit code."""
         source, sink = os.pipe()
         child = subprocess.Popen([*self.command, *self.flags], stdout=sink, stderr=sink)
         os.close(sink)
@@ -271,7 +271,7 @@ class Driver:
             if ahead == []:
                 return
             if ahead and not announced:
-                log.info("in queue %s after %s", queue, ", ".join(ahead))
+                log.info("waiting in queue %s until these earlier jobs end: %s", queue, ", ".join(ahead))
                 announced = True
             self.stopping.wait(QUEUE_S)
 

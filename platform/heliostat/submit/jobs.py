@@ -136,7 +136,10 @@ class Jobs:
             (work / workspace_package.CODE_FILE).write_text(source_code.source().dump())
             environment = {k: os.environ[k] for k in PASSED if k in os.environ}
             if secret := [k for k, v in environment.items() if carries_secret(v)]:
-                raise ConfigError(f"{secret[0]}: contains a password, which the cluster would show. Set it on the nodes")
+                raise ConfigError(
+                    f"{secret[0]}: contains a password, which the cluster would show. Unset this "
+                    "variable here, and set it on the nodes"
+                )
             environment["HELIOSTAT_CLUSTER"] = record.cluster or self.there.url
             environment[source_code.USER] = source_code.user()
             runtime = {
@@ -156,8 +159,8 @@ class Jobs:
         return record.id
 
     def _forget(self, job_id: str) -> None:
-        """Deletes a finished submission, so that its id is free. First waits until its supervisor has ended. Raises ClusterError
-        if this takes more than 60 s.
+        """Deletes a finished submission, so that its id is free. First waits until the submission's supervisor has ended. Raises
+        ClusterError if this takes more than 60 s.
 
         A moment after a job's end, Ray's monitor looks up the job's supervisor by id. If a new submission had this id, the
         monitor would mistake it for the old submission, and mark it as failed.
@@ -165,10 +168,12 @@ class Jobs:
         deadline = time.monotonic() + RETRY_S
         while dashboard.actor_alive(self.there.url, self.there.token, SUPERVISOR.format(job_id)):
             if time.monotonic() > deadline:
-                raise ClusterError(f"{job_id}: has ended, but its supervisor didn't end within {RETRY_S:.0f} s. Try again later")
+                raise ClusterError(
+                    f"{job_id}: has ended, but the job's supervisor didn't end within {RETRY_S:.0f} s. Try again later"
+                )
             time.sleep(FOLLOW_S)
         time.sleep(MONITOR_S)
-        self._retry(lambda: self.client.delete_job(job_id), "forgetting the earlier submission")
+        self._retry(lambda: self.client.delete_job(job_id), "deleting the earlier submission")
 
     def _retry(self, action: Callable[[], T], what: str) -> T:
         """Runs an action. While the cluster fails, retries the action for RETRY_S seconds.
@@ -207,8 +212,8 @@ class Jobs:
         return next((j for j in self.list() if j["id"] == job_id), None)
 
     def get(self, job_id: str) -> Submitted:
-        """Returns the submission with this id; raises ConfigError if there is no such submission, or if heliostat didn't submit
-        it."""
+        """Returns the submission with this id; raises ConfigError if there is no such submission, or if the job wasn't submitted
+        with heliostat."""
         job = self.find(job_id)
         if job is None:
             near = schema.nearest(job_id, [str(j["id"]) for j in self.list()])
@@ -218,8 +223,7 @@ class Jobs:
         return job
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """Yields the job's log as it grows, until the job ends. Leaves out the logs of earlier submissions that had the same
-        id."""
+        """Yields new text of the job's log until the job ends. Leaves out the logs of earlier submissions with the same id."""
         attempt = self.get(job_id)["metadata"]["attempt"]
         before: str | None = ""  # the text before the submission's part of the log; None after that part has begun
         for text in self._tail(job_id):
@@ -265,7 +269,8 @@ class Jobs:
     # stopping --------------------------------------------------------------------------------------------------------
 
     def stop(self, job_id: str, now: bool = False) -> Submitted:
-        """Stops a job, waits until it has ended, and returns it. The job saves a checkpoint first, unless `now` is set.
+        """Stops a job, waits until the job has ended, and returns the ended job. The job saves a checkpoint first, unless `now`
+        is set.
 
         Raises ClusterError if the job doesn't end within 630 s.
         """
@@ -277,17 +282,17 @@ class Jobs:
         deadline = time.monotonic() + STOP_S + 30
         while (job := self.get(job_id))["status"] not in OVER:
             if time.monotonic() > deadline:
-                raise ClusterError(f"{job_id}: didn't stop within {STOP_S + 30} s")
+                raise ClusterError(f"{job_id}: didn't stop within {STOP_S + 30} s. Try again with --now")
             time.sleep(FOLLOW_S)
         if note:
-            self._retry(lambda: self.client.delete_job(note), "forgetting the note to stop")
+            self._retry(lambda: self.client.delete_job(note), "deleting the stop request")
         return job
 
     def _note_to_end(self, attempt: str) -> str:
-        """Submits a marker job, which does nothing, and returns its id. When the attempt's entrypoint finds the marker's
-        metadata, it ends.
+        """Submits a marker job, which does nothing, and returns the marker's id. When the attempt's entrypoint finds the marker's
+        metadata, the entrypoint ends.
 
-        This works even if the storage doesn't answer, because it needs only the cluster.
+        This works even if the storage doesn't answer, because the marker needs only the cluster.
         """
         note = f"stop-{attempt}-{uuid.uuid4().hex[:6]}"
         self._retry(
@@ -319,8 +324,8 @@ def _beginning(text: str, attempt: str, over: bool) -> int | None:
     """Returns the position where a submission's part of the log begins: after the line that names the attempt. None if that
     line is missing.
 
-    `over`: whether the submission has ended. If a submission has ended and the line is missing, its entrypoint never ran. The
-    position is then 0.
+    `over`: whether the submission has ended. If a submission has ended and the line is missing, the submission's entrypoint never
+    ran. The position is then 0.
     """
     _, separator, after = text.rpartition(attempt)
     if separator and "\n" in after:
@@ -341,8 +346,8 @@ def _plain(details: JobDetails) -> Submitted:
 
 
 def exit_code(job: Submitted) -> int:
-    """Returns the exit code for a command that followed a job: 0 if the job succeeded, 130 if it was stopped, 2 for bad input,
-    else 1."""
+    """Returns the exit code for a command that followed a job: 0 if the job succeeded, 130 if the job was stopped, 2 for invalid
+    input, else 1."""
     if job["status"] == "STOPPED":
         return 130
     return 0 if job["status"] == "SUCCEEDED" else 2 if job["exit_code"] == 2 else 1

@@ -56,7 +56,7 @@ class LogCopy:
         self._written = end
 
     def send(self) -> None:
-        """Writes the parts that storage lacks, and the parts of which storage has only the beginning."""
+        """Writes log parts to storage: the parts that storage lacks, and the parts that are incomplete there."""
         with self._one:
             while self._file and self._sent < self._written:
                 number = self._sent // PART

@@ -22,8 +22,8 @@ from heliostat.validation import check
 class SubmissionRecord:
     """Holds this workspace's record of a submission.
 
-    `cluster`: the cluster's name as the user wrote it. `job`: the complete job, resolved. `sweep`: the complete sweep; None for
-    a single job. For a sweep, `job` is the sweep's base, `id` is its name, and `steps` is its number of trials.
+    `cluster`: the cluster's name as the user wrote it. `job`: the complete job, resolved. `sweep`: the complete sweep; None for a
+    single job. For a sweep, `job` is the sweep's base job, `id` is the sweep's name, and `steps` is the number of trials.
     """
 
     id: str
@@ -40,7 +40,7 @@ class SubmissionRecord:
 
     @property
     def digest(self) -> str:
-        """Returns 16 hex digits that identify the job, or the job and its sweep."""
+        """Returns 16 hex digits that identify the job, or the job and the sweep."""
         whole = json.dumps([self.job, self.sweep] if self.sweep else self.job, sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
@@ -63,7 +63,7 @@ class SubmissionRecord:
         place.write_text(json.dumps(asdict(self), indent=2))
 
 
-SUBMITTED = Format(SubmissionRecord, "record of a submission", ConfigError, fix="Delete it, and pass --cluster")
+SUBMITTED = Format(SubmissionRecord, "record of a submission", ConfigError, fix="Delete this file, and pass --cluster")
 
 
 def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord | None:
@@ -86,8 +86,8 @@ def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord |
 
 
 def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = False) -> Job:
-    """Loads a job for a cluster. With `resume`, an epoch of `train.epochs` is the samples of those dataset versions on which the
-    run already trains.
+    """Loads a job for a cluster. With `resume`, `train.epochs` counts epochs of the dataset versions that the run already uses,
+    not of newer versions.
 
     Raises ConfigError if the cluster is on other machines and the job has paths of this workspace.
     """
@@ -117,7 +117,7 @@ def changed(record: SubmissionRecord, settings: list[str], cluster: str | None) 
     if record.sweep:
         if settings:
             raise ConfigError(
-                f"{record.id}: is a sweep. Change its file, and use `heliostat sweep run SWEEP.yaml --cluster --resume`"
+                f"{record.id}: is a sweep. Change the sweep's file, and use `heliostat sweep run SWEEP.yaml --cluster --resume`"
             )
         return replace(record, cluster=cluster)
     return SubmissionRecord.of(

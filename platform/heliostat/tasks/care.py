@@ -24,15 +24,15 @@ BLAMED = 2  # deaths of the process at a document, after which the task leaves t
 
 
 def most(documents: int) -> int:
-    """Returns how many documents may crash at most, out of `documents` documents."""
+    """Returns the maximum number of documents that may crash, out of `documents` documents."""
     return max(MOST, documents // SHARE)
 
 
 def too_many(crashed: int, what: str) -> HeliostatError:
-    """Builds the error of a run in which too many documents crash."""
+    """Builds the error for a run in which too many documents crashed. `what`: an example of these documents."""
     return HeliostatError(
         f"stages: {crashed:,} documents crashed, more than {MOST} and more than one in {SHARE:,}: {what}. Correct the "
-        "stage or the input, and start again. Finished tasks are kept"
+        "stage or the input, and run the command again. Finished tasks are kept"
     )
 
 
@@ -48,7 +48,7 @@ class TaskPlace:
     """Describes a task's next action: to read the next documents of a `part`, or to pass documents through stages (`part` -1)."""
 
     number: int
-    """Documents that the task had read, or passed through stages, before."""
+    """Number of documents that the task read, or passed through stages, before this action."""
     part: int = -1
     alone: bool = False
     """Whether the action is for one document, not for a batch."""
@@ -58,7 +58,7 @@ class TaskPlace:
 
 @dataclass(frozen=True)
 class Crash:
-    """Describes a document that is left out: its place, the stage at which the task failed, and the error's last line."""
+    """Describes a document that is left out: its position, the stage at which the task failed, and the error's last line."""
 
     number: int
     part: int
@@ -69,7 +69,7 @@ class Crash:
 
 @dataclass(frozen=True)
 class Care:
-    """Holds the instructions for a task that runs again: the place for its notes, the batch to process one by one, and the
+    """Holds the instructions for a task that runs again: the file for its notes, the batch to process one by one, and the
     documents to leave out."""
 
     note: Location
@@ -94,9 +94,9 @@ class Trouble:
         return Care(note, self.attempt, self.suspect, tuple(self.crashed))
 
     def learn(self, note: Location, error: BaseException) -> Crash | None:
-        """Evaluates the note that a process wrote before it died.
+        """Reads the note that the task's process wrote before the process died.
 
-        Returns the document to leave out from now on; None if this document isn't known yet.
+        Returns the document to leave out from now on; None if the note doesn't identify this document yet.
         """
         if (place := _noted(note, self.attempt)) is None:
             return None

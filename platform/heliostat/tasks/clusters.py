@@ -25,7 +25,7 @@ class Task:
     careful: bool = False
     """Whether the function takes an argument `care` when the task runs again."""
     before: str = ""
-    """Key of the same task in earlier versions. A record under this key counts, too."""
+    """Key of the same task in earlier versions of heliostat. If a record has this key, the task is finished."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ AWAY_S = 0.5  # seconds between checks for a live actor if all are lost, and of 
 
 
 class Flowing(Protocol):
-    """Lists the members of `flow.Flow` that a crew uses."""
+    """Declares the fields and methods of `flow.Flow` that `Crew` uses."""
 
     work: Work
     labels: dict[str, str]
@@ -57,9 +57,9 @@ class Started:
     trouble: Trouble = field(default_factory=Trouble)
     due: float = 0.0
     offered: set[Shipment] = field(default_factory=set)
-    """Shipments that the task's node lacked, and that the driver copied to the work folder."""
+    """Shipments (files) that the task's node lacked, and that the driver copied to the work folder."""
     copy: Future[None] | None = None
-    """The last of these copies. The task starts again when it is complete."""
+    """The last copy of a shipment to the work folder. The task starts again when this copy is complete."""
 
     @property
     def waits(self) -> bool:
@@ -80,11 +80,12 @@ class Crew:
         self.stopped = False
         self.looked, self.room, self.last, self.alone = -LOOK_S, 0, "", False
         self.memory: int | None = None  # bytes that each task requests
+        self.crashed = 0  # documents that the tasks under way leave out; a look at each task would take too long
 
     @property
     def full(self) -> bool:
-        """Returns whether the crew takes no more tasks. This is so if twice as many tasks have started as can run at once, or if
-        all actors are lost."""
+        """Checks whether the crew accepts no more tasks: twice as many tasks have started as can run at once, or all actors are
+        lost."""
         self._look()
         if not self.executor.ready:
             return True
@@ -106,7 +107,7 @@ class Crew:
         self.under_way[reference] = started
 
     def finished(self) -> Iterator[tuple[Started, dict[str, Any]]]:
-        """Waits for a task to end; yields (the task, its record) if the task succeeded. Otherwise decides whether the task runs
+        """Waits for a task to end. Yields (the task, its record) if the task succeeded. Otherwise decides whether the task runs
         again."""
         self._check()
         self._look()
@@ -121,6 +122,7 @@ class Crew:
             except Exception as e:  # noqa: BLE001 - judged
                 self._judge(started, e)
                 continue
+            self.crashed -= len(started.trouble.crashed)
             if started.trouble.attempt:
                 self.work.note(self.kind, started.task.key).delete()
             examples = record.get("examples", {})
@@ -133,7 +135,7 @@ class Crew:
         self._check()
         if not self.failed:
             return
-        log.warning("%s: %d tasks failed. The work of the other tasks is recorded, and the next start continues from it",
+        log.warning("%s: %d tasks failed. The work of the other tasks is recorded. To continue from it, run the command again",
                     self.kind, len(self.failed))  # fmt: skip
         with unwrapped():
             raise self.failed[0]
@@ -141,10 +143,12 @@ class Crew:
     def end(self) -> None:
         """Ends the executor, and cancels the tasks that are still running."""
         if left := self.executor.end(list(self.under_way)):
-            log.warning("%d tasks didn't end within %.0f s", left, END_S)
+            log.warning(
+                "%d canceled tasks didn't end within %.0f s, and may still run. List tasks with: ray list tasks", left, END_S
+            )
 
     def _start_due(self) -> float:
-        """Starts the tasks whose pause or copy has ended; returns the seconds until the next check of a task or of the nodes."""
+        """Starts the tasks whose pause or copy has ended. Returns the seconds until the next check of tasks and nodes."""
         if not self.executor.ready:
             return AWAY_S
         now, later = self.cluster.now(), self.later
@@ -155,8 +159,8 @@ class Crew:
         return max(0.0, min([LOOK_S, *(AWAY_S if one.waits else one.due - now for one in self.later)]))
 
     def _copy(self, shipment: Shipment) -> Future[None]:
-        """Copies a shipment that a node needs to the work folder. Does this in a thread, so that other tasks can end and start
-        during the copy."""
+        """Copies a shipment (files that a node needs) to the work folder, in a thread. So other tasks can end and start during
+        the copy. Returns the copy's future."""
         if (known := self.copies.get(shipment)) and not known.done():
             return known
         copy = self.copies[shipment] = Future[None]()
@@ -173,7 +177,7 @@ class Crew:
         return copy
 
     def _judge(self, started: Started, error: Exception) -> None:
-        """Decides whether a failed task runs again; raises an error that a person must fix."""
+        """Decides whether a failed task runs again. Raises the task's error if a person must fix its cause."""
         cause, trouble, task = innermost(error), started.trouble, started.task
         if isinstance(cause, NotHereError) and not self.stopped and cause.shipment not in started.offered:
             started.copy = self._copy(cause.shipment)
@@ -187,8 +191,9 @@ class Crew:
         trouble.count += 1
         if lost and task.careful and (crash := trouble.learn(self.work.note(self.kind, task.key), error)):
             self.last = crash.id
+            self.crashed += 1
             log.warning(
-                "%s: %s crashes its process at %s, so heliostat leaves this document out (%s)",
+                "%s: document %s crashes the task's process at stage %s, so heliostat leaves this document out (%s)",
                 self.kind,
                 printable(crash.id),
                 crash.stage,
@@ -201,21 +206,20 @@ class Crew:
             self.failed.append(error)
             self.stopped |= len(self.failed) >= FAILED
             return
-        log.warning("%s: a task failed (%s). Running it again", self.kind, care.last_line(error))
+        log.warning("%s: a task failed (%s). Running the task again", self.kind, care.last_line(error))
         started.due = self.cluster.now() + (PAUSE.wait(trouble.count) if lost and trouble.count else 0.0)
         self.later.append(started)
 
     def _check(self) -> None:
         """Stops the crew if too many documents have crashed."""
-        under_way = sum(len(one.trouble.crashed) for one in [*self.under_way.values(), *self.later])
-        crashed = self.flow.crashed + under_way
+        crashed = self.flow.crashed + self.crashed
         if crashed > care.most(self.flow.passed) and not self.stopped:
             self.stopped = True
             self.failed.insert(0, care.too_many(crashed, f"for example {printable(self.last)!r}"))
 
     def _look(self) -> None:
-        """Checks the nodes every LOOK_S seconds: how many tasks fit on them, and whether any node has as many CPUs as a task
-        requests."""
+        """Checks the cluster's nodes every LOOK_S seconds: how many tasks can run at once, and whether any node has as many CPUs
+        as a task requests."""
         if self.cluster.now() - self.looked < LOOK_S:
             return
         self.looked, nodes = self.cluster.now(), self.flow.nodes()
@@ -224,7 +228,7 @@ class Crew:
             label = f" and the labels {self.flow.labels}" if self.flow.labels else ""
             log.log(
                 logging.DEBUG if self.alone else logging.WARNING,
-                "%s: tasks wait for a node with CPUs%s. The cluster has no such node now",
+                "%s: tasks wait for a node with CPUs%s. The cluster has no such node now. Start such a node, or change `labels`",
                 self.kind,
                 label,
             )
@@ -236,7 +240,7 @@ class Crew:
         self.room = 2 * self.size if self.size else max(2, 2 * sum(nodes) // self.cpus)
 
     def _request(self, cpus: int) -> None:
-        """Restarts waiting tasks with fewer CPUs each, because no node has as many CPUs anymore."""
+        """Restarts waiting tasks with fewer CPUs each, because no node has the number of CPUs that these tasks requested."""
         self.cpus = cpus
         for reference in self.executor.withdraw(list(self.under_way)):
             self.start(self.under_way.pop(reference))

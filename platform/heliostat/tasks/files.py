@@ -33,10 +33,10 @@ def entries(key: str, path: str) -> list[str]:
     try:
         lines = read(key, path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{key}: {path!r} isn't UTF-8 (byte {e.start:,}). Convert it") from e
+        raise ConfigError(f"{key}: {path!r} isn't UTF-8 (byte {e.start:,}). Convert the file to UTF-8") from e
     listed = [entry for line in lines if (entry := line.strip()) and not entry.startswith("#")]
     if not listed:
-        raise ConfigError(f"{key}: {path!r} has no entry. Write one per line")
+        raise ConfigError(f"{key}: {path!r} has no entry. Write one entry per line")
     return listed
 
 
@@ -51,7 +51,9 @@ def digest(key: str, path: str) -> str:
             with Path(path).open("rb") as file:
                 hexdigest = hashlib.file_digest(file, "sha256").hexdigest()
             if _state(path) != state:
-                raise ConfigError(f"{key}: {path!r} changed while heliostat read it. Don't change it, and start again")
+                raise ConfigError(
+                    f"{key}: {path!r} changed while heliostat read this file. Don't change the file, and run the command again"
+                )
             _digests[state] = hexdigest
     except OSError as e:
         raise _unreadable(key, path, e) from e
@@ -59,7 +61,8 @@ def digest(key: str, path: str) -> str:
 
 
 def digests(identity: Mapping[str, object], stage: object, *keys: str) -> dict[str, object]:
-    """Replaces the paths in these keys with digests, for stages that don't list their keys in `Stage.paths`."""
+    """Returns `identity` with the digests of the files in these keys instead of paths, for stages that don't list their keys in
+    `Stage.paths`."""
     return {**identity, **{key: mapped(getattr(stage, key), partial(digest, key)) for key in keys}}
 
 

@@ -1,8 +1,8 @@
 """Runs tasks on Ray, as many at once as the cluster has room for, and skips tasks that an earlier run has finished.
 
-The driver holds one record per task, but no ids or texts. A task that starts again, in this run or another, writes the same
-files. If a task has recorded its result, but its worker or node died before the driver got the answer, the next start of the task
-returns the record. A failed task runs again while the others continue (`crew`).
+The driver holds one record per task, but no ids or texts of documents. A task that starts again, in this run or another, writes
+the same files. A task's worker or node may die after the task has recorded its result, but before the driver receives the result.
+The next start of the task then returns the record. A failed task runs again while the others continue (`crew`).
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Flow:
     """The part of `seconds` in which processes open stages. Each process opens a stage once, for any amount of data."""
 
     crashed: int = 0
-    """Documents that tasks left out because they crashed (`care`)."""
+    """Number of documents that tasks left out, because these documents crashed the task (`care`)."""
     passed: int = 0
-    """Documents that tasks passed on."""
+    """Number of documents that tasks kept, and passed on to later tasks."""
     memory: int = 0
     """Bytes of memory that each task requests from Ray, so that only as many tasks run on a node as fit. 0: no request."""
     short: bool = False
@@ -61,18 +61,19 @@ class Flow:
     progress: Progress = field(default_factory=Progress)
     cluster: Cluster = field(default_factory=RayCluster)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Name of this run. Tasks compare it with the name in a record, to find out whether this run wrote the record."""
+    """Name of this run. Tasks compare this name with the name in a record, to find out whether this run wrote the record."""
 
     def share(self, value: object) -> object:
         """Stores a value in Ray's object store; returns the reference for `Task.shared`."""
         return self.cluster.share(value)
 
     def cpus(self) -> int:
-        """Returns the number of CPUs of all nodes, at least 1."""
+        """Returns the number of CPUs of all live nodes with the pipeline's labels; at least 1."""
         return max(1, sum(self.nodes()))
 
     def nodes(self, resource: str = "CPU") -> list[int]:
-        """Lists the CPUs, GPUs, or bytes of memory of each live node with the labels."""
+        """Lists the number of CPUs of each live node with the pipeline's labels. With another `resource`, lists GPUs or bytes of
+        memory."""
         return self.cluster.nodes(self.labels, resource)
 
     def cpus_each(self, tasks: int) -> int:
@@ -80,13 +81,14 @@ class Flow:
         return most_each(self.nodes(), tasks)
 
     def devices(self) -> int:
-        """Returns the number of GPUs of all nodes."""
+        """Returns the number of GPUs of all live nodes with the pipeline's labels."""
         return sum(self.nodes("GPU"))
 
     def memory_each(self, cpus: int = 1) -> int | None:
         """Computes the bytes of memory that a task with `cpus` CPUs requests; None for no request.
 
-        The result is at most the memory of the largest node with `cpus` CPUs. If the task requested more, it would wait forever.
+        The result is at most the memory of the largest node with `cpus` CPUs. A task that requests more memory would wait
+        forever.
         """
         nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
         return min(self.memory, max((memory for have, memory in nodes if have >= cpus), default=0)) or None
@@ -113,9 +115,9 @@ class Flow:
             pooled: bool = False, actors: int = 0, gpus: float = 1.0) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
         """Yields (the task's number, its record) as tasks finish. A task with a record that isn't `valid` runs again.
 
-        The function gets the spill folder and the task's arguments. In its record, `files` lists the spill files. If `actors`
-        isn't 0, tasks run in `actors` actors. If it is 0 and `pooled` is true, they run in one actor per GPU of the cluster. Each
-        actor has `gpus` GPUs. Without actors, tasks run as Ray tasks.
+        The function gets the folder for temporary files and the task's arguments. In its record, `files` lists the temporary
+        files. If `actors` isn't 0, tasks run in `actors` actors. If `actors` is 0 and `pooled` is true, tasks run in one actor
+        per GPU of the cluster. Each actor has `gpus` GPUs. Without actors, tasks run as Ray tasks.
         """
         size = actors or (self.devices() if pooled else 0)
         crew = Crew(self, Kind(kind, execute, function, cpus, size, gpus, self.labels))
@@ -179,11 +181,15 @@ class Flow:
         self.passed += documents(record)
         self.crashed += sum(record.get("reasons", {}).get(reason, 0) for reason in (CRASHED, UNREAD))
         for message in record.get("unread", []):
-            log.warning("%s: %s. The rest of it is missing from the dataset", kind, message.rstrip("."))
+            log.warning(
+                "%s: %s. The rest of this file or range is missing from the dataset. To add the rest, repair the file",
+                kind,
+                message.rstrip("."),
+            )
 
 
 def most_each(nodes: list[int], tasks: int) -> int:
-    """Computes the maximum CPUs that each of `tasks` tasks can have at the same time.
+    """Computes the maximum number of CPUs per task with which `tasks` tasks can run at the same time; at least 1.
 
     `nodes`: CPUs of each node; a task runs on one node.
     """

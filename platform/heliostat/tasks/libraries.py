@@ -12,7 +12,8 @@ MODELS = ("tokenizers", "torch", "transformers")
 
 
 def versions(names: Iterable[str] = ()) -> dict[str, str]:
-    """Returns the versions of Python's Unicode data and of some distributions; `none` for a distribution that isn't installed."""
+    """Returns the versions of Python's Unicode data and of some distributions, by name. The version is `none` if a distribution
+    isn't installed."""
     return {UNICODE: unicodedata.unidata_version, **{name: _version(name) for name in sorted(names)}}
 
 

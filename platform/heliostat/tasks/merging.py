@@ -1,16 +1,17 @@
-"""Merges spill files if later tasks would otherwise each read few rows of very many files. So the cost stays linear.
+"""Merges temporary files if later tasks would otherwise each read few rows of very many files. So the cost stays linear.
 
 A later task reads its range of keys from every file of the earlier tasks. The number of later tasks and the number of files both
-grow with the input. How often a task opens a file for a few rows is the product of both numbers. So this product grows with the
-square of the input. Merging the ranges of many tasks first costs one more pass over the data. This is the external merge sort of
-Knuth (The Art of Computer Programming, volume 3, section 5.4), except that the later tasks sort.
+grow with the input. The number of reads is the product of both numbers, so it grows with the square of the input. Merging the
+ranges of many tasks first costs one more pass over the data. This is the external merge sort of Knuth (The Art of Computer
+Programming, volume 3, section 5.4), except that the later tasks sort.
 
-- Runs of documents, before shards (`merged`): if a shard's part of a run is below `LEAST`, a task reads the range of many shards
-  from some runs. It writes this range as one run, as large as a run may be. Afterwards a shard reads only the runs of its own
-  range. Each of these runs has about fifty times more of the shard's rows. If that isn't enough, ranges are merged again.
-- Spills of the values by which documents are compared (`by_parts`): above `MANY_RANGES` reads, wider ranges are merged first. The
-  number of wider ranges is the square root of the number of ranges. Each merge reads so many spills that its range has as many
-  rows as one task may hold. This takes one more pass over the spills. The number of reads then grows only with the power 1.5 of
+- Files of documents (runs), before shards (`merged`): if a shard's rows in a run have less than `LEAST` bytes, a task merges some
+  runs. The task reads the range of many shards from these runs, and writes this range as one run, as large as a run may be.
+  Afterwards a shard reads only the runs of its own range. Each of these runs has about fifty times more of the shard's rows. If
+  that isn't enough, ranges are merged again.
+- Files of the values by which documents are compared (`by_parts`): above `MANY_RANGES` reads, wider ranges are merged first. The
+  number of wider ranges is the square root of the number of ranges. Each merge reads so many files that its range has as many
+  rows as one task may hold. This takes one more pass over the files. The number of reads then grows only with the power 1.5 of
   the input. No task holds more rows than without a merge.
 """
 
@@ -33,7 +34,7 @@ from heliostat.tasks.spill import SpilledRun, survivors
 from heliostat.tasks.work import key
 
 LEAST = spill.GROUP_BYTES // 4
-"""Bytes of a shard in a run, below which a merge is less work than reading the rest of the row groups."""
+"""Bytes of a shard in a temporary file of documents, below which a merge is less work than reading the rest of the row groups."""
 
 MANY = 4096  # number of parts of runs that shards read; if there are fewer, a merge would save only seconds
 MANY_RANGES = 1 << 16  # reads of a range from a spill: this many cost about a CPU minute, or 3 cents for a store's requests
@@ -43,7 +44,7 @@ Bounds = Callable[[int, int], tuple[int, int]]  # maps shards [first, stop) to t
 
 @dataclass(frozen=True)
 class ShardRange:
-    """Holds the runs with the documents of shards [first, stop)."""
+    """Lists the temporary files with the documents of shards [first, stop)."""
 
     first: int
     stop: int
@@ -51,14 +52,14 @@ class ShardRange:
 
     @property
     def part(self) -> float:
-        """Returns the mean bytes of a shard in a run."""
+        """Returns the mean number of bytes that one shard has in one of the temporary files."""
         return sum(run.bytes for run in self.runs) / max(1, len(self.runs)) / (self.stop - self.first)
 
 
 def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_bytes: int) -> list[ShardRange]:
-    """Divides shards into ranges, and merges each range's runs until its shards can be read efficiently (`thin`).
+    """Divides shards into ranges, and merges each range's temporary files until each shard can be read efficiently (`thin`).
 
-    A merged run has at most about `run_bytes`. Returns the ranges in ascending order.
+    A merged file has at most about `run_bytes` bytes. Returns the ranges in ascending order.
     """
     ranges = [ShardRange(0, shards, runs)]
     while any(map(thin, ranges)):
@@ -74,7 +75,7 @@ def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_
 
 
 def thin(one: ShardRange) -> bool:
-    """Returns whether each run has so few bytes of a shard that a merge is worth its cost."""
+    """Checks whether merging the files of a range is worth its cost, because each file has only few bytes of a shard."""
     return _thin(len(one.runs), one.stop - one.first, one.part)
 
 
@@ -83,8 +84,8 @@ def _thin(runs: int, shards: int, part: float) -> bool:
 
 
 def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int]]:
-    """Yields (a smaller range of the same runs, the number of runs to merge). In each run, a range has about one row group or
-    more."""
+    """Splits a range of shards into smaller ranges. Yields (smaller range with the same files, number of files to merge into
+    one). A smaller range has about one row group or more in each file."""
     shards = one.stop - one.first
     parts, size = _divided(shards, one.part * shards, run_bytes)
     for part in range(parts):
@@ -93,13 +94,13 @@ def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int]]
 
 
 def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
-    """Computes (the number of ranges for the shards, the number of runs to merge). `mean`: mean bytes of a run."""
+    """Computes (the number of smaller ranges, the number of files to merge into one). `mean`: mean bytes of a file."""
     parts = min(shards, max(2, int(mean // spill.GROUP_BYTES)))
     return parts, max(2, int(run_bytes * parts // max(1, mean)))
 
 
 def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:
-    """Computes the number of merge passes over `bytes` bytes in equal runs, for `shards` shards."""
+    """Computes the number of merge passes over `bytes` bytes in `runs` files of equal size, for `shards` shards."""
     count = 0
     while _thin(runs, shards, bytes / runs / shards):
         parts, size = _divided(shards, bytes / runs, run_bytes)
@@ -113,7 +114,7 @@ def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
 
 
 def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes: int) -> Task:
-    """Builds the task that merges one range of some runs."""
+    """Builds the task that merges a range of shards from some temporary files."""
     low, high = bounds(one.first, one.stop)
     arguments = {"runs": runs, "low": low, "high": high, "run_bytes": run_bytes}
     bytes = int(one.part * (one.stop - one.first) * len(runs))
@@ -121,7 +122,8 @@ def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes:
 
 
 def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
-    """Writes the documents of some runs in a range of keys as one run, or as several runs if they exceed `run_bytes` by far."""
+    """Writes the documents of some temporary files in a range of keys as one file, or as several files if they exceed `run_bytes`
+    by far."""
     files, tables, size = list[tuple[str, int, int]](), list[pa.Table](), 0
     for run in runs:
         for table in survivors(folder, run, low, high):
@@ -136,7 +138,8 @@ def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_byt
 
 
 def _written(folder: Location, tables: list[pa.Table]) -> tuple[str, int, int]:
-    """Spills tables as one run and empties the list. If the tables have a column `row`, renumbers the rows in it."""
+    """Writes tables as one temporary file, and empties the list. If the tables have a column `row`, renumbers the rows in this
+    column."""
     table = pa.concat_tables(tables)
     tables.clear()
     bytes = int(table["bytes"].to_numpy().sum()) if "bytes" in table.column_names else table.nbytes
@@ -147,8 +150,8 @@ def _written(folder: Location, tables: list[pa.Table]) -> tuple[str, int, int]:
 
 
 def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object]]:
-    """Yields, for each range of keys, the names of the spills that the range's task reads, as (a key of these names, a reference
-    to these names).
+    """Yields, for each range of keys, the names of the temporary files that the range's task reads. Each item is (a digest of
+    these names, a Ray reference to these names). If there are many files, merges them first.
 
     `ranges`: [low, high) of keys, ascending.
     """
@@ -159,9 +162,10 @@ def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, i
 
 def by_parts(flow: Flow, kind: str, parts: int, names: list[str], others: Mapping[str, list[str]] = MappingProxyType({}),
              **more: object) -> Iterator[Task]:  # fmt: skip
-    """Yields one task for each part of the keys; a task reads its part of the spills.
+    """Yields one task for each of `parts` equal ranges of keys. A task reads the rows of its range from the temporary files
+    `names`.
 
-    `others`: further spills that a task reads, by the name of the task's argument.
+    `others`: additional temporary files that a task reads, by the name of the task's argument.
     """
     spills, ranges = {"names": names, **others}, [spill.share(part, parts) for part in range(parts)]
     exchanged_spills = [exchanged(flow, kind, some, ranges) for some in spills.values()]
@@ -172,8 +176,8 @@ def by_parts(flow: Flow, kind: str, parts: int, names: list[str], others: Mappin
 
 
 def _merged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> list[tuple[list[str], int]]:
-    """Lists (spills, number of consecutive ranges that read these spills), in the ranges' order. If there are many spills, merges
-    them first."""
+    """Lists (temporary files, number of consecutive ranges that read these files), in the ranges' order. If there are many files,
+    merges them first."""
     count, wide = len(ranges), isqrt(len(ranges))
     size = len(names) * wide // max(1, count)
     if len(names) * count <= MANY_RANGES or size < 2:
@@ -192,7 +196,7 @@ def _merged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int
 
 
 def merge_spills(folder: Location, names: list[str], low: int, high: int) -> dict[str, object]:
-    """Merges the rows of some spills in a range of keys into one spill, if there are any rows."""
+    """Merges the rows of some temporary files in a range of keys into one file. Writes no file if there are no rows."""
     tables = [table for name in names for table in spill.read(folder, name, low, high)]
     if not tables:
         return {"merged": None, "files": []}

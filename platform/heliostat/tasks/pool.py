@@ -25,15 +25,15 @@ PLACE_S = 120.0  # seconds for Ray to place an actor and start its process
 
 @dataclass
 class _Away:
-    """Describes an actor whose process or node died: the time when it died, and a pending call that the actor answers when it is
-    back."""
+    """Describes an actor whose process or node died. `since`: the time of its death; `call`: a pending call that the actor
+    answers when it is back."""
 
     since: float
     call: Any
 
 
 class ActorPool:
-    """Gives each task to the actor with the fewest tasks. Ray restarts an actor that dies, but not its tasks.
+    """Gives each task to the actor with the fewest tasks. If an actor dies, Ray restarts the actor, but not the actor's tasks.
 
     If Ray can't place an actor again within PLACE_S seconds, for example after its node died, the pool removes the actor.
     """
@@ -54,7 +54,7 @@ class ActorPool:
         return len(self.away) < len(self.actors)
 
     def remote(self, *arguments: object, **shared: object) -> Any:
-        """Starts a task; returns its reference."""
+        """Starts a task on an actor. Returns the Ray reference to the task's result."""
         load = Counter(self.under_way.values())
         number = min(self.actors, key=lambda i: (i in self.away, load[i]))
         reference = self.actors[number].run.remote(*arguments, **shared)
@@ -77,7 +77,7 @@ class ActorPool:
             ray.kill(actor)
 
     def _look(self, number: int, away: _Away) -> None:
-        """Checks a lost actor: restores it if it answers, else removes it after PLACE_S.
+        """Checks a lost actor. If the actor answers, restores the actor; otherwise removes it after PLACE_S seconds.
 
         Raises HeliostatError if the removed actor was the last one.
         """
@@ -98,8 +98,8 @@ class ActorPool:
         del self.away[number]
         if not self.actors:
             raise HeliostatError(
-                f"can't restart the last actor within {PLACE_S:.0f} s: its node is gone, or other programs use its "
-                "resources. Wait for a node, and start again. Finished tasks are kept"
+                f"can't restart the last actor within {PLACE_S:.0f} s: the actor's node is gone, or other programs use "
+                "its resources. Wait for a node, and run the command again. Finished tasks are kept"
             )
         log.warning("can't restart an actor within %.0f s. Continuing with %d actors", PLACE_S, len(self.actors))
 
@@ -121,7 +121,7 @@ def _placed(actors: list[Any]) -> list[Any]:
     if not ready:
         raise HeliostatError(
             f"none of {len(actors)} actors could start within {PLACE_S:.0f} s: other programs use the "
-            "resources. Wait until these programs end"
+            "resources. Wait until these programs end, and run the command again"
         )
     if late:
         log.warning(

@@ -28,7 +28,7 @@ class KindProgress:
     left_bytes: int = 0
     """Bytes that the remaining tasks will read."""
     whole: bool = False
-    """Whether `total` counts all tasks. Tasks are counted while they are looked up."""
+    """Whether `total` already counts all tasks. heliostat counts tasks while it looks up their records."""
 
     def left(self, now: float) -> float | None:
         """Estimates the seconds until the last task ends. Uses the tasks' bytes if they are known, else the numbers of tasks.
@@ -40,7 +40,7 @@ class KindProgress:
 
 
 def silent(kind: str, line: str) -> None:
-    """Shows nothing."""
+    """Ignores a progress line. This function is the default for `Progress.show`."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Progress:
     kinds: dict[str, KindProgress] = field(default_factory=dict)
 
     def found(self, kind: str, kept: list[dict[str, Any]], todo: list[int], whole: bool) -> None:
-        """Adds tasks of a kind.
+        """Counts tasks of a kind, after heliostat has looked up their records.
 
         `kept`: records of tasks that an earlier run has finished; `todo`: bytes that each of the other tasks will read.
         """
@@ -79,7 +79,7 @@ class Progress:
 
 
 def documents(record: Mapping[str, Any]) -> int:
-    """Counts the documents that a task has passed on, written, or answered."""
+    """Returns the number of documents in a task's record: documents that the task passed on, wrote to shards, or answered."""
     shards = sum(s["documents"] for s in record.get("shards", []))
     return sum(rows for _, rows, _ in record.get("runs", [])) + shards + record.get("answers", 0)
 

@@ -102,7 +102,7 @@ def shut_in(root: Path, places: list[str], files: int, files_given: dict[str, by
 
     Creates the root folder at `root`, with at most `files` bytes. It contains `places` (read-only) and a folder `box` with
     `files_given`. A process of root changes to the user `nobody`, unless `same_user` is set. The user `nobody` has no rights
-    outside the box either. Raises OSError if a step fails.
+    outside `box` either. Raises OSError if a step fails.
     """
     user, group = os.geteuid(), os.getegid()
     if user or same_user:
@@ -204,7 +204,7 @@ def limit(cpu_s: int, memory: int, files: int) -> None:
 
 
 def begin(limits: dict[str, Any]) -> None:
-    """Replaces this process with the program.
+    """Sets the limits, and replaces this process with the Python program to isolate (exec).
 
     The program is the first process of its namespace, so all other processes in the namespace end with it.
     """
@@ -233,7 +233,7 @@ def main() -> int:
     shut_in(Path(limits["root"]), [*limits["libraries"], limits["executable"]], limits["files"], {"program.json": program})
     call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # after the last change of user, which would reset it
     if os.getppid() != limits["parent"]:
-        raise OSError("the process that started this one has ended")
+        raise OSError("the process that started this sandbox has ended, so the program doesn't run")
     reading, writing = os.pipe()  # exec closes both
     if (child := os.fork()) == 0:
         try:

@@ -44,7 +44,7 @@ PLAIN = ".safetensors"
 
 @dataclass(frozen=True)
 class Item:
-    """Describes a file. `name`: its path in the shipment's folder, or "" if the shipment is a single file."""
+    """Describes a file. `name`: the file's path in the shipment's folder, or "" if the shipment is a single file."""
 
     name: str
     bytes: int
@@ -52,7 +52,7 @@ class Item:
 
     @property
     def copy(self) -> str:
-        """Returns the name of the file's copy in the spill folder."""
+        """Returns the name of the file's copy in the folder for temporary files."""
         return f"{SHIPPED}/{self.digest}-{self.bytes}"
 
 
@@ -67,7 +67,8 @@ class Shipment:
 
     @property
     def name(self) -> str:
-        """Returns a copy's name in its cache folder: the last part of the path; "" (the folder itself) for `.` and `..`."""
+        """Returns the name of a copied file or folder in the cache: the last part of the path; "" (the cache folder itself) for
+        `.` and `..`."""
         name = Path(self.path).name
         return "" if name == ".." else name
 
@@ -83,8 +84,8 @@ class Shipment:
 
 
 class NotHereError(HeliostatError):
-    """Reports that a node lacks files, and that the work folder has no copy of them yet. The driver copies them and starts the
-    task again."""
+    """Reports that a node lacks a shipment's files, and that the work folder has no copy of these files yet. The driver copies
+    the files, and starts the task again."""
 
     def __init__(self, message: str, shipment: Shipment) -> None:
         super().__init__(message, shipment)
@@ -104,7 +105,8 @@ def describe(key: str, path: str, within: tuple[str, ...] = ()) -> Shipment:
 
 
 def here(folder: Location, shipment: Shipment) -> str:
-    """Returns a path on this node with the shipment's files, and copies them to the cache if needed. `folder`: the spill folder.
+    """Returns a path on this node with the shipment's files, and copies the files to the cache if needed. `folder`: the folder
+    for temporary files in the work folder.
 
     Raises NotHereError if the driver must copy the files first. Raises ConfigError if the copy would include code. Raises
     HeliostatError if the copy takes too long or doesn't fit on the disk.
@@ -117,8 +119,8 @@ def here(folder: Location, shipment: Shipment) -> str:
         return str(target)
     if code := next((item.name for item in shipment.items if item.name and Path(item.name).suffix in RUNS_CODE), None):
         raise ConfigError(
-            f"{shipment.path}: node {socket.gethostname()} has no such folder, or a different one. heliostat "
-            f"doesn't copy {code}, because it can run code. Save the model as safetensors, or put the folder on "
+            f"{shipment.path}: on node {socket.gethostname()}, this folder is missing, or differs from the driver's. heliostat "
+            f"doesn't copy {code}, because this file can run code. Save the model as safetensors, or put the folder on "
             "every node"
         )
     deadline_s = WAIT_S + shipment.bytes / BYTES_PER_S
@@ -129,21 +131,21 @@ def here(folder: Location, shipment: Shipment) -> str:
                 _fetch(folder, shipment, cached, time.monotonic() + deadline_s)
     except BlockingIOError as e:
         raise HeliostatError(
-            f"{cached}: another process has been copying {shipment.path} for {deadline_s:,.0f} s. Start again"
+            f"{cached}: another process has been copying {shipment.path} for {deadline_s:,.0f} s. Run the command again"
         ) from e
     except OSError as e:
         raise HeliostatError(
-            f"{cached}: node {socket.gethostname()} can't keep a copy of {shipment.path} there ({e.strerror or e}). "
-            "Free some space there, set TMPDIR to another folder, or put the files on every node"
+            f"{cached}: node {socket.gethostname()} can't store a copy of {shipment.path} in this folder ({e.strerror or e}). "
+            "Free some space, set TMPDIR to another folder, or put the files on every node"
         ) from e
     return str(target)
 
 
 def offer(folder: Location, shipment: Shipment) -> None:
-    """Copies a shipment's files from the driver's node to the spill folder, except files that are already there.
+    """Copies a shipment's files from the driver's node to the folder for temporary files, except files that are already there.
 
-    Raises ConfigError if a file has changed since `describe`, or if a folder in the shipment is a link, which `describe` doesn't
-    follow.
+    Raises ConfigError if a file has changed since `describe`. Also raises ConfigError if a folder in the shipment is a link,
+    which `describe` doesn't follow.
     """
     if linked := _linked(Path(shipment.path), shipment.within):
         raise ConfigError(
@@ -154,15 +156,15 @@ def offer(folder: Location, shipment: Shipment) -> None:
         place, source = folder.join(item.copy), _place(shipment.path, item.name)
         if _size(place) == item.bytes:
             continue
-        log.info("%s: copied to the work folder (%s bytes), for nodes that lack it", source, f"{item.bytes:,}")
+        log.info("%s: copied to the work folder (%s bytes), for nodes that lack this file", source, f"{item.bytes:,}")
         place.upload(source)
         if files.digest("stages", str(source)) != item.digest:
             place.delete()
-            raise ConfigError(f"{source}: changed during the run. Don't change it, and start again")
+            raise ConfigError(f"{source}: changed during the run. Don't change this file, and run the command again")
 
 
 def withdraw(folder: Location) -> None:
-    """Deletes all copied files from the spill folder."""
+    """Deletes the copies of all shipments from the folder for temporary files."""
     folder.join(SHIPPED).delete()
 
 
@@ -181,7 +183,7 @@ def _listed(root: Path, within: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 def _linked(root: Path, within: tuple[str, ...]) -> Path | None:
-    """Returns a link to a folder if there is such a link among the folders to ship; None if there is none."""
+    """Returns a symbolic link to a folder among the folders to ship; None if there is no such link."""
     paths = (p for part in within or ("",) for p in (root / part).rglob("*"))
     return next((p for p in paths if p.is_symlink() and p.is_dir() and not _hidden(p.relative_to(root))), None)
 
@@ -191,7 +193,7 @@ def _hidden(name: Path) -> bool:
 
 
 def _holds(path: str, shipment: Shipment) -> bool:
-    """Returns whether a path holds exactly the shipment's files. Hashes files only if all names and sizes match."""
+    """Checks whether a path has exactly the shipment's files. Hashes files only if all names and sizes match."""
     try:
         if _listed(Path(path), shipment.within) != [(item.name, item.bytes) for item in shipment.items]:
             return False
@@ -201,7 +203,7 @@ def _holds(path: str, shipment: Shipment) -> bool:
 
 
 def _cached(cached: Path, target: Path, shipment: Shipment) -> bool:
-    """Returns whether the cache holds a shipment; if so, updates the time of its last use."""
+    """Checks whether the cache has a complete copy of a shipment. If so, updates the time of the copy's last use."""
     try:
         if not local_files.is_ours(cached.parent) or not _holds(str(target), shipment):
             return False
@@ -212,12 +214,13 @@ def _cached(cached: Path, target: Path, shipment: Shipment) -> bool:
 
 
 def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> None:
-    """Copies a shipment from the spill folder to the cache: all files or none."""
+    """Copies a shipment from the folder for temporary files to the cache: all files or none."""
     if missing := [item for item in shipment.items if _size(folder.join(item.copy)) != item.bytes]:
         raise NotHereError(
             (
                 f"{_place(shipment.path, missing[0].name)}: this file on node {socket.gethostname()} is missing or "
-                f"differs from the driver's, and {folder} has no copy"
+                f"differs from the driver's, and {folder} has no copy. "
+                "The driver copies this file, and runs the task again"
             ),
             shipment,
         )
@@ -239,15 +242,15 @@ def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> 
 
 
 def _write(source: Location, target: Path, item: Item, shipment: Shipment, until: float) -> None:
-    """Copies a file from the spill folder to the disk. If the digest is wrong, deletes the file from the spill folder and raises
-    NotHereError, so that the driver copies the file again."""
+    """Copies a file from the folder for temporary files to the disk. If the digest is wrong, deletes the temporary file and
+    raises NotHereError, so that the driver copies the file again."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     hasher = hashlib.sha256()
     with target.open("wb") as out:
         for block in _blocks(source, item.bytes):
             if time.monotonic() > until:
                 raise HeliostatError(
-                    f"{source}: reading is too slow: {shipment.bytes:,} bytes didn't arrive in time. Start again"
+                    f"{source}: reading is too slow: {shipment.bytes:,} bytes didn't arrive in time. Run the command again"
                 )
             hasher.update(block)
             out.write(block)
@@ -255,7 +258,7 @@ def _write(source: Location, target: Path, item: Item, shipment: Shipment, until
         os.fsync(out.fileno())
     if hasher.hexdigest() != item.digest:
         source.delete()
-        raise NotHereError(f"{source}: was damaged, so heliostat removed it", shipment)
+        raise NotHereError(f"{source}: was damaged, so heliostat removed this copy", shipment)
 
 
 def _blocks(source: Location, size: int) -> Iterator[bytes]:

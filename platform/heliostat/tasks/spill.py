@@ -1,12 +1,12 @@
-"""Writes tables to the work folder, sorted by a 64-bit key, and reads ranges of keys back.
+"""Writes tables to temporary files in the work folder, sorted by a 64-bit key, and reads ranges of keys back.
 
 No other module shuffles data between tasks.
 
 A task writes its result as a file that is named after the file's content and size. If the folder is on a local disk, the task
 waits until the data is on the disk. A later task reads its own range of keys from every one of these files. A file whose content
 doesn't match its name is removed, so that the next start writes the file again. So no task sorts all data, a task holds only its
-own range, and a task that runs twice writes the same file. Row groups are small and record their minimum and maximum key, so that
-reading a range reads little more than its own bytes.
+own range, and a task that runs twice writes the same file. Row groups are small and record their minimum and maximum key. So
+reading a range reads little more than the bytes of this range.
 """
 
 from __future__ import annotations
@@ -38,37 +38,40 @@ NAMED = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})-(\d+)\.\w+")
 
 
 def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str:
-    """Sorts a table by `key` (uint64), then by the columns of `order`, and writes it; returns the file's name in the folder."""
+    """Sorts a table by `key` (uint64), then by the columns of `order`, and writes the table to a temporary file. Returns the
+    file's name in the folder."""
     return write_sorted(folder, table.sort_by([(name, "ascending") for name in ("key", *order)]))
 
 
 def write_sorted(folder: Location, table: pa.Table) -> str:
-    """Writes a table that is already sorted by `key`, and so avoids the copy that sorting makes. Returns the file's name."""
+    """Writes a table that is already sorted by `key` to a temporary file. This avoids the copy that sorting makes. Returns the
+    file's name."""
     return put(folder, _encode(table, min(GROUP_BYTES, max(GROUP_BYTES // 8, table.nbytes // GROUPS))), ".parquet")
 
 
 def put(folder: Location, data: bytes, suffix: str) -> str:
-    """Writes a file named after its content and size; returns the name."""
+    """Writes bytes to a temporary file that is named after its content and size. Returns the name."""
     name = named(data, suffix)
     folder.join(name).write(data, synced=True)
     return name
 
 
 def named(data: bytes, suffix: str) -> str:
-    """Returns the name of a file with this content."""
+    """Returns the name of the temporary file for this content: a prefix of the SHA-256, the size, and the suffix."""
     digest = hashlib.sha256(data).hexdigest()
     return f"{digest[:2]}/{digest[:32]}-{len(data)}{suffix}"
 
 
 def size_of(name: str) -> int | None:
-    """Returns the bytes in a spill's name; None if it isn't the name of a spill."""
+    """Returns the size in bytes that is in a temporary file's name; None if `named` didn't make this name."""
     match = NAMED.fullmatch(name)
     return int(match[2]) if match else None
 
 
 @contextmanager
 def whole(folder: Location, name: str) -> Iterator[None]:
-    """Removes a spill, and raises DataError, if reading the spill fails and its content doesn't match its name."""
+    """Guards the reading of a temporary file. If reading fails, and the file's content doesn't match the digest in its name,
+    deletes the file and raises DataError."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as e:
@@ -79,7 +82,7 @@ def whole(folder: Location, name: str) -> Iterator[None]:
             raise
         place.delete()
         raise DataError(
-            f"work: {place}: was damaged, so heliostat removed it. Start again: the task that wrote it runs again"
+            f"work: {place}: was damaged, so heliostat removed this file. Run the command again to write this file again"
         ) from e
 
 
@@ -123,7 +126,8 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
 
 
 def _part(table: pa.Table, start: int, stop: int) -> pa.Table:
-    """Returns a range of rows. Returns a small range as a copy, because a slice would keep the whole table in memory."""
+    """Returns the rows [start, stop) of a table. A small range is a copy, because a slice would keep the whole table in
+    memory."""
     if 2 * (stop - start) >= len(table):
         return table.slice(start, stop - start)
     return table.take(pa.array(np.arange(start, stop)))
@@ -165,7 +169,7 @@ def starts(*columns: np.ndarray) -> np.ndarray:
 
 
 def share(part: int, parts: int) -> tuple[int, int]:
-    """Computes the range of keys [low, high) of one of several equal parts of all keys."""
+    """Computes the range of keys [low, high) for number `part` of `parts` equal parts of all 64-bit keys."""
     return -(-part * ALL // parts), -(-(part + 1) * ALL // parts)
 
 
@@ -180,7 +184,7 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 
 def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
-    """Removes the rows whose `row` is in `dropped`."""
+    """Returns the table without the rows whose value in the column `row` is in `dropped`."""
     if not len(dropped):
         return table
     return table.filter(pc.invert(pc.is_in(table["row"], value_set=pa.array(dropped, table.schema.field("row").type))))
@@ -188,7 +192,8 @@ def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
 
 @dataclass(frozen=True)
 class SpilledRun:
-    """Describes a spilled run of documents. `decided`: the spills that list the run's rows that later decisions dropped."""
+    """Describes a temporary file of documents (a run). `decided`: the temporary files that list which of these documents were
+    dropped later."""
 
     name: str
     rows: int
@@ -199,7 +204,7 @@ class SpilledRun:
 def survivors(
     folder: Location, run: SpilledRun, low: int = 0, high: int = ALL, columns: list[str] | None = None
 ) -> Iterator[pa.Table]:
-    """Yields the run's documents in a range of keys, without the dropped documents."""
+    """Yields the documents of a temporary file in a range of keys, as tables, without the documents that were dropped later."""
     decided = [t["row"].to_numpy() for name in run.decided for t in read(folder, name, low, high)]
     gone = np.unique(np.concatenate(decided)) if decided else np.zeros(0, np.uint32)
     for table in read(folder, run.name, low, high, None if columns is None else ["row", *columns]):

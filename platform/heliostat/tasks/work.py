@@ -51,7 +51,7 @@ class Work:
         return self.location.join(SPILL)
 
     def note(self, kind: str, key: str) -> Location:
-        """Returns the location of the note of a task that runs again."""
+        """Returns the location of the note that a task writes when it runs again (`care`)."""
         return self.location.join(NOTES, f"{kind}-{key}.json")
 
     def finish(self, kind: str, key: str, record: Mapping[str, object]) -> None:
@@ -60,18 +60,19 @@ class Work:
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        """Maps every file that was in the folder when the run began to its size in bytes."""
+        """Maps every file that was in the work folder when the run began to the file's size in bytes."""
         return dict(self.location.files())
 
     def found(self, kind: str, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Reads the records of the tasks that an earlier run has finished and whose files exist, by key."""
+        """Reads the records of the tasks in `keys` that an earlier run has finished. Returns key -> record, for tasks whose
+        temporary files exist."""
         recorded = [k for k in keys if f"{DONE}/{kind}/{k}.json" in self._sizes]
         with ThreadPoolExecutor(READERS) as pool:
             records = dict(zip(recorded, pool.map(lambda k: self._whole(kind, k), recorded), strict=True))
         return {k: record for k, record in records.items() if record is not None}
 
     def read(self, kind: str, key: str) -> dict[str, Any] | None:
-        """Reads the record of a task; None if it is missing or unreadable."""
+        """Reads the record of a task; None if the record is missing or unreadable."""
         try:
             record = json.loads(self.location.join(DONE, kind, f"{key}.json").read())
         except (FileNotFoundError, ValueError):
@@ -91,7 +92,10 @@ class Work:
         except (FileNotFoundError, ValueError):
             before = {}
         if difference := libraries.changed(before, versions):
-            log.warning("work: %s: heliostat repeats the work that depends on these libraries", ", ".join(difference))
+            log.warning(
+                "work: %s: the versions differ, so heliostat repeats the work that depends on these libraries",
+                ", ".join(difference),
+            )
         if before != before | versions:
             place.write(json.dumps(before | versions).encode())
 
@@ -105,7 +109,7 @@ class Work:
             known = json.loads(self.location.join(MARK).read())["piece"]
         except FileNotFoundError:
             if self._sizes:
-                fault = "isn't empty, and has no unfinished work. Use another folder"
+                fault = "isn't empty, and isn't a work folder of heliostat. Set work to another folder"
                 raise ConfigError(f"work: {self.location}: {fault}") from None
             known = 0
         except (ValueError, TypeError, KeyError):
@@ -116,7 +120,7 @@ class Work:
         return piece
 
     def clear(self) -> None:
-        """Deletes the work, and the folder if nothing else is in it."""
+        """Deletes the unfinished work, and the work folder if it has no other files."""
         if not self.location.join(MARK).exists():
             return
         for name in (DONE, SPILL, NOTES, MARK):  # the mark last, so that an interrupted deletion can be repeated

@@ -29,7 +29,8 @@ FILE = "README.md"
 
 
 class ParentModel(TypedDict):
-    """Describes a folder or Hub model that initializes a model. This is the format of an entry of `parents.json`."""
+    """Describes a folder or Hub model whose weights initialize another model. `parents.json` contains a list of these
+    entries."""
 
     key: str
     folder: str

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointFacts(TypedDict):
-    """Describes a checkpoint. This is the format of an entry of the artifact `checkpoints.json`."""
+    """Describes a checkpoint (step, location, scores). The artifact `checkpoints.json` contains these entries."""
 
     step: int
     uri: str
@@ -61,7 +61,7 @@ class Checkpoints:
         """Logs the complete checkpoints in storage that aren't in MLflow yet, and deletes the logged models of removed
         checkpoints.
 
-        Raises the errors of MLflow and of the storage. An error doesn't undo the work before it.
+        Raises the errors of MLflow and of the storage. After an error, the changes that were already made in MLflow remain.
         """
         from heliostat.checkpoint import layout  # imports torch, which takes a second
 
@@ -114,7 +114,8 @@ class Checkpoints:
         return model
 
     def _delete(self, client: MlflowClient, gone: list[LoggedModel]) -> None:
-        """Saves the facts of these checkpoints in the run's artifact `checkpoints.json`, then deletes their logged models."""
+        """Saves the facts of the checkpoints in `gone` in the run's artifact `checkpoints.json`, then deletes their logged
+        models."""
         if not gone:
             return
         deleted: dict[str, CheckpointFacts] = {m.model_id: {**facts(m), "deleted": True} for m in gone}
@@ -133,7 +134,12 @@ class Checkpoints:
             if e.error_code != "PERMISSION_DENIED":
                 raise
             client.set_logged_model_tags(model.model_id, {tags.DELETED: "true"})
-            log.warning("MLflow still lists %s, with the tag %s: %s", model.name, tags.DELETED, brief(e))
+            log.warning(
+                "MLflow doesn't allow deleting the logged model %s, so it got the tag %s instead: %s",
+                model.name,
+                tags.DELETED,
+                brief(e),
+            )
 
 
 def facts(model: LoggedModel) -> CheckpointFacts:

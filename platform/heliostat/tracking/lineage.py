@@ -55,13 +55,14 @@ class TracedModel(TypedDict):
 
 
 class Ancestor(ParentModel):
-    """Describes a parent model. If the parent's run is known, adds the node of this run."""
+    """Describes a parent model, with the lineage of the run that trained this parent. The lineage is None if that run isn't
+    known."""
 
     run: Traced | None
 
 
 class Traced(About):
-    """Describes a run and its origins, as a node of the lineage."""
+    """Describes a run as a node of the lineage: its job, code, data, and checkpoints, and its parent models."""
 
     sweep: str | None
     reproduces: str | None
@@ -82,22 +83,24 @@ class Traced(About):
 
 
 class Lineage(TypedDict):
-    """Holds the result of `lineage`."""
+    """Holds the result of `lineage`: the registered model version, if one was requested, and the run with its origins."""
 
     model: TracedModel | None  # None if the question wasn't about a registered version
     run: Traced
 
 
 def lineage(client: MlflowClient, uri: str, what: str) -> Lineage:
-    """Traces the lineage of a model or a run. `what`: any name of the model or the run. Raises ConfigError if `what` leads to
-    no run."""
+    """Traces the lineage of a model or a run. `what`: any name of the model or the run. Raises ConfigError if no run belongs to
+    `what`."""
     version, run_id = None, what
     if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # an unregistered model belongs to its run
         run_id = str(client.get_logged_model(logged[1]).source_run_id)
     elif not re.fullmatch(r"[0-9a-f]{32}", what) and not _is_folder(what):
         version = registry.find(client, what)
         if not (run_id := version.run_id or ""):
-            raise ConfigError(f"{what}: was registered without a run, so its lineage isn't known")
+            raise ConfigError(
+                f"{what}: the version was registered without a run, so its lineage isn't known. Pass a run id, or another version"
+            )
     run = settle(client, mlflow_client.find(client, run_id, uri))
     return {"model": model_node(client, version) if version else None, "run": run_node(client, run)}
 
@@ -154,8 +157,8 @@ def _parents(client: MlflowClient, run_id: str) -> list[ParentModel]:
 
 
 def _parent_node(client: MlflowClient, parent: ParentModel, depth: int) -> Traced | None:
-    """Builds the node of a parent's run. Returns None if the parent's run isn't known, or if this store doesn't have that
-    run."""
+    """Builds the node of a parent's run. Returns None if the parent's run isn't known, or if this MLflow store doesn't contain
+    the parent's run."""
     from mlflow.exceptions import MlflowException
 
     if not parent["run_id"] or not depth:
@@ -169,7 +172,7 @@ def _parent_node(client: MlflowClient, parent: ParentModel, depth: int) -> Trace
 
 def goodput_of(client: MlflowClient, run: Run) -> goodput.GoodputReport | None:
     """Reads the goodput report: from MLflow if the run has ended, else from the ledger in the run's folder. Returns None if
-    neither is readable."""
+    neither the report nor the ledger is readable."""
     report = read_json(client, run.info.run_id, "goodput.json", goodput.GoodputReport) if run.info.status != "RUNNING" else None
     try:
         return report or goodput.read_report(Location(run.data.tags[tags.FOLDER]))
@@ -200,8 +203,8 @@ def distinct(values: list[T]) -> list[T]:
 
 
 class Descendant(TypedDict):
-    """Describes a run that has trained on the requested samples. `inherited`: run ids of its ancestors that have trained on
-    these samples."""
+    """Describes a run that has trained on the requested samples. `inherited`: run ids of the run's ancestors that have trained
+    on these samples."""
 
     run_id: str
     name: str
@@ -219,7 +222,8 @@ class LineageRow(Descendant):
 class Seen:
     """Finds the runs that have trained on a shard or a dataset, directly or through a model from which they were initialized.
 
-    The counts of samples are exact. They are computed from the data plans that runs recorded in MLflow, and from the manifests.
+    The counts of samples are exact. This class computes the counts from the data plans that runs recorded in MLflow, and from
+    the manifests.
     """
 
     def __init__(self, client: MlflowClient) -> None:
@@ -236,7 +240,8 @@ class Seen:
         return self.rows(taken)
 
     def rows(self, taken: Taken, only: str | None = None) -> list[LineageRow]:
-        """Lists the runs that have taken samples, directly or through ancestors. `only`: id of the only run to check."""
+        """Lists the runs that have trained on the samples that `taken` counts, directly or through ancestors. `only`: id of the
+        only run to check."""
         rows = list[LineageRow]()
         for run_id, run in self.runs.items():
             if only not in (None, run_id):
@@ -249,8 +254,8 @@ class Seen:
         return rows
 
     def _inherited(self, run: Run, taken: Taken, depth: int) -> list[str]:
-        """Lists the run ids of ancestors that took samples. For each ancestor, counts only the samples up to the step whose
-        checkpoint initialized the run."""
+        """Lists the run ids of ancestors that have trained on the samples that `taken` counts. For each ancestor, counts only
+        the samples up to the step whose checkpoint initialized the run."""
         out: list[str] = []
         for parent in _parents(self.client, run.info.run_id):
             above = self.runs.get(run_id := parent["run_id"] or "")
@@ -279,7 +284,7 @@ def _model_lines(model: TracedModel, depth: int) -> list[tuple[int, str]]:
     for entry in model["history"]:
         more = f", in place of version {entry['replaced']}" if entry.get("replaced") else ""
         more += f", version {entry['replaced_by']} took its place" if entry.get("replaced_by") else ""
-        more += f", overruled: {'; '.join(entry['overruled'])}" if entry.get("overruled") else ""
+        more += f", forced in spite of: {'; '.join(entry['overruled'])}" if entry.get("overruled") else ""
         out.append((depth + 1, f"{entry['event']} @{entry['alias']}{more}"))
     return out
 
@@ -291,7 +296,7 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
     for key, other in (("sweep", run["sweep"]), ("reproduces", run["reproduces"])):
         out += [(below, f"{key}: {other}")] if other else []
     for code in run["code"]:
-        dirty = f", changed (code/{code['diff']}.diff)" if code["diff"] else ""
+        dirty = f", with uncommitted changes (code/{code['diff']}.diff)" if code["diff"] else ""
         out.append((below, f"code: {code['commit'] or 'no git commit'}{dirty}"))
     out.append((below, f"job: {run['recipe']}, seed {run['job']['seed']}, data seed {run['job']['data_seed']} (job.json)"))
     for change in run["changes"]:
@@ -302,7 +307,7 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
         how = "restart" if a["restart"] else "command"
         why = f": {a['reason']}" if a["reason"] else ""
         span = f"steps {a['start_step'] + 1:,} to {a['reached']:,} on {a['workers']} workers"
-        out.append((below, f"attempt {number} ({how}): {span}, {a['outcome'] or 'without an end'}{why}"))
+        out.append((below, f"attempt {number} ({how}): {span}, {a['outcome'] or 'no recorded end'}{why}"))
     for segment in run["data"]["segments"]:
         out.append((below, f"data of steps {segment['first'] + 1:,} to {segment['end']:,} (plan {segment['digest'][:12]})"))
         out += [(below + 1, _source_line(s)) for s in segment["sources"]]
@@ -330,7 +335,10 @@ def node_line(node: LivingNode) -> str:
 
 def _source_line(s: consumed.ConsumedSource) -> str:
     shown = ", ".join(a if a == b else f"{a} to {b}" for a, b in s["ranges"][:3]) + (" ..." if len(s["ranges"]) > 3 else "")
-    forgotten = "".join(f", made of {old['digest'][:12]} without {', '.join(old['ids'])}" for old in s.get("forgotten", []))
+    forgotten = "".join(
+        f", made from version {old['digest'][:12]} without the documents {', '.join(old['ids'])}"
+        for old in s.get("forgotten", [])
+    )
     forgotten += "".join(f", from {name}" for name in s.get("hub", {}).values())
     weights = ", ".join(f"{w:g}" + (f" from step {step + 1:,}" if step else "") for step, w in s["weights"])
     return (f"{s['name']} {s['digest'][:12]}, weight {weights}: {s['samples']:,} samples, {s['epochs']:.2f} epochs, "

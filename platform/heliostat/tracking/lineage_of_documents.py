@@ -29,8 +29,8 @@ Chunk = tuple[str, str, int]  # dataset, shard, row group
 class DocumentSample(ConsumedPlace):
     """Describes a sample that contains a part of the document.
 
-    For a sample that replaced a bad sample, `lane` (the virtual rank), `place`, and `epoch` are None, because the record doesn't
-    contain these values.
+    For a sample that replaced a bad sample, `lane` (the virtual rank), `place`, and `epoch` are None, because the run's list of
+    replaced samples doesn't contain these values.
     """
 
     step: int  # counted from 1
@@ -42,8 +42,8 @@ class DocumentSample(ConsumedPlace):
 class Reached(Descendant):
     """Describes a run that has trained on the document, or that may have trained on it.
 
-    `unsure`: number of replaced bad samples that the record doesn't list. `fault`: why the run's samples of this dataset are
-    unknown; None if they are known.
+    `unsure`: number of bad samples whose replacements the run's record doesn't list, so that they may contain the document.
+    `fault`: why the run's samples of this dataset are unknown; None if they are known.
     """
 
     samples: list[DocumentSample]
@@ -65,8 +65,8 @@ class TrainedOnDocument:
 
     @property
     def digests(self) -> set[str]:
-        """Returns the digests of the dataset, of its parts if it is a collection, and of the versions from which documents were
-        `forgotten`."""
+        """Returns the digests of the dataset, of its parts (for a collection), and of the earlier versions from which documents
+        were removed (`forgotten`)."""
         parts = self.dataset.meta.get("digests", {}).values()
         return {self.dataset.digest, *parts, *(earlier["digest"] for earlier in self.dataset.meta.get("forgotten", []))}
 
@@ -90,7 +90,8 @@ class TrainedOnDocument:
         return {**row, "samples": samples, "steps": steps, "unsure": unsure, "fault": self.faults.get(row["run_id"])}
 
     def _before(self, run: Run, before: int | None) -> list[DocumentSample]:
-        """Returns the run's samples of the document in its steps up to `before`. If `before` is None, all steps count."""
+        """Returns the run's samples that contain a part of the document, in the steps up to `before`. If `before` is None, all
+        steps count."""
         run_id = run.info.run_id
         if run_id not in self.samples:
             try:
@@ -113,7 +114,7 @@ class TrainedOnDocument:
         return with_replaced(samples, data["replaced"], rows_of)
 
     def _pieces(self, version: Manifest) -> list[tuple[str, Piece]]:
-        """Locates the document in a version of the dataset; empty if that version doesn't contain it."""
+        """Locates the document in a version of the dataset; empty if that version doesn't contain the document."""
         if version.digest not in self.places:
             part = next((name for name, digest in self.dataset.meta.get("digests", {}).items() if digest == version.digest), None)
             whole, folder = (version, "") if part is None else (self.dataset, f"{part}/")

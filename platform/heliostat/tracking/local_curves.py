@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MARK = "train/loss"  # every step has this metric, so it shows how far MLflow's curves reach
 
 
-FIX = "Delete it to continue without these steps' curves"
+FIX = "Delete the file to continue without these steps' curves"
 
 
 @open_
@@ -54,7 +54,8 @@ def write(run: Location, done: int, reported: Sequence[events.Event]) -> None:
 
 
 def missing(run: Location, known: dict[str, int]) -> list[Point]:
-    """Reads the points that MLflow may lack, in order. They are in the curve files that end after MLflow's last step."""
+    """Reads the points that MLflow may lack, in order. These points are in the curve files that end after MLflow's last
+    step."""
     return read(run, known.get(MARK, 0))
 
 
@@ -67,7 +68,7 @@ def read(run: Location, last: int = 0) -> list[Point]:
             for number, event in enumerate(LIST.read(place)):
                 if (recorded := KINDS.get(event["kind"])) is None:
                     log.warning(
-                        "%s: an event of kind %r comes from another version of heliostat and isn't logged", name, event["kind"]
+                        "%s: an event of kind %r comes from another version of heliostat, so it isn't logged", name, event["kind"]
                     )
                     continue
                 if scores := event.get("scores"):

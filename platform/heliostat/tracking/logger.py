@@ -1,9 +1,9 @@
 """Logs one MLflow run. The run's owner, in the driver's process, writes all data of the run to MLflow.
 
-The owner uses MlflowClient with an explicit run id, so that a resumed run continues the same MLflow run. The id is stored next to
-the checkpoints (`run.json`). One thread writes the queued events, so a slow or unreachable server never slows training. Events
-that the server doesn't accept wait (`outbox`) for the next attempt. After the end of the run, attempts continue for AWAY_S. If
-events are still waiting then, the run's next command sends them.
+The owner uses MlflowClient with an explicit run id, so that a resumed run continues the same MLflow run. The id is stored next
+to the checkpoints (`run.json`). One thread writes the queued events, so a slow or unreachable server never slows training.
+Events that the server doesn't accept wait (`outbox`) for the next attempt. After the end of the run, attempts continue for
+AWAY_S seconds. If events still wait after these seconds, the run's next command sends these events.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Table(TypedDict):
 
 @dataclass(kw_only=True)
 class End(Event):
-    """Marks the end of the command: the last event that is posted."""
+    """Marks the end of the command. It is the last event that a RunOwner receives, and has the run's status and goodput."""
 
     status: str
     reason: str
@@ -91,7 +91,7 @@ class RunOwner:
     ) -> None:
         """Prepares the run, without writing to MLflow yet.
 
-        `extra`: tags to add to a new run; `mlflow.parentRunId` makes it a nested run. `data_version`: the data plan's version.
+        `extra`: tags of a new run (`mlflow.parentRunId` makes a nested run). `data_version`: the data plan's version.
         """
         self.job, self.manifests, self._tags, self._data_version = job, manifests, extra or {}, data_version
         self.run_id = self._made = ""
@@ -122,7 +122,7 @@ class RunOwner:
             self._thread.start()
 
     def client(self) -> MlflowClient:
-        """Waits until MLflow has answered, and returns the MlflowClient. Raises TrackingError after AWAY_S without an
+        """Waits until MLflow has answered, and returns the MlflowClient. Raises TrackingError after AWAY_S seconds without an
         answer."""
         self.post(Event())  # wakes the thread, which may be waiting for its first event
         self._start()
@@ -134,7 +134,7 @@ class RunOwner:
     def describe(self, model_uri: str | None, samples: list[tuple[str, str]]) -> None:
         """Writes the samples (prompt, generated text) and, if the run has a logged model, the model's URI.
 
-        Raises TrackingError if MLflow rejects the data, or doesn't answer for AWAY_S.
+        Raises TrackingError if MLflow rejects the data, or doesn't answer for AWAY_S seconds.
         """
         from mlflow.exceptions import MlflowException
 
@@ -149,7 +149,7 @@ class RunOwner:
     def _log_samples(self, client: MlflowClient, rows: list[list[str]]) -> None:
         """Adds rows to the run's table of samples, unless the table already ends with these rows.
 
-        If a call were repeated, MLflow's `log_table` would add the rows twice.
+        MLflow's `log_table` adds the rows twice if the call is repeated, so this function replaces `log_table`.
         """
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
@@ -164,7 +164,7 @@ class RunOwner:
     def finish(self, status: str, reason: str, report: goodput.GoodputReport, closing: dict[str, str] | None = None) -> None:
         """Writes all waiting events, and the run's goodput, tags, and status (FINISHED, FAILED, or KILLED).
 
-        If MLflow is down for AWAY_S, the run's next command writes this data. If the run is FINISHED, raises TrackingError.
+        If MLflow is down for AWAY_S seconds, the run's next command writes this data, and a FINISHED run raises TrackingError.
         """
         step = max(a["reached"] for a in report["attempts"])
         self.post(Goodput(report=report, step=step))
@@ -174,7 +174,7 @@ class RunOwner:
         if self._fault or self._thread.is_alive():
             kept = self.job.run_folder.join(run_folder.UNLOGGED)
             lacks = f"{self._away()}. The missing metrics are in {kept}"
-            fault = f"{lacks}. To log them: heliostat train --resume"
+            fault = f"{lacks}. To log these metrics: heliostat train JOB --resume"
             if status == "FINISHED":
                 raise TrackingError(fault) from self._fault
             log.error(fault)
@@ -229,7 +229,7 @@ class RunOwner:
     def _gather(self, pause: float) -> list[Event]:
         """Collects the next events from the queue, waiting for the first.
 
-        After a failed exchange, collects events during the pause before the next attempt. The end of the run ends the pause.
+        After a failed request, collects events during the pause before the next attempt. The end of the run ends the pause.
         """
         events, until = list[Event](), time.monotonic() + pause
         while True:
@@ -262,7 +262,7 @@ class RunOwner:
             del self._facts[what]
         if self._fault:
             away = time.monotonic() - self._since
-            log.warning("%s after %.0f s, and has the %d metrics that waited", BACK, away, waiting)
+            log.warning("%s after %.0f s, and has received the %d waiting metrics", BACK, away, waiting)
         if self._end:
             self._close(self._end)
 
@@ -276,7 +276,7 @@ class RunOwner:
         try:
             box.keep()
         except (HeliostatError, OSError) as e:
-            log.warning("can't keep the metrics that wait for MLflow in the run's folder: %s", e)
+            log.warning("can't write the metrics that wait for MLflow to the run's folder: %s", e)
 
     def _try(self, what: str, action: Callable[[], None]) -> None:
         """Runs an action on MLflow. Logs and skips an error that would occur at every attempt.
@@ -344,7 +344,7 @@ class RunOwner:
         self.run_id = self._made
 
     def _make(self, token: str) -> str:
-        """Creates the MLflow run, unless an earlier attempt has created it, and returns its id."""
+        """Creates the MLflow run, unless an earlier attempt has created it, and returns the run's id."""
         experiment_id = mlflow_client.experiment(self._client, self.job.mlflow.uri, self.job.mlflow.experiment)
         for name in (tags.TOKEN, tags.FORMERLY[tags.TOKEN]):
             if runs := self._client.search_runs([experiment_id], f"tags.`{name}` = '{token}'"):

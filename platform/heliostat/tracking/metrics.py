@@ -122,7 +122,7 @@ RESERVED = tuple(name for name in _NAMES if name.isidentifier())
 
 
 def points(event: Event) -> list[Point]:
-    """Converts an event to the points that MLflow gets for it.
+    """Converts an event to points (metric, step, value) for MLflow.
 
     A step's loss comes last. So if the loss has arrived, all metrics of the step have arrived. In a run's first event the loss
     comes first, because MLflow's UI lists metrics in the order of the first event.

@@ -75,7 +75,8 @@ def known(client: MlflowClient, run_id: str) -> dict[str, int]:
 
 
 def read_json(client: MlflowClient, run_id: str, artifact: str, kind: type[T]) -> T | None:
-    """Reads a JSON artifact of a run; None if the run doesn't have it. Raises TrackingError if the artifact isn't JSON.
+    """Reads a JSON artifact of a run; None if the run doesn't have this artifact. Raises TrackingError if the artifact isn't
+    JSON.
 
     `kind`: the artifact's type. This function doesn't check the type, because heliostat itself wrote the artifact.
     """
@@ -143,8 +144,8 @@ def _probe(uri: str) -> None:
 def asking(uri: str) -> Iterator[None]:
     """Converts errors of MLflow and of its database within the context into a TrackingError of one line.
 
-    If the store is an HTTP server, first waits until the server answers, with any status. Raises TrackingError if it doesn't
-    answer within BUDGET_S.
+    If the store is an HTTP server, first waits until the server answers, with any status. Raises TrackingError if the server
+    doesn't answer within BUDGET_S seconds.
     """
     import mlflow
 
@@ -158,7 +159,9 @@ def asking(uri: str) -> Iterator[None]:
     except ModuleNotFoundError as e:
         extra = extras.bringing(e.name or "")
         fix = f". Run: {extras.command(extra)}" if extra else ""
-        raise TrackingError(f"MLflow at {uri}: its database needs the module {e.name!r}, which isn't installed{fix}") from e
+        raise TrackingError(
+            f"MLflow at {uri}: the database of this store needs the Python module {e.name!r}, which isn't installed{fix}"
+        ) from e
     except Exception as e:
         if not type(e).__module__.startswith("sqlalchemy"):
             raise
@@ -184,7 +187,7 @@ def _until_answers(uri: str) -> None:
 
     def give_up(failure: FailedAttempts) -> NoReturn:
         reason = brief(getattr(failure.error, "reason", failure.error) or type(failure.error).__name__)
-        fix = "Start it with `mlflow server`, or pass another store: --mlflow URI"
+        fix = "Start the server with `mlflow server`, or pass another store: --mlflow URI"
         raise TrackingError(f"MLflow at {uri}: no answer within {BUDGET_S:g} s ({reason}). {fix}") from failure.error
 
     retry(ask, BUDGET_S, PAUSES, judge, give_up)
@@ -256,9 +259,9 @@ def find(client: MlflowClient, run: str, uri: str) -> Run:
         fix = (
             f". The run is in another store: pass --mlflow {recorded}"
             if (recorded := known.get("uri")) and recorded != uri
-            else ""
+            else ". List the runs: heliostat run list"
         )
         raise ConfigError(f"{run!r}: no such run in {uri}{fix}") from e
     if FOLDER not in recorded_run.data.tags:
-        raise ConfigError(f"{run!r}: wasn't made by `heliostat train` ({uri})")
+        raise ConfigError(f"{run!r}: isn't a run of `heliostat train` ({uri}). List the runs: heliostat run list")
     return recorded_run

@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 
 
 def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe: Serves, scores: dict[str, float]) -> str:
-    """Logs an exported folder to the run, and returns the logged model's URI. Registers this model if the job says so.
+    """Logs an exported folder to the run, and returns the logged model's URI. Registers this model if the job sets
+    `mlflow.register_as`.
 
     The logged model has a signature and an input example. A checkpoint's model is logged and registered only once. Later calls
     reuse the complete results of earlier calls, and delete incomplete results. Raises TrackingError if MLflow fails.
@@ -72,7 +73,7 @@ def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe
                 logging_utils.enable_logging()
         _describe(client, job, version, last.step, license, (folder / card.FILE).read_text(), scores)
     except mlflow.exceptions.MlflowException as e:
-        raise TrackingError(f"mlflow: can't log the model in {folder} ({e})") from e
+        raise TrackingError(f"mlflow: can't log the model in {folder} ({e}). To try again, use --resume") from e
     return f"models:/{job.mlflow.register_as}/{version.version}"
 
 
@@ -167,15 +168,16 @@ def _describe(
 def resolve(model: str, tracking_uri: str) -> Path:
     """Returns the local folder of a model for `from_pretrained`. Downloads the model if necessary.
 
-    `model`: any name of the model, as described above. Raises ConfigError if there is no such model.
+    `model`: a folder, `models:/NAME/VERSION`, a run id, or `ORG/NAME` of the Hugging Face Hub. Raises ConfigError if there is
+    no such model.
     """
     if Path(model).is_dir():
         if not exported.is_model(Path(model)):
-            raise ConfigError(f"{model}: is a folder without a model (no config.json). Make one: heliostat model export")
+            raise ConfigError(f"{model}: is a folder without a model (no config.json). Export a model: heliostat model export")
         return Path(model)
     if (name := names.model(model)) and not re.fullmatch(r"[^/]+/\d+", model):  # NAME/NUMBER is more likely a version in MLflow
         pinned = files.resolve("MODEL", name)
-        log.info("%s: a model of the Hugging Face Hub", pinned)
+        log.info("%s: using this model of the Hugging Face Hub", pinned)
         return files.model("MODEL", pinned)
     if not model.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", model):
         what = "a run id (32 hex digits), a model's folder, or ORG/NAME of the Hugging Face Hub"
@@ -197,7 +199,9 @@ def _download(model: str, tracking_uri: str) -> Path:
             uri = f"models:/{whole[-1]}"
         folder = Path(mlflow.artifacts.download_artifacts(uri))
     except mlflow.exceptions.MlflowException as e:
-        raise ConfigError(f"{model}: not found in {tracking_uri} ({brief(e)})") from e
+        raise ConfigError(
+            f"{model}: not found in {tracking_uri} ({brief(e)}). See the registered models: heliostat run ui"
+        ) from e
     return folder / "artifacts" / "model"
 
 

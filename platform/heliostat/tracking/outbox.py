@@ -32,12 +32,12 @@ WAITING = Format(
     Point,
     "list of points that wait for MLflow",
     check=lambda point: None if 0 <= point.at < 2.0**36 and 0 <= point.step < 2**53 else "the point's time or step is missing",
-    fix="Delete the file to continue without them",
+    fix="Delete the file to continue without these points",
 )
 
 
 class Outbox:
-    """Holds the points of one run that wait for MLflow."""
+    """Queues the points (metric, step, value) of one run until MLflow has them."""
 
     def __init__(self, run: Location, send: Callable[[list[Point]], None], known: Callable[[], dict[str, int]]) -> None:
         """Starts with empty queues. `send` sends at most BATCH points to the store. `known` returns the last coordinate of each
@@ -92,7 +92,7 @@ class Outbox:
             self._kept = False
         for what, count in self._given_up.items():
             if count:
-                log.error("dropped the oldest %d %s that waited for MLflow", count, what)
+                log.error("dropped the oldest %d %s that waited for MLflow, because too many were waiting", count, what)
                 self._given_up[what] = 0
         return sent
 

@@ -48,7 +48,7 @@ def settle(client: MlflowClient, run: Run, how: str = "") -> Run:
     try:
         changed = _settle(client, run, folder, how)
     except (HeliostatError, OSError) as e:
-        log.warning("can't find out from the run's folder whether run %s is over: %s", run.info.run_id, e)
+        log.warning("can't read the run's folder, so the MLflow status of run %s doesn't change: %s", run.info.run_id, e)
         return run
     return client.get_run(run.info.run_id) if changed else run
 
@@ -87,7 +87,7 @@ def _settle(client: MlflowClient, run: Run, folder: Location, how: str) -> bool:
     else:
         died = f"the driver (process {last.pid} on {last.host}) died without an error{how and f', {how}'}, at step "
         _end(client, run_id, "FAILED", f"{died}{last.reached}. --resume continues from its newest checkpoint", last.seen)
-    log.warning("closed run %s in MLflow, because its driver is gone", run_id)
+    log.warning("closed run %s in MLflow, because the run's driver is dead", run_id)
     return True
 
 

@@ -47,7 +47,7 @@ class HistoryEntry(TypedDict):
 
 
 class Promotion(HistoryEntry):
-    """Describes a promotion, with the scores of the new version and of the replaced version."""
+    """Describes the result of a promotion: the moved alias, and the scores of the new version and of the replaced version."""
 
     name: str
     version: str
@@ -55,7 +55,7 @@ class Promotion(HistoryEntry):
     replaced_scores: dict[str, float]
 
 
-EVENTS = Format(list[HistoryEntry], "history of a model", TrackingError, fix="Delete the tag to start another")
+EVENTS = Format(list[HistoryEntry], "history of a model", TrackingError, fix="Delete the tag to start a new history")
 
 
 class GateError(HeliostatError):
@@ -94,7 +94,7 @@ def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, fl
     better or equal.
 
     `mode`: `min` if lower scores are better. Returns the reason why the new model must not replace the current model; empty if
-    the new model may do so.
+    the new model may replace it.
     """
     for model_name, scores in (("the new model", new), ("the current model", present)):
         if not math.isfinite(scores.get(metric, math.nan)):
@@ -123,8 +123,8 @@ def find(client: MlflowClient, model: str) -> ModelVersion:
 
 
 def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float], dict[str, str]]:
-    """Reads a version's scores, for example `eval/loss`. Reads the held-out split of each dataset too, by the dataset's
-    digest."""
+    """Returns a version's scores by name, for example `eval/loss`, and the held-out split (fraction and version) of each
+    dataset by its digest."""
     tags = version.tags
     measured = {k.removeprefix(SCORE): float(v) for k, v in tags.items() if k.startswith(SCORE)}
     data = {}
@@ -171,8 +171,8 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
     if present is not None and present.version != new.version:
         before, its_data = scores(client, present)
         if data != its_data:
-            faults.append(f"it was scored on other held-out samples than version {present.version}. Score both on one dataset "
-                "with `heliostat model evaluate`, and use --force")  # fmt: skip
+            faults.append(f"it was scored on other held-out samples than version {present.version}. Score both versions on one "
+                "dataset with `heliostat model evaluate`, and use --force")  # fmt: skip
         elif fault := compare(metric, mode, measured, before):
             faults.append(fault)
     if faults and not force:

@@ -57,12 +57,12 @@ class RecordedStart(CommandCode):
     changes: dict[str, tuple[str | None, str | None]]
 
 
-STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="Delete it to start another")
+STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="Delete the file to start a new list")
 SPIKES_SHOWN = 100  # maximum number of spikes in the tag (the newest)
 
 
 class RunRecord:
-    """Writes the facts of one run to MLflow."""
+    """Writes the facts of one run to MLflow: params, job, code, datasets, parents, and checkpoints."""
 
     def __init__(self, client: MlflowClient, run_id: str, job: Job) -> None:
         self.client, self.run_id, self.job = client, run_id, job
@@ -109,7 +109,8 @@ class RunRecord:
             self.client.set_tag(self.run_id, SPIKES, ",".join(map(str, steps[-SPIKES_SHOWN:])))
 
     def _code(self) -> CommandCode:
-        """Describes this command's code and package environment. Writes the files about them only once."""
+        """Describes this command's code and package environment. Writes the files with the difference and the versions only
+        once."""
         if self._source is None:
             source, packages = source_code.source(), source_code.environment()
             digest = hashlib.sha256(json.dumps(packages).encode()).hexdigest()[:12]

@@ -79,7 +79,7 @@ def _log(place: Path) -> Path | None:
     try:
         place.touch(mode=0o600)
     except OSError as e:
-        log.warning("can't write %s (%s), so MLflow's output follows here", place, e.strerror)
+        log.warning("can't write %s (%s), so MLflow's output appears in this terminal", place, e.strerror)
         return None
     return place
 

@@ -1,4 +1,5 @@
-"""Connects workers and driver through a mailbox: a small Ray actor on the driver's node. Training steps never wait for it.
+"""Connects workers and driver through a mailbox: a small Ray actor on the driver's node. Training steps never wait for the
+mailbox.
 
 Rank 0 posts events (`runs.events`). Every worker sends heartbeats, which show that the worker is alive, and report its progress.
 The answer to a heartbeat is the driver's orders:
@@ -164,7 +165,7 @@ def by_other_clock(heartbeats: dict[int, Pulse], now: float) -> dict[int, Pulse]
 
 
 class Bounded:
-    """Keeps the newest events up to a limit, and counts the older ones that were dropped."""
+    """Keeps the newest events up to a limit, and counts the older events that were dropped."""
 
     def __init__(self, limit: int) -> None:
         self._kept: deque[tuple[int, Event]] = deque(maxlen=limit)
@@ -192,7 +193,7 @@ class AttemptMailbox:
         self.actor.post.remote(self.attempt, event)
 
     def heartbeat(self, rank: int, progress: int, facts: Facts) -> ray.ObjectRef[Orders]:
-        """Returns the reference to the driver's orders."""
+        """Sends a worker's heartbeat. Returns the Ray reference to the driver's orders."""
         return self.actor.heartbeat.remote(self.attempt, rank, progress, facts)
 
     def order(self, orders: Orders) -> None:
@@ -224,12 +225,12 @@ class RunMailbox:
             ray.kill(self._actor)
 
     def begin(self, attempt: int) -> AttemptMailbox:
-        """Begins an attempt. Creates an actor if there is none, or if the old one no longer answers."""
+        """Begins an attempt. Creates an actor if there is none, or if the old actor no longer answers."""
         if self._actor:
             try:
                 ray.get(self._actor.begin.remote(attempt), timeout=ANSWER_S)
             except ray.exceptions.RayError as e:
-                log.debug("starting the mailbox again: %s", e)
+                log.debug("restarting the mailbox, because it doesn't answer: %s", e)
                 ray.kill(self._actor)
                 self._actor = None
         self._actor = self._actor or _make(attempt)
@@ -237,7 +238,7 @@ class RunMailbox:
 
 
 def _make(attempt: int) -> ActorHandle[MailboxState]:
-    """Creates a mailbox actor on the driver's node, so that it doesn't die with a worker's node."""
+    """Creates a mailbox actor on the driver's node, so that the actor doesn't die with a worker's node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(MailboxState).options(num_cpus=0, scheduling_strategy=here)
     return cast("ActorHandle[MailboxState]", mailbox.remote(attempt))

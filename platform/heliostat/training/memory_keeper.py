@@ -3,10 +3,10 @@
 Each node of a run has one keeper, an actor that outlives the workers.
 
 A copy is the part of the state that one worker has after one step, as bytes. A copy arrives in pieces, several at a time, and the
-keeper checksums each piece on arrival. A copy is valid once it is sealed: it is then complete, and its checksums equal those that
-its worker computed. Copies with the same id form a *generation*: one copy per worker of an attempt, after the same step. A keeper
-keeps two generations, because the newest may be incomplete. A keeper accepts only copies of the current attempt, and counts
-rejected copies.
+keeper checksums each piece on arrival. A copy is valid once it is sealed: it is then complete, and its checksums equal the
+checksums that its worker computed. Copies with the same id form a *generation*: one copy per worker of an attempt, after the same
+step. A keeper keeps two generations, because the newest may be incomplete. A keeper accepts only copies of the current attempt,
+and counts rejected copies.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class CopyFacts:
 
 @dataclass(frozen=True)
 class CopySource:
-    """Identifies the generation that an attempt starts from. `holders`: by rank, the nodes that have its copy, with their
-    keepers."""
+    """Identifies the generation that an attempt starts from. `holders`: by rank, the nodes that have this rank's copy, with the
+    keeper of each node."""
 
     id: str
     step: int
@@ -53,8 +53,8 @@ class CopySource:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Holds an attempt's plan for in-memory checkpoints: its number, each rank's keepers, and the generation that it starts from,
-    if any."""
+    """Holds an attempt's plan for in-memory checkpoints: its number, each rank's keepers, and the generation that the attempt
+    starts from, if any."""
 
     attempt: int
     keepers: list[list[ActorHandle[MemoryKeeper]]]  # by rank: its own node's keeper, and another node's if there is one
@@ -90,7 +90,8 @@ def summed(data: np.ndarray, start: int) -> Sum:
 
 @dataclass
 class Copy:
-    """Holds one copy. Sealing sets its `facts`, its `layout`, and `own`: the part of the state that no other worker has.
+    """Holds one worker's copy of the training state. When the copy is complete, sealing sets its `facts`, its `layout`, and
+    `own`: the part of the state that no other worker has.
 
     `own` is encoded by `wire`, because a keeper doesn't import its classes.
     """
@@ -141,8 +142,8 @@ class MemoryKeeper:
             return sum(self._reserved.values())
 
     def open(self, id: str, rank: int, size: int) -> None:
-        """Begins a copy. If it belongs to a new generation, drops the oldest generation. Raises ValueError if its attempt has
-        ended."""
+        """Begins a copy. If the copy belongs to a new generation, drops the oldest generation. Raises ValueError if the copy's
+        attempt has ended."""
         with self._changing:
             self._require_present(id)
             ids = list(dict.fromkeys([*(of for of, _ in self._copies), id]))
@@ -163,18 +164,19 @@ class MemoryKeeper:
     def seal(self, id: str, rank: int, sums: list[Sum], facts: CopyFacts, layout: Layout, own: bytes) -> None:
         """Completes a copy.
 
-        Raises ValueError if the checksums of its pieces differ from its worker's checksums, or if its attempt has ended.
+        Raises ValueError if the checksums of the copy's pieces differ from the worker's checksums, or if the copy's attempt has
+        ended.
         """
         with self._changing:
             self._require_present(id)
             copy = self._copies[id, rank]
             if sorted(copy.arrived) != sorted(sums) or sum(one.size for one in sums) != len(copy.data):
                 del self._copies[id, rank]
-                raise ValueError("an in-memory checkpoint arrived damaged (checksum)")
+                raise ValueError("an in-memory checkpoint arrived damaged (wrong checksum), so heliostat doesn't use it")
             copy.facts, copy.layout, copy.own = facts, layout, own
 
     def _require_present(self, id: str) -> None:
-        """Raises ValueError for a copy of an earlier attempt, and counts it."""
+        """Raises ValueError for a copy of an earlier attempt, and counts this copy as rejected."""
         if (attempt := attempt_of(id)) != self._attempt:
             self._refused += 1
             raise ValueError(f"rejected an in-memory checkpoint of attempt {attempt} in attempt {self._attempt}")

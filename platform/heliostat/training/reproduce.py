@@ -1,8 +1,8 @@
 """Reproduces a recorded run from its MLflow record, and compares the two loss curves step by step.
 
-The job, its seeds, and the dataset versions come from the record. The code is the workspace's current code; heliostat compares it
-with the code of the recorded run. In fp32, the curves are bitwise equal if the machine, packages, code, and worker counts are the
-same. The new run, NAME-again, is separate from the recorded run, and registers no model.
+The job, its seeds, and the dataset versions come from the record. The code is the workspace's current code; heliostat compares
+this code with the code of the recorded run. In fp32, the curves are bitwise equal if the machine, packages, code, and worker
+counts are the same. The new run, NAME-again, is separate from the recorded run, and registers no model.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
     count = min(steps or recorded.end, recorded.end)
     if steps and steps > recorded.end:
         raise ConfigError(
-            f"--steps {steps}: the run's record ends at step {recorded.end}, where the run ended or its data changed. "
-            "Pass a lower number"
+            f"--steps {steps}: the run's record ends at step {recorded.end}, where the run ended or the run's data changed. "
+            "Pass this step or an earlier step"
         )
     notes = differences(recorded, source_code.source(), source_code.environment())
     for note in notes:
@@ -90,7 +90,10 @@ def read(client: Any, run: Any) -> RecordedRun:
         read_json(client, run_id, ATTEMPTS, list[RecordedStart]),
     )
     if job is None or not data["segments"] or not starts:
-        raise ConfigError(f"run {run_id}: its record has no job, data, or machines, because it ended before its first checkpoint")
+        raise ConfigError(
+            f"run {run_id}: the record in MLflow has no job, data, or machines, because the run ended before its first "
+            "checkpoint. Reproduce another run"
+        )
     first = consumed.parse(data)[0]
     environment = read_json(client, run_id, f"code/environment-{starts[0]['environment']}.json", dict[str, str]) or {}
     return RecordedRun(run_id, job, first.plan, first.end, read_curve(client, run_id), starts, environment, attempts(client, run))
@@ -144,7 +147,10 @@ def compare(recorded: dict[int, float], curve: dict[int, float], steps: int) -> 
     both = [s for s in range(1, steps + 1) if s in recorded and s in curve]
     if len(both) < steps:
         missing = next(s for s in range(1, steps + 1) if s not in recorded or s not in curve)
-        raise ConfigError(f"step {missing}: MLflow has no loss of this step for one of the two runs, so they can't be compared")
+        raise ConfigError(
+            f"step {missing}: MLflow has no loss of this step for one of the two runs, so the runs can't be compared. "
+            "Pass --steps below this step"
+        )
     gaps = {s: abs(recorded[s] - curve[s]) for s in both}
     first = next((s for s in both if recorded[s] != curve[s]), None)
     largest = max(gaps.values(), key=lambda g: math.inf if math.isnan(g) else g)

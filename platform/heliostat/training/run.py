@@ -11,7 +11,7 @@ Every run takes the same path:
 - plan its data from its last checkpoint
 - train, export, and register the model (`driver/run.py`)
 
-`heliostat train --json` prints the result. The run's folder has it as `result.json`.
+`heliostat train --json` prints the result. The run's folder has the result as `result.json`.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, 
 def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
     """Trains a job to its last step as part of something larger, such as a sweep.
 
-    Starts from its last checkpoint if it has one; exports nothing.
+    Starts from the run's last checkpoint if the run has one; exports nothing.
 
     Returns the summary of the training, which is also in the run's folder.
     """

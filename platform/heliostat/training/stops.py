@@ -13,8 +13,8 @@ STOPS = {RESIZE: "resize", PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 class PausePoints:
     """Holds a run's pause points and the decisions about them. Any thread may answer; the first answer for a step counts.
 
-    At a pause point the workers evaluate, save, post the event `Paused`, and wait idle. `answer` makes them continue (RUN) or
-    stop (INTERRUPTED). So a trial that a scheduler stops has trained no step beyond its pause point.
+    At a pause point the workers evaluate, save, post the event `Paused`, and wait idle. `answer` makes the workers continue (RUN)
+    or stop (INTERRUPTED). So a trial that a scheduler stops has trained no step beyond its pause point.
     """
 
     def __init__(self, steps: Iterable[int] = ()) -> None:

@@ -191,12 +191,15 @@ class _Tuning:
         if not most:
             missing = (
                 nodes.missing_now(self.base)
-                or f"no room for a trial's own {TRIAL_CPUS:g} CPU in addition to its workers; waiting"
+                or f"no room for a trial's own {TRIAL_CPUS:g} CPU in addition to the trial's workers; waiting"
             )
             log.warning("running one trial after another: %s", missing)
         elif wanted and wanted > most:
             log.warning(
-                "concurrency: there is room for %d trials of %d workers each, but not for %d trials", most, workers.most, wanted
+                "concurrency: the cluster has room for only %d trials of %d workers each, so heliostat doesn't run %d at once",
+                most,
+                workers.most,
+                wanted,
             )
         return max(1, min(wanted or most, most))
 
@@ -247,7 +250,8 @@ class _Tuning:
         }  # fmt: skip
 
     def _finalize(self, parent: Parent, result: SweepResult, all_records: list[TrialRecord]) -> None:
-        """Exports the best trial's model and logs it to the trial's run. If the job says so, registers the model."""
+        """Exports the best trial's model and logs it to the trial's run. If the job sets `mlflow.register`, registers the
+        model."""
         best = records.best(all_records, self.plan.sweep.mode)
         if best is None or not self.plan.sweep.register_best:
             return
@@ -269,8 +273,8 @@ def _best(plan: SweepPlan, best: TrialRecord | None) -> BestTrial | None:
 
 
 def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:
-    """Counts the trials that can run concurrently if all workers of each trial have a place. Trials of which only some workers
-    have a place would wait for each other.
+    """Counts the trials that can run concurrently with all their workers. Counts only complete trials, because trials that get
+    only some of their workers wait for each other forever.
 
     In addition to its workers, each trial needs a CPU for its data task, and the CPU of its actor on one node. `free`: free
     resources by node.

@@ -54,8 +54,8 @@ def sweeps(storage: Location) -> list[SweepRow]:
 
 
 def running(folder: Location) -> bool:
-    """Returns whether a live driver holds the sweep's lease. If the driver is on another machine, waits for a sign of life from
-    it."""
+    """Returns whether a live driver holds the sweep's lease. If the driver is on another machine, waits until this driver
+    renews the lease, or seems dead."""
     number = lease.newest_number(folder)
     return number > 0 and lease.holder(folder, number) is not None
 
@@ -66,13 +66,13 @@ def find(sweep: str, storage: str) -> Location:
     for folder in (Location(sweep), *named):
         if folder.join("sweep.json").exists():
             return folder
-    raise ConfigError(f"{sweep}: isn't a sweep, and {storage} has no sweep with this name. List them: heliostat sweep list")
+    raise ConfigError(f"{sweep}: isn't a sweep, and {storage} has no sweep with this name. List the sweeps: heliostat sweep list")
 
 
 def read(folder: Location) -> tuple[SweepPlan, KeptTrial]:
     kept = records.read_json(folder.join("sweep.json"), records.KEPT)
     if kept is None:
-        raise ConfigError(f"{folder}: isn't a sweep (no sweep.json)")
+        raise ConfigError(f"{folder}: isn't a sweep (no sweep.json). List the sweeps: heliostat sweep list")
     return SweepPlan(_sweep(folder, kept), spec.with_rules(kept["job"]), None), kept
 
 
@@ -114,7 +114,7 @@ def progress(folder: Location) -> tuple[int, int]:
 def stop(folder: Location) -> None:
     """Requests a stop and waits until the sweep has stopped.
 
-    Raises ConfigError if the sweep isn't running, HeliostatError if it doesn't stop within STOP_S seconds.
+    Raises ConfigError if the sweep isn't running, HeliostatError if the sweep doesn't stop within STOP_S seconds.
     """
     if not running(folder):
         raise ConfigError(f"{folder}: isn't running, so there is nothing to stop")
@@ -122,7 +122,7 @@ def stop(folder: Location) -> None:
     deadline = time.monotonic() + STOP_S
     while running(folder):
         if time.monotonic() > deadline:
-            raise HeliostatError(f"{folder}: didn't stop within {STOP_S:.0f} s")
+            raise HeliostatError(f"{folder}: the sweep didn't stop within {STOP_S:.0f} s. Run the command again to wait longer")
         time.sleep(1.0)
 
 

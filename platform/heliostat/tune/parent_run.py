@@ -51,7 +51,9 @@ class Parent:
         TrackingError after AWAY_S seconds."""
 
         def give_up(failure: FailedAttempts) -> NoReturn:
-            raise TrackingError(f"mlflow.uri: {self.uri} failed ({brief(failure.error)})") from failure.error
+            raise TrackingError(
+                f"mlflow.uri: {self.uri} failed ({brief(failure.error)}). When MLflow answers, run the sweep again with --resume"
+            ) from failure.error
 
         return retry(action, AWAY_S, BACKOFF, lambda error: None, give_up)  # MLflow passes on any error of its store
 

@@ -48,7 +48,7 @@ TRIES = 20  # attempts to find values near the donor's that make a valid job
 
 
 def make(state: SweepState) -> Within:
-    """Creates the sweep's scheduler. Its `controller` is None until Tune adds the first trial."""
+    """Creates the sweep's scheduler. The scheduler's `controller` is None until Tune adds the first trial."""
     chosen, steps = state.plan.sweep.scheduler, state.plan.base["train"]["steps"]
     scheduler: Within
     if chosen.halves:
@@ -76,7 +76,8 @@ class Within(TrialScheduler):
     controller: Any  # Tune's controller, of which `Watch` uses private attributes
 
     def replay(self, records: list[TrialRecord]) -> None:
-        """Passes the reports of earlier commands' trials to the scheduler."""
+        """Passes the recorded reports of trials that earlier commands ran to the scheduler, for example to rebuild ASHA's
+        rungs."""
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         self.controller = tune_controller
@@ -121,7 +122,7 @@ class Median(Within, MedianStoppingRule):
 
 
 class _StandIn:
-    """Stands in for Tune's trial object, for a trial that an earlier command ran."""
+    """Represents a trial of an earlier command. Tune's schedulers get this object instead of Tune's own trial object."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
@@ -133,7 +134,8 @@ def _in_order(records: list[TrialRecord]) -> list[tuple[int, float, TrialRecord]
 
 
 class Pbt(Within, PopulationBasedTraining):
-    """Implements PBT with Tune's synchronous scheduler: all trials report the same step before any exchange."""
+    """Implements PBT with Tune's synchronous scheduler: all trials report the same step before any trial clones another
+    trial."""
 
     def __init__(self, state: SweepState) -> None:
         settings = state.plan.sweep.scheduler
@@ -206,8 +208,8 @@ class Pbt(Within, PopulationBasedTraining):
 
 
 class Pb2(Pbt):
-    """Implements PB2, which is PBT with another choice of the next values: PB2 chooses them with a model of the population's
-    gains so far."""
+    """Implements PB2, which is PBT with another choice of the next values: PB2 chooses the next values with a model of the
+    population's gains so far."""
 
     def _near(self, donor: TrialRecord, step: int, rng: np.random.Generator) -> Iterator[Params]:
         sweep = self.watched.plan.sweep

@@ -58,7 +58,7 @@ class Domain(Strict):
 
     @property
     def values(self) -> list[object]:
-        """Returns the bounds or the choices, as the file has them."""
+        """Returns the bounds or the choices of this key, exactly as in the sweep's file."""
         return getattr(self, self.kind)
 
     @property
@@ -80,7 +80,7 @@ class Domain(Strict):
         values, numbers = self.values, self.numbers
         if self.listed:
             if any(v in values[:i] for i, v in enumerate(values)):
-                raise ValueError(f"{self.kind} {values} contains a value twice. Remove one")
+                raise ValueError(f"{self.kind} {values} contains a value twice. Remove one of the two")
         elif numbers[0] >= numbers[1]:
             raise ValueError(f"{self.kind} {values} is an empty range. The first number must be below the second")
         elif "log" in self.kind and numbers[0] <= 0:
@@ -153,7 +153,7 @@ def fit(domain: Domain, value: float) -> float:
 
 
 def number(value: object) -> float:
-    """Returns a numeric parameter's value, and asserts that it is a number."""
+    """Returns `value` as a float. Asserts that the value is a number."""
     assert isinstance(value, int | float)
     return value
 

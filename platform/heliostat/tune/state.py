@@ -80,7 +80,7 @@ class SweepState:
     # changes ---------------------------------------------------------------------------------------------------------
 
     def add(self, number: int, drawn: Params) -> TrialRecord:
-        """Adds a new trial. Its status is `failed` if its parameters don't make a valid job."""
+        """Adds a new trial, and returns the trial's record. The status is `failed` if the parameters don't make a valid job."""
         space, params = self.plan.sweep.space, Params()
         for key, domain in space.items():
             if key in drawn and spaces.holds(domain, params):
@@ -137,8 +137,8 @@ class SweepState:
         self._keep(record)
 
     def tick(self) -> None:
-        """Adds the time since the last call to the running time of trials. Stops the sweep if the budget is used up. Call it
-        about once per second."""
+        """Adds the time since the last call to the running time of trials. Stops the sweep if the budget is used up. Call this
+        function about once per second."""
         now = time.monotonic()
         for trial in self.trials:
             record = self.of(trial.trial_id)
@@ -155,7 +155,8 @@ class SweepState:
             self.stop(f"budget.gpu_hours: the {budget.gpu_hours:g} GPU-hours are used up", used_up=True)
 
     def stop(self, why: str, used_up: bool = False) -> None:
-        """Asks every trial to save a checkpoint and stop."""
+        """Requests that every trial saves a checkpoint and stops. `why`: the reason; `used_up`: whether the budget is used
+        up."""
         if not self.stopping:
             self.stopping, self.used_up = why, used_up
             log.warning("%s: trials stop after their next checkpoint. To continue the sweep, use --resume", why)

@@ -118,12 +118,14 @@ def _scheduler_faults(sweep: Sweep) -> list[str]:
         if sweep.searcher.name != "random":
             faults.append(f"searcher.name: {name} starts with random trials. Remove {sweep.searcher.name!r}")
         if sweep.budget.trials is None or sweep.budget.trials < 2:
-            faults.append(f"budget.trials: {name} needs the size of its population. Set it to 2 or more")
+            faults.append(f"budget.trials: {name} needs the size of its population. Set budget.trials to 2 or more")
         for key, domain in sweep.space.items():
             if _below(key, DATA):
-                faults.append(f"space.{key}: {name} can't change it during a run, because checkpoints wouldn't fit. Remove it")
+                faults.append(
+                    f"space.{key}: {name} can't change this key during a run, because checkpoints wouldn't fit. Remove this key"
+                )
             if domain.when:
-                faults.append(f"space.{key}.when: not supported by {name}")
+                faults.append(f"space.{key}.when: not supported by {name}. Remove `when`")
             if domain.listed and scheduler.name == "pb2":
                 faults.append(f"space.{key}: {name} needs ranges. Use a range instead of {domain.kind}, or use 'pbt'")
     return faults
@@ -233,8 +235,8 @@ def bracket_of(number: int, brackets: int, reduction: int) -> int:
 
 
 def load(path: Path, changes: list[str] | None = None, cluster: ClusterFile | None = None) -> SweepPlan:
-    """Loads a sweep from a YAML file, applies `key.path=value` changes to the sweep's keys, and checks it without Ray or any
-    store.
+    """Loads a sweep from a YAML file, applies `key.path=value` changes to the sweep's keys, and checks the sweep without Ray or
+    any store.
 
     `cluster`: the file of the target cluster, which decides `workers.gpus: auto`. ConfigError if the sweep is invalid.
     """
@@ -295,7 +297,7 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
             "`heliostat plan JOB --rank` finds"
         )
     if base.evaluate is None:
-        faults.append("job: has no evaluate, so it reports no metric. Add evaluate")
+        faults.append("job: has no section `evaluate`, so it reports no metric. Add this section to the job")
     else:
         recipe = check.check_job(base)[1]
         scores = recipe.scores if isinstance(recipe, Evaluates) else ()
@@ -310,7 +312,9 @@ def _budget_faults(plan: SweepPlan, base: Job) -> list[str]:
     faults = []
     if budget.tokens is not None and budget.tokens < one:
         unit = "tokens" if base.data.sequence_length else "samples"
-        faults.append(f"budget.tokens: {budget.tokens:,.0f} is below one trial's {one:,} {unit}. Raise it or lower train.steps")
+        faults.append(
+            f"budget.tokens: {budget.tokens:,.0f} is below one trial's {one:,} {unit}. Raise budget.tokens or lower train.steps"
+        )
     if budget.gpu_hours is not None and not base.workers.gpus:
         faults.append("budget.gpu_hours: the job's workers have no GPUs (workers.gpus is 0). Use budget.hours")
     if plan.sweep.searcher.name == "grid":

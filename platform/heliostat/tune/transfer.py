@@ -69,13 +69,13 @@ def transfer(rates: dict[int, float], width: int) -> Transfer:
 
 
 def check(plan: SweepPlan, big: Path) -> Job:
-    """Loads the big job; ConfigError if this sweep can't give it a learning rate."""
+    """Loads the big job; Raises ConfigError if the job can't get a learning rate from this sweep."""
     job = load_job(big)
     if LR not in plan.sweep.space:
-        raise ConfigError(f"--transfer: the sweep's space has no {LR}. Add it")
+        raise ConfigError(f"--transfer: the sweep's space has no {LR}. Add this key to the space")
     for name, model in ((str(big), job.model), (plan.sweep.job, _models(plan)[0])):
         if not isinstance(model.get(WIDTH), int):
-            raise ConfigError(f"--transfer: {name} doesn't set model.{WIDTH}, which is the width of the model. Set it")
+            raise ConfigError(f"--transfer: {name} doesn't set model.{WIDTH}, which is the width of the model. Set this key")
     return job
 
 
@@ -109,7 +109,7 @@ def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> 
 
 
 def tell(carried: Transfer) -> list[str]:
-    """Formats the transfer as lines of text."""
+    """Formats the best learning rate of each width, and the extrapolated learning rate, as lines of text."""
     lines = [f"width {width:>6,}: best lr {rate:.3g}" for width, rate in carried.rates.items()]
     how = "measured" if carried.measured else "muP's exponent, because there is only one width"
     far = carried.width / max(carried.rates)

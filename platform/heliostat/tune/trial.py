@@ -1,9 +1,9 @@
 """Runs a trial for Ray Tune: a heliostat run (`train_with_hooks`), with its own workers, in a thread of Tune's actor.
 
 `step` returns when the run pauses for the scheduler or ends. Otherwise it returns the current step after one second. The next
-`step` lets a paused run continue. `cleanup` ends a paused run immediately, and a running run after a checkpoint. `cleanup`
-returns when the run's workers, actors, and placement group no longer exist. A trial always resumes from its run's folder. Tune's
-own checkpoint contains only the step, and heliostat doesn't load it.
+`step` lets a paused run continue. `cleanup` ends a paused run immediately. If the run is training, `cleanup` ends the run after
+a checkpoint. `cleanup` returns when the run's workers, actors, and placement group no longer exist. A trial always resumes from
+its run's folder. Tune's own checkpoint contains only the step, and heliostat doesn't load it.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ class Trial(tune.Trainable):
                 time.sleep(1.0)
 
     def _hear(self, event: Event) -> None:
-        """Handles the run's events, in the run's thread."""
+        """Handles an event of the run, in the run's thread: keeps the step, and queues pauses and waiting messages for
+        `_next`."""
         if isinstance(event, Steps):
             self._step = event.done
         elif isinstance(event, Paused | Waiting):
@@ -214,7 +215,7 @@ def clone(wanted: Clone, run: Location) -> bool:
 
 
 def copy(source: Location, target: Location) -> None:
-    """Copies a file as a stream. The target appears only when it is complete."""
+    """Copies a file as a stream. The target file appears only when the copy is complete."""
     with source.open() as file:
         size = file.size()
 

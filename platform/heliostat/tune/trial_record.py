@@ -131,7 +131,7 @@ class KeptBest(TypedDict, total=False):
 
 @open_
 class KeptOutcome(TypedDict, total=False):
-    """Describes the part of `result.json` that heliostat reads."""
+    """Describes the keys of `result.json` that heliostat itself reads."""
 
     best: KeptBest | None
 

@@ -129,8 +129,8 @@ def check_file(path: Path, settings: list[str] | None = None, cluster: Path | Cl
 
 
 def check_job(job: Job) -> tuple[Job, Recipe]:
-    """Checks everything that needs no dataset, store, or machine. Returns the job as this machine can compute it, and its
-    recipe."""
+    """Checks everything that needs no dataset, store, or machine. Returns the job, with a precision that this machine's CPU
+    supports, and the job's recipe."""
     faults = Faults()
     job, recipe = _check_job(job, faults)
     if recipe is None or faults:
@@ -146,7 +146,7 @@ def _check_job(job: Job, faults: Faults) -> tuple[Job, Recipe | None]:
         if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
             raise ConfigError(
                 f"train.compile: {str(job.train.compile).lower()} needs a C++ compiler, but this machine has none. "
-                "Install g++, or set it to false"
+                "Install g++, or set train.compile to false"
             )
     job, recipe = computable(job, cpu_flags()), None
     with faults.part():
@@ -178,9 +178,14 @@ def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
     """Raises ConfigError if the job's checkpoints can't be scored on tasks. The suite itself is checked when heliostat reads
     it."""
     if recipe.kind != "tokens":
-        raise ConfigError("evaluate.benchmarks: benchmark tasks need a language model, which this recipe isn't. Remove it")
+        raise ConfigError(
+            "evaluate.benchmarks: benchmark tasks need a language model, but this recipe trains another kind of model. "
+            "Remove evaluate.benchmarks"
+        )
     if not Path(benchmarks.suite).is_file():
-        raise ConfigError(f"evaluate.benchmarks.suite: {benchmarks.suite}: no such file. Make one: heliostat model make-suite")
+        raise ConfigError(
+            f"evaluate.benchmarks.suite: {benchmarks.suite}: no such file. Make a suite file: heliostat model make-suite"
+        )
     extras.require("benchmark", "lm_eval", what="evaluate.benchmarks")
 
 
@@ -241,7 +246,7 @@ def _manifests(job: Job, recipe: Recipe | None, recorded: DataPlan | None, chang
             if recipe and shared.kind not in (recipe.kind, collection.KIND):
                 raise ConfigError(
                     f"data.sources.{i}.path: expected a dataset of {recipe.kind!r}, which {job.recipe} trains on, "
-                    f"got {shared.kind!r} ({location})"
+                    f"got {shared.kind!r} ({location}). Use another dataset or recipe"
                 )
             manifests.append(shared)
     if faults:
@@ -316,19 +321,19 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
     held_rows, total = ([int(getattr(s, name).sum()) for s in order.splits] for name in ("held", "samples"))
     has_places = [m.kind == "rows" or bool((m.places >= 0).all()) for m in manifests]
     if not sum(held_rows):
-        fix = "Raise it"
+        fix = "Raise evaluate.fraction"
         if not all(has_places):
             number = has_places.index(False)
             fix = (
                 f"data.sources.{number} has no document boundaries, so only whole row groups can be held out "
                 f"({len(order.splits[number].held):,}). "
-                f"Prepare it again (`heliostat data prepare --force`), or raise the fraction"
+                f"Prepare the dataset again (`heliostat data prepare --force`), or raise evaluate.fraction"
             )
         raise ConfigError(f"evaluate.fraction: {fraction:g} holds out none of {sum(total):,} samples. {fix}")
     if (count := len(order.held_out(wanted))) < min(wanted, sum(order.held_shares(wanted))):
         lines.append(
             f"evaluate.samples: only {count:,} held-out samples can be scored, not {wanted:,}. evaluate.fraction "
-            f"{fraction:g} holds out {sum(held_rows):,} of {sum(total):,} samples. Raise the fraction, or set "
+            f"{fraction:g} holds out {sum(held_rows):,} of {sum(total):,} samples. Raise evaluate.fraction, or set "
             f"evaluate.samples to {count}"
         )
     for i, (mine, of, known) in enumerate(zip(held_rows, total, has_places, strict=True)):
@@ -362,6 +367,10 @@ def _check_mlflow(uri: str) -> None:
             with e:
                 said = brief(" ".join(re.sub("<[^>]*>", " ", e.read(4096).decode(errors="replace")).split()))
             kind = TrackingError if e.code >= 500 else HeliostatError
-            raise kind(f"mlflow.uri: {uri} answers with an error: {e.code} {e.reason}{f' ({said})' if said else ''}") from e
+            raise kind(
+                f"mlflow.uri: {uri} answers with an error: {e.code} {e.reason}{f' ({said})' if said else ''}. Check the server"
+            ) from e
         except (urllib.error.URLError, TimeoutError, OSError) as e:
-            raise TrackingError(f"mlflow.uri: {uri} doesn't answer ({getattr(e, 'reason', e)}). Start it: mlflow server") from e
+            raise TrackingError(
+                f"mlflow.uri: {uri} doesn't answer ({getattr(e, 'reason', e)}). Start the server: mlflow server"
+            ) from e

@@ -1,4 +1,4 @@
-"""Protects HTTP servers: requires keys, and limits how long and how large requests are.
+"""Protects HTTP servers: requires API keys, and limits the duration and size of requests.
 
 Start at `gate`.
 May import: `cluster`, `storage`.

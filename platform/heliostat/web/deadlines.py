@@ -1,6 +1,6 @@
 """Closes connections whose clients send headers or bodies too slowly, or send headers without end.
 
-uvicorn limits only the pause between an answer and the next request. `apply` adds the other limits to every server of this
+uvicorn limits only the time between a response and the next request. `apply` adds the other limits to every server of this
 process. This includes Ray Serve and MLflow, which start uvicorn themselves.
 """
 
@@ -18,7 +18,8 @@ LEAST_BYTES = 10 << 10  # minimum bytes of a body per period
 
 
 def apply() -> None:
-    """Watches every connection that uvicorn accepts in this process from now on."""
+    """Installs a ConnectionWatch, with time and size limits, for every connection that uvicorn accepts in this process from now
+    on."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     kinds: list[Any] = [H11Protocol]
@@ -36,7 +37,8 @@ def apply() -> None:
 
 
 class ConnectionWatch:
-    """Watches one connection: its protocol, the bytes that arrived, and its state at the last check."""
+    """Watches one HTTP connection, and closes the connection if the client is too slow. Counts the received bytes, and remembers
+    the state at the last check."""
 
     def __init__(self, protocol: Any) -> None:
         self.protocol, self.seen = protocol, protocol.cycle
@@ -47,7 +49,7 @@ class ConnectionWatch:
         self.timer = self.loop.call_later(PERIOD_S, self.check)
 
     def took(self, size: int, new: bool) -> None:
-        """Counts arrived bytes, and closes a connection whose headers are too long. `new`: whether a request began."""
+        """Counts received bytes, and closes the connection if the headers are too long. `new`: whether a new request began."""
         if new:
             self.end = self.arrived + _body_bytes(self.protocol.cycle.scope)  # earliest end of the request's body
         self.arrived += size
@@ -60,25 +62,26 @@ class ConnectionWatch:
 
     @property
     def asking(self) -> bool:
-        """Checks whether the server waits for a request. This is so if no request has come yet, or if the last request has its
-        complete answer."""
+        """Checks whether the server waits for a request: no request has arrived yet, or the response to the last request is
+        complete."""
         return self.protocol.cycle is None or self.protocol.cycle.response_complete
 
     @property
     def finishing(self) -> bool:
-        """Checks whether the client is still sending a body although the server has already answered, for example because the key
-        is missing.
+        """Checks whether the client is still sending a body although the server has already responded, for example with an error
+        because the API key is missing.
 
-        Such a client reads the answer only after it has sent the body, so closing the connection would hide the answer.
+        Such a client reads the response only after the complete body is sent. If the server closed the connection earlier, the
+        client would never see the response.
         """
         return self.arrived < self.end
 
     def check(self) -> None:
-        """Closes the connection if headers take longer than a period, or if too few bytes of a body have come since the last
-        check.
+        """Closes the connection if the headers take longer than PERIOD_S seconds, or if fewer than LEAST_BYTES bytes of a body
+        have arrived since the last check.
 
-        Checks a slow connection twice, because a busy event loop runs its timers before it reads arrived bytes. uvicorn
-        limits the pause between an answer and the next request.
+        Checks a slow connection twice, because a busy event loop runs timers before it reads received bytes. uvicorn itself
+        limits the time between a response and the next request.
         """
         now, transport = self.protocol.cycle, self.protocol.transport
         if transport.is_closing() or transport.get_protocol() is not self.protocol:  # it ended, or its protocol changed
@@ -99,13 +102,13 @@ class ConnectionWatch:
         self.timer = self.loop.call_later(PERIOD_S, self.check)
 
     def close(self) -> None:
-        """Closes the connection at once, without an answer."""
+        """Closes the connection immediately, without a response."""
         self.timer.cancel()
         self.protocol.transport.abort()
 
 
 def _body_bytes(scope: Mapping[str, Iterable[tuple[bytes, bytes]]]) -> int:
-    """Returns the Content-Length of a request; 0 if the request has none, or if its body is chunked."""
+    """Returns the Content-Length of a request; 0 if the request has no such header, or if the body is chunked."""
     headers = dict(scope["headers"])
     length = headers.get(b"content-length", b"")
     return int(length) if length.isdigit() and b"transfer-encoding" not in headers else 0

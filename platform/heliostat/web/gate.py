@@ -1,8 +1,8 @@
-"""Requires a key from each client of an application that has no login of its own, which is MLflow's server.
+"""Requires an API key from each client of an application without a login, such as MLflow's server.
 
-A program sends `Authorization: Bearer KEY`. A browser gets a page that reads the key from the part of the address after the
-`#`, or asks the user for the key. The page sends the key once and gets a cookie. Only pages of the same origin may send this
-cookie.
+A program sends `Authorization: Bearer KEY`. A browser gets a page that reads the key from the URL, after the `#`, or asks the
+user for the key. The page sends the key to the server once, and gets a cookie. The server accepts this cookie only from pages of
+the same origin.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ WILDCARDS = ("0.0.0.0", "::", "")
 
 
 class Gate:
-    """Checks the key of each request. `known`: digests of keys by name. `host`: the address on which the server listens."""
+    """Wraps an ASGI application, and checks the API key of each request. `known`: digests of keys by name. `host`: the address on
+    which the server listens."""
 
     def __init__(self, app: ASGIApp, known: Mapping[str, str], host: str) -> None:
         self.app, self.known = app, dict(known)
@@ -63,25 +64,29 @@ class Gate:
         await response(request.scope, request.receive, send)
 
     def _require_host(self, request: Request) -> None:
-        """Raises Refusal if the Host header has the name of another site. An attacker could make such a name resolve to this
-        server (DNS rebinding)."""
+        """Raises Refusal if the Host header has a name that isn't this server's. An attacker could make the name of another site
+        resolve to this server (DNS rebinding)."""
         name = _host(request.headers.get("host", ""))
         try:
             ipaddress.ip_address(name)  # unlike a name, an address can't be rebound
         except ValueError:
             if name not in self.names:
-                said = f"host: {name[:100]!r} isn't this server's name. Use its address, or {', '.join(sorted(self.names))}"
+                said = f"host: {name[:100]!r} isn't a name of this server. Use an IP address, or {', '.join(sorted(self.names))}"
                 raise Refusal(403, said, code="unknown_host") from None
 
     async def _enter(self, request: Request) -> Response:
-        """Takes a key from a browser, and gives the browser the cookie; raises Refusal if the key isn't valid."""
+        """Reads the key that a browser has sent. Returns a response with the cookie; raises Refusal if the key isn't valid."""
         if not _same_origin(request):
-            raise Refusal(403, "the key comes from a page of another origin", code="other_origin")
+            raise Refusal(
+                403,
+                "the key comes from a page of another origin. Open this server's address, and enter the key there",
+                code="other_origin",
+            )
         raw = bytearray()
         async for piece in request.stream():
             raw += piece
             if len(raw) > KEY_BYTES:
-                raise Refusal(413, f"the key has more than {KEY_BYTES} bytes", code="body_too_large")
+                raise Refusal(413, f"the key has more than {KEY_BYTES} bytes. Enter only the key", code="body_too_large")
         keys.owner(f"Bearer {raw.decode('utf-8', 'replace')}", self.known)
         response = Response(status_code=204)
         response.set_cookie(
@@ -90,7 +95,7 @@ class Gate:
         return response
 
     def _has_cookie(self, request: Request) -> bool:
-        """Checks whether a page of this server sent the request, in a browser that has already sent a key."""
+        """Checks whether the request has the cookie of an earlier valid key, and comes from a page of this server."""
         cookie = request.cookies.get(_cookie(request))  # cookies of the host's other servers can have any form
         return cookie is not None and hmac.compare_digest(cookie.encode(), self.session.encode()) and _same_origin(request)
 
@@ -103,8 +108,8 @@ def _host(header: str) -> str:
 
 
 def _cookie(request: Request) -> str:
-    """Returns the name of the cookie. The name contains the port, because browsers send a host's cookies to all ports of the
-    host."""
+    """Returns the name of the cookie. The name contains the server's port, because browsers send a host's cookies to all ports of
+    this host."""
     server = request.scope.get("server") or ("", 0)
     return f"heliostat-{server[1]}"
 
@@ -118,7 +123,8 @@ def _same_origin(request: Request) -> bool:
 
 
 def _refused(request: Request, error: Refusal) -> Response:
-    """Answers a request without a valid key: a browser gets the page that asks for the key, and a program gets the error."""
+    """Returns the response to a rejected request. If the key is missing or unknown, a browser gets the page that asks for the
+    key. Other clients get the error as JSON."""
     if error.status == 401 and request.method == "GET" and "text/html" in request.headers.get("accept", ""):
         nonce = secrets.token_urlsafe(16)
         policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
@@ -126,5 +132,5 @@ def _refused(request: Request, error: Refusal) -> Response:
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
         return Response(PAGE.replace("NONCE", nonce), 401, headers, "text/html")
     if error.status == 401:
-        error = Refusal(401, f"{error.message}. MLflow's clients read the key from MLFLOW_TRACKING_TOKEN", code=error.code)
+        error = Refusal(401, f"{error.message}. For MLflow's clients, set MLFLOW_TRACKING_TOKEN to the key", code=error.code)
     return JSONResponse(error.body(), error.status, error.headers())

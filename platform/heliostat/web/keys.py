@@ -4,7 +4,7 @@ the keys.
     KEY
     NAME KEY        # metrics and limits use the name; a comment begins at the line's start or after white space
 
-A key's digest is compared in constant time, and always with the digests of all known keys.
+Servers compare a key's digest in constant time, and always with the digests of all known keys.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def digest(key: str) -> str:
 
 
 def made(path: Path) -> bool:
-    """Creates a file with a new key, if the file doesn't exist. Returns whether it created the file."""
+    """Creates a file with a new API key, if the file doesn't exist. Returns True if the file was created."""
     if path.exists():
         return False
     Location(str(path.absolute())).require_writable()
@@ -41,8 +41,8 @@ def made(path: Path) -> bool:
 
 
 def read(path: Path) -> dict[str, str]:
-    """Reads a file of keys, and returns their digests by name. A key without a name gets the name `key-LINE`, in which LINE is
-    the key's line number.
+    """Reads a file of API keys. Returns a mapping from each key's name to the key's digest. A key without a name gets the name
+    `key-LINE`, in which LINE is the key's line number.
 
     Raises ConfigError if the file is unreadable, is open to other users, has an invalid line, or contains no key. No error
     message shows a key.
@@ -50,9 +50,11 @@ def read(path: Path) -> dict[str, str]:
     try:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--keys: can't read {path} ({getattr(e, 'strerror', None) or type(e).__name__})") from e
+        raise ConfigError(
+            f"--keys: can't read {path} ({getattr(e, 'strerror', None) or type(e).__name__}). Pass a text file with keys"
+        ) from e
     if mode & 0o077:
-        raise ConfigError(f"--keys: other users can read {path}. Run `chmod 600 {path}`, then make new keys")
+        raise ConfigError(f"--keys: other users can read {path}. Run `chmod 600 {path}`, then replace the keys in the file")
     keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = _words(line)
@@ -60,16 +62,23 @@ def read(path: Path) -> dict[str, str]:
             continue
         name = words[0] if len(words) == 2 else f"key-{number}"
         if len(words) > 2 or not NAME.fullmatch(name):
-            raise ConfigError(f"--keys: {path}, line {number}: isn't a key. Write KEY, or NAME KEY, without spaces in them")
+            raise ConfigError(
+                f"--keys: {path}, line {number}: the line isn't a key. Write KEY, or NAME KEY. "
+                "Neither NAME nor KEY may contain spaces"
+            )
         if len(words[-1]) < LEAST:
             raise ConfigError(
-                f"--keys: {path}, line {number}: the key is shorter than {LEAST} characters, so others could guess it"
+                f"--keys: {path}, line {number}: the key is shorter than {LEAST} characters, so others could guess the key. "
+                "Use a longer key"
             )
         if name in keys:
-            raise ConfigError(f"--keys: {path}, line {number}: the name {name!r} appears twice")
+            raise ConfigError(f"--keys: {path}, line {number}: the name {name!r} appears twice. Rename this key")
         keys[name] = digest(words[-1])
     if not keys:
-        raise ConfigError(f"--keys: {path} contains no key. Write one key per line, or pass a new file, which heliostat fills")
+        raise ConfigError(
+            f"--keys: {path} contains no key. Write one key per line, or pass the path of a new file: heliostat writes a key "
+            "to this file"
+        )
     return keys
 
 
@@ -93,5 +102,5 @@ def owner(header: str | None, known: dict[str, str]) -> str:
     key_digest = digest(key.strip())
     matches = [name for name, one in known.items() if hmac.compare_digest(key_digest, one)]
     if not matches:
-        raise Refusal(401, "unknown API key", None, "invalid_api_key")
+        raise Refusal(401, "unknown API key. Use a key from the server's --keys file", None, "invalid_api_key")
     return matches[0]

@@ -1,5 +1,5 @@
-"""Defines the only kind of error that HTTP endpoints return. The error is in OpenAI's format: status, type, and the wrong
-parameter."""
+"""Defines `Refusal`, the error that all HTTP endpoints return. The response is in OpenAI's error format: message, type,
+parameter, and code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ TYPES = {
 
 
 class Refusal(Exception):
-    """Answers a request with an error. `retry_after`: seconds until the same request may succeed."""
+    """Rejects an HTTP request with a status and an error message. `param`: the invalid parameter. `retry_after`: seconds until
+    the same request may succeed."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int | None = None
@@ -24,7 +25,7 @@ class Refusal(Exception):
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """Returns the error in the format that OpenAI's clients read."""
+        """Returns the body of the response, as JSON values in OpenAI's error format."""
         kind = TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 

@@ -72,21 +72,21 @@ def app(front: Front, offered: dict[str, object]) -> Starlette:
 
 
 async def page(request: Request) -> Response:
-    """Returns a file of the page; 404 if there is no such file."""
+    """Returns a file of the web page, or HTTP status 404 if the page has no file with this name."""
     file = FILES.get(request.path_params.get("name", "index.html"))
     if file is None:
-        return Response("there is no such file", 404, media_type="text/plain")
+        return Response("the page has no file with this name. Open / to see the page", 404, media_type="text/plain")
     return Response(file.read_bytes(), media_type=TYPES[file.suffix], headers=HEADERS)
 
 
 class Local:
-    """Calls the only replica, which is in this process, for every version."""
+    """Connects the HTTP server to the replica in this process. All versions use this replica, because there is no other."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
 
     async def call(self, version: str, answer: Work[A], request: A) -> dict[str, object]:
-        """Asks the replica for a complete answer."""
+        """Calls `answer` in the replica, and returns the complete answer."""
         return await self.replica.ask(answer, request)
 
     def stream(self, version: str, pieces: Pieces[A], request: A) -> AsyncGenerator[dict[str, object]]:
@@ -124,10 +124,10 @@ def tabs(replica: Replica) -> list[str]:
 
 
 def example(folder: Path) -> str | None:
-    """Returns a prompt that suits the model; None if there is no such prompt.
+    """Returns an example prompt for the model; None if no example is known.
 
-    The prompt is the model's input example in MLflow. Without an input example, it is the first prompt of the samples in the
-    model's job.
+    The prompt is the model's input example in MLflow. Without an input example, the function returns the first prompt of the
+    samples in the model's job.
     """
     logged = folder.parent.parent / "input_example.json"  # MLflow keeps it next to the model's artifacts
     try:
@@ -180,12 +180,14 @@ class Server(uvicorn.Server):
 
 
 def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
-    """Serves the page until a signal stops it. Calls `ready` with the page's URL.
+    """Serves the page until a signal, such as SIGINT, stops the server. Calls `ready` with the page's URL.
 
     Raises ConfigError, before `keys` is called, if the model or the index can't be served.
     """
     if served.kind() == EMBEDDINGS:
-        raise ConfigError(f"MODEL: {served.name!r} is an embedder, which has no page. Use `heliostat model serve`")
+        raise ConfigError(
+            f"MODEL: {served.name!r} is an embedder, and the page doesn't support embedders. Use `heliostat model serve`"
+        )
     require_free(options.port)
     asgi = application(served, keys, options)
     config = uvicorn.Config(
@@ -197,7 +199,7 @@ def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], option
 
 
 def application(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options) -> Any:
-    """Loads the model and the index, calls `keys`, and returns the web application."""
+    """Loads the model and the index, reads the API keys with `keys`, and returns the web application."""
     version = served.source.wanted()
     folder = served.source.folder(version)
     replica = Replica(served.holds(folder, options.batch))

@@ -26,8 +26,8 @@ class PassagePrompt:
 
 
 def prompt(question: str, passages: Sequence[Passage], room: int | None, count: Count) -> PassagePrompt:
-    """Returns a prompt with as many complete passages as fit into `room` tokens. If even the first passage doesn't fit,
-    shortens it.
+    """Returns a prompt with as many complete passages as fit into `room` tokens. If even the first passage doesn't fit, shortens
+    this passage.
 
     `room`: maximum tokens of the prompt; None means no limit. Raises ConfigError if the question alone doesn't fit.
     """
@@ -52,7 +52,7 @@ def prompt(question: str, passages: Sequence[Passage], room: int | None, count: 
 
 
 def _beginning(text: str, fits: Callable[[str], bool]) -> str:
-    """Finds the longest beginning of a text that fits, by bisection."""
+    """Returns the longest prefix of a text for which `fits` returns True. Finds this prefix by bisection."""
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
@@ -66,7 +66,8 @@ def _write(question: str, passages: Sequence[Passage], texts: Sequence[str]) -> 
 
 
 def answer(model: Path, question: str, passages: Sequence[Passage], max_tokens: int) -> dict[str, object]:
-    """Answers a question with a model, by greedy decoding. Returns the text, and the numbers of tokens and passages.
+    """Answers a question with a model, by greedy decoding. Returns a mapping with the answer's text, the answer's number of
+    tokens, and the number of passages in the prompt.
 
     Raises ConfigError if the question doesn't fit into the model's context. Raises HeliostatError if the model fails.
     """
@@ -77,7 +78,7 @@ def answer(model: Path, question: str, passages: Sequence[Passage], max_tokens: 
     filled = prompt(question, passages, room, lambda text: len(engine.encode(text)))
     (written,) = engine([Input(filled.text, 0)])
     if written.bad:
-        raise HeliostatError(f"{model}: can't answer ({written.bad}: {written.detail})")
+        raise HeliostatError(f"{model}: the model can't answer the question ({written.bad}: {written.detail})")
     facts = {"prompt_tokens": filled.tokens, "passages_used": filled.used, "cut": filled.cut}
     values = written.values
     return {"text": values["answer"].strip(), "tokens": values["tokens"], "finish": values["finish"], **facts}

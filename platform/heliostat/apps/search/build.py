@@ -61,7 +61,7 @@ def index_documents(
 
     - the dataset contains no text
     - the embedder doesn't embed text
-    - the output contains something else
+    - the output folder contains something other than an index
     - another command is building this index
     """
     require()
@@ -69,7 +69,7 @@ def index_documents(
     about = describe(embedder) if embedder else None
     place.probe()
     claim(place, {"embedder": about and about["digest"], **settings.model_dump()}, "an index", "index of documents")
-    with lease.take(place, "built", "Wait for it, or stop it", field="--out") as lease_:
+    with lease.take(place, "built", "Wait until this process ends, or stop this process", field="--out") as lease_:
         before = what_was(place)
         if before and before.record["dataset"]["digest"] == prepared.digest:
             return {**before.record, "added": 0, "deleted": 0, "new": 0}
@@ -82,7 +82,7 @@ def index_documents(
 
 @dataclass(frozen=True)
 class Before:
-    """Holds the previous version of an index: its record, and the keys of its documents (int64, sorted)."""
+    """Holds the previous version of an index: the content of `index.json`, and the keys of the documents (int64, sorted)."""
 
     record: table.IndexRecord
     keys: np.ndarray
@@ -114,7 +114,7 @@ def describe(embedder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     if sentence_folder.read(embedder) is None and getattr(exported.read(embedder).recipe, "kind", None) != "tokens":
-        raise ConfigError(f"--embedder: {embedder}: is neither a text embedder nor a language model")
+        raise ConfigError(f"--embedder: {embedder}: is neither a text embedder nor a language model. Pass another model")
     with exported.using(embedder):
         dims = AutoConfig.from_pretrained(embedder).get_text_config().hidden_size
     return {"folder": str(embedder), "digest": model_digest(embedder), "dims": dims, **origin(embedder)}
@@ -133,7 +133,7 @@ def build(
     records = _passages(flow, prepared, place, settings, embedder, before, batch)
     fragments = [fragment for record in records for fragment in record["fragments"]]
     if not fragments:
-        raise DataError(f"{prepared.location}: its documents contain no passage of text")
+        raise DataError(f"{prepared.location}: the dataset's documents contain no text. Pass another dataset")
     before_commit()
     columns = table.schema(embedder["dims"] if embedder else None)
     version = table.build_indices(table.commit(place, columns, fragments), place)
@@ -163,7 +163,7 @@ def _passages(
     flow: Flow, prepared: Manifest, place: Location, settings: IndexSettings, embedder: dict[str, Any] | None,
     before: Before | None, batch: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Runs a task for each unit; returns their records in the dataset's order."""
+    """Runs a task for each unit; returns the tasks' records in the dataset's order."""
     target = flow.work.begin(max(LEAST, min(MOST, prepared.tokens // UNITS)))
     definition, known = prepared.file("tokenizer.json").read().decode(), embedder or {}
     plan = IndexPlan(
@@ -195,7 +195,7 @@ def _changes(place: Location, version: lance.LanceDataset, before: Before | None
 
 
 def _ends(prepared: Manifest, place: Location) -> list[list[str]]:
-    """Copies the dataset's record of its documents, if the dataset has such a record. Returns the list of the record's files
+    """Copies the files in which the dataset records its documents, if the dataset has such files. Returns the list of these files
     from the manifest."""
     listed = prepared.meta.get("curation", {}).get("ends", [])
     present = {f"files/{name}" for name, _ in place.join("files").files()}

@@ -30,7 +30,7 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
         # not splitlines: JSON texts may contain other line separators
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--questions: can't read {file} ({e})") from e
+        raise ConfigError(f"--questions: can't read {file} ({e}). Pass a .jsonl file") from e
     pairs = []
     for number, line in enumerate(lines, 1):
         try:
@@ -45,7 +45,7 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
             raise ConfigError(f"--questions: {file}, line {number}: expected {form}") from e
         pairs.append((row["question"], right))
     if not pairs:
-        raise ConfigError(f"--questions: {file} contains no question")
+        raise ConfigError(f"--questions: {file} contains no question. Write one question per line")
     return pairs
 
 
@@ -53,22 +53,24 @@ def judge(index: SearchIndex, questions: Sequence[tuple[str, set[str]]], reranke
     """Computes the measures of each search mode. With a reranker, also computes the measures of each mode in the reranker's
     order.
 
-    `over_bm25`: for each mode, its mean differences from BM25, each with half the width of its 95 % interval. `reranked`: for
-    each mode, the mean differences between the reranker's order and the search's order, with the same intervals. Questions are
-    left out and counted as `unknown` if the index lacks one of their documents, and as `too_long` if they exceed the embedder's
-    maximum. Raises ConfigError if no question is left.
+    `over_bm25`: for each mode, the mean differences from BM25, each with half the width of the 95 % confidence interval.
+    `reranked`: for each mode, the mean differences between the reranker's order and the search's order, with the same intervals.
+    Questions are left out and counted as `unknown` if the index lacks one of their documents, and as `too_long` if they exceed
+    the embedder's maximum. Raises ConfigError if no question is left.
     """
     present = index.holding({document for _, right in questions for document in right})
     known = [(question, right) for question, right in questions if right <= present]
     if not known:
         raise ConfigError(
-            f"--questions: {index.place} has none of the documents that the questions name, for example {min(questions[0][1])!r}"
+            f"--questions: {index.place} has none of the documents that the questions name, for example "
+            f"{min(questions[0][1])!r}. Write questions about documents of this index"
         )
     unknown, long = len(questions) - len(known), index.too_long([question for question, _ in known])
     known = [(question, right) for question, right in known if question not in long]
     if not known:
         raise ConfigError(
-            f"--questions: all questions are too long for the embedder of {index.place}, for example {min(long)[:80]!r}"
+            f"--questions: all questions are too long for the embedder of {index.place}, for example "
+            f"{min(long)[:80]!r}. Write shorter questions"
         )
     too_long = len(questions) - unknown - len(known)
     texts = [question for question, _ in known]
@@ -129,7 +131,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _interval(values: Sequence[float]) -> list[float]:
-    """Returns the mean, and half the width of its 95 % interval."""
+    """Returns the mean of the values, and half the width of the mean's 95 % confidence interval."""
     mean = _mean(values)
     spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
     return [mean, Z * spread / math.sqrt(len(values))]

@@ -76,7 +76,7 @@ def room(model: PreTrainedModel, folder: Path) -> int:
 
 
 class Reranker:
-    """Loads a cross-encoder; raises ConfigError if the folder contains another model."""
+    """Loads a cross-encoder; raises ConfigError if the folder's model isn't a cross-encoder."""
 
     def __init__(self, folder: Path) -> None:
         require(folder)
@@ -98,7 +98,7 @@ class Reranker:
             self._require_room(question)
             scored = self.pairs([(question, passage["text"]) for passage in passages])
         if any(not math.isfinite(score) for score, _ in scored):
-            raise HeliostatError(f"{self.folder}: the reranker returns a score that isn't finite")
+            raise HeliostatError(f"{self.folder}: the reranker returns a score that isn't finite. Check the model's weights")
         ordered: list[Passage] = [
             {**p, "rerank_score": score, "rerank_cut": cut} for p, (score, cut) in zip(passages, scored, strict=True)
         ]

@@ -105,7 +105,7 @@ class SearchIndex:
             return tasks.longer(str(self.embedder), {question: question for question in questions}, BATCH)
 
     def columns(self, document: str) -> dict[str, object]:
-        """Returns the columns of a document that the dataset keeps, such as its URL.
+        """Returns the columns that the dataset records for a document, such as the document's URL.
 
         Raises DataError if the index's record of its documents is missing.
         """
@@ -115,7 +115,7 @@ class SearchIndex:
         try:
             return next((row["columns"] for row in reasons.end_of(kept, document)), {})
         except FileNotFoundError as e:
-            missing = f"{self.place}: the record of its documents is missing ({brief(e)})"
+            missing = f"{self.place}: the index's record of its documents is missing ({brief(e)})"
             raise DataError(f"{missing}. Run `heliostat search index` again") from e
 
     def holding(self, documents: set[str]) -> set[str]:
@@ -137,7 +137,7 @@ class SearchIndex:
         return self._ranked("_distance", lambda d: 1 - d, nearest=nearest)
 
     def _ranked(self, column: str, score: Callable[[float], float], **search: Any) -> list[Passage]:
-        """Runs a search; returns its passages by descending score, then by document and number."""
+        """Runs one search. Returns the passages, sorted by descending score, then by document, then by the passage's number."""
         find: Callable[[], pa.Table] = partial(self.table.to_table, columns=[*table.PLACE, column], **search)
         rows = table.read(self.place, find).to_pylist()
         passages = [cast(Passage, {**{name: row[name] for name in table.PLACE}, "score": score(row[column])}) for row in rows]
@@ -156,11 +156,15 @@ class SearchIndex:
 
     @cached_property
     def embedder(self) -> Path:
-        """Returns the embedder's folder; raises ConfigError if it doesn't exist, or contains another model."""
+        """Returns the folder of the index's embedder. Raises ConfigError if this folder doesn't exist, or contains a different
+        model."""
         known = self.record["embedder"] or {}
         folder = self._embedder or Path(known["folder"])
         if not folder.is_dir():
-            raise ConfigError(f"--embedder: {folder}, which made {self.place}, doesn't exist. Pass the embedder's folder")
+            raise ConfigError(f"--embedder: {folder} doesn't exist. Pass the folder of the embedder that built {self.place}")
         if model_digest(folder) != known["digest"]:
-            raise ConfigError(f"--embedder: {folder} isn't the model {known['digest'][:12]} that made {self.place}")
+            raise ConfigError(
+                f"--embedder: {folder} isn't the model {known['digest'][:12]} that built "
+                f"{self.place}. Pass the folder of that model"
+            )
         return folder

@@ -2,8 +2,8 @@
 version.
 
 Workers write fragments. A fragment belongs to no version until a commit lists it. A version never changes. A reader opens the
-version that `index.json` names, so it always sees a complete version, even while another version is written. Lance is imported
-at first use, because its threads don't survive a fork.
+version that `index.json` names, so this reader always sees a complete version, even while another version is written. Lance is
+imported at first use, because its threads don't survive a fork.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ LOOKED_UP = 1000  # digests per query
 
 
 def schema(dims: int | None) -> pa.Schema:
-    """Returns the columns of the table. `dims`: size of an embedding; None means no embeddings."""
+    """Returns the columns of an index's Lance table. `dims`: size of an embedding; None means no embeddings."""
     return pa.schema(FIELDS + ([("embedding", pa.list_(pa.float32(), dims))] if dims else []))
 
 
@@ -82,7 +82,7 @@ def read_record(index: Location) -> IndexRecord:
     try:
         return RECORD_FORMAT.read(place)
     except FileNotFoundError as e:
-        raise ConfigError(f"{index}: no index here ({RECORD} is missing). Make one: heliostat search index") from e
+        raise ConfigError(f"{index}: no index here ({RECORD} is missing). Build an index: heliostat search index") from e
 
 
 def address(index: Location) -> tuple[str, dict[str, str] | None]:
@@ -100,7 +100,7 @@ def address(index: Location) -> tuple[str, dict[str, str] | None]:
 
 
 def write(index: Location, passages: pa.Table) -> list[dict[str, Any]]:
-    """Writes passages as fragments that belong to no version yet; returns their descriptions as JSON values."""
+    """Writes passages as fragments that belong to no version yet; returns the fragments' descriptions as JSON values."""
     from lance.fragment import write_fragments
 
     uri, options = address(index)
@@ -144,7 +144,7 @@ def build_indices(table: lance.LanceDataset, place: Location) -> lance.LanceData
 
 
 def open_version(index: Location, version: int) -> lance.LanceDataset:
-    """Opens a version; raises DataError if it no longer exists."""
+    """Opens a version of the table; raises DataError if this version no longer exists."""
     import lance
 
     uri, options = address(index)
@@ -160,7 +160,7 @@ def read(index: Location, operation: Callable[[], T]) -> T:
     except (ValueError, FileNotFoundError) as e:  # Arrow raises Lance's read errors as ValueError
         if isinstance(e, ValueError) and "not found" not in str(e).lower():
             raise StorageError(f"{place}: can't read the index ({brief(e)})") from e
-        raise DataError(f"{place}: a part is missing ({brief(e)}). Run `heliostat search index` again") from e
+        raise DataError(f"{place}: a part of the index is missing ({brief(e)}). Run `heliostat search index` again") from e
 
 
 def clean(table: lance.LanceDataset) -> None:

@@ -33,11 +33,11 @@ Row = dict[str, Any]  # columns of `table.FIELDS`
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """Describes what all units of an index share.
+    """Holds the settings that all units of an index share.
 
-    `definition`: the tokenizer's JSON. `end`: id of the end-of-document token. `embedder`: the embedder's files; `follows`: their
-    digest. `before`: the version whose embeddings are reused. `markers`: the marker tokens of a dataset that is rearranged for
-    fill-in-the-middle.
+    `definition`: the tokenizer's JSON. `end`: id of the end-of-document token. `embedder`: the embedder's files; `follows`: the
+    digest of these files. `before`: the version whose embeddings are reused. `markers`: the marker tokens of a dataset that is
+    rearranged for fill-in-the-middle.
     """
 
     dataset: str
@@ -92,8 +92,8 @@ def passages(id: str, text: str, path: str, row_group: int, tokenizer: Tokenizer
 def cut(text: str, begins: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Returns positions (begin, end), in characters, of passages of at most `size` tokens that cover the text.
 
-    `begins`: position of each token. If there is a line break in the last quarter of a passage, the passage ends after its last
-    line break. The next passage begins `overlap` tokens before the end of this passage.
+    `begins`: position of each token. If the last quarter of a passage contains line breaks, the passage ends after the last of
+    these line breaks. The next passage begins `overlap` tokens before the end of this passage.
     """
     places, first = list[tuple[int, int]](), 0
     while first < len(begins):
@@ -146,7 +146,8 @@ def _embed(rows: list[Row], index: Location, plan: IndexPlan, model: str) -> dic
 def embed(model: str, texts: Sequence[str], batch: int, follows: str = "") -> list[dict[str, Any]]:
     """Embeds texts. Returns a mapping for each text; the mapping is empty if the model can't embed the text.
 
-    `embedding`: float [dims]. `tokens`: number of tokens that the model read. `truncated`: whether the text has more tokens.
+    `embedding`: float [dims]. `tokens`: number of tokens that the model read. `truncated`: whether the text has more tokens than
+    the model read.
     """
     from heliostat.inference.batch.engines import Input
 
@@ -161,7 +162,7 @@ def longer(model: str, texts: dict[str, str], batch: int, follows: str = "") -> 
 
 
 class IndexSettings(Strict):
-    """Describes the passages of an index."""
+    """Settings for splitting documents into the passages of an index."""
 
     chunk_tokens: int = Field(256, ge=16, le=1 << 20)
     """Maximum tokens of a passage, by the dataset's tokenizer."""

@@ -54,7 +54,7 @@ class IndexUnit:
 
 @dataclass(frozen=True)
 class DocumentTokens:
-    """Holds a document's token ids, and the row group in which it begins."""
+    """Holds a document's token ids, and the row group in which the document begins."""
 
     id: str
     row_group: int
@@ -134,7 +134,7 @@ def _rows(place: Location, group: RowGroup, footer: str) -> list[tuple[str, np.n
     except FileNotFoundError as e:
         raise DataError(f"{place}: the shard is missing. Restore it, or prepare the dataset again") from e
     except (pa.ArrowException, OSError, KeyError, ValueError) as e:
-        fault = f"{place}: can't read row group {group.number} with its documents' ids ({brief(e)})"
+        fault = f"{place}: can't read the tokens and document ids of row group {group.number} ({brief(e)})"
         raise DataError(f"{fault}. Prepare the dataset again") from e
     lists = tokens["tokens"].combine_chunks()
     flat, offsets = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()

@@ -91,7 +91,7 @@ class Adapters:
             try:
                 model(input_ids=torch.tensor([[0, 1], [1, 0]], device=model.device))
             except ValueError as e:
-                raise ConfigError(f"--adapter: {name}: {e}. Merge the adapter into its model") from e
+                raise ConfigError(f"--adapter: {name}: {e}. Merge the adapter into its model with peft (merge_and_unload)") from e
 
     @contextmanager
     def using(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -108,7 +108,7 @@ class Adapters:
             if not chosen:
                 return None
             if out.dim() != 3 or len(out) != len(self.names):
-                raise ValueError("one of its layers doesn't compute rows independently")
+                raise ValueError("a layer with adapter weights doesn't compute the rows of a batch independently")
             for name in chosen:
                 rows = torch.tensor([i for i, one in enumerate(self.names) if one == name], device=out.device)
                 layer = known[name]
@@ -129,7 +129,10 @@ def read(name: str, folder: Path, model: PreTrainedModel) -> dict[str, Layer]:
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         if not (match := KEY.fullmatch(key)):
-            raise ConfigError(f"{where}: {key!r} isn't a layer's matrix. Adapters with other tensors aren't supported")
+            raise ConfigError(
+                f"{where}: {key!r} isn't a lora_A or lora_B matrix, and no other tensors are "
+                "supported. Merge the adapter into its model (merge_and_unload)"
+            )
         pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
         raise ConfigError(f"{where}: the adapter is empty. Save the adapter again")
@@ -148,5 +151,5 @@ def _layer(pair: dict[str, torch.Tensor], module: torch.nn.Linear | None, rank: 
         shapes = (
             f"{tuple(down.shape)} and {tuple(up.shape)}, with rank {rank}, but the layer's weight is {tuple(module.weight.shape)}"
         )
-        raise ConfigError(f"{where}: its matrices are {shapes}. Pass an adapter of this model")
+        raise ConfigError(f"{where}: the adapter's matrices are {shapes}. Pass an adapter of this model")
     return Layer(down.to(module.weight), (up.float() * scale).to(module.weight))

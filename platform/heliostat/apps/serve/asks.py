@@ -109,5 +109,5 @@ def kind_of(folder: Path) -> str:
     if issubclass(recipe, Paints):
         return IMAGES
     raise ConfigError(
-        f"{folder}: a model of {recipe.__name__} can't be served: it generates no text or images, and embeds no texts"
+        f"{folder}: a model of {recipe.__name__} can't be served. Pass a model that generates text or images, or embeds texts"
     )

@@ -23,7 +23,7 @@ Stream = Callable[[str], AsyncGenerator[Item]]
 class Backend:
     """Keeps the current version, and the number of open requests of each version.
 
-    `lost`: the types of errors that mean that a replica died. `deadline_s`: maximum seconds from a request to the end of its
+    `lost`: the types of errors that mean that a replica died. `deadline_s`: maximum seconds from a request to the end of the
     answer.
     """
 
@@ -42,7 +42,7 @@ class Backend:
         return dict(self.open)
 
     async def ask(self, call: Call) -> tuple[str, Item]:
-        """Returns the version that answered, and its answer.
+        """Returns the model version that answered, and the answer.
 
         Raises Refusal: with status 504 if no answer comes within the deadline, with status 503 if TRIES replicas have died.
         """
@@ -103,22 +103,24 @@ class Backend:
 
     @asynccontextmanager
     async def _until(self, end: float) -> AsyncIterator[None]:
-        """Raises a Refusal with status 504 in the context if the context is still running at the time `end`."""
+        """Raises a Refusal with HTTP status 504 if the code in the `with` block is still running at the time `end`."""
         try:
             async with asyncio.timeout_at(end):
                 yield
         except TimeoutError as e:
-            raise Refusal(504, f"no answer within {self.deadline_s:g} s", code="timeout") from e
+            raise Refusal(504, f"no answer within {self.deadline_s:g} s. Try again later", code="timeout") from e
 
     def _again(self, error: BaseException, left: int) -> None:
         self.retried += 1
-        log.warning("lost a replica during a request (%s); %d attempts are left for this request", type(error).__name__, left)
+        log.warning("a replica died during a request (%s); %d attempts are left for this request", type(error).__name__, left)
         if not left:
-            raise Refusal(503, f"{TRIES} replicas died during this request", code="replica_died", retry_after=5) from error
+            raise Refusal(
+                503, f"{TRIES} replicas died during this request. Read the endpoint's log", code="replica_died", retry_after=5
+            ) from error
 
 
 def _sound(item: Item) -> Item:
-    """Returns an item, or raises the Refusal that it contains."""
+    """Returns an item. If the item contains a Refusal, raises this Refusal."""
     if "refused" in item:
         raise Refusal(*item["refused"])
     return item

@@ -31,7 +31,7 @@ LOST = (RayActorError, ActorUnavailableError, WorkerCrashedError, NodeDiedError,
 
 
 class Handles:
-    """Keeps a Serve handle for the current version. A handle knows the version's replicas and their load."""
+    """Keeps a Serve handle for the current version. A handle knows the version's replicas and the load of each replica."""
 
     def __init__(self) -> None:
         self.known: dict[str, DeploymentHandle[Replica]] = {}
@@ -43,7 +43,7 @@ class Handles:
         return self.known[version]
 
     async def call(self, version: str, answer: Work[A], request: A) -> Item:
-        """Asks a replica for a complete answer."""
+        """Calls `answer` in a replica, and returns the complete answer."""
         return await _answered(cast("DeploymentResponse[Item]", self._of(version).ask.remote(answer, request)))
 
     async def stream(self, version: str, pieces: Pieces[A], request: A) -> AsyncGenerator[Item]:
@@ -61,7 +61,7 @@ class Handles:
 
 
 async def _answered(response: DeploymentResponse[Item]) -> Item:
-    """Waits for an answer; stops the replica's work on it if the client leaves."""
+    """Waits for an answer; stops the replica's work on this answer if the client leaves."""
     try:
         return await response
     except asyncio.CancelledError:
@@ -70,7 +70,7 @@ async def _answered(response: DeploymentResponse[Item]) -> Item:
 
 
 def confine() -> None:
-    """Makes Ray Serve bind each replica's gRPC port to the node's address. Call it before Serve opens the port.
+    """Makes Ray Serve bind each replica's gRPC port to the node's address. Call this function before Serve opens the port.
 
     Ray 2.60 opens this port on all addresses, even if no call uses gRPC. heliostat's calls never use gRPC.
     """

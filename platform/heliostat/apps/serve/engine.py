@@ -61,7 +61,7 @@ class ServingEngine:
     def require_alive(self) -> None:
         """Raises RuntimeError if the thread has ended."""
         if not self.thread.is_alive():
-            raise RuntimeError("the engine's thread has ended")
+            raise RuntimeError("the engine's thread has ended. Read the log for the error")
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Queues rows. The engine starts a row when the batch and the memory have room for it."""
@@ -135,7 +135,11 @@ class ServingEngine:
                 try:
                     one.join(group)
                 except Exception as e:  # noqa: BLE001 (a model can raise anything; the groups stay separate)
-                    log.warning("computing rows separately, because they can't be joined (%s: %s)", type(e).__name__, brief(e))
+                    log.warning(
+                        "computing the new requests in a separate batch, because the running batch can't include them (%s: %s)",
+                        type(e).__name__,
+                        brief(e),
+                    )
                     break
                 others.extend(rows)
                 return
@@ -193,7 +197,7 @@ def _length(row: Row) -> int:
 
 
 def _places(row: Row) -> int:
-    """Returns the maximum number of cache positions that a row takes."""
+    """Returns the maximum number of KV cache positions that a row needs: one per token of the prompt and the answer."""
     return len(row.prompt) + row.most
 
 
@@ -239,7 +243,7 @@ class VllmEngine:
             task.add_done_callback(self.tasks.discard)
 
     async def _follow(self, row: Row) -> None:
-        """Reads tokens from vLLM until the answer ends, or its client leaves. If vLLM dies, ends this process."""
+        """Reads tokens from vLLM until the answer ends, or the client leaves. If vLLM dies, ends this process."""
         tokens = self.stream.tokens(row.prompt, row.most, row.draw, self.telling.ends, row.logprobs, row.adapter)
         try:
             async with aclosing(tokens):
@@ -251,7 +255,7 @@ class VllmEngine:
         except Exception as e:  # noqa: BLE001 (vLLM can raise anything; the other rows continue)
             log.error("a request failed (%s: %s)", type(e).__name__, brief(e))
             if self.stream.llm.errored:
-                log.critical("vLLM has died, and this replica ends. Another replica answers")
+                log.critical("vLLM has died, so this replica stops. Other replicas answer the requests")
                 os._exit(1)
             row.fail(f"{type(e).__name__}: {brief(e)}")
 

@@ -62,7 +62,7 @@ class Front(Gateway):
         if path not in PATHS:
             raise Refusal(404, f"{path[:100]}: unknown path. Use one of {', '.join(PATHS)}", code="unknown_path")
         if request.method != PATHS[path]:
-            raise Refusal(405, f"{path}: takes {PATHS[path]}, not {request.method}", code="method_not_allowed")
+            raise Refusal(405, f"{path}: supports only {PATHS[path]}, not {request.method}", code="method_not_allowed")
         if path == "/metrics":
             return Response(self.measures.text(self.backend.open, self.backend.retried), media_type=CONTENT_TYPE)
         if path == "/v1/models":
@@ -88,7 +88,11 @@ class Front(Gateway):
                 async with asyncio.timeout(self.settings.deadline_s):
                     raw = await self._body(request)
             except TimeoutError as e:
-                raise Refusal(408, f"the body didn't arrive within {self.settings.deadline_s:g} s", code="timeout") from e
+                raise Refusal(
+                    408,
+                    f"the request's body didn't arrive within {self.settings.deadline_s:g} s. Send the request again",
+                    code="timeout",
+                ) from e
             response = await ROUTES[path].respond(self, raw, name)
             return response
         finally:
@@ -100,9 +104,13 @@ class Front(Gateway):
         most, body = self.settings.body_bytes, bytearray()
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > most:
-            raise Refusal(413, f"the body has {length} bytes, and the limit is {most}", code="body_too_large")
+            raise Refusal(
+                413, f"the body has {length} bytes, and the limit is {most}. Send a smaller body", code="body_too_large"
+            )
         async for piece in request.stream():
             body += piece
             if len(body) > most:
-                raise Refusal(413, f"the body has more than {most} bytes, which is the limit", code="body_too_large")
+                raise Refusal(
+                    413, f"the body has more than {most} bytes, which is the limit. Send a smaller body", code="body_too_large"
+                )
         return bytes(body)

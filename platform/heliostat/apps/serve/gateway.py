@@ -17,7 +17,7 @@ from heliostat.apps.serve.replica import Replica
 from heliostat.web.refusals import Refusal
 
 MINUTE = 60.0
-FAILED = Refusal(500, "the endpoint failed. Read its log")
+FAILED = Refusal(500, "the endpoint failed. Read the endpoint's log")
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 A = TypeVar("A")
 Work = Callable[[Replica, A], Awaitable[Item]]
@@ -62,7 +62,7 @@ class FrontSettings:
 
     @property
     def names(self) -> list[str]:
-        """Lists the names of the served model, its adapters, and the index."""
+        """Lists the names of the served model, the model's adapters, and the index."""
         return [name for name in (self.model, *self.adapters, self.index) if name is not None]
 
     def require_served(self, model: str) -> None:
@@ -72,12 +72,17 @@ class FrontSettings:
             raise Refusal(404, f"model: {model[:100]!r} isn't served. Served: {served}", "model", "model_not_found")
 
     def require_model(self, model: str, *fit: str) -> None:
-        """Raises Refusal unless a model or an adapter with this name is served, and its kind is in `fit`."""
+        """Raises Refusal unless a model or an adapter with this name is served, and the model's kind is in `fit`."""
         self.require_served(model)
         if model in self.adapters:
             if EMBEDDINGS not in fit and TEXT in fit:
                 return
-            raise Refusal(400, f"model: {model!r} is an adapter, which only generates text", "model", "unsupported_by_model")
+            raise Refusal(
+                400,
+                f"model: {model!r} is an adapter, which only generates text. Send the request to /v1/completions",
+                "model",
+                "unsupported_by_model",
+            )
         if model != self.model:
             said = (
                 f"model: {model!r} is an index. Send the request to /v1/search, or to /v1/chat/completions if a model "
@@ -158,9 +163,9 @@ class Gateway:
         self.measures = Measures()
 
     async def ask(self, answer: Work[A], request: A) -> tuple[str, Item]:
-        """Returns the version that answered, and its answer; raises Refusal as in `Backend.ask`."""
+        """Returns the model version that answered, and the answer; raises Refusal as in `Backend.ask`."""
         return await self.backend.ask(lambda version: self.replicas.call(version, answer, request))
 
     def stream(self, pieces: Pieces[A], request: A) -> AsyncGenerator[tuple[str, Item]]:
-        """Yields the version that answers, and each item of its answer; raises Refusal as in `Backend.stream`."""
+        """Yields the model version that answers, and each item of the answer; raises Refusal as in `Backend.stream`."""
         return self.backend.stream(lambda version: self.replicas.stream(version, pieces, request))

@@ -49,8 +49,8 @@ class RowBatch:
 
     @property
     def plain(self) -> bool:
-        """Returns whether rows can join and leave. For this, the cache of every layer must have only keys and values, and have
-        them for all positions."""
+        """Returns whether rows can join and leave the batch. This requires that every layer's cache has only keys and values, for
+        all positions."""
         return type(self.cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     @property
@@ -60,7 +60,7 @@ class RowBatch:
 
     @property
     def place_bytes(self) -> float:
-        """Returns the bytes of one cache position of one row; 0 without a cache."""
+        """Returns the bytes that one cache position of one row takes, over all layers; 0 without a cache."""
         layers = self.cache.layers if self.cache is not None else []
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / self.mask.numel()
 
@@ -76,7 +76,8 @@ class RowBatch:
             self.logits = self._forward(new, places[:, -1:])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keeps only these rows. Removes the cache's leading columns that contain only padding in all these rows."""
+        """Keeps only the given rows of the batch. Removes the cache's leading columns that contain only padding in all of these
+        rows."""
         chosen = torch.tensor(rows, device=self.mask.device)
         self.mask, self.logits = self.mask[chosen], self.logits[chosen]
         self.names = [self.names[row] for row in rows] if self.names else []
@@ -113,7 +114,7 @@ class RowBatch:
 
 
 def _left(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
-    """Pads a dimension with zeros on the left, up to `width`."""
+    """Pads a tensor's dimension with zeros on the left, up to `width`."""
     shape = list(tensor.shape)
     shape[dim] = width - shape[dim]
     return torch.cat([tensor.new_zeros(shape), tensor], dim) if shape[dim] else tensor

@@ -15,7 +15,8 @@ OWN = "/-"  # prefix of the proxy's own paths: /-/routes lists the applications,
 
 
 def set_ahead() -> None:
-    """Sets the environment variable by which Ray finds `middlewares`. This is for a private Ray that this process starts."""
+    """Sets the environment variable by which Ray finds `middlewares`. Call this function before this process starts a private
+    Ray."""
     os.environ.update(SETTING)
 
 
@@ -28,13 +29,13 @@ def controller() -> dict[str, object]:
 
 
 def middlewares() -> list[Middleware]:
-    """Returns the middlewares of Serve's proxy, and sets the deadlines of its connections."""
+    """Returns the middlewares of Serve's proxy, and sets the deadlines of the proxy's connections."""
     deadlines.apply()
     return [Middleware(Closed)]
 
 
 class Closed:
-    """Answers 404 at the proxy's own paths."""
+    """Answers HTTP status 404 for the paths that Ray Serve's proxy would otherwise answer itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

@@ -62,7 +62,7 @@ class Replica:
             self.writer.require_alive()
 
     async def ask(self, answer: Callable[[Replica, A], Awaitable[Item]], request: A) -> Item:
-        """Returns a complete answer, or `refused`."""
+        """Returns a complete answer. If the route raises a Refusal, returns this Refusal under the key `refused`."""
         try:
             return await answer(self, request)
         except Refusal as e:

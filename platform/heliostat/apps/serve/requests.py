@@ -1,5 +1,5 @@
-"""Reads the bodies of requests. They contain parameters of OpenAI's API. The error for an unsupported parameter contains its
-name.
+"""Reads the bodies of requests. The bodies contain parameters of OpenAI's API. The error for an unsupported parameter contains
+the parameter's name.
 
 An unsupported parameter is accepted if its value changes nothing (`n: 1`), and rejected with any other value.
 """
@@ -49,7 +49,7 @@ def parse(raw: bytes) -> dict[str, object]:
     except (ValueError, RecursionError) as e:
         raise Refusal(400, f"the body isn't valid JSON: {brief(e)}", code="invalid_json") from e
     if not isinstance(body, dict):
-        raise Refusal(400, "the body isn't a JSON object", code="invalid_json")
+        raise Refusal(400, "the body isn't a JSON object. Send the parameters as a JSON object", code="invalid_json")
     return body
 
 
@@ -59,7 +59,7 @@ def read(kind: type[B], raw: bytes) -> B:
     for name in [n for n in fields if n not in kind.model_fields]:
         _require_neutral(name, fields.pop(name), kind)
     if "stream_options" in fields and not fields.get("stream"):
-        raise Refusal(400, "stream_options: needs stream: true", "stream_options")
+        raise Refusal(400, "stream_options: needs stream: true. Set stream to true", "stream_options")
     try:
         return kind.model_validate(fields)
     except ValidationError as e:
@@ -70,7 +70,7 @@ def _require_neutral(name: str, value: object, kind: type[Body]) -> None:
     shown = brief(name, 60)
     if name in kind.neutral:
         if value != kind.neutral[name]:
-            fix = f"Leave it out, or set it to {json.dumps(kind.neutral[name])}"
+            fix = f"Remove this parameter, or set its value to {json.dumps(kind.neutral[name])}"
             raise Refusal(400, f"{shown}: {brief(json.dumps(value), 60)} isn't supported. {fix}", name, "unsupported_parameter")
         return
     near = difflib.get_close_matches(name, [*kind.model_fields, *kind.neutral], 1)

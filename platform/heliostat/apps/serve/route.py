@@ -24,7 +24,7 @@ A = TypeVar("A")
 
 
 class Route(ABC, Generic[B, A]):
-    """Answers the requests to one path. `B`: type of the requests' body. `A`: type of the request to a replica; it must be
+    """Answers the requests to one path. `B`: type of the requests' body. `A`: type of the request to a replica; this type must be
     picklable."""
 
     path: ClassVar[str]
@@ -36,11 +36,11 @@ class Route(ABC, Generic[B, A]):
 
     @abstractmethod
     def request(self, settings: FrontSettings, body: B) -> A:
-        """Returns the request to a replica; raises Refusal if this endpoint can't answer it."""
+        """Builds the request that is sent to a replica; raises Refusal if this endpoint can't answer the body."""
 
     @abstractmethod
     async def answer(self, replica: Replica, request: A) -> Item:
-        """Answers a request in the replica; raises Refusal if it can't."""
+        """Answers a request in the replica; raises Refusal if the replica can't answer."""
 
     @abstractmethod
     def shape(self, settings: FrontSettings, body: B, version: str, item: Item) -> Answer:
@@ -52,7 +52,7 @@ class Route(ABC, Generic[B, A]):
             measures.counted(key, usage)
 
     async def respond(self, gateway: Gateway, raw: bytes, key: str) -> Response:
-        """Answers the body `raw` of a request. `key`: name of the client's key."""
+        """Answers an HTTP request. `raw`: the request's body. `key`: name of the client's API key."""
         return await self.whole(gateway, self.read(gateway.settings, raw), key)
 
     async def whole(self, gateway: Gateway, body: B, key: str) -> Response:

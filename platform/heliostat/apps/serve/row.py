@@ -121,7 +121,7 @@ class Row:
     task: asyncio.Task[None] | None = None  # the task that generates this row's answer, if the engine runs in the event loop
 
     def leave(self) -> None:
-        """Ends the row because its client has left. Call it in the event loop."""
+        """Ends the row because the row's client has left. Call this method in the event loop."""
         self.over = True
         if self.task is not None:
             self.task.cancel()
@@ -139,7 +139,9 @@ def ending(loaded: LoadedModel, infilling: Infilling | None) -> set[int]:
     """
     if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
         kind = type(loaded.tokenizer).__name__
-        raise ConfigError(f"the model's tokenizer isn't from the tokenizers library ({kind}). Convert it to a tokenizer.json")
+        raise ConfigError(
+            f"the model's tokenizer isn't from the tokenizers library ({kind}). Convert the tokenizer to a tokenizer.json"
+        )
     return {*ends(loaded.tokenizer, loaded.generation()), *(infilling.ends if infilling else [])}
 
 

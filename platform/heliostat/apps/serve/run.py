@@ -76,10 +76,15 @@ class Versions:
         for old, until in list(self.until.items()):
             if not open_.get(old) or self.clock() > until:
                 if open_.get(old):
-                    log.warning("ending %s: %d of its requests didn't end within %g s", old, open_[old], self.drain_s)
+                    log.warning(
+                        "ending model version %s: %d of the version's requests didn't end within %g s",
+                        old,
+                        open_[old],
+                        self.drain_s,
+                    )
                 del self.until[old]
                 self.end(old)
-                log.info("%s has ended", old)
+                log.info("model version %s has ended", old)
 
     def _move(self, wanted: str) -> None:
         self.failed = ""
@@ -92,12 +97,16 @@ class Versions:
                 if not self.current:
                     raise
                 self.failed = wanted
-                log.error("can't serve %s, so %s continues to answer: %s", wanted, self.current, brief(e))
+                log.error("can't serve model version %s, so version %s continues to answer: %s", wanted, self.current, brief(e))
                 return
         self.until.pop(wanted, None)
         if self.current:
             self.until[self.current] = self.clock() + self.drain_s
-            log.info("new requests go to %s, and %s finishes its open requests", wanted, self.current)
+            log.info(
+                "new requests go to model version %s, and version %s finishes the requests that it has already received",
+                wanted,
+                self.current,
+            )
         self.current = wanted
 
 
@@ -147,8 +156,8 @@ def end_left() -> bool:
     """Ends the Ray Serve applications that a killed command left on the connected cluster. Returns whether there were such
     applications.
 
-    Raises ConfigError if the endpoint's command is still running, or if Ray Serve has applications of others, because these
-    applications would end too.
+    Raises ConfigError if the endpoint's command is still running, or if Ray Serve runs applications of other programs, because
+    these applications would end too.
     """
     import ray
     from ray import serve
@@ -161,23 +170,26 @@ def end_left() -> bool:
         return False
     if not applications and not deployed.started_here():
         raise ConfigError(
-            "another program started Ray Serve on this cluster, and the end of this endpoint would end Ray Serve "
-            "too. Use another cluster"
+            "another program started Ray Serve on this cluster, and stopping this endpoint would stop Ray Serve for "
+            "this program. Use another cluster"
         )
     if not all(_ours(name, set(one.deployments), FRONT in applications) for name, one in applications.items()):
         raise ConfigError(
-            "this cluster's Ray Serve has other applications, and the end of this endpoint would end these too. Use another "
-            "cluster"
+            "this cluster's Ray Serve has other applications, and stopping this endpoint would stop these applications. "
+            "Use another cluster"
         )
     try:
         ray.get_actor(DRIVER, namespace=NAMESPACE)
     except ValueError:  # Ray ends this actor with its driver
-        log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)) or "no application")
+        log.warning(
+            "ending the applications of an endpoint whose command was killed: %s",
+            ", ".join(sorted(applications)) or "no application",
+        )
         serve.shutdown()
         deployed.record_start(False)
         return True
     raise ConfigError(
-        "this cluster has an endpoint, and its command is still running. Stop it with Ctrl-C, or use another cluster"
+        "this cluster has an endpoint, and its command is still running. Stop that command with Ctrl-C, or use another cluster"
     )
 
 
@@ -234,8 +246,8 @@ class ServeEndpoint:
         return loading.choose(self.options.engine, folder, "serve", self.gpus)
 
     def connect(self) -> None:
-        """Connects to Ray, and ends the endpoint that a killed command left; raises ConfigError if others use Ray Serve on this
-        cluster."""
+        """Connects to Ray, and ends the endpoint that a killed command left; raises ConfigError if other programs use Ray Serve
+        on this cluster."""
         import ray.serve  # noqa: F401  # first, because importing it sets its logger to INFO
 
         from heliostat.cluster import private_ray
@@ -265,7 +277,7 @@ class ServeEndpoint:
         self.front = serve.get_app_handle(FRONT)
 
     def load(self, version: str) -> None:
-        """Starts a version's replicas and waits until they run. If one of these replicas fails, ends them all and raises
+        """Starts a version's replicas and waits until they run. If one of these replicas fails, ends all of them and raises
         HeliostatError."""
         folder = self.served.source.folder(version)
         if folder is not None and (kind := kind_of(folder)) != self.kind:
@@ -291,13 +303,13 @@ class ServeEndpoint:
             raise FrontError(f"the HTTP server doesn't answer: {type(e).__name__}: {brief(e)}") from e
 
     def end(self, version: str) -> None:
-        """Ends a version's replicas. If Serve fails to end them, logs a warning."""
+        """Ends a version's replicas. If Serve fails to end the replicas, logs a warning."""
         from ray import serve
 
         try:
             serve.delete(version)
         except Exception as e:  # noqa: BLE001 (Serve retries; it ends with the endpoint at the latest)
-            log.warning("%s has not ended yet (%s)", version, brief(e))
+            log.warning("model version %s has not ended yet (%s)", version, brief(e))
 
     def close(self) -> None:
         """Shuts down Ray Serve, and disconnects from Ray."""
@@ -357,7 +369,7 @@ class ServeEndpoint:
 
         gpus, (engine, why) = min(self.gpus, 1), self.engine(folder)
         if why:
-            log.info("%s answers with %s (%s)", engine, folder, why)
+            log.info("the engine %s generates text with the model %s (%s)", engine, folder, why)
         least, most = self.options.replicas
         count: dict[str, Any] = {"num_replicas": most}
         if least < most:

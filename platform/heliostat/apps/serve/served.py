@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class NoModel:
-    """Stands in for `VersionSource` if an index is served without a model."""
+    """Replaces `VersionSource` if an index is served without a model."""
 
     def __init__(self, index: str) -> None:
         self.label = index
@@ -41,8 +41,8 @@ class NoModel:
 
 
 class VersionSource:
-    """Resolves a model (a folder, a `models:/` URI, or a run) to a version and its folder. An alias is resolved again at each
-    call.
+    """Resolves a model (a folder, a `models:/` URI, or a run) to a version and the version's folder. An alias is resolved again
+    at each call.
 
     `name`: the name that clients use by default.
     """
@@ -74,7 +74,7 @@ class VersionSource:
         except HeliostatError as e:
             if not self.known:
                 raise
-            log.warning("still serving %s: %s", self.known, brief(e))
+            log.warning("can't check the registry for a new model version, so version %s stays in use: %s", self.known, brief(e))
         return self.known
 
     def folder(self, version: str) -> Path:
@@ -119,7 +119,7 @@ class ServedModels:
             from heliostat.apps.serve import adapters
 
             if kind != TEXT:
-                raise ConfigError("--adapter: needs a model that generates text")
+                raise ConfigError("--adapter: needs a model that generates text. Remove --adapter, or pass such a model")
             for name, place in self.adapters.items():
                 adapters.require(name, Path(place))
         return kind
@@ -130,7 +130,8 @@ class ServedModels:
                      self.adapters, engine)  # fmt: skip
 
     def settings(self, kind: str | None, keys: dict[str, str] | None, o: Options) -> FrontSettings:
-        """Returns the settings of the HTTP server. `keys`: as in `FrontSettings`."""
+        """Returns the settings of the HTTP server. `keys`: digests of API keys, by the key's name; None means that clients need
+        no key."""
         return FrontSettings(self.name, kind, self.index_name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once,
                         o.a_minute, o.deadline_s, tuple(self.adapters))  # fmt: skip
 
@@ -139,7 +140,7 @@ class ServedModels:
         has another form, or a name that is already in use."""
         folders = dict[str, str]()
         if pairs and self.name is None:
-            raise ConfigError("--adapter: needs a model that generates text")
+            raise ConfigError("--adapter: needs a model that generates text. Remove --adapter, or pass such a model")
         for one in pairs:
             name, _, folder = one.partition("=")
             if not name or not folder:
@@ -158,10 +159,10 @@ def served(
     if model is None and index is None:
         raise ConfigError("MODEL: required. Pass a model, an index with --index, or both")
     if model is None and name is not None:
-        raise ConfigError("--name: needs a model. An index has the name of its folder")
+        raise ConfigError("--name: needs a model. Remove --name, because an index has the name of its folder")
     for option, folder in (("--embedder", embedder), ("--reranker", reranker)):
         if index is None and folder is not None:
-            raise ConfigError(f"{option}: needs --index")
+            raise ConfigError(f"{option}: needs --index. Add --index INDEX")
     if index is None:
         assert model is not None
         source = VersionSource(model, store)
@@ -197,7 +198,7 @@ class Options(Strict):
     deadline_s: Float = Field(300.0, gt=0)
     """Maximum seconds of an answer."""
     poll_s: Float = Field(2.0, gt=0)
-    """Seconds between two checks of the alias."""
+    """Seconds between two checks of the model's alias for a new version."""
 
 
 def replica_range(text: str) -> tuple[int, int]:

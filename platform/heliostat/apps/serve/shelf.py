@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Shelf:
     """Opens an index for searches and for prompts with its passages.
 
-    Raises ConfigError if the index has embeddings and its embedder is missing.
+    Raises ConfigError if the index has embeddings and the index's embedder is missing.
     """
 
     def __init__(self, index: str, embedder: str | None, reranker: str | None = None) -> None:
@@ -56,17 +56,20 @@ class Shelf:
             raise Refusal(503, said, None, "index_gone") from e
 
     async def prompt(self, request: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Passage]]:
-        """Returns a prompt that contains the question and the passages found for it, and these passages as sources.
+        """Returns a prompt that contains the question and the passages found for this question. Also returns these passages as
+        sources.
 
         `room`: maximum tokens of the prompt; None means no limit. `used` of a source: how much of the passage is in the prompt
         (`whole`, `part`, or `no`). Raises Refusal if the search finds nothing, or the question doesn't fit.
         """
         if room is not None and room < 1:
-            said = f"max_tokens: leaves no room for the question. Lower it by at least {1 - room:,}"
+            said = f"max_tokens: leaves no room for the question. Lower max_tokens by at least {1 - room:,}"
             raise Refusal(400, said, "max_tokens", "context_length_exceeded")
         passages = await self.search(request)
         if not passages:
-            raise Refusal(404, "no passage of the index contains a word of the question", "messages", "no_passage")
+            raise Refusal(
+                404, "no passage of the index contains a word of the question. Use other words", "messages", "no_passage"
+            )
         try:
             written = await asyncio.to_thread(answering.prompt, request.question, passages, room, count)
         except ConfigError as e:

@@ -85,7 +85,10 @@ class Writer:
             if answer.bad:
                 raise Refusal(500 if answer.bad == "failed" else 400, f"input.{number}: {answer.detail}", "input")
             if answer.values["truncated"]:
-                said = f"input.{number}: is longer than {self.engine.loaded.longest} tokens, the model's maximum"
+                said = (
+                    f"input.{number}: the text has more than {self.engine.loaded.longest} tokens, the "
+                    "model's maximum. Send a shorter text"
+                )
                 raise Refusal(400, said, "input", "context_length_exceeded")
         values = [answer.values for answer in item["answers"]]
         return [{"embedding": v["embedding"].tolist(), "tokens": v["tokens"]} for v in values]

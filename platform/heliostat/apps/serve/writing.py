@@ -158,7 +158,7 @@ class WritingRoute(Route[S, Ask]):
                 gateway.measures.broken.inc()
                 yield event(e.body())
             except Exception:  # so that a failed stream never looks complete
-                log.exception("a stream ended early")
+                log.exception("a streamed answer ended before it was complete, because the endpoint failed")
                 gateway.measures.broken.inc()
                 yield event(FAILED.body())
 

@@ -47,7 +47,7 @@ class ForkRequest:
 
 
 def main() -> None:
-    """Serves requests until standard input ends. In a fork, runs the requested command."""
+    """Runs the fork server: forks a process for each request, until standard input ends. A fork runs the requested command."""
     address = sys.argv[1]
     os.environ[RAYLET] = str(os.getpid())  # Ray's workers end with this process, which ends with the raylet's parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -72,9 +72,9 @@ def prepare(modules: Iterable[str]) -> None:
             with contextlib.suppress(ImportError, ValueError):  # for example, the module of an extra that isn't installed
                 importlib.import_module(module)
     if threading.active_count() > 1:
-        raise SystemExit("the imported modules have started threads, which a fork would lose")
+        raise SystemExit("the imported modules have started threads, which forks would lose. Ray starts the workers instead")
     if _next_id() == _next_id():
-        raise SystemExit("Ray has already drawn random numbers, so all forks would draw the same ones and use the same names")
+        raise SystemExit("Ray has already drawn random numbers, so all forks would draw the same numbers and use the same names")
     gc.freeze()  # a garbage collection writes to each object that it visits, and so would copy the forks' shared memory
 
 
@@ -118,8 +118,8 @@ def _next_id() -> bytes:
 
 
 def worker(request: ForkRequest) -> ForkRequest | None:
-    """Reads Ray's command for a worker, and applies its runtime environment. Returns None if a fork of this process can't be
-    that worker.
+    """Reads Ray's command for a worker, and applies the worker's runtime environment. Returns None if a fork of this process
+    can't be that worker.
 
     A fork can't be a worker of another job. A fork's runtime environment can contain only variables and a working folder.
     """
@@ -184,8 +184,8 @@ def _serve(listener: socket.socket) -> ForkRequest | None:
 
 
 def _end_with(parent: int) -> None:
-    """Makes the kernel kill this process when its parent ends. Ray's own check isn't enough, because it counts a zombie as
-    alive."""
+    """Makes the kernel kill this process when its parent ends. Ray's own check isn't enough, because Ray's check counts a zombie
+    as alive."""
     ctypes.CDLL(None, use_errno=True).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)

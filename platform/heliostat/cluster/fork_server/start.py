@@ -2,8 +2,8 @@
 
 Ray starts a Python worker as `sys.executable default_worker.py ...`. While a private Ray starts, `sys.executable` is a launcher.
 The launcher passes this command to the server, with arguments, environment, folder, and standard streams. If no server answers,
-the launcher runs the command with Python. It does the same with all other commands. Instead of the dashboard's agent, the
-launcher runs `quiet_agent`.
+the launcher runs the command with Python. The launcher also runs all other commands with Python. Instead of the dashboard's
+agent, the launcher runs `quiet_agent`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def supported() -> bool:
 
 
 class ForkServer:
-    """Starts a fork server in a folder that only this user may enter. The server ends with `end`, or with this process.
+    """Starts a fork server in a folder that only this user may enter. The server ends when `end` is called, or when this process
+    ends.
 
     `environment`: must contain RAY_JOB_ID, because the forks are workers of that job only.
     """
@@ -71,7 +72,7 @@ class ForkServer:
         self.process = self._launch(command, dict(environment))
 
     def _launch(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Starts the server's process in its own session. The process ends when its standard input ends."""
+        """Starts the server's process in a new session. The process ends when the process's standard input ends."""
         nowhere = subprocess.DEVNULL
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True

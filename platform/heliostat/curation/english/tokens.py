@@ -1,9 +1,10 @@
 """Splits the text between white space into words, by the rules of spaCy's blank English pipeline.
 
-First it splits off punctuation marks at both ends, one at a time, then units after numbers. A URL stays one word. The rest is
-split at hyphens, commas, slashes, and similar characters between letters. Exceptions have precedence over all rules. The rules
-follow the documented algorithm (https://spacy.io/usage/linguistic-features#how-tokenizer-works). The time is linear, because a
-string with more than `LONGEST` characters is one word.
+The tokenizer first splits off punctuation marks at both ends, one at a time, then units after numbers. A URL stays one word. The
+rest is split at hyphens, commas, slashes, and similar characters between letters. A table of exceptions, such as "don't" and
+"e.g.", has precedence over all rules. The rules follow the documented algorithm
+(https://spacy.io/usage/linguistic-features#how-tokenizer-works). A string with more than `LONGEST` characters stays one word. So
+the time grows only linearly with the length of the text.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ _EMOTICONS = r"""
 
 
 def _contractions() -> Iterator[tuple[str, str]]:
-    """Yields contractions in lower case, and their parts, separated by spaces."""
+    """Yields pairs: a contraction in lower case, such as `don't`, and the contraction's words, separated by spaces (`do n't`)."""
     yield from _ODD.items()
     yield from _ODD_PLAIN.items()
     forms = [(verb, "nt", "n't") for verb in _NOT.split()] + [(verb, "nt ve", "n't 've") for verb in _NOT_HAVE.split()]
@@ -116,8 +117,8 @@ def _all() -> Iterator[tuple[str, str]]:
 
 
 def exceptions() -> dict[str, tuple[str, ...]]:
-    """Builds the table of exceptions, which maps a string to its words. It has strings with apostrophes in two forms, with '
-    and with ’."""
+    """Builds the table of exceptions, which maps a string to its words. The table has each string with an apostrophe twice: with
+    ' and with ’."""
     plain = {whole: tuple(split.split()) for whole, split in _all()}
     curly = {whole.replace("'", "’"): tuple(word.replace("'", "’") for word in words) for whole, words in plain.items()}
     return plain | curly
@@ -138,7 +139,8 @@ def tokens(text: str) -> tuple[str, ...]:
 
 
 def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
-    """Strips punctuation marks from both ends, each as a word, until no mark or an exception is left. Splits the rest."""
+    """Splits off punctuation marks at both ends of a string, each as a word. Stops when the rest is in `known` or has no marks at
+    its ends. Then splits the rest."""
     before, behind = list[str](), list[str]()
     while text and text not in known:
         size, mark, last = len(text), _PREFIX.match(text), 0
@@ -163,7 +165,7 @@ def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def _suffix(text: str) -> int:
-    """Returns the length of the longest suffix to split off."""
+    """Returns the length, in characters, of the longest suffix to split off; 0 if there is none."""
     last = text[-1:]
     if not last:
         return 0
@@ -210,7 +212,7 @@ def _is_url(text: str) -> bool:
 
 
 def _public(address: str) -> bool:
-    """Checks that the four numbers at the start of an address are in range, and outside private networks."""
+    """Checks whether the four numbers at the start of an IPv4 address are valid, and outside private networks."""
     first, second, third, last = (int(number) for number in regex.match(r"(\d+)\.(\d+)\.(\d+)\.(\d+)", address).groups())
     private = first in (10, 127) or (first, second) in ((169, 254), (192, 168)) or (first == 172 and 16 <= second <= 31)
     return not private and first <= 223 and max(second, third) <= 255 and 1 <= last <= 254

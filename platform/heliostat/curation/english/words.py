@@ -1,8 +1,9 @@
-"""Splits texts into words, as hashes, with the facts about each word that filters need.
+"""Splits texts into words. Represents each word by its hash, and by the facts that filters need, such as its number of
+characters.
 
-Each string between white space is split once and cached, because most words of a text have appeared in earlier texts. A document
-then costs one look-up per word. Memory is bounded: a text is processed in slices, and a large cache is emptied, which changes no
-result.
+Each string between white space is split once and cached, because most words of a text have appeared in earlier texts. So a
+document needs only one look-up per word. Memory is bounded: texts are processed in slices, and the cache is emptied when it is
+large. This changes no result.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def hash_of(word: str) -> int:
 
 
 class Words:
-    """Splits texts into words, with a cache."""
+    """Splits texts into words. Caches the words of each string between white space."""
 
     def __init__(self) -> None:
         self._recent: dict[str, Spoken] = {}
@@ -85,7 +86,8 @@ class Words:
         return Spoken(*(table[numbers] for table in _arrays(self._tables)))
 
     def _number(self, word: str) -> int:
-        """Returns the index of a word in the tables."""
+        """Returns the index of a word in this object's tables of hashes and lengths. Adds the word if the tables don't contain it
+        yet."""
         known = self._numbers.get(word)
         if known is not None:
             return known
@@ -142,7 +144,8 @@ def sentences(text: str) -> int:
 def _effect(part: str) -> tuple[int, bool, int, bool]:
     """Counts the sentences that begin in a part, and checks whether the part ends a sentence.
 
-    Returns both values twice: for a part in the middle of a sentence, and for one after the end of a sentence.
+    Returns four values: first the count and the check for a part in the middle of a sentence, then both for a part after the end
+    of a sentence.
     """
     if part.isalnum() or part.isspace():
         return _PLAIN

@@ -1,4 +1,4 @@
-"""Fetches images from the URLs of a list, several at a time, in the order of the list."""
+"""Fetches images from the URLs of a list. Sends several requests at a time, and returns the images in the order of the list."""
 
 from __future__ import annotations
 
@@ -54,13 +54,15 @@ class FetchSettings(Strict):
     """Number of concurrent requests per task."""
 
     def identity(self) -> dict[str, Any]:
-        """Returns VERSION, and the settings that decide which images are fetched. The rate and the retries aren't included."""
+        """Returns this module's VERSION, and the settings that decide which images are fetched. Excludes the request rate and the
+        retries."""
         return {"version": VERSION, **self.model_dump(mode="json", include={"column", "robots", "private", "agent"})}
 
 
 @dataclass(frozen=True)
 class Fetching:
-    """Fetches the URLs of a task that `lists` planned. `bytes`: maximum bytes of an image."""
+    """Fetches the images of one task's URLs. `heliostat.curation.web.lists` plans the tasks. `bytes`: maximum bytes of an
+    image."""
 
     config: FetchSettings
     bytes: int

@@ -1,9 +1,10 @@
-"""Computes latents and text embeddings once, before training, in a pool of actors, so that ZeRO never shards frozen encoders.
+"""Computes latents and text embeddings once, before training, in a pool of actors. So training needs no frozen encoders, which
+ZeRO would shard.
 
 Each actor loads the encoders once, on a GPU if the actor has one. For each image, the dataset stores the distribution of the
-latents (mean and log variance, float16). In every epoch, training draws new latents from this distribution. For each caption,
-the dataset stores the last layer of the text encoder. `empty_caption.bin` contains the encoding of the empty caption. The last
-bits of latents and embeddings depend on the machine and the batch. So the dataset's digest may differ on other hardware.
+latents (mean and log variance, float16). In every epoch, training draws new latents from this distribution. For each caption, the
+dataset stores the last layer of the text encoder. `empty_caption.bin` contains the text encoder's output for the empty caption.
+The last bits of latents and embeddings depend on the machine and the batch. So the dataset's digest may differ on other hardware.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ EMPTY = "empty_caption.bin"
 
 
 class Latents(Strict):
-    """Configures the folders of the frozen models; without `text_encoder`, captions stay text."""
+    """Configures the frozen encoders: their folders, their batch size, and their actors. Without `text_encoder`, captions stay
+    text."""
 
     autoencoder: str
-    """Folder of the frozen `AutoencoderKL`, or its name on the Hugging Face Hub (docs/guides/hub.md)."""
+    """Frozen `AutoencoderKL`: a folder, or a name on the Hugging Face Hub (docs/guides/hub.md)."""
     text_encoder: str | None = None
-    """Folder of the frozen text encoder (CLIP, T5), or its name on the Hugging Face Hub. Unset: captions stay text."""
+    """Frozen text encoder (CLIP, T5): a folder, or a name on the Hugging Face Hub. Unset: captions stay text."""
     length: int = Field(77, gt=1)
     """Maximum tokens of a caption."""
     workers: int = Field(1, gt=0)
@@ -49,15 +51,21 @@ class Latents(Strict):
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         for size in sizes:
             if size[0] % factor or size[1] % factor:
-                raise ConfigError(f"latents.autoencoder: the image sides must be multiples of {factor}, not {size[0]}x{size[1]}")
+                raise ConfigError(
+                    f"latents.autoencoder: image sides must be multiples of {factor}, not {size[0]}x{size[1]}. "
+                    "Change resolution, or buckets.step"
+                )
         if config["in_channels"] != channels:
-            raise ConfigError(f"channels: is {channels}, but the autoencoder takes {config['in_channels']}. Change channels")
+            raise ConfigError(
+                f"channels: is {channels}, but latents.autoencoder has {config['in_channels']} input channels (in_channels). "
+                "Set channels to in_channels"
+            )
         if self.text_encoder:
             diffusion_config.folder_config("latents.text_encoder", self.text_encoder)
             diffusion_config.require_weights("latents.text_encoder", self.text_encoder)
 
     def identity(self) -> dict[str, Any]:
-        """Returns everything that latents and embeddings depend on.
+        """Returns the settings and file digests that determine the latents and embeddings.
 
         This includes the tokenizer's digest if the models' digests don't cover the tokenizer's files.
         """
@@ -67,7 +75,7 @@ class Latents(Strict):
         return {"models": self.models(), "length": self.length, **({"tokenizer": tokenizer} if tokenizer else {})}
 
     def shipments(self) -> list[Shipment]:
-        """Describes the files that tasks need: the models, and the text encoder's tokenizer."""
+        """Lists the files that heliostat sends to the tasks: the models, and the text encoder's tokenizer."""
         from heliostat.recipes.images import config as diffusion_config
 
         described = [shipping.describe("latents.autoencoder", self.autoencoder)]
@@ -79,7 +87,7 @@ class Latents(Strict):
         return described
 
     def located(self, folder: Location, shipments: list[Shipment]) -> Latents:
-        """Returns a copy of the settings, with this node's paths of `shipments`."""
+        """Returns a copy of the settings in which the models' paths are this node's paths to the files in `shipments`."""
         autoencoder, *text = [shipping.here(folder, one) for one in shipments]
         parts = [Path(self.text_encoder or "").name] if text and shipments[1].within else []
         return self.model_copy(update={"autoencoder": autoencoder, "text_encoder": str(Path(text[0], *parts)) if text else None})

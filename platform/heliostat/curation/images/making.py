@@ -44,8 +44,8 @@ class ImageMaking(Making):
 
     source: ImageSource
     last: Stage | None
-    """Stage that finds duplicates, after all other stages. The images that this stage drops are reported like the images that
-    reading drops."""
+    """Stage that finds duplicates, after all other stages. The dataset's reports list the images that this stage drops together
+    with the images that reading drops."""
     shard_images: int
     chunk_images: int
     channels: int
@@ -95,8 +95,8 @@ class ImageMaking(Making):
         return WrittenShards(chunks, facts, part, ends)
 
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
-        """Spills the tasks that read the input, one by one, so that the driver never has the complete lists of metadata files
-        in memory."""
+        """Writes the descriptions of the tasks that read the input to temporary files, one by one. So the driver never has the
+        complete metadata files in memory."""
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         sizes, planned = {f.path: f.bytes for f in inputs}, self._tasks(inputs)
         for task in sampling.sampled(planned, inputs, self.sample) if self.sample else planned:
@@ -110,7 +110,8 @@ class ImageMaking(Making):
         return lists.plan(self.flow, read.input, inputs, read.fetching.config.column, wanted, read.limits.file)
 
     def _counted(self, runs: list[SpilledRun]) -> tuple[dict[str, int], list[str]]:
-        """Counts the images of each bucket, and lists the labels, up to the manifest's limit."""
+        """Counts the images of each bucket, and lists the labels of all images. Stops listing once there are more than
+        `tasks.CLASSES` labels, the maximum of a manifest."""
         work = (Task(key("count", run.name, run.decided), {"run": run}) for run in runs)
         counts, labels = Counter[str](), set[str]()
         for _, record in self.flow.run("count", tasks.count, work):
@@ -131,13 +132,14 @@ class ImageMaking(Making):
         return meta
 
     def _shards(self, curated: Curated, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-        """Distributes the runs' images to the shards of their buckets, and writes the shards."""
+        """Distributes the kept images to the shards of their buckets, and writes the shards."""
         numbers = {bucket: max(1, round(count / self.shard_images)) for bucket, count in counts.items()}
         firsts = accumulate(numbers.values(), initial=0)
         shards: Shards = {bucket: (first, numbers[bucket]) for bucket, first in zip(numbers, firsts, strict=False)}
         total = sum(numbers.values())
         if curated.bytes * SHARD_SHARE > self.memory_limit * total:
-            log.warning("shard_images: a shard of %d bytes needs about %d bytes of memory, more than memory_limit (%d)",
+            log.warning("shard_images: a shard of %d bytes needs about %d bytes of memory, more than memory_limit (%d). "
+                        "Lower shard_images, or raise memory_limit",
                         curated.bytes // total, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None

@@ -1,7 +1,7 @@
 """Processes one image with its caption: decodes, filters, resizes, hashes, and encodes the image. All functions are pure.
 
-Bad data raises no error: an image with a fault becomes a `Dropped` with one of `REASONS`. An image is scaled to cover its bucket,
-and cropped at its center. Transparent pixels become white.
+Invalid data raises no error: an invalid image becomes a `Dropped` with one of the reasons in `REASONS`. An image is scaled to
+cover its bucket, and cropped at its center. Transparent pixels become white.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ Size = tuple[int, int]  # width, height
 
 @dataclass(frozen=True)
 class ImageRules:
-    """Defines the requirements for images, and their stored form."""
+    """Defines the requirements for images, such as their minimum side, and the form in which they are stored, such as their size
+    and encoding."""
 
     sizes: tuple[Size, ...]  # the buckets
     channels: int = 3
@@ -57,7 +58,7 @@ class ImageRules:
 
 @dataclass(frozen=True)
 class Raw:
-    """Holds an image from its source; missing values are None."""
+    """Holds an image with its caption and columns, as the input contains them. Missing values are None."""
 
     id: str
     image: bytes | None
@@ -68,7 +69,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """Holds a stored image. `hash`: SHA-256 of the decoded pixels; `looks`: the perceptual hash."""
+    """Holds a stored image. `hash`: SHA-256 of the decoded pixels; `looks`: the image's perceptual hash."""
 
     id: str
     hash: str
@@ -94,13 +95,15 @@ def buckets(resolution: int, max_aspect: float, step: int) -> tuple[Size, ...]:
 
 
 def nearest(size: Size, sizes: tuple[Size, ...]) -> Size:
-    """Chooses the bucket with the nearest aspect ratio, by the logarithm; in a tie, the narrowest bucket."""
+    """Returns the bucket size whose aspect ratio is nearest to the image's, by the difference of logarithms. In a tie, returns
+    the narrowest size."""
     aspect = math.log(size[0] / size[1])
     return min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - aspect), s))
 
 
 def prepare(raw: Raw, rules: ImageRules) -> StoredPicture | Dropped:
-    """Prepares an image for storage, or returns the reason to drop it."""
+    """Prepares an image for storage: decodes, resizes, and encodes the image. Returns the stored image, or a `Dropped` with the
+    reason."""
     caption = clean(raw, rules)
     if isinstance(caption, Dropped):
         return caption
@@ -120,7 +123,8 @@ def prepare(raw: Raw, rules: ImageRules) -> StoredPicture | Dropped:
 
 
 def clean(raw: Raw, rules: ImageRules) -> str | Dropped:
-    """Returns the caption with single spaces, or the reason to drop the image. Doesn't decode the image."""
+    """Returns the caption with each run of white space as one space, or the reason to drop the image. Doesn't decode the
+    image."""
     caption = " ".join((raw.caption or "").split())
     if raw.image is None:
         return Dropped(raw.id, "no_image")

@@ -3,14 +3,14 @@
 Guarantees:
 
 - The dataset is a pure function of the configuration, and of the relative paths and bytes of the input files.
-- The SHA-256 of an image's pixels selects its shard. Within a shard, images are sorted by this hash, so scheduling can't change
-  the order.
+- The SHA-256 of an image's pixels selects the image's shard. Within a shard, images are sorted by this hash, so scheduling can't
+  change the order.
 - Of several equal images, only the image with the smallest hash stays. With `duplicates: perceptual`, the same is true of
-  near-duplicates. If hashes are equal, the image with the smallest id stays.
+  near-duplicates. Of images with equal hashes, the image with the smallest id stays.
 - Dropped images are listed in `quarantine.parquet` (id, reason, detail). They never stop the job.
-- With `buckets`, the dataset is a collection with one part per size. Every batch comes from one part.
-- Images and ids never pass through the driver. The driver has only the list of input files, and a record of each task.
-- Each task uses a share of `memory_limit`. A task that writes a shard has the complete shard in memory.
+- With `buckets`, the dataset is a collection: one dataset per image size. All images of a batch have the same size.
+- Images and ids never pass through the driver. The driver has in memory only the list of input files, and a record of each task.
+- Each task uses at most a share of `memory_limit`. One exception: a task that writes a shard has the complete shard in memory.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ from heliostat.tasks.flow import Flow
 
 
 class Buckets(Strict):
-    """Defines image sizes with the same area and different aspect ratios. Their sides are multiples of `step`."""
+    """Defines image sizes with about the same area and different aspect ratios. The sides of all sizes are multiples of
+    `step`."""
 
     step: int = Field(64, gt=0)
-    """Bucket sides are multiples of this number of pixels, which is at most `resolution`."""
+    """Bucket sides are multiples of this number, in pixels. The number is at most `resolution`."""
     max_aspect: Float = Field(2.0, ge=1)
     """Maximum ratio of a bucket's longer side to its shorter side."""
 
@@ -79,8 +80,8 @@ class ImagePipeline(StagedPipeline):
     """Input: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset), or a dataset of the Hugging
     Face Hub (`hf://datasets/ORG/NAME`, docs/guides/hub.md). See docs/data/images.md"""
     fetch: FetchSettings | None = None
-    """Fetches images by URL: the input is lists of URLs (`.jsonl`, `.csv`, `.parquet`). Unset: the input contains
-    images."""
+    """Settings for an input of URL lists (`.jsonl`, `.csv`, `.parquet`): heliostat fetches the images by HTTP. Unset: the input
+    contains the images."""
     columns: ColumnNames = ColumnNames()
     """Names of the columns in tables, and of the keys in WebDataset's JSON."""
     resolution: int = Field(gt=0)
@@ -93,7 +94,7 @@ class ImagePipeline(StagedPipeline):
     encoding: pictures.Encoding = "png"
     """Format of stored images; `webp` doesn't support grayscale (`channels: 1`)."""
     quality: int = Field(95, ge=1, le=100)
-    """Quality of `jpeg` and `webp`."""
+    """Encoder quality of stored `jpeg` and `webp` images; higher values make larger files."""
     min_side: int = Field(1, ge=1)
     """Minimum side of an image in pixels; smaller images are dropped (`too_small`)."""
     max_aspect: Float | None = Field(None, ge=1)
@@ -135,21 +136,26 @@ class ImagePipeline(StagedPipeline):
     def check(self) -> None:
         if self.max_caption is not None and self.max_caption < self.min_caption:
             raise ConfigError(
-                f"max_caption: {self.max_caption} is below min_caption {self.min_caption}, so no image would be kept"
+                f"max_caption: {self.max_caption} is below min_caption {self.min_caption}, so no image can pass. "
+                "Raise max_caption, or lower min_caption"
             )
         if self.buckets and self.buckets.step > self.resolution:
             raise ConfigError(
-                f"buckets.step: {self.buckets.step} is above resolution {self.resolution}, so no size is possible. Lower step"
+                f"buckets.step: {self.buckets.step} is above resolution {self.resolution}, so no size is possible. "
+                "Lower buckets.step"
             )
         if self.buckets and not self.sizes:
             raise ConfigError(f"buckets.max_aspect: {self.buckets.max_aspect:g} allows no size of resolution {self.resolution} "
-                f"with sides that are multiples of {self.buckets.step}. Raise max_aspect, or lower step")  # fmt: skip
+                f"with sides that are multiples of {self.buckets.step}. "
+                "Raise buckets.max_aspect, or lower buckets.step")  # fmt: skip
         if self.channels == 1 and self.encoding == "webp":
             raise ConfigError("encoding: webp doesn't support grayscale (channels: 1). Use png or jpeg")
         if self.latents:
             self.latents.check(self.sizes, self.channels)
         if LABEL in self.columns.others:
-            raise ConfigError(f"columns.others: {LABEL!r} is the name of the label column. Set columns.label instead")
+            raise ConfigError(
+                f"columns.others: {LABEL!r} is the name of the label column. Remove this entry, and set columns.label"
+            )
         self._check_stages()
         self.check_columns({LABEL, *self.columns.others}, "columns.others")
         digits = self.input == image_sources.DIGITS
@@ -161,13 +167,13 @@ class ImagePipeline(StagedPipeline):
         stored, known = "", {LABEL, *STORED, *self.columns.others}
         for stage in self.stages:
             if stored and isinstance(stage, ImageSize):
-                raise ConfigError(f"stages: image_size comes after {stored}, after which all images have "
-                                  f"their stored size. Move image_size before {stored}")  # fmt: skip
+                raise ConfigError(f"stages: image_size comes after {stored}. From this stage on, all images have "
+                                  f"the dataset's size. Move image_size before {stored}")  # fmt: skip
             stored = stored or (stage.named() if stage.gpu or isinstance(stage, GlobalStage) else "")
             for name in stage.stored():
                 if name in known:
                     raise ConfigError(f"stages: {stage.named()}: {name!r} is already a column of the shards, or one of "
-                        "columns.others. Choose another name")  # fmt: skip
+                        "columns.others. Choose another name for the stage's column")  # fmt: skip
                 known.add(name)
             stage.check()
 
@@ -191,8 +197,8 @@ class ImagePipeline(StagedPipeline):
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         if self.fetch:
             raise ConfigError(
-                "--sample: not supported with fetch, because a dry run would fetch images and delete them. "
-                "Prepare a part of the list instead"
+                "--sample: not supported with fetch, because a dry run deletes all fetched images. "
+                "Run heliostat data prepare with a shorter list instead"
             )
         return SampledParts(fraction)
 
@@ -211,7 +217,7 @@ class ImagePipeline(StagedPipeline):
 
     @property
     def last(self) -> Stage | None:
-        """Returns the stage that finds duplicates, after all other stages; None if duplicates stay."""
+        """Returns the stage that finds duplicates, which runs after all other stages; None if the pipeline keeps duplicates."""
         if self.duplicates == "keep":
             return None
         return SimilarImages(distance=self.distance if self.duplicates == "perceptual" else None)

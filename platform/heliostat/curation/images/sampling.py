@@ -1,4 +1,5 @@
-"""Chooses a sample of an image input: some single files by their hashes, and a share of the images in some archives."""
+"""Chooses a sample of an image input for a dry run: some of the single image files, and a share of the images in some
+archives."""
 
 from __future__ import annotations
 
@@ -18,17 +19,17 @@ RATE = "rate"  # key of a task: the share of its images that the sample takes
 
 @dataclass(frozen=True)
 class SampledImages(ImageSource):
-    """Reads a sample of an image input: from each task, only the images with chosen ids."""
+    """Reads a sample of an image input: of each task's images, only those with chosen ids."""
 
     def _raw(self, task: dict[str, Any]) -> Iterator[Raw | Dropped]:
         return (raw for raw in super()._raw(task) if task[RATE] >= 1 or chosen(raw.id, task[RATE], OF_RECORDS))
 
 
 def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: SampledParts) -> Iterator[dict[str, Any]]:
-    """Yields the tasks that read a sample, and adds the parts of the input, and the sizes of these parts, to `sample`.
+    """Yields the tasks that read the sample. Records the chosen files and archives, with their sizes in bytes, in `sample`.
 
-    It chooses some of the single images. It also chooses some archives, and a share of the images in each archive. It chooses at
-    least PLACES archives, or all archives if the input has fewer.
+    The sample has some of the single images, some archives, and a share of the images in each chosen archive. It has at least
+    PLACES archives, or all archives if the input has fewer.
     """
     sizes = {f.path: f for f in inputs}
     archives = list[FilePart]()

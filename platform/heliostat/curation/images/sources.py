@@ -5,9 +5,9 @@
     FOLDER or GLOB      *.parquet: a column of encoded images (bytes, or {bytes, path} as Hugging Face writes them)
     FOLDER or GLOB      *.tar as WebDataset writes them: KEY.png (.jpg, .webp) with KEY.txt, or with KEY.json for the columns
 
-An id is the place of an image in the input (`a.tar/KEY`, `b.parquet#7`), so other files don't change it. A digit's caption is
-one of TEMPLATES; the number of the image selects the template. Ten of the 60 pairs of digit and template are never used, so
-that some prompts are new to every model.
+An image's id is the image's position in the input (`a.tar/KEY`, `b.parquet#7`), so other files don't change the id. A digit's
+caption is one of TEMPLATES; the number of the image selects the template. Ten of the 60 pairs of digit and template are never
+used. So these ten prompts are new to every trained model.
 """
 
 from __future__ import annotations
@@ -63,17 +63,18 @@ class ImageColumns:
     others: tuple[str, ...] = ()
 
     def kept(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns the values of a row that are kept with the row's image."""
+        """Returns the values of a row's columns in `others`, without missing values. The dataset stores these values with the
+        row's image."""
         return {name: row[name] for name in self.others if row.get(name) is not None}
 
 
 def held_back(digit: int) -> str:
-    """Returns the caption that no image of this digit has."""
+    """Returns the held-out caption of a digit: one of TEMPLATES with the digit's name. No image of the digit has this caption."""
     return TEMPLATES[digit % len(TEMPLATES)].format(WORDS[digit])
 
 
 def digit_caption(number: int, digit: int) -> str:
-    """Returns the caption of the image with this number."""
+    """Returns the caption of an image of scikit-learn's digits. `number`: the image's index; `digit`: the digit in the image."""
     used = [t for i, t in enumerate(TEMPLATES) if i != digit % len(TEMPLATES)]
     return used[number % len(used)].format(WORDS[digit])
 
@@ -82,10 +83,10 @@ def digit_caption(number: int, digit: int) -> str:
 
 
 def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
-    """Lists every file that belongs to the input, sorted by path; ConfigError if the input has no files.
+    """Lists all files of an input, sorted by path; ConfigError if the input has no files.
 
-    The list includes files with an image suffix, and all files in a metadata file, with any name. `limit`: maximum bytes of a
-    metadata file.
+    The list includes files with an image suffix, and all files that a metadata file names, with any suffix. `limit`: maximum
+    bytes of a metadata file.
     """
     if uri == DIGITS:
         return [InputFile("digits", 1797 * 64, 0)]
@@ -111,8 +112,8 @@ def tasks(
     """Plans the tasks that read the input. Each task reads an archive, a part of a table, or some hundred files from a metadata
     file.
 
-    For files from a metadata file, `state` contains the size and modification time of each file, because the result depends on
-    the size and the time, too. `target`: bytes of a piece; the default depends on the total size.
+    For files from a metadata file, the task's `state` contains the size and modification time of each file. So a changed file
+    changes the task. `target`: bytes of input per task; the default depends on the input's total size.
     """
     if uri == DIGITS:
         yield {"kind": "digits", "path": ""}
@@ -132,14 +133,15 @@ def tasks(
 
 
 def spilled(folder: Location, task: dict[str, Any], sizes: Mapping[str, int]) -> FilePart:
-    """Spills a task that reads images, and describes the task as a part of the input; `sizes`: the bytes of each file."""
+    """Writes the description of a task that reads images to a temporary file. Returns the path of the temporary file and the
+    bytes that the task reads. `sizes`: the bytes of each input file."""
     paths = [one["path"] for one in task.get("parts") or task.get("entries", [])]
     name, by_time = segment.store(folder, task), segment.name_of(_without_etags(task))
     return FilePart(name, sum(sizes.get(path, 0) for path in paths), 0, path_by_time=by_time if by_time != name else "")
 
 
 def _without_etags(task: dict[str, Any]) -> dict[str, Any]:
-    """Returns a task that reads images in the form that older versions used, without ETags."""
+    """Returns a copy of a reading task's description without ETags, as older versions of heliostat wrote such descriptions."""
     if "parts" in task:
         return {**task, "parts": [{key: part[key] for key in part if key != "etag"} for part in task["parts"]]}
     return {**task, "state": [one and one[:2] for one in task["state"]]} if "state" in task else task
@@ -180,7 +182,7 @@ def _label(row: dict[str, Any], columns: ImageColumns) -> str:
 
 
 def read(uri: str, task: dict[str, Any], columns: ImageColumns, limits: ImageLimits = ImageLimits()) -> Iterator[Raw | Dropped]:
-    """Reads the images of a task."""
+    """Yields the images of a task, and a `Dropped` with the reason for each image or file that can't be read."""
     if task["kind"] == "digits":
         yield from digits()
     elif task["kind"] == "files":
@@ -237,8 +239,8 @@ def digits() -> Iterator[Raw]:
 def read_parquet(
     path: str, file: pa.NativeFile, columns: ImageColumns, limits: ImageLimits, part: FilePart
 ) -> Iterator[Raw | Dropped]:
-    """Yields the rows of a Parquet file, or of a part of it. Reports a broken footer only for the file's first part, and broken
-    row groups for each part that has some."""
+    """Yields the images in the rows of a Parquet file, or of a part of the file. Yields a `Dropped` for an invalid footer only in
+    the file's first part, and for invalid row groups in each part."""
     wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
     try:
         opened = parquet.opened(file, columns.image)
@@ -278,10 +280,11 @@ def _rows(file: pq.ParquetFile, wanted: tuple[str, ...], limit: int, part: FileP
 
 
 def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimits.image) -> Iterator[Raw | Dropped]:
-    """Yields the samples of a tar. A sample is consecutive members in one folder whose file names are equal up to the first dot.
+    """Yields the samples of a WebDataset tar. A sample consists of consecutive members in one folder whose file names are equal
+    up to the first dot.
 
-    Only members with a suffix in PARTS are read. A sample of more than `limit` bytes is dropped, even if a sparse member only
-    claims that size.
+    Only members with a suffix in PARTS are read. A sample of more than `limit` bytes is dropped. The sizes in the members'
+    headers count for this limit.
     """
     key, parts = "", dict[str, bytes | None]()
     try:

@@ -49,8 +49,8 @@ Shards = dict[str, tuple[int, int]]  # bucket -> (number of its first shard amon
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Reads the images of an input. Each part is one of the spilled tasks that read the input. The part's path is the name of
-    the task's file in the spill folder."""
+    """Reads the images of an input in Ray's workers. Each part of the input is the description of a reading task, in a temporary
+    file. `FilePart.path` is the name of this file."""
 
     input: str
     columns: ImageColumns
@@ -88,7 +88,7 @@ class ImageSource:
 
 
 def count(folder: Location, run: SpilledRun) -> dict[str, object]:
-    """Counts a run's images by bucket, and lists their labels, up to the manifest's limit."""
+    """Counts the images in a temporary file by bucket, and lists the images' labels: at most CLASSES + 1."""
     buckets, labels = Counter[str](), set[str]()
     for table in survivors(folder, run, columns=["width", "height", "columns"]):
         sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
@@ -103,7 +103,8 @@ def _label(columns: str | None) -> str:
 
 
 def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str, object]:
-    """Trains a tokenizer on all captions. The order of the captions doesn't matter."""
+    """Trains a tokenizer on all captions. The tokenizer doesn't depend on the order of the captions. Returns the name of the
+    tokenizer's temporary file."""
     tables = (table for run in runs for table in survivors(folder, run, columns=["text"]))
     texts = (text for table in tables for text in table["text"].to_pylist())
     name = segment.store(folder, tokens.train(texts, vocab_size, END))
@@ -116,9 +117,9 @@ def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str
 def deal(
     folder: Location, run: SpilledRun, shards: Shards, latents: dict[str, Any] | None, shipments: list[Shipment]
 ) -> dict[str, object]:
-    """Spills a run's images by shard. An image's pixel hash selects one of the shards of the image's bucket.
+    """Writes images to a temporary file, sorted by shard. An image's pixel hash selects one of the shards of the image's bucket.
 
-    `shipments`: the model files for latents.
+    With `latents`, also encodes the images. `shipments`: the files of the encoders.
     """
     tables = [_dealt(table, shards) for table in survivors(folder, run)]
     table = pa.concat_tables([DEALT.empty_table(), *tables])
@@ -139,7 +140,7 @@ def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
 
 
 def _located(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> str:
-    """Returns the settings of latents as JSON, with this node's paths to the models."""
+    """Returns the pipeline's `latents` settings as JSON, with this node's paths to the models."""
     from heliostat.curation.images.latents import Latents
 
     return Latents(**latents).located(folder, shipments).model_dump_json()
@@ -147,9 +148,9 @@ def _located(folder: Location, latents: dict[str, Any], shipments: list[Shipment
 
 @lru_cache(maxsize=2)
 def _encoder(config: str, shipments: tuple[Shipment, ...]) -> Any:
-    """Loads the frozen encoders once per process; later tasks with the same encoders reuse them.
+    """Loads the frozen encoders once per process. Later tasks with the same settings and files reuse the loaded encoders.
 
-    `shipments`: the encoders' files. They are part of the cache key, because files may change at the same path.
+    `shipments`: the encoders' files. The cache key contains `shipments`, because files may change at the same path.
     """
     from heliostat.curation.images.latents import Encoder
 
@@ -157,7 +158,8 @@ def _encoder(config: str, shipments: tuple[Shipment, ...]) -> Any:
 
 
 def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> dict[str, object]:
-    """Spills the text encoder's output for the empty caption."""
+    """Writes the text encoder's output for the empty caption to a temporary file. Returns the file's name and the output's
+    shape."""
     embedding = _encoder(_located(folder, {**latents, "gpus": 0.0}, shipments), tuple(shipments)).embeddings([""])[0]
     data = embedding.tobytes()
     name = spill.put(folder, data, ".bin")
@@ -166,9 +168,9 @@ def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Sh
 
 def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, output: str, explained: bool,
                 names: list[str], stored: tuple[str, ...] = ()) -> dict[str, object]:  # fmt: skip
-    """Writes the shard with this number; returns the shard's counts, and its part of the manifest.
+    """Writes the shard with this number. Returns the shard's number of images and bytes, and the manifest's rows for the shard.
 
-    `stored`: the stages' columns that the shard contains in addition to the columns of every image shard.
+    `stored`: names of columns that stages add to the columns of every image shard.
     """
     tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]
     if not tables:  # the dataset has few images, and no image has a hash that selects this shard
@@ -183,7 +185,7 @@ def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, o
 
 
 def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:
-    """Appends the stages' columns, as strings; "" for missing values."""
+    """Appends the columns `stored` to a table, as strings; "" for missing values."""
     for name in stored:
         values = [str(json.loads(columns).get(name, "")) if columns else "" for columns in table["columns"].to_pylist()]
         table = table.append_column(name, pa.array(values, pa.large_string()))
@@ -191,7 +193,8 @@ def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:
 
 
 def _ends(folder: Location, path: str, table: pa.Table) -> str:
-    """Spills a record for each image, with the path of its shard."""
+    """Writes a record for each kept image to a temporary file: the image's id, and the path of the image's shard. Returns the
+    file's name."""
     rows = [{"key": segment.key_of(row["id"]), "id": row["id"], "stage": "shard", "reason": "kept", "detail": path,
              "hash": row["hash"].hex(), "columns": row["columns"]}
             for row in table.select(["id", "hash", "columns"]).to_pylist()]  # fmt: skip
@@ -199,7 +202,8 @@ def _ends(folder: Location, path: str, table: pa.Table) -> str:
 
 
 def folder_of(bucket: str, number: int, parts: bool) -> str:
-    """Returns the folder of the shard with this number in its bucket, as a prefix of paths."""
+    """Returns the folder of a shard, as a prefix of paths. `number`: the shard's index in its bucket; `parts`: whether the
+    dataset has several buckets."""
     return f"{bucket}/{SHARDS}/{number:05d}/" if parts else f"{SHARDS}/{number:05d}/"
 
 
@@ -215,8 +219,8 @@ def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED)
 def without(file: pq.ParquetFile, id: str) -> tuple[bytes | None, int]:
     """Rewrites an open shard without an image.
 
-    Returns two values: the new file (None if no image is left), and the number of bytes that the removed image and its caption
-    had. With latents, the image's bytes aren't known, and don't count. Each row group keeps its other images.
+    Returns two values: the new file (None if no image is left), and the total bytes of the removed image and its caption. If the
+    shard stores latents, only the caption's bytes count. The other images stay in their row groups.
     """
     left, size = list[pa.Table](), 0
     for group in range(file.num_row_groups):

@@ -1,2 +1,2 @@
-"""Finds near-duplicates in any number of documents: signatures, candidates, clusters, and the document that stays in each
-cluster."""
+"""Finds near-duplicates in any number of documents. Computes signatures, finds candidates, forms clusters, and chooses the
+document that stays in each cluster."""

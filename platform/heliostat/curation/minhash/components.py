@@ -1,11 +1,12 @@
-"""Finds exactly the connected components of a graph of documents, with the edges on disk. It alternates two operations on the
-edges, large star and small star.
+"""Finds the exact connected components of a graph of documents, with the edges on disk. Alternates two operations on the edges:
+large star and small star.
 
-(Kiveris, Lattanzi, Mirrokni, Rastogi and Vassilvitskii, Connected Components in MapReduce and Beyond, 2014.) A node is a
-document, numbered by its run and row (`run << 32 | row`). A large star connects every larger neighbor of a node to the smallest
-node in its neighborhood; a small star connects every smaller neighbor and the node itself. When neither changes an edge, every
-component is a star around its smallest node. That takes O(log^2 n) rounds; in practice, only a few. In each round, a task has the
-edges of its share of the nodes in memory.
+(Kiveris, Lattanzi, Mirrokni, Rastogi and Vassilvitskii, Connected Components in MapReduce and Beyond, 2014.) A run is a sorted
+temporary file of documents. A node is a document; the document's run and row give the node's number (`run << 32 | row`). A large
+star connects every larger neighbor of a node to the smallest node in the node's neighborhood. A small star connects every smaller
+neighbor, and the node itself, to this smallest node. When neither operation changes an edge, every component is a star around its
+smallest node. This takes O(log^2 n) rounds; in practice, only a few. In each round, a task has in memory only the edges of some
+of the nodes.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ Edges = tuple[np.ndarray, np.ndarray]
 
 
 def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -> list[str]:
-    """Joins the runs' spills into about `parts` spills, so that a task doesn't need to read from the spill of every run.
-    `signed`: the name of each run's spill, and its number of rows.
+    """Joins temporary files into about `parts` larger files, so that later tasks open fewer files. `signed`: the name and the
+    number of rows of each file. Returns the names of the larger files.
 
-    The column `row` becomes `node`, the place of the document.
+    The column `node`, the number of the document in the graph, replaces the column `row`.
     """
     share, work, first = -(-sum(rows for _, rows in signed) // parts), list[Task](), 0
     for group in filled(signed, lambda one: one[1], share):
@@ -40,7 +41,8 @@ def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -
 
 
 def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
-    """Spills the joined spills of some runs, with documents' places instead of rows. `first`: the number of the first run."""
+    """Joins the temporary files `names` into one file. Replaces the column `row` by `node`, the number of the document in the
+    graph. `first`: the number of the first of these files."""
     tables = list[pa.Table]()
     for run, name in enumerate(names, first):
         for table in spill.read(folder, name):
@@ -53,8 +55,8 @@ def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
 
 
 def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Spills edges, in both directions, between each document with a key of this part and the smallest document with the same
-    key."""
+    """Writes edges to a temporary file, in both directions: from each document to the document with the smallest number that has
+    the same key. Covers the keys in one of `parts` equal ranges."""
     keys, nodes = spill.arrays(folder, names, *spill.share(part, parts), key=np.uint64, node=np.uint64)
     order = np.lexsort((nodes, keys))
     keys, nodes = keys[order], nodes[order]
@@ -63,8 +65,9 @@ def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str
 
 
 def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Connects the larger neighbors of each node of this part to the smallest node in the node's neighborhood. The record
-    contains a checksum of the edges, which shows whether a round changed any edge."""
+    """Connects the larger neighbors of each node to the smallest node in the node's neighborhood. Covers the nodes in one of
+    `parts` equal ranges of keys. Returns a record with the temporary file of the new edges, and with a checksum of the old edges.
+    The checksum shows whether a round changed any edge."""
     u, v = edges = _edges(folder, part, parts, names)
     down = u > v
     with np.errstate(over="ignore"):
@@ -75,14 +78,16 @@ def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dic
 
 
 def small_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Connects each node of this part, and the node's smaller neighbors, to the smallest of these neighbors."""
+    """Connects each node, and the node's smaller neighbors, to the smallest of these neighbors. Covers the nodes in one of
+    `parts` equal ranges of keys. Writes the new edges to a temporary file."""
     u, v = edges = _edges(folder, part, parts, names)
     least = _least(edges)
     return _spilled(folder, unique((np.concatenate([u, v]), np.concatenate([least, least]))), both=True)
 
 
 def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str], int]:
-    """Runs rounds until no edge changes. Returns the spills of the edges, which then form stars, and the number of rounds."""
+    """Runs rounds of large star and small star until no edge changes. Returns the temporary files of the edges, which then form
+    stars, and the number of rounds."""
     before: tuple[int, int] | None = None
     for rounds in range(ROUNDS):
         large = flow.all(f"{kind}-large", large_star, by_parts(flow, kind, parts, names))
@@ -91,7 +96,10 @@ def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str
             return names, rounds
         small = flow.all(f"{kind}-small", small_star, by_parts(flow, kind, parts, [r["edges_file"] for r in large]))
         before, names = now, [r["edges_file"] for r in small]
-    raise HeliostatError(f"{kind}: the clusters didn't converge within {ROUNDS} rounds")
+    raise HeliostatError(
+        f"{kind}: the clusters didn't converge within {ROUNDS} rounds. This is a bug in heliostat. "
+        "Report the bug with the pipeline's YAML file"
+    )
 
 
 def unique(edges: Edges) -> Edges:
@@ -109,7 +117,7 @@ def _edges(folder: Location, part: int, parts: int, names: list[str]) -> Edges:
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
-    """Returns the start of each group of equal values in a sorted array."""
+    """Returns, for each value of a sorted array, the index of the first equal value."""
     first = spill.starts(values)
     return np.flatnonzero(first)[np.cumsum(first) - 1]
 

@@ -1,8 +1,8 @@
-"""Chooses the document that stays in each cluster, and marks the other documents in every run.
+"""Chooses the document that stays in each cluster, and lists the other documents as dropped.
 
-It joins the stars of `components` with the columns that the rule compares (read from the runs). Each group of runs selects one
-candidate per cluster. So a cluster of millions of documents has only one row per group in the final choice. Each group then
-decides on its documents. The choice depends on the documents, not on their positions.
+A run is a sorted temporary file of documents. Each task reads a group of runs, and selects one candidate per cluster by the
+pipeline's rule. So even a cluster of millions of documents has only one row per group in the final choice. A second task per
+group then lists the group's dropped documents. The choice depends on the documents, not on their positions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ HELD = 1 << 16  # minimum candidates in memory before candidates of a cluster ar
 
 
 def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Spills (node, root of the node's star) by node. The root of a root is itself."""
+    """Writes pairs (node, root of the node's star) to a temporary file, sorted by node. For the root of a star, both values are
+    the root."""
     nodes, roots = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
     for name in names:
         for table in spill.read(folder, name, *spill.share(part, parts)):
@@ -51,10 +52,10 @@ def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[s
 
 def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], rule: Rule, column: str,
                names: list[str]) -> dict[str, object]:  # fmt: skip
-    """Chooses, for each cluster, the only document of these runs that may stay. Spills this document with the number of the
-    cluster's documents in these runs.
+    """Chooses each cluster's candidate: the only document in the temporary files `runs` that may stay. Writes the candidates,
+    each with the number of the cluster's documents in `runs`, to a temporary file.
 
-    A second spill has the cluster of each document. `first`: the number of the first run.
+    Writes the cluster of each document to a second temporary file. `first`: the number of the first of `runs`.
     """
     waiting, new, belonging = [CANDIDATES.empty_table()], 0, [BELONGING.empty_table()]
     for number, run, rows, roots in _clusters(folder, first, runs, copies, names):
@@ -71,7 +72,8 @@ def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: lis
 
 def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None],
               names: list[str]) -> Iterator[tuple[int, SpilledRun, np.ndarray, np.ndarray]]:  # fmt: skip
-    """Yields (a run's number, the run, rows in clusters, their roots). The rows are documents of stars, and their copies."""
+    """Yields tuples, one per temporary file of documents: the file's number, the file, the rows that are in clusters, and the
+    roots of these clusters. The rows include copies: documents with the same keys as an earlier document."""
     stars = dict(by_run(folder, first, len(runs), names))
     for number, (run, name) in enumerate(zip(runs, copies, strict=True), first):
         table = stars.pop(number, BELONGING.empty_table())
@@ -92,8 +94,8 @@ def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list
 
 
 def _members(folder: Location, run: SpilledRun, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Yields (columns of a run's documents in `rows`, the documents' indexes in `rows`). `rows`: row numbers in ascending
-    order."""
+    """Reads the documents with the row numbers `rows` from a temporary file. Yields pairs: a table with the requested columns,
+    and the positions of the table's documents in `rows`. `rows`: row numbers in ascending order."""
     for part in survivors(folder, run, columns=columns) if len(rows) else ():
         part = part.filter(pa.array(np.isin(part["row"].to_numpy(), rows)))
         if len(part):
@@ -109,7 +111,8 @@ def _compared(part: pa.Table, nodes: np.ndarray, roots: np.ndarray, rule: Rule, 
 
 
 def _best(tables: list[pa.Table]) -> pa.Table:
-    """Returns the first candidate of each cluster, with the cluster's total number of documents."""
+    """Returns one candidate per cluster, the first in ORDER, with the total number of the cluster's documents. Empties
+    `tables`."""
     table = pa.concat_tables(tables).sort_by(ORDER).combine_chunks()
     tables.clear()
     if not len(table):
@@ -120,7 +123,8 @@ def _best(tables: list[pa.Table]) -> pa.Table:
 
 
 def ranked(part: pa.Table, rule: Rule, column: str) -> tuple[np.ndarray, list[str]]:
-    """Returns the values that a rule compares: an array of numbers, then strings. The document with the smallest values stays."""
+    """Returns the values that a rule compares, one number and one string per document: an array, and a list. The document with
+    the smallest number stays; in a tie, the document with the smallest string."""
     columns = [json.loads(c) if c else {} for c in part["columns"].to_pylist()] if rule in ("oldest", "best") else []
     ranks, values = np.zeros(len(part)), [""] * len(part)
     if rule == "longest":
@@ -133,13 +137,13 @@ def ranked(part: pa.Table, rule: Rule, column: str) -> tuple[np.ndarray, list[st
 
 
 def _number(value: object) -> float:
-    """Returns a column's value as a number. For a value that isn't a number, returns the smallest number."""
+    """Returns a column's value as a float; `-inf` for a value that isn't a number."""
     return float(value) if isinstance(value, int | float) and not math.isnan(value) else -math.inf
 
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Chooses the document that stays in each cluster of this part. Spills this choice once per candidate of the cluster, so
-    that the tasks of all runs can read it."""
+    """Chooses the document that stays in each cluster, for the clusters in one of `parts` equal ranges of keys. Writes the choice
+    to a temporary file, once per candidate. So the task of each candidate finds the choice."""
     table = spill.joined(folder, names, *spill.share(part, parts), CANDIDATES)
     best = _best([table])
     of = pa.array(np.searchsorted(best["root"].to_numpy(), table["root"].to_numpy()))
@@ -155,7 +159,8 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
 def decide(
     folder: Location, first: int, runs: list[SpilledRun], belonging: str, stage: str, names: list[str]
 ) -> dict[str, object]:
-    """Spills the dropped documents of these runs, with the reasons."""
+    """Writes the dropped documents of the temporary files `runs`, with the reasons, to new temporary files. Returns a record with
+    the names of the new files."""
     out, files = segment.Spiller(folder, 1), list[str]()
     low, high = first << 32, (first + len(runs)) << 32
     chosen = spill.joined(folder, names, low, high, CHOSEN).sort_by("root").combine_chunks()

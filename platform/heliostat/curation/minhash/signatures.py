@@ -1,7 +1,7 @@
 """Computes the keys that near-duplicates share: MinHash signatures of a text's n-grams, split into bands.
 
-Take two texts whose sets of n-grams have the Jaccard similarity s. They agree in a band of r rows with probability s^r. So they
-share at least one of b keys with probability 1 - (1 - s^r)^b. (Broder, On the resemblance and containment of documents, 1997; the
+Two texts whose sets of n-grams have the Jaccard similarity s agree in a band of r rows with probability s^r. So the texts share
+at least one of b keys with probability 1 - (1 - s^r)^b. (Broder, On the resemblance and containment of documents, 1997; the
 bands: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3.)
 """
 
@@ -24,7 +24,7 @@ VALUES = 1 << 18  # values of signatures that are computed at once, because each
 
 @dataclass(frozen=True)
 class Parameters:
-    """Defines signatures: `bands` x `rows` permutations of the n-grams of words."""
+    """Defines the parameters of MinHash signatures: `bands` x `rows` permutations of the n-grams of words."""
 
     bands: int
     rows: int
@@ -49,7 +49,7 @@ def keys(texts: list[str], parameters: Parameters) -> tuple[np.ndarray, np.ndarr
 
 
 def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
-    """Hashes each band of each signature, together with the band's number, to 64 bits."""
+    """Hashes each band of each signature, together with the band's number, to 64 bits. Returns uint64 [texts, bands]."""
     bands = np.empty((len(signatures), parameters.bands), np.uint64)
     with np.errstate(over="ignore"):
         for band in range(parameters.bands):
@@ -61,11 +61,10 @@ def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
 
 
 def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str, object]:
-    """Spills (key, row) for a run's documents, except copies: documents with the same keys as an earlier document. For copies,
-    a second spill has the row of the copy (as its key), and the row of the first such document.
+    """Writes pairs (key, row) to a temporary file, for the documents of `run` except copies. A copy is a document with the same
+    keys as an earlier document. Writes the row of each copy, and the row of the earlier document, to a second temporary file.
 
-    A copy has the same candidates as the first document, so it isn't compared again. Each key of a document has one row, for any
-    number of copies in the run.
+    A copy has the same candidates as the earlier document, so heliostat doesn't compare the copy again.
     """
     bands, rows = [np.zeros((0, parameters.bands), np.uint64)], [np.zeros(0, np.uint32)]
     each = max(1, VALUES // (parameters.bands * parameters.rows))
@@ -86,7 +85,8 @@ def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str,
 
 
 def _keys_of(table: pa.Table, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the keys of a run's documents, once per distinct text. Keys differ between values of the column `within`."""
+    """Computes the keys of a table's documents, once per distinct text. Documents with different values in the column `within`
+    have different keys. Returns uint64 [documents, bands], and the indexes of the documents that have words."""
     texts = table["text"].to_pylist()
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     hashes, having = keys(list(numbers), parameters)

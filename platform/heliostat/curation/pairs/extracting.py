@@ -1,6 +1,6 @@
 """Finds matching pairs of texts in a document: a docstring and its function, or a title and its section. All functions are pure.
 
-A pair's place is the line of its function or title.
+The line number of a pair is the line of the pair's function or title.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INLINE = {"a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "dfn", "em", "
 
 
 class Pair(NamedTuple):
-    """Holds a query, its text, and its line in the document."""
+    """Holds a pair: a query, the text that the query is about, and the line of the function or title in the document."""
 
     line: int
     query: str
@@ -31,8 +31,8 @@ class Pair(NamedTuple):
 
 
 def docstrings(source: str) -> Iterator[Pair]:
-    """Yields pairs: the first sentence of a function's docstring, and the function without its docstring. Invalid Python raises
-    SyntaxError, ValueError, or RecursionError."""
+    """Yields pairs from Python source: the first sentence of a function's docstring, and the function without the docstring.
+    Invalid Python raises SyntaxError, ValueError, or RecursionError."""
     lines = _lines(source)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node)):
@@ -42,13 +42,13 @@ def docstrings(source: str) -> Iterator[Pair]:
 
 
 def _lines(source: str) -> list[str]:
-    """Splits a text at Python's line ends, but not at form feeds."""
+    """Splits a text into lines at the line ends that Python's parser uses. A form feed doesn't end a line."""
     return list(io.StringIO(source, newline=""))
 
 
 def _without(lines: list[str], docstring: ast.stmt, begin: int, end: int) -> str:
-    """Joins the lines `begin` to `end` (from 1) without the docstring. Also removes a line that is blank without the
-    docstring."""
+    """Joins the lines `begin` to `end` (counted from 1) without the docstring. Also removes a line that contains nothing except
+    the docstring."""
     last = docstring.end_lineno or docstring.lineno
     before = lines[docstring.lineno - 1].encode()[: docstring.col_offset].decode()
     behind = lines[last - 1].encode()[docstring.end_col_offset :].decode().lstrip("; ")
@@ -57,7 +57,8 @@ def _without(lines: list[str], docstring: ast.stmt, begin: int, end: int) -> str
 
 
 def markdown(source: str) -> Iterator[Pair]:
-    """Yields each title (`# ...`) with the text up to the next title. A line like a title in fenced code isn't a title."""
+    """Yields pairs from Markdown: each title (`# ...`), and the text up to the next title. A line in fenced code is never a
+    title."""
     title, begin, section, fence = "", 0, list[str](), ""
     for number, line in enumerate(_lines(source), 1):
         if mark := FENCE.match(line):
@@ -77,14 +78,14 @@ def markdown(source: str) -> Iterator[Pair]:
 
 
 def _titled(rest: str) -> str:
-    """Returns a title without surrounding blanks, and without closing `#`s after a blank."""
+    """Returns a title without spaces at both ends, and without a closing sequence of `#` after a space."""
     rest = rest.strip(" \t\r\n")
     bare = rest.rstrip("#")
     return (bare if bare.endswith((" ", "\t")) else rest).strip()
 
 
 def html(page: str) -> Iterator[Pair]:
-    """Yields each heading (`h1` to `h6`) of a page, with the text up to the next heading."""
+    """Yields pairs from an HTML page: each heading (`h1` to `h6`), and the text up to the next heading."""
     parser = _Sections()
     parser.feed(page)
     parser.close()
@@ -93,7 +94,7 @@ def html(page: str) -> Iterator[Pair]:
 
 
 class _Sections(HTMLParser):
-    """Collects the text of a page under its headings."""
+    """Parses an HTML page. Collects pairs: a heading, and the text between this heading and the next."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -120,7 +121,7 @@ class _Sections(HTMLParser):
         self._breaks(tag)
 
     def _breaks(self, tag: str) -> None:
-        """Ends a line where a block element begins or ends."""
+        """Adds a line end to the text if `tag` is a block element, such as `p`."""
         if tag not in INLINE:
             (self.title if self.inside and self.title is not None else self.text).append("\n")
 
@@ -129,7 +130,7 @@ class _Sections(HTMLParser):
             (self.title if self.inside and self.title is not None else self.text).append(data)
 
     def end(self) -> None:
-        """Adds the current section, which ends here, to the pairs."""
+        """Ends the current section, and adds the section's title and text to the pairs."""
         title = " ".join("".join(self.title or ()).split())
         if title:
             lines = (" ".join(line.split()) for line in "".join(self.text).split("\n"))

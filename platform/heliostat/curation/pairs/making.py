@@ -1,5 +1,5 @@
-"""Makes a dataset of pairs. It reads and curates documents like text, trains a tokenizer if the pipeline configures one, and
-writes the shards."""
+"""Makes a dataset of pairs. Reads and curates documents like a text pipeline, trains a tokenizer if the pipeline configures one,
+and writes the shards."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class PairSharding:
-    """Configures how pairs become shards."""
+    """Configures the shards of a pairs dataset: their number, and the approximate pairs per row group."""
 
     output: str
     shards: int
@@ -84,7 +84,7 @@ class PairMaking(Reading):
 
 
 def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: PairSharding) -> dict[str, object]:
-    """Writes shards one after another. Returns their counts and their part of the manifest."""
+    """Writes shards one after another. Returns the shards' counts and their rows of the manifest."""
     records = [one for number in range(first, stop) if (one := _write_shard(folder, runs, number, plan)) is not None]
     return {"shards": records, "files": []}
 
@@ -112,8 +112,8 @@ def unique(rows: list[Row]) -> list[Row]:
 
 
 def encoded(rows: list[Row], chunk_pairs: int) -> bytes:
-    """Returns sorted pairs as the bytes of a Parquet file. The pairs of a text are in one row group, or in row groups with the
-    same place."""
+    """Returns sorted pairs as the bytes of a Parquet file. The pairs of a text are in one row group, or in row groups that are
+    held out together."""
     texts = [(hash, sum(1 for _ in same)) for hash, same in itertools.groupby(row["hash"] for row in rows)]
     places = np.array([manifest.place(hash.hex()) for hash, _ in texts], np.int64)
     groups = tokens.chunks(np.array([count for _, count in texts]), chunk_pairs, places)

@@ -1,9 +1,9 @@
 """Makes matching pairs of texts, on Ray: docstrings with their functions (Python), titles with their sections (Markdown,
 HTML), and pairs from records (`.jsonl`, `.parquet`). Run: `heliostat data prepare pipelines/pairs.yaml`.
 
-Guarantees: the dataset is a pure function of the configuration, and of the relative paths and bytes of the input files. The
-hash of a pair's text decides the pair's shard, and its position in the shard. Of equal pairs, the dataset has only one. A text
-is held out with all its queries.
+Guarantees: the dataset is a pure function of the configuration, and of the relative paths and bytes of the input files. The hash
+of a pair's text decides the pair's shard, and its position in the shard. Of equal pairs, the dataset has only one. All pairs with
+the same text are held out together.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class PairColumns(Strict):
 
 
 class PairPipeline(StagedPipeline):
-    """Defines the keys of a pipeline of pairs; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
+    """Defines the keys of a pipeline's YAML for pairs of texts; `input` is a file, folder, glob, s3:// prefix, or
+    `python:stdlib`."""
 
     beside = frozenset({"work", "keep_work", "memory_limit"})
     moved = {"query_column": "query", "text_column": "text"}
@@ -46,7 +47,7 @@ class PairPipeline(StagedPipeline):
     (`hf://datasets/ORG/NAME`, docs/guides/hub.md), or `python:stdlib`. heliostat extracts pairs from `.py`, `.md` and `.html`,
     and reads them from `.jsonl` and `.parquet`."""
     exclude: list[str] = []
-    """Globs of files to skip, matched against their paths below the input's folder."""
+    """Globs of files to skip. heliostat matches the globs against paths relative to the input's folder."""
     columns: PairColumns = PairColumns()
     """Names of the columns of `.jsonl` and `.parquet`."""
     min_query_words: int = Field(2, ge=1)
@@ -54,14 +55,14 @@ class PairPipeline(StagedPipeline):
     min_text_words: int = Field(8, ge=1)
     """Minimum words of a text. Pairs with shorter texts are dropped (`short_text`)."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
-    """Unicode normal form to which heliostat converts queries and texts. It affects which pairs are equal."""
+    """Unicode normal form to which heliostat converts queries and texts. The normal form affects which pairs are equal."""
     tokenizer: TokenizerConfig | None = None
     """Tokenizer for a model that trains from scratch: trained on the texts, or used unchanged. Unset: no tokenizer, because a
-    pretrained model has its own."""
+    pretrained model has its own tokenizer."""
     chunk_pairs: int = Field(1024, gt=0)
     """Approximate pairs per row group."""
     shard_bytes: int = Field(128_000_000, gt=0)
-    """Approximate bytes of text per shard. It limits the memory of the task that writes the shard."""
+    """Approximate bytes of text per shard. This size limits the memory of the task that writes the shard."""
 
     @cached_property
     def given_tokenizer(self) -> str | None:
@@ -69,7 +70,10 @@ class PairPipeline(StagedPipeline):
 
     def check(self) -> None:
         if self.columns.query == self.columns.text:
-            raise ConfigError(f"columns.query: {self.columns.query!r} is columns.text, too. Use different columns")
+            raise ConfigError(
+                f"columns.query: {self.columns.query!r} is also the value of columns.text. "
+                "Set columns.query and columns.text to different columns"
+            )
         if self.tokenizer and self.given_tokenizer is not None:
             tokens.end_id(tokens.load(self.given_tokenizer), self.tokenizer.end_of_document)
         for stage in self.stages:

@@ -1,4 +1,4 @@
-"""Reads pairs from files in a task. It extracts pairs from code and pages, or reads them from records."""
+"""Reads pairs of texts from files, in a Ray task: extracts pairs from code and pages, or reads pairs from records."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from heliostat.curation.text.tasks import TextSource
 QUERY, KIND = "query", "kind"  # columns of a pair, in addition to its text
 DOCSTRING, SECTION, RECORD = "docstring", "section", "record"  # kinds
 REASONS = {
-    "unparsed": "code that this Python cannot parse, or a page that cannot be read",
+    "unparsed": "code that this version of Python can't parse, or a page that can't be parsed",
     "no_pairs": "neither functions with docstrings nor titles",
     "no_query": "a record without a string in its query column",
     "short_query": "a query of fewer than min_query_words words",
     "short_text": "a text of fewer than min_text_words words",
-    "same": "a query that is its own text",
+    "same": "a query that is equal to its text",
 }
 
 
 @dataclass(frozen=True)
 class Least:
-    """Defines the minimum number of words in a query and in a text."""
+    """Holds the minimum number of words for the query and for the text of a pair."""
 
     query: int
     text: int
@@ -59,7 +59,7 @@ class PairSource(TextSource):
         return self._pair(item.id, RECORD, query, item.text) if isinstance(query, str) else Dropped(item.id, "no_query")
 
     def _paired(self, item: Document, suffix: str) -> Iterator[Document | Dropped]:
-        """Yields the pairs of one document, or the reason why there is no pair."""
+        """Yields the pairs of one document, or a `Dropped` with the reason if the document has no pairs."""
         kind = DOCSTRING if suffix == ".py" else SECTION
         try:
             pairs = list(_find(item.text, suffix))
@@ -81,7 +81,7 @@ class PairSource(TextSource):
         return self._fit(Document(id, answer.text, {QUERY: question.text, KIND: kind}))
 
     def _fit(self, pair: Document) -> Document | Dropped:
-        """Returns the pair, or the reason to drop it: too few words, or the query equals the text."""
+        """Returns the pair, or a `Dropped` with the reason: the query or the text has too few words, or both are equal."""
         assert isinstance(pair.text, str)
         if len(pair.columns[QUERY].split()) < self.least.query:
             return Dropped(pair.id, "short_query")
@@ -91,7 +91,7 @@ class PairSource(TextSource):
 
 
 def _find(text: str | bytes, suffix: str) -> Iterator[extracting.Pair]:
-    """Finds the pairs of a page, given as bytes, or of a file with this suffix."""
+    """Finds the pairs in an HTML page (bytes), or in a Python or Markdown file (a string); `suffix` selects the parser."""
     if isinstance(text, bytes):
         return extracting.html(decode(text, None)[0])
     return {".py": extracting.docstrings, ".md": extracting.markdown}.get(suffix, lambda _: iter(()))(text)

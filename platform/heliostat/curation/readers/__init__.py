@@ -1,10 +1,10 @@
-"""Reads documents from files as streams: pure functions from a path (for the ids) and an open binary stream to documents.
+"""Reads documents from files as streams. The readers are pure functions of a path (for the ids) and an open binary stream.
 
-    for item in read("crawl/CC-MAIN-1.warc.gz", stream, Limits()): ...   # Document, or Dropped with a reason and its place
+    for item in read("crawl/CC-MAIN-1.warc.gz", stream, Limits()): ...   # Document, or Dropped with the reason and the position
 
 KINDS is the only list of file types, and `streams.CODECS` the only list of compressions; every pipeline uses both. Only one
-document is in memory at a time, for files of any size. Bad data raises no error: a broken part becomes a `Dropped`, and reading
-continues after this part if possible. Errors of the stream itself, such as a failed store, are raised.
+document is in memory at a time, for files of any size. Invalid data raises no error: an invalid part becomes a `Dropped`, and
+reading continues after this part if possible. Errors of the stream itself, such as a failed object store, are raised.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from heliostat.curation.stage import Document, Dropped
 class Kind:
     """Describes a file type.
 
-    - `number`: what the number after `#` in an id counts; "" if a file is one document.
-    - `stage`: the stage that extracts the text; before this stage, documents are bytes. "" if documents are text.
+    - `number`: the unit of the number after `#` in an id: lines, rows, or bytes; "" if a file is one document.
+    - `stage`: the pipeline stage that extracts the text from bytes; "" if the documents are already text.
     - `ranged`: whether `read` also accepts a `FilePart`, and then yields only the documents that begin in this part.
     """
 
@@ -66,20 +66,21 @@ def kind_of(path: str) -> Kind | None:
 
 
 def numbered(path: str) -> Literal["", "line", "row", "byte"] | None:
-    """Returns what the number after `#` in an id of this file counts (`Kind.number`); None for an unknown file type."""
+    """Returns the unit of the number after `#` in an id of this file (`Kind.number`), such as "line"; None for an unknown file
+    type."""
     kind = kind_of(path)
     return kind.number if kind else None
 
 
 def ranged(path: str) -> bool:
-    """Checks whether a file with this path can be read from the middle. This is possible at lines, if the file isn't
-    compressed, and at Parquet's row groups."""
+    """Checks whether heliostat can read a part of a file with this path without the rest. Uncompressed JSON lines are read from
+    any line, and uncompressed Parquet files from any row group."""
     kind = kind_of(path)
     return kind is not None and kind.ranged and codec_of(path) is None
 
 
 def read(path: str, stream: BinaryIO, limits: Limits, part: FilePart | None = None) -> Iterator[Document | Dropped]:
-    """Yields the documents and the dropped parts of a file; the suffix selects the reader.
+    """Yields the documents of a file, and a `Dropped` for each part that can't be read. The file's suffix selects the reader.
 
     If the file type is ranged, yields only the documents that begin in `part`.
     """

@@ -1,7 +1,8 @@
-"""Reads archives of code: .tar, with any compression, and .zip. Writes nothing to disk, and has only one file in memory.
+"""Reads archives of code: .tar, with any compression, and .zip. Writes nothing to disk, and has only one of the archive's files
+in memory.
 
-An archive is a bomb if it decompresses to more than RATIO times its size plus MUCH bytes. Reading stops there, and reports the
-bomb.
+An archive is a bomb if it decompresses to more than RATIO times its size plus MUCH bytes. Reading stops at this limit, and
+reports the archive as a `Dropped` with the reason `bomb`.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def _of_tar(archive: Any, plain: _Forward, member: tarfile.TarInfo) -> bytes:
 
 
 class _Forward(io.RawIOBase):
-    """Presents a stream as a forward-only file with a limit, because a header may claim terabytes."""
+    """Wraps a stream as a file that can only be read forward. Rejects a read of more bytes than `allow` has allowed, because a
+    header may claim terabytes."""
 
     def __init__(self, stream: BinaryIO, too_large: LeftOutError | None) -> None:
         self._stream, self._too_large = stream, too_large
@@ -182,7 +184,8 @@ def _blocks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes
 
 
 def _unpacked_bz2(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
-    """Decompresses a member, but no more than the declared size. zipfile decompresses everything that it has read."""
+    """Yields the decompressed blocks of a bzip2 member, up to the size in the member's header. Python's zipfile has no such
+    limit."""
     packed = copy.copy(member)
     packed.compress_type, packed.file_size = zipfile.ZIP_STORED, member.compress_size
     packed.CRC = None  # type: ignore[assignment]  # it covers the decompressed data
@@ -199,7 +202,8 @@ def _unpacked_bz2(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator
 
 
 class _Reads:
-    """Wraps a stream: never closes it, and rejects a read of more bytes than the directory of a .zip may have."""
+    """Wraps a stream for zipfile. Never closes the stream, and rejects a read of more than DIRECTORY bytes, the limit for the
+    directory of a .zip."""
 
     closed = False
 
@@ -218,7 +222,7 @@ class _Reads:
             raise
 
     def close(self) -> None:
-        """Leaves the stream open, because the stream is read again."""
+        """Does nothing: the stream stays open, because the reader reads the stream again."""
 
 
 def _most(stream: BinaryIO, limits: ReadLimits) -> int:
@@ -230,7 +234,8 @@ def _bomb(most: int) -> LeftOutError:
 
 
 def _unreadable(error: Exception) -> LeftOutError:
-    """Returns an archive's fault as a LeftOutError. An error with an errno is raised: it is a fault of the stream itself."""
+    """Converts an error of an archive's content to a LeftOutError. Raises an OSError with an errno unchanged, because the cause
+    is the stream, not the content."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     return LeftOutError("corrupt", f"{type(error).__name__}: {str(error)[:200]}")

@@ -1,7 +1,7 @@
-"""Reads the committed files of one commit from git clones, bare or with a working tree, with the program `git`.
+"""Reads the files of one commit from a git clone with the program `git`. The clone may be bare or have a working tree.
 
-A clone is untrusted, so git ignores the machine's settings, runs no hook or monitor, contacts no remote, and uses no
-replacement objects. A clone whose objects are outside the clone is rejected. Uncommitted files in the working tree aren't read.
+Clones are untrusted. So git ignores the machine's settings, runs no hook or monitor, contacts no remote, and uses no replacement
+objects. A clone that reads objects from outside its own folder is rejected. Uncommitted files in the working tree aren't read.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def there_is_git() -> bool:
 
 
 def facts(folder: Path) -> tuple[str, int]:
-    """Returns the commit of HEAD, and the total bytes of the commit's files; LeftOutError if the clone has no readable
-    commit."""
+    """Returns the commit hash of HEAD, and the total bytes of the commit's files. Raises LeftOutError if the clone has no
+    readable commit."""
     commit = _commit(folder, "HEAD")
     return commit, sum(size or 0 for _, _, size, _ in _tree(folder, commit))
 
@@ -66,7 +66,8 @@ def read(path: str, folder: Path, limits: ReadLimits, commit: str = "HEAD") -> I
 
 
 def _commit(folder: Path, name: str) -> str:
-    """Returns the commit that `name` refers to; LeftOutError if `name` refers to no commit, or if the clone is rejected."""
+    """Returns the hash of the commit that `name` refers to. Raises LeftOutError if there is no such commit, or if the clone reads
+    objects from outside its folder."""
     if folder.is_symlink() or not folder.is_dir() or not (folder / "objects").resolve().is_relative_to(folder.resolve()):
         raise LeftOutError("outside", "no folder of its own")
     for place in ELSEWHERE:
@@ -105,7 +106,7 @@ def _object(objects: _Output, id: bytes, size: int | None) -> bytes:
 
 @contextmanager
 def _git(folder: Path, *command: str, talks: bool = False) -> Iterator[_Output]:
-    """Runs git on a clone; LeftOutError if it fails, or prints nothing for SILENCE_S."""
+    """Runs git on a clone; provides git's output. Raises LeftOutError if git fails, or prints nothing for SILENCE_S seconds."""
     settings = [word for setting in SETTINGS for word in ("-c", setting)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | ENVIRONMENT
     process = subprocess.Popen(["git", f"--git-dir={folder}", *settings, *command], env=environment, cwd="/", bufsize=0,
@@ -123,7 +124,7 @@ def _git(folder: Path, *command: str, talks: bool = False) -> Iterator[_Output]:
 
 
 class _Output:
-    """Reads git's output, with a time limit for each answer."""
+    """Reads git's output. Raises LeftOutError if a read takes more than SILENCE_S seconds."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout and process.stderr
@@ -139,7 +140,7 @@ class _Output:
             raise self._failed() from None
 
     def line(self, end: bytes) -> bytes:
-        """Reads up to the mark `end`, and returns the bytes before the mark; b"" at the end of the output."""
+        """Reads the output up to the delimiter `end`. Returns the bytes before the delimiter; b"" at the end of the output."""
         at = -1
         while (at := self._buffer.find(end, max(0, at))) < 0:
             at = len(self._buffer)
@@ -160,7 +161,7 @@ class _Output:
         return content
 
     def _more(self) -> bool:
-        """Reads more output; False at the end. LeftOutError if git failed."""
+        """Reads more output into the buffer. Returns False at the end of the output. Raises LeftOutError if git failed."""
         data = self._read()
         while data is None:
             data = self._read()
@@ -170,7 +171,7 @@ class _Output:
         return bool(data)
 
     def _read(self) -> bytes | None:
-        """Reads some output; None if git wrote to its error output instead."""
+        """Returns the next bytes of git's standard output; None if git wrote to standard error instead."""
         ready = select.select([self._out, *([self._error] if self._error is not None else [])], [], [], SILENCE_S)[0]
         if not ready:
             raise LeftOutError("corrupt", f"git said nothing for {SILENCE_S:.0f} s")

@@ -1,4 +1,5 @@
-"""Reads Parquet files row group by row group, within limits: texts as documents, and rows for the image pipeline."""
+"""Reads Parquet files row group by row group, within size limits. Yields documents for the text pipeline, and batches of rows for
+the image pipeline."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ BUFFER = 4 << 20  # bytes of a column per read, because a row group may be large
 
 
 def opened(source: pa.NativeFile, large: str) -> pq.ParquetFile:
-    """Opens a Parquet file. `large`: the column with large values. It is read as a dictionary, so equal values are in memory
-    only once."""
+    """Opens a Parquet file. `large`: the column with large values. This column is read as an Arrow dictionary, so equal values
+    are in memory only once."""
     footer = pq.read_metadata(source)
     paths = [footer.schema.column(i).path for i in range(len(footer.schema))]
     return pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=False, buffer_size=BUFFER,
@@ -28,11 +29,11 @@ def opened(source: pa.NativeFile, large: str) -> pq.ParquetFile:
 def batches(
     file: pq.ParquetFile, columns: tuple[str, ...], limit: int, part: FilePart, rows: int
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yields batches of at most `rows` rows. A batch is the number of its first row (counted from 1), and the values of the
-    columns that exist.
+    """Yields pairs: the number of a batch's first row (counted from 1), and the batch, which has at most `rows` rows. Ignores
+    columns that the file doesn't have.
 
-    For a part of the file, it reads the row groups that begin in this part. It raises LeftOutError, before it decompresses a
-    row group, if the row group has more than `limit` decompressed bytes according to the footer.
+    For a part of the file, reads only the row groups that begin in this part. Raises LeftOutError for a row group with more than
+    `limit` decompressed bytes. The footer has this size, so such a row group is never decompressed.
     """
     present = [name for name in dict.fromkeys(columns) if name in file.schema_arrow.names]
     roots = [file.metadata.schema.column(i).path.split(".")[0] for i in range(file.metadata.num_columns)]
@@ -55,7 +56,7 @@ def _begins(info: pq.RowGroupMetaData) -> int:
 
 
 def documents(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
-    """Yields a document for each row. Ids count rows from 1."""
+    """Yields a document for each row of a Parquet file. An id ends in the number of the row, counted from 1."""
     packed = codec_of(path) is not None
     file = (pa.BufferReader(whole(unpacked(path, stream, limits), limits.max_file_bytes)) if packed
             else pa.PythonFile(stream, "r"))  # fmt: skip

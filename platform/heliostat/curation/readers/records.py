@@ -1,4 +1,4 @@
-"""Finds the records of a web archive, one after another. After a broken record, finds the next valid record."""
+"""Reads the records of a web archive (WARC) one after another. After an invalid record, searches for the next valid record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GZIP, START, BLANK = b"\x1f\x8b\x08", b"WARC/1.", b"\r\n\r\n"
 
 
 class Broken(LeftOutError):
-    """Reports a broken record, and its place."""
+    """Reports an invalid record of a web archive. `place`: the record's offset."""
 
     def __init__(self, place: str, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -25,7 +25,8 @@ class Broken(LeftOutError):
 
 @dataclass(frozen=True)
 class WarcRecord:
-    """Holds a record: its place, its headers by lower-case name, its block (None if it is too large), and its size."""
+    """Holds a record of a web archive: the record's offset, the headers by lower-case name, the content (None if the content is
+    too large), and the content's size in bytes."""
 
     place: str
     headers: dict[str, str]
@@ -34,7 +35,8 @@ class WarcRecord:
 
 
 class Archive:
-    """Reads records from a stream. With `packed`, the stream has gzip members, which usually contain one record each."""
+    """Reads a web archive's records from a stream. With `packed`, the stream consists of gzip members, which usually contain one
+    record each."""
 
     def __init__(self, stream: BinaryIO, packed: bool) -> None:
         self._source, self._packed = _Source(stream), packed
@@ -45,7 +47,8 @@ class Archive:
         self._current = ""  # the place of the current record
 
     def records(self, most: int) -> Iterator[WarcRecord]:
-        """Yields records; raises Broken at a broken record. To continue, call `resume`."""
+        """Yields the records; raises Broken at an invalid record. To continue after this record, call `resume`, then `records`
+        again. `most`: maximum bytes of a record's content in memory."""
         while True:
             while self._fill(1) and self._plain[self._used] in b"\r\n":
                 self._take(1)
@@ -96,7 +99,7 @@ class Archive:
         return bytes(pieces) if declared <= most else None, size
 
     def _ends(self) -> bool:
-        """Checks that a record is complete: line ends, or the end of the gzip member, must follow."""
+        """Checks whether the current record is complete: line ends, or the end of the gzip member, must follow."""
         if self._packed and self._decoder is None and len(self._plain) == self._used:
             return True
         if self._packed:
@@ -115,9 +118,9 @@ class Archive:
             self._used = 0
 
     def _fill(self, count: int) -> bool:
-        """Buffers at least `count` decompressed bytes of one member; False if fewer bytes are left.
+        """Buffers at least `count` decompressed bytes of one gzip member. Returns False if the member has fewer bytes left.
 
-        If no bytes of the current member are left, the next member is used.
+        If the current member has no bytes left, opens the next member.
         """
         while len(self._plain) - self._used < count:
             if not self._packed:
@@ -130,9 +133,9 @@ class Archive:
         return True
 
     def _unpack(self) -> bool:
-        """Decompresses more bytes of a member; False if no more are available.
+        """Decompresses more bytes of the current gzip member into the buffer. Returns False if the member has no more bytes.
 
-        The next member is opened only after all bytes of the current member were read.
+        Opens the next member only after all bytes of the current member were read.
         """
         if self._decoder is None:
             if len(self._plain) > self._used:
@@ -162,15 +165,16 @@ class Archive:
         return True
 
     def _broken(self, reason: str, detail: str) -> Broken:
-        """Returns an error for the current record, or for the data after the last record.
+        """Returns a Broken error for the current record, or for the data after the last record.
 
-        The search for the next record then starts after the beginning of this member.
+        Also sets the start of `resume`'s search: just after the beginning of the current gzip member.
         """
         self._start = self._member
         return Broken(self._current or self._place(), reason, detail)
 
     def resume(self) -> bool:
-        """Moves to the next offset after the broken record's start where a record may begin; False if there is no such offset."""
+        """Moves to the next offset, after the invalid record's start, at which a record may begin. Returns False if there is no
+        such offset."""
         place = self._source.find(GZIP if self._packed else START, self._start + 1)
         if place is None:
             return False
@@ -180,7 +184,7 @@ class Archive:
 
 
 class _Source:
-    """Wraps a stream, and keeps the data after an offset, so that the data can be read again."""
+    """Wraps a stream, and buffers the recent data, so that `Archive` can move back in the stream and read the data again."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -201,14 +205,15 @@ class _Source:
         self.at -= size
 
     def forget(self, before: int) -> None:
-        """Drops the data before an offset, once it has more than 4 PIECEs."""
+        """Drops the buffered data before an offset, if this data has more than 4 PIECEs."""
         size = min(before, self.at) - self._from
         if size > 4 * PIECE:
             del self._buffer[:size]
             self._from += size
 
     def find(self, what: bytes, offset: int) -> int | None:
-        """Searches for `what` at or after an offset. Moves to the first match and returns its offset; None without a match."""
+        """Searches the stream for `what` from an offset on. Moves to the first match, and returns the match's offset; None
+        without a match."""
         self.at = max(offset, self._from)
         while (place := self._buffer.find(what, self.at - self._from)) < 0:
             self.at = max(self.at, self._from + len(self._buffer) - len(what) + 1)

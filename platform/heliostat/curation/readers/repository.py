@@ -24,12 +24,13 @@ NAME = 4096  # maximum characters of a name
 
 
 class MemberError(LeftOutError):
-    """Reports that a member can't be read, but the next member can."""
+    """Reports that one member of an archive or a git clone can't be read. The reader continues with the next member."""
 
 
 @dataclass(frozen=True)
 class RepositoryFile:
-    """Describes a file of a repository. Call `read` before you request the next member."""
+    """Describes a file of a repository: its name, size in bytes, and kind. Call `read` for the content before you request the
+    next file."""
 
     name: str
     size: int
@@ -38,16 +39,16 @@ class RepositoryFile:
 
 
 Members = Callable[[], Iterator[RepositoryFile]]
-"""Yields a repository's files from the beginning; LeftOutError if the remaining files can't be read."""
+"""Yields a repository's files, from the first file at each call. Raises LeftOutError if the remaining files can't be read."""
 
 
 def name_of(raw: bytes) -> str:
-    """Decodes a file's name. Invalid bytes become escapes, so that every name can be stored."""
+    """Decodes a file's name from UTF-8. Invalid bytes become backslash escapes, so that every name can be stored."""
     return raw.decode("utf-8", "backslashreplace")
 
 
 def documents(path: str, members: Members, limits: ReadLimits, about: dict[str, str]) -> Iterator[Document | Dropped]:
-    """Yields the documents of the repository at `path`, and the dropped files. `about`: columns of every
+    """Yields the documents of the repository at `path`, and a `Dropped` for each dropped file. `about`: columns to add to every
     document."""
     licenses, seen = _licenses(members), set[int]()
     try:
@@ -65,7 +66,7 @@ def documents(path: str, members: Members, limits: ReadLimits, about: dict[str, 
 
 
 def _licenses(members: Members) -> Licenses:
-    """Reads the license files. Unreadable files are ignored here, because the second pass reports them."""
+    """Reads the repository's license files. Ignores unreadable files, because the later pass over all files reports them."""
     licenses, count = Licenses(), 0
     try:
         for number, member in enumerate(members(), 1):

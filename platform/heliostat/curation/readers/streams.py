@@ -1,4 +1,5 @@
-"""Opens compressed streams, splits lines, and reads files that are one document, within limits, even if the data is broken."""
+"""Opens compressed streams, splits text into lines, and reads files that are one document. All functions respect size limits.
+For invalid data, they raise LeftOutError or yield a `Dropped`."""
 
 from __future__ import annotations
 
@@ -54,19 +55,19 @@ class ReadLimits:
     columns: tuple[str, ...] | None = None
 
     def text_of(self, value: object) -> str | None:
-        """Returns a record value as text; None if the value isn't text."""
+        """Returns a record's value if the value is a string; otherwise None."""
         return value if isinstance(value, str) else None
 
     def texts_of(self, values: pa.Array) -> pa.Array | None:
-        """Returns a column's texts, as strings or a dictionary; None if the column has no texts."""
+        """Returns a column's values if they are strings or a dictionary of strings; otherwise None."""
         value_type = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         return values if pa.types.is_string(value_type) or pa.types.is_large_string(value_type) else None
 
 
 class LeftOutError(Exception):
-    """Reports that the rest of a file can't be read; `reason` is one of REASONS.
+    """Reports that the rest of a file can't be read. `reason`: a key of REASONS.
 
-    `complete`: the data before the error is complete; only a checksum is wrong.
+    `complete`: whether only a checksum is wrong, and the data before the error is complete.
     """
 
     def __init__(self, reason: str, detail: str = "", complete: bool = False) -> None:
@@ -80,7 +81,7 @@ def codec_of(path: str) -> str | None:
 
 
 def unpacked(path: str, stream: BinaryIO, limits: ReadLimits) -> io.BufferedReader:
-    """Opens the decompressed bytes of a stream; LeftOutError at broken data, or after `max_file_bytes`."""
+    """Returns a stream of the decompressed bytes. Reading raises LeftOutError at invalid data, and after `max_file_bytes`."""
     codec = codec_of(path)
     plain = iter(lambda: stream.read(BLOCK), b"")
     blocks = plain if codec is None else _zst(stream) if codec == "zst" else _unpack(stream, codec)
@@ -107,9 +108,10 @@ def _new(codec: str) -> Any:
 
 
 def _unpack(stream: BinaryIO, codec: str) -> Iterator[bytes]:
-    """Yields the decompressed bytes of all members, one block at a time. A block of input may decompress to many blocks.
+    """Yields the decompressed bytes of all members of a compressed stream, in blocks. One block of input may become many
+    decompressed blocks.
 
-    Zeros after a member are padding. For gzip, the data before a fault is kept.
+    Zeros after a member are padding. For gzip, also yields the data before an invalid byte.
     """
     decoder, begun, ended = _new(codec), False, False
     while data := stream.read(BLOCK):
@@ -133,7 +135,7 @@ def _unpack(stream: BinaryIO, codec: str) -> Iterator[bytes]:
 
 
 def _before_break(decoder: zlib._Decompress, data: bytes) -> bytes:
-    """Decompresses a block of input byte by byte, up to the fault."""
+    """Returns the data that a block of gzip input contains before the first invalid byte. Decompresses byte by byte."""
     out = bytearray()
     for at in range(len(data)):
         try:
@@ -144,7 +146,7 @@ def _before_break(decoder: zlib._Decompress, data: bytes) -> bytes:
 
 
 class _Blocks(io.RawIOBase):
-    """Makes a raw stream from an iterator of blocks. LeftOutError after `most` bytes."""
+    """Wraps an iterator of byte blocks as a raw stream. Reading raises LeftOutError after `most` bytes."""
 
     def __init__(self, blocks: Iterator[bytes], most: int) -> None:
         self._blocks, self._left, self._most, self._total = blocks, memoryview(b""), most, 0
@@ -170,7 +172,7 @@ class _Blocks(io.RawIOBase):
 
 
 def lines(stream: BinaryIO, most: int, first: int = 0, stop: int | None = None) -> Iterator[bytes | None]:
-    """Yields lines with their line ends. A line of more than `most` bytes becomes None, and isn't kept in memory.
+    """Yields lines with their line ends. Yields None for a line of more than `most` bytes, without the complete line in memory.
 
     If a file is read in ranges, yields the lines that begin between the offsets `first` and `stop`. The stream must begin one
     byte before `first`. So a line that spans many ranges is read only in the range where the line begins.
@@ -203,12 +205,13 @@ def lines(stream: BinaryIO, most: int, first: int = 0, stop: int | None = None) 
 
 
 def _line(buffer: bytearray, end: bytes, most: int) -> bytes | None:
-    """Joins the parts of a line; None if the line is too long. The line end doesn't count."""
+    """Joins the beginning (`buffer`) and the end of a line. Returns None if the line has more than `most` bytes, without the line
+    end."""
     return (bytes(buffer) + end if buffer else end) if len(buffer) + len(end) <= most + 1 else None
 
 
 def whole(stream: BinaryIO, most: int) -> bytes:
-    """Reads a stream to its end; LeftOutError after more than `most` bytes."""
+    """Returns all bytes of a stream; LeftOutError if the stream has more than `most` bytes."""
     out = bytearray()
     while block := stream.read(BLOCK):
         out += block
@@ -228,7 +231,7 @@ def text(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document |
 
 
 def decoded(id: str, data: bytes, columns: dict[str, object] | None = None) -> Document | Dropped:
-    """Makes a document from UTF-8 bytes, without a byte-order mark."""
+    """Returns a document from UTF-8 bytes, without the byte-order mark; a `Dropped` if the bytes aren't UTF-8."""
     try:
         return Document(id, data.decode("utf-8-sig"), columns or {})
     except UnicodeDecodeError:

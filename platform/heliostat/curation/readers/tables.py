@@ -1,4 +1,5 @@
-"""Reads files of records: JSON lines, CSV, or Arrow. All fields except the text become the document's columns."""
+"""Reads files of records: JSON lines, CSV, or Arrow. A record's text becomes a document, and the record's other fields become the
+document's columns."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ PACKED_BEFORE = b"ARROW:experimental_compression"  # Arrow 0.17's name for the c
 
 
 def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document | Dropped:
-    """Makes a document from a record, with the requested columns."""
+    """Returns a record as a document with the requested columns; a `Dropped` if the record has no text or too much text."""
     text = limits.text_of(values.get(limits.text_column))
     if text is None:
         return Dropped(id, "no_text")
@@ -34,7 +35,8 @@ def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document |
 
 
 def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
-    """Yields a document for each line of the part. Ids count lines. A line that isn't a JSON object is dropped."""
+    """Yields a document for each line that begins in `part`; a `Dropped` for a line that isn't a JSON object. An id ends in the
+    number of the line."""
     if part.start:  # the rest of a line that begins before the range belongs to the earlier range
         stream.seek(part.start - 1)
     plain = unpacked(path, stream, limits)
@@ -54,7 +56,8 @@ def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> It
 
 
 def separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Iterator[Document | Dropped]:
-    """Yields a document for each row after the header. Ids count rows. `mark`: the separator of fields."""
+    """Yields a document for each row of a CSV or TSV file after the header. An id ends in the number of the row. `mark`: the
+    separator of fields."""
     csv.field_size_limit(limits.max_document_bytes)
     source = _Text(unpacked(path, stream, limits), limits.max_document_bytes)
     rows, header, number = csv.reader(source, delimiter=mark), None, 0
@@ -85,7 +88,7 @@ def separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Ite
 
 
 class _Text:
-    """Yields a stream's lines as text, and counts them."""
+    """Iterates over a stream's lines as text, and counts the lines. Raises LeftOutError at a line of more than `most` bytes."""
 
     def __init__(self, stream: BinaryIO, most: int) -> None:
         self._lines, self._most, self.line = lines(stream, most), most, 0
@@ -102,7 +105,8 @@ class _Text:
 
 
 def arrow(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields a document for each row of an Arrow IPC stream or file, batch by batch. Ids count rows from 1."""
+    """Yields a document for each row of an Arrow IPC stream or file. Has one batch in memory. An id ends in the number of the
+    row, counted from 1."""
     row, bounded = 0, _Bounded(unpacked(path, stream, limits), 16 * limits.max_document_bytes)
     try:
         bounded.skip_magic()
@@ -124,8 +128,8 @@ def arrow(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document 
 
 
 def _shares(kind: pa.DataType) -> bool:
-    """Checks whether values of a type may share bytes, so that the rows together can be larger than the bytes in which they are
-    stored."""
+    """Checks whether rows of an Arrow type may share stored bytes. Then the rows, as Python objects, can need more memory than
+    the stored bytes."""
     types = pa.types
     tests = (types.is_dictionary, types.is_run_end_encoded, types.is_string_view, types.is_binary_view, types.is_list_view,
             types.is_large_list_view)  # fmt: skip
@@ -133,14 +137,15 @@ def _shares(kind: pa.DataType) -> bool:
 
 
 class _Bounded:
-    """Wraps a stream of messages. Rejects a message with more bytes than a batch may have, as stored or decompressed."""
+    """Wraps a stream of Arrow IPC messages. Raises LeftOutError at a message with more than `most` bytes, stored or
+    decompressed."""
 
     def __init__(self, stream: BinaryIO, most: int) -> None:
         self._stream, self._most, self._buffer, self.closed = stream, most, b"", False
         self._pieces, self._dictionaries = list[bytes](), dict[int, int]()
 
     def skip_magic(self) -> None:
-        """Skips the magic bytes before the stream in an Arrow file."""
+        """Skips the magic bytes at the start of an Arrow IPC file, if the stream begins with them."""
         self._buffer = self._stream.read(8)
         if self._buffer.startswith(b"ARROW1"):
             self._buffer = b""
@@ -160,7 +165,8 @@ class _Bounded:
         return out
 
     def _message(self) -> list[bytes]:
-        """Reads a message: its length, its metadata, and its body."""
+        """Reads the next message, and checks the message's decompressed size. Returns the message's bytes in parts: length,
+        metadata, and body."""
         head = self._exactly(4)
         length = head + (self._exactly(4) if head == CONTINUES else b"")
         if len(length) not in (4, 8) or not (size := int.from_bytes(length[-4:], "little", signed=True)):
@@ -197,10 +203,11 @@ class _Bounded:
 
 
 def _unpacked_bytes(about: bytes, body: bytes) -> tuple[int, int | None, bool]:
-    """Returns the decompressed size of a message's body, in bytes.
+    """Returns three values; the first is the decompressed size of an Arrow message's body, in bytes.
 
-    For a dictionary, also returns the dictionary's number, and whether the message extends an earlier dictionary. A compressed
-    buffer begins with its decompressed length; a length of -1 means that the buffer is stored uncompressed.
+    The others describe a dictionary: its number (None for another message), and whether the message extends an earlier
+    dictionary. A compressed buffer begins with its decompressed length; a length of -1 means that the buffer is stored
+    uncompressed.
     """
     message = _follow(about, 0)
     kind, head = _value("<B", about, _field(about, message, 1)), _field(about, message, 2)

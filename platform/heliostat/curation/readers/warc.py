@@ -1,9 +1,9 @@
 """Reads web archives: pages from .warc, texts from .wet, and metadata from .wat, with any compression or none.
 
-Archives may be compressed record by record (.gz) or as a whole. A record's id is `path#offset`. For .gz, this is the offset of
-the compressed record in the file; for other compressions, the offset in the decompressed data. A record is dropped if it is
-broken, doesn't end at its declared length, or is too large for a document. After a broken record, reading continues at the next
-record that begins after the broken record's start. Other libraries skip unreadable records silently.
+Archives may be compressed record by record (.gz) or as a whole. A record's id is `path#offset`. For .gz, the offset is the
+position of the compressed record in the file; otherwise, the position in the decompressed data. A record is dropped if it is
+invalid, doesn't end at its declared length, or is too large for a document. After an invalid record, reading continues at the
+next valid record. Other libraries skip unreadable records silently.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _text(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits)
 
 
 def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Iterator[Document | Dropped]:
-    """Yields the content of the records of one kind, and a Dropped for each fault.
+    """Yields a document for each record of one kind, and a `Dropped` with the reason for each invalid record.
 
     Kinds: `response` is a page as bytes, or plain text; `conversion` (WET) is the text of a page; `metadata` (WAT) is JSON,
     unchanged.
@@ -88,7 +88,7 @@ def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Itera
 
 @dataclass(frozen=True)
 class Response:
-    """Holds a response's status, content type, and decompressed body."""
+    """Holds an HTTP response from a web archive: the status, the content type, and the decompressed body."""
 
     status: int
     content_type: str
@@ -96,7 +96,8 @@ class Response:
 
 
 def parse(block: bytes, most: int) -> Response:
-    """Parses a response; LeftOutError if the response is invalid, or has more than `most` decompressed bytes."""
+    """Parses an HTTP response. Raises LeftOutError if the response is invalid, or if its body has more than `most` decompressed
+    bytes."""
     ends = [(at, len(mark)) for mark in (b"\r\n\r\n", b"\n\n") if (at := block.find(mark, 0, HTTP_HEAD)) >= 0]
     if not block.startswith(b"HTTP/") or not ends:
         raise LeftOutError("corrupt", "no HTTP response")
@@ -115,7 +116,8 @@ def parse(block: bytes, most: int) -> Response:
 
 
 def _joined(body: bytes) -> bytes:
-    """Joins the chunks of a body. Some archives store bodies without chunks; such bodies stay unchanged."""
+    """Joins the chunks of a body with chunked transfer encoding. Returns a body unchanged if the archive stored the body without
+    chunks."""
     out, at = list[bytes](), 0
     while True:
         end = body.find(b"\r\n", at, at + 64)
@@ -130,7 +132,7 @@ def _joined(body: bytes) -> bytes:
 
 
 def _decoded(body: bytes, packed: str, most: int) -> bytes:
-    """Decompresses a body. Some archives store bodies uncompressed; such bodies stay unchanged."""
+    """Decompresses a body by its content encoding. Returns a body unchanged if the archive stored the body uncompressed."""
     raw = packed == "deflate" and body[:1] != b"\x78"
     if packed != "deflate" and not body.startswith(MEMBER):
         return body

@@ -1,8 +1,8 @@
 """Implements the tasks that compare documents by vectors: embedding, centers, cells, and the choice of the documents that stay.
 
-Spills are split by documents and by cells. So for any number of documents, a task has in memory only the vectors of one run, of
-a sample, or of a part of one cell. The centers come from the documents with the lowest hashes, so they don't depend on the
-runs.
+The tasks exchange sorted temporary files, which are split by documents or by cells. For any number of documents, a task has only
+some vectors in memory: those of one file, of a sample, or of a part of one cell. The centers are computed from the documents with
+the lowest hashes. So the centers don't depend on how the documents are split into files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ABOUT = pa.schema(
 
 @dataclass(frozen=True)
 class EmbeddingModel:
-    """Defines the embedding model: its folder's files, the maximum tokens of a text, and the batch size."""
+    """Describes the embedding model: the files of the model's folder, the maximum tokens of a text, and the batch size."""
 
     files: Shipment
     max_tokens: int
@@ -46,12 +46,13 @@ class EmbeddingModel:
 
 @lru_cache(maxsize=1)
 def _opened(model: EmbeddingModel, place: str) -> TextEmbedder:
-    """Loads a model once per process, for later tasks."""
+    """Loads an embedding model. Caches the model, so that later tasks in the same process reuse it."""
     return TextEmbedder(place, model.max_tokens, model.batch)
 
 
 def embed(folder: Location, run: SpilledRun, model: EmbeddingModel, most: int) -> dict[str, object]:
-    """Spills the vectors of a run's documents by the documents' hashes, in pieces of `most` bytes."""
+    """Computes the vectors of the documents in a temporary file. Writes the vectors to new temporary files of about `most` bytes,
+    sorted by the documents' hashes."""
     embedder = _opened(model, shipping.here(folder, model.files))
     waiting, names, record = list[pa.Table](), list[str](), {"rows": 0, "size": 0, "cut": 0}
     for table in survivors(folder, run, columns=["text"]):
@@ -74,12 +75,12 @@ def embed(folder: Location, run: SpilledRun, model: EmbeddingModel, most: int) -
 
 
 def packed(values: np.ndarray) -> pa.Array:
-    """Packs rows of 8-bit numbers as byte strings of equal length."""
+    """Converts an int8 array [rows, size] to an Arrow column with one byte string per row."""
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(values.shape[1]), len(values), [None, pa.py_buffer(values.tobytes())])
 
 
 def unpacked(column: pa.ChunkedArray) -> np.ndarray:
-    """Reverses `packed`."""
+    """Converts a column from `packed` back to an int8 array [rows, size]."""
     size = column.type.byte_width
     array = column.combine_chunks()
     start = array.offset * size
@@ -87,16 +88,17 @@ def unpacked(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def sampled(rows: int, cells: int, size: int) -> int:
-    """Chooses the hash limit of the sample from which `cells` centers are computed."""
+    """Returns the hash limit of the sample from which the centers are computed: the sample has the texts with hashes below the
+    limit. `rows`: number of documents; `cells`: number of centers; `size`: numbers per vector."""
     wanted = max(cells, min(OF_CELL * cells, SAMPLE_NUMBERS // size))
     return min(spill.ALL, spill.ALL * wanted // rows)
 
 
 def centres(folder: Location, names: list[str], limit: int, cells: int, seed: int) -> dict[str, object]:
-    """Spills the centers of the cells. They are computed from the texts with hashes below the limit. Each text counts once, and
-    the order of the texts depends on the seed.
+    """Computes the centers of the cells, and writes them to a temporary file. Uses the texts with hashes below `limit`. Each
+    distinct text counts once, and the order of the texts depends on `seed`.
 
-    If no text has a hash below the limit, because most texts are equal, there is one cell.
+    If no text has a hash below `limit`, because most texts are equal, there is only one cell.
     """
     samples = [_once(t) for name in names for t in spill.read(folder, name, 0, limit, ["vector"])]
     if not samples:
@@ -111,14 +113,15 @@ def centres(folder: Location, names: list[str], limit: int, cells: int, seed: in
 
 
 def _once(table: pa.Table) -> pa.Table:
-    """Keeps one row per key, because equal texts have equal vectors."""
+    """Returns a table with one row per key (the hash of a text), because equal texts have equal vectors."""
     return table.take(pa.array(np.unique(table["key"].to_numpy(), return_index=True)[1]))
 
 
 def deal(
     folder: Location, number: int, run: SpilledRun, vectors_name: str, rule: Rule, column: str, centres: str | None
 ) -> dict[str, object]:
-    """Spills a run's documents by cell, with the values to compare. `number`: the run's number; `vectors_name`: the spill of
+    """Assigns the documents of a temporary file to cells. Writes the documents' vectors, and the values that `rule` compares, to
+    a new temporary file, sorted by cell. `number`: the number of `run` among all runs; `vectors_name`: the file of the documents'
     vectors."""
     whole = pa.concat_tables(spill.read(folder, vectors_name)).sort_by("row")
     rows, points = whole["row"].to_numpy(), unpacked(whole["vector"])
@@ -138,15 +141,17 @@ def deal(
 
 
 def key_of(cells: np.ndarray) -> np.ndarray:
-    """Returns the key of each cell."""
+    """Returns the 64-bit key of each cell. Temporary files are sorted by these keys."""
     return spill.mixed(cells.astype(np.uint64))
 
 
 def judge(folder: Location, part: int, parts: int, names: list[str], least: float, held: int) -> dict[str, object]:
-    """Spills the dropped documents of the cells in this part. A document is dropped if it is near a document that stays and
-    that comes earlier in the rule's order.
+    """Chooses the documents that stay in each cell, and writes the dropped documents to temporary files. Covers the cells in one
+    of `parts` equal ranges of keys. A document is dropped if an earlier document in the order of the rule stays and has a cosine
+    similarity of at least `least`.
 
-    `held`: the maximum number of vectors in memory. The tasks' keys depend on this argument's name.
+    `held`: the maximum number of vectors in memory. Don't rename this argument, because the keys of recorded tasks contain its
+    name.
     """
     all_ = Dealt.read(folder, names, *spill.share(part, parts))
     judged, bins, largest, of_clusters = [JUDGED.empty_table()], dict[str, list[int]](), list[tuple[int, str]](), list[int]()
@@ -180,8 +185,8 @@ def _judged(nodes: np.ndarray, by: list[tuple[str, int]], cosines: np.ndarray) -
 
 
 def _count(bins: dict[str, list[int]], best: np.ndarray, goes: np.ndarray) -> None:
-    """Adds documents to a tally's histogram by their cosine similarity with the nearest kept document. The histogram counts
-    kept and dropped documents separately."""
+    """Counts documents in a histogram, by their cosine similarity with the nearest kept document. Kept and dropped documents have
+    separate counts."""
     for place, some in ((0, best[~goes]), (1, best[goes])):
         values, counts = np.unique(np.floor(some.astype(np.float64) * 100 + 1e-4), return_counts=True)
         for value, number in zip(values.tolist(), counts.tolist(), strict=True):
@@ -190,7 +195,8 @@ def _count(bins: dict[str, list[int]], best: np.ndarray, goes: np.ndarray) -> No
 
 @dataclass(frozen=True)
 class Dealt:
-    """Reads the documents of a range of cells, cell by cell in the order of comparison. It keeps no vectors in memory."""
+    """Reads the documents of a range of cells, cell by cell, in the order in which heliostat compares them. Reads vectors on
+    request, and keeps none in memory."""
 
     folder: Location
     names: list[str]
@@ -214,12 +220,12 @@ class Dealt:
         return self.table["id"].take(pa.array(places)).to_pylist()
 
     def cells(self) -> list[tuple[int, int]]:
-        """Lists the start and end of each cell."""
+        """Lists the first position of each cell's documents, and the position after the last."""
         starts = np.unique(self.keys, return_index=True)[1].tolist()
         return list(pairwise([*starts, len(self.nodes)]))
 
     def vectors(self, start: int, stop: int) -> np.ndarray:
-        """Reads the vectors at the positions `start` to `stop` in the order of comparison."""
+        """Reads the vectors of the documents at the positions `start` to `stop`, as an int8 array [documents, size]."""
         wanted = self.nodes[start:stop]
         order = np.argsort(wanted)
         out = None

@@ -1,7 +1,8 @@
-"""Computes with vectors of 8-bit numbers: cosine similarities, centers of cells, and the rows that stay. All functions are pure.
+"""Computes cosine similarities, centers of cells, and the rows that stay, for vectors of 8-bit integers. All functions are pure.
 
-If two vectors have at most LONGEST numbers, their dot product is an integer below 2**24. float32 represents it exactly in any
-order of summation, so the results are the same on every machine. Longer vectors are multiplied in pieces of LONGEST numbers.
+If two vectors have at most LONGEST numbers, their dot product is an integer below 2**24. float32 represents such integers
+exactly, in any order of summation. So the results are the same on every machine. Longer vectors are multiplied in pieces of
+LONGEST numbers.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ Vectors = Callable[[int, int], np.ndarray]  # returns the rows in the range [fir
 
 
 def lengths(vectors: np.ndarray) -> np.ndarray:
-    """Returns the length of each vector; 1 for a zero vector."""
+    """Returns the Euclidean length of each vector; 1 for a zero vector."""
     return np.maximum(1, np.sqrt((vectors.astype(np.int64) ** 2).sum(axis=1, dtype=np.int64))).astype(np.float32)
 
 
 def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the dot product of each vector in `a` with each vector in `b`. The result is exact, but rounded to float32 for
-    vectors longer than LONGEST."""
+    """Returns the dot product of each vector in `a` with each vector in `b`, as float32 [a, b]. Products are exact if vectors
+    have at most LONGEST numbers, and otherwise rounded."""
     pieces = [_whole(a[:, i : i + LONGEST], b[:, i : i + LONGEST]) for i in range(0, a.shape[1], LONGEST)]
     return pieces[0] if len(pieces) == 1 else np.stack(pieces).sum(axis=0, dtype=np.float64).astype(np.float32)
 
@@ -34,7 +35,8 @@ def _whole(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Returns the number of the nearest center for each vector; the first, if several are equally near."""
+    """Returns, for each vector, the number of the center with the highest cosine similarity. In a tie, returns the first of these
+    centers."""
     indices = [np.zeros(0, np.int64)]
     for start in range(0, len(vectors), TOGETHER):
         indices.append((products(vectors[start : start + TOGETHER], centres) / lengths(centres)).argmax(axis=1))
@@ -43,9 +45,9 @@ def nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 def centres(sample: np.ndarray, count: int) -> np.ndarray:
     """Finds the centers of `count` cells by spherical k-means, starting from the first vectors. If there are fewer than `count`
-    different vectors, each of them has its own cell.
+    different vectors, each different vector has its own cell.
 
-    (Lloyd 1982; Dhillon and Modha 2001.) A cell that loses all its vectors keeps its center.
+    (Lloyd 1982; Dhillon and Modha 2001.) A cell that loses all vectors keeps the same center.
     """
     _, firsts = np.unique(sample, axis=0, return_index=True)
     centroids = sample[np.sort(firsts)[:count]]
@@ -70,7 +72,7 @@ def _rounded(sums: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rows:
-    """Holds vectors to compare, their lengths, and their places in the order of comparison."""
+    """Holds vectors to compare, the vectors' lengths, and the vectors' positions in the order of comparison."""
 
     vectors: np.ndarray
     lengths: np.ndarray
@@ -90,15 +92,15 @@ class Rows:
         yield from (self[start : start + size] for start in range(0, len(self), size))
 
     def cosines(self, others: Rows) -> np.ndarray:
-        """Returns the cosine similarity of each row with each row of `others`."""
+        """Returns the cosine similarity of each row with each row of `others`, as an array [rows, others]."""
         return products(self.vectors, others.vectors) / others.lengths / self.lengths[:, None]
 
 
 def sieve(vectors: Vectors, count: int, least: float, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Visits `count` rows in order. Drops a row if its cosine similarity with an earlier kept row is at least `least` (> 0).
+    """Visits `count` rows in order. Drops a row if the cosine similarity with an earlier kept row is at least `least` (> 0).
 
     Returns two arrays [count]: the position of the nearest earlier kept row (-1: none), and the similarity with this row (0:
-    none). So a row is dropped if its similarity is at least `least`. At most 2 * `capacity` rows are in memory.
+    none). The dropped rows are those with a similarity of at least `least`. At most 2 * `capacity` rows are in memory.
     """
     near, best = np.full(count, -1, np.int64), np.zeros(count, np.float32)
     for start in range(0, count, capacity):
@@ -115,7 +117,8 @@ def sieve(vectors: Vectors, count: int, least: float, capacity: int) -> tuple[np
 
 
 def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> None:
-    """Updates `near` and `best` of the rows for which a row in `others` is nearer. All `others` are kept rows."""
+    """Compares `rows` with the kept rows `others`. Where a row in `others` is more similar than `best`, updates `best` (the
+    similarity) and `near` (the position of the row in `others`)."""
     for some in others.blocks(16 * TOGETHER):
         for part in rows.blocks(TOGETHER):
             cosines = part.cosines(some)
@@ -126,7 +129,8 @@ def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> Non
 
 
 def _beside(near: np.ndarray, best: np.ndarray, part: Rows, least: float) -> None:
-    """Compares each row of a part with the earlier kept rows of this part, one row after another."""
+    """Compares each row of `part` with the earlier kept rows of `part`, one row after another. If one of these is more similar
+    than `best`, updates `best` (the similarity) and `near` (the position of the more similar row)."""
     cosines, stays = part.cosines(part), np.zeros(len(part), bool)
     for i, at in enumerate(part.places.tolist()):
         before = np.flatnonzero(stays[:i])

@@ -1,6 +1,6 @@
-"""Drops documents with words from a list, like C4 (Raffel et al. 2020, arXiv 1910.10683, section 2.2).
+"""Drops documents that contain words from a list, like C4 (Raffel et al. 2020, arXiv 1910.10683, section 2.2).
 
-The lists are files with one word or phrase per line; heliostat doesn't include any list. Matching ignores case. It finds only
+The lists are files with one word or phrase per line; heliostat doesn't include any list. Matching ignores case, and finds only
 complete words: no letter, digit, or underscore may be directly before or after a match. For languages without spaces,
 `whole_words: false` matches anywhere. A document with more than `max_found` matches is dropped; repeated words count each time.
 """
@@ -51,9 +51,9 @@ class BadWords(Stage):
 
 
 def _whole_words(entries: list[str]) -> Callable[[str], list[str]]:
-    """Returns a function that finds the entries in a text as complete words.
+    """Returns a function that lists the entries that a text contains as complete words, once per occurrence.
 
-    It looks up single words in a set. It searches for a phrase only if the phrase's first word is in the text.
+    The function looks up single words in a set. It searches for a phrase only if the phrase's first word is in the text.
     """
     single = {e for e in entries if _WORD.fullmatch(e)}
     phrases = defaultdict[str, list[str]](list)

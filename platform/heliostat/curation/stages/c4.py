@@ -1,4 +1,4 @@
-"""Removes lines that aren't sentences, and drops documents with too few sentences left: C4 (Raffel et al. 2020, arXiv
+"""Removes lines that aren't sentences, and drops documents with too few remaining sentences, like C4 (Raffel et al. 2020, arXiv
 1910.10683, section 2.2).
 
 A line stays if all of these are true:
@@ -8,7 +8,7 @@ A line stays if all of these are true:
 - It doesn't mention JavaScript, terms of use, a privacy policy, or a cookie policy.
 
 Citation marks ([1], [edit]) are removed from lines. A document is dropped if one of its lines has a curly bracket or "lorem
-ipsum", or if fewer than five sentences are left. Decisions agree with datatrove's C4QualityFilter:
+ipsum", or if fewer than five sentences are left. The stage makes the same decisions as datatrove's C4QualityFilter:
 docs/benchmarks/curation-stages.md. The paper's filter by a list of bad words is a separate stage, `bad_words`.
 """
 
@@ -73,7 +73,8 @@ class C4(Stage):
         return self.judged(document, {"sentences": sentences_kept}, dict(removed))
 
     def _line(self, line: str) -> tuple[str, str]:
-        """Returns the reason to remove the line or to drop its document, and the line. The reason is "" if the line stays."""
+        """Returns two strings: the reason to remove the line or to drop the document ("" if the line stays), and the line without
+        citation marks."""
         if len(line) > self.max_word_chars and max(map(len, line.split())) > self.max_word_chars:
             return "lines_of_long_words", line
         short = _CITATION.sub("", line) if self.citations and "[" in line else line

@@ -1,11 +1,11 @@
-"""Drops documents to which your own quality classifier gives a low score. The classifier is a linear model on hashed word
-n-grams.
+"""Drops documents with a low score from a quality classifier that you have trained. The classifier is a linear model on hashed
+word n-grams.
 
 GPT-3, successors of CCNet, and DCLM (Li et al. 2024, arXiv 2406.11794) select pages with such a classifier, for example with
-fastText. It is trained on examples of good documents and of other documents. `heliostat data train-classifier GOOD BAD --out
-FOLDER` trains a classifier, and prints its precision and recall on held-out documents. FOLDER then contains safetensors and
-JSON files. The stage stores the score in the column that `column` names. The right threshold depends on the data: see the
-report in FOLDER/classifier.json.
+fastText. You train the classifier on examples of good documents and of other documents. `heliostat data train-classifier GOOD BAD
+--out FOLDER` trains a classifier, and prints its precision and recall on held-out documents. FOLDER then contains safetensors and
+JSON files. The stage stores the score in the column that `column` names. The right threshold depends on the data: see the report
+in FOLDER/classifier.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Classifier(Stage):
     min_score: Float = Field(0.5, ge=0, le=1)
     """Minimum score; documents with a lower score are dropped (`low_score`)."""
     column: str = Field("quality", min_length=1)
-    """Column for the score."""
+    """Name of the column in which the stage stores the score."""
 
     def digests(self) -> dict[str, object]:
         return {"model": {name: files.digest("model", str(Path(self.model) / name)) for name in (linear.ABOUT, linear.WEIGHTS)}}

@@ -1,15 +1,15 @@
-"""Drops source files that people didn't write, with StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov
-et al. 2024).
+"""Drops generated, minified, vendored, and data-like source files, with StarCoder's filters (Li et al. 2023, arXiv 2305.06161,
+section 3.1; Lozhkov et al. 2024).
 
 The stage drops a file if one of these is true:
 
 - It has more than 100,000 lines, more than 100 characters per line on average, or a line of more than 1,000 characters. For
   HTML, JSON, Markdown, and similar formats, the average has no limit, and a line may have up to 100,000 characters.
 - Fewer than 25 % of its characters are letters or digits.
-- Encoded data (base64, hexadecimal, escape sequences) makes up more than half of the file, or a run of it has more than 1,024
-  characters.
-- It is XML, a data file of more than 512 lines, or HTML with less than 20 % visible text.
-- Its path or its first lines show that it is generated, minified, or vendored.
+- Encoded data (base64, hexadecimal, escape sequences) makes up more than half of the file, or a single sequence of encoded data
+  has more than 1,024 characters.
+- The file is XML, a data file of more than 512 lines, or HTML with less than 20 % visible text.
+- The file's path or its first lines show that the file is generated, minified, or vendored.
 
 The stage stores the language of each file in the column `language`.
 """
@@ -76,24 +76,26 @@ class Code(Stage):
     """Maximum characters of one line in HTML, JSON, Markdown, Roff, SMT, TeX, text, and XML. `max_mean_line`
     doesn't apply to these formats."""
     min_alphanumeric: Float = Field(0.25, ge=0, le=1)
-    """Minimum share of letters and digits; files with less are dropped (`few_letters`). Not used for assembly."""
+    """Minimum share of letters and digits; files with less are dropped (`few_letters`). This limit doesn't apply to assembly
+    code."""
     max_encoded: Float = Field(0.5, ge=0, le=1)
-    """Maximum share of characters in runs of encoded data; files with more are dropped (`encoded`)."""
+    """Maximum share of characters in encoded data (base64, hexadecimal, escape sequences); files with more are dropped
+    (`encoded`)."""
     max_encoded_run: int = Field(1024, ge=64)
-    """Maximum characters of one run of encoded data; files with a longer run are dropped (`encoded`)."""
+    """Maximum characters of one sequence of encoded data; files with a longer sequence are dropped (`encoded`)."""
     max_data_lines: int = Field(512, ge=1)
     """Maximum lines of text, JSON, YAML, OWL, and DOT; longer files are dropped (`data`)."""
     min_visible: Float = Field(0.2, ge=0, le=1)
     """Minimum share of visible text in HTML; files with less are dropped (`invisible`)."""
     vendored: bool = True
-    """Drops vendored files."""
+    """Drops vendored files: copies of other projects' code."""
     generated: bool = True
-    """Drops generated files."""
+    """Drops files that a program generated, by their names or first lines."""
     minified: bool = True
-    """Drops minified files."""
+    """Drops minified files, by their names."""
 
     def decide(self, document: Document) -> Outcome:
-        """Measures a file. Keeps the file, with its language in a column, or drops it."""
+        """Measures a file. Returns the decision: to keep the file, with the file's language in a column, or to drop the file."""
         text, path = text_of(document), str(document.columns.get("path", document.id))
         if not text:
             return Outcome(None, "empty")

@@ -1,12 +1,13 @@
-"""Drops documents that contain text from evaluation sets: they share n-grams of 13 words (Brown et al. 2020, arXiv 2005.14165,
-appendix C).
+"""Drops documents that contain text from evaluation sets, found by shared n-grams of 13 words (Brown et al. 2020, arXiv
+2005.14165, appendix C).
 
 Words are compared as in `minhash` (`heliostat.curation.comparable`): differences in case, accents, punctuation, numbers, and
 Unicode form don't matter, and each Chinese character is a word. An evaluation set is a file: JSON lines (all strings of an
-example, or only `fields`), or text in which each paragraph is an example. Examples with fewer than `n` words can't match; the
-check reports the number of these examples. A document with at least `min_hits` shared n-grams is dropped. The detail of the
-dropped document lists the first hits: the evaluation set, the example, and the number of the word in the document. GPT-3
-instead removed the matching text, and dropped only documents that this removal split into ten pieces.
+example, or only `fields`), or text in which each paragraph is an example. Examples with fewer than `n` words can't match. Before
+the pipeline starts, heliostat logs the number of these examples. A document with at least `min_hits` shared n-grams is dropped.
+The detail of the dropped document lists the first hits: the evaluation set, the example, and the number of the word in the
+document. The authors of GPT-3 removed the matching text instead. They dropped only documents that this removal split into more
+than ten pieces.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Decontaminate(Stage):
 
     def check(self) -> None:
         for name, count in self._index()[1].items():
-            log.warning("decontaminate: %d examples of %s have fewer than %d words, so they can't match", count, name, self.n)
+            log.warning("decontaminate: %d examples of %s have fewer than %d words, so heliostat can't find these examples. "
+                        "Lower n to include these examples", count, name, self.n)  # fmt: skip
 
     def _index(self) -> tuple[decontamination.NgramIndex, dict[str, int]]:
         return decontamination.index(
@@ -67,7 +69,8 @@ class Decontaminate(Stage):
 
 
 def _listed(index: decontamination.NgramIndex, grams: np.ndarray, hits: np.ndarray) -> str:
-    """Lists the first hit of each example, as `set#example at word N`."""
+    """Returns the first matches as text, at most LISTED examples: `set#example at word N; …`. N is the number of the word in the
+    document."""
     seen = dict[str, int]()
     for at in hits.tolist():
         seen.setdefault(index.name(grams[at]), at + 1)

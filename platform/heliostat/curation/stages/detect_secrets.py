@@ -3,10 +3,10 @@ detect-secrets.
 
 The default detectors find secrets by their format: tokens of cloud providers and services, private keys, passwords in URLs, and
 JSON web tokens. Detectors of high entropy and of words such as "password" have many false positives, so you must list them in
-`detectors` (`HexHighEntropyString`, `Base64HighEntropyString`, `KeywordDetector`). A line is checked if it has a run of 16
-characters that may be a secret, or a mark of a shorter secret. Lines of more than 4,096 characters are checked in pieces. A
-private key counts as one secret from its BEGIN to its END, even over several lines. Without an END, it ends where the base64
-ends.
+`detectors` (`HexHighEntropyString`, `Base64HighEntropyString`, `KeywordDetector`). A line is checked only if it has 16
+consecutive characters that may be a secret, or a prefix of a shorter secret. Lines of more than 4,096 characters are checked in
+pieces. A private key is one secret from its BEGIN line to its END line, even over several lines. Without an END line, the key
+ends where the base64 data ends.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ Span = tuple[int, int]
 
 
 class SecretDetector(Protocol):
-    """Finds secrets in a line, with the interface of detect-secrets' detectors. Detectors with patterns have a `denylist`."""
+    """Describes the interface of detect-secrets' detectors, which find secrets in a line. Detectors with patterns have a
+    `denylist`."""
 
     secret_type: str
 
@@ -75,7 +76,8 @@ class SecretDetector(Protocol):
 
 
 class ServiceTokenDetector:
-    """Finds services' tokens by their prefixes, with the interface of detect-secrets' detectors."""
+    """Finds access tokens of services, such as GitHub, by the tokens' prefixes. Has the interface of detect-secrets'
+    detectors."""
 
     secret_type = "Service Token"
     denylist = (_TOKENS,)
@@ -130,7 +132,7 @@ class DetectSecrets(Stage):
 
 
 def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Pattern[str]) -> tuple[str, int, set[str]]:
-    """Masks private keys, and the secrets in lines that may have any.
+    """Masks private keys and other secrets in a text.
 
     Returns the masked text, the number of secrets, and the kinds of secrets.
     """
@@ -160,15 +162,16 @@ def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Patt
 
 
 class Tails:
-    """Finds the ends of a line's secrets. Each tail is read only once, even if many secrets begin in it, because a tail may
-    have megabytes."""
+    """Finds the ends of a line's secrets. A secret's tail, the characters after the detected beginning, may have megabytes. So
+    each tail is read only once, even if many secrets begin in the same tail."""
 
     def __init__(self, line: str) -> None:
         self._line = line
         self._read = dict[str, Span]()  # the last tail of each kind
 
     def end(self, end: int, kind: str) -> int:
-        """Returns the end of a secret whose beginning, up to `end`, was found."""
+        """Returns the position after the last character of a secret. `end`: the position after the detected beginning of the
+        secret."""
         first, last = self._read.get(kind, (0, -1))
         if not first <= end <= last:
             tail = TAILS[kind].match(self._line, end) if kind in TAILS else None
@@ -178,8 +181,8 @@ class Tails:
 
 
 def _keys(text: str) -> Iterator[Span]:
-    """Finds private keys. A key ends at the next END, if this END has the same kind and is near; otherwise where the base64
-    ends."""
+    """Yields the spans of private keys. A key ends at the next END line if both have the same kind and the key has at most
+    MOST_KEY characters. Otherwise, the key ends where the base64 data ends."""
     if "PRIVATE KEY" not in text and "PuTTY" not in text:
         return
     marks = list(_KEY.finditer(text))
@@ -196,7 +199,7 @@ def _keys(text: str) -> Iterator[Span]:
 
 
 def _merged(spans: list[Span]) -> list[Span]:
-    """Merges overlapping spans, which are one secret that was found twice."""
+    """Merges overlapping spans, because overlapping spans belong to one secret that several detectors found."""
     out = list[Span]()
     for start, end in spans:
         if out and start < out[-1][1]:
@@ -223,8 +226,8 @@ def _pieces(line: str) -> Iterator[tuple[int, str]]:
 
 
 def _secrets(line: str, detectors: list[SecretDetector]) -> Iterator[tuple[Span, str]]:
-    """Yields the span and the kind of each secret in a line. A pattern's span is the whole match, or the group that contains
-    the secret."""
+    """Yields the span and the kind of each secret in a line. For a detector with patterns, the span is the complete match, or the
+    regex group that contains the secret."""
     for detector in detectors:
         secrets = set(detector.analyze_string(line))
         if not secrets:
@@ -246,7 +249,7 @@ def _matched(line: str, detector: SecretDetector, secrets: set[str]) -> Iterator
 
 
 def _quoted(line: str, secrets: set[str]) -> Iterator[Span]:
-    """Yields the spans of secrets whose detector doesn't report positions. Such secrets are in quotes."""
+    """Yields the spans of secrets in quotes. Handles detectors that report secrets without positions."""
     for secret in filter(None, secrets):
         for match in re.finditer(rf"(?<=[\"'`]){re.escape(secret)}(?=[\"'`])", line):
             yield match.span()

@@ -1,11 +1,12 @@
-"""Extracts the text of HTML pages, by default only the main content, with resiliparse (Bevendorff et al. 2018) or trafilatura
-(Barbaresi 2021).
+"""Extracts the text of HTML pages with resiliparse (Bevendorff et al. 2018) or trafilatura (Barbaresi 2021). By default, extracts
+only the main content.
 
 resiliparse is the default. FineWeb and RefinedWeb use trafilatura (`library: trafilatura`), which takes about twenty times as
-long as resiliparse, and finds the main text more exactly. Encodings follow the HTML standard (`heliostat.curation.encodings`).
+long as resiliparse, and finds the main text more accurately. Encodings follow the HTML standard (`heliostat.curation.encodings`).
 A separate process parses each page, within the limits `max_seconds` and `max_memory`. If a page makes the parser hang or crash,
-only this page is dropped, with a reason. The measure `boilerplate` is the share of the page's visible text that isn't in the
-result. `title` and `encoding` become columns. Text documents pass through unchanged. So do PDFs, which the stage `pdf` reads.
+only this page is dropped, with a reason. The measure `boilerplate` is the share of the page's visible text that the extracted
+text doesn't contain. `title` and `encoding` become columns. Text documents pass through unchanged. So do PDFs, which the stage
+`pdf` reads.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""Drops documents that look like lists, with FineWeb's own quality filter (Penedo et al. 2024, arXiv 2406.17557, section 3.6).
+"""Drops documents that look like lists, with FineWeb's custom quality filter (Penedo et al. 2024, arXiv 2406.17557, section 3.6).
 
 A document is dropped if one of these is true:
 
 - Fewer than 12 % of its lines end with a terminal mark.
 - More than 67 % of its lines have at most 30 characters.
-- More than 1 % of its characters are in duplicate lines. (In the paper and its code, the lines are counted after deduplication
+- More than 1 % of its characters are in duplicate lines. (The paper, and the paper's code, count the lines after deduplication
   across documents.)
 - It has more than 0.3 line ends per word.
 
-Lines of only white space don't count. Decisions agree with datatrove's FineWebQualityFilter: docs/benchmarks/curation-stages.md.
+Lines of only white space don't count. The stage makes the same decisions as datatrove's FineWebQualityFilter:
+docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class FineWeb(Stage):
     """Minimum share of lines that end with a terminal punctuation mark, of any script; documents with less are dropped
     (`few_terminal_marks`)."""
     max_short_lines: Float = Field(0.67, ge=0, le=1)
-    """Maximum share of short lines; documents with more are dropped (`short_lines`)."""
+    """Maximum share of short lines (`short_line_chars`); documents with more are dropped (`short_lines`)."""
     short_line_chars: int = Field(30, ge=0)
-    """Maximum characters of a short line."""
+    """Maximum characters of a line that `max_short_lines` counts as short."""
     max_duplicate_chars: Float = Field(0.01, ge=0, le=1)
     """Maximum share of characters in duplicate lines; documents with more are dropped (`duplicate_chars`)."""
     max_line_ends: Float = Field(0.3, ge=0)

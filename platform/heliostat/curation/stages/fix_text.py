@@ -1,9 +1,9 @@
 """Repairs wrongly decoded text ("âœ” No problems"), with ftfy (Speer 2019), like FineWeb.
 
-The stage repairs or removes mojibake, C1 control characters, surrogates, terminal escapes, and other control characters. It
-replaces HTML entities in the lines before the first `<`. Style rules are off, as in FineWeb: curly quotes, ligatures, and
-full-width characters stay. Plain ASCII lines without an entity or a control character are skipped. This saves most of the
-time, and doesn't change the result. The stage counts the repaired lines.
+The stage repairs or removes mojibake, C1 control characters, surrogates, terminal escapes, and other control characters. The
+stage also replaces HTML entities in the lines before the first `<`. Style rules are off, as in FineWeb: curly quotes, ligatures,
+and full-width characters stay. Plain ASCII lines without an entity or a control character are skipped. Skipping these lines saves
+most of the time, and doesn't change the result. The stage counts the repaired lines.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class FixText(Stage):
 
 
 def _fixed(text: str, config: TextFixerConfig, fix: Callable[[str, TextFixerConfig], str]) -> tuple[str, int]:
-    """Fixes the lines with an unusual character; returns the text, and the number of changed lines.
+    """Repairs the lines that contain an unusual character. Returns the repaired text, and the number of changed lines.
 
-    Entities are replaced only before the first `<`, as if ftfy read the complete text.
+    Replaces HTML entities only before the first `<` of the text, as ftfy does with a complete text.
     """
     out, at, count, angle = list[str](), 0, 0, text.find("<")
     while odd := _ODD.search(text, at):

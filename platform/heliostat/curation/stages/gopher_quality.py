@@ -9,7 +9,7 @@ A document is kept if all of these are true:
 - It contains at least two of eight stop words.
 
 Words are English words, split as in spaCy: punctuation marks are separate words. Words that have only punctuation marks don't
-count in the number of words, or in their mean length. Decisions agree with datatrove's filter of the same name:
+count in the number of words, or in their mean length. The stage makes the same decisions as datatrove's GopherQualityFilter:
 docs/benchmarks/curation-stages.md.
 """
 

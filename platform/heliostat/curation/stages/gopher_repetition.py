@@ -1,4 +1,5 @@
-"""Drops documents that repeat themselves, with Gopher's repetition filter (Rae et al. 2021, arXiv 2112.11446, table A1).
+"""Drops documents with many repeated lines, paragraphs, or n-grams, with Gopher's repetition filter (Rae et al. 2021, arXiv
+2112.11446, table A1).
 
 A document is dropped if one of these is true:
 
@@ -7,7 +8,7 @@ A document is dropped if one of these is true:
 - The most frequent n-gram of 2, 3, or 4 words has more than 20, 18, or 16 % of the characters, respectively.
 - Duplicate n-grams of 5, 6, 7, 8, 9, or 10 words have more than 15, 14, 13, 12, 11, or 10 % of the characters, respectively.
 
-Words are English words, split as in spaCy. Decisions agree with datatrove's filter of the same name:
+Words are English words, split as in spaCy. The stage makes the same decisions as datatrove's GopherRepetitionFilter:
 docs/benchmarks/curation-stages.md.
 """
 
@@ -52,23 +53,23 @@ class GopherRepetition(Stage):
     max_duplicate_paragraph_chars: Share = 0.2
     """Maximum share of characters in duplicate paragraphs; documents with more are dropped (`paragraph_chars`)."""
     max_top_2_grams: Share = 0.2
-    """Maximum share of characters in the most frequent 2-gram of words."""
+    """Maximum share of characters in the most frequent 2-gram of words; documents with more are dropped."""
     max_top_3_grams: Share = 0.18
-    """Maximum share of characters in the most frequent 3-gram of words."""
+    """Maximum share of characters in the most frequent 3-gram of words; documents with more are dropped."""
     max_top_4_grams: Share = 0.16
-    """Maximum share of characters in the most frequent 4-gram of words."""
+    """Maximum share of characters in the most frequent 4-gram of words; documents with more are dropped."""
     max_duplicate_5_grams: Share = 0.15
-    """Maximum share of characters in duplicate 5-grams of words."""
+    """Maximum share of characters in duplicate 5-grams of words; documents with more are dropped."""
     max_duplicate_6_grams: Share = 0.14
-    """Maximum share of characters in duplicate 6-grams of words."""
+    """Maximum share of characters in duplicate 6-grams of words; documents with more are dropped."""
     max_duplicate_7_grams: Share = 0.13
-    """Maximum share of characters in duplicate 7-grams of words."""
+    """Maximum share of characters in duplicate 7-grams of words; documents with more are dropped."""
     max_duplicate_8_grams: Share = 0.12
-    """Maximum share of characters in duplicate 8-grams of words."""
+    """Maximum share of characters in duplicate 8-grams of words; documents with more are dropped."""
     max_duplicate_9_grams: Share = 0.11
-    """Maximum share of characters in duplicate 9-grams of words."""
+    """Maximum share of characters in duplicate 9-grams of words; documents with more are dropped."""
     max_duplicate_10_grams: Share = 0.10
-    """Maximum share of characters in duplicate 10-grams of words."""
+    """Maximum share of characters in duplicate 10-grams of words; documents with more are dropped."""
 
     def open(self) -> Work:
         return by_text(self.judge)
@@ -92,7 +93,7 @@ class GopherRepetition(Stage):
 
 
 def _parts(text: str, ends: re.Pattern[str]) -> Iterator[str]:
-    """Yields the items of `ends.split(text)`, without building the list."""
+    """Yields the parts of a text between the matches of `ends`, like `ends.split(text)`, but without a list in memory."""
     at = 0
     for end in ends.finditer(text):
         yield text[at : end.start()]

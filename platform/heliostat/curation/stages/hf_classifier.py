@@ -2,7 +2,7 @@
 domain.
 
 FineWeb-Edu (Penedo et al. 2024, arXiv 2406.17557) keeps documents to which a small BERT gives a grade of at least 3 of 5. DCLM
-and Nemotron-CC have their own classifiers. `model` is a local folder as `save_pretrained` writes it, with safetensors and
+and Nemotron-CC use other classifiers. `model` is a local folder as `save_pretrained` writes it, with safetensors and
 tokenizer.json. heliostat never runs code from this folder. The score is the label's probability (softmax, or sigmoid for
 independent labels). If a model has only one label, the score is the model's output. The model reads only the first `max_tokens`
 tokens of a document; the stage counts the longer documents. If the cluster has GPUs, each GPU has an actor with the model;

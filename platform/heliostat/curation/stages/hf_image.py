@@ -30,7 +30,7 @@ class HfImage(scoring.ScoringStage):
 
     label: str | None = Field(None, min_length=1)
     """Label whose score is used, by its name in config.json (`LABEL_0` if config.json has no names). Leave `label` unset for a
-    CLIP: its score is how well the caption fits the image."""
+    CLIP: the score is then the similarity of image and caption."""
     batch: int = Field(16, ge=1, le=1024)
     """Batch size in images."""
 
@@ -46,7 +46,7 @@ class HfImage(scoring.ScoringStage):
             return
         if self.label is None:
             known = ", ".join(scoring.labels(config))
-            raise ConfigError(f"label: {self.model!r} is a classifier. Set label to one of its labels: {known}")
+            raise ConfigError(f"label: {self.model!r} is a classifier. Set label to one of the classifier's labels: {known}")
         scoring.require_label(self.label, config)
 
     def computing(self) -> Callable[[list[Document]], list[tuple[float]]]:

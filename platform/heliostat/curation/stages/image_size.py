@@ -2,8 +2,9 @@
 
 LAION-5B (Schuhmann et al. 2022, arXiv 2210.08402) contains images of all sizes, and has subsets with sides of at least 1,024
 pixels. DataComp (Gadre et al. 2023, arXiv 2304.14108) drops images with a shorter side below 200 pixels or an aspect ratio above
-3; these are the defaults. This stage reads only the header of an image, so put it before stages that read pixels. It must come
-before stages that compare images or run on GPUs, because after such stages, images have their stored size.
+3; these are the defaults. This stage reads only the header of an image, so put `image_size` before stages that read pixels.
+`image_size` must be before stages that compare images or run on GPUs, because these stages resize the images to the dataset's
+size.
 """
 
 from __future__ import annotations

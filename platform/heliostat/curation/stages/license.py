@@ -1,9 +1,10 @@
 """Keeps documents with permissive licenses, by the SPDX expression in their column `license`, like The Stack (Kocetkov et al.
 2022, arXiv 2211.15533, section 3.1).
 
-`allow` changes the licenses to keep. An expression with OR needs an allowed license on one side; an expression with AND needs
-one on both sides. An exception (WITH) is ignored, because it only adds rights. A list of expressions means AND. `NOASSERTION`,
-an empty column, and an invalid expression count as unknown. `NONE` marks a document without any license.
+The key `allow` sets the licenses to keep. An expression with OR needs an allowed license on one side; an expression with AND
+needs allowed licenses on both sides. License exceptions (WITH) are ignored, because an exception only adds rights. A list of
+expressions means AND. `NOASSERTION`, an empty column, and an invalid expression count as unknown. `NONE` marks a document without
+any license.
 """
 
 from __future__ import annotations

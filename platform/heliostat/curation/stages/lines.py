@@ -6,8 +6,8 @@ The stage removes these lines:
 - counters ("3 likes")
 - lines of at most ten words that begin with, end with, or contain a listed phrase ("sign in", "read more...", "items in cart")
 
-A document that loses more than 5 % of its words is dropped. The paper removes only the phrase. This stage removes the line,
-which is easier to trace.
+A document that loses more than 5 % of its words is dropped. RefinedWeb removes only the phrase. This stage removes the complete
+line, because removed lines are easier to trace.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Lines(Stage):
     """Maximum share of capitals among the letters of a line. Lines with a larger share are removed, if they have at least
     `capital_letters` letters."""
     capital_letters: int = Field(5, ge=1)
-    """Minimum letters of a line to which `max_capitals` applies."""
+    """Minimum letters of a line. `max_capitals` doesn't apply to lines with fewer letters."""
     numbers: bool = True
     """Removes lines of numbers and punctuation only."""
     counters: bool = True
-    """Removes lines such as `3 likes`."""
+    """Removes lines that only count something, such as `3 likes`."""
     single_words: bool = True
     """Removes lines of one word."""
     begins: list[str] = ["sign in", "sign-in", "sign up", "log in", "skip to content", "subscribe to"]
@@ -54,7 +54,7 @@ class Lines(Stage):
     holds: list[str] = ["items in cart", "all rights reserved", "accept cookies", "accept all cookies"]
     """Removes short lines that contain one of these phrases. Case doesn't matter."""
     short_words: int = Field(10, ge=0)
-    """Maximum words of a short line."""
+    """Maximum words of a short line, to which `begins`, `ends`, and `holds` apply."""
     max_removed_words: Float = Field(0.05, ge=0, le=1)
     """Maximum share of a document's words in removed lines; documents with a larger share are dropped
     (`removed_words`). 1 drops none."""

@@ -2,10 +2,11 @@
 
 The method is from Broder, On the resemblance and containment of documents, 1997. The defaults are FineWeb's (Penedo et al., The
 FineWeb Datasets, 2024): 14 bands of 8 rows over 5-grams of words. Documents with an equal band are candidates. Connected
-candidates form a cluster, and one document of each cluster stays. The probability of finding a pair depends on its Jaccard
+candidates form a cluster, and one document of each cluster stays. The probability of finding a pair depends on the pair's Jaccard
 similarity: 0.05 for a similarity of 0.5, 0.56 for 0.7, 0.92 for 0.8, and 0.9996 for 0.9. Exact duplicates are near-duplicates
-too. Words are compared as in FineWeb (`heliostat.curation.comparable`). The clusters are exact for the candidates, and don't
-depend on how the input is split. A task has only a part of the keys or edges in memory, for any number of documents.
+too. Words are compared as in FineWeb (`heliostat.curation.comparable`). The clusters are the exact connected components of the
+candidate pairs, and don't depend on how the input is split. A task has only a part of the keys or edges in memory, for any number
+of documents.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Extracts the text of PDFs, in drawing order, with PDFium (the library of Chromium).
 
 Files that end in `.pdf` are read only if a pipeline has this stage. Words that are hyphenated at line ends are joined, and an
-empty line separates pages. There is no OCR: a scanned document without a text layer is dropped as `no_text`. The stage counts
-pages without text. Columns on a page keep the order of the file, which is usually right. Tables lose their form. A separate
-process reads each document, within the limits `max_seconds` and `max_memory`. If a document makes the library hang or crash, or
-decompresses to gigabytes, only this document is dropped, with a reason. A document with a password is dropped as `encrypted`.
-`pages` and `title` become columns. Other documents pass through unchanged.
+empty line separates pages. heliostat has no OCR: a scanned document without a text layer is dropped as `no_text`. The stage
+counts pages without text. Columns on a page keep the order of the file, which is usually right. Tables lose their rows and
+columns. A separate process reads each document, within the limits `max_seconds` and `max_memory`. If a document makes the library
+hang or crash, or decompresses to gigabytes, only this document is dropped, with a reason. A document with a password is dropped
+as `encrypted`. `pages` and `title` become columns. Other documents pass through unchanged.
 """
 
 from __future__ import annotations

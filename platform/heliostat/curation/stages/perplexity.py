@@ -1,13 +1,13 @@
-"""Drops documents by their perplexity under a language model, and assigns the other documents to buckets by perplexity.
+"""Drops documents with a low or high perplexity under a language model, and assigns the other documents to buckets by perplexity.
 
 CCNet (Wenzek et al. 2020, arXiv 1911.00359) sorts pages into head, middle, and tail by their perplexity under a 5-gram model of
 Wikipedia. Here, `model` is a local folder of a causal language model, for example a heliostat export, with safetensors and
 tokenizer.json. heliostat never runs code from this folder. Text like the model's training data has a low perplexity, and
 repetitive text has a very low perplexity. Lists, noise, and other languages have a high perplexity.
 
-The perplexity is exp of the mean negative log probability of the first `max_tokens` tokens, except the very first token. The
-stage counts documents with more tokens. If the cluster has GPUs, each GPU has an actor with the model; otherwise the stage runs
-on CPUs. The perplexity doesn't depend on the batch, but its last digits differ between devices.
+The perplexity is exp(mean negative log probability) over the first `max_tokens` tokens, without the very first token. The stage
+counts documents with more tokens. If the cluster has GPUs, each GPU has an actor with the model; otherwise the stage runs on
+CPUs. The perplexity doesn't depend on the batch, but its last digits differ between devices.
 """
 
 from __future__ import annotations
@@ -47,18 +47,20 @@ class Perplexity(scoring.ModelStage):
     """Batch size: documents of similar length that the model reads together. Each token of the batch needs memory for one number
     per token of the vocabulary."""
     column: str = Field("perplexity", min_length=1)
-    """Column for the perplexity."""
+    """Name of the column in which the stage stores the perplexity."""
     bucket_column: str = Field("bucket", min_length=1)
-    """Column for the bucket."""
+    """Name of the column in which the stage stores the bucket."""
 
     @model_validator(mode="after")
     def _one(self) -> Perplexity:
         if self.min_perplexity is None and self.max_perplexity is None and not self.buckets:
-            raise ValueError("set min_perplexity, max_perplexity, or buckets")
+            raise ValueError("no bound is set. Set min_perplexity, max_perplexity, or buckets")
         if any(low >= high for low, high in pairwise(self.buckets)):
-            raise ValueError(f"buckets: {self.buckets} must ascend, without repeated values")
+            raise ValueError(
+                f"buckets: {self.buckets} must ascend, without repeated values. Sort the bounds, and remove repeated bounds"
+            )
         if self.column == self.bucket_column:
-            raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity. Choose another column")
+            raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity. Set bucket_column to another name")
         return self
 
     def check(self) -> None:

@@ -3,22 +3,22 @@ numbers.
 
 Card numbers must pass Luhn's checksum. Account numbers (IBAN) must pass the checksum of ISO 7064. Phone numbers must be valid by
 Google's libphonenumber. IP addresses must be public. By default, the stage masks e-mail and IP addresses, like FineWeb (Penedo et
-al. 2024, arXiv 2406.17557); `kinds` adds other data. The stage doesn't find names and street addresses, because it has no model
-for them. A mask never looks like personal data, so it isn't masked again. Phone numbers without + and a country code are found
-only if `region` is set.
+al. 2024, arXiv 2406.17557); `kinds` adds other data. The stage doesn't find names and street addresses, because heliostat has no
+model for names and addresses. A mask never looks like personal data, so a later pass doesn't mask the mask again. Phone numbers
+without + and a country code are found only if `region` is set.
 
 Much code looks like personal data, so the format alone isn't enough:
 
 - A slice (`x[1::2]`), a scope (`A::B`), a section number, or an object identifier isn't an IP address. An IPv6 address needs four
   written groups.
 - `x@self.weight` and `git@github.com:a/b` aren't e-mail addresses. The top-level domain must be one that IANA has delegated.
-- A date or a long integer isn't a phone number. The area code must be separate from the other digits, unless a word such as
-  `call` comes before the number.
+- A date or a long integer isn't a phone number. A space or a punctuation mark must separate the area code from the other digits,
+  unless a word such as `call` is before the number.
 - The digits of a card number must be grouped as on cards.
 
 An IPv4 address needs at least two groups of two or more digits: `3.3.3.3` and `3.4.1.1` are section or version numbers. This rule
-leaves 0.03 % of random public addresses unmasked, 263 of 1,000,000. The resolvers of Google (`8.8.8.8`) and Quad9 are masked
-nevertheless; Cloudflare's `1.1.1.1` isn't. A network (`64.252.64.0/18`) isn't masked either.
+leaves 0.03 % of random public addresses unmasked, 263 of 1,000,000. The addresses of the DNS resolvers of Google (`8.8.8.8`) and
+Quad9 are masked nevertheless; Cloudflare's address `1.1.1.1` isn't. Networks (`64.252.64.0/18`) aren't masked either.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Pii(Stage):
     @model_validator(mode="after")
     def _mask(self) -> Pii:
         if any(c.isdigit() or c == "@" for c in self.mask):
-            raise ValueError(f"mask: {self.mask!r} contains a digit or @, so it may look like personal data. Remove digits and @")
+            raise ValueError(
+                f"mask: {self.mask!r} contains a digit or @, so the mask may look like personal data. Remove digits and @"
+            )
         return self
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""Replaces captions with the output of a Hugging Face captioning model; a separate column keeps the old captions.
+"""Replaces captions with the output of a Hugging Face captioning model. A separate column contains the original captions.
 
 Generated captions describe images better than most alt texts on the web (BLIP: Li et al. 2022, arXiv 2201.12086; Nguyen et al.
 2023, arXiv 2307.10350; Li et al. 2024, arXiv 2406.08478). `model` is a folder as `save_pretrained` writes it (BLIP, GIT, or a
@@ -29,7 +29,7 @@ class Recaption(ModelStage):
     libraries: ClassVar[tuple[str, ...]] = ("pillow", *ModelStage.libraries)
 
     max_tokens: int = Field(64, ge=1)
-    """Maximum tokens of a caption; a count reports truncated captions."""
+    """Maximum tokens of a caption. The dataset's report has the number of truncated captions."""
     batch: int = Field(16, ge=1, le=1024)
     """Batch size in images."""
     original: str = Field("original_caption", min_length=1)

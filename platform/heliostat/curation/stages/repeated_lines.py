@@ -1,17 +1,17 @@
-"""Removes lines or paragraphs that several documents share; one occurrence of each stays in the dataset.
+"""Removes lines or paragraphs that several documents share. One occurrence of each line or paragraph stays in the dataset.
 
-The stage removes menus, licenses, and notices, which filters on single documents can't find. The first occurrence in the
-document whose id has the smallest hash stays, so the result doesn't depend on how the input is split. A document without any
-text left is dropped. Put this stage after `minhash`. Otherwise, near-duplicates lose their common lines, and only the lines that
-differ stay.
+The stage removes menus, licenses, and notices, which filters of single documents can't find. The occurrence that stays is the
+first one in the document whose id has the smallest hash. So the result doesn't depend on how the input is split. A document
+without any text left is dropped. Put this stage after `minhash`. Otherwise, near-duplicates lose their common lines, and only the
+lines that differ stay.
 
-CCNet (Wenzek et al. 2019, arXiv 1911.00359) compares paragraphs, which are single lines in CCNet, and ignores case,
-punctuation, and the values of digits. This stage compares words as in `minhash` (`heliostat.curation.comparable`), which
-ignores accents too, and supports Asian scripts. Lines with only numbers are compared as written. For C4, Raffel et al. (2019,
-arXiv 1910.10683) removed repeated spans of three sentences.
+CCNet (Wenzek et al. 2019, arXiv 1911.00359) compares single lines, which the paper calls paragraphs, and ignores case,
+punctuation, and the values of digits. This stage compares words as in `minhash` (`heliostat.curation.comparable`), which ignores
+accents too, and supports Asian scripts. Lines with only numbers are compared as written. For C4, Raffel et al. (2019, arXiv
+1910.10683) removed repeated spans of three sentences.
 
-The stage compares lines or paragraphs by 64-bit hashes. Among 10^10 different hashed texts, about three pairs collide. A task has
-the different hashes of only one range in memory.
+The stage compares lines or paragraphs by 64-bit hashes. Among 10^10 different hashed texts, about three pairs collide. Each task
+has only the distinct hashes of one range of hashes in memory.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Drops documents with nearly the same meaning as another document, by the cosine similarity of their vectors, over the complete
-dataset.
+"""Drops documents with nearly the same meaning as another document, by the cosine similarity of embedding vectors. Compares
+documents over the complete dataset.
 
 The method is SemDeDup (Abbas et al. 2023, arXiv 2303.09540). `model` is a local folder of a text encoder, as `save_pretrained` or
 sentence-transformers writes it. heliostat never runs code from this folder. Spherical k-means assigns documents to cells. In each
-cell, the stage visits documents in the order of `keep`. It drops a document if its cosine similarity with an earlier document
-that stays is `min_similarity` or more. So the documents that stay in a cell are less similar to each other than
-`min_similarity`. Each dropped document is at least as similar as `min_similarity` to a document that stays, without
-chains.
+cell, the stage visits documents in the order of `keep`. The stage drops a document if the cosine similarity with an earlier
+document that stays is `min_similarity` or more. So the documents that stay in a cell are less similar to each other than
+`min_similarity`. Each dropped document has a similarity of at least `min_similarity` to a document that stays, not only to
+another dropped document.
 
-The stage finds all pairs within a cell. Datasets of up to `cell_documents` documents are one cell. If two similar documents are
-in different cells, both stay. A second `semantic` stage with another `seed` uses different cells, so it compares other pairs.
-Vectors are rounded to 8 bits, so the results are the same on every machine. The model reads only the first `max_tokens` tokens
-of a document. Put this stage after `minhash`.
+The stage finds all pairs within a cell. A dataset of up to `cell_documents` documents has only one cell. If two similar documents
+are in different cells, both stay. A second `semantic` stage with another `seed` uses different cells, so this second stage
+compares other pairs. Vectors are rounded to 8 bits, so the results are the same on every machine. The model reads only the first
+`max_tokens` tokens of a document. Put this stage after `minhash`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class Semantic(scoring.NamesModel, GlobalStage):
     def decided(
         self, flow: Flow, curated: Curated, number: int, memory_limit: int, embedded: list[dict[str, Any]]
     ) -> list[SpilledRun]:
-        """Compares the vectors of the runs' documents; returns the remaining runs. `embedded`: records of the embedding tasks."""
+        """Compares the documents' vectors, and drops near-duplicates. Returns the temporary files with the remaining documents.
+        `embedded`: records of the tasks that computed the vectors."""
         kind, runs = f"semantic-{number}", curated.runs
         files = [(i, name) for i, r in enumerate(embedded) for name in r["vectors"]]
         rows, size = sum(r["rows"] for r in embedded), max((r["size"] for r in embedded), default=0)

@@ -1,10 +1,11 @@
-"""Drops images that look like another image, over the complete dataset: their 64-bit perceptual hashes differ in few bits.
+"""Drops images that look like another image of the dataset: the images' 64-bit perceptual hashes differ in few bits.
 
 The hash is dHash (Krawetz, Kind of Like That, 2013). Each bit shows whether one of 8 x 8 areas of the grayscale image is brighter
 than the area to its right. The hash survives scaling, compression, and slight changes of color, but not crops, rotations, or
-mirroring. The stage finds all pairs within `distance`, and keeps one image of each pair. It visits images in the order of their
-pixel hashes, and drops an image that is near an earlier image that stays. So two images that stay are never near each other, and
-every dropped image is near an image that stays. A task has only a part of the hashes in memory, for any number of images.
+mirroring. The stage finds all pairs of images whose hashes differ in at most `distance` bits. The stage visits images in the
+order of their pixel hashes, and drops an image within `distance` of an earlier image that stays. So two images that stay are
+never within `distance` of each other, and every dropped image is within `distance` of an image that stays. A task has only a part
+of the hashes in memory, for any number of images.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class SimilarImages(GlobalStage):
     reasons: ClassVar = {"duplicate": "the pixels of another image", "near_duplicate": "almost the pixels of another image"}
 
     distance: int | None = Field(3, ge=0, le=16)
-    """Maximum Hamming distance of the 64-bit perceptual hashes of near-duplicates. Null: drops only images with equal pixels.
+    """Maximum Hamming distance of the 64-bit perceptual hashes of near-duplicates. null: drops only images with equal pixels.
     Values above 8 take long on large datasets."""
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
@@ -49,8 +50,8 @@ class SimilarImages(GlobalStage):
 
     def _near(self, flow: Flow, kind: str, faces: list[str], parts: int, distance: int, images: int,
               memory_limit: int) -> list[str]:  # fmt: skip
-        """Finds the pairs of similar images, and the images that stay; returns the names of the spills that `alike.name`
-        wrote."""
+        """Finds the pairs of similar images, and chooses the images that stay. Returns the names of the temporary files with the
+        choices (`alike.name`)."""
         count = alike.blocks(distance, images)
         grouped = flow.all(f"{kind}-group", alike.group, by_parts(flow, kind, parts, faces, distance=distance, count=count))
         under, meeting = (
@@ -67,5 +68,7 @@ class SimilarImages(GlobalStage):
             if not (waiting := sum(r["rows"] for r in settled)):
                 break
         if waiting:
-            raise HeliostatError(f"{kind}: the kept images didn't converge within {ROUNDS} rounds")
+            raise HeliostatError(
+                f"{kind}: the choice of images didn't converge within {ROUNDS} rounds. Lower distance in the stage similar_images"
+            )
         return [r["names"] for r in flow.all(f"{kind}-names", alike.name, by_parts(flow, kind, parts, faces, {"fates": fates}))]

@@ -1,4 +1,4 @@
-"""Drops documents by their URL, with RefinedWeb's URL filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.1).
+"""Drops documents whose URL matches a list, with RefinedWeb's URL filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.1).
 
 The lists are files with one entry per line; heliostat doesn't include any list. The URL is read from the column `url`. A document
 is dropped if one of these is true:
@@ -56,7 +56,7 @@ class Urls(Stage):
     @model_validator(mode="after")
     def _one(self) -> Urls:
         if not self.required and not any(getattr(self, key) for key in _LISTS):
-            raise ValueError(f"set at least one list: {', '.join(_LISTS)}")
+            raise ValueError(f"no list is set. Set at least one of {', '.join(_LISTS)}")
         return self
 
     def check(self) -> None:
@@ -97,7 +97,8 @@ def _bare(url: str) -> str:
 
 
 def _hosts(url: str) -> list[str]:
-    """Returns a URL's host and the host's parent domains; an empty list if the URL can't be parsed."""
+    """Returns a URL's host and the host's parent domains, such as `a.b.com`, `b.com`, `com`; an empty list if the URL can't be
+    parsed."""
     try:
         host = urlsplit(url if "://" in url else f"//{url}").hostname or ""
     except ValueError:

@@ -1,4 +1,4 @@
-"""Normalizes the text of a document, or returns the reason to drop it. Invalid data never raises an error."""
+"""Normalizes the text of a document, or returns the reason to drop the document. Invalid data never raises an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ Form = Literal["none", "NFC", "NFKC"]
 
 @dataclass(frozen=True)
 class TextRules(Limits):
-    """Defines the requirements for a document, in addition to the limits of reading."""
+    """Defines the requirements for a document's text, such as the minimum number of characters, in addition to the size limits of
+    reading."""
 
     max_file_bytes: int = 1 << 40
     columns: tuple[str, ...] = ()
@@ -34,7 +35,8 @@ class TextRules(Limits):
 
 
 def clean(id: str, raw: bytes | str, rules: TextRules, columns: dict[str, Any] | None = None) -> Document | Dropped:
-    """Normalizes a document, or returns the reason to drop it. Removes a byte-order mark. Doesn't change line ends."""
+    """Normalizes a document's text to a Unicode normal form, without a byte-order mark. Doesn't change line ends. Returns the
+    document, or a `Dropped` with the reason."""
     try:
         text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
         text.encode()  # JSON can contain lone surrogates, which UTF-8 can't encode

@@ -1,9 +1,9 @@
 """Gathers documents for a dataset's shards, without exact duplicates. If a pipeline has the key `together`, related documents
 are next to each other.
 
-Documents are in the order of their texts' hashes. This order also decides which documents are held out. Related documents, such
-as the files of a repository, are in the order of the hash of the value that they have in common. So they are in one shard and
-are held out together. The shuffle by texts, which finds exact duplicates, is then followed by a second shuffle.
+Documents are sorted by the hashes of their texts. This order also decides which documents are held out. With `together`, a second
+shuffle sorts documents by the hash of the value that related documents have in common, such as a repository's name. So related
+documents are in one shard, and are held out together. The first shuffle, by texts, finds exact duplicates.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from heliostat.tasks import spill
 
 
 class Together(Strict):
-    """Describes which documents are next to each other. A string instead of a mapping is the value of `column`."""
+    """Configures which documents are next to each other in the dataset. If the YAML has a string instead of a mapping, the string
+    is the value of `column`."""
 
     column: str = Field(min_length=1)
-    """Column that groups documents, such as `repository`: those with the same value follow each other."""
+    """Column that groups documents, such as `repository`: documents with the same value follow each other."""
     order: str | None = Field(None, min_length=1)
     """Column that orders the documents of a group, compared as text. Unset: the order of ids, which are paths for files of
     repositories."""
@@ -53,8 +54,8 @@ TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
 def regroup(
     folder: Location, runs: list[SpilledRun], low: int, high: int, by: dict[str, str | None], explained: bool
 ) -> dict[str, object]:
-    """Spills the documents in a range of keys again, without exact duplicates. The documents are sorted by the value that they
-    have in common."""
+    """Reads the documents in a range of keys, and drops exact duplicates. Writes the kept documents to a temporary file, sorted
+    by the hash of the value that related documents have in common. Returns a record with the names of the files."""
     table, duplicates = gather(folder, runs, low, high, True)
     if table is None:
         return {"runs": [], "duplicates": 0, "ends": [], "files": []}
@@ -76,8 +77,8 @@ def regroup(
 
 
 def _plain(value: object) -> str:
-    """Converts a column's value to text that can be stored. JSON may contain half of a surrogate pair, which UTF-8 doesn't
-    allow."""
+    """Converts a column's value to text that UTF-8 can represent. Half of a surrogate pair, which JSON allows, becomes a
+    backslash escape."""
     return str(value).encode("utf-8", "backslashreplace").decode()
 
 
@@ -86,14 +87,16 @@ def _array(values: Any, kind: pa.DataType) -> Any:
 
 
 def group(value: object, digest: bytes) -> bytes:
-    """Computes the key of a document's place from its common value. For a document without a value, it is the text's hash."""
+    """Returns the hash that determines a document's position: the hash of the column value that related documents share. For a
+    document without a value, returns `digest`, the hash of the text."""
     if value is None or value == "":
         return digest
     return hashlib.sha256(f"together\0{value}".encode("utf-8", "surrogatepass")).digest()
 
 
 def grouped(folder: Location, runs: list[SpilledRun], low: int, high: int) -> pa.Table | None:
-    """Reads the documents in a range of keys from `regroup`'s spills, with related documents next to each other."""
+    """Reads the documents in a range of keys from the temporary files of `regroup`. Related documents are next to each other.
+    Returns None if there are no documents."""
     tables = [table for run in runs for table in survivors(folder, run, low, high, TOLD)]
     if not tables:
         return None
@@ -101,7 +104,8 @@ def grouped(folder: Location, runs: list[SpilledRun], low: int, high: int) -> pa
 
 
 def largest(folder: Location, runs: list[SpilledRun], low: int, high: int, column: str) -> dict[str, object]:
-    """Finds the column value whose documents have the most bytes, in a range of keys of `regroup`'s spills."""
+    """Finds the value of `column` whose documents together have the most bytes, in a range of keys of the temporary files of
+    `regroup`. Returns the value and the bytes."""
     sizes = Counter[bytes]()
     for run in runs:
         for table in survivors(folder, run, low, high, ["hash", "group", "bytes"]):
@@ -125,16 +129,16 @@ def _in_groups(table: pa.Table) -> pa.Table:
 
 
 def counted(table: pa.Table) -> dict[str, int]:
-    """Counts the groups of a shard, and the documents in them."""
+    """Counts the groups of related documents in a shard, and the documents in these groups."""
     apart = _in_groups(table)
     return {"groups": pc.count_distinct(apart["group"]).as_py(), "documents": len(apart)}
 
 
 def unique(tables: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
-    """Joins tables, sorts the rows by hash, and keeps one row per hash, with the smallest id. Returns the kept rows and the
-    removed rows.
+    """Joins tables, sorts the rows by hash, and keeps one row per hash: the row with the smallest id. Returns two tables: the
+    kept rows, and the removed rows.
 
-    Empties the list, so that at most twice the rows are in memory.
+    Empties the list `tables`, so that memory has at most two copies of the rows.
     """
     table = pa.concat_tables(tables).combine_chunks()
     tables.clear()
@@ -150,8 +154,8 @@ def unique(tables: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
 
 @dataclass
 class Duplicates:
-    """Counts exact duplicates. With `listed`, it keeps the rows of the duplicates, with their fates, and spills these rows if
-    there are many."""
+    """Counts exact duplicates. With `listed`, also collects the rows of the duplicates, and writes these rows to temporary files
+    if there are many."""
 
     folder: Location
     listed: bool
@@ -168,17 +172,17 @@ class Duplicates:
                 self.rows = []
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yields the rows in tables that fit into memory."""
+        """Yields the collected rows of the duplicates, in tables that fit into memory."""
         yield from self.rows
         for name in self.spilled:
             yield from spill.read(self.folder, name)
 
 
 def gather(folder: Location, runs: list[SpilledRun], low: int, high: int, columns: bool) -> tuple[pa.Table | None, Duplicates]:
-    """Reads the documents in a range of keys. Of documents with equal texts, it keeps the document with the smallest id. Returns
-    (kept documents, exact duplicates without texts).
+    """Reads the documents in a range of keys. Of documents with equal texts, keeps the document with the smallest id. Returns the
+    kept documents (None if there are none), and the exact duplicates without texts.
 
-    It takes at most twice the memory of the kept texts. With `columns`, the columns of all documents are in memory, too.
+    Needs at most twice the memory of the kept texts. With `columns`, the columns of all documents are in memory, too.
     """
     waiting, kept_bytes, new_bytes = list[pa.Table](), HELD_BYTES, 0
     wanted = ["hash", "id", *(["columns"] if columns else [])]
@@ -199,13 +203,15 @@ def gather(folder: Location, runs: list[SpilledRun], low: int, high: int, column
 
 
 def spill_kept(folder: Location, path: str, kept: pa.Table, duplicates: Duplicates) -> list[str]:
-    """Spills the fates of a shard's documents, and of their exact duplicates."""
+    """Writes the outcomes of a shard's documents (kept) and of their exact duplicates (dropped) to temporary files. Returns the
+    files' names."""
     rows = pa.concat_tables(_end(part, "shard", "kept", path) for part in _some(kept))
     return [spill.write(folder, rows, ENDS_ORDER), *spill_duplicates(folder, kept, duplicates)]
 
 
 def spill_duplicates(folder: Location, kept: pa.Table, duplicates: Duplicates) -> Iterator[str]:
-    """Spills the fates of exact duplicates, with the id of the kept document."""
+    """Writes the outcomes of exact duplicates (dropped), each with the id of the kept document, to temporary files. Yields the
+    files' names."""
     if not duplicates.count:
         return
     repeated = {digest for table in duplicates.tables() for digest, _ in _pairs(table)}

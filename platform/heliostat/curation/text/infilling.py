@@ -1,6 +1,8 @@
-"""Rearranges documents for fill-in-the-middle training (Bavarian et al. 2022). The choice of texts, their form, and the positions
-of splits depend only on the hash of a document's text and on the seed. So they are the same on any cluster. All functions are
-pure."""
+"""Rearranges documents for fill-in-the-middle training (Bavarian et al. 2022).
+
+The hash of a document's text, and the seed, determine whether and how the document is rearranged. So the result is the same on
+any cluster. All functions are pure.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ class FillInTheMiddle(Strict):
     rate: Float = Field(0.5, gt=0, le=1)
     """Share of texts (documents, or their spans) to rearrange."""
     spm_rate: Float = Field(0.5, ge=0, le=1)
-    """Share of the rearranged texts with the suffix before the prefix (SPM). The others have the prefix before the suffix
-    (PSM)."""
+    """Share of the rearranged texts with the order suffix, prefix, middle (SPM). The other rearranged texts have the order
+    prefix, suffix, middle (PSM)."""
     span_chars: int | None = Field(8192, ge=16)
     """Maximum characters of a span. Longer documents are split into spans of about equal length, and `rate` applies to each span.
     Choose about the length of a sample. null: documents aren't split."""
@@ -62,8 +64,8 @@ def spans(text: str, most: int | None) -> list[str]:
 
 
 def arrange(text: str, digest: str, keys: FillInTheMiddle) -> list[str | Arranged]:
-    """Divides a document into unchanged and rearranged texts. Two unchanged texts never follow each other. `digest`: the
-    document's digest."""
+    """Divides a document into unchanged texts (strings) and rearranged texts. Two unchanged texts never follow each other.
+    `digest`: the hash of the document's text, in hex."""
     out: list[str | Arranged] = []
     for number, span in enumerate(spans(text, keys.span_chars)):
         drawn = draws(f"{keys.seed} {digest} {number}")
@@ -77,13 +79,13 @@ def arrange(text: str, digest: str, keys: FillInTheMiddle) -> list[str | Arrange
 
 
 def draws(name: str) -> list[int]:
-    """Draws four integers below 2**64. They depend only on `name`."""
+    """Returns four pseudorandom integers below 2**64, which depend only on `name`."""
     raw = hashlib.sha256(name.encode()).digest()
     return [int.from_bytes(raw[i : i + 8], "big") for i in range(0, 32, 8)]
 
 
 def encode(tokenizer: Tokenizer, documents: list[list[str | Arranged]], end: int, markers: Markers) -> list[np.ndarray]:
-    """Encodes each document to token ids (int32), with `end` after each of the document's texts."""
+    """Encodes each document to token ids (int32). Appends `end` to each of the document's texts."""
     plain = iter(tokens.encode(tokenizer, [text for document in documents for text in document if isinstance(text, str)], end))
     cut = [piece for document in documents for text in document if isinstance(text, Arranged) for piece in text.pieces]
     pieces = (ids for batch in tokens.batches(cut) for ids in infilling.encode(tokenizer, batch))
@@ -99,23 +101,28 @@ def _joined(text: Arranged, pieces: Iterator[list[int]], end: int, markers: Mark
 
 
 def names(tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """Finds the markers of a given tokenizer; ConfigError if it has no known markers."""
+    """Returns the names of a tokenizer's fill-in-the-middle tokens (markers). Raises ConfigError if the tokenizer has no known
+    markers."""
     markers = infilling.names(tokenizer)
     if markers is None:
         known = "; ".join(", ".join(one) for one in infilling.KNOWN)
         raise ConfigError(
-            f"{FACT}: the tokenizer has none of the tokens that mark the pieces ({known}). Use another tokenizer, or train one"
+            f"{FACT}: the tokenizer has none of the tokens that mark prefix, middle, and suffix ({known}). "
+            "Use another tokenizer, or train a tokenizer (tokenizer.vocab_size)"
         )
     return markers
 
 
 def marking(definition: str, named: tuple[str, ...]) -> str:
-    """Returns a tokenizer's definition in which the markers are special tokens. Then a marker's name in a text stays text, and
-    markers have no bytes. In some models' tokenizers, the markers are plain tokens."""
+    """Returns a tokenizer's definition (JSON) in which the fill-in-the-middle tokens are special tokens. Then the name of such a
+    token in a text is encoded as plain text. In some models' tokenizers, these tokens aren't special."""
     tokenizer_json = json.loads(definition)
     added: dict[str, dict[str, Any]] = {token["content"]: token for token in tokenizer_json.get("added_tokens") or []}
     if missing := [name for name in named if name not in added]:
-        raise ConfigError(f"{FACT}: {missing[0]!r} isn't an added token of the tokenizer. Use another tokenizer, or train one")
+        raise ConfigError(
+            f"{FACT}: {missing[0]!r} isn't an added token of the tokenizer. "
+            "Use another tokenizer, or train a tokenizer (tokenizer.vocab_size)"
+        )
     if all(added[name]["special"] for name in named):
         return definition
     for name in named:

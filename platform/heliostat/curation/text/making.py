@@ -1,4 +1,4 @@
-"""Makes a text dataset: trains the tokenizer, writes the shards, and combines the facts for the manifest."""
+"""Makes a text dataset: trains the tokenizer, writes the shards, and collects the entries of the manifest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ALONE = 256  # maximum number of shards with a task each
 
 @dataclass
 class Reading(Making):
-    """Reads texts, and trains a tokenizer on the texts that the stages keep."""
+    """Reads texts, and trains a tokenizer on the texts that the pipeline's stages keep."""
 
     meanings: ClassVar = documents.REASONS
 
@@ -59,8 +59,8 @@ class Reading(Making):
         return pieces_of(self.flow, self.source.input, inputs, target)
 
     def definition(self, curated: Curated, markers: tuple[str, ...] = ()) -> str:
-        """Returns the given tokenizer, or trains one on the documents with the lowest hashes, up to `train_bytes`. This sample
-        doesn't depend on the runs. `markers`: additional special tokens."""
+        """Returns the definition (JSON) of the pipeline's existing tokenizer, or trains a tokenizer. The training text is a
+        sample: the documents with the lowest hashes, up to `train_bytes`. `markers`: additional special tokens."""
         if self.given_tokenizer is not None:
             return self.given_tokenizer
         parts = list(groups(curated.runs, max(1, -(-len(curated.runs) // SAMPLERS))))
@@ -123,26 +123,28 @@ class TextMaking(Reading):
         return WrittenShards(totals.chunks, facts, shard, ends)
 
     def _infill(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
-        """Returns the manifest's record of rearranged texts: the keys, and the markers' names and ids."""
+        """Returns the manifest's entry for fill in the middle: the keys of `fill_in_the_middle`, and the markers' names and ids.
+        None without `fill_in_the_middle`."""
         if self.infill is None:
             return None
         names = infilling.names(tokenizer)
         return {**self.infill.model_dump(), "names": list(names), "markers": list(astuple(find(tokenizer, names)))}
 
     def _log(self, totals: Totals) -> None:
-        """Logs the number of grouped documents, and the number of places at which documents were split."""
+        """Logs the number of grouped documents, and the number of splits of long documents."""
         if self.sample is not None:
             return
         if self.together is not None:
             many, alone = totals.together["documents"], totals.documents - totals.together["documents"]
-            message = "together: grouped %d documents by %d values of column %r; %d documents have no value"
+            message = "together: grouped %d documents by %d values of column %r; %d documents have no value in this column"
             level = logging.WARNING if alone else logging.INFO
             log.log(level, message, many, totals.together["groups"], self.together.column, alone)
         if totals.cut:
             log.info("chunk_tokens: split longer documents at %d places. No token is lost", totals.cut)
 
     def _regrouped(self, curated: Curated, together: Together, totals: Totals) -> list[str]:
-        """Replaces the stages' runs with runs of related documents. Returns spills of the exact duplicates' fates."""
+        """Replaces the temporary files of kept documents with files in which related documents are next to each other. Returns
+        the names of the temporary files that list the exact duplicates."""
         parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
         more = {"by": together.model_dump(), "explained": self.explained}
         records = self.flow.all("regroup", gathering.regroup, self._ranged(curated.runs, parts, **more))
@@ -152,7 +154,8 @@ class TextMaking(Reading):
         return [name for record in records for name in record["ends"]]
 
     def _ranged(self, runs: list[SpilledRun], parts: int, **more: object) -> Iterator[Task]:
-        """Yields one task for each of `parts` equal ranges of hashes. Each task reads its range from all runs."""
+        """Yields one task for each of `parts` equal ranges of hashes. Each task reads its own range from all temporary files of
+        documents."""
         for one in self.ranges(runs, parts):
             follows, shared = key(identities(one.runs), more), {"runs": self.flow.share(one.runs)}
             for part in range(one.first, one.stop):
@@ -160,20 +163,21 @@ class TextMaking(Reading):
                 yield Task(key(follows, low, high), {"low": low, "high": high, **more}, shared, int(one.part * len(one.runs)))
 
     def _check_largest(self, runs: list[SpilledRun], together: Together, parts: int) -> None:
-        """Raises ConfigError if the documents of one value, which are all in one shard, exceed the memory of the shard's task."""
+        """Raises ConfigError if a group of related documents, which are all in one shard, is too large for the memory of the
+        shard's task."""
         work = self._ranged(runs, parts, column=together.column)
         largest = max(self.flow.all("largest", gathering.largest, work), key=lambda record: record["bytes"])
         needs = largest["bytes"] * SHARD_SHARE
         if needs > self.memory_limit:
             raise ConfigError(
                 f"together.column: {together.column!r}: the documents of {largest['value']!r} have "
-                f"{largest['bytes']:,} bytes in one shard. Its task needs {SHARD_SHARE} times as much memory, "
+                f"{largest['bytes']:,} bytes in one shard. The shard's task needs {SHARD_SHARE} times as much memory, "
                 f"more than memory_limit ({self.memory_limit:,}). Set memory_limit to {needs:,}, use a column "
-                "with smaller groups, or give those documents no value"
+                "with smaller groups, or remove this value from the documents"
             )
 
     def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-        """Writes the shards. If there are many, a task writes several shards, one after another."""
+        """Writes the shards, and yields their records. If there are many shards, each task writes several, one after another."""
         shards = max(1, round(curated.bytes / self.shard_bytes))
         plan = TextSharding(
             self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill, bool(self.together) or None
@@ -198,18 +202,18 @@ class TextMaking(Reading):
         return {"most_trained": most, "shards_drop_duplicates": True}
 
     def refine(self, report: Prediction, curated: Curated) -> list[str]:
-        """Estimates the tokens per byte, the time for merging runs, and the time for training the tokenizer. Returns notes for
-        the report."""
+        """Adds estimates to a dry run's report: the tokens per byte, and the times for merging temporary files and for training
+        the tokenizer. Returns notes for the report."""
         report.rate = rate = self._rate(report, curated)
         notes = self._merged(report, curated)
         if rate.high > rate.low * 1.01:
             notes.append(f"tokens: the sample's tokenizer fits the sample better than the final tokenizer will fit the "
-                f"input: {rate.low:.4f} tokens per byte of the sample, {rate.high:.4f} on text that it didn't train on. "
-                f"{rate.expected:.4f} are expected for the whole input")  # fmt: skip
+                f"input: {rate.low:.4f} tokens per byte of the sample, {rate.high:.4f} on other text. "
+                f"For the whole input, heliostat expects {rate.expected:.4f} tokens per byte")  # fmt: skip
         return notes
 
     def _merged(self, report: Prediction, curated: Curated) -> list[str]:
-        """Merges some of the sample's runs, to estimate how long merging takes for the whole input. Adds this time to the
+        """Merges some of the sample's temporary files, to estimate the time of merging for the whole input. Adds this time to the
         seconds in the report. Returns notes for the report."""
         runs, most, left = curated.runs, self.memory_limit // RUN_SHARE, curated.bytes
         factor = report.factors[0]["" if self.together else SHARD]  # shards drop exact duplicates
@@ -231,11 +235,11 @@ class TextMaking(Reading):
             counts["merge"] = counts[what] * more * factor / report.factors[0][""]
         self.flow.forget("merging")
         how = "once" if times == 1 else f"{times} times"
-        return [(f"shards: the whole input has about {many:,} runs for {shards:,} shards, and heliostat merges its runs "
-            f"{how} first. The time for this merging is estimated from a part of the sample")]  # fmt: skip
+        return [(f"shards: the whole input becomes about {many:,} sorted temporary files for {shards:,} shards, and heliostat "
+            f"merges these files {how} first. The time for this merging is estimated from a part of the sample")]  # fmt: skip
 
     def _rate(self, report: Prediction, curated: Curated) -> Rate:
-        """Estimates the tokens per byte of the whole input. With a given tokenizer, it is the sample's value."""
+        """Estimates the tokens per byte of the whole input. With an existing tokenizer, the estimate is the sample's value."""
         shard, config = report.funnel[SHARD], self.tokenizer
         seen = shard["counts"]["tokens"] / shard["kept_bytes"]
         if self.given_tokenizer is not None:
@@ -250,12 +254,13 @@ class TextMaking(Reading):
 
 
 def identities(runs: list[SpilledRun]) -> list[list[object]]:
-    """Returns everything that the documents of runs depend on, as JSON values."""
+    """Returns the names of temporary files of documents, and of the files that list their dropped documents. Tasks that read
+    these documents use the result as a part of their keys."""
     return [[run.name, run.decided] for run in runs]
 
 
 def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[FilePart]]:
-    """Splits an input into pieces of about `target` bytes. For files that are read in ranges of lines, it first counts the lines
+    """Splits an input into pieces of about `target` bytes. For files that are split into ranges of lines, first counts the lines
     before each range."""
     cut = list(pieces.cut((f.part for f in files), target, lambda path: readers.ranged(path or input)))
     unknown = [p[0] for p in cut if p[0].stop is not None and readers.numbered(p[0].path or input) == "line"]
@@ -265,8 +270,8 @@ def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> It
 
 
 def numbered(cut: list[list[FilePart]], lines: dict[FilePart, int]) -> Iterator[list[FilePart]]:
-    """Yields the pieces, with the number of the first record in each range. This number comes from the count of lines before
-    the range in the same file."""
+    """Yields the pieces, and sets the number of the first record in each range of lines. `lines`: the number of lines in each
+    range."""
     path, first = None, 1
     for piece in cut:
         part = piece[0]
@@ -280,7 +285,7 @@ def numbered(cut: list[list[FilePart]], lines: dict[FilePart, int]) -> Iterator[
 
 
 class Totals:
-    """Sums the shards' counts."""
+    """Sums the counts of all shards: documents, duplicates, bytes, splits, and the occurrences of each token."""
 
     def __init__(self, vocab_size: int) -> None:
         self.documents = self.duplicates = self.bytes = self.cut = 0

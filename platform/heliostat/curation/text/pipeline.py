@@ -1,12 +1,12 @@
 """Converts text to token shards, on Ray. Run: `heliostat data prepare pipelines/quickstart.yaml`.
 
 Guarantees: the dataset is a pure function of the configuration and of the input's relative paths and bytes. The SHA-256 of a
-document's text selects its shard, so one task has all duplicates of a document, and keeps only the one with the smallest id.
-Within a shard, documents are sorted by hash: a pseudo-random order that scheduling can't change. Texts and ids never pass
-through the driver. Files are read in ranges or streamed. A task uses at most a share of `memory_limit`, but the task that
-writes a shard has the complete shard in memory. Dropped documents are listed with the reason in `quarantine.parquet`. A
+document's text selects the document's shard. So one task has all duplicates of a document, and keeps only the duplicate with the
+smallest id. Within a shard, documents are sorted by hash: a pseudo-random order that scheduling can't change. Texts and ids never
+pass through the driver. Files are read in ranges or streamed. A task uses at most a share of `memory_limit`. One exception: a
+task that writes a shard has the complete shard in memory. Dropped documents are listed with the reason in `quarantine.parquet`. A
 compressed file can't use more memory or disk than `max_file_bytes` and `max_document_bytes` allow. For Parquet files, heliostat
-takes the sizes of row groups from the footers, and doesn't check these sizes.
+reads the sizes of row groups from the footers, and doesn't check whether the footers are correct.
 """
 
 from __future__ import annotations
@@ -46,41 +46,43 @@ class TokenizerConfig(Strict):
     """Configures the tokenizer: `vocab_size` trains a byte-level BPE; `path` uses a tokenizer.json, or a folder with one."""
 
     vocab_size: int | None = Field(None, ge=LEAST)
-    """Vocabulary size of a byte-level BPE to train: 256 bytes, the end of a document, and merges."""
+    """Vocabulary size of a byte-level BPE to train. The vocabulary has 256 bytes, the end-of-document token, and merges."""
     train_bytes: int = Field(100_000_000, gt=0)
     """Bytes of text that train the tokenizer, from the documents with the lowest hashes."""
     path: str | None = None
-    """Existing tokenizer: a `tokenizer.json`, a folder with this file, or `ORG/NAME` of the Hugging Face Hub."""
+    """Existing tokenizer: a `tokenizer.json`, a folder with a `tokenizer.json`, or `ORG/NAME` of the Hugging Face Hub."""
     end_of_document: str = Field("<|endoftext|>", min_length=1)
-    """Token after each document. An existing tokenizer must have it."""
+    """Token that heliostat appends to each document. An existing tokenizer must have this token."""
 
     @model_validator(mode="after")
     def _one(self) -> TokenizerConfig:
         if (self.vocab_size is None) == (self.path is None):
-            raise ValueError("set either vocab_size (to train a tokenizer) or path (to use an existing one)")
+            raise ValueError("set either vocab_size (to train a tokenizer) or path (to use an existing tokenizer), not both")
         return self
 
     def definition(self) -> str | None:
-        """Reads the definition of the existing tokenizer; None if `path` isn't set. ConfigError if the file is missing or isn't
-        UTF-8."""
+        """Returns the definition (JSON) of the existing tokenizer; None if `path` isn't set. Raises ConfigError if the file is
+        missing or isn't UTF-8."""
         if self.path is None:
             return None
         location = place(self.path, "tokenizer.path").join("tokenizer.json")
         if not location.exists():
             location = place(self.path, "tokenizer.path")
             if location.fs.get_file_info(location.path).type != FileType.File:
-                raise ConfigError(f"tokenizer.path: {self.path!r}: no such file, and no folder with a tokenizer.json")
+                raise ConfigError(
+                    f"tokenizer.path: {self.path!r}: no such file, and no folder with a tokenizer.json. Correct the path"
+                )
         try:
             return location.read().decode()
         except UnicodeDecodeError as e:
-            raise ConfigError(f"tokenizer.path: {location} isn't UTF-8 text") from e
+            raise ConfigError(f"tokenizer.path: {location} isn't UTF-8 text. Use a tokenizer.json") from e
 
 
 class TextColumns(Strict):
     text: str = "text"
     """Column with the text."""
     others: list[str] = []
-    """Further columns (`url`, `date`, `source`) that accompany each document through the stages."""
+    """Further columns to keep with each document, such as `url`, `date`, and `source`. Stages can read these columns."""
 
 
 class TextPipeline(StagedPipeline):
@@ -96,17 +98,17 @@ class TextPipeline(StagedPipeline):
     (`hf://datasets/ORG/NAME`, docs/guides/hub.md), or `python:stdlib`. Kinds of files:
     docs/reference/text-pipeline.md#what-is-read"""
     exclude: list[str] = []
-    """Globs of files to skip (`encodings/**`), matched against their paths below the input's folder, like the globs of
-    `input`."""
+    """Globs of files to skip (`encodings/**`). heliostat matches these globs against paths relative to the input's folder, like a
+    glob in `input`."""
     repositories: bool = False
     """Reads only code repositories: the input's archives (`.zip`, and `.tar`, compressed or not) and git clones. See
     docs/data/code.md"""
     tokenizer: TokenizerConfig
-    """Tokenizer to train on the text, or to use as it is."""
+    """Tokenizer to train on the text, or existing tokenizer to use unchanged."""
     columns: TextColumns = TextColumns()
     """Names of the columns, in files of records (`.jsonl`, `.parquet`, `.csv`)."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
-    """Unicode normal form to which heliostat converts every text first. It affects which documents are equal."""
+    """Unicode normal form to which heliostat converts every text first. The normal form affects which documents are equal."""
     min_chars: int = Field(1, ge=1)
     """Minimum characters of a document; shorter documents are dropped (`too_short`)."""
     max_chars: int | None = Field(None, ge=1)
@@ -119,7 +121,7 @@ class TextPipeline(StagedPipeline):
     """Approximate tokens per row group. A row group has at most twice as many, because longer documents are split. See
     docs/data/format.md#row-groups"""
     shard_bytes: int = Field(128_000_000, gt=0)
-    """Approximate bytes of text per shard. It limits the memory of the task that writes the shard."""
+    """Approximate bytes of text per shard. This size limits the memory of the task that writes the shard."""
     fill_in_the_middle: FillInTheMiddle | None = None
     """Rearranges documents, so that a model learns to write the text between a prefix and a suffix. See
     docs/data/fill-in-the-middle.md"""
@@ -138,7 +140,10 @@ class TextPipeline(StagedPipeline):
 
     def check(self) -> None:
         if self.max_chars is not None and self.max_chars < self.min_chars:
-            raise ConfigError(f"max_chars: {self.max_chars} is below min_chars {self.min_chars}, so no document would be kept")
+            raise ConfigError(
+                f"max_chars: {self.max_chars} is below min_chars {self.min_chars}, so no document can pass. "
+                "Raise max_chars, or lower min_chars"
+            )
         if self.given_tokenizer is not None:
             tokens.end_id(tokens.load(self.given_tokenizer), self.tokenizer.end_of_document)
         if self.fill_in_the_middle:
@@ -157,35 +162,39 @@ class TextPipeline(StagedPipeline):
         for pattern in self.exclude:
             sources.glob_regex(pattern, "exclude")
         if self.shard_bytes * SHARD_SHARE > self.memory_limit:
-            log.warning("shard_bytes: a shard of %d bytes needs about %d bytes of memory, more than memory_limit (%d)",
+            log.warning("shard_bytes: a shard of %d bytes needs about %d bytes of memory, more than memory_limit (%d). "
+                        "Lower shard_bytes, or raise memory_limit",
                         self.shard_bytes, self.shard_bytes * SHARD_SHARE, self.memory_limit)  # fmt: skip
         self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
 
     @property
     def _known(self) -> set[str]:
-        """Returns the columns that documents have or may have. The columns of crawls are known only when a file is read."""
+        """Returns the names of the columns that documents have or may have. If the input may contain web archives, includes the
+        columns of web archives."""
         crawled = warc.COLUMNS if readers.numbered(self.input) in ("byte", None) else ()
         return {*self.columns.others, *(repositories.COLUMNS if self.repositories else crawled)}
 
     def _check_together(self, together: Together) -> None:
-        """Raises ConfigError if documents don't have the columns in `together`. Files of repositories have other columns."""
+        """Raises ConfigError if documents don't have the columns that `together` names. The documents of code repositories have
+        additional columns, such as `path`."""
         known = {*self.columns.others, *(repositories.COLUMNS if self.repositories else ())}
         for key, name in together.model_dump(exclude_none=True).items():
             if name not in known:
                 known_names = f". Columns: {', '.join(sorted(known))}" if known else ""
                 raise ConfigError(
-                    f"together.{key}: {name!r} isn't a column of the documents{known_names}. Add it to `columns.others` too"
+                    f"together.{key}: {name!r} isn't a column of the documents{known_names}. Add the column to columns.others"
                 )
 
     def _check_markers(self) -> None:
-        """Raises ConfigError if a given tokenizer has no markers, or if the vocabulary to train is too small for the markers."""
+        """Raises ConfigError if an existing tokenizer has no fill-in-the-middle tokens, or if the vocabulary to train is too
+        small for these tokens."""
         if self.given_tokenizer is not None:
             tokenizer = tokens.load(infilling.marking(self.given_tokenizer, infilling.names(tokens.load(self.given_tokenizer))))
             encode(tokenizer, [])
         elif self.tokenizer.vocab_size is not None and self.tokenizer.vocab_size < LEAST + len(OWN):
             raise ConfigError(
                 f"tokenizer.vocab_size: {self.tokenizer.vocab_size} has no room for the {len(OWN)} tokens of "
-                f"fill_in_the_middle. Set it to {LEAST + len(OWN)} or more"
+                f"fill_in_the_middle. Set vocab_size to {LEAST + len(OWN)} or more"
             )
 
     def inputs(self) -> list[InputFile]:
@@ -211,7 +220,9 @@ class TextPipeline(StagedPipeline):
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         sample = sampling.choose(inputs, fraction, sources.root(self.input).name)
         if not sample.parts:
-            raise ConfigError(f"--sample: {fraction:g} of {len(inputs):,} files is less than one file. Choose a larger share")
+            raise ConfigError(
+                f"--sample: a share of {fraction:g} of {len(inputs):,} files is less than one file. Pass a larger share"
+            )
         return sample
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> TextMaking:

@@ -1,7 +1,8 @@
-"""Estimates the tokens per byte of a dataset from a sample, if the dataset's tokenizer is trained on the dataset.
+"""Estimates the tokens per byte of a complete dataset from a sample, for a tokenizer that is trained on the dataset.
 
-A tokenizer trained on little text fits that text well, and other text badly. The difference shrinks as the training text grows.
-So a tokenizer is trained on half of the sample, and encodes both halves.
+A tokenizer trained on little text needs few tokens for its training text, and more tokens for other text. This difference shrinks
+as the training text grows. To measure the difference, heliostat trains a tokenizer on half of the sample, and encodes both
+halves.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ SLOWEST = 0.5  # minimum exponent, because short times vary by chance
 
 
 def halves(folder: Location, runs: list[SpilledRun], config: dict[str, Any]) -> dict[str, Any]:
-    """Trains a tokenizer on half of the documents, by their hashes, up to `train_bytes`. Returns the tokens per byte of this text
-    (`own`) and of the other half (`other`; None if a half is empty), the bytes of training text, and the CPU seconds."""
+    """Trains a tokenizer on half of the sample's documents, which hashes select, up to `train_bytes`. Returns the tokens per byte
+    of this text (`own`) and of the other half (`other`; None if a half is empty), the bytes of training text, and the CPU
+    seconds."""
     limit, start = min(config["train_bytes"], ENCODED), cpu_time.now()
     definition = tokens.train(_texts(folder, runs, 0, limit), config["vocab_size"], config["end_of_document"])
     tokenizer, took = tokens.load(definition), cpu_time.now() - start
@@ -40,16 +42,16 @@ def halves(folder: Location, runs: list[SpilledRun], config: dict[str, Any]) -> 
 
 
 def training_grows(seconds: float, bytes: float, measured: dict[str, Any]) -> float:
-    """Estimates the exponent of the growth of a tokenizer's training time with the size of its text. It compares the seconds
-    for `bytes` bytes with the seconds for half of the sample (`halves`). The exponent is at most 1, because counting takes time
-    in proportion to the text. It is usually smaller, because words repeat."""
+    """Estimates the exponent e of a tokenizer's training time: the time is proportional to (bytes of text)^e. Compares the
+    `seconds` for `bytes` bytes with the seconds for half of the sample (`measured`, from `halves`). The exponent is at most 1,
+    because counting words takes time in proportion to the text. The exponent is usually smaller, because words repeat."""
     if bytes < ENOUGH * measured["trained"] or not 0 < measured["took"] < seconds:
         return 1.0
     return min(1.0, max(SLOWEST, math.log(seconds / measured["took"]) / math.log(bytes / measured["trained"])))
 
 
 def _texts(folder: Location, runs: list[SpilledRun], half: int, most: int) -> Iterator[str]:
-    """Yields the texts of one half of all keys in ascending order, up to `most` bytes."""
+    """Yields the texts of one half of the documents, up to `most` bytes. `half`: 0 for even hashes, 1 for odd hashes."""
     taken, total = 0, sum(run.bytes for run in runs)
     high = spill.ALL if total <= 2 * most else spill.ALL * 2 * most // total
     for run in runs:
@@ -63,13 +65,13 @@ def _texts(folder: Location, runs: list[SpilledRun], half: int, most: int) -> It
 
 
 def of_whole(seen: float, sampled: float, measured: dict[str, Any], train_bytes: int, whole: float) -> Rate:
-    """Estimates the rate for an input of `whole` bytes from the rate `seen` in a sample of `sampled` bytes. The input and the
-    sample each have a tokenizer that is trained on up to `train_bytes` bytes of their own text.
+    """Estimates the tokens per byte for an input of `whole` bytes, from the tokens per byte `seen` in a sample of `sampled`
+    bytes. The input and the sample each have their own tokenizer, trained on up to `train_bytes` bytes.
 
     The estimate compares each tokenizer with a tokenizer that is trained on infinite text. With a tokenizer trained on finite
-    text, the training text has fewer tokens than with that tokenizer, and other text has more tokens, by the same amount. Both
-    differences shrink as the training text grows. The bounds are the sample's rate, and the rate of the half without training
-    text.
+    text, the training text has fewer tokens than with this ideal tokenizer. Other text has more tokens, by the same amount. Both
+    differences shrink as the training text grows. The lower bound of the result is about the sample's value. The upper bound is
+    about the value of the half that wasn't training text.
     """
     own, other = measured["own"], measured["other"]
     if own is None or other is None or other <= own:

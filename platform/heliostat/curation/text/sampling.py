@@ -1,10 +1,10 @@
 """Chooses a sample of a text input: a pure function of the listing and the fraction.
 
 Files with one document are chosen by the hashes of their paths. Large and small files have the same chance. Files with many
-documents have places: ranges of lines, or complete files if a range can't be read. First, places are chosen by their hashes. If
-there are few places, a larger share of them is chosen. Then records in the chosen places are chosen by the records' hashes. So
-every record has the same chance, and only chosen places are read. The sample doesn't depend on the order, the cluster, or the
-split into tasks.
+documents are split into ranges of lines; a file that can't be split is one range. First, hashes choose some of the ranges. If
+there are few ranges, heliostat chooses a larger share of the ranges. Then hashes choose records in these ranges. So every record
+has the same chance, and heliostat reads only the chosen ranges. The sample doesn't depend on the order, the cluster, or the split
+into tasks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def kind(path: str) -> Kind:
 
 
 def choose(files: Iterable[InputFile], fraction: float, name: str) -> SampledParts:
-    """Chooses a sample. `name`: the path of an input that is a single file."""
+    """Chooses a sample of about `fraction` of the input. `name`: the path of an input that is a single file."""
     sample, by_kind = SampledParts(fraction, name), dict[str, list[InputFile]]()
     for file in files:
         by_kind.setdefault(kind(file.path or name), []).append(file)
@@ -49,7 +49,8 @@ def choose(files: Iterable[InputFile], fraction: float, name: str) -> SampledPar
 
 
 def _places(file: InputFile, which: str, block: int) -> list[FilePart]:
-    """Splits a file into places to choose from."""
+    """Splits a file into ranges of about `block` bytes, from which the sample is chosen. A file that can't be split is one
+    range."""
     ranged = which == "lines" and file.bytes > block
     whole = file.part
     return [replace(whole, start=a, stop=b) for a, b in pieces.ranges(file.bytes, block)] if ranged else [whole]
@@ -63,8 +64,8 @@ class SampledTexts(TextSource):
     records: dict[str, float]
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
-        """Yields a part's chosen records. In a range of lines, a record's id begins with the range, because the line numbers
-        aren't known."""
+        """Yields a part's chosen records. In a range of lines, the range is a part of a record's id, because the line numbers in
+        the file aren't known."""
         rate = self.records[kind(part.path or self.name)]
         for item in TextSource.read(self, part):
             id = item.id if part.stop is None else f"{place(part, self.name)}#{item.id.rpartition('#')[2]}"

@@ -1,7 +1,7 @@
 """Finds the files of a text input: a file, a folder, a glob, an s3:// prefix, a dataset of the Hub, or `python:stdlib`.
 
-The listing is the same at any location, because paths are relative to the input's root, and sorted. A file is read up to a limit,
-and only if it is inside the input: links and paths in metadata files can't lead to files outside.
+The listing is the same at any location, because paths are relative to the input's root, and sorted. heliostat reads a file up to
+a limit, and only if the file is inside the input: links and paths in metadata files can't lead to files outside.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def split_glob(uri: str) -> tuple[str, str | None]:
 
 
 def glob_regex(pattern: str, key: str = "input") -> re.Pattern[str]:
-    """Compiles the glob of a key: `*`, `?`, and `[...]` match within one part of a path, and `**` matches any number of folders.
-    ConfigError if the glob is invalid."""
+    """Compiles a glob to a regular expression: `*`, `?`, and `[...]` match within one part of a path, and `**` matches any number
+    of folders. Raises ConfigError, with the name of the pipeline's `key`, if the glob is invalid."""
     out = []
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]/]+\]|.", pattern, re.DOTALL):
         if token == "**/":
@@ -78,13 +78,13 @@ def glob_regex(pattern: str, key: str = "input") -> re.Pattern[str]:
     try:
         return re.compile("".join(out), re.DOTALL)
     except re.error as e:
-        raise ConfigError(f"{key}: {pattern!r} is not a valid pattern ({e})") from e
+        raise ConfigError(f"{key}: {pattern!r} is not a valid pattern ({e}). Write a glob such as data/**/*.md") from e
 
 
 def root(uri: str) -> Location:
-    """Locates the folder that document ids are relative to.
+    """Returns the location of an input's root folder. Document ids are paths relative to this folder.
 
-    Each worker computes this folder, because Python may be installed in a different folder there.
+    Each worker computes this folder, because the worker's Python may be installed in a different folder.
     """
     if names.is_dataset(uri):
         return hub.root(uri)
@@ -92,13 +92,13 @@ def root(uri: str) -> Location:
 
 
 def absolute(uri: str) -> str:
-    """Returns an input's URI, with its pattern, as an absolute URI that doesn't depend on the current folder."""
+    """Returns an input's URI or path, with any glob, in absolute form, which doesn't depend on the current folder."""
     return uri if "://" in uri or uri == STDLIB else str(workspace.root() / uri)
 
 
 def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
-    """Finds the input's root, and the files in it that match the pattern. Paths are relative to the root; "" if the root is a
-    file."""
+    """Returns the input's root, and the files that match the input's glob, with their sizes. Paths are relative to the root; ""
+    if the input is a single file."""
     if names.is_dataset(uri):
         return hub.find(uri, glob_regex)
     base, pattern = root(uri), split_glob(uri)[1]
@@ -117,10 +117,10 @@ def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
 
 
 def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
-    """Lists the files to read, sorted by path; ConfigError if there are none.
+    """Lists the input's files to read, sorted by path. Raises ConfigError if there are none.
 
-    Some kinds of files need a stage that extracts their text. heliostat lists such files only if this stage is in `stages`. It
-    logs the number of files that it leaves out.
+    Some kinds of files need a stage that extracts their text. heliostat lists such files only if this stage is in `stages`, and
+    logs the number of the other files.
     """
     base, listed = find(uri)
     if uri == STDLIB:
@@ -136,7 +136,7 @@ def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
         what, fix = f"{count:,} {BYTES[stage]}", f"{{stage: {stage}}} first among a text pipeline's `stages`"
         if not files:
             raise ConfigError(f"input: {uri!r}: contains only {what}. Put {fix}")
-        log.warning("%s: skipping %s. To read them, put %s", uri, what, fix)
+        log.warning("%s: skipping %s. To read these files, put %s", uri, what, fix)
     if not files:
         seen = f"none of {len(listed)} files is supported" if listed else "no such file"
         ends, packed = ", ".join(readers.KINDS), ", ".join(CODECS)
@@ -145,12 +145,13 @@ def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
 
 
 def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
-    """Removes the files whose paths match a pattern, and logs their number. Logs a warning for a pattern that matches no file."""
+    """Returns the files whose paths match no pattern, and logs the number of the other files. Logs a warning for a pattern that
+    matches no file."""
     kept = files
     for pattern in patterns:
         matches = glob_regex(pattern, "exclude").fullmatch
         if not any(matches(f.path) for f in files):
-            log.warning("exclude: %r matches no file of the input", printable(pattern))
+            log.warning("exclude: %r matches no file of the input. Correct or remove this pattern", printable(pattern))
         kept = [f for f in kept if not matches(f.path)]
     if not kept:
         raise ConfigError(f"exclude: matches all {len(files):,} files. Remove a pattern")
@@ -160,9 +161,9 @@ def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
 
 
 def fetch(base: Location, path: str, limit: int, part: FilePart | None = None) -> bytes:
-    """Reads a file of the input, or the root itself if the path is empty. `part`: the file as it was listed, if the listing is
-    known. LeftOutError if the file is outside the input or larger than `limit`, or if a local file can't be opened. A failing
-    store raises its own error.
+    """Reads a file of the input, or the root itself if the path is empty. `part`: the file's entry in the listing, if known.
+    Raises LeftOutError if the file is outside the input, is larger than `limit` bytes, or can't be opened. A failing object store
+    raises the store's own error.
     """
     with _readable(base, path) as place:
         listed = place.is_s3 and part is not None and part.etag
@@ -173,10 +174,10 @@ def fetch(base: Location, path: str, limit: int, part: FilePart | None = None) -
 
 
 def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) -> io.RawIOBase:
-    """Opens a file of the input, or the root itself, for reading in blocks. Repeats a read while the store fails.
+    """Opens a file of the input, or the root itself, for reading in blocks. Retries a read if the object store fails.
 
-    `part`: the file as it was listed, if the listing is known. If an object has an ETag, the store rejects reads after a change
-    of the object. LeftOutError as in `fetch`; DataError if an object was rewritten.
+    `part`: the file's entry in the listing, if known. Raises LeftOutError like `fetch`. Raises DataError if an object has been
+    rewritten since the listing, which the object's ETag shows.
     """
     with _readable(base, path) as place:
         if part is not None and part.etag and place.is_s3:
@@ -192,7 +193,7 @@ def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) 
 def rows(base: Location, path: str, limit: int, part: FilePart | None = None) -> Iterator[Any]:
     """Yields the rows of a file that lists images or URLs: a .parquet, a .csv, or JSON lines.
 
-    ConfigError if the file can't be read, because then it is unknown which entries are missing.
+    Raises ConfigError if the file can't be read, because then heliostat doesn't know the missing entries.
     """
     try:
         with blocks(base, path, limit, part) as file:
@@ -206,15 +207,15 @@ def rows(base: Location, path: str, limit: int, part: FilePart | None = None) ->
             text = io.TextIOWrapper(io.BufferedReader(file), "utf-8-sig", newline="")
             yield from csv.DictReader(text) if lower.endswith(".csv") else (json.loads(line) for line in text if line.strip())
     except LeftOutError as e:
-        raise ConfigError(f"input: {printable(path)}: can't read it: {readers.REASONS[e.reason]} ({e.detail})") from e
+        raise ConfigError(f"input: {printable(path)}: can't read this file: {readers.REASONS[e.reason]} ({e.detail})") from e
     except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
-        raise ConfigError(f"input: {printable(path)}: can't read it ({brief(e)})") from e
+        raise ConfigError(f"input: {printable(path)}: can't read this file ({brief(e)}). Repair the file") from e
 
 
 @contextmanager
 def _readable(base: Location, path: str) -> Iterator[Location]:
-    """Returns the location of a file. Downloads the file first if it is on the Hub. LeftOutError if the file is outside the
-    input, or if a local file can't be opened."""
+    """Provides the location of a file of the input. Downloads the file first if the input is on the Hugging Face Hub. Raises
+    LeftOutError if the file is outside the input, or if a local file can't be opened."""
     if not hub.fetch(base, path) and not inside(base, path):
         raise LeftOutError("outside", f"leads out of {base}")
     try:
@@ -228,7 +229,7 @@ def _readable(base: Location, path: str) -> Iterator[Location]:
 
 
 class _ReadAhead(io.RawIOBase):
-    """Wraps a file in a store as a Python file object that reads a few megabytes ahead."""
+    """Wraps an input file, on disk or in an object store, as a Python file object that reads a few megabytes ahead."""
 
     def __init__(self, place: Location, file: pa.NativeFile | None, size: int, part: FilePart | None) -> None:
         self.place, self.file, self.part, self.length, self.at = place, file, part, size, 0
@@ -275,10 +276,11 @@ class _ReadAhead(io.RawIOBase):
 
 
 def _as_listed(place: Location, part: FilePart) -> int:
-    """Returns an object's size in bytes. FileNotFoundError if the object is missing; DataError if its ETag has changed since the
-    listing.
+    """Returns the size of an object in an object store, in bytes. Raises FileNotFoundError if the object is missing, and
+    DataError if the ETag or the size has changed since the listing.
 
-    If the store returns ETags only in listings, compares the size instead. Each read then checks the ETag.
+    Some stores return ETags only in listings. For these stores, this function compares only the size, and each read checks the
+    ETag.
     """
     if (info := place.info()) is None:
         raise FileNotFoundError(str(place))
@@ -288,7 +290,7 @@ def _as_listed(place: Location, part: FilePart) -> int:
 
 
 def _of_object(place: Location, part: FilePart, begin: int, end: int) -> bytes:
-    """Reads a range of an object; DataError if the object was rewritten since the listing."""
+    """Reads the bytes `begin` to `end` of an object. Raises DataError if the object was rewritten since the listing."""
     try:
         return place.read_object(begin, end, part.etag) if begin < end else b""
     except RewrittenError as e:
@@ -299,7 +301,7 @@ def require_unchanged(base: Location, part: FilePart) -> None:
     """Raises DataError if a file has changed since the input was listed. Does nothing for a folder, or if the listing isn't
     known.
 
-    Does nothing for an object with an ETag, because reads of it are conditional (`_of_object`).
+    Also does nothing for an object with an ETag, because each read of the object checks the ETag (`_of_object`).
     """
     place = base.join(part.path) if part.path else base
     info = place.info() if part.modified and not part.etag else None
@@ -311,17 +313,17 @@ def require_unchanged(base: Location, part: FilePart) -> None:
 
 
 def changed(place: Location, part: FilePart, size: int) -> DataError:
-    """Builds the error for a file that has changed since the input was listed."""
-    other = "content" if part.etag else "time"
-    now = f"{size:,} now" if size != part.bytes else f"as many now, of another {other}"
+    """Returns the error for a file that has changed since the input was listed."""
+    other = "content" if part.etag else "modification time"
+    now = f"{size:,} bytes now" if size != part.bytes else f"the same size now, but another {other}"
     return DataError(
-        f"input: {place}: changed during the run: it had {part.bytes:,} bytes at the start, and has {now}. Start "
-        "again: heliostat processes the file again"
+        f"input: {place}: changed during the run: the file had {part.bytes:,} bytes at the start, and has {now}. "
+        "Start the command again. Then heliostat processes the file again"
     )
 
 
 def inside(base: Location, path: str) -> bool:
-    """Checks whether a path is inside `base`. Checks the path's name. On disk, it checks the targets of links too."""
+    """Checks whether a path is inside `base`, by the path's name. On disk, also checks the targets of links."""
     if "\0" in path:
         return False
     try:
@@ -335,5 +337,5 @@ def inside(base: Location, path: str) -> bool:
 
 
 def examples(ids: list[str]) -> str:
-    """Formats a few ids for a warning. Ids are file names, so they may contain any character."""
+    """Formats a few document ids for a warning. Escapes unprintable characters, because ids contain file names."""
     return ", ".join(printable(id) for id in ids)

@@ -1,10 +1,9 @@
-"""Encodes texts with a byte-level tokenizer one stretch at a time. It caches the tokens of stretches, because most stretches
-repeat.
+"""Encodes texts with a byte-level tokenizer, one stretch at a time. A stretch is white space followed by text without white
+space. The tokens of stretches are cached, because most stretches repeat.
 
-A stretch is white space followed by text without white space. Before any merge, `ByteLevel` splits a text into pieces with
-GPT-2's pattern. The pattern allows white space only at the beginning of a piece, and doesn't look at the text before a piece. So
-a piece ends wherever white space begins, and a text's tokens are the tokens of its stretches. Tokenizers that split texts
-differently aren't `divisible`.
+Before any merge, `ByteLevel` splits a text into pieces with GPT-2's pattern. The pattern allows white space only at the beginning
+of a piece, and doesn't depend on the text before a piece. So a piece ends wherever white space begins. A text's tokens are then
+the tokens of the text's stretches, one after another. A tokenizer that splits texts differently isn't `divisible`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ LONG = 32  # characters; longer stretches aren't cached, so the cache takes 10 t
 
 
 def divisible(tokenizer: Tokenizer) -> bool:
-    """Checks whether a text's tokens are the tokens of its stretches. This is true for a byte-level BPE without earlier steps."""
+    """Checks whether a tokenizer can encode a text stretch by stretch, with the same tokens as for the complete text. This is
+    true for a byte-level BPE without a normalizer."""
     cut = tokenizer.pre_tokenizer
     return (
         tokenizer.normalizer is None
@@ -40,7 +40,7 @@ def divisible(tokenizer: Tokenizer) -> bool:
 
 
 def parts(text: str, most: int) -> Iterator[str]:
-    """Splits a text into parts. A part ends where white space next begins after `most` characters."""
+    """Splits a text into parts. A part ends at the first white space after `most` characters."""
     begin = 0
     while len(text) - begin > most and (match := BEGINS.search(text, begin + most - 1)):
         yield text[begin : match.start() + 1]
@@ -49,7 +49,8 @@ def parts(text: str, most: int) -> Iterator[str]:
 
 
 class Stretches:
-    """Encodes texts with a divisible tokenizer."""
+    """Encodes texts with a divisible tokenizer. Caches the tokens of stretches (white space, and the text up to the next white
+    space)."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -73,6 +74,6 @@ class Stretches:
 
 @lru_cache(maxsize=2)
 def of(tokenizer: Tokenizer) -> Stretches | None:
-    """Returns the tokenizer's encoder; None if the tokenizer isn't divisible. While a tokenizer is in use, its encoder stays the
-    same."""
+    """Returns the `Stretches` encoder of a tokenizer; None if the tokenizer isn't divisible. Later calls with the same tokenizer
+    return the same encoder, with its cache."""
     return Stretches(tokenizer) if divisible(tokenizer) else None

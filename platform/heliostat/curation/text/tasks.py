@@ -41,7 +41,7 @@ LISTED = pa.schema([(name, pa.large_string()) for name in ("id", "reason", "deta
 
 @dataclass(frozen=True)
 class TextSource:
-    """Reads parts of a text input in a task."""
+    """Reads parts of a text input in a Ray task."""
 
     input: str
     rules: documents.TextRules
@@ -65,9 +65,10 @@ class TextSource:
 def read_file(
     base: Location, path: str, rules: documents.TextRules, part: FilePart | None = None
 ) -> Iterator[Document | Dropped]:
-    """Yields the normalized documents of a file or a repository, and the dropped documents. Pages stay bytes.
+    """Yields the normalized documents of a file or a repository, and a `Dropped` for each dropped document. HTML pages and PDFs
+    stay bytes.
 
-    A failing store raises an error.
+    Raises an error if the object store fails.
     """
     part = part or FilePart(path, 0, 0)
     try:
@@ -82,7 +83,7 @@ def read_file(
 
 
 def _read(base: Location, path: str, rules: documents.TextRules, part: FilePart) -> Iterator[Document | Dropped]:
-    """Yields a file's documents from its reader; LeftOutError if it can't be opened."""
+    """Yields the documents of a file, an archive, or a git clone. Raises LeftOutError if the file can't be opened."""
     name = path or base.name
     if clones.is_clone(name) and not base.is_s3 and Path(base.path, path).is_dir():
         if not sources.inside(base, path):
@@ -95,7 +96,8 @@ def _read(base: Location, path: str, rules: documents.TextRules, part: FilePart)
 
 
 def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, object]:
-    """Counts the lines that begin in a part of a file. Returns 0 if the file can't be read; a later read reports the error."""
+    """Counts the lines that begin in a part of a file. The count is 0 if the file can't be read; a later read reports the
+    error."""
     base = sources.root(input)
     sources.require_unchanged(base, part)
     stop = part.bytes if part.stop is None else part.stop
@@ -114,7 +116,8 @@ def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, objec
 
 
 def prefix_sizes(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
-    """Measures the UTF-8 bytes of text for each hash prefix."""
+    """Sums the UTF-8 bytes of the documents' texts for each 16-bit prefix of the text hash. Writes the sums to a temporary
+    file."""
     sizes = np.zeros(PREFIXES, np.int64)
     for run in runs:
         for table in survivors(folder, run, columns=["bytes"]):
@@ -126,7 +129,8 @@ def prefix_sizes(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
 
 
 def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, object]:
-    """Selects the documents whose hash prefix is at most `limit`."""
+    """Writes the distinct documents whose hash prefix is at most `limit` to a temporary file, as training text for the
+    tokenizer."""
     tables = [t for run in runs for t in survivors(folder, run, 0, (limit + 1) << 48, ["hash", "id", "bytes", "text"])]
     table = gathering.unique(tables)[0] if tables else None
     names = [] if table is None else [spill.write(folder, table, ("hash", "id"))]
@@ -134,8 +138,8 @@ def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, ob
 
 
 def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, object]:
-    """Trains a tokenizer on the selected documents with hash prefixes up to `limit`. Stops when the documents so far have
-    `train_bytes` bytes or more."""
+    """Trains a tokenizer on the selected documents with hash prefixes up to `limit`, in the order of the hashes. Stops when the
+    documents so far have `train_bytes` bytes. Returns the name of the tokenizer's temporary file."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # no other task runs at the same time
     texts = selected(folder, samples, limit, bytes, config["train_bytes"])
     name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"], config.get("markers", ())))
@@ -143,8 +147,8 @@ def train_on(folder: Location, samples: list[str], limit: int, bytes: int, confi
 
 
 def selected(folder: Location, samples: list[str], limit: int, bytes: int, train_bytes: int) -> Iterator[str]:
-    """Yields the selected texts in the order of their hashes, up to the text that reaches `train_bytes`. It needs a few megabytes
-    of memory."""
+    """Yields the selected texts in the order of their hashes, up to the text that reaches `train_bytes`. Needs only a few
+    megabytes of memory."""
     prefixes, parts, taken = limit + 1, max(1, bytes // SELECTED_BYTES), 0
     for part in range(parts):
         low, high = part * prefixes // parts, (part + 1) * prefixes // parts
@@ -162,7 +166,8 @@ def selected(folder: Location, samples: list[str], limit: int, bytes: int, train
 
 @dataclass(frozen=True)
 class TextSharding:
-    """Configures how documents become shards: the number of shards, and their content."""
+    """Configures the shards of a text dataset: the output folder, the number of shards, the tokenizer, and the tokens per row
+    group."""
 
     output: str
     shards: int
@@ -182,7 +187,7 @@ def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
 
 
 def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: TextSharding) -> dict[str, object]:
-    """Writes shards one after another. Returns their counts and their part of the manifest."""
+    """Writes shards one after another. Returns the shards' counts and their rows of the manifest."""
     records = [one for shard in range(first, stop) if (one := _write_shard(folder, runs, shard, plan)) is not None]
     files = [name for one in records for name in one.pop("ends")]
     return {"shards": records, "ends": files, "files": files}
@@ -231,8 +236,8 @@ def _gathered(
 
 
 def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: TextSharding) -> tuple[list[np.ndarray], dict[str, int]]:
-    """Encodes the texts of a table. Rearranges the texts first if the pipeline configures it. Returns the tokens and the counts
-    of rearranged texts."""
+    """Encodes the texts of a table. With `fill_in_the_middle`, rearranges the texts first. Returns the token ids of each text,
+    and the counts of rearranged texts."""
     encoded: list[np.ndarray] = []
     infill = plan.infill or {}
     keys = infilling.FillInTheMiddle(**{k: infill[k] for k in infilling.FillInTheMiddle.model_fields}) if infill else None
@@ -249,7 +254,8 @@ def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: TextSharding) -> tuple
 
 
 def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields ranges of documents of about a megabyte each, so that only a few texts are Python strings at a time."""
+    """Yields ranges of documents (first index, index after the last) with about a megabyte of text each. So only a few texts are
+    Python strings at a time."""
     places = np.cumsum(sizes) // (16 * tokens.BATCH_CHARS)
     edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(sizes)]
     yield from itertools.pairwise(edges)
@@ -260,8 +266,8 @@ def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def list_left_out(folder: Location, part: int, parts: int, output: str, names: list[str],
                   also: list[str] | None = None) -> dict[str, object]:  # fmt: skip
-    """Writes the list of documents that reading and the stages in `also` dropped, sorted by reason and id. Covers one part of all
-    keys."""
+    """Writes a Parquet file that lists the documents that reading and the stages in `also` dropped, sorted by reason and id.
+    Covers one of `parts` equal ranges of keys."""
     stages, (low, high) = pa.array([segment.READ, segment.FINISH, *(also or [])], pa.large_string()), spill.share(part, parts)
     tables = [_listed(t, stages) for name in names for t in spill.read(folder, name, low, high)]
     table = pa.concat_tables([LISTED.empty_table(), *tables]).sort_by([("reason", "ascending"), ("id", "ascending")])
@@ -271,5 +277,5 @@ def list_left_out(folder: Location, part: int, parts: int, output: str, names: l
 
 
 def _listed(table: pa.Table, stages: pa.Array) -> pa.Table:
-    """Returns the documents that the given stages dropped, and all documents that crashed."""
+    """Returns the rows of documents that the given stages dropped, and of all documents that crashed a worker."""
     return table.filter(pc.or_(pc.is_in(table["stage"], stages), pc.equal(table["reason"], care.CRASHED))).select(LISTED.names)

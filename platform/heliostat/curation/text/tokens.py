@@ -54,12 +54,12 @@ def train(texts: Iterable[str], vocab_size: int, end_of_document: str, markers: 
 
 @lru_cache(maxsize=2)
 def load(definition: str) -> Tokenizer:
-    """Loads a tokenizer that takes text literally: it doesn't truncate or pad texts, and encodes the names of special tokens in
-    a text as plain text."""
+    """Loads a tokenizer from its definition (JSON). The tokenizer doesn't truncate or pad texts, and encodes the names of special
+    tokens in a text as plain text."""
     try:
         tokenizer = Tokenizer.from_str(definition)
     except Exception as e:  # the library raises bare Exception
-        raise ConfigError(f"tokenizer.path: the tokenizers library can't read it ({e})") from e
+        raise ConfigError(f"tokenizer.path: the tokenizers library can't read this file ({e}). Use another file") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -71,13 +71,14 @@ def end_id(tokenizer: Tokenizer, end_of_document: str) -> int:
     if number is None:
         added = ", ".join(sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())[:10])
         raise ConfigError(
-            f"tokenizer.end_of_document: {end_of_document!r} isn't in the vocabulary. Its special tokens: {added or 'none'}"
+            f"tokenizer.end_of_document: {end_of_document!r} isn't in the vocabulary. Choose one of the tokenizer's special "
+            f"tokens: {added or 'none'}"
         )
     return number
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]:
-    """Encodes each text to token ids (int32), followed by `end`."""
+    """Encodes each text to token ids (int32), and appends the token `end` to each text."""
     known, ended = stretches.of(tokenizer), np.int32(end).tobytes()
     if known is None:
         encodings = (one for batch in batches(texts) for one in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
@@ -87,14 +88,14 @@ def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]
 
 
 def _by_stretches(known: stretches.Stretches, texts: list[str]) -> list[bytes]:
-    """Encodes some texts, or one large text in parts."""
+    """Encodes texts stretch by stretch, and one large text in parts. Returns each text's token ids as bytes (int32)."""
     if len(texts) > 1:
         return known.encode(texts)
     return [b"".join(one for part in stretches.parts(texts[0], BATCH_CHARS) for one in known.encode([part]))]
 
 
 def counted(encoded: list[np.ndarray], vocab_size: int) -> np.ndarray:
-    """Counts the occurrences of each token, int64 [vocab_size]. It processes a few documents at a time, because numpy copies its
+    """Counts the occurrences of each token, int64 [vocab_size]. Processes a few documents at a time, because numpy copies the
     input."""
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, len(encoded), TOGETHER):
@@ -103,7 +104,7 @@ def counted(encoded: list[np.ndarray], vocab_size: int) -> np.ndarray:
 
 
 def batches(texts: list[str]) -> Iterator[list[str]]:
-    """Yields the texts in batches for the tokenizer."""
+    """Yields the texts in batches of at most BATCH_CHARS characters, for the tokenizer. A longer text is a batch alone."""
     start = 0
     while start < len(texts):
         stop, chars = start, 0
@@ -130,8 +131,9 @@ def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
 
 
 def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Splits documents into ranges, one per row group. In addition, a range ends at each of `PARTS`. A range never ends between
-    documents of one place. The documents' places must be in descending order."""
+    """Splits documents into ranges, one per row group, with about `target` tokens. `places`: the hold-out position of each
+    document (`manifest.place`), in descending order. A range ends at each boundary in `PARTS`, and never between documents with
+    equal positions."""
     bounds = [0, *sorted(int((places >= part * PLACES).sum()) for part in PARTS), len(lengths)]
     stretches = list[tuple[int, int]]()
     for a, b in itertools.pairwise(bounds):
@@ -144,7 +146,7 @@ def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[i
 
 
 def piece(target: int) -> int:
-    """Computes the number of tokens in a row group that ends within a document: 15 times a power of two, at most `target`.
+    """Returns the number of tokens for a row group that ends within a document: 15 times a power of two, at most `target`.
 
     A row group of this size contains complete sequences of any usual length, with no tokens left over.
     """
@@ -152,7 +154,7 @@ def piece(target: int) -> int:
 
 
 def pieces(lengths: list[int], target: int) -> list[list[int]]:
-    """Divides documents into row groups, and returns the row lengths of each group.
+    """Divides documents into row groups. Returns, for each row group, the lengths of the rows in tokens.
 
     The documents form one group unless they have more than twice `target` tokens, for example in one long document. Then groups
     of `piece(target)` tokens are split off while more than twice `target` tokens remain.
@@ -173,10 +175,11 @@ def pieces(lengths: list[int], target: int) -> list[list[int]]:
 
 
 def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -> list[tuple[list[int], int]]:
-    """Plans the row groups of a shard: (lengths of the rows, place) for each row group.
+    """Plans the row groups of a shard. Returns, for each row group, the lengths of the rows in tokens, and the hold-out position
+    (`manifest.place`).
 
-    Row groups that share a document, or documents of one place, have the same place, so they are always held out together.
-    Without places, the place is -1.
+    Row groups that share a document, or documents with equal positions, have the same position. So such row groups are always
+    held out together. Without `places`, the position is -1.
     """
     bounds = cut(lengths, target) if places is None else ranges(lengths, places, target)
     out = []
@@ -191,8 +194,8 @@ def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -
 def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: np.ndarray | None = None) -> bytes:
     """Returns a shard as the bytes of a Parquet file. The same documents in the same order always give the same bytes.
 
-    If a row ends before the end of its document, the document continues in the next row with the same id. The documents' places
-    (`manifest.place`) must be in descending order.
+    A row that ends before the end of a document is continued in the next row, which has the same id. The documents' hold-out
+    positions (`places`, from `manifest.place`) must be in descending order.
     """
     lengths = np.array([len(t) for t in tokens], np.int64)
     ends = np.cumsum(lengths)
@@ -224,8 +227,8 @@ def _between(tokens: list[np.ndarray], ends: np.ndarray, start: int, stop: int) 
 
 
 def _sign(writer: pq.ParquetWriter, content: str, places: list[int] | None) -> None:
-    """Writes the content's digest into the footer. The manifest hashes the footer, so any changed token changes the dataset's
-    digest."""
+    """Writes the digest of a shard's content into the Parquet footer. The manifest hashes the footer, so any changed token
+    changes the dataset's digest."""
     writer.add_key_value_metadata({"content": content})
     if places is not None:
         writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps(places)})
@@ -234,7 +237,7 @@ def _sign(writer: pq.ParquetWriter, content: str, places: list[int] | None) -> N
 def without(file: pq.ParquetFile, ids: set[str]) -> tuple[bytes | None, np.ndarray]:
     """Rewrites an open shard without some documents. Returns the new shard (None if it is empty), and the removed tokens.
 
-    Row groups keep their places and the remaining documents, so the same documents are held out as before.
+    Row groups keep their hold-out positions and the remaining documents. So the same documents are held out as before.
     """
     known = (file.metadata.metadata or {}).get(PLACES_KEY)
     old, places, gone = json.loads(known) if known else None, list[int](), list[np.ndarray]()

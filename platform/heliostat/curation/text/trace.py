@@ -1,4 +1,4 @@
-"""Shows a document's provenance in a dataset: its source file, each stage's action, the kept duplicate, and its shard."""
+"""Finds a document's provenance in a dataset: the source file, each stage's action, the kept duplicate, and the shard."""
 
 from __future__ import annotations
 
@@ -30,12 +30,16 @@ HOPS = 20  # maximum steps from a duplicate to the kept document: the document i
 
 
 def find(dataset: Manifest, id: str | None = None, url: str | None = None, text: bytes | None = None) -> list[dict[str, Any]]:
-    """Finds documents by id, URL, or text; returns the fate of each (`reasons.END`). ConfigError if no document matches."""
+    """Finds documents by id, URL, or text. Returns each document's outcome (kept or dropped, with the reason), as rows of
+    `reasons.END`. Raises ConfigError if no document matches."""
     if id is not None:
         rows, what = reasons.end_of(dataset, id), f"--id: {id!r}: no document has this id"
-        what += ". An id is the path in the input. If a file has several documents, `#line`, `#row` or `#byte` follows the path"
+        what += ". An id is a path in the input. In a file of several documents, `#` and the line, row, or byte follow the path"
     elif url is not None:
-        rows, what = reasons.with_column(dataset, "url", url), f"--url: {url!r}: no document has this url"
+        rows, what = (
+            reasons.with_column(dataset, "url", url),
+            f"--url: {url!r}: no document has this URL. Check the URL, or pass --id",
+        )
     else:
         assert text is not None
         if dataset.kind != "tokens":
@@ -49,17 +53,21 @@ def find(dataset: Manifest, id: str | None = None, url: str | None = None, text:
 
 
 def _hashes(dataset: Manifest, raw: bytes) -> tuple[list[str], str]:
-    """Computes the hashes under which a text may be stored, and finds the stage that would drop it, if any."""
+    """Returns two values: the hashes that a text may have in the dataset, before and after the stages, and a sentence for the
+    error message. The sentence names the stage that drops or changes the text, and is "" without such a stage."""
     by, fate = reasons.made_by(dataset), ""
     document = documents.clean("--text", raw, source_of(by).rules if by else documents.TextRules())
     if isinstance(document, documents.Dropped):
-        raise ConfigError(f"--text: not a document: {document.reason} ({documents.REASONS[document.reason]})")
+        raise ConfigError(f"--text: the text isn't a valid document: {document.reason} ({documents.REASONS[document.reason]})")
     hashes, last = [_hash(document)], document
     for step, after in stages_again(by, last) if by else ():
         if step["did"] == "cut":
-            fate = f". Stage {step['stage']} derives texts from all documents, which --text can't find. Use --id or --url"
+            fate = (
+                f". The changes by stage {step['stage']} depend on all documents, so --text can't find the text. "
+                "Use --id or --url"
+            )
         elif after is None:
-            fate = f". Stage {step['stage']} would drop it: {step['reason']}"
+            fate = f". Stage {step['stage']} would drop this text: {step['reason']}"
         last = after or last
     finished = source_of(by).finish(last) if by and not fate else None
     if isinstance(finished, Document):
@@ -73,10 +81,10 @@ def _hash(document: Document) -> str:
 
 
 def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
-    """Returns a document's provenance, given its fate.
+    """Returns a document's provenance. `end`: the document's outcome, as a row of `reasons.END`.
 
     The result has `id`, `columns`, `read`, `stages`, `end`, `instead` (the steps from the duplicate to the kept document), `kept`
-    (the id in the dataset, or null), `shard` (its path and `pieces`), and `notes`.
+    (the id in the dataset, or null), `shard` (the shard's path, and the document's `pieces`), and `notes`.
     """
     funnel, notes = reasons.funnel(dataset), list[str]()
     by, steps = reasons.made_by(dataset), list[dict[str, Any]]()
@@ -111,8 +119,8 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
 
 
 def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
-    """Runs the document through the stages again. From a stage that removed text shared with other documents, it continues with
-    the recorded results. Returns an empty list if the document can't be read."""
+    """Runs the document through the stages again, and returns each stage's action. From a stage that removed text shared with
+    other documents on, returns the recorded actions instead. Returns an empty list if the document can't be read."""
     document = read_again(source_of(by), end["id"])
     if document is None:
         return []
@@ -140,12 +148,13 @@ def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], note
     today = f"dropped by {last['stage']}: {last['reason']}" if last["did"] == "dropped" else "kept"
     then = "kept" if end["stage"] in AFTER else f"dropped by {end['stage']}: {end['reason']}"
     if today != then:
-        notes.append(f"the input has changed: today, the document would be {today}; in this dataset, it was {then}")
+        notes.append(f"the input has changed: today, the document would be {today}; in this dataset, the document was {then}")
     return steps
 
 
 def _recorded(funnel: dict[str, Any], end: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the stages from the dataset's record: the stages that the document passed, and the stage that dropped it."""
+    """Returns the actions of the stages from the dataset's record: the stages that the document passed, and the stage that
+    dropped the document."""
     steps = list[dict[str, Any]]()
     for name in funnel:
         if name in (segment.FINISH, "shard"):
@@ -159,7 +168,8 @@ def _recorded(funnel: dict[str, Any], end: dict[str, Any]) -> list[dict[str, Any
 
 
 def _instead(dataset: Manifest, end: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Follows a duplicate to the kept document. Returns the steps, each with its cluster, and the fate of the last document."""
+    """Follows a duplicate to the kept document. Returns the documents between both, each with the size of the document's cluster,
+    and the outcome of the last document."""
     hops = list[dict[str, Any]]()
     while end["reason"] in ("duplicate", "near_duplicate") and len(hops) < HOPS:
         id, _, size = end["detail"].rpartition(" (one of ") if end["reason"] == "near_duplicate" else (end["detail"], "", "")
@@ -179,13 +189,15 @@ def _meaning(funnel: dict[str, Any], end: dict[str, Any]) -> str:
 
 
 def source_of(made_by: dict[str, Any]) -> TextSource:
-    """Makes the source from which the dataset was read (`reasons.made_by`)."""
+    """Returns an object that reads the dataset's input again. `made_by`: the dataset's record of its pipeline
+    (`reasons.made_by`)."""
     rules = made_by["rules"]
     return TextSource(made_by["input"], documents.TextRules(**{**rules, "columns": tuple(rules["columns"])}))
 
 
 def origin(id: str) -> dict[str, Any]:
-    """Parses an id: the file, and the `line`, `row`, `byte`, or `path` in it if the file has several documents."""
+    """Parses a document's id. Returns the `file`, and, for a file of several documents, the document's `line`, `row`, `byte`, or
+    `path` in the file."""
     if match := MEMBER.match(id):
         return {"file": match[1], "path": match[2]}
     path, _, number = id.rpartition("#")
@@ -195,7 +207,7 @@ def origin(id: str) -> dict[str, Any]:
 
 
 def read_again(source: TextSource, id: str) -> Document | Dropped | None:
-    """Reads a document again; None if it no longer exists."""
+    """Reads a document from the input again; None if the input no longer contains the document."""
     base, file = sources.root(source.input), origin(id)["file"]
     alone = base.fs.get_file_info(base.path).type == FileType.File or (file == base.name and clones.is_clone(file))
     part = FilePart("" if alone else file, base.fs.get_file_info((base if alone else base.join(file)).path).size or 0, 0)
@@ -203,20 +215,23 @@ def read_again(source: TextSource, id: str) -> Document | Dropped | None:
 
 
 def stages_again(made_by: dict[str, Any], document: Document) -> Iterator[tuple[dict[str, Any], Document | None]]:
-    """Yields (a stage's action on a document, the document after it).
+    """Runs the dataset's stages on a document. Yields pairs: a stage's action, and the document after the stage.
 
     Ends at the stage that drops the document. Also ends at a stage that removed text shared with other documents, because the
     shared text is no longer known.
 
     An action has `stage`, `did`, `reason`, `detail`, `measures`, `counts`, and `bytes` (before and after the stage). `did` is
-    kept, changed, dropped, compared (the stage compares documents), or cut (the stage removes shared text). ConfigError if this
-    version of heliostat lacks one of the dataset's stages, or has changed the stage's keys.
+    kept, changed, dropped, compared (the stage compares documents), or cut (the stage removes shared text). Raises ConfigError if
+    this version of heliostat lacks one of the dataset's stages, or has changed the stage's keys.
     """
     for number, entry in enumerate(made_by["stages"]):
         try:
             stage = registry.parse(entry)
         except ValueError as e:
-            raise ConfigError(f"the dataset has a stage that this version doesn't have, or has changed: {e}") from e
+            raise ConfigError(
+                f"the dataset was made with a stage that this version of heliostat doesn't have, or has changed: {e}. "
+                "Use the version that made the dataset"
+            ) from e
         step: dict[str, Any] = {"stage": tally.label(number, stage), "reason": "", "detail": "", "measures": {}, "counts": {}}
         if isinstance(stage, RepeatingStage):
             yield {**step, "did": "cut"}, None

@@ -1,4 +1,5 @@
-"""Gets one URL over HTTP, within limits of bytes and seconds, and only from a public address, even after redirects.
+"""Fetches one URL over HTTP, within limits of bytes and seconds. By default, connects only to public addresses, even after
+redirects.
 
 The client resolves a host's name once, checks the addresses, and connects to one of the checked addresses. So a later DNS answer
 can't redirect the request. The client ignores proxies in the environment. It doesn't request compression, so bodies arrive
@@ -34,7 +35,8 @@ Address = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str | i
 
 
 class FetchError(Exception):
-    """Reports why a URL returned no body. `again`: whether a retry may succeed, after at least `wait` seconds."""
+    """Reports the reason why a URL returned no body. `again`: whether a retry may succeed; `wait`: the minimum seconds before a
+    retry."""
 
     def __init__(self, reason: str, detail: str = "", again: bool = False, wait: float = 0.0) -> None:
         super().__init__(reason, detail)
@@ -43,7 +45,8 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class Bounds:
-    """Holds the limits of a request and of its redirects together."""
+    """Holds the limits for a request together with all redirects: bytes of the body, seconds, and whether private addresses are
+    allowed."""
 
     bytes: int
     seconds: float
@@ -52,7 +55,7 @@ class Bounds:
 
 
 def split(url: str) -> tuple[str, str, int, str]:
-    """Returns (scheme, host, port, path with query); FetchError for an invalid web URL."""
+    """Splits a URL into (scheme, host, port, path with query). Raises FetchError if this isn't a valid http or https URL."""
     try:
         parts = urlsplit(url.strip())
         host, port = parts.hostname, parts.port
@@ -72,9 +75,10 @@ def split(url: str) -> tuple[str, str, int, str]:
 
 
 def get(url: str, bounds: Bounds, before: Callable[[str], object] = lambda _: None) -> bytes:
-    """Returns the body of a URL, after at most REDIRECTS redirects; FetchError if the URL has no body.
+    """Returns the body of a URL, after at most REDIRECTS redirects. Raises FetchError if the request fails.
 
-    `get` calls `before` with each URL before the request. `before` may wait; this time doesn't count as time of the request.
+    Before each request, including redirects, calls `before` with the URL. `before` may wait; the waiting time doesn't count for
+    `bounds.seconds`.
     """
     left = bounds.seconds
     for _ in range(REDIRECTS + 1):
@@ -92,7 +96,7 @@ def get(url: str, bounds: Bounds, before: Callable[[str], object] = lambda _: No
 
 
 def _once(url: str, bounds: Bounds, end: float) -> bytes | str:
-    """Sends one request; returns the body, or the redirect's target."""
+    """Sends one request. Returns the body (bytes), or the target of a redirect (a string)."""
     scheme, host, port, target = split(url)
     resolved = addresses(host, port, bounds.private)
     try:
@@ -103,7 +107,8 @@ def _once(url: str, bounds: Bounds, end: float) -> bytes | str:
 
 
 async def _requested(url: URL, resolved: list[Address], bounds: Bounds, seconds: float) -> bytes | str:
-    """Sends a request to one of the checked addresses; the session always ends within `seconds`."""
+    """Sends a request to one of the checked addresses. Raises TimeoutError after `seconds`. Returns the body (bytes), or the
+    target of a redirect (a string)."""
     if seconds <= 0:
         raise TimeoutError("no more time")
     secure = ssl.create_default_context() if url.scheme == "https" else False
@@ -141,9 +146,9 @@ async def _body(answer: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 def addresses(host: str, port: int, private: bool) -> list[Address]:
-    """Resolves a host's addresses; FetchError if the host has no address.
+    """Resolves a host's name to addresses. Raises FetchError if the host has no address.
 
-    Unless `private` is true, it also raises FetchError if an address isn't public.
+    If `private` is false, also raises FetchError if one of the addresses isn't public.
     """
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -168,7 +173,7 @@ def public(address: str) -> bool:
 
 
 class _Checked(AbstractResolver):
-    """Answers every lookup with the checked addresses."""
+    """Resolves every host name to the checked addresses, as a resolver for aiohttp."""
 
     def __init__(self, resolved: list[Address]) -> None:
         self.resolved = resolved
@@ -180,4 +185,4 @@ class _Checked(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Does nothing, because the resolver has nothing open."""
+        """Does nothing, because this resolver has no open connections."""

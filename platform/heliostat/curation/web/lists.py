@@ -1,8 +1,9 @@
-"""Splits lists of URLs into tasks by host: a host's URLs are in one task, or in several tasks that share the host's rate.
+"""Splits lists of URLs into fetching tasks by host. A host's URLs are in one task, or in several tasks that share the host's
+request rate.
 
-One task per list spills the list's rows by the hash of the host, and counts the rows by group. The first 16 bits of the hash
-are the number of the group. The driver has only the counts of the groups in memory. Neighboring groups with few URLs share a
-task. A group with many URLs is split into several tasks.
+One task per list writes the list's rows to temporary files, sorted by the hash of the host. The first 16 bits of the hash are the
+number of a group of hosts. The task also counts the rows of each group. The driver has only these counts in memory. Neighboring
+groups with few URLs share a fetching task. A group with many URLs is split into several fetching tasks.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ URLS = 2000  # URLs per task, approximately
 
 
 def listing(uri: str) -> list[InputFile]:
-    """Returns the files with lists of URLs, sorted by path; ConfigError if the input has no such files."""
+    """Returns the input's files with lists of URLs, sorted by path. Raises ConfigError if the input has no such files."""
     base, listed = sources.find(uri)
     files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(LISTS)]
     if not files:
@@ -46,7 +47,8 @@ def listing(uri: str) -> list[InputFile]:
 
 
 def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list[str], limit: int) -> Iterator[dict[str, Any]]:
-    """Yields the fetching tasks. `of`: the number of tasks that share a host's rate."""
+    """Yields the descriptions of the fetching tasks. In a description, `of` is the number of tasks that share the request rate of
+    the same hosts."""
     about = {"uri": uri, "column": column, "wanted": wanted, "limit": limit}
 
     def task(file: InputFile) -> Task:
@@ -65,7 +67,8 @@ def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list
 
 
 def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
-    """Yields ranges of groups (first group, group after the last), and the number of tasks for each range."""
+    """Yields ranges of groups of hosts, each with about URLS URLs: the first group, the group after the last, and the number of
+    tasks for the range. `counts`: URLs of each group."""
     first, size, last = 0, 0, 0
     for group in sorted(counts):
         if counts[group] > URLS:
@@ -84,7 +87,8 @@ def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, object]:
-    """Spills the rows of a list by host. In the returned record, `groups` is the number of rows of each group."""
+    """Writes the rows of a list of URLs to temporary files, sorted by the hash of the host. In the returned record, `groups` has
+    the number of rows of each group of hosts."""
     base, name, files, groups = sources.root(uri), part.path, list[str](), Counter[int]()
     sources.require_unchanged(base, part)
     numbered = enumerate(sources.rows(base, part.path, limit, part), 1)
@@ -98,7 +102,10 @@ def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list
 def _row(id: str, row: object, column: str, wanted: list[str], path: str) -> dict[str, object]:
     if not isinstance(row, dict) or column not in row:
         row_text = printable(", ".join(map(str, row))) if isinstance(row, dict) else "none, because the row isn't an object"
-        raise ConfigError(f"input: {printable(path)}: no column {column!r} of URLs (fetch.column). The row's columns: {row_text}")
+        raise ConfigError(
+            f"input: {printable(path)}: no column {column!r} of URLs. Set fetch.column to the column with the URLs. "
+            f"The row's columns: {row_text}"
+        )
     url = _whole(row[column]) if isinstance(row[column], str) else ""
     kept = {name: row[name] for name in wanted if row.get(name) is not None}
     return {"key": xxhash.xxh64_intdigest(host_of(url).encode("utf-8", "surrogatepass")), "id": id, "url": url,
@@ -106,7 +113,8 @@ def _row(id: str, row: object, column: str, wanted: list[str], path: str) -> dic
 
 
 def _whole(url: str) -> str:
-    """Returns a URL; an escaped form if the URL has half a surrogate pair, which JSON allows but no file can store."""
+    """Returns a URL unchanged if UTF-8 can represent the URL. Otherwise, the URL has half of a surrogate pair, and the result is
+    an escaped form."""
     try:
         url.encode()
     except UnicodeError:

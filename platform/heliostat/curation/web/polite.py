@@ -1,8 +1,9 @@
-"""Fetches URLs by their hosts' rules: only what robots.txt allows, at a limited rate, and after a delay if a host requests one.
+"""Fetches URLs by the rules of the URLs' hosts: only URLs that robots.txt allows, at a limited rate, and with the `Crawl-delay`
+of robots.txt.
 
 Each task has its own fetcher. Tasks with URLs of the same host share the host's rate, so nodes need no coordination. A fetcher
-reads robots.txt once per origin (RFC 9309: if robots.txt is missing, all URLs are allowed; if it is unreachable, no URLs are
-allowed). Redirect targets follow the same rules.
+reads robots.txt once per origin (RFC 9309: if robots.txt is missing, all URLs are allowed; if robots.txt is unreachable, no URLs
+are allowed). The same rules apply to the targets of redirects.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LONGEST_S = 60.0  # maximum seconds between two requests; a host that wants more
 
 @dataclass
 class Host:
-    """Records when the next request to a host is allowed, on any port."""
+    """Holds the time of the next allowed request to a host, on any port, and the pause between requests in seconds."""
 
     pause: float
     next: float = 0.0
@@ -39,8 +40,8 @@ class OriginRules:
 class Fetcher:
     """Fetches URLs from any number of threads, with at least `pause` seconds between two requests to one host.
 
-    `of`: the number of fetchers that share this rate. They share the rate from a host's robots.txt in the same way. Each
-    fetcher waits `of` times as long.
+    `of`: the number of fetchers that share a host's rate. So each fetcher waits `of` times as long between two requests. The same
+    is true of a `Crawl-delay` in the host's robots.txt.
     """
 
     def __init__(self, bounds: Bounds, pause: float, retries: int, robots: bool, sleep: Callable[[float], None] = time.sleep,
@@ -52,7 +53,7 @@ class Fetcher:
         self.lock = threading.Lock()
 
     def __call__(self, url: str) -> bytes:
-        """Returns the body of a URL; FetchError if the request fails after all retries."""
+        """Returns the body of a URL. Raises FetchError if the request fails, also after all retries."""
         hosts = list[Host]()
         for attempt in range(self.retries + 1):
             try:
@@ -65,7 +66,8 @@ class Fetcher:
         raise AssertionError("a loop that returns or raises")
 
     def _admitted(self, url: str) -> Host:
-        """Waits until a URL may be requested, and returns the URL's host; FetchError if the URL isn't allowed."""
+        """Waits until a request for a URL is allowed, and returns the URL's host. Raises FetchError if robots.txt doesn't allow
+        the URL."""
         scheme, name, port, target = split(url)
         if self.robots:
             base = f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}"
@@ -79,7 +81,7 @@ class Fetcher:
         return self._wait(url)
 
     def _wait(self, url: str) -> Host:
-        """Waits for a turn at a URL's host, and returns the host."""
+        """Waits until the rate of a URL's host allows the next request, and returns the host."""
         host = self._host(split(url)[1])
         with host.lock:
             now = self.clock()
@@ -94,8 +96,8 @@ class Fetcher:
             return self.hosts.setdefault(name, Host(self.pause))
 
     def _learn(self, origin: OriginRules, base: str) -> None:
-        """Reads the origin's robots.txt once. If this file redirects, the request waits for its turn at the target's host.
-        No robots.txt is read for the target."""
+        """Reads the origin's robots.txt once, and stores the rules in `origin`. `base`: the origin's URL. For a redirect of
+        robots.txt, waits until the target's host allows a request, but doesn't read the target's robots.txt."""
         with origin.lock:
             if origin.rules or origin.closed:
                 return

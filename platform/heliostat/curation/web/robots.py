@@ -1,6 +1,6 @@
-"""Reads robots.txt by RFC 9309: groups of one agent are joined, the longest matching rule wins, and `*` and `$` are wildcards.
-
-`Crawl-delay` isn't in the RFC. Here, it is a rule of its group, so a `user-agent` line after it begins a new group.
+"""Parses robots.txt by RFC 9309: all groups of an agent count, the longest matching rule wins, and `*` and `$` are wildcards. The
+RFC doesn't define `Crawl-delay`. Here, `Crawl-delay` is a rule of a group, so a `user-agent` line after `Crawl-delay` begins a
+new group.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ MOST_S = 1e9  # maximum seconds of a delay
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Holds a pattern as the pieces between its `*`. A target must begin with the first piece, and end with the last piece."""
+    """Holds an Allow or Disallow rule, with the pattern split at each `*` into pieces. A matching URL path begins with the first
+    piece, and ends with the last piece."""
 
     pieces: tuple[str, ...]
     length: int
     allow: bool
 
     def matches(self, target: str) -> bool:
-        """Checks whether a normalized target has the pieces in order. It searches for each piece only once, after the end of
-        the previous piece."""
+        """Checks whether a normalized URL path contains the rule's pieces in order. Searches for each piece only once, after the
+        end of the previous piece."""
         first, last, at = self.pieces[0], self.pieces[-1], len(self.pieces[0])
         if len(self.pieces) == 1:
             return target == first
@@ -57,7 +58,8 @@ class RobotsRules:
 
 
 def parse(data: bytes, agent: str) -> RobotsRules:
-    """Parses the rules of a robots.txt for an agent: the groups that list the agent, or otherwise the groups for `*`."""
+    """Parses the rules of a robots.txt for an agent. Uses the groups that list the agent, or, without such groups, the groups for
+    `*`."""
     own, groups = token(agent), dict[str, list[tuple[str, str]]]()
     named, naming = set[str](), False
     for field, value in _lines(data):
@@ -75,13 +77,13 @@ def parse(data: bytes, agent: str) -> RobotsRules:
 
 
 def token(agent: str) -> str:
-    """Returns an agent's name in robots.txt: the part before a version or a comment, in lower case."""
+    """Returns the name that robots.txt uses for a user agent: the part before a version or a comment, in lower case."""
     match = TOKEN.match(agent.strip())
     return match[0].lower() if match else ""
 
 
 def normal(text: str) -> str:
-    """Quotes only the characters of a URL that need quoting."""
+    """Normalizes a URL path, so that equal paths have equal strings: percent-encodes only the characters that need it."""
     return OCTET.sub(_octet, quote(text, safe=SAFE, errors="surrogateescape"))
 
 
@@ -97,7 +99,8 @@ def _lines(data: bytes) -> Iterable[tuple[str, str]]:
 
 
 def _rule(pattern: str, allow: bool) -> Rule:
-    """Parses a pattern. A pattern without a final `$` matches any continuation."""
+    """Parses the pattern of an Allow or Disallow line. A pattern without a final `$` matches all paths that begin with the
+    pattern."""
     ends = pattern.endswith("$")
     parts = [normal(part) for part in pattern.removesuffix("$").split("*")]
     length = len("*".join(parts)) + ends
@@ -106,7 +109,7 @@ def _rule(pattern: str, allow: bool) -> Rule:
 
 
 def _seconds(value: str) -> float:
-    """Parses a delay, rounded up to full seconds; 0 if the value is invalid."""
+    """Parses the value of `Crawl-delay`. Returns the seconds, rounded up to an integer; 0 if the value is invalid."""
     try:
         number = float(value)
     except ValueError:

@@ -42,7 +42,7 @@ CLOSE = 1e-3  # relative to the largest logit: two results with a smaller differ
 
 @dataclass(frozen=True)
 class Input:
-    """Holds an input: a text or an image. `seed`: random seed of its answer."""
+    """Holds an input: a text or an image. `seed`: random seed for the answer to this input."""
 
     text: str
     seed: int
@@ -59,7 +59,8 @@ class Answer:
 
 
 class BadInputError(Exception):
-    """Reports that an input can't be answered; contains `bad` and `detail` of the input's `Answer`."""
+    """Reports that an input can't be answered, with the reason (`bad`) and an explanation (`detail`) for the input's
+    `Answer`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -162,7 +163,7 @@ class BatchEngine(ABC):
         return answers
 
     def encode(self, text: str) -> list[int]:
-        """Returns an input's token ids; raises BadInputError if it can't be encoded."""
+        """Returns an input's token ids; raises BadInputError if the input can't be encoded."""
         return self.tokenizer(text, verbose=False)["input_ids"]
 
     def refusal(self, tokens: list[int]) -> Answer | None:
@@ -186,7 +187,7 @@ class BatchEngine(ABC):
             yield waiting
 
     def apart(self, one: int, other: int) -> bool:
-        """Returns whether inputs of these lengths must not share a batch."""
+        """Returns whether inputs of these lengths must not share a batch, because padding would change the model's logits."""
         return False
 
     def _answered(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
@@ -216,7 +217,7 @@ class BatchEngine(ABC):
 
 
 def sampling(options: dict[str, object], longest: int | None) -> Sampling:
-    """Reads sampling options. Raises ConfigError if they are invalid, or if `max_tokens` leaves no room for a prompt.
+    """Reads sampling options. Raises ConfigError if the options are invalid, or if `max_tokens` leaves no room for a prompt.
 
     `longest`: maximum tokens of prompt and answer; None if unlimited.
     """
@@ -265,7 +266,7 @@ class Continue(BatchEngine):
         return [self.read(row.tolist()) for row in out[:, ids.shape[1] :]]
 
     def read(self, tokens: list[int]) -> Answer:
-        """Builds an answer from its token ids."""
+        """Decodes the generated token ids, and returns the answer."""
         written = list(itertools.takewhile(lambda token: token not in self.ends, tokens))
         text = self.tokenizer.decode(written, skip_special_tokens=True)
         return Answer({"answer": text, "tokens": len(written), "finish": "stop" if len(written) < len(tokens) else "length"})
@@ -335,7 +336,8 @@ class Score(BatchEngine):
         return [self.read(*row) for row in zip(nats, cut, tokens, inputs, strict=True)]
 
     def read(self, nats: float, cut: list[int], tokens: list[int], source: Input) -> Answer:
-        """Builds an answer from the negative log-likelihood of the tokens that fit."""
+        """Builds the answer for a text. `nats`: negative log-likelihood of the tokens in `cut`, which fit into the model's
+        maximum."""
         truncated = len(cut) < len(tokens)
         text = self.tokenizer.decode(cut, skip_special_tokens=True) if truncated else source.text
         size = max(1, len(text.encode("utf-8", "replace")))

@@ -29,10 +29,10 @@ OF_VLLM = ("continue", "chat", "score", "embed", "serve")
 
 
 def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]] | None = None) -> tuple[str, str]:
-    """Returns the engine's name and a text. The text has the version of vLLM or transformers, or the reason why vLLM can't be
-    used. Raises ConfigError if `name` is vllm and vLLM doesn't support the task.
+    """Returns the engine's name and a text. The text is the version of the chosen engine. If `name` is auto and vLLM can't be
+    used, the text is the reason. Raises ConfigError if `name` is vllm and vLLM doesn't support the task.
 
-    `known`: a function that lists the architectures that vLLM supports; by default, vLLM itself is asked.
+    `known`: a function that lists the architectures that vLLM supports; by default, a function that imports vLLM.
     """
     if name not in ENGINES:
         raise ConfigError(f"--engine: {name!r} isn't an engine. Use {', '.join(ENGINES)}")
@@ -69,8 +69,8 @@ def _architectures() -> Collection[str]:
 
 
 def require(folder: Path, task: str, options: dict[str, object] | None = None) -> dict[str, object]:
-    """Checks that a model supports a task with these options; raises ConfigError if it doesn't. Returns additional facts for
-    the record, such as the labels."""
+    """Checks that a model supports a task with these options; raises ConfigError if the model doesn't support them. Returns
+    additional facts for `inference.json`, such as the labels."""
     if task == "classify":
         return {"labels": _labels(folder)}
     if clip_folder.is_one(folder):
@@ -97,9 +97,9 @@ def require(folder: Path, task: str, options: dict[str, object] | None = None) -
 
 
 def _longest(folder: Path) -> int | None:
-    """Returns the maximum tokens of a model's input, without reading its weights.
+    """Returns the maximum tokens of a model's input; None if there is no limit. Doesn't read the model's weights.
 
-    Raises ConfigError if its tokenizer or config.json can't be read.
+    Raises ConfigError if the model's tokenizer or config.json can't be read.
     """
     from heliostat.inference.batch.engines import LoadedModel
 

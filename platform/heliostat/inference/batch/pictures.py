@@ -18,8 +18,8 @@ from heliostat.tasks.flow import Flow
 
 @dataclass(frozen=True)
 class Pictures:
-    """Lists the files of an image input, and stores the tasks that read these files. A piece of the input has one part: the name
-    of a stored task."""
+    """Lists the files of an image input, and divides these files into pieces. For each piece, stores a task that reads the
+    piece's images; the piece contains only the task's name."""
 
     input: str
     column: str
@@ -48,7 +48,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Reads the images of a stored task."""
+    """Reads the images of one piece of the input, with the task that `Pictures` stored for this piece."""
 
     input: str
     columns: ImageColumns

@@ -38,7 +38,8 @@ class ChatRules(TextRules):
 
 
 class InputReading(Protocol):
-    """Lists an input's files, and divides the files into pieces. In a task, a source reads one piece.
+    """Lists an input's files, and divides the files into pieces. `source` returns the object that reads the documents of one
+    piece in a Ray task.
 
     `identity`: the settings that determine the texts or images that are read.
     """

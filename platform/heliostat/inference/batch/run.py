@@ -81,7 +81,7 @@ def infer(
     about = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
     facts = {"model": about, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
     claim(place, {"model": about["digest"], "input": absolute(input), **settings.identity}, "answers", "batch inference")
-    with lease.take(place, "written", "Wait for it, or stop it", field="--out") as lease_:
+    with lease.take(place, "written", "Wait for that process, or stop it", field="--out") as lease_:
         log.info("%s answers (%s)", by, why)
         with flow_on_ray(place, f"answering {input}", workers, gpus, quiet) as flow:
             return answer(flow, files, facts | {"input": input}, place, lease_.fence.check)
@@ -89,8 +89,8 @@ def infer(
 
 @contextmanager
 def flow_on_ray(place: Location, title: str, workers: int, gpus: int, quiet: bool) -> Iterator[Flow]:
-    """Starts Ray, or connects to a running Ray. Yields a flow that stores finished tasks in the folder `place`. Shows the flow's
-    progress."""
+    """Starts Ray, or connects to a running Ray. Yields a `Flow`, which runs tasks on Ray, shows the progress, and stores the
+    results of finished tasks in the folder `place`."""
     from heliostat.cluster.connect import connect
 
     connect(cpus=workers, gpus=gpus)
@@ -101,7 +101,7 @@ def flow_on_ray(place: Location, title: str, workers: int, gpus: int, quiet: boo
 def answer(
     flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location, before_commit: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Answers the documents of these files with tasks of a flow, and writes the results to the folder `place`.
+    """Answers the documents of these files with Ray tasks (`flow`), and writes the results to the folder `place`.
 
     `before_commit`: raises an error if another command has taken over the folder.
     """
@@ -142,7 +142,7 @@ def origin(folder: Path) -> dict[str, object]:
 
 
 def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location) -> list[Task]:
-    """Lists the tasks of all pieces, in the input's order."""
+    """Makes one Ray task for each piece of the input, in the input's order."""
     settings, input = facts["settings"], facts["input"]
     read = reading.of(input, BatchSettings(**settings))
     model = facts["model"]
@@ -160,7 +160,7 @@ def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Loc
 
 
 def _answered(flow: Flow, wanted: list[Task], place: Location) -> list[PieceRecord]:
-    """Runs the tasks; returns their records in the input's order."""
+    """Runs the tasks, one per piece of the input; returns the tasks' records in the input's order."""
     present = dict(place.files())
 
     def whole(record: dict[str, Any]) -> bool:
@@ -228,8 +228,8 @@ def _rows(file: Location) -> int:
 
 
 def claim(place: Location, settings: dict[str, object], holding: str, made_by: str) -> None:
-    """Records in a folder the settings with which it is written. Raises ConfigError if the folder contains something else, or was
-    written with other settings.
+    """Writes the settings of a command to the folder in which the command writes its results. Raises ConfigError if the folder
+    contains something else, or was written with other settings.
 
     `holding`, `made_by`: names of the folder's contents, for the error messages.
     """

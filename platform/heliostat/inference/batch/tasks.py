@@ -87,8 +87,8 @@ class BatchSettings(Strict):
 
 
 class PieceRecord(TypedDict):
-    """Describes the answers of a piece, as the record of the piece's task. The flow adds `seconds` (processor time) and `wall`
-    (elapsed time).
+    """Describes the answers to a piece of the input: the record that the piece's Ray task returns. `Flow` adds `seconds`
+    (processor time) and `wall` (elapsed time).
 
     Records of earlier versions lack some keys.
     """
@@ -121,7 +121,7 @@ def answer_piece(
 ) -> dict[str, object]:  # fmt: skip
     """Answers the documents of a piece, and writes the answers in the input's order; returns the task's record.
 
-    `model`: the model's files; `follows`: their digest.
+    `model`: the model's files; `follows`: the digest of these files.
     """
     items = list(chain.from_iterable(source.read(part) for part in piece))
     read = [item for item in items if isinstance(item, Document)]

@@ -8,8 +8,8 @@ downloads.
 A sample's loss has two terms. The first is the mean absolute error of its reconstruction. The second is `kl_weight` times the
 mean divergence of its latents from a standard normal distribution (Kingma and Welling 2013, arXiv 1312.6114).
 
-The export is a plain diffusers folder. Its `scaling_factor` gives latents of the training images a standard deviation of one.
-Text-to-image jobs use the folder in `model.autoencoder: {pretrained: FOLDER}`, and image pipelines in `latents:`.
+The export is a plain diffusers folder. The export's `scaling_factor` scales latents of the training images to a standard
+deviation of 1. Text-to-image jobs use the folder in `model.autoencoder: {pretrained: FOLDER}`, and image pipelines in `latents:`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
     def __init__(self, job: Job) -> None:
         if job.data.sequence_length:
-            raise ConfigError("data.sequence_length: not used for images. Remove it")
+            raise ConfigError("data.sequence_length: not used for images. Remove this key")
         self.keys = {k: v for k, v in job.model.items() if k not in ("kl_weight", "pretrained")}
         self.pretrained = job.model.get("pretrained")
         self.kl_weight = job.model.get("kl_weight", 1e-6)
@@ -96,13 +96,16 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
     def bind(self, sources: list[Manifest]) -> None:
         self.sources, self.facts = sources, rows.facts(sources, True)
         if self.facts.content != "images":
-            raise ConfigError("data.sources: an autoencoder needs images, but these datasets contain latents")
+            raise ConfigError(
+                "data.sources: an autoencoder needs images, but these datasets contain latents. "
+                "Prepare the datasets without `latents`"
+            )
         channels = self.facts.channels
         if self.pretrained:
             if self.config["in_channels"] != channels:
                 raise ConfigError(
-                    f"model.pretrained: the autoencoder takes {self.config['in_channels']} channels, and the "
-                    f"images have {channels}"
+                    f"model.pretrained: the autoencoder needs images with {self.config['in_channels']} channels, but the "
+                    f"datasets' images have {channels}. Set `channels` in the pipeline, or use another autoencoder"
                 )
         else:
             self.config = {**self.config, "in_channels": channels, "out_channels": channels, "sample_size": self.facts.size[0]}
@@ -111,7 +114,8 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
                 blocks = len(self.config["block_out_channels"])
                 raise ConfigError(
                     f"model.block_out_channels: {blocks} blocks need image sides that are multiples of "
-                    f"{self.factor}, but the images have a side of {side}"
+                    f"{self.factor}, but the images have a side of {side} pixels. "
+                    "Use fewer blocks, or prepare images of another `resolution`"
                 )
         with torch.device("meta"):
             self.build()  # fails if the keys don't fit together
@@ -156,7 +160,8 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         return Loss((error + self.kl_weight * divergence).sum())
 
     def _errors(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Computes three errors of each sample: mean absolute error, mean divergence, mean squared error."""
+        """Computes three errors of each sample: mean absolute error, mean divergence from a standard normal distribution, and
+        mean squared error. Each is fp32 [samples]."""
         batch, dtype = self.complete(batch), next(model.parameters()).dtype
         decoded, parameters = model(batch["pixels"].to(dtype), batch["noise"].to(dtype))
         mean, logvar = parameters.float().chunk(2, dim=1)
@@ -216,7 +221,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         return [
             (
                 "autoencoder",
-                f"encodes each square of {self.factor} x {self.factor} pixels as one latent; scaling factor {scale:.4g}",
+                f"each latent encodes a square of {self.factor} x {self.factor} pixels; scaling factor {scale:.4g}",
             )
         ]
 

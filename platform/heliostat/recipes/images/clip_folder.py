@@ -1,4 +1,5 @@
-"""Embeds texts and images with the CLIP model in a folder, in the same way as its recipe: in one space, with length 1."""
+"""Embeds texts and images with the CLIP model in a folder, as vectors of length 1 in one space, in the same way as the recipe
+`ImageEmbedder`."""
 
 from __future__ import annotations
 

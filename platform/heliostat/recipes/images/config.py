@@ -1,7 +1,8 @@
-"""Defines the `model:` of a text-to-image job, and builds the models that it names: backbones, text encoders, autoencoders.
+"""Defines the section `model:` of a text-to-image job, and builds the models in this section: backbones, text encoders,
+autoencoders.
 
 Backbones are diffusers' classes, built from their keys or loaded from a folder. Keys that follow from the data (channels, the
-text's width) are optional. Frozen encoders come from folders, and ZeRO never shards them.
+text's width) are optional. Frozen encoders come from folders. ZeRO never shards frozen encoders.
 """
 
 from __future__ import annotations
@@ -53,18 +54,18 @@ Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
 
 
 class Text(Strict):
-    """Describes the text encoder. With `pretrained`, it is a frozen CLIP or T5 text encoder from a folder. Without it, it is a
-    CLIP text encoder with these keys, which is trained with the model."""
+    """Describes the text encoder. With `pretrained`, the encoder is a frozen CLIP or T5 text encoder from a folder. Without
+    `pretrained`, the encoder is a CLIP text encoder with these keys, and trains with the model."""
 
     pretrained: str | None = None
-    """Folder with a CLIP or T5 text encoder, which stays frozen. You can combine it only with `length`. Unset: a CLIP text
-    encoder with the keys below, which is trained with the model."""
+    """Folder with a CLIP or T5 text encoder, which stays frozen. You can combine `pretrained` only with `length`. Unset: a CLIP
+    text encoder with the keys below, which is trained with the model."""
     length: int = Field(default=77, gt=1)
     """Maximum tokens of a caption; longer captions are truncated."""
     hidden_size: int = Field(default=256, gt=0)
-    """Width of the text encoder."""
+    """Width of the text encoder's hidden states."""
     num_hidden_layers: int = Field(default=2, gt=0)
-    """Number of layers."""
+    """Number of the text encoder's layers."""
     num_attention_heads: int = Field(default=4, gt=0)
     """Number of attention heads; must divide hidden_size."""
     intermediate_size: int = Field(default=1024, gt=0)
@@ -97,7 +98,7 @@ class Prompt(Strict):
 
 
 class Samples(Strict):
-    """Describes the samples after every evaluation, and the defaults of `generate`."""
+    """Describes the images to generate after every evaluation, and the defaults of `heliostat model generate`."""
 
     prompts: list[Prompt] = []
     """Prompts to generate images for after every evaluation."""
@@ -169,7 +170,7 @@ def folder_config(key: str, folder: str) -> Keys:
 
 
 def load_or_build(cls: Any, folder: str | Path) -> Any:
-    """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, builds it without weights instead."""
+    """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, builds the model without weights instead."""
     if weightless.wanted():
         model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
@@ -178,7 +179,8 @@ def load_or_build(cls: Any, folder: str | Path) -> Any:
 
 
 def build_backbone(keys: Keys, defaults: dict[str, object]) -> Any:
-    """Builds the backbone from its keys, with `defaults` for missing ones, or loads it from its folder."""
+    """Builds the backbone from `keys`, with `defaults` for missing keys. With the key `pretrained`, loads the backbone from its
+    folder."""
     name, cls = backbone_class(keys)
     if "pretrained" in keys:
         return load_or_build(cls, keys["pretrained"])
@@ -267,10 +269,10 @@ def folder_digest(folder: str) -> str:
 
 
 def tokenizer_digest(folder: str) -> str | None:
-    """Computes a digest of the tokenizer files of a frozen text encoder that the folder's digest doesn't cover. Returns None if
-    there are no such files.
+    """Computes a digest of those tokenizer files of a frozen text encoder that the folder's digest doesn't cover. Returns None if
+    the digest of the folder covers all tokenizer files.
 
-    The manifests of datasets record it next to the folder's digest.
+    The manifests of datasets record this digest next to the folder's digest.
     """
     place = tokenizer_folder(folder)
     suffixes = (*VOCABULARIES, *(() if place == Path(folder) else (".json",)))

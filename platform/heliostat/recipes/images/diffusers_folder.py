@@ -23,8 +23,8 @@ REQUIREMENTS = ("mlflow", "torch", "transformers", "accelerate", "diffusers", "p
 
 
 def tokenizer(definition: bytes, end: int, length: int) -> PreTrainedTokenizerFast:
-    """Adapts a dataset's tokenizer to a text encoder. It appends an end token to the caption, and pads with end tokens up to
-    `length`."""
+    """Converts a dataset's tokenizer for a text encoder. The result appends an end token to the caption, and pads with end tokens
+    up to `length` tokens."""
     raw = Tokenizer.from_str(definition.decode())
     token = raw.id_to_token(end)
     raw.post_processor = TemplateProcessing(single=f"$A {token}", special_tokens=[(token, end)])

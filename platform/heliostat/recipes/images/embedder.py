@@ -8,7 +8,7 @@ A sample is a square image with a caption (`heliostat.pipelines:ImagePipeline`).
 `heliostat.recipes.pairs` describes the loss and the scores. Scores with the prefix `caption_` are for the opposite direction, in
 which images retrieve their captions.
 
-The temperature is a constant of the job. The export stores it as CLIP's `logit_scale`.
+The temperature is a constant of the job. The export stores the temperature as CLIP's `logit_scale`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ BACK = "caption_"  # prefix of the scores for captions that images retrieve
 
 
 class Clip(CLIPModel):
-    """Keeps the temperature in a buffer: it isn't trained, and DeepSpeed doesn't support scalar parameters."""
+    """Keeps the temperature in a buffer, because it isn't trained, and DeepSpeed doesn't support scalar parameters."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
@@ -63,7 +63,7 @@ class Clip(CLIPModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Returns False, so that transformers initializes the weights as it does for CLIPModel. For an unknown class,
+        """Returns False, so that transformers initializes the weights in the same way as for CLIPModel. For an unknown class,
         transformers skips some modules."""
         return False
 
@@ -107,7 +107,9 @@ class ImageEmbedder(EmbedsPairs):
     def probe(self) -> None:
         longest = self.config.text_config.max_position_embeddings
         if not 1 < self.max_tokens <= longest:
-            raise ConfigError(f"model.max_tokens: {self.max_tokens} isn't between 2 and the model's maximum {longest}")
+            raise ConfigError(
+                f"model.max_tokens: {self.max_tokens} isn't between 2 and the model's maximum {longest}. Correct this key"
+            )
         if self.pretrained:
             assert self.processor
 
@@ -115,12 +117,15 @@ class ImageEmbedder(EmbedsPairs):
         self.sources = sources
         facts = rows.facts(sources, True)
         if facts.content != "images":
-            raise ConfigError("data.sources: an embedder needs images, but these datasets contain latents")
+            raise ConfigError(
+                "data.sources: an embedder needs images, but these datasets contain latents. "
+                "Prepare the datasets without `latents`"
+            )
         sizes = {(m.meta["size"][0], m.meta["size"][1]) for m in sources}
         if len(sizes) > 1 or facts.size[0] != facts.size[1]:
             shown = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
-            raise ConfigError(f"data.sources: CLIP needs square images of one size, and these have {shown} pixels. Prepare them "
-                "without `buckets`")  # fmt: skip
+            raise ConfigError(f"data.sources: CLIP needs square images of one size, but the images have {shown} pixels. "
+                "Prepare the datasets without `buckets`")  # fmt: skip
         self._fit(facts.channels, facts.size[0])
         if not self.pretrained:
             vocabulary = self.job.model.get("text_config", {}).get("vocab_size")
@@ -132,23 +137,27 @@ class ImageEmbedder(EmbedsPairs):
             self.build()  # fails if the keys don't fit together
 
     def _fit(self, channels: int, side: int) -> None:
-        """Sets the values of the configuration that depend on the images. Raises ConfigError if the job's keys don't fit the
-        images."""
+        """Sets the number of channels and the image size in the configuration from the datasets. Raises ConfigError if the job's
+        keys don't fit the images."""
         vision, keys = self.config.vision_config, self.job.model.get("vision_config", {})
         for key, value, what in (("num_channels", channels, "channels"), ("image_size", side, "pixels per side")):
             if self.pretrained and getattr(vision, key) != value:
                 raise ConfigError(f"model.pretrained: expected images with {getattr(vision, key)} {what}, got {value}. "
-                    "Prepare them with the pipeline's `resolution` and `channels`")  # fmt: skip
+                    "Set `resolution` and `channels` in the pipeline, and prepare the datasets again")  # fmt: skip
             if keys.get(key, value) != value:
-                raise ConfigError(f"model.vision_config.{key}: {keys[key]} given, but the images have {value} {what}. Remove it")
+                raise ConfigError(
+                    f"model.vision_config.{key}: {keys[key]} given, but the images have {value} {what}. Remove this key"
+                )
             setattr(vision, key, value)
         patch = vision.patch_size
         if not isinstance(patch, int) or not 0 < patch <= side or side % patch:
-            raise ConfigError(f"model.vision_config.patch_size: {patch} doesn't divide the image side of {side} pixels")
+            raise ConfigError(
+                f"model.vision_config.patch_size: {patch} doesn't divide the image side of {side} pixels. Use a divisor of {side}"
+            )
 
     @cached_property
     def processor(self) -> CLIPImageProcessorPil:
-        """Loads the pretrained model's image processor, or makes one for the datasets' image size."""
+        """Loads the pretrained model's image processor, or makes a processor for the datasets' image size."""
         if self.pretrained:
             return processor_of_folder(self.pretrained)
         vision = self.config.vision_config
@@ -225,8 +234,8 @@ def processor_of_size(side: int, channels: int) -> CLIPImageProcessorPil:
 
 
 def processor_of_folder(folder: str) -> CLIPImageProcessorPil:
-    """Loads the image processor of a pretrained model. Raises ConfigError unless it scales pixels from [0, 255] to [0, 1], and
-    normalizes them by mean and deviation."""
+    """Loads the image processor of a pretrained model. Raises ConfigError unless the processor scales pixels from [0, 255] to [0,
+    1], and normalizes by mean and standard deviation."""
     with exported.using(Path(folder)):
         processor = from_folder("model.pretrained", AutoImageProcessor, folder, backend="pil")
     if not (processor.do_rescale and processor.do_normalize and abs(processor.rescale_factor * 255 - 1) < 1e-6):

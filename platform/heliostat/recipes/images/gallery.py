@@ -121,7 +121,7 @@ class PromptGallery:
 
 
 def grid(pictures: list[np.ndarray], columns: int) -> np.ndarray:
-    """Arranges images of the same size in rows, with small images enlarged. Returns uint8 [height, width, channels]. A single
+    """Arranges images of the same size in rows, and enlarges small images. Returns uint8 [height, width, channels]. A single
     image stays unchanged."""
     pictures = [p if p.ndim == 3 else p[:, :, None] for p in pictures]
     if len(pictures) == 1:

@@ -42,8 +42,8 @@ class Drawing(PictureOptions):
 
 
 class ImageCanvas:
-    """Generates images with an exported model, which it loads for the first image. `size`: the model's own image size.
-    `defaults`: from the job's `samples`."""
+    """Generates images with an exported model, which it loads for the first image. `size`: the model's default (width, height) in
+    pixels. `defaults`: from the job's `samples`."""
 
     def __init__(self, folder: Path) -> None:
         job: Any = exported.read(folder).job
@@ -69,11 +69,14 @@ class ImageCanvas:
         return side, side
 
     def scheduler(self, options: PictureOptions) -> Any:
-        """Makes the scheduler of the requested sampler. Returns None if no sampler is requested: then the export's own scheduler
-        is used. Raises ConfigError if the model doesn't support the options."""
+        """Makes the scheduler of the requested sampler. Returns None if no sampler is requested; the caller then uses the
+        export's own scheduler. Raises ConfigError if the model doesn't support the options."""
         for side in ("width", "height"):
             if (value := getattr(options, side)) and value % self.factor:
-                raise ConfigError(f"generate: {side}: {value} isn't a multiple of {self.factor} pixels, the side of a latent")
+                raise ConfigError(
+                    f"generate: {side}: {value} isn't a multiple of {self.factor} pixels, the side of a latent. "
+                    f"Use a multiple of {self.factor}"
+                )
         if options.sampler is None:
             return None
         return Process(self.model.objective).scheduler(options.sampler, clip=not self.latent)
@@ -107,7 +110,7 @@ class ImageGenerator:
     def __call__(self, requests: list[Request]) -> list[Generated]:
         for request in requests:
             if request.out is None:
-                raise ConfigError("--out: no file given for the image. Pass one, for example --out x.png")
+                raise ConfigError("--out: no file given for the image. Pass a file, for example --out x.png")
         wanted = [(r.prompt, r.seed + i) for r in requests for i in range(self.options.grid)]
         drawn = self.canvas.pictures([p for p, _ in wanted], [seed for _, seed in wanted], self.options)
         return [self._answer(r, drawn[i * self.options.grid : (i + 1) * self.options.grid]) for i, r in enumerate(requests)]

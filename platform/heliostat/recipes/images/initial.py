@@ -6,7 +6,7 @@
   2112.10752.)
 - PixArt: `initialize_weights` of PixArt-alpha/PixArt-alpha (Chen et al. 2023, arXiv 2310.00426). It is DiT's initialization
   (Peebles and Xie 2022, arXiv 2212.09748), and in addition, the output of cross-attention begins as zero.
-- SD3: its authors have published no initialization, so it keeps diffusers' weights.
+- SD3: the authors have published no initialization, so SD3 keeps diffusers' weights.
 
 Every rank draws the numbers on the CPU, in the order of the modules. So every ZeRO stage and device starts with the same weights.
 """
@@ -76,7 +76,7 @@ def _pixart(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
 
 
 def _xavier(matrix: torch.Tensor, parts: int) -> torch.Tensor:
-    """Fills a matrix with Xavier-uniform numbers. Their bound depends on the sum of inputs and outputs. `parts`: the number of
-    such matrices that form one matrix in the original; the outputs of all these matrices count."""
+    """Fills a matrix with Xavier-uniform numbers. The bound of these numbers depends on the sum of inputs and outputs. `parts`:
+    the number of matrices here that form one matrix in the original code; the sum counts the outputs of all these matrices."""
     bound = math.sqrt(6 / (matrix.shape[1] + parts * matrix.shape[0]))
     return matrix.uniform_(-bound, bound)

@@ -2,8 +2,8 @@
 
 Measures the classifier's accuracy on held-out real images.
 
-The classifier is a support vector machine on at most 16 x 16 pixels. It trains in seconds, is deterministic, and is good enough
-for small images. Every fifth image is held out to measure the accuracy.
+The classifier is a support vector machine on at most 16 x 16 pixels. The classifier trains in seconds, is deterministic, and is
+good enough for small images. Every fifth image is held out to measure the accuracy.
 """
 
 from __future__ import annotations
@@ -75,12 +75,14 @@ def real_images(
             try:
                 table = chunks.read(number, chunk)
             except DamagedError as e:
-                log.warning("%s. Its images are left out", e)
+                log.warning("%s. The scores leave out the images of this row group", e)
                 continue
             finally:
                 progressed()
             if isinstance(table, np.ndarray) or "image" not in table.column_names:
-                raise ConfigError("model.samples: the datasets contain no images. Remove judge and features")
+                raise ConfigError(
+                    "model.samples: the datasets contain no images. Remove model.samples.judge and model.samples.features"
+                )
             images += [decode(data) for data in table["image"].to_pylist()]
             labels += table["label"].to_pylist()
     return images[:limit], labels[:limit]

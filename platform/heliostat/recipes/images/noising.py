@@ -8,8 +8,8 @@ Flow matching (`flow`; Liu et al. 2022, arXiv 2209.03003): x_s = (1 - s) x_0 + s
 noise - x_0.
 
 `zero_terminal_snr` (Lin et al. 2023, arXiv 2305.08891) makes the last step pure noise. `min_snr` weights the loss (Hang et al.
-2023, arXiv 2303.09556). With both, the last step would have the weight 0, and the network would never learn it. So with both,
-signal-to-noise ratios below one count as one in the weight, as in Salimans and Ho's "truncated SNR".
+2023, arXiv 2303.09556). With both options, the weight of the last step would be 0, so the network would never learn this step. So
+with both options, signal-to-noise ratios below one count as one in the weight, as in Salimans and Ho's "truncated SNR".
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class NoiseObjective(Strict):
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
     """Target that the network predicts: the noise, the velocity, or the flow from image to noise (rectified flow)."""
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
-    """How the noise grows over the steps. Not used with flow."""
+    """Noise schedule: how the noise grows over the steps. Not used with flow."""
     beta_start: Float = Field(default=1e-4, gt=0, lt=1)
-    """Variance of the first step. Not used with flow."""
+    """Variance of the noise that the first step adds. Not used with flow."""
     beta_end: Float = Field(default=0.02, gt=0, lt=1)
-    """Variance of the last step. Not used with flow."""
+    """Variance of the noise that the last step adds. Not used with flow."""
     steps: int = Field(default=1000, gt=1)
     """Number of steps of the forward process."""
     zero_terminal_snr: bool = False
@@ -57,13 +57,17 @@ class NoiseObjective(Strict):
     def _consistent(self) -> NoiseObjective:
         flow = self.prediction == "flow"
         if flow and (self.zero_terminal_snr or self.min_snr or self.noise_offset):
-            raise ValueError("zero_terminal_snr, min_snr, and noise_offset aren't supported with prediction 'flow'. Remove them")
+            raise ValueError(
+                "zero_terminal_snr, min_snr, and noise_offset aren't supported with prediction 'flow'. Remove these keys"
+            )
         if not flow and (self.timesteps != "uniform" or self.shift != 1.0):
-            raise ValueError("timesteps 'logit_normal' and shift need prediction 'flow'. Remove them")
+            raise ValueError(
+                "timesteps 'logit_normal' and shift need prediction 'flow'. Remove timesteps and shift, or set prediction: flow"
+            )
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError(
                 "zero_terminal_snr needs prediction 'v', because the last step is pure noise, and a network that "
-                "predicts noise learns nothing from this step"
+                "predicts noise learns nothing from this step. Set prediction: v"
             )
         return self
 
@@ -111,7 +115,8 @@ class Process:
         return self.objective.shift * s / (1 + (self.objective.shift - 1) * s)
 
     def told(self, t: torch.Tensor) -> torch.Tensor:
-        """Converts times to the network's timesteps: s x 1000 for flow matching, the steps themselves for diffusion."""
+        """Converts times to the timesteps that the network gets as input: 1000 s for flow matching, the steps themselves for
+        diffusion."""
         return t * FLOW_STEPS if self.flow else t
 
     def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,7 +141,7 @@ class Process:
         return image * noise - part * clean
 
     def weights(self, t: torch.Tensor) -> torch.Tensor:
-        """Computes the weight of each sample's squared error in the loss."""
+        """Computes the weight of each sample's squared error in the loss, fp32 [n]. `t`: the samples' times [n]."""
         if self.objective.min_snr is None:
             return torch.ones(len(t), device=t.device)
         image, part = self.coefficients(t)

@@ -1,7 +1,7 @@
 """Builds the trained models and loads the frozen models of a text-to-image job. Checks that the models fit the data and each
 other.
 
-Frozen encoders are loaded when they are first needed, so ZeRO never shards them.
+heliostat loads frozen encoders at their first use, so ZeRO never shards frozen encoders.
 """
 
 from __future__ import annotations
@@ -54,33 +54,44 @@ class Parts:
         self.facts: rows.DatasetFacts | None = None
 
     def bind(self, sources: list[Manifest], one_source: bool) -> None:
-        """Takes values from the datasets. Raises ConfigError if the datasets don't fit the models, or if the models don't fit
-        each other."""
+        """Reads channels, sizes, and tokenizer from the datasets. Raises ConfigError if the datasets don't fit the models, or if
+        the models don't fit each other."""
         self.sources, self.facts = sources, rows.facts(sources, one_source)
         f = self.facts
         if f.content == "latents" and self.vae_config is None:
             raise ConfigError(
-                "model.autoencoder: required, because the datasets contain latents. Set it to the autoencoder that computed them"
+                "model.autoencoder: required, because the datasets contain latents. Set this key to the autoencoder that "
+                "computed the latents"
             )
         folders = {"autoencoder": self.model.autoencoder, "text": self.model.text if self.model.text.pretrained else None}
         for name, digest in f.models.items():
             folder = folders[name]
             if folder is None or config.folder_digest(str(folder.pretrained)) != digest:
-                raise ConfigError(f"model.{name}.pretrained: another model computed the datasets. Set this key to that model")
+                raise ConfigError(
+                    f"model.{name}.pretrained: the datasets were prepared with another model. Set this key to the "
+                    "other model's folder"
+                )
         if f.text and f.text != (self.model.text.length, self.width):
             raise ConfigError(
-                f"model.text.length: {self.model.text.length} given, but the datasets contain {f.text[0]}. Set it to {f.text[0]}"
+                f"model.text.length: {self.model.text.length} given, but the datasets' captions have {f.text[0]} "
+                f"tokens. Set this key to {f.text[0]}"
             )
         if not self.model.text.pretrained and f.tokenizer is None:
             raise ConfigError(
-                "model.text: the datasets have no tokenizer. Prepare them with a tokenizer, or set model.text.pretrained"
+                "model.text: the datasets have no tokenizer. Prepare the datasets with a tokenizer, or set model.text.pretrained"
             )
         keys, channels = self._given(), self.shape()[0]
         if keys.get("in_channels", channels) != channels:
-            raise ConfigError(f"model.backbone.in_channels: {keys['in_channels']} given, but the data has {channels}")
+            raise ConfigError(
+                f"model.backbone.in_channels: {keys['in_channels']} given, but the data has {channels} channels. "
+                f"Set this key to {channels}, or use another backbone"
+            )
         if (said := self._answers(keys)) != channels:
             more = ". The backbone also predicts the variance, which heliostat doesn't train" if said == 2 * channels else ""
-            raise ConfigError(f"model.backbone.out_channels: {said} given, but the prediction target has {channels}{more}")
+            raise ConfigError(
+                f"model.backbone.out_channels: {said} given, but the prediction target has {channels} channels{more}. "
+                f"Set this key to {channels}, or use another backbone"
+            )
         if self._conditioned(keys):
             raise ConfigError(
                 "model.backbone.use_additional_conditions: not supported: the model expects each image's "
@@ -88,7 +99,10 @@ class Parts:
             )
         for key in config.TEXT_WIDTHS[self.arch]:
             if keys.get(key, self.width) != self.width:
-                raise ConfigError(f"model.backbone.{key}: {keys[key]} given, but the text encoder's width is {self.width}")
+                raise ConfigError(
+                    f"model.backbone.{key}: {keys[key]} given, but the text encoder's width is {self.width}. "
+                    f"Set this key to {self.width}, or use another text encoder"
+                )
         for name, weights in folders.items():
             if weights:
                 config.require_weights(f"model.{name}.pretrained", str(weights.pretrained))
@@ -98,11 +112,11 @@ class Parts:
                 self._try(config.BACKBONES[self.arch].from_config(keys))
 
     def presume(self, count: int) -> pa.Table | None:
-        """Returns placeholder samples for datasets that don't exist yet, in sizes from the backbone. The samples are latents and
-        embeddings, if the job has models that make these.
+        """Returns placeholder samples for datasets that don't exist yet, in sizes from the backbone. The samples are latents if
+        the job has an autoencoder, otherwise images, together with text embeddings.
 
-        Returns None if the job doesn't set sizes, or if it trains its own text encoder, because then the vocabulary comes from
-        the dataset.
+        Returns None if the job doesn't set sizes, or if the job trains its own text encoder, because then the vocabulary comes
+        from the dataset.
         """
         if not self.model.text.pretrained or "sample_size" not in self._given():
             return None
@@ -136,12 +150,12 @@ class Parts:
         return width if self.facts is None and width else self.width
 
     def _given(self) -> config.Keys:
-        """Returns the backbone's keys, or its folder's configuration."""
+        """Returns the backbone's keys from the job, or the configuration in the pretrained backbone's folder."""
         keys = self.model.backbone
         return config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
 
     def _answers(self, keys: config.Keys) -> int:
-        """Returns the number of channels of the backbone's output."""
+        """Returns the number of channels of the backbone's output, from the backbone's keys."""
         written = "pretrained" in self.model.backbone or "out_channels" in keys
         default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # the classes' defaults; None means the number of input channels
         said = keys.get("out_channels", default) if written else None
@@ -150,8 +164,8 @@ class Parts:
     def _conditioned(self, keys: config.Keys) -> bool:
         """Checks whether a PixArt model needs resolutions and aspect ratios as inputs.
 
-        Its key `use_additional_conditions` decides this. If the key is None, a model with a side of 128 latents needs them, as in
-        diffusers' class.
+        The model's key `use_additional_conditions` decides this. If the key is None, a model with a side of 128 latents needs
+        these inputs, as in diffusers' class.
         """
         said = keys.get("use_additional_conditions")
         known = "pretrained" in self.model.backbone or "use_additional_conditions" in keys
@@ -159,19 +173,21 @@ class Parts:
 
     @torch.no_grad()
     def _try(self, backbone: nn.Module) -> None:
-        """Runs the backbone on one sample, on the meta device. Raises ConfigError if it fails, or if its output has a different
-        shape."""
+        """Runs the backbone on one sample, on the meta device. Raises ConfigError if the run fails, or if the output's shape
+        differs from the input's shape."""
         shape = (1, *self.shape())
         try:
             said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.length, self.width)))
         except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
             why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
             raise ConfigError(
-                f"model.backbone.pretrained: the backbone needs more inputs than images and captions ({why})"
+                f"model.backbone.pretrained: the backbone needs more inputs than images and captions ({why}). "
+                "Use another backbone"
             ) from e
         if said.shape != shape:
             raise ConfigError(
-                f"model.backbone.pretrained: the output has shape {tuple(said.shape[1:])} for images of shape {shape[1:]}"
+                f"model.backbone.pretrained: the output has shape {tuple(said.shape[1:])} for images of shape {shape[1:]}. "
+                "Use another backbone"
             )
 
     def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
@@ -216,17 +232,17 @@ class Parts:
 
     @cached_property
     def vae(self) -> Any:
-        """Loads the frozen autoencoder when it is first needed, so that it stays outside ZeRO at every stage."""
+        """Loads the frozen autoencoder at its first use, so that ZeRO never shards this autoencoder."""
         folder = self.model.autoencoder
         return config.frozen_autoencoder(folder.pretrained, self.frozen_type) if folder else None
 
     @cached_property
     def text_encoder(self) -> nn.Module:
-        """Loads the frozen text encoder when it is first needed, so that it stays outside ZeRO at every stage."""
+        """Loads the frozen text encoder at its first use, so that ZeRO never shards this encoder."""
         return config.frozen_text_encoder(str(self.model.text.pretrained), self.frozen_type)
 
     def frozen_on(self, name: str, device: torch.device) -> Any:
-        """Returns a frozen encoder (`vae` or `text_encoder`) on a device. Any stream may use it."""
+        """Returns a frozen encoder (`vae` or `text_encoder`) on a device. Any CUDA stream may use the encoder."""
         model = getattr(self, name)
         if name not in self._places or self._places[name][0] != device:
             model.to(device)
@@ -237,8 +253,8 @@ class Parts:
     def companions(self) -> dict[str, Companion]:
         """Lists the frozen encoders.
 
-        They are on the device in every step. Exception: if the datasets contain an encoder's outputs, the encoder is on the
-        device only while images are generated.
+        These encoders are on the device in every step. If the datasets contain an encoder's outputs, this encoder is on the
+        device only during image generation.
         """
         assert self.facts
         parts = {}
@@ -280,7 +296,7 @@ class Parts:
         return {"text": tokens.input_ids[0], "mask": tokens.attention_mask[0]}
 
     def empty_on(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Returns `empty` on a device, where it stays."""
+        """Returns the encoded empty caption (`empty`) on a device. Later calls return the same tensors."""
         return {name: constant.on(device) for name, constant in self._empty.items()}
 
     @cached_property

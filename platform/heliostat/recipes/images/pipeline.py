@@ -1,6 +1,6 @@
 """Generates images from prompts as a diffusers pipeline, in pixels or latents. This file needs only diffusers and transformers.
 
-An export contains a copy of this file, so that plain diffusers can load it: DiffusionPipeline.from_pretrained(FOLDER,
+An export contains a copy of this file, so that plain diffusers can load the export: DiffusionPipeline.from_pretrained(FOLDER,
 trust_remote_code=True).
 
 Each image of a call is drawn from its own generator, so a seed gives the same image alone or in a batch.
@@ -65,7 +65,7 @@ def denoise(
 
     `say(noisy, t)` returns 2n predictions for n samples: first n predictions without text, then n predictions with text.
 
-    Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598). A guidance of 1 turns it off.
+    Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598). A guidance of 1 turns guidance off.
     """
     scheduler.set_timesteps(steps, device=device)
     x = randn_tensor(shape, generator=draws, device=torch.device(device), dtype=torch.float32)
@@ -105,7 +105,7 @@ class TextToImagePipeline(DiffusionPipeline):
 
     @property
     def factor(self) -> int:
-        """Returns the number of pixels per side of a latent; 1 without an autoencoder."""
+        """Returns the side, in pixels, of the image square that one latent encodes. Returns 1 without an autoencoder."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
 
     @torch.no_grad()

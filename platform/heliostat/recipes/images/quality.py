@@ -42,7 +42,8 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _alike(a: np.ndarray, b: np.ndarray, same: bool = False) -> float:
-    """Averages the kernel over all pairs. `same`: leaves out the pairs of an image with itself."""
+    """Averages the KID kernel over all pairs of an image in `a` and an image in `b`. `same`: leaves out the pairs of an image
+    with itself."""
     total = sum(float(_kernel(a[i : i + ROWS], b).sum()) for i in range(0, len(a), ROWS))
     return (total - float(_kernel_of_itself(a).sum())) / (len(a) * (len(a) - 1)) if same else total / (len(a) * len(b))
 
@@ -58,8 +59,8 @@ def _kernel_of_itself(a: np.ndarray) -> np.ndarray:
 def shares(rows: list[int], limit: int) -> list[int]:
     """Divides `limit` images among the datasets in proportion to their sizes.
 
-    If there are fewer images in total, takes all of them. The images that remain after rounding down come from the first
-    datasets.
+    If the datasets have fewer images in total, uses all images. The images that remain after rounding down come from the first
+    datasets. Returns the number of images per dataset.
     """
     total = max(1, sum(rows))
     taken = [n * min(limit, total) // total for n in rows]
@@ -72,7 +73,8 @@ class Reference:
     """Contains the features of at most `limit` real images, from every dataset. The features are the same in every evaluation."""
 
     def __init__(self, folder: str, sources: list[Manifest], limit: int, progressed: Callable[[], None] = lambda: None) -> None:
-        """Extracts the features. Calls `progressed` for every row group, and for every 32 images that go through the model."""
+        """Extracts the features of at most `limit` real images with the model in `folder`. Calls `progressed` for every row
+        group, and for every 32 images that go through the model."""
         parts = zip(sources, shares([source.rows for source in sources], limit), strict=True)
         self.folder = folder
         self.known = extract(folder, [image for source, count in parts for image in real_images([source], count, progressed)[0]],

@@ -30,7 +30,7 @@ DECODERS = device_threads.pool(4, "decode")  # Pillow releases the GIL while it 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """Contains the common properties of a job's datasets. `size` is the first dataset's."""
+    """Contains the common properties of a job's datasets. `size`: the image size (width, height) of the first dataset."""
 
     content: str  # "images" or "latents"
     channels: int  # channels of an image
@@ -43,7 +43,8 @@ class DatasetFacts:
 
 
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
-    """Finds the common properties of the datasets. Raises ConfigError if a job can't train on them together."""
+    """Reads the properties that all datasets have in common, such as channels and tokenizer. Raises ConfigError if a job can't
+    train on these datasets together."""
     each = [_facts(m) for m in sources]
     names = {"content": "contain different kinds of content", "channels": "have different numbers of channels",
              "tokenizer": "have different tokenizers",
@@ -53,7 +54,7 @@ def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
             raise ConfigError(f"data.sources: the datasets {what}. Prepare all of them with one pipeline")
     if len({f.size for f in each}) > 1 and not one_source:
         raise ConfigError(
-            "data.one_source_batches: required, because the datasets contain images of different sizes. Set it to true"
+            "data.one_source_batches: required, because the datasets contain images of different sizes. Set this key to true"
         )
     return each[0]
 
@@ -95,8 +96,8 @@ def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tens
 
 
 def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Table:
-    """Makes placeholder rows of a dataset: black images, or zero latents of `shape` [channels, height, width]. Embeddings, if the
-    dataset has them, are zero."""
+    """Makes `count` placeholder rows of a dataset: black images, or zero latents of `shape` [channels, height, width]. Text
+    embeddings, if the dataset has any, are zero."""
     width, height = facts.size
     columns: dict[str, list[object]] = {"width": [width] * count, "height": [height] * count}
     if facts.content == "latents":
@@ -145,7 +146,7 @@ def _normal(seed: int, keys: torch.Tensor, stream: int, shape: tuple[int, ...]) 
 def draw_on_host(
     seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool
 ) -> SampleDraws:
-    """Draws the samples' random numbers by version 1 of the rules. For the arguments, see `draw`."""
+    """Draws the samples' random numbers with NumPy, as `train.recipe_version: 1` requires. For the arguments, see `draw`."""
     rows = []
     for key in keys.tolist():
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))

@@ -8,11 +8,11 @@
       objective: {prediction: v, zero_terminal_snr: true}             # see `noising`
       samples: {prompts: [...]}                                       # drawn after every evaluation
 
-A sample's loss is the mean squared error of the network's prediction, weighted by the objective. Its noise, timestep and
-caption dropout depend only on the sample and the step (`rows`), so they are the same on any number of workers.
+A sample's loss is the mean squared error of the network's prediction, weighted by the objective. The sample's noise, timestep,
+and caption dropout depend only on the sample and the step (`rows`). So these are the same on any number of workers.
 
-Held-out scores use fixed noise and timesteps. They are `loss`, and `loss_t0` to `loss_t3`: the loss by quarter of the noise
-strength.
+Held-out scores use fixed noise and timesteps. The scores are `loss`, and `loss_t0` to `loss_t3`: the loss in each quarter of the
+range of noise strengths.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
     def __init__(self, job: Job) -> None:
         if job.data.sequence_length:
-            raise ConfigError("data.sequence_length: not used for images. Remove it")
+            raise ConfigError("data.sequence_length: not used for images. Remove this key")
         self.model = validate(Model, job.model, "model")
         self.version, bf16 = job.train.rules, job.train.precision == "bf16"
         frozen_type = torch.bfloat16 if self.version > 1 and bf16 else torch.float32
@@ -70,7 +70,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         self.process.scheduler(self.sampler)
         self.seed, self.one_source = job.train.seed, job.data.one_source_batches
         if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
-            raise ConfigError("model.samples.judge: needs prompts with a label. Add labels, or set it to false")
+            raise ConfigError(
+                "model.samples.judge: needs prompts with a label. Add labels to model.samples.prompts, or set this key to false"
+            )
         if self.model.samples.judge:
             extras.require("images", "sklearn", what="model.samples.judge")
         drawn = self.model.samples if self.model.samples.prompts else None
@@ -144,7 +146,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return Loss((self._errors(model, batch, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
-        """Computes the mean squared error of each sample of a completed batch."""
+        """Computes the mean squared error of each sample of a completed batch, fp32 [samples]. `t`: the samples' times."""
         image, noise, dtype = batch["image"], batch["noise"], next(model.parameters()).dtype
         said = model(self.process.noisy(image, noise, t).to(dtype), self.process.told(t), batch["caption"])
         return (said.float() - self.process.target(image, noise, t)).square().flatten(1).mean(1)
@@ -164,7 +166,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return {n: sums[n] / max(1.0, sums[n.replace("loss", "samples")]) for n in names}
 
     def flops_per_sample(self, model: nn.Module) -> float:
-        """Counts the FLOPs of one sample: three times those of the forward pass, which are counted operator by operator on the
+        """Counts the FLOPs of one sample: three times the FLOPs of the forward pass. Counts these operator by operator on the
         meta device."""
         return self._flops
 
@@ -197,7 +199,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Say]:
         """Returns a function that makes the `say(noisy, t)` of `pipeline.denoise` for given prompts.
 
-        It uses the model in training.
+        The returned function uses the model that is in training, on `device`.
         """
         dtype = next(model.parameters()).dtype
 

@@ -32,7 +32,7 @@ def twin(name: str | None) -> str | None:
 def chosen(config: PreTrainedConfig, name: str | None, shapes_only: bool) -> PreTrainedConfig:
     """Returns the model's configuration with the attention that the job chose.
 
-    If the model has only shapes, uses the CPU reference instead.
+    `shapes_only`: uses the kernel's CPU reference instead, because the model has only shapes, and no weights.
     """
     if name is None:
         return config
@@ -61,6 +61,6 @@ def require_installed(name: str) -> None:
     module, package = PACKAGES.get(name, ("", ""))
     if module and find_spec(module) is None:
         raise MissingExtraError(
-            f"{KEY}: {name!r} needs the package {package}, built for your versions of torch and CUDA. Install it "
-            "on every worker, or use sdpa"
+            f"{KEY}: {name!r} needs the package {package}, built for your versions of torch and CUDA. Install "
+            f"{package} on every worker, or set this key to sdpa"
         )

@@ -67,7 +67,9 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     def __init__(self, job: Job) -> None:
         if not job.data.sequence_length:
-            raise ConfigError("data.sequence_length: required for a language model")
+            raise ConfigError(
+                "data.sequence_length: required for a language model. Set this key to the number of tokens per sample"
+            )
         self.job, self.length = job, job.data.sequence_length
         self.checkpointing, self.offload = job.train.activation_checkpointing, job.train.activation_offload
         self.document_mask, self.tiled, self.tiled_mlp = job.data.document_mask, job.train.tiled_loss, job.train.tiled_mlp
@@ -113,11 +115,13 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
     def _require_positions(self, longest: int | None) -> None:
         """Raises ConfigError if samples are longer than the model's maximum."""
         if longest and 0 < longest < self.length:
-            raise ConfigError(f"data.sequence_length: {self.length} is above the model's max_position_embeddings {longest}")
+            raise ConfigError(
+                f"data.sequence_length: {self.length} is above the model's max_position_embeddings. Use at most {longest}"
+            )
 
     def plainly(self) -> CausalLM:
-        """Returns a copy that uses only CPU reference implementations. Trials and the plain process of `numerics` use this
-        copy."""
+        """Returns a copy of the recipe that uses only CPU reference implementations instead of GPU kernels. Tests of small models
+        and `heliostat check --numerics` use this copy."""
         from heliostat.recipes.text import attention
 
         plain_recipe = copy.copy(self)
@@ -125,7 +129,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return plain_recipe
 
     def small(self, config: PreTrainedConfig, length: int, end: int) -> CausalLM:
-        """Returns a plain copy for a trial: with another configuration, initial weights, and samples of `length` tokens."""
+        """Returns a copy of the recipe for a test with a small model: with another configuration, initial weights, and samples of
+        `length` tokens."""
         small_recipe = self.plainly()
         small_recipe.config, small_recipe.length, small_recipe.pretrained, small_recipe.end = config, length, None, end
         return small_recipe
@@ -163,7 +168,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if self.vocabulary_given:
             vocab_size = (self.plain or self.config).vocab_size
             if vocab_size < size:
-                raise ConfigError(f"model.vocab_size: {vocab_size} is below the tokenizer's size {size}")
+                raise ConfigError(f"model.vocab_size: {vocab_size} is below the tokenizer's size. Use at least {size}")
         else:
             self._bind(vocab_size=-(-size // 64) * 64)  # matrix units are fast with multiples of 64
         if not self.pretrained:
@@ -174,18 +179,18 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
             return ""
         return (
             f"until the dataset is prepared, heliostat assumes the model's default vocabulary of {self.config.vocab_size:,} "
-            "tokens. Set model.vocab_size to change it"
+            "tokens. To change this size, set model.vocab_size"
         )
 
     def _bind(self, **values: int | None) -> None:
-        """Sets keys of the configuration: now if it already exists, otherwise as soon as it is made."""
+        """Sets keys of the configuration. If the configuration doesn't exist yet, sets these keys as soon as it exists."""
         self._bound |= values
         if "config" in vars(self):
             for name, value in values.items():
                 setattr(self.config, name, value)
 
     def _check_tokenizer(self, folder: Path, source: Manifest) -> None:
-        """Raises ConfigError if the model's tokenizer and the dataset's tokenizer give tokens different meanings."""
+        """Raises ConfigError if the same token has different text in the model's tokenizer and in the dataset's tokenizer."""
         from heliostat.recipes.text import vocabulary
 
         its = vocabulary.of_folder(folder)
@@ -382,6 +387,6 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
 
 def _use_no_cache(config: PreTrainedConfig) -> None:
-    """Switches off the key-value cache, because it would let packed documents attend to each other. `generate`, and the
-    configuration of an export, turn it on."""
+    """Switches off the key-value cache, because the cache would let packed documents attend to each other. `generate`, and the
+    configuration of an export, turn the cache on."""
     config.use_cache = config.get_text_config(decoder=True).use_cache = False

@@ -1,4 +1,4 @@
-"""Reads a chat's messages, and converts them to tokens with the chat template of the model's tokenizer.
+"""Reads a chat's messages, and converts these messages to tokens with the chat template of the model's tokenizer.
 
 The template comes from the model's author, and transformers runs it in a sandbox.
 """
@@ -59,7 +59,7 @@ def read(text: str) -> list[dict[str, str]]:
 
 
 def _filled(value: object) -> object:
-    """Removes keys with the value null, also inside the parts of messages."""
+    """Removes keys with the value null, including keys inside the parts of messages."""
     if isinstance(value, dict):
         return {k: _filled(v) for k, v in value.items() if v is not None}
     return [_filled(one) for one in value] if isinstance(value, list) else value

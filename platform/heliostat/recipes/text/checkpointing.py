@@ -1,8 +1,8 @@
 """Checkpoints activations: keeps only the input of a layer, and recomputes the layer in the backward pass.
 
 `train.activation_checkpointing` selects all layers, or the first N. The layers after the first N keep all their activations. The
-backward pass has released these activations before it recomputes any of the first N layers. So these activations use only memory
-that the recomputation of one layer needs anyway.
+backward pass runs these layers first, and releases their activations before the recomputation of the first N layers. So these
+activations share memory with the recomputation of a layer.
 
 With `train.activation_offload`, the layers' inputs are in host memory until the backward pass. With `selective`, all layers keep
 their expensive outputs (`recipes.text.selective`).
@@ -34,7 +34,8 @@ Which = bool | int | Literal["selective"]
 
 
 def use(model: PreTrainedModel, which: Which, offload: bool) -> None:
-    """Makes a transformers model checkpoint its layers: all of them, the first N, or all selectively."""
+    """Turns on activation checkpointing for a transformers model: for all layers, the first N layers, or all layers
+    selectively."""
     how = {"context_fn": selective.contexts} if which == SELECTIVE else {}
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -93,19 +94,20 @@ def require(recipe: LanguageModel) -> None:
             raise ConfigError(f"{SOME}: {kind!r} doesn't support selective checkpointing: {fault}. Set {_plainly(key)}")
     elif isinstance(which, int) and which is not True and which > count:
         raise ConfigError(
-            f"{SOME}: {which} is not below the number of layers of {kind!r}, {count}. Set it to true, or to {count - 1} or less"
+            f"{SOME}: {which} must be below the number of layers of {kind!r}, which is {count}. "
+            f"Set this key to true, or to {count - 1} or less"
         )
     if recipe.offload and (fault := tiny.tried(recipe, _fault)):
-        raise ConfigError(f"{OFFLOAD}: {kind!r} doesn't support activation offload: {fault}. Set it to false")
+        raise ConfigError(f"{OFFLOAD}: {kind!r} doesn't support activation offload: {fault}. Set this key to false")
 
 
 def _plainly(key: str) -> str:
-    return "it to true or false" if key == SOME else "it to false"
+    return "this key to true or false" if key == SOME else "this key to false"
 
 
 def _differs(small: LanguageModel) -> str:
-    """Compares the loss and the gradient of a small model with and without selective checkpointing. They must be bitwise
-    equal."""
+    """Compares the loss and the gradient of a small model with and without selective checkpointing. Returns "" if they are
+    bitwise equal, else the difference."""
     wrong = []
     ways: tuple[Which, ...] = (False, "selective")
     for small.checkpointing in ways:
@@ -114,13 +116,14 @@ def _differs(small: LanguageModel) -> str:
         loss = small.loss(model, small.batch(tiny.tokens(small))).sum
         loss.backward()
         wrong.append(torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]))
-    return "" if torch.equal(*wrong) else "its gradient differs"
+    return "" if torch.equal(*wrong) else "the gradient differs from the gradient without checkpointing"
 
 
 def _fault(small: LanguageModel) -> str:
-    """Runs a small model, and checks whether the input of each layer was copied to host memory."""
+    """Tests with a small model whether the input of each layer was copied to host memory. Returns "" if all inputs were copied,
+    else the reason."""
     small.checkpointing = True
     model = small.build()
     small.loss(model, small.batch(tiny.tokens(small))).sum.backward()
     copied = [layer._gradient_checkpointing_func.copied for layer in layers(model)]
-    return "" if all(copied) else "the layers take their input as a keyword argument, so it stays on the device"
+    return "" if all(copied) else "the layers take their input as a keyword argument, so the input stays on the device"

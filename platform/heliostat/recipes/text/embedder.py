@@ -64,7 +64,9 @@ class Embedder(EmbedsPairs):
             config = model_config.from_keys(keys, ENCODER)
         longest = getattr(config, "max_position_embeddings", None)
         if longest and 0 < longest < self.keys.max_tokens:
-            raise ConfigError(f"model.max_tokens: {self.keys.max_tokens} is above the model's max_position_embeddings {longest}")
+            raise ConfigError(
+                f"model.max_tokens: {self.keys.max_tokens} is above the model's max_position_embeddings. Use at most {longest}"
+            )
         config.use_cache = False
         return config
 

@@ -33,7 +33,7 @@ def load(
     key: str, folder: str | Path, kind: Any = transformers.AutoModel, config: PreTrainedConfig | None = None, **options: object
 ) -> PreTrainedModel:
     """Loads the model in a folder without its head. Raises ConfigError if a weight is missing, because transformers would
-    initialize it at random.
+    initialize this weight at random.
 
     `kind`: an Auto class, or a model class.
     """
@@ -42,7 +42,7 @@ def load(
 
 
 def _options(config: PreTrainedConfig) -> dict[str, bool]:
-    """Leaves out the pooler that some architectures have, because the training doesn't use this pooler."""
+    """Returns the option that leaves out the architecture's pooler, if there is one, because training doesn't use the pooler."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class(config)).parameters else {}
 
 
@@ -53,8 +53,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def places(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> int | None:
-    """Returns the maximum number of tokens for which a model has positions; None if it isn't known. `model`: the loaded model, if
-    there is one."""
+    """Returns the maximum number of tokens for which a model has positions. Returns None if the maximum is unknown. `model`: the
+    loaded model, if there is one."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     tables = [m for name, m in (model.named_modules() if model is not None else ()) if name.endswith("position_embeddings")]
     first = max(

@@ -1,8 +1,8 @@
 """Defines the keys of `model` for the training of experts, in all architectures and with `pretrained`. Checks that the model
-supports them.
+supports these keys.
 
-With `output_router_logits: true`, as in transformers, the objective includes the router's loss, which balances experts. It is the
-loss of Switch Transformer (Fedus et al. 2021, arXiv 2101.03961). The model's code computes it over a micro-batch.
+With `output_router_logits: true`, as in transformers, the objective includes the router's loss, which balances experts. This is
+the loss of Switch Transformer (Fedus et al. 2021, arXiv 2101.03961). The model's code computes this loss over a micro-batch.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def require(recipe: MixtureModel) -> None:
     if biased and RATE not in present and not recipe.router_weight:
         log.warning(
             ("model.%s: not set, so the biases with which %r chooses experts stay constant, and a few experts may "
-                "receive most tokens. Set it (DeepSeek-V3 used 0.001), or set it to 0 on purpose"),
+                "receive most tokens. Set this key (DeepSeek-V3 used 0.001), or to 0 on purpose"),
             RATE, kind,
         )  # fmt: skip
 
@@ -98,7 +98,7 @@ def require_divided(recipe: LanguageModel, parts: int) -> None:
 
     key, kind, count = "train.parallel.expert", recipe.config.model_type, language_model.number(recipe.config)
     if not count:
-        raise ConfigError(f"{key}: {kind!r} has no experts. Set it to 1")
+        raise ConfigError(f"{key}: {kind!r} has no experts. Set this key to 1")
     if count % parts:
         near = " or ".join(map(str, sorted(divisors(count)[1:], key=lambda n: abs(n - parts))[:2]))
         raise ConfigError(f"{key}: {parts} doesn't divide the model's {count} experts. Use {near}")
@@ -106,13 +106,14 @@ def require_divided(recipe: LanguageModel, parts: int) -> None:
     layers = experts.layers(model) if model else []
     stacked = {len(p) for m in layers for p in m.parameters(recurse=False)} | {int(m.num_experts) for m in layers}
     if not model or stacked != {language_model.number(model.config)}:
-        raise ConfigError(f"{key}: not supported: {kind!r} doesn't stack its experts in one module per layer. Set it to 1")
+        raise ConfigError(f"{key}: not supported: {kind!r} doesn't stack its experts in one module per layer. Set this key to 1")
     if any(m.has_post_expert_norm for m in layers):
-        raise ConfigError(f"{key}: not supported: the experts of {kind!r} have their own norms. Set it to 1")
+        raise ConfigError(f"{key}: not supported: the experts of {kind!r} have their own norms. Set this key to 1")
 
 
 def _small(recipe: LanguageModel) -> PreTrainedModel | None:
-    """Builds a small model of the recipe's architecture, without memory. Returns None if no such model can be built."""
+    """Builds a small model of the recipe's architecture on the meta device. Returns None if heliostat can't build a small model
+    of this architecture."""
     import torch
 
     from heliostat.parallel import tiny
@@ -147,13 +148,13 @@ def require_router_loss(recipe: MixtureModel, refused: bool) -> None:
             log.warning(
                 (
                     "model.output_router_logits: not set, so the objective leaves out the router's loss (coefficient "
-                    "%g), and a few experts may receive most tokens. Set it to true, or set it to false on purpose"
+                    "%g), and a few experts may receive most tokens. Set this key to true, or to false on purpose"
                 ),
                 weight,
             )
         return
     if weight is None or not _computes_router_loss(recipe):
-        raise ConfigError(f"model.output_router_logits: {config.model_type!r} returns no router loss. Set it to false")
+        raise ConfigError(f"model.output_router_logits: {config.model_type!r} returns no router loss. Set this key to false")
 
 
 def _computes_router_loss(recipe: LanguageModel) -> bool:

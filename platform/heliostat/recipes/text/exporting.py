@@ -1,5 +1,5 @@
 """Writes the files next to an exported language model's weights: configuration, tokenizer, and generation defaults. Chooses
-prompts to demonstrate it: the first words of held-out documents."""
+prompts for demonstrating the model: the first words of held-out documents."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _samples(job: Job, data: Dataset) -> np.ndarray:
 
 
 def _beginning(tokens: np.ndarray, end: int) -> np.ndarray:
-    """Returns the first tokens of the document that begins in a sample. If that document is too short, returns the first tokens
+    """Returns the first tokens of the document that begins in a sample. If this document is too short, returns the first tokens
     of the sample."""
     ends = np.flatnonzero(tokens == end)
     begin = int(ends[0]) + 1 if len(ends) and int(ends[0]) + TOKENS < len(tokens) else 0
@@ -86,8 +86,8 @@ def _beginning(tokens: np.ndarray, end: int) -> np.ndarray:
 
 
 def opening(text: str) -> str:
-    """Returns the first words of the first line that has letters or digits. Leaves out the last word of the text, because it may
-    be incomplete."""
+    """Returns the first words of the first line that has letters or digits. Leaves out the text's last word, because this word
+    may be incomplete."""
     lines = text.replace("\ufffd", "").splitlines()
     number = next((i for i, line in enumerate(lines) if any(map(str.isalnum, line))), None)
     if number is None:

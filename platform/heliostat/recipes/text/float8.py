@@ -1,11 +1,11 @@
 """Multiplies the linear layers of a language model in float8: `train.fp8` (Micikevicius et al. 2022, arXiv 2209.05433).
 
-Each matrix multiplication scales each input tensor by its largest number, and rounds it. It rounds gradients to E5M2, and all
-other tensors to E4M3. Weights keep their precision, so optimizers, checkpoints, and exports are unaffected. The backward pass
-needs the rounded input, which takes half the memory of bf16. It also needs the weight, which ZeRO-3 may release between the
-passes.
+Each matrix multiplication scales each input tensor by the tensor's largest number, and rounds the result. Gradients are rounded
+to E5M2, and all other tensors to E4M3. Weights keep their precision, so optimizers, checkpoints, and exports are unaffected. The
+backward pass needs the rounded input, which takes half the memory of bf16. The backward pass also needs the weight, which ZeRO-3
+may release between the passes.
 
-A CPU uses the same rounded numbers, but multiplies them in fp32.
+A CPU uses the same rounded numbers, but multiplies these numbers in fp32.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Float8Product(torch.autograd.Function):
 
 
 def rounded(values: torch.Tensor, kind: torch.dtype) -> Scaled:
-    """Scales a tensor so that its largest number becomes the largest float8 number, and rounds it to float8. Returns the result
-    and the scale."""
+    """Scales a tensor so that the tensor's largest number becomes the largest float8 number, and rounds the result to float8.
+    Returns the result and the scale."""
     scale = values.detach().abs().amax().float().clamp(min=SMALLEST) / torch.finfo(kind).max
     return (values.float() / scale).to(kind), scale
 
@@ -85,7 +85,7 @@ def use(model: torch.nn.Module) -> None:
 
 
 def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    """Lists the supported linear layers. They are inside the model's layers, and have sides that GPUs can multiply."""
+    """Lists the linear layers that support float8: those inside the model's layers, with sides that are multiples of MULTIPLE."""
     return [
         m
         for layer in checkpointing.layers(model)
@@ -100,14 +100,14 @@ def require(recipe: LanguageModel) -> None:
     if recipe.routes:
         raise ConfigError(
             f"{KEY}: not supported for {kind!r}: its experts aren't linear layers, and its routers need full "
-            "precision. Set it to false"
+            "precision. Set this key to false"
         )
     with torch.device("meta"):
         model = recipe.plainly().build()
     if not linears(model):
         raise ConfigError(
             f"{KEY}: not supported: no layer of {kind!r} has an nn.Linear with sides that are multiples of "
-            f"{MULTIPLE}. Set it to false"
+            f"{MULTIPLE}. Set this key to false"
         )
 
 
@@ -116,4 +116,6 @@ def require_device() -> None:
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < CAPABILITY:
         needs, has = (".".join(map(str, version)) for version in (CAPABILITY, capability))
         name = torch.cuda.get_device_name()
-        raise ConfigError(f"{KEY}: needs GPUs of compute capability {needs} or later, and {name} has {has}. Set it to false")
+        raise ConfigError(
+            f"{KEY}: needs GPUs of compute capability {needs} or later, but {name} has {has}. Set this key to false"
+        )

@@ -4,8 +4,8 @@ Each weight that multiplies a token counts 6 FLOPs: 2 in the forward pass, and 4
 2001.08361). Embeddings (lookups), vectors (norms, biases), and experts that a token isn't routed to don't count.
 
 Attention multiplies queries with keys, and weights with values: 6 x length x heads x (key width + value width) per token. As is
-customary, this counts all pairs of tokens: windows and the causal mask don't reduce the number. The module reads only shapes, so
-it works for parameters that ZeRO-3 has partitioned.
+customary, this counts all pairs of tokens: attention windows and the causal mask don't reduce the number. This module reads only
+shapes, so parameters that ZeRO-3 has partitioned count too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def per_sample(model: torch.nn.Module, config: PreTrainedConfig, length: int) ->
 
 
 def multiplied(model: torch.nn.Module, config: PreTrainedConfig) -> float:
-    """Counts the weights that multiply each token."""
+    """Counts the weights that each token is multiplied with, without embeddings, norms, biases, and unused experts."""
     total, share = 0.0, _routed_share(config)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding):

@@ -1,4 +1,4 @@
-"""Loads an exported language model, and continues prompts with it."""
+"""Loads an exported language model, and continues prompts with this model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Sampling(Strict):
 
 
 class Writing(Sampling):
-    """Describes the text to generate. With a suffix, it is the text between the prompt and the suffix."""
+    """Describes the text to generate. With a suffix, the model generates the text between the prompt and the suffix."""
 
     suffix: str | None = None
 
@@ -61,7 +61,7 @@ class TextGenerator:
         self.tokenizer = pretrained.from_folder("model", transformers.AutoTokenizer, folder)
         self.infilling = Infilling.of(self.tokenizer) if self.suffix is not None else None
         if self.suffix is not None and self.infilling is None:
-            raise ConfigError(f"suffix: {infilling.NONE} ({folder})")
+            raise ConfigError(f"suffix: {infilling.NONE} ({folder}). Remove the suffix, or use another model")
         from heliostat.recipes.text.server import take_sampling  # imports mlflow
 
         model = whole("model", folder)
@@ -80,7 +80,7 @@ class TextGenerator:
         else:
             tokens, ends = prompt_tokens(self.tokenizer, request.prompt), self.ends
             if not tokens:
-                raise ConfigError(f"prompt: {EMPTY}. Give it at least one character")
+                raise ConfigError(f"prompt: {EMPTY}. Pass a prompt of at least one character")
         text = continue_tokens(self.model, self.tokenizer, tokens, **self.options, seed=request.seed, ends=ends)
         facts = {"text": text} if self.suffix is None else {"text": text, "suffix": self.suffix}
         return Generated(request.prompt, request.prompt + text + (self.suffix or ""), facts)

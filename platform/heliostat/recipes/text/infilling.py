@@ -1,7 +1,8 @@
-"""Prompts a language model for a middle, with the tokenizer's fill-in-the-middle tokens, in the form of its training data.
+"""Builds prompts for filling in the middle of a text, with the fill-in-the-middle tokens of the model's tokenizer. The prompts
+have the form of the model's training data.
 
-An export records these tokens in its `tokenizer_config.json`. It also records whether the suffix came first in all its training
-data:
+An export records these tokens in its `tokenizer_config.json`. The export also records whether the suffix came first in all
+training data:
 
 `"fill_in_the_middle": {"tokens": [PREFIX, SUFFIX, MIDDLE], "suffix_first": false}`. In folders without this record, heliostat
 finds the tokens by name.
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG = "tokenizer_config.json"
-NONE = "the model's tokenizer has no prefix, suffix, and middle tokens, so it can't fill in the middle"
+NONE = "the model's tokenizer has no prefix, suffix, and middle tokens, so the model can't fill in the middle"
 
 
 def write(folder: Path, sources: list[Manifest]) -> None:
-    """Writes the fill-in-the-middle form of the training data, if it has one, into an export's tokenizer configuration."""
+    """Writes the fill-in-the-middle form of the training data into an export's tokenizer configuration. Writes nothing if the
+    data has no such form."""
     facts = [source.meta[FACT] for source in sources if FACT in source.meta]
     if not facts:
         return
@@ -40,7 +42,8 @@ def write(folder: Path, sources: list[Manifest]) -> None:
 
 @dataclass(frozen=True)
 class Infilling:
-    """Makes prompts for middles. `ends`: tokens that end a middle, in addition to the tokens that end a document."""
+    """Makes prompts for filling in the middle of a text. `ends`: tokens that end the generated middle, in addition to the tokens
+    that end a document."""
 
     tokenizer: Tokenizer
     markers: Markers
@@ -50,8 +53,8 @@ class Infilling:
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase) -> Infilling | None:
-        """Finds the form of a model's prompts for a middle, from its transformers tokenizer. Returns None if the tokenizer has no
-        fill-in-the-middle tokens."""
+        """Reads the form of a model's fill-in-the-middle prompts from the model's transformers tokenizer. Returns None if the
+        tokenizer has no fill-in-the-middle tokens."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None

@@ -1,4 +1,4 @@
-"""Changes the initial weights of a language model, as `model.init` of the job asks.
+"""Changes the initial weights of a language model: the job's key `model.init`.
 
 Every residual branch of a layer (attention or its replacement, and the MLP) ends in a matrix that writes to the residual stream.
 With `zero_output_projections`, these matrices start as zeros. So each layer starts as the identity (Zhang et al. 2019, arXiv
@@ -51,7 +51,8 @@ def output_projections(names: Iterable[str]) -> list[str]:
 
 
 def _writes(parts: list[str]) -> bool:
-    """Checks whether a parameter is the matrix at the end of a branch. `parts`: the parts of its name inside the layer."""
+    """Checks whether a parameter is the matrix at the end of a branch. `parts`: the parameter's name inside the layer, split at
+    the dots."""
     *modules, last = parts
     if last != "weight":  # stacked matrices of experts are parameters with that name
         return last in OUTPUTS
@@ -81,7 +82,8 @@ def apply(init: Init, model: torch.nn.Module, arch: str) -> None:
     names = output_projections(parameters)
     if not names:
         raise ConfigError(
-            f"model.{KEY}.zero_output_projections: heliostat doesn't know the output projections of {arch!r}. Set it to false"
+            f"model.{KEY}.zero_output_projections: heliostat doesn't know the output projections of {arch!r}. "
+            "Set this key to false"
         )
     for name in names:
         if not parameters[name].is_meta:

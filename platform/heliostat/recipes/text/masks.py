@@ -1,9 +1,9 @@
 """Keeps transformers from reading masks on a GPU. A read would make the host wait for all earlier work in every micro-batch.
 
-transformers skips a mask that has no effect. To decide this, it reads two facts from a batch: whether samples contain several
-documents, and whether there is padding. Recipes know the first fact, and pass it to `unread`. Instead of reading the second fact,
-`unread` assumes padding. So even a batch without padding gets a mask, although it doesn't need one. On a CPU, transformers still
-reads both facts.
+transformers skips a mask that has no effect. To decide this, transformers reads two facts from a batch: whether samples contain
+several documents, and whether the batch has padding. Recipes know the first fact, and pass this fact to `unread`. Instead of
+reading the second fact, `unread` assumes padding. So a batch without padding also gets a mask, which has no effect. On a CPU,
+transformers still reads both facts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _whole: ContextVar[bool | None] = ContextVar("whole", default=None)  # None: out
 
 @contextmanager
 def unread(whole: bool) -> Iterator[None]:
-    """Runs a model's forward pass inside the context without reading masks. `whole`: no sample contains several documents."""
+    """Opens a context in which a model's forward pass doesn't read masks. `whole`: whether every sample contains only one
+    document."""
     _install()
     before = _whole.set(whole)
     try:

@@ -1,4 +1,4 @@
-"""Reads the configuration of a language model from a job's keys or a folder; errors name the key, in one line."""
+"""Reads the configuration of a language model from a job's keys or from a folder. Errors name the wrong key, in one line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTra
 
 
 def _reads_head_dim(arch: str) -> bool:
-    """Checks whether an architecture reads the head width from the configuration, even if its class doesn't list it."""
+    """Checks whether an architecture reads the head width from the configuration, even if the configuration class doesn't list
+    this key."""
     module = importlib.import_module(f"transformers.models.{arch}.modeling_{arch}")
     return 'getattr(config, "head_dim"' in inspect.getsource(module)
 
@@ -83,7 +84,7 @@ def _check_activation(name: str) -> None:
 
 
 def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the heads must divide the width and don't.
+    """Raises ConfigError if the number of heads must divide the width, but doesn't.
 
     The heads needn't divide the width if the job sets the head size, or if the architecture's own defaults break this rule.
     """
@@ -111,7 +112,7 @@ def changed(model: Mapping[str, object]) -> dict[str, object]:
 
 def from_folder(model: Mapping[str, object]) -> PreTrainedConfig:
     """Reads the configuration in a folder, and applies the job's keys. Raises ConfigError if the folder has no configuration, or
-    if the keys don't fit it."""
+    if the keys don't fit this configuration."""
     return _routing(applied(read(model), changed(model)), model)
 
 
@@ -159,7 +160,7 @@ class RopeScaling(Strict):
     @model_validator(mode="after")
     def _fits(self) -> RopeScaling:
         for key in sorted(self.model_fields_set - {*COMMON, *OWN[self.rope_type]}):
-            raise ValueError(f"{key}: not supported for rope_type {self.rope_type!r}. Remove it")
+            raise ValueError(f"{key}: not supported for rope_type {self.rope_type!r}. Remove this key")
         for key in OWN["llama3"][1:] if self.rope_type == "llama3" else ():
             if getattr(self, key) is None:
                 raise ValueError(f"{key}: required for rope_type 'llama3' (Llama 3.1 uses low_freq_factor 1, high_freq_factor 4)")
@@ -203,8 +204,8 @@ def _changes(config: PreTrainedConfig, keys: Mapping[str, object]) -> dict[str, 
 
 
 def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, object]) -> dict[str, object]:
-    """Returns the keys that scale a configuration's rotary embeddings. They include the resulting maximum sample length, unless
-    the job sets it."""
+    """Returns the keys that scale a configuration's rotary embeddings. These keys include the resulting maximum sample length,
+    unless the job sets this length."""
     try:
         scaling = RopeScaling.model_validate(rope)
     except ValidationError as e:
@@ -217,7 +218,7 @@ def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, obje
             f"model.{SCALING}: {config.model_type!r} has several kinds of rotary embeddings. Set all of model.rope_parameters"
         )
     if "rope_parameters" in changes:
-        raise ConfigError(f"model.{SCALING}: model.rope_parameters is set too. Remove one of them")
+        raise ConfigError(f"model.{SCALING}: model.rope_parameters is set too. Remove one of these two keys")
     before = scaling.original_max_position_embeddings or old.get("original_max_position_embeddings")
     before = before or config.max_position_embeddings
     new = {k: old[k] for k in ("rope_theta", "partial_rotary_factor") if k in old} | scaling.model_dump(exclude_none=True)
@@ -241,9 +242,9 @@ def require_same_weights(
             name = differ[0]
             raise ConfigError(
                 f"model.{key}: {brief(keys[key])} doesn't fit the pretrained weights: {name!r} has size "
-                f"{_size(own.get(name))}, and would have {_size(other.get(name))}. Remove this key"
+                f"{_size(own.get(name))}, and with this key {_size(other.get(name))}. Remove this key"
             )
-    raise ConfigError(f"model: {', '.join(keys)} together don't fit the pretrained weights. Remove one of them")
+    raise ConfigError(f"model: {', '.join(keys)} together don't fit the pretrained weights. Remove one of these keys")
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,8 @@ from heliostat.recipes.text import expert_keys, masks, tiled_loss
 
 
 class Outputs(Protocol):
-    """Lists the model outputs that are used: logits [batch, tokens, vocabulary], and the router's loss if there is one."""
+    """Lists the model outputs that the loss and the scores use: logits [batch, tokens, vocabulary], and the router's loss if
+    there is one."""
 
     logits: torch.Tensor
     aux_loss: torch.Tensor
@@ -53,7 +54,8 @@ def terms(batch: Batch) -> int:
 
 
 def targets(batch: Batch) -> torch.Tensor:
-    """Returns the target of each token, which is the label of the next token. At a sample's end, it is IGNORED."""
+    """Returns the target of each token, which is the label of the next token. At a sample's end, the target is IGNORED (not in
+    the loss)."""
     return batch["targets"] if "targets" in batch else F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
 
 
@@ -117,21 +119,22 @@ def _outputs(model: torch.nn.Module, batch: Batch) -> Outputs:
 
 
 def _flat(outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flattens logits to [tokens, vocabulary], and the targets in the same way. It doesn't slice the logits, because a slice
-    would copy them in both passes."""
+    """Flattens logits to [tokens, vocabulary], and the targets to [tokens]. Doesn't slice the logits, because a slice copies them
+    in both passes."""
     return outputs.logits.flatten(0, 1), targets(batch).flatten()
 
 
 def block_rows(logits: torch.Tensor) -> int:
-    """Chooses how many rows of logits the loss computes at once. The block should fit into a CPU's caches, or keep a GPU busy."""
+    """Chooses the number of rows of logits per block of the loss, so that a block fits into CPU caches, or keeps a GPU busy."""
     return max(1, (1 << 20 if logits.device.type == "cpu" else 1 << 26) // logits.shape[1])
 
 
 class SummedCrossEntropy(torch.autograd.Function):
     """Computes F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") in much less memory.
 
-    It computes the gradient together with the loss, one block of rows after another, so no complete fp32 copy of the logits
-    exists. At 8,192 tokens and a vocabulary of 128,256, that saves 8 GB. On a CPU, it is as fast as torch's version.
+    The forward pass computes the gradient together with the loss, one block of rows after another, so no complete fp32 copy of
+    the logits exists. At 8,192 tokens and a vocabulary of 128,256, that saves 8 GB. On a CPU, this version is as fast as torch's
+    version.
     """
 
     @staticmethod

@@ -24,19 +24,20 @@ _known: dict[str, float] = {}  # leaks that were measured in this process
 
 
 def require_apart(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless the model keeps packed documents apart, with its attention, positions, and checkpointing."""
+    """Raises ConfigError if packed documents attend to each other in the model, with the job's attention, positions, and
+    activation checkpointing."""
     kind, how = recipe.config.model_type, [recipe.length, recipe.checkpointing, recipe.attention]
     try:
         leaked = tiny.remembered(_known, recipe, how, lambda: tiny.attempt(recipe, lambda small: leak(logits(small))))
     except tiny.UntriedError as e:
         raise ConfigError(
-            f"data.document_mask: can't check whether {kind!r} keeps packed documents apart ({e}). Set it to false"
+            f"data.document_mask: can't check whether {kind!r} keeps packed documents apart ({e}). Set this key to false"
         ) from e
     if not leaked <= TOLERANCE:
         raise ConfigError(
             f"data.document_mask: {kind!r} attends across packed documents: a change of the text before a boundary between "
             f"documents also changes the logits after this boundary (by {leaked:.1%} of the change of the logits before the "
-            f"boundary). Set this key to false"
+            f"boundary). Set data.document_mask to false"
         )
 
 
@@ -54,9 +55,11 @@ def packings() -> list[np.ndarray]:
 
 
 def leak(logits: list[torch.Tensor]) -> float:
-    """Compares the logits [1, tokens, vocabulary] of `packings`.
+    """Computes the effect of earlier documents on the last document, from the logits [1, tokens, vocabulary] of each sample of
+    `packings`.
 
-    Returns the size of the differences after the boundary, divided by the size of the differences before the boundary.
+    Returns the size of the samples' differences in the last document, divided by the size of the differences before this
+    document.
     """
     first, *others = [x.float() for x in logits]
     before = (others[0][:, : BOUNDARY - 1] - first[:, : BOUNDARY - 1]).abs().max().item()
@@ -66,7 +69,7 @@ def leak(logits: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def logits(small: LanguageModel) -> list[torch.Tensor]:
-    """Computes the logits of `packings` with a small model in which every part affects the logits."""
+    """Computes the logits of the three samples of `packings`, with a small model in which every part affects the logits."""
     torch.manual_seed(0)
     model = small.build()
     tiny.stir(model)

@@ -1,5 +1,5 @@
-"""Tests, before a run begins, whether a language model supports all settings of its job. If it doesn't, a ConfigError names the
-key.
+"""Tests, before a run begins, whether a language model supports all settings of the job. If a setting isn't supported, a
+ConfigError names the key.
 
 Importing torch takes seconds, and most jobs need no torch for these tests. So each test imports only the modules that it needs.
 """
@@ -33,7 +33,8 @@ class ProbedModel(MixtureModel, Protocol):
 
 
 def probe(recipe: ProbedModel) -> None:
-    """Tests kernels, memory savers, weights, packing, experts, and parallelism, if the job uses them."""
+    """Tests whether the model supports the kernels, memory optimizations, pretrained weights, packing, experts, and parallelism
+    that the job uses."""
     configured, parallel = recipe.plain is None, recipe.job.train.parallel
     _require_kernels(recipe)
     _require_memory_savers(recipe)
@@ -61,7 +62,7 @@ def probe(recipe: ProbedModel) -> None:
 
 
 def _require_memory_savers(recipe: ProbedModel) -> None:
-    """Raises ConfigError if the model doesn't support tiled MLPs or activation checkpointing as the job asks."""
+    """Raises ConfigError if the model doesn't support the tiled MLPs or the activation checkpointing that the job sets."""
     if recipe.tiled_mlp:
         from heliostat.recipes.text import tiled_mlp
 
@@ -88,7 +89,9 @@ def _require_kernels(recipe: ProbedModel) -> None:
         with torch.device("meta"):
             if not recipe.blocks(recipe.plainly().build()):
                 kind = recipe.config.model_type
-                raise ConfigError(f"train.compile: blocks: transformers doesn't list the layers of {kind!r}. Set it to true")
+                raise ConfigError(
+                    f"train.compile: blocks: transformers doesn't list the layers of {kind!r}. Set this key to true"
+                )
 
 
 def _require_weights(recipe: ProbedModel) -> None:

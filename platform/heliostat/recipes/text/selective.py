@@ -1,13 +1,14 @@
 """Keeps the expensive outputs of a checkpointed layer, for `train.activation_checkpointing: selective`; recomputes the rest.
 
-Matrix multiplications with weights, and fused attention, are expensive. They take nearly all of the computing time. But their
-outputs are small enough to keep: the size grows only linearly with the number of tokens. Norms, activations, residuals,
-rotations, and unfused attention are recomputed. The scores of unfused attention grow with the square of the number of tokens.
+Matrix multiplications with weights, and fused attention, are expensive. These operations take nearly all of the computing time.
+But their outputs are small enough to keep: the outputs' size grows only linearly with the number of tokens. Norms, activations,
+residuals, rotations, and unfused attention are recomputed. The scores of unfused attention grow with the square of the number of
+tokens.
 
 The forward pass records the outputs, in the order of the operations. When autograd recomputes the layer, it runs the same
 operations, and gets the recorded outputs instead. torch's contexts (`create_selective_checkpoint_contexts`) reject an output that
-the layer later changes in place. DeepSpeed's linear layers with bias do so at stage 3. This module copies such an output before
-the change.
+the layer later changes in place. DeepSpeed's linear layers with bias change their output in place at stage 3. This module copies
+an output before such a change.
 """
 
 from __future__ import annotations
@@ -53,13 +54,14 @@ def _kind(operation: Operation) -> str:
 
 
 def is_kept(operation: Operation, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None) -> bool:
-    """Checks whether an operation's outputs are kept: the operation is expensive, and runs outside `passing`."""
+    """Returns whether an operation's outputs are kept for the backward pass: if the operation is expensive, and runs outside the
+    context `passing`."""
     return not _passing.get() and is_dear(operation, args, kwargs)
 
 
 @contextmanager
 def passing() -> Iterator[None]:
-    """Keeps no outputs of the operations inside the context."""
+    """Opens a context in which selective checkpointing keeps no outputs, and recomputes all operations."""
     token = _passing.set(True)
     try:
         yield
@@ -75,8 +77,8 @@ def contexts() -> tuple[Keeping, Giving]:
 
 @dataclass(frozen=True)
 class KeptOutputs:
-    """Contains the kept outputs of an operation, or None if it is recomputed. `versions`: how often each output had been changed
-    in place when it was kept."""
+    """Contains the kept outputs of an operation, or None if the operation is recomputed. `versions`: the number of in-place
+    changes of each output before the output was kept."""
 
     operation: Operation | None
     out: object
@@ -88,7 +90,7 @@ class KeptOutputs:
 
     @property
     def is_other(self) -> bool:
-        """Checks whether the output was changed in place after it was kept, so that it no longer has the kept values."""
+        """Returns whether an output was changed in place after the forward pass kept this output, so the kept values are lost."""
         return self.versions != tuple(t._version for t in _tensors(self.out))
 
 
@@ -123,7 +125,7 @@ class Keeping(TorchDispatchMode):
 
 
 class Giving(TorchDispatchMode):
-    """Returns the kept outputs instead of running expensive operations again. It returns each output once."""
+    """Returns the kept outputs instead of running expensive operations again. Each output is returned once."""
 
     def __init__(self, kept: list[KeptOutputs]) -> None:
         super().__init__()

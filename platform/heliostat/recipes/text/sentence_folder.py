@@ -56,8 +56,8 @@ def _write(path: Path, value: object) -> None:
 
 
 def read(folder: Path) -> Embedding | None:
-    """Reads how the folder's model embeds texts. Returns None if the folder doesn't record it. Raises ConfigError if the pooling
-    or a module isn't supported.
+    """Reads how the folder's model embeds texts. Returns None if the folder has no record of the pooling. Raises ConfigError if
+    the pooling or a module isn't supported.
 
     A folder without a list of modules may still have a pooling file.
     """

@@ -41,7 +41,8 @@ def take_sampling(model: Any) -> list[int]:
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int,
                   ends: Sequence[int] = ()) -> str:  # fmt: skip
-    """Generates the continuation of a prompt. An empty prompt starts a document. Temperature 0 takes the most likely token."""
+    """Generates the continuation of a prompt, at most `max_tokens` tokens. An empty prompt starts a document. Temperature 0 takes
+    the most likely token."""
     ids = tokenizer(prompt or tokenizer.bos_token)["input_ids"]
     return continue_tokens(model, tokenizer, ids, max_tokens, temperature, top_p, seed, ends)
 

@@ -2,7 +2,7 @@
 
 During a pass, the model's last layer gets the targets, and returns losses instead of logits. It computes the gradients of each
 tile together with the tile's losses. So there are as many matrix multiplications as with complete logits. Only the gradient of
-the layer's input, and that of its weight in fp32, are kept.
+the layer's input, and the gradient of the layer's weight in fp32, are kept.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ def tile_rows(hidden: torch.Tensor, vocabulary: int) -> int:
 
 @contextmanager
 def summed(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
-    """Makes the model's passes inside the context return the sum of its losses instead of logits."""
+    """Opens a context in which the model's forward pass returns the sum of the tokens' losses instead of logits."""
     with _answering(model, lambda hidden, weight, bias: TiledCrossEntropy.apply(hidden, weight, bias, targets)):
         yield
 
 
 @contextmanager
 def each(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
-    """Makes the model's passes inside the context return each token's loss instead of its logits, without gradients."""
+    """Opens a context in which the model's forward pass returns each token's loss instead of the token's logits, without
+    gradients."""
 
     def losses(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = tile_rows(hidden, len(weight))
@@ -113,18 +114,20 @@ def require(recipe: LanguageModel) -> None:
     """Raises ConfigError unless the model's logits are the outputs of its last layer, without later changes."""
     fault = tiny.tried(recipe, _fault)
     if fault:
-        raise ConfigError(f"{KEY}: not supported for {recipe.config.model_type!r}: {fault}. Set it to false")
+        raise ConfigError(f"{KEY}: not supported for {recipe.config.model_type!r}: {fault}. Set this key to false")
 
 
 def _fault(small: LanguageModel) -> str:
-    """Compares the loss and the gradient of a small model in tiles with the results of complete logits."""
+    """Compares the loss and the gradient of a small model with and without tiles. Returns "" if they match, else the reason."""
     model = small.build()
     if model.get_output_embeddings() is None:
-        return "it has no output layer"
+        return "the model has no output layer"
     faults = []
     for small.tiled in (False, True):
         faults.append(tiny.loss_and_gradient(small, model))
     whole, mine = faults
     return (
-        "" if tiny.same(whole, mine, TOLERANCE) else "it changes the logits after the last layer, for example by a scale or a cap"
+        ""
+        if tiny.same(whole, mine, TOLERANCE)
+        else "the model changes the logits after the last layer, for example by a scale or a cap"
     )

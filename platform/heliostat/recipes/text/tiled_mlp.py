@@ -1,8 +1,8 @@
-"""Computes the MLP of each layer one tile of tokens after another, for `train.tiled_mlp`. So its inner activations exist for only
-one tile at a time.
+"""Computes the MLP of each layer one tile of tokens after another, for `train.tiled_mlp`. So the MLP's inner activations exist
+for only one tile at a time.
 
 An MLP computes each token independently. The forward pass keeps only the MLP's input. The backward pass recomputes one tile after
-another, and computes the tile's gradients. It sums the gradients of the weights over the tiles in fp32.
+another, and computes the tile's gradients. The backward pass sums the gradients of the weights over the tiles in fp32.
 
 For autograd and ZeRO's hooks, the MLP is one operation with one gradient per parameter. ZeRO-3 gathers the parameters once for
 each pass (`gathered_whole`).
@@ -45,8 +45,8 @@ class UnfitForTiles(Exception):
 
 
 def tile_rows(width: int) -> int:
-    """Chooses the number of tokens per tile from the width of the MLP's input. Then a tile's inner activations are about as large
-    as the MLP's matrices, and the matrix multiplications stay compute-bound."""
+    """Chooses the number of tokens per tile from the width of the MLP's input, so that a tile's inner activations are about as
+    large as the MLP's matrices. Then the matrix multiplications stay compute-bound."""
     return width
 
 
@@ -82,18 +82,18 @@ def modules(model: torch.nn.Module) -> list[Any]:
             raise UnfitForTiles("some layers have no MLP module")
         layers += own
     if not layers:
-        raise UnfitForTiles("transformers doesn't list its layers")
+        raise UnfitForTiles("transformers doesn't list the model's layers")
     return layers
 
 
 def _sparse(module: torch.nn.Module) -> bool:
-    """Checks whether a module contains experts that tokens are sent to."""
+    """Returns whether a module contains routed experts (mixture of experts)."""
     return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
 
 
 def _forward(mlp: torch.nn.Module, compute: Compute, rows: int | None, hidden: torch.Tensor, *more: object) -> torch.Tensor:
     if more:
-        raise UnfitForTiles("its MLPs take more inputs than the layer's hidden state")
+        raise UnfitForTiles("the model's MLPs take other inputs in addition to the hidden state")
     rows = rows or tile_rows(hidden.shape[-1])
     if not torch.is_grad_enabled():
         return _in_tiles(compute, hidden, rows)
@@ -161,23 +161,24 @@ def require(recipe: LanguageModel) -> None:
     numbers."""
     kind, whole = recipe.config.model_type, copy.copy(recipe)
     whole.tiled_mlp = False
-    fault = "its layers have experts instead of MLPs" if recipe.routes else tiny.tried(whole, _fault)
+    fault = "the model's layers have experts instead of MLPs" if recipe.routes else tiny.tried(whole, _fault)
     if fault:
-        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set it to false")
+        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set this key to false")
 
 
 def _fault(small: LanguageModel) -> str:
-    """Compares the loss and the gradient of a small model in tiles with the results of complete MLPs."""
+    """Compares the loss and the gradient of a small model with tiled and with complete MLPs. Returns "" if they are equal, else
+    the reason."""
     try:
         model = small.build()
         if _draws(small, model):
-            return "its MLPs draw random numbers, which differ in tiles (set the model's dropout to 0)"
+            return "the model's MLPs draw random numbers, which differ in tiles (set the model's dropout to 0)"
         whole = tiny.loss_and_gradient(small, model)
         use(model, TRIED)
         same = tiny.same(whole, tiny.loss_and_gradient(small, model), TOLERANCE)
     except UnfitForTiles as e:
         return str(e)
-    return "" if same else "its MLPs don't compute each token independently"
+    return "" if same else "the model's MLPs don't compute each token independently"
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Compares two tokenizers, and counts the bytes of text of each token. Two tokenizers are equal if every text has the same
-tokens in both, and each token has the same text.
+"""Compares two tokenizers, and counts the bytes of text of each token. Two tokenizers are equal if every text has the same tokens
+in both, and each token has the same text.
 
-Files can't be compared, because the same tokenizer can be written in many ways. The comparison ignores what doesn't affect
-training: templates, padding, truncation, and special tokens that only one of the two tokenizers has, because no text contains
-these tokens.
+This module doesn't compare files, because different files can contain the same tokenizer. The comparison ignores settings that
+don't affect training: templates, padding, truncation, and special tokens that only one of the two tokenizers has, because no text
+contains these tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def of_folder(folder: Path) -> bytes:
         return tokenizer.backend_tokenizer.to_str().encode()
     except Exception as e:
         raise ConfigError(
-            f"model.pretrained: {str(folder)!r} contains no readable tokenizer. Copy its tokenizer.json there"
+            f"model.pretrained: {str(folder)!r} contains no readable tokenizer. Copy the model's tokenizer.json into this folder"
         ) from e
 
 
@@ -41,12 +41,12 @@ def load(definition: bytes, owner: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(definition.decode())
     except Exception as e:  # the library raises bare Exception
-        raise ConfigError(f"{owner}: the tokenizers library can't read its tokenizer.json ({e})") from e
+        raise ConfigError(f"{owner}: the tokenizers library can't read tokenizer.json ({e}). Copy this file again") from e
 
 
 def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | None:
-    """Describes how a model's tokenizer differs from the dataset's tokenizer; None if they are equal. `special`: the token that
-    ends documents, and the dataset's other special tokens."""
+    """Describes the difference between a model's tokenizer and the dataset's tokenizer. Returns None if the tokenizers are equal.
+    `special`: the token that ends documents, and the dataset's other special tokens."""
     ours, theirs = (json.loads(t.to_str()) for t in (data, model))
     if ours["model"]["type"] != theirs["model"]["type"]:
         return f"the dataset's tokenizer is {ours['model']['type']}, and the model's tokenizer is {theirs['model']['type']}"
@@ -72,7 +72,7 @@ def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | N
                 f"{key} is {ours['model'].get(key)!r} in the dataset's tokenizer and {theirs['model'].get(key)!r} in the model's "
                 "tokenizer"
             )
-    return next((f"their {many} differ" for one, many in STEPS.items() if ours[one] != theirs[one]), None)
+    return next((f"the {many} of the two tokenizers differ" for one, many in STEPS.items() if ours[one] != theirs[one]), None)
 
 
 def _special(tokenizer: Tokenizer) -> set[str]:
@@ -124,7 +124,8 @@ def _kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _writes_a_space(tokenizer: Tokenizer) -> bool:
-    """Tests whether a document gets the same tokens with and without a leading space."""
+    """Tests whether the tokenizer itself writes a leading space: whether a document gets the same tokens with and without this
+    space."""
     return tokenizer.encode("a", add_special_tokens=False).ids == tokenizer.encode(" a", add_special_tokens=False).ids
 
 

@@ -65,10 +65,10 @@ def api() -> HfApi:
 
 
 def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None = None) -> T:
-    """Runs a request about a model or dataset, and repeats it while the Hub fails.
+    """Runs a request about a model or dataset, and repeats the request while the Hub fails.
 
-    `key`: the field that errors begin with; `budget_s`: seconds. Raises ConfigError if the Hub rejects the request. Raises
-    HubAwayError if the Hub doesn't answer within the budget.
+    `key`: the field of the job with which errors begin; `budget_s`: seconds. Raises ConfigError if the Hub rejects the request.
+    Raises HubAwayError if the Hub doesn't answer within the budget.
     """
 
     def judge(error: Exception) -> None:
@@ -97,7 +97,7 @@ def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None
 
 
 def information(name: HubName) -> ModelInfo | DatasetInfo:
-    """Requests the Hub's current description of a name's revision."""
+    """Requests the Hub's metadata of a model or dataset at the name's revision, such as the commit."""
     if name.kind == "dataset":
         return api().dataset_info(name.repo, revision=name.revision, timeout=ASK_S)
     return api().model_info(name.repo, revision=name.revision, timeout=ASK_S)
@@ -106,7 +106,7 @@ def information(name: HubName) -> ModelInfo | DatasetInfo:
 def receive(name: HubName, path: str, size: int, partial: Path) -> None:
     """Downloads a file of a pinned name to the path `partial`.
 
-    If a part of the file is already there, continues this download. `size`: bytes of the complete file.
+    If `partial` already contains the start of the file, downloads only the rest. `size`: bytes of the complete file.
     """
     from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
@@ -144,7 +144,7 @@ def kept(key: str, name: HubName) -> Iterator[None]:
 
 def missing(key: str, name: HubName, what: str) -> ConfigError:
     """Makes the error for files that aren't in the cache and can't be downloaded, because HF_HUB_OFFLINE is set."""
-    fix = f"Unset it, or run on a machine with a network and copy the cache: {name.command}"
+    fix = f"Unset HF_HUB_OFFLINE, or run this command on a machine with a network and copy that machine's cache: {name.command}"
     return ConfigError(f"{key}: {_unless_folder(name)}{cache()} lacks {what} of {name.repo} (HF_HUB_OFFLINE is set). {fix}")
 
 
@@ -155,7 +155,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: Exception) -> int | None:
-    """Returns the HTTP status of the Hub's answer; None if there was no answer."""
+    """Returns the HTTP status of the Hub's response; None if the Hub sent no response."""
     for one in _chain(error):
         if (response := getattr(one, "response", None)) is not None:
             return int(response.status_code)
@@ -181,7 +181,7 @@ def _rejected(name: HubName, status: int, error: Exception) -> str:
         return f"{name.repo}@{name.revision} lacks a file that the Hub lists (404). Try again, or use another revision"
     if status in (401, 404):
         absent = f"{_unless_folder(name)}no {name.kind} {name.repo!r} on the Hub ({status})"
-        return f"{absent}. Check the name; if it is private, log in: hf auth login"
+        return f"{absent}. Check the name; if the repository is private, log in: hf auth login"
     return f"{name.repo}: the Hub rejects the request ({status}). See {page}"
 
 
@@ -202,7 +202,8 @@ def _unconnected(error: Exception) -> bool:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Returns whether an error comes from the network. Use it for errors without an answer of the Hub."""
+    """Returns whether an error comes from the network. Call this function only for errors without an HTTP response from the
+    Hub."""
     kinds = {base.__name__ for one in _chain(error) for base in type(one).__mro__}
     return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"})  # the first is a class of the HTTP library
 
@@ -210,12 +211,14 @@ def _may_pass(error: Exception) -> bool:
 def _broken(key: str, name: HubName, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         why = error.strerror or "no space"
-        return AccessError(f"{key}: {name.repo} can't be kept in {cache()} ({why}). Free some space there, or set HF_HOME")
+        return AccessError(
+            f"{key}: {name.repo} can't be written to {cache()} ({why}). Free some space there, or set HF_HOME to another folder"
+        )
     return ConfigError(f"{key}: {name.repo}: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
-    """Describes an error without the contents of a request."""
+    """Describes an error of a request to the Hub in a few words, without the request's URL or headers."""
     status = _status(error)
     if status == 429:
         return "the Hub limits requests (429)"

@@ -78,7 +78,9 @@ def resolve(key: str, name: HubName) -> HubName:
         return name.at(known)
     commit = str(info.sha)
     if not COMMIT.fullmatch(commit):
-        raise DataError(f"{key}: {client.endpoint()} returns no commit for {name}. Check that it supports the Hub's protocol")
+        raise DataError(
+            f"{key}: {client.endpoint()} returns no commit for {name}. Set HF_ENDPOINT to a server with the Hub's protocol"
+        )
     if commit != known:
         with suppress(OSError):  # the cache can't be written
             _write(reference, commit)
@@ -113,7 +115,8 @@ def listing(key: str, name: HubName) -> list[HubFile]:
         return cached
     if wrong := next((f for f in listed_files if not is_inside(f.path) or not HASH.fullmatch(f.hash)), None):
         raise DataError(
-            f"{key}: {name}: the Hub lists {printable(wrong.path)[:200]!r}, which is outside the repository, or has no hash"
+            f"{key}: {name}: the Hub lists {printable(wrong.path)[:200]!r}, which is outside the repository, or has no hash. "
+            "Use another revision"
         )
     with suppress(OSError):
         _write(kept, json.dumps([astuple(f) for f in listed_files]))
@@ -126,7 +129,7 @@ def _kept(place: Path) -> list[HubFile]:
 
 
 def folder(name: HubName) -> Path:
-    """Returns the folder, or the file, of a pinned name in this machine's cache. It may not exist yet."""
+    """Returns the path of a pinned name's folder or file in this machine's cache. The path may not exist yet."""
     return _snapshot(name) / name.inside
 
 
@@ -141,7 +144,7 @@ def of_folder(path: Path) -> HubName | None:
 
 
 def download(key: str, name: HubName, wanted: Iterable[HubFile]) -> None:
-    """Downloads the files of a pinned name that the cache lacks, and checks the hash of each once.
+    """Downloads the files of a pinned name that the cache lacks, and checks each file's hash once.
 
     Raises DataError if a file differs from the Hub's list. heliostat removes this file, so the next command downloads it again.
     """
@@ -196,7 +199,7 @@ def _fetch(key: str, name: HubName, file: HubFile) -> None:
             except TimeoutError as e:  # filelock.Timeout
                 raise StorageError(
                     f"{key}: {name}: another process has held the lock {lock / file.hash}.lock for {LOCK_S / 60:.0f} minutes. "
-                    "Delete this lock if no process is downloading"
+                    "If no process is downloading this file, delete the lock"
                 ) from e
             if not blob.exists():
                 resumed = _size(partial)
@@ -235,7 +238,7 @@ def _size(place: Path) -> int:
 def _changed(key: str, name: HubName, file: HubFile) -> DataError:
     return DataError(
         f"{key}: {name}: {file.path} isn't the file that the Hub lists (its hash isn't {file.hash[:12]}...). "
-        "heliostat removed it from the cache. Start again to download it"
+        "heliostat removed it from the cache. Run the command again to download the file"
     )
 
 
@@ -279,8 +282,8 @@ def _downloaded(name: HubName) -> list[HubFile]:
 
     If a file in the cache is a link, the name of the link's target is the file's hash.
 
-    The list is empty if there are no such files. It is also empty if a download in the repository was interrupted, because some
-    files may be missing.
+    The list is empty if the cache has no files of the commit. The list is also empty if a download in the repository was
+    interrupted, because some files may be missing.
     """
     if any((_repository(name) / "blobs").glob("*.incomplete")):
         return []
@@ -291,7 +294,7 @@ def _downloaded(name: HubName) -> list[HubFile]:
         listed_files.append(HubFile(path.relative_to(root).as_posix(), path.stat().st_size, known))
     if listed_files:
         log.warning(
-            "%s: the cache has no list of the Hub's files. Using the %s that it has", name, plural(len(listed_files), "file")
+            "%s: the cache has no list of the Hub's files. Using the %s in the cache", name, plural(len(listed_files), "file")
         )
     return listed_files
 
@@ -309,18 +312,20 @@ def _write(place: Path, text: str) -> None:
 def model(key: str, name: HubName, weights: bool = True, tokenizer: bool = False) -> Path:
     """Downloads a pinned model and returns its folder; without `weights`, only its configuration and tokenizer.
 
-    Raises ConfigError for a model without safetensors, because loading a pickle can run code. With `tokenizer`, only the
-    tokenizer is wanted, and there is no such error.
+    Raises ConfigError for a model without safetensors, because loading a pickle can run code. With `tokenizer`, the caller
+    needs only the tokenizer, so a model without safetensors raises no error.
     """
     listed = [f for f in listing(key, name) if not f.path.startswith(ELSEWHERE)]
     inside = f"{name.inside}/" if name.inside else ""
     own = [f for f in listed if f.path.startswith(inside)]
     if not own:
-        raise ConfigError(f"{key}: {name.repo} has no folder {name.inside!r}. Look at {client.endpoint()}/{name.repo}/tree/main")
+        raise ConfigError(
+            f"{key}: {name.repo} has no folder {name.inside!r}. Choose a folder of {client.endpoint()}/{name.repo}/tree/main"
+        )
     chosen = weight_files(own)
     if not chosen and not tokenizer:
         pickles = [f.path for f in own if f.path.endswith(PICKLES)]
-        fix = f"Convert it at {CONVERT}, and use the new revision: {name.repo}@refs/pr/NUMBER"
+        fix = f"Convert the weights at {CONVERT}, and use the new revision: {name.repo}@refs/pr/NUMBER"
         fault = f"{pickles[0]} is a pickle, which can run code). {fix}" if pickles else "no weights). Use a model with weights"
         raise ConfigError(f"{key}: {name.repo} has no safetensors ({fault}")
     beside = f"{name.inside.rpartition('/')[0]}/tokenizer/".removeprefix("/")  # diffusers' folder for an encoder's tokenizer
@@ -331,7 +336,7 @@ def model(key: str, name: HubName, weights: bool = True, tokenizer: bool = False
 
 
 def weight_files(listed: list[HubFile]) -> list[HubFile]:
-    """Chooses the safetensors that the libraries load. If a folder has several sets, this is the set with the usual name."""
+    """Chooses the safetensors that the libraries load. If a folder has several sets, chooses the set with the usual name."""
     folders: dict[str, list[HubFile]] = {}
     for f in listed:
         folders.setdefault(str(PurePosixPath(f.path).parent), []).append(f)
@@ -339,7 +344,8 @@ def weight_files(listed: list[HubFile]) -> list[HubFile]:
 
 
 def _usual(files: list[HubFile]) -> list[HubFile]:
-    """Chooses a folder's weights: one file, or the files of an index. Without either of these, chooses all safetensors."""
+    """Chooses a folder's weight files: the one file with a usual name, or the files of an index. Without both, chooses all
+    safetensors."""
     named = {PurePosixPath(f.path).name: f for f in files if f.path.endswith((WEIGHTS, INDEX))}
     for stem in STEMS:
         if whole := named.get(f"{stem}{WEIGHTS}"):

@@ -24,7 +24,8 @@ REVISION = re.compile(r"(?P<revision>refs/(?:convert|pr)/[\w-]+|[\w.-]+)(?:/(?P<
 
 @dataclass(frozen=True)
 class HubName:
-    """Identifies a model or a dataset on the Hub, at a revision. `inside`: a folder, file, or glob in it; "" for all files."""
+    """Identifies a model or a dataset on the Hub, at a revision. `inside`: a folder, file, or glob in the repository; "" for
+    all files."""
 
     kind: Literal["model", "dataset"]
     repo: str
@@ -52,7 +53,7 @@ class HubName:
 
 
 def model(name: str) -> HubName | None:
-    """Parses the name of a model; None if the text can't be one."""
+    """Parses the name of a model on the Hub; None if the text can't be such a name."""
     match = MODEL.fullmatch(name)
     if match is None or not _is_revision(match["revision"] or MAIN):
         return None
@@ -60,7 +61,8 @@ def model(name: str) -> HubName | None:
 
 
 def _is_revision(text: str) -> bool:
-    """Returns whether a text can be a revision. The cache also uses the revision as a path."""
+    """Returns whether a text can be a revision. Because the cache uses the revision as a path, the text must also be a valid
+    path."""
     return is_inside(text) and re.fullmatch(r"[\w./-]+", text) is not None
 
 

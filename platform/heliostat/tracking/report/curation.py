@@ -99,7 +99,7 @@ def facts(report: PageData) -> list[tuple[str, str]]:
 
 
 def page(report: PageData) -> str:
-    """Renders the page as HTML."""
+    """Renders the curation page as HTML, from the facts that `gather` returns."""
     funnel = report["funnel"]
     parts = [
         f"<h1>{escape(printable(report['name']))}</h1>",
@@ -173,7 +173,7 @@ def _costs(report: PageData) -> list[str]:
 
 
 def _stage(name: str, part: PageData) -> list[str]:
-    """Renders one stage: its reasons, histograms, clusters, and examples."""
+    """Renders one curation stage: the reasons for dropped documents, histograms, clusters, and examples."""
     dropped, counts, what = part.get("dropped", {}), part.get("counts", {}), part.get("what", {})
     came = part.get("documents", 0)
     out = []

@@ -62,7 +62,7 @@ def gather(client: MlflowClient, run: Run) -> PageFacts:
 
 
 def _curves(client: MlflowClient, run: Run) -> Curves:
-    """Reads the (step, value) points of every metric that has a chart, by its present name."""
+    """Returns the (step, value) points of every metric that has a chart, by the metric's present name."""
     curves: Curves = {}
     for recorded in run.data.metrics:
         metric = metric_of(name := renamed(recorded))

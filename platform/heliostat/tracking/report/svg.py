@@ -206,7 +206,7 @@ class Axis:
         return min(self.bars - 1, int(self.across(value) * self.bars))
 
     def marks(self) -> list[tuple[float, str]]:
-        """Returns the ticks as (position, label)."""
+        """Returns the axis's ticks as (position from 0 to 1, label)."""
         if self.log:
             powers = range(math.ceil(self.low), math.floor(self.high) + 1)
             return [(self.across(10.0**p), f"{10.0**p:g}") for p in powers]

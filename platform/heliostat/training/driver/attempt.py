@@ -1,7 +1,7 @@
 """Runs one attempt at a training run: starts the pool's workers, and watches them from the driver until they end.
 
 The driver's thread never waits for long. The thread drains the mailbox. It orders the workers to stop after a checkpoint in three
-cases: a user asks for it, a node's provider takes a node away, or the cluster has room for more workers. If no worker makes
+cases: a user asks for a stop, a node's provider takes a node away, or the cluster has room for more workers. If no worker makes
 progress any more, the thread ends the workers.
 """
 
@@ -62,8 +62,8 @@ SETTLE_S = 10.0  # seconds for the other workers to return after a worker has fa
 class Start:
     """Holds the inputs of an attempt.
 
-    `mailbox`: carries the attempt's number. `job`: has a fixed worker count. `counts`: the numbers of workers with which the run
-    may continue later.
+    `mailbox`: sends messages with the attempt's number. `job`: has a fixed worker count. `counts`: the numbers of workers with
+    which the run may continue later.
     """
 
     mailbox: AttemptMailbox
@@ -172,7 +172,7 @@ class Attempt:
         except ray.exceptions.GetTimeoutError:
             return []  # the next call gets the answer
         except ray.exceptions.RayError as e:
-            died = f"the driver's mailbox died ({type(e).__name__}), so nothing watches the workers"
+            died = f"the driver's mailbox died ({type(e).__name__}), so the driver can't watch the workers"
             self._decide(orders.FaultFound(TrainingError(died)))
             return []
         self._draining = None
@@ -196,13 +196,13 @@ class Attempt:
         self._hand_over(self._mailbox.attempt, event)
 
     def _release(self) -> None:
-        """Releases workers that wait at a pause point, after a decision whether these workers continue or stop."""
+        """Sends a decision to workers that wait at a pause point: whether these workers continue or stop."""
         if self._paused_at is not None and (stop := self.start.pauses.get(self._paused_at)) is not None:
             self._mailbox.decide(self._paused_at, stop)
             self._paused_at = None
 
     def _look(self) -> None:
-        """Checks whether there is a reason to order the workers to stop, or a reason to give them up."""
+        """Checks whether there is a reason to order the workers to stop, or a reason to end the workers."""
         now = time.monotonic()
         if self.signals.name:
             self._decide(orders.StopAsked(self.signals.name, now))
@@ -226,7 +226,7 @@ class Attempt:
             self._find_stall(now)
 
     def _decide(self, event: orders.AttemptEvent) -> orders.AttemptAction | None:
-        """Applies `orders.decide` to an event, and sends the orders that it returns. Called from two threads."""
+        """Applies `orders.decide` to an event, and sends the orders that `decide` returns. Called from two threads."""
         with self._deciding:
             self._watch, action = orders.decide(self._watch, event)
         match action:
@@ -265,7 +265,7 @@ class Attempt:
             self._decide(orders.FaultFound(fault))
 
     def _held_up(self, stacks: dict[int, str]) -> str:
-        """Describes the worker that the others wait for, with its node and device, or says that no worker differs from the
+        """Describes the worker that the others wait for, with its node and device, or reports that no worker differs from the
         others."""
         calls = {rank: watchdog.call(stack) for rank, stack in stacks.items()}
         rank, why = watchdog.held_up(self._heartbeats, calls, self.job.workers.most)

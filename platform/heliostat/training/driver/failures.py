@@ -52,7 +52,7 @@ class Failure:
 
     @property
     def own(self) -> BaseException | None:
-        """Returns the error that the worker itself raised, if it is known."""
+        """Returns the error that the worker itself raised; None if this error isn't known."""
         if not _alive(self.error):
             return self.reported
         return innermost(self.error) or getattr(self.error, "cause", None) or self.error
@@ -140,7 +140,8 @@ def explain(failures: Sequence[Failure]) -> HeliostatError:
 
 
 def survived(failure: Failure) -> bool:
-    """Returns whether a worker's process can be used again: it lives, and raised an error of heliostat or lost a peer."""
+    """Returns whether a worker's process can be used again: the process is alive, and its error is one of heliostat's errors or
+    the loss of a peer."""
     if not _alive(failure.error) or failure.kind in ("device", "unclear"):
         return False
     return isinstance(failure.own, HeliostatError) or failure.kind == "peer"
@@ -165,7 +166,7 @@ def _named(lost: Sequence[Failure]) -> str:
 def _alive(error: Exception | None) -> bool:
     """Returns whether the process survived.
 
-    It did if its own task raised the error. It didn't if Ray raised the error because the process is dead.
+    The process survived if its own task raised the error. The process is dead if Ray raised the error to report its death.
     """
     return isinstance(error, ray.exceptions.RayTaskError)
 

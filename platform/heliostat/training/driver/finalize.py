@@ -37,7 +37,7 @@ WAIT_S = 120.0  # seconds that a run's end waits for WarmUp's imports; after tha
 NICE = 10
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the workers use the GPUs
 LEFT = {  # why a run's model isn't logged, by whether its recipe exports
-    True: "isn't a kind of model that MLflow serves. Write the model to a folder: heliostat model export",
+    True: "has a kind of model that MLflow doesn't serve. Write the model to a folder: heliostat model export",
     False: "doesn't support export. The run's checkpoints remain",
 }
 
@@ -47,7 +47,8 @@ def finalize(
 ) -> Ending:
     """Exports the last checkpoint, logs and registers the model, and records sample outputs. Returns the run's result.
 
-    Idempotent: after an interruption, it can run again, and reuses the parts that exist. It writes `result.json` last.
+    Idempotent: after an interruption, this function can run again, and reuses the parts that exist. The function writes
+    `result.json` last.
     """
     from heliostat.inference.export import export
     from heliostat.tracking import card
@@ -69,7 +70,7 @@ def finalize(
             samples = recipe.demonstrate(folder)
     if model_uri is None:
         what = LEFT[isinstance(checked.recipe, Exports)]
-        log.warning("no model logged: %s %s", job.recipe, what)
+        log.warning("no model logged in MLflow: the recipe %s %s", job.recipe, what)
     owner.describe(model_uri, samples)
     result = {"run_id": owner.run_id, **summary, "model_uri": model_uri, "checkpoint": str(last.location)}
     result["reference"] = {m.location.name: m.meta.get("unigram_entropy") for m in checked.manifests}
@@ -115,7 +116,7 @@ class WarmUp:
             with torch.device("meta"):
                 building.build(self.recipe)
         except Exception as e:  # noqa: BLE001 (the export would raise and report the same error)
-            log.debug("warming up: %s", e)
+            log.debug("can't import the modules for the export in advance: %s", e)
 
 
 class Beside:
@@ -160,7 +161,7 @@ class Beside:
             log.warning("evaluate.benchmarks: scoring ended with exit code %d. Continue with: %s", code, again)
 
     def end(self) -> None:
-        """Ends the process. The scores so far are kept."""
+        """Ends the process that scores checkpoints. heliostat keeps the scores so far."""
         if self._process and self._process.poll() is None:
             processes.stop([psutil.Process(self._process.pid)], END_S)
             self._process.wait(END_S)

@@ -1,4 +1,4 @@
-"""Measures a run's time and cost, and detects when it reaches one of the job's `limits`.
+"""Measures a run's time and cost, and detects when the run reaches one of the job's `limits`.
 
 Time and cost are totals of the whole run: the ledger has the totals of earlier commands, and a monotonic clock measures this
 command. The time between commands doesn't count. While the ledger can't be read, only this command counts. The cost is the price
@@ -24,7 +24,7 @@ RAYS, ACCELERATOR = "ray.io/", "ray.io/accelerator-type"  # labels that Ray give
 
 
 class Spending:
-    """Checks a run's limits."""
+    """Compares a run's time and cost with the job's limits."""
 
     def __init__(self, job: Job, ledger: LedgerRecorder) -> None:
         self.limits, self.workers, self._ledger = job.limits, job.workers, ledger
@@ -41,8 +41,8 @@ class Spending:
         return bool(self.limits.cost) and self._rate is None
 
     def look(self, nodes: Iterable[LivingNode]) -> None:
-        """Finds the price of a worker on these nodes (`cluster.nodes.inventory`). Raises ConfigError if the price table lacks
-        it."""
+        """Finds the price per hour of a worker on these nodes (`cluster.nodes.inventory`). Raises ConfigError if the price table
+        lacks this price."""
         if self.lacks_price:
             self._rate = hourly(self.workers, nodes)
 
@@ -78,8 +78,8 @@ class Spending:
 
 
 def hourly(workers: Workers, nodes: Iterable[LivingNode]) -> float | None:
-    """Computes the price of a worker's hour on the most expensive node that may run it. Returns None if there is no such node
-    yet.
+    """Computes the price per hour of a worker, on the most expensive node that may run the worker. Returns None if no node may
+    run the worker yet.
 
     Raises ConfigError if one of these nodes has a GPU that isn't in the price table.
     """
@@ -91,12 +91,13 @@ def hourly(workers: Workers, nodes: Iterable[LivingNode]) -> float | None:
     fitting = [n for n in nodes if n["gpus"] and selects(wanted, n["labels"])]
     if kind := workers.labels.get(ACCELERATOR):
         fitting = [n for n in fitting if any(selects({ACCELERATOR: kind}, {ACCELERATOR: one}) for one in n["accelerators"])]
-    kinds = {kind for node in fitting for kind in node["accelerators"] or ["a GPU that Ray has no name for"]}
+    kinds = {kind for node in fitting for kind in node["accelerators"] or ["a GPU whose name Ray doesn't know"]}
     known = {kind: devices.get(kind.split("-")[0]) for kind in kinds}
     if unknown := sorted(kind for kind, device in known.items() if device is None):
         names = ", ".join(sorted(d for d in devices if d != "cpu"))
         raise ConfigError(
-            f"limits.cost: the price table has no price for {unknown[0]}. It has prices for {names}. Use limits.hours instead"
+            f"limits.cost: the price table has no price for {unknown[0]}. "
+            f"The table has prices for {names}. Use limits.hours instead"
         )
     prices = [device["hour"] for device in known.values()]
     return workers.gpus * max(prices) if prices else None

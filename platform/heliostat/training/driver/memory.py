@@ -1,4 +1,5 @@
-"""Manages in-memory checkpoints: creates a keeper on each node, and finds the newest complete generation of copies.
+"""Manages in-memory checkpoints: creates a keeper (an actor that stores copies) on each node, and finds the newest complete
+generation of copies.
 
 A generation is used only if it is complete: it must have a sealed copy of every worker's part. All copies must be of the same
 attempt, step, and world size, and share the same facts. Each copy must still have the checksums that it was sealed with.
@@ -30,7 +31,8 @@ Held = tuple[str, int, CopyFacts]  # id, rank, and the facts that the generation
 
 
 class Memory:
-    """Owns a keeper on each node of a run. Leaving `with Memory(job) as memory:` ends the keepers."""
+    """Owns the keepers of a run. A keeper is an actor that stores a node's in-memory checkpoints. Leaving `with Memory(job) as
+    memory:` ends the keepers."""
 
     def __init__(self, job: Job) -> None:
         self.on, self._gpus = job.checkpoint.memory_every is not None, job.workers.gpus
@@ -49,7 +51,8 @@ class Memory:
         self._keepers = {}
 
     def newest(self, attempt: int, at_least: int, data: str, avoided: Collection[str] = ()) -> CopySource | None:
-        """Finds the newest complete generation whose step is at least `at_least`. Skips generations with a damaged copy.
+        """Finds the newest complete in-memory checkpoint (a generation: one copy per worker) whose step is at least `at_least`.
+        Skips generations with a damaged copy.
 
         `attempt`: the attempt that begins; copies of earlier attempts can't arrive any more. `data`: the digest of the data plan
         that the generation must have.
@@ -74,8 +77,8 @@ class Memory:
         return None
 
     def plan(self, attempt: int, members: Sequence[Member], source: CopySource | None) -> MemoryPlan | None:
-        """Plans an attempt's copies, and starts keepers on nodes that have none. Returns None if the job wants no in-memory
-        checkpoints."""
+        """Plans an attempt's in-memory checkpoints, and starts keepers on nodes that have none. Returns None if the job wants no
+        in-memory checkpoints."""
         if not self.on:
             return None
         nodes = list(dict.fromkeys(m.node for m in members))
@@ -95,7 +98,8 @@ class Memory:
         return MemoryPlan(attempt, [[self._keepers[n] for n in pairs[m.node]] for m in members], source)
 
     def _answers(self, calls: Mapping[str, ray.ObjectRef[T]], seconds: float) -> dict[str, T]:
-        """Collects the answers of keepers by node, for `seconds`. Ends the keepers that don't answer in time."""
+        """Waits at most `seconds` for the answers of the keepers, and returns these answers by node. Ends the keepers that don't
+        answer in time."""
         done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds) if calls else ([], [])
         answers = {}
         for node, call in calls.items():

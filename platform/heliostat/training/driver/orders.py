@@ -1,4 +1,4 @@
-"""Decides which orders the driver sends to the workers of an attempt, and when it gives the workers up.
+"""Decides which orders the driver sends to the workers of an attempt, and when the driver ends the workers.
 
 `decide(watch, event)` is a pure function; `attempt` carries out its actions. docs/reliability/driver-states.md has the table. All
 times are seconds of the driver's monotonic clock. Each wait for the workers has a deadline:
@@ -31,7 +31,7 @@ class WorkerWatch:
     - `asked_by`: the signal or limit that stops the workers
     - `stop_by`, `back_by`: when the workers must have stopped, and when they must have ended
     - `aborted`: whether the workers were ordered to abort
-    - `fault`: the first reason why the driver has given up the workers
+    - `fault`: the first reason why the driver ends the workers as failed
     """
 
     grace: float
@@ -92,14 +92,14 @@ class WorkerEnded:
 
 @dataclass(frozen=True)
 class Clock:
-    """Reports the time."""
+    """Reports the current time, so that `decide` notices deadlines."""
 
     now: float
 
 
 @dataclass(frozen=True)
 class FaultFound:
-    """Reports a reason to give the workers up, such as a stall, a lost lease, or a mailbox that died."""
+    """Reports a reason to end the workers as failed, such as a stall, a lost lease, or a mailbox that died."""
 
     error: HeliostatError
 
@@ -165,7 +165,7 @@ def decide(watch: WorkerWatch, event: AttemptEvent) -> Decision:
         case Clock(now=now) if now >= watch.back_by:
             return watch, EndLate()
         case Clock(now=now) if now > watch.stop_by and not watch.fault:
-            what = f"the workers wrote no checkpoint within checkpoint.grace ({watch.grace:g} s)"
+            what = f"the workers wrote no checkpoint within checkpoint.grace ({watch.grace:g} s). Raise checkpoint.grace"
             interrupted = watch.ordered == INTERRUPTED
             return _give_up(watch, StoppedError(f"stopped by {watch.asked_by}: {what}") if interrupted else StalledError(what))
         case FaultFound(error=error):

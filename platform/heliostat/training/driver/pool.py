@@ -77,11 +77,11 @@ class WorkerPool:
         return self._slots.waiting.is_set()
 
     def held(self) -> Counter[str]:
-        """Counts the workers for which the pool holds resources, by node, on nodes that stay."""
+        """Counts the workers for which the pool holds resources, by node. Skips nodes that have left or are about to leave."""
         return Counter(slot.node for slot in self._slots.staying())
 
     def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
-        """Treats nodes as lost for some time, before Ray knows that they are lost.
+        """Treats nodes as lost for some time, before Ray knows that the nodes are lost.
 
         `for_good`: excludes the nodes permanently, although they are still running.
         """
@@ -91,7 +91,8 @@ class WorkerPool:
         return self._slots.avoided()
 
     def trim(self, count: int) -> list[Member]:
-        """Releases slots beyond `count`, and slots on nodes that don't stay. Returns the processes that stay."""
+        """Releases slots beyond `count`, and slots on nodes that have left or are about to leave. Returns the processes that
+        stay."""
         staying = {slot.number for slot in self._slots.staying()}
         self._give_back(self._slots.held.keys() - staying)
         self._check()
@@ -129,7 +130,7 @@ class WorkerPool:
         return self._seen.setdefault(member, gpus) == gpus
 
     def drop(self, member: Member) -> None:
-        """Ends a process, if it lives. The pool keeps the process's resources."""
+        """Ends a process, if the process is alive. The pool keeps the process's resources."""
         if self._members.get(member.slot) is member:
             del self._members[member.slot]
         self._seen.pop(member, None)
@@ -141,7 +142,7 @@ class WorkerPool:
         self._give_all_back()
 
     def reopen(self) -> None:
-        """Makes a closed pool usable again. Call it once no other thread waits in the pool."""
+        """Makes a closed pool usable again. Call this method once no other thread waits in the pool."""
         self._closed.clear()
 
     def _go_on(self) -> None:

@@ -92,7 +92,7 @@ class ProgressReporter:
         self.spikes += 1
         log.warning(
             ("step %d: loss spike (%d so far): %s. Training continues (spike.action: warn). To see the samples: "
-                "heliostat run samples --step %d"), event.step, self.spikes, event.text, event.step,
+                "heliostat run samples RUN --step %d"), event.step, self.spikes, event.text, event.step,
         )  # fmt: skip
 
     def _on_steps(self, event: Steps) -> None:

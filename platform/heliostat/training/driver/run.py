@@ -121,7 +121,7 @@ class DrivenRun:
         return self._with_mlflow_run(lambda: self._finalize(last, summary))
 
     def catch_up(self) -> None:
-        """Completes the record in MLflow if an earlier command couldn't complete it.
+        """Completes the record in MLflow if an earlier command couldn't complete this record.
 
         Adds the missing metrics, or only sets the status of the finished run.
         """
@@ -238,7 +238,7 @@ class DrivenRun:
         return Attempt(start, self.pool, self.signals, self._take, self._beat).run()
 
     def _follow(self, event: states.RunEvent) -> None:
-        """Handles an event: updates the course, and carries out the actions that `states.follow` returns."""
+        """Handles an event: updates the run's state (`course`), and carries out the actions that `states.follow` returns."""
         before = self.course
         self.course, actions = states.follow(before, event)
         if self.course.state is not before.state:
@@ -288,9 +288,9 @@ class DrivenRun:
             self.hooks.hear(event)
 
     def _from_memory(self, attempt: int) -> CopySource | None:
-        """Looks for in-memory checkpoints of a step that isn't before the step of the newest checkpoint in storage.
+        """Looks for in-memory checkpoints of the same step as the newest checkpoint in storage, or of a later step.
 
-        The attempt starts from them if they exist.
+        If in-memory checkpoints exist, the attempt starts from them.
         """
         if not self.course.trust_memory:
             return None
@@ -301,7 +301,7 @@ class DrivenRun:
         return source
 
     def _beat(self) -> None:
-        """Updates the ledger, raises an error if the lease was lost, and stops the run at a limit. Call it often."""
+        """Updates the ledger, raises an error if the lease was lost, and stops the run at a limit. Call this method often."""
         self.ledger.beat()
         if self.lease.lost:
             raise self.lease.lost
@@ -355,7 +355,7 @@ class DrivenRun:
         return [done]
 
     def _pause(self, seconds: float) -> None:
-        """Waits before the next attempt. If a signal or a limit stops the run meanwhile, raises its error."""
+        """Waits before the next attempt. If a signal or a limit stops the run meanwhile, raises the error of this stop."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self.signals.name:
             self._beat()

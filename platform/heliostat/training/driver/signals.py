@@ -30,7 +30,7 @@ class Signals:
     def limit(self, name: str) -> None:
         """Requests a stop because a limit was reached.
 
-        The first signal after this request doesn't interrupt at once; the second one does.
+        The first signal after this request doesn't interrupt at once; the second signal does.
         """
         if not self.name:
             self.name, self._by_limit = name, True

@@ -1,13 +1,14 @@
-"""Holds the resources of a run's workers. Each worker has its own placement group of one bundle, which can be released alone.
+"""Holds the resources of a run's workers. Each worker has its own placement group of one bundle, which the run can release
+separately.
 
     slots = Slots(job.workers, stop)
     slots.fill(3)            # waits for three slots, all or none
     slots.give_back([2])     # the other slots stay
 
 A run takes all missing slots together, or none of them. If the slots don't fit now, one placement group for all missing slots
-waits in Ray's queue. The group reserves nothing until Ray can place it completely; then groups of one bundle replace it. If the
-missing slots don't come within 30 seconds, the run releases the slots that it holds. So no half-placed run holds resources for
-long.
+waits in Ray's queue. The group reserves nothing until Ray can place it completely; then groups of one bundle replace this group.
+If the missing slots don't come within 30 seconds, the run releases the slots that it holds. So no half-placed run holds resources
+for long.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ class Slots:
         self._open: list[PlacementGroup] = []  # requested, but not in a slot yet
 
     def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
-        """Treats nodes as lost for some time, before Ray knows that they are lost.
+        """Treats nodes as lost for some time, before Ray knows that the nodes are lost.
 
-        `for_good`: excludes them permanently, although they live.
+        `for_good`: excludes the nodes permanently, although they are still running.
         """
         until = math.inf if for_good else time.monotonic() + AVOID_S
         for node in out:
@@ -100,7 +101,7 @@ class Slots:
         return over
 
     def fill(self, count: int, patient: bool = True) -> None:
-        """Waits until the resources of `count` workers are held. If not `patient`, raises PlacementError after 30 s."""
+        """Waits until the run holds the resources of `count` workers. If not `patient`, raises PlacementError after 30 s."""
         self.waiting.set()
         try:
             if not self._take_free(count - len(self.held)):
@@ -109,7 +110,7 @@ class Slots:
             self.waiting.clear()
 
     def _take_free(self, missing: int) -> bool:
-        """Takes free resources if they are enough for all missing slots. Returns whether it took them."""
+        """Takes free resources if they are enough for all missing slots. Returns whether it took the resources."""
         per_node = Counter(s.node for s in self.held.values())
         free, leaving = nodes.free(self.workers.labels), nodes.draining() | self.avoided()
         spots_found = spots(self.workers, {n: r for n, r in free.items() if n not in leaving}, per_node, missing)
@@ -134,7 +135,7 @@ class Slots:
         return True
 
     def _queue(self, count: int, patient: bool) -> None:
-        """Waits in Ray's queue for all missing slots, after earlier requests. It takes all of them or none."""
+        """Waits in Ray's queue for all missing slots, after earlier requests. Takes all missing slots or none."""
         until = time.monotonic() + PLACE_S
         while True:
             ticket, whole = self._ask(None, count - len(self.held)), not self.held

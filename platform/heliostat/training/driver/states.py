@@ -105,8 +105,8 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Failed:
-    """Reports that an attempt has failed. `error`: the one cause. `refused`: whether the store rejects the driver, too. `limit`:
-    as in `Stopped`."""
+    """Reports that an attempt has failed. `error`: the cause of the failure. `refused`: whether the store rejects the driver,
+    too. `limit`: as in `Stopped`."""
 
     attempt: int
     error: HeliostatError
@@ -116,7 +116,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class CheckpointFound:
-    """Reports the step of the newest checkpoint that the failure doesn't call into question, or 0.
+    """Reports the step of the newest checkpoint that is safe to use after the failure, or 0 if there is none.
 
     `notes`: the actions on bad nodes.
     """
@@ -139,7 +139,7 @@ class AllDone:
 
 @dataclass(frozen=True)
 class CommandEnded:
-    """Reports that the command has completed its work, or that an error ends it. `state`: one of ENDS."""
+    """Reports that the command has completed its work, or that an error ends the command. `state`: one of ENDS."""
 
     state: RunState
 
@@ -184,7 +184,8 @@ class FindCheckpoint:
 
 @dataclass(frozen=True)
 class Restart:
-    """Records a restart in the ledger. `outcome`, `reason`: of the attempt that has ended."""
+    """Records a restart in the ledger. `outcome`, `reason`: the outcome of the attempt that has ended, and the reason for this
+    outcome."""
 
     outcome: str
     reason: str = ""

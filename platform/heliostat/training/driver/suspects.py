@@ -55,9 +55,12 @@ def exclude(bad: Sequence[str], job: Job, count: int, pool: WorkerPool) -> str:
     names = ", ".join(bad)
     if _room_without(bad, job, pool) >= count:
         pool.avoid(bad, for_good=True)
-        text = f"Excluded until this command ends: node {names}. Check its devices"
+        text = f"Excluded until this command ends: node {names}. Check the devices of each listed node"
     else:
-        text = f"No other nodes have room for {count} workers, so heliostat continues to use node {names}. Check its devices"
+        text = (
+            f"No other nodes have room for {count} workers, so heliostat continues to use node {names}. "
+            "Check the devices of each listed node"
+        )
     log.warning(text)
     return text
 
@@ -95,9 +98,9 @@ def refuses_driver(error: AccessError, job: Job) -> bool:
 
 
 def trusted(run: Location, error: HeliostatError) -> SavedCheckpoint | None:
-    """Finds the newest checkpoint that the error doesn't make doubtful.
+    """Finds the newest checkpoint that is safe to use after the error.
 
-    If a CorruptionError makes all checkpoints doubtful, returns the newest checkpoint, and logs a warning.
+    If a CorruptionError means that no checkpoint is safe, returns the newest checkpoint, and logs a warning.
     """
     if isinstance(error, CorruptCheckpointError):
         return layout.latest(run, error.step)

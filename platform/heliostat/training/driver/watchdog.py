@@ -35,7 +35,7 @@ def collect(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[int, str]:
-    """Collects the stack traces that arrive within `wait_s` seconds after the order. Returns them by rank.
+    """Collects the stack traces that arrive within `wait_s` seconds after the order. Returns the traces by rank.
 
     `drain` returns new events. `take` is called with the events that aren't stack traces.
     """
@@ -83,7 +83,7 @@ def stalled(heartbeats: Mapping[int, Pulse], workers: int, now: float, limit: fl
     if now - moved > limit:
         return f"no worker made progress for {now - moved:.0f} s"
     silent = [r for r in range(workers) if now - max(since, heartbeats[r]["at"] if r in heartbeats else since) > limit]
-    return f"no sign of life from worker {silent[0]} for {limit:.0f} s" if silent else None
+    return f"no heartbeat from worker {silent[0]} for {limit:.0f} s" if silent else None
 
 
 def frozen(heartbeats: Mapping[int, Pulse], now: float, limit: float) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ def held_up(heartbeats: Mapping[int, Pulse], calls: Mapping[int, str], workers: 
     `calls`: by rank, the innermost call of each main thread; only of workers that answered with their stack traces.
     """
     if silent := [rank for rank in range(workers) if rank not in calls]:
-        more = f", and {len(silent) - 1} more don't" if len(silent) > 1 else ""
+        more = f", and {len(silent) - 1} more workers don't answer" if len(silent) > 1 else ""
         return silent[0], f"doesn't answer{more}"
     reached = {rank: (p["step"], p["micro"]) for rank, p in heartbeats.items()}
     last = max(reached.values(), default=(0, 0))

@@ -43,8 +43,8 @@ class WorkerConfig(TypedDict):
     """Describes a worker's inputs for an attempt.
 
     `job`, `plan`: plain data. `pauses`: steps. `fence`: the fence of the driver's lease. `part`: this worker's part of the
-    stream, or None if another worker reads for it. `queued_s`: seconds that the run waited for the workers' resources. `memory`:
-    the plan of in-memory checkpoints, or None if the job wants none.
+    stream, or None if another worker reads for this worker. `queued_s`: seconds that the run waited for the workers' resources.
+    `memory`: the plan of in-memory checkpoints, or None if the job wants none.
     """
 
     job: dict[str, object]

@@ -5,7 +5,7 @@
 
 No post waits for the driver: an event is sent, and lost if there is no driver.
 
-Evaluation, checkpoints, and checks are each a `Hook` that the loop (`step`) calls. To add one, derive a class from `Hook`,
+Evaluation, checkpoints, and checks are each a `Hook` that the loop (`step`) calls. To add a hook, derive a class from `Hook`,
 override the methods it needs, and list it in `build`. A hook must not wait for the device or for another worker at every step.
 """
 
@@ -53,7 +53,7 @@ class Posts:
             self.post_of_any(event)
 
     def tell(self, event: Kept) -> None:
-        """Posts an event that must not be lost: it is kept until a checkpoint contains it."""
+        """Posts an event that must not be lost: the worker keeps the event until a checkpoint contains it."""
         self.unsaved.append(event)
         self.post(event)
 
@@ -67,7 +67,7 @@ class Posts:
         self.post_of_any(Notice(text=text))
 
     def post_of_any(self, event: Event) -> None:
-        """Posts an event of this worker, on any rank. Drops it after the order to abort."""
+        """Posts an event of this worker, on any rank. Drops the event after the order to abort."""
         if process_group.ordered():
             self.dropped += 1
             log.debug("dropped %s of an attempt that was aborted", type(event).__name__)
@@ -113,7 +113,7 @@ class Context:
 
 
 class Due(NamedTuple):
-    """Describes the work that is due after a step. It is the same on every worker.
+    """Describes the work that is due after a step. This work is the same on every worker.
 
     - `last`: the step is the run's last
     - `reports`: the step's results are posted

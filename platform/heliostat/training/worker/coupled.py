@@ -40,7 +40,8 @@ SHARED_FROM = 1024  # samples of a step, and of a block. Up to this number, each
 
 
 class CouplesSome(Protocol):
-    """Describes a recipe with a shareable loss: workers compute parts of it in steps of more than SHARED_FROM samples."""
+    """Describes a recipe with a shareable loss: in steps of more than SHARED_FROM samples, each worker computes a part of the
+    loss."""
 
     def couple_some(self, vectors: Tensors, some: slice) -> Loss:
         """Computes the contribution of `some` of a step's samples to the loss of all samples, and to the loss's parts.
@@ -87,8 +88,8 @@ def first_pass(
     terms: Terms,
     progressed: Callable[[], None],
 ) -> CoupledStep:
-    """Represents this worker's micro-batches without gradients, and computes the loss over all workers' samples with its
-    gradients.
+    """Represents this worker's micro-batches without gradients, and computes the loss over all workers' samples, and the
+    gradients of this loss.
 
     All workers call this function together. `terms`: the step's number of loss terms. `progressed`: called after each
     micro-batch.
@@ -107,7 +108,10 @@ def first_pass(
 
 def _gradients(recipe: CouplesSamples, leaves: Tensors, loss: Loss, terms: Terms) -> Tensors:
     if not loss.sum.requires_grad:
-        raise ConfigError(f"recipe: {type(recipe).__name__}.couple uses none of the floating-point representations ({GUIDE})")
+        raise ConfigError(
+            f"recipe: {type(recipe).__name__}.couple uses none of the floating-point representations. "
+            f"Compute the loss from these representations ({GUIDE})"
+        )
     trained = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
     gradients = torch.autograd.grad(objective(loss, terms), list(trained.values()), allow_unused=True)
     return {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}

@@ -49,7 +49,7 @@ class Evaluations(Hook):
         self.gallery = recipe.gallery() if isinstance(recipe, Draws) else None
 
     def on_save(self, done: int, due: Due) -> None:
-        """Evaluates the model if an evaluation is due, and stores the scores as the latest ones."""
+        """Evaluates the model if an evaluation is due, and stores the scores as the latest scores."""
         if not due.evaluates:
             return
         context, engine, device = self.context, self.engine, self.engine.device
@@ -143,7 +143,7 @@ def _added(totals: torch.Tensor, unread: deque[tuple[LateRead, torch.Tensor]], b
 
 
 def whole(gathered: Gathered, micro: int, everything: Callable[[], Gathered]) -> Content:
-    """Replaces each bad row, which is null, with a good one, so that recipes get only good rows. Replaced rows don't count in
+    """Replaces each bad row, which is null, with a good row, so that recipes get only good rows. Replaced rows don't count in
     scores.
 
     The replacement is the first good row of the same micro-batch, so that it adds no padding to the other rows. A micro-batch
@@ -195,7 +195,7 @@ def dealt_whole(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple
 def show(
     gallery: Gallery, model: DeepSpeedEngine, device: torch.device, group: dist.ProcessGroup, progressed: Callable[[], None]
 ) -> tuple[dict[str, float], dict[str, bytes]]:
-    """Draws the gallery. Returns the scores, on every rank, and the PNG images by name, on rank 0.
+    """Draws the pictures of a recipe's gallery. Returns the scores, on every rank, and the PNG images by name, on rank 0.
 
     All ranks call this function together. Every rank draws the same number of pictures, because all ranks must take part in
     ZeRO-3's all-gathers. Calls `progressed` regularly.

@@ -34,7 +34,7 @@ class LossWatch(Hook):
     def on_report(self, first: int, losses: list[float]) -> None:
         """Checks the losses of steps.
 
-        Raises LossSpikeError for a spike that the job rolls back, and NonFiniteError for a non-finite loss.
+        Raises LossSpikeError for a loss spike if the job sets `spike.action: rollback`, and NonFiniteError for a non-finite loss.
         """
         for step, loss in enumerate(losses, first):
             excess = self.detector.excess(loss) if self.detector else None
@@ -53,8 +53,8 @@ class LossWatch(Hook):
             self._fail(step, f"gradient norm {norm}")
 
     def cause(self, norms: list[tuple[int, float]]) -> HeliostatError | None:
-        """Returns the error of the first step whose norm isn't finite. A recipe may reject the weights that resulted from that
-        step."""
+        """Returns the error of the first step whose norm isn't finite. Weights after such a step aren't finite, so a recipe may
+        raise an error in a later step."""
         return next((self._error(step, f"gradient norm {norm}") for step, norm in norms if self._overflows(norm)), None)
 
     def _overflows(self, norm: float) -> bool:
@@ -65,7 +65,7 @@ class LossWatch(Hook):
         raise self._error(step, what)
 
     def _error(self, step: int, what: str) -> HeliostatError:
-        """Creates the error of a step, counted from 0, whose numbers aren't finite. With `spike.action: rollback`, it is a
+        """Creates the error of a step, counted from 0, whose numbers aren't finite. With `spike.action: rollback`, the error is a
         LossSpikeError."""
         if self.job.spike and self.job.spike.action == "rollback":
             return LossSpikeError(f"step {step + 1}: {what}", step)
@@ -74,6 +74,6 @@ class LossWatch(Hook):
         names = [f"{s}:{c}:{r}" for s, c, r in zip(ids.source[:NAMED], ids.chunk[:NAMED], ids.row[:NAMED], strict=True)]
         more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
         return NonFiniteError(
-            f"step {step + 1}: {what}. Training stopped before it saved another checkpoint. Samples (source:chunk:row): "
+            f"step {step + 1}: {what}. Training stopped before the next checkpoint. Samples (source:chunk:row): "
             f"{', '.join(names)}{more}. Lower train.optimizer.lr, or look at the data, and use --resume"
         )

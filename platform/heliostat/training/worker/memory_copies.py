@@ -1,8 +1,8 @@
-"""Copies a worker's part of the training state into the memory of its node and of another node, and reads it back from there.
+"""Copies a worker's part of the training state into the memory of its node and of another node, and reads the copies back.
 
 First the state is copied into this process's memory. As with a save, this happens during the next forward and backward pass, so
-only the next optimizer step waits for it. On a GPU, the copy is queued on a separate stream, into pinned memory. The optimizer's
-kernels wait for the copy; the host doesn't.
+only the next optimizer step waits for the copy. On a GPU, the copy is queued on a separate stream, into pinned memory. The
+optimizer's kernels wait for the copy; the host doesn't.
 
 Then a separate thread sends the copy to the keepers (`training.memory_keeper`) in pieces, several at a time. A worker that dies
 or is late leaves a generation incomplete, and an incomplete generation isn't used. If a worker's copy fails, or if training waits
@@ -68,7 +68,7 @@ class MemoryCopies:
         optimizer.register_step_pre_hook(lambda *_: self.before_change())
 
     def before_change(self) -> None:
-        """Waits until the state that is being copied may change.
+        """Waits until a change of the training state can't affect the copy in flight.
 
         On a GPU, the host waits only until the copies are queued. Kernels that are queued later wait until the copies are done.
         """
@@ -76,7 +76,7 @@ class MemoryCopies:
         self._stream.hold_back()
 
     def keep(self, facts: CopyFacts, own: object, state: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
-        """Copies the state after a step. All workers call this, and `wait` before it, at the same steps.
+        """Copies the state after a step. All workers call `wait` and then this method, at the same steps.
 
         `facts`: the same on all workers. `own`: the rest of this worker's state, which the thread encodes.
         """
@@ -112,7 +112,8 @@ class MemoryCopies:
             log.warning("worker %d: an in-memory checkpoint failed: %s", self._rank, self._failed)
 
     def _agree_off(self, group: dist.ProcessGroup) -> bool:
-        """Returns whether any worker's copy has failed. Reports the first failure to the user. All workers call it together."""
+        """Returns whether any worker's copy has failed. Reports the first failure to the user. All workers call this method
+        together."""
         failed = [(rank, why) for rank, why in enumerate(together(group, lambda: self._failed)) if why]
         if not failed:
             return False
@@ -139,7 +140,7 @@ class MemoryCopies:
         agreed(group, lambda: _need([k.reserve.remote(self._rank, size) for k in keepers]))
         needs = together(group, lambda: _need([k.need.remote() for k in keepers]))
         need = max((n for n in needs if n is not None), default=0)
-        why = "a node's keeper doesn't answer" if None in needs else ""
+        why = "the actor that stores a node's in-memory checkpoints doesn't answer" if None in needs else ""
         if need > self._limit:
             limit = f"checkpoint.memory_limit is {self._limit / 2**20:,.1f} MiB"
             why = f"copies need {need / 2**20:,.1f} MiB on a node, and {limit}. Raise this limit, or train on more workers"
@@ -183,14 +184,14 @@ class MemoryCopies:
         self._answers([keeper.seal.remote(id, self._rank, sums, facts, layout, wire.pack(own)) for keeper in keepers])
 
     def _answers(self, calls: list[ray.ObjectRef[None]]) -> None:
-        """Waits for the keepers.
+        """Waits for the answers of keepers (the actors that store in-memory checkpoints).
 
         Raises TimeoutError if a keeper doesn't answer within ANSWER_S seconds, or if the attempt has ended.
         """
         until = time.monotonic() + ANSWER_S
         while ray.wait(calls, num_returns=len(calls), timeout=POLL_S)[1]:
             if self._ended.is_set() or self._late.is_set() or time.monotonic() > until:
-                raise TimeoutError(f"no answer from a node's keeper within {ANSWER_S:.0f} s")
+                raise TimeoutError(f"no answer within {ANSWER_S:.0f} s from the actor that stores a node's in-memory checkpoints")
         ray.get(calls)
 
 

@@ -1,7 +1,8 @@
-"""Makes a step's micro-batches: derives their samples' keys and their random seeds, and moves them to the device.
+"""Makes a step's micro-batches: derives keys for samples and random seeds for micro-batches, and moves the micro-batches to the
+device.
 
-Keys and seeds depend only on the step and on a sample's position in the global batch, not on the worker that computes it.
-Recomputing a step gives the same keys and seeds.
+Keys and seeds depend only on the step and on a sample's position in the global batch, not on the worker that computes this
+sample. Recomputing a step gives the same keys and seeds.
 
 While a step computes, a thread reads the next step's samples and makes its batches (`BatchesAhead`):
 
@@ -13,9 +14,9 @@ While a step computes, a thread reads the next step's samples and makes its batc
 Samples and errors of batches made ahead count only once their step takes them. Only one thread at a time makes batches, because
 recipes don't have to make `batch` thread-safe.
 
-A recipe should derive a batch's random numbers from the samples' keys. If it uses process-wide generators, it would change the
-random numbers of the current step. So the thread stops before such a draw (`_OwnNumbers`). From that step on, `take` makes the
-batches.
+A recipe should derive a batch's random numbers from the samples' keys. A recipe that uses process-wide generators would change
+the random numbers of the current step. So the thread stops before such a draw (`_OwnNumbers`). From that step on, `take` makes
+the batches.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def seeded(
 
     Calls `progressed` after each micro-batch.
 
-    When it calls `progressed`, the host has handed the micro-batch to the device. The device's queue is short, so the host
+    At each call of `progressed`, the host has queued the micro-batch on the device. The device's queue is short, so the host
     doesn't need to wait until the device has finished.
     """
     for micro, batch in zip(micros, on_device([micro.batch for micro in micros], device, recipe.complete), strict=True):
@@ -201,8 +202,8 @@ class BatchesAhead:
 
 
 class _SharedNumbers(BaseException):
-    """Interrupts the making of batches before they draw from a process-wide generator. A BaseException, so that a recipe's
-    `except` doesn't catch it."""
+    """Interrupts the making of batches before they draw from a process-wide generator. It is a BaseException, so that a recipe's
+    `except Exception` doesn't catch this error."""
 
 
 class _OwnNumbers(TorchDispatchMode):
@@ -211,8 +212,8 @@ class _OwnNumbers(TorchDispatchMode):
     This class can't intercept functions of `random` and NumPy that a recipe has imported by name. The check of the first batches
     detects these functions.
 
-    The mode is on this thread's stack only. `TorchDispatchMode.__enter__` would also set process-wide flags. With these flags,
-    `torch.compile` of older torch versions leaves a step uncompiled in another thread.
+    The mode (a TorchDispatchMode) is only on this thread's stack of modes. `TorchDispatchMode.__enter__` would also set
+    process-wide flags. With these flags, `torch.compile` of older torch versions leaves a step uncompiled in another thread.
     """
 
     def __enter__(self) -> _OwnNumbers:

@@ -107,12 +107,13 @@ class Objective:
     def agree(self, group: dist.ProcessGroup) -> None:
         """Checks that all ranks have the same names of parts.
 
-        Otherwise raises ConfigError on every rank. All ranks call this method together.
+        If the names differ, raises ConfigError on every rank. All ranks call this method together.
         """
         everyones = together(group, lambda: self.names)
         if any(names != everyones[0] for names in everyones):
             raise ConfigError(
-                f"recipe: {self._whose}.loss returns different parts on other workers: {everyones}. Always return all of them"
+                f"recipe: {self._whose}.loss returns different parts on other workers: {everyones}. "
+                "Always return all parts, in the same order"
             )
 
     @property
@@ -164,7 +165,8 @@ class ExpertLoad:
         self._steps.append(routed)
 
     def report(self) -> dict[str, list[float]]:
-        """Computes the load of the steps since the last report: by name, one value per step. All workers call it together."""
+        """Computes the load of the steps since the last report: by name, one value per step. All workers call this method
+        together."""
         if not self._steps:
             return {}
         steps, self._steps = torch.stack(self._steps), []

@@ -1,4 +1,4 @@
-"""Runs attempts in a process that outlives them: a Ray actor of the driver's pool (`training.driver.pool`).
+"""Runs attempts in a process that outlives the attempts: a Ray actor of the driver's pool (`training.driver.pool`).
 
 Between two attempts, a process leaves its process group and resets DeepSpeed's state. DeepSpeed's counters must be equal in a
 process that survived and in a new one.
@@ -123,7 +123,8 @@ def _own(error: BaseException) -> HeliostatError:
 
 
 def _arrives(error: BaseException) -> bool:
-    """Returns whether the error would reach the driver unchanged. An error whose class doesn't accept its own `args` wouldn't."""
+    """Returns whether the error would reach the driver unchanged. An error doesn't arrive if its class doesn't accept the error's
+    own `args`."""
     if isinstance(error, ray.exceptions.RayError):  # from the data stream; the driver reads its cause
         return True
     try:

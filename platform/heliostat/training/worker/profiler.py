@@ -1,6 +1,6 @@
 """Profiles a worker's steps with `torch.profiler` when the driver orders a profile (`runs.profile`).
 
-Without an order, this costs one check per step.
+Without an order, profiling costs one check per step.
 
 A profile never ends a run: if an error occurs, the answer to the request contains it as `problem`. A thread writes the files
 while training continues.
@@ -108,7 +108,7 @@ class StepProfiler(Hook):
             progressed()
 
     def end(self) -> None:
-        """Discards the current profile, if any, and waits until the files of an earlier one are written, at most END_S
+        """Discards the current profile, if any, and waits until the files of an earlier profile are written, at most END_S
         seconds."""
         if self._recording:
             with suppress(Exception):

@@ -88,7 +88,7 @@ class CorruptionCheck(Hook):
         return self.due(step)
 
     def before_step(self, step: int) -> None:
-        """Compares the workers if a check is due. Raises CorruptionError on all workers if they differ."""
+        """Compares the workers if a check is due. Raises CorruptionError on all workers if the results differ."""
         if self.due(step):
             self.context.posts.notice(self.look(step))
             self.context.progressed()
@@ -100,7 +100,7 @@ class CorruptionCheck(Hook):
     def look(self, step: int) -> str | None:
         """Compares the workers before a step. Returns a notice for the user if the check turns itself off.
 
-        Raises CorruptionError on all workers if they differ.
+        Raises CorruptionError on all workers if the results differ.
         """
         if self.agreed < 0:
             self.agreed = step
@@ -138,7 +138,7 @@ class CorruptionCheck(Hook):
     # computation ---------------------------------------------------------------------------------------------------
 
     def _micro(self, step: int) -> tuple[Batch, int]:
-        """Reads the micro-batch that is drawn for a step. Returns it with the seed of its random numbers."""
+        """Reads the micro-batch that is drawn for a step. Returns the micro-batch, and the seed of its random numbers."""
         micro, train = self.plan.micro, self.job.train
         number = int(np.random.SeedSequence([train.seed, step, 1]).generate_state(1)[0]) % (train.global_batch_size // micro)
         part = slice(number * micro, (number + 1) * micro)
@@ -190,7 +190,7 @@ class CorruptionCheck(Hook):
         return [*weights, digest(loss.sum.detach()), *(0 if g is None else digest(g) for g in gradients)]
 
     def _rest(self, buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Restores the model's buffers, because a step counts the changes of its own passes only."""
+        """Restores the model's buffers to their values before the check, because only a step's own passes may change buffers."""
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

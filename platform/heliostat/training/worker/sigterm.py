@@ -15,8 +15,9 @@ received = threading.Event()  # this process has received SIGTERM
 def heed_sigterm() -> None:
     """Handles SIGTERM as a request for a last checkpoint instead of an immediate end.
 
-    Call it in the main thread of a worker's process. That thread is inside Ray, so Python's signal handlers would wait; the
-    wake-up pipe doesn't wait.
+    Call it in the main thread of a worker's process. Python runs signal handlers in the main thread only, between two bytecodes.
+    This thread waits inside Ray, so a handler would run too late. A thread reads the signals from a wake-up pipe instead
+    (`signal.set_wakeup_fd`).
     """
     readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     os.set_blocking(readable, True)

@@ -2,8 +2,8 @@
 
 A step follows from its number alone: its samples, its micro-batches (`micro_batches`), and its learning rate. So a resumed run
 needs only the checkpoint. With the default virtual ranks (one per micro-batch), any number of workers computes the same
-micro-batches. A step's loss is the sum of its loss terms, divided by their number, however they are divided (`objective`).
-Hooks do all other work around the steps (`context`). The workers agree at every step whether to stop after it (`heartbeat`).
+micro-batches. A step's loss is the sum of its loss terms, divided by the number of these terms (`objective`). Hooks do all other
+work around the steps (`context`). The workers agree at every step whether to stop after this step (`heartbeat`).
 
 The host never waits for the device between two steps. A thread makes the next step's batches (`BatchesAhead`). The norm of a
 step's gradient is read after the next step is queued, or before anything that depends on the step: a report, an evaluation, a
@@ -92,7 +92,7 @@ class Stepper:
         return norms
 
     def prepare(self, step: int, mine: StepSamples) -> StepBatches:
-        """Makes this worker's batches of a step, counted from 0, from its samples. Any thread may call it."""
+        """Makes this worker's batches of a step, counted from 0, from its samples. Any thread may call this method."""
         keys, size, device = self.batch_plan.keys(step, mine.lanes), self.job.train.micro_batch_size, self.engine.device
         micros, terms = list[Micro](), 0
         for rows, numbers in zip(content.split(mine.content, size), content.split(keys, size), strict=True):

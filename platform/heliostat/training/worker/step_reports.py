@@ -38,8 +38,8 @@ class StepResults(NamedTuple):
 class StepsSummary(TypedDict):
     """Summarizes an attempt's steps.
 
-    The rates don't count the first step, because it also warms up. `data_wait`: the share of the time spent waiting for data, 0
-    to 1.
+    The rates don't count the first step, because this step also warms up. `data_wait`: the share of the time spent waiting for
+    data, 0 to 1.
     """
 
     train_loss: float | None

@@ -1,4 +1,5 @@
-"""Saves a worker's training state to storage, keeps copies of it in memory, and restores it from storage or memory.
+"""Saves a worker's training state to storage, keeps copies of this state in memory, and restores the state from storage or
+memory.
 
     state.save(done)                # writes a checkpoint and its receipt to storage: collective
     state.keep(done)                # copies the same state into the memory of two nodes

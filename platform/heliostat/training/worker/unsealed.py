@@ -1,4 +1,4 @@
-"""Records the samples that a run was trained on since its last receipt, until the next receipt seals them.
+"""Records the samples that a run has trained on since its last receipt, until the next receipt contains them.
 
     unsealed.add(step, samples)          # after every step
     part = unsealed.part(done)           # the contents of the next receipt
@@ -88,7 +88,7 @@ class Unsealed:
             self.replaced += len(mine.bad)
 
     def part(self, done: int) -> UnsealedPart:
-        """Returns the contents of a receipt up to step `done`. Later steps don't change it."""
+        """Returns the contents of a receipt up to step `done`. Later steps don't change the returned contents."""
         return UnsealedPart(done, self.chain, list(self._digests), len(self._lanes), self._own(), list(self._bad), self.replaced)
 
     def write(self, part: UnsealedPart, group: Group, first: Callable[[], None] = lambda: None) -> SealedSteps:
@@ -118,7 +118,7 @@ class Unsealed:
             del self._digests[: len(part.digests)], self._lanes[: part.steps], self._bad[: len(part.bad)]
 
     def seal(self, done: int) -> int:
-        """Writes the receipt of the steps up to `done`, and waits for it.
+        """Writes the receipt of the steps up to `done`, and waits until the receipt is written.
 
         Returns the number of samples replaced in the run. All workers call this method together.
         """
@@ -161,13 +161,14 @@ def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
     if bad > allowed:
         raise DataError(
             f"data.max_bad_fraction: replaced {bad} bad samples by step {steps}, more than "
-            f"{job.data.max_bad_fraction:g} of {base:,}. Look at the shards that the warnings name, prepare the dataset again, "
-            f"or raise the fraction"
+            f"{job.data.max_bad_fraction:g} of {base:,} samples. Look at the shards that the warnings name, prepare the "
+            f"dataset again, or raise data.max_bad_fraction"
         )
 
 
 def write_list(run: Location, done: int, replaced: list[BadOfStep], dataset: Dataset) -> None:
-    """Writes the list of samples that all workers have replaced since the last receipt. Writes no file if there are none."""
+    """Writes the list of samples that all workers have replaced since the last receipt. Writes no file if no sample was
+    replaced."""
     if replaced:
         lines = [json.dumps(describe(step, bad, dataset)) for step, bad in sorted(replaced, key=lambda b: (b[0], b[1].position))]
         run_folder.quarantine(run, done).write("\n".join(lines).encode() + b"\n")

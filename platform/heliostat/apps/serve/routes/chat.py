@@ -39,7 +39,7 @@ class ChatRequest(Sampled):
     @model_validator(mode="after")
     def _together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs: needs logprobs: true")
+            raise ValueError("top_logprobs: needs logprobs: true. Set logprobs to true")
         return self
 
     @property
@@ -76,8 +76,8 @@ def of_chat(columns: Logprobs | None) -> Answer | None:
 
 
 def _of_token(token: str, value: float) -> Answer:
-    """Describes a token. `bytes` is None if the token is only a part of a character, because then its bytes can't be derived from
-    the text."""
+    """Describes a token. `bytes` is None if the token is only a part of a character, because then the token's bytes can't be
+    derived from the text."""
     return {"token": token, "logprob": value, "bytes": None if UNFINISHED in token else list(token.encode())}
 
 
@@ -97,7 +97,8 @@ class ChatRoute(WritingRoute[ChatRequest]):
         elif settings.kind != TEXT:
             raise Refusal(
                 400,
-                f"model: no model answers from {body.model!r}. Send the request to /v1/search",
+                f"model: {body.model!r} is an index, and the endpoint has no model that answers from this "
+                "index. Send the request to /v1/search",
                 "model",
                 "unsupported_by_model",
             )

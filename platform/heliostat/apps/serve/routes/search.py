@@ -28,9 +28,9 @@ class SearchRoute(Route[SearchRequest, Search]):
 
     def request(self, settings: FrontSettings, body: SearchRequest) -> Search:
         if settings.index is None:
-            raise Refusal(400, "no index is served here. Start with --index INDEX", code="no_index")
+            raise Refusal(400, "this endpoint serves no index. Restart the endpoint with --index INDEX", code="no_index")
         if body.model not in (None, settings.index):
-            said = f"model: {str(body.model)[:100]!r} isn't the index. The index is {settings.index!r}"
+            said = f"model: {str(body.model)[:100]!r} isn't the served index. Set model to {settings.index!r}"
             raise Refusal(400, said, "model", "unsupported_by_model")
         return Search(body.query, body.top, body.mode)
 

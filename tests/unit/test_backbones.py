@@ -1,0 +1,126 @@
+"""Tests the backbones of text-to-image models: which models are rejected, and the initial weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from heliostat.errors import ConfigError
+
+from tests.unit.build_images import PIXART, UNET
+from tests.unit.build_text_to_image import BACKBONES, recipe, rows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({"backbone": {"arch": "unett"}}, "model.backbone.arch: 'unett' isn't a backbone. Did you mean 'unet'?"),
+        (
+            {"backbone": {**UNET, "layer_per_block": 1}},
+            "model.backbone.layer_per_block: unknown key for arch 'unet'. Did you mean",
+        ),
+        ({"backbone": {**UNET, "norm_num_groups": 3}}, "model.backbone: "),
+        ({"backbone": {**UNET, "in_channels": 4}}, "model.backbone.in_channels: 4 given, but the data has 1"),
+        ({"backbone": {"pretrained": "/nowhere"}}, "model.backbone.pretrained: '/nowhere' isn't a model folder"),
+        ({"text": {"pretrained": "/nowhere"}}, "model.text.pretrained: '/nowhere' isn't a model folder"),
+        ({"text": {"hidden_size": 30, "num_attention_heads": 4}}, "num_attention_heads: 4 doesn't divide hidden_size 30"),
+        ({"autoencoder": {"pretrained": "/nowhere"}}, "model.autoencoder.pretrained: '/nowhere' isn't a model folder"),
+        ({"objective": {"prediction": "flow"}, "samples": {"sampler": "ddim"}}, "Use euler"),
+        ({"objectives": {}}, "objectives: unknown key. Did you mean 'objective'?"),
+    ],
+)
+def test_models_that_make_no_sense_are_one_line_that_names_the_key(model, says, digits):
+    with pytest.raises(ConfigError) as e:
+        recipe(digits, **model)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+PIXARTS = {
+    "the variance too": ({"out_channels": 2}, "model.backbone.out_channels: 2 given, but the prediction target has 1 channels."),
+    "the class's default": ({}, "model.backbone.out_channels: 8 given, but the prediction target has 1"),
+    "sizes wanted": (
+        {"out_channels": 1, "use_additional_conditions": True}, "model.backbone.use_additional_conditions: not supported",
+    ),
+    "another width": ({"out_channels": 1, "caption_channels": 24}, "model.backbone.caption_channels: 24 given, but"),
+}  # fmt: skip
+
+
+def pixart(folder: Path, **keys: Any) -> str:
+    from diffusers import PixArtTransformer2DModel
+
+    given = {k: v for k, v in PIXART.items() if k != "arch"}
+    made = {**given, "in_channels": 1, "caption_channels": 16, "cross_attention_dim": 16, "sample_size": 8, **keys}
+    PixArtTransformer2DModel(**made).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("case", PIXARTS)
+def test_a_pretrained_pixart_that_cannot_be_trained_is_one_line_before_anything_starts(case, digits, tmp_path):
+    keys, says = PIXARTS[case]
+    with pytest.raises(ConfigError) as e:
+        recipe(digits, backbone={"pretrained": pixart(tmp_path, **keys)})
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_pretrained_pixart_that_can_be_trained_is(digits, tmp_path):
+    """Conditions of None mean no conditions at this size, and are accepted."""
+    made = recipe(digits, backbone={"pretrained": pixart(tmp_path, out_channels=1)})
+    loss = made.loss(made.build(), made.batch(rows(digits), np.arange(12))).sum
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_sizes_that_a_pixart_takes_none_for_are_wanted_where_its_side_is_128(digits):
+    made = recipe(digits, backbone=PIXART).parts
+    made.model = made.model.model_copy(update={"backbone": {"pretrained": "x"}})
+    said = [made._conditioned(given) for given in ({}, {"sample_size": 64}, {"use_additional_conditions": False})]
+    assert said == [True, False, False]
+
+
+def test_another_pretrained_backbone_that_wants_more_than_images_and_captions_is_refused_too(digits, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    keys = {k: v for k, v in UNET.items() if k != "arch"} | {"in_channels": 1, "out_channels": 1, "cross_attention_dim": 16}
+    UNet2DConditionModel(**keys, addition_embed_type="text_time", addition_time_embed_dim=8,
+                         projection_class_embeddings_input_dim=24).save_pretrained(tmp_path)  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"model\.backbone\.pretrained: the backbone needs more inputs than images and captions \("
+    ) as e:
+        recipe(digits, backbone={"pretrained": str(tmp_path)})
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("arch", ["unet", "pixart"])
+def test_a_backbone_from_nothing_begins_as_its_authors_have_it(arch, digits):
+    """Its output is zero, because every branch's last layer is zero (U-Net), or that of cross-attention and of the network
+    (PixArt)."""
+    made = recipe(digits, backbone=BACKBONES[arch])
+    torch.manual_seed(0)
+    model: Any = made.build()
+    backbone = model.unet if arch == "unet" else model.transformer
+    zero = {n.rpartition(".")[0] for n, p in backbone.named_parameters() if n.endswith("weight") and not p.any()}
+    if arch == "unet":
+        ends = ("conv2", "attentions.0.proj_out", "attentions.1.proj_out", "conv_out")
+        assert zero == {n for n, _ in backbone.named_modules() if n.endswith(ends)} and len(zero) > 10
+    else:
+        assert zero == {"proj_out", *(f"transformer_blocks.{i}.attn2.to_out.0" for i in range(2))}
+        linear = {n: m for n, m in backbone.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert not any(m.bias.any() for m in linear.values() if m.bias is not None)
+        small = ("timestep_embedder.linear_1", "timestep_embedder.linear_2", "adaln_single.linear", "caption_projection.linear_1")
+        for name in (n for n in linear if n.endswith(small)):
+            assert 0.015 < float(linear[name].weight.detach().std()) < 0.025
+        width, parts = 16, {"attn1.to_q": 3, "attn2.to_q": 1, "attn2.to_v": 2, "attn1.to_out.0": 1}
+        for name, count in parts.items():
+            bound = (6 / (width + count * width)) ** 0.5
+            assert 0.9 * bound < float(linear[f"transformer_blocks.1.{name}"].weight.detach().abs().max()) <= bound
+    said = made.loss(model, made.batch(rows(digits), np.arange(12))).sum
+    noise = made.complete(made.batch(rows(digits), np.arange(12)))["noise"]
+    assert said.item() == pytest.approx(float(noise.square().flatten(1).mean(1).sum()), rel=1e-5)  # epsilon, answered with 0
+    torch.manual_seed(0)
+    again = made.build()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

@@ -1,0 +1,86 @@
+"""Tests exported text-to-image models: diffusers loads their folders, and its pipelines generate the same images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+from heliostat.recipes.images import diffusers_folder
+from heliostat.recipes.images.pipeline import TextToImagePipeline, generators
+from transformers import CLIPTextModel
+
+from tests.unit.build_images import UNET
+from tests.unit.build_text_to_image import BACKBONES, autoencoder, clip, export, recipe, woken
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(("prediction", "sampler"), [("epsilon", "ddim"), ("v", "ddpm"), ("v", "dpm++"), ("epsilon", "dpm++")])
+def test_latents_are_sampled_as_stable_diffusions_own_pipeline_does(prediction, sampler, digits, tmp_path):
+    """With the same parts, seeds, guidance, and steps: pixels agree within 2e-3 of their range, one by one and in a batch."""
+    from diffusers import UNet2DConditionModel
+    from heliostat.recipes.images.noising import NoiseObjective, Process
+
+    torch.manual_seed(0)
+    keys = {k: v for k, v in UNET.items() if k != "arch"}
+    unet = UNet2DConditionModel(**keys, in_channels=4, out_channels=4, sample_size=8, cross_attention_dim=16).eval()
+    vae = AutoencoderKL.from_pretrained(autoencoder(tmp_path / "vae"))
+    encoder = CLIPTextModel.from_pretrained(clip(tmp_path / "clip", digits)).eval()
+    tokenizer = diffusers_folder.tokenizer((digits / "tokenizer.json").read_bytes(), 0, 8)
+    scheduler = Process(NoiseObjective(prediction=prediction)).scheduler(sampler)
+    parts: dict[str, Any] = {"scheduler": scheduler, "text_encoder": encoder, "tokenizer": tokenizer, "unet": unet, "vae": vae}
+    ours = TextToImagePipeline(**parts)
+    theirs: Any = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    for pipe in (ours, theirs):
+        pipe.set_progress_bar_config(disable=True)
+    prompts = ["the digit one", "seven, handwritten"]
+    call = {"num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "np"}
+    a = ours(prompts, generator=generators([1, 2]), **call).images
+    b = theirs(prompts, generator=generators([1, 2]), **call).images
+    assert a.shape == b.shape == (2, 16, 16, 3) and float(np.abs(a - b).max()) < 2e-3
+    alone = ours(prompts[1], generator=generators([2]), **call).images
+    assert float(np.abs(alone[0] - a[1]).max()) < 2e-3
+    other = ours(prompts[1], generator=generators([3]), **call).images
+    assert float(np.abs(other[0] - a[1]).max()) > 0.02
+
+
+@pytest.mark.parametrize("arch", sorted(BACKBONES))
+@pytest.mark.parametrize("prediction", ["v", "flow"])
+def test_an_exported_folder_loads_with_plain_diffusers_and_draws_the_same(arch, prediction, digits, tmp_path):
+    """Weights as `export` stores them, and everything else as the recipe saves it. Then DiffusionPipeline alone loads the
+    folder."""
+    made = recipe(digits, backbone=BACKBONES[arch], objective={"prediction": prediction})
+    torch.manual_seed(0)
+    model = woken(made.build()).eval()
+    export(made, model, tmp_path)
+    prompts = ["the digit one", "seven, handwritten"]
+    plain: Any = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    plain.set_progress_bar_config(disable=True)
+    draws = [torch.Generator("cpu").manual_seed(s) for s in (5, 6)]
+    theirs = plain(prompts, num_inference_steps=5, guidance_scale=2.0, generator=draws).images
+    ours = diffusers_folder.load(tmp_path)(
+        prompts, num_inference_steps=5, guidance_scale=2.0, generator=generators([5, 6])
+    ).images
+    assert [np.asarray(i).tolist() for i in theirs] == [np.asarray(i).tolist() for i in ours]
+    assert theirs[0].size == (8, 8) and theirs[0].mode == "L"
+    from heliostat.recipes.images.pipeline import denoise
+
+    with torch.no_grad():  # as it is drawn while it is trained
+        say = made.sampler_of(model, "cpu")(prompts)
+        scheduler = made.process.scheduler(made.sampler, clip=True)
+        trained = made.pixels_of(denoise(say, scheduler, (2, 1, 8, 8), 5, 2.0, generators([5, 6]), "cpu"))
+    assert all(np.abs(trained[i][:, :, 0].astype(int) - np.asarray(theirs[i]).astype(int)).max() <= 1 for i in range(2))
+
+
+def test_latents_with_clip_and_a_unet_are_exported_as_stable_diffusion(digits, tmp_path):
+    text = {"pretrained": str(clip(tmp_path / "clip", digits)), "length": 8}
+    made = recipe(digits, text=text, autoencoder={"pretrained": str(autoencoder(tmp_path / "vae", 1))})
+    assert made.parts.shape() == (4, 4, 4)
+    torch.manual_seed(0)
+    model = made.build()
+    assert not any("text_encoder" in n or "vae" in n for n, _ in model.named_parameters()), "frozen parts are not trained"
+    plain: Any = DiffusionPipeline.from_pretrained(export(made, model, tmp_path / "out"))
+    assert type(plain) is StableDiffusionPipeline
