@@ -160,12 +160,14 @@ class VirtualExecutor:
             requests = cluster.requests.of_task(self.kind.name, task, record, files, read, begin)
             seconds = STARTED_S + record["seconds"] / cpus + requests * REQUEST_S / 8 + read / NODE_BYTES_PER_S
             end = begin + self._stretched(task, begin, seconds)
-            result: dict[str, Any] | Exception = record | {"wall": round(end - begin, 3), "run": arguments[1]}
-            if (fault := self._poison(task, shared, record)) is not None:
-                result, end = fault, begin + (end - begin) / 2
+            fault = self._poison(task, shared, record)
+            result: dict[str, Any] | Exception = fault or record | {"wall": round(end - begin, 3), "run": arguments[1]}
+            end = begin + (end - begin) / 2 if fault else end
             if (gone := cluster.failure(node, begin, end)) is not None:
                 cluster.lost += 1
                 result, end = ray.exceptions.NodeDiedError("the node was lost"), gone
+            elif fault:
+                cluster.poisoned += 1
             heapq.heappush(self.slots, (end, node))
             self.times.starts += 1
             reference = self.times.starts
@@ -229,7 +231,6 @@ class VirtualExecutor:
         if isinstance(given, Care):
             alone = given.suspect is not None
             Careful(given).note(TaskPlace(0, -1, alone, "poison" if alone else "", "stage" if alone else ""))
-        self.cluster.poisoned += 1
         return ray.exceptions.WorkerCrashedError()
 
 

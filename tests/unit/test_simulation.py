@@ -1,0 +1,158 @@
+"""Tests the simulation of pipelines: a virtual cluster runs each task once, whatever fails, in the time that the tasks need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from heliostat.curation.prepare import InputFile
+from heliostat.curation.simulation import simulate, tables
+from heliostat.curation.simulation.profile import MeasuringCluster, Profile, Scaling, Sizes
+from heliostat.curation.simulation.virtual_cluster import Faults, VirtualCluster
+from heliostat.errors import ConfigError
+from heliostat.storage.locations import Location
+from heliostat.tasks import merging, spill
+from heliostat.tasks.clusters import Task
+from heliostat.tasks.flow import Flow
+from heliostat.tasks.spill import SpilledRun
+from heliostat.tasks.work import Work, key
+
+GB = 1 << 30
+NONE = Faults(node_days=1e9, poison=0, slow=0, bursts_per_day=1e-9)
+FEW = 400
+
+
+def read(bytes: int = 1000, **more: Any) -> Profile:
+    """Returns a profile in which a task of kind "read" takes 10 s for `bytes` bytes and keeps 100 documents."""
+    profile = Profile()
+    profile.begin("read")
+    runs = [("00/" + "0" * 32 + f"-{bytes // 2}.parquet", 100, bytes)]
+    record = {"runs": runs, "reasons": {}, "files": [runs[0][0]], "seconds": 10.0, "wall": 11.0, "run": "x", **more}
+    profile.add("read", 0, bytes, record)
+    return profile
+
+
+def ran(folder: Path, cluster: VirtualCluster, count: int = FEW, bytes: int = 1000) -> tuple[Flow, list[dict[str, Any]]]:
+    flow = Flow(Work(Location(str(folder))))
+    flow.cluster = cluster
+    tasks = (Task(key("read", i), {"number": i}, bytes=bytes, careful=True) for i in range(count))
+    return flow, flow.all("read", print, tasks)
+
+
+def test_tasks_take_the_time_that_the_cpus_need(tmp_path):
+    """400 tasks of 10 s on 40 CPUs take ten rounds, plus start and storage, and the driver's own time."""
+    cluster = VirtualCluster(5, 8, 8 * GB, read(), NONE)
+    flow, records = ran(tmp_path, cluster)
+    assert len(records) == FEW and flow.done == {"read": FEW}
+    assert flow.seconds["read"] == pytest.approx(10.0 * FEW)
+    assert 100 <= cluster.clock < 105
+    assert sum(run[1] for record in records for run in record["runs"]) == 100 * FEW
+
+
+def test_a_larger_task_takes_longer_and_keeps_more(tmp_path):
+    _, (one,) = ran(tmp_path, VirtualCluster(1, 1, GB, read(), NONE), 1, 5000)
+    assert one["seconds"] == 50.0 and [run[1:] for run in one["runs"]] == [[500, 5000]] and spill.size_of(one["files"][0]) == 2500
+
+
+@pytest.mark.parametrize("faults", [
+    Faults(node_days=0.001, poison=0, slow=0, bursts_per_day=1e-9),
+    Faults(node_days=1e9, poison=0.02, slow=0, bursts_per_day=1e-9),
+    Faults(node_days=1e9, poison=0, slow=0.2, bursts_per_day=1e-9),
+    Faults(node_days=1e9, poison=0, slow=0, bursts_per_day=2000),
+    Faults(node_days=0.004, poison=0.02, slow=0.2, bursts_per_day=2000),
+], ids=["lost nodes", "documents that end the process", "slow nodes", "503", "all"])  # fmt: skip
+@pytest.mark.parametrize("seed", range(3))
+def test_every_task_is_recorded_once_whatever_fails(tmp_path, faults, seed):
+    cluster = VirtualCluster(5, 8, 8 * GB, read(), faults, seed)
+    flow, records = ran(tmp_path, cluster)
+    assert flow.done == {"read": FEW} and len(records) == FEW
+    (times,) = cluster.kinds
+    assert times.starts == FEW + cluster.lost + cluster.poisoned
+    assert cluster.lost + cluster.poisoned + cluster.stretched > 0
+    crashed = [record["reasons"]["crashed"] for record in records if "crashed" in record["reasons"]]
+    assert flow.crashed == sum(crashed) and bool(crashed) == (faults.poison > 0) and set(crashed) <= {1}
+
+
+def test_a_simulation_gives_the_same_tasks_again(tmp_path):
+    """Which tasks fail follows from their keys and the seed."""
+    found = []
+    for name in ("a", "b"):
+        cluster = VirtualCluster(5, 8, 8 * GB, read(), Faults(poison=0.02, slow=0.2))
+        found.append((ran(tmp_path / name, cluster)[1], cluster.poisoned, cluster.stretched))
+    assert [[record["runs"] for record in records] for records, *_ in found[:1]] == [
+        [record["runs"] for record in records] for records, *_ in found[1:]
+    ]
+    assert found[0][1:] == found[1][1:]
+
+
+def test_records_are_scaled_and_files_get_new_names():
+    name = "ab/" + "1" * 32 + "-100.parquet"
+    tally = "ab/" + "2" * 32 + "-70.json"
+    record = {"files": [name, tally], "rows": 3, "seconds": 0.5, "none": None, "yes": True, "why": "some words"}
+    scaled = Scaling("key", 2.0).of(record)
+    assert scaled | {"files": []} == {"files": [], "rows": 6, "seconds": 1.0, "none": None, "yes": True, "why": "some words"}
+    assert scaled["files"][0] != name and spill.size_of(scaled["files"][0]) == 200 and scaled["files"][1] == tally
+    assert Scaling("other", 2.0).of(record)["files"][0] != scaled["files"][0]
+
+
+def test_a_task_reads_its_share_of_the_keys():
+    sizes, runs = Sizes(), [SpilledRun("00/" + "0" * 32 + "-10.parquet", 5, 1000) for _ in range(8)]
+    shared = sizes.share("reference", runs)
+    assert sizes.read(Task("k", {"part": 0, "parts": 4}, {"runs": shared})) == 2000
+    assert sizes.read(Task("k", {"low": 0, "high": spill.ALL // 8, "runs": runs})) == 1000
+    assert sizes.read(Task("k", {"number": 3}, bytes=77)) == 77
+
+
+def test_what_a_small_sample_does_not_do_is_derived_from_the_arguments(tmp_path):
+    """A sample needs no merge of runs, but a large input does."""
+    cluster = VirtualCluster(1, 4, GB, read(), NONE)
+    flow = Flow(Work(Location(str(tmp_path))))
+    flow.cluster = cluster
+    runs = [SpilledRun(f"00/{i:032}-10.parquet", 500, 1000) for i in range(4)]
+    arguments = {"runs": runs, "low": 0, "high": spill.ALL // 2, "run_bytes": 900}
+    (record,) = flow.all("merge", merging.merge, iter([Task("k" * 32, arguments)]))
+    assert [run[1:] for run in record["runs"]] == [[333, 666]] * 3
+
+
+def test_a_run_is_measured(tmp_path):
+    """The measuring cluster passes all on, and keeps bytes and record of each task, by kind and call."""
+    inner = VirtualCluster(2, 2, GB, read(), NONE)
+    measuring = MeasuringCluster(inner)
+    ran(tmp_path, measuring, 3, 2000)  # type: ignore[arg-type]
+    measured = measuring.profile.tasks["read", 0]
+    assert [(task.bytes, task.record["seconds"]) for task in measured] == [(2000, 20.0)] * 3
+
+
+def test_an_input_grows_by_copies_of_its_files():
+    files = [InputFile("a.jsonl", 300, 1), InputFile("b/c.jsonl", 700, 2)]
+    larger = simulate.enlarged(files, 10_000)
+    assert sum(file.bytes for file in larger) == 10_000 and len({file.path for file in larger}) == 20
+    many = simulate.enlarged([InputFile("a", 1, 1)], 10**8)
+    assert len(many) <= simulate.MOST_FILES and sum(file.bytes for file in many) == 10**8
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda: simulate.nodes_of("500"), "--cluster: '500' isn't NODESxCPUS. Pass for example 500x32"),
+    (lambda: simulate.nodes_of("0x32"), "--cluster: '0x32' isn't NODESxCPUS"),
+    (lambda: simulate.bytes_of("much"), "--simulate: 'much' isn't a size. Pass for example 100TB"),
+    (lambda: simulate.enlarged([InputFile("a", 0, 1)], 5), "--simulate: the input's files are empty"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(call, says):
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        call()
+    assert simulate.nodes_of("500x32") == (500, 32) and simulate.bytes_of("100TB") == 10**14
+
+
+def test_the_report_has_times_requests_and_failures(tmp_path):
+    cluster = VirtualCluster(5, 8, 8 * GB, read(), Faults(node_days=0.001, poison=0.02))
+    ran(tmp_path, cluster)
+    report = simulate.report(cluster, [InputFile("a", 400_000, 1)], 5_000_000) | {"name": "n", "cost": 1.0, "currency": "USD"}
+    report |= {"sample": {"bytes": 10}}
+    (kind,) = report["kinds"]
+    assert (
+        kind["tasks"] == FEW and report["times_bound"] > 1 and report["failures"]["repeated"] == cluster.lost + cluster.poisoned
+    )
+    assert report["requests"]["work/done/read"]["total"] == cluster.kinds[0].starts
+    assert len(tables.of_kinds(report)) == 2 and len(tables.of_requests(report)) == 1 + len(report["requests"])
+    assert any("none lost" in line for line in tables.explain(report))
