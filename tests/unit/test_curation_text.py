@@ -243,8 +243,8 @@ def test_few_public_addresses_look_like_versions():
         ("us", "Did you mean 'US'"),
         ("UK", "Did you mean 'GB'"),
         ("USA", "Did you mean 'US'"),
-        ("", "Remove it"),
-        ("XX", "Remove it"),
+        ("", "Remove `region`"),
+        ("XX", "Remove `region`"),
     ],
 )
 def test_a_region_that_has_no_phone_numbers_is_refused(region, hint):

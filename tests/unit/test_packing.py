@@ -36,7 +36,7 @@ def test_an_architecture_that_leaks_is_refused_with_document_mask_alone(arch):
     model = {"arch": arch}
     recipe(model).probe()
     with pytest.raises(
-        ConfigError, match=r"data\.document_mask: .* attends across packed documents.*\. Set this key to false"
+        ConfigError, match=r"data\.document_mask: .* attends across packed documents.*\. Set data.document_mask to false"
     ) as e:
         recipe(model, **MASK).probe()
     assert "\n" not in str(e.value)

@@ -235,7 +235,7 @@ def _print_runs(report: Report) -> None:
 
 
 Good = Annotated[Path, typer.Argument(help="A folder of documents to keep", metavar="GOOD", show_default=False)]
-Bad = Annotated[Path, typer.Argument(help="A folder of documents to drop", metavar="BAD", show_default=False)]
+Bad = Annotated[Path, typer.Argument(help="Folder with examples of documents to drop", metavar="BAD", show_default=False)]
 
 
 @command(DATA, example="good bad --out models/quality")

@@ -64,7 +64,7 @@ class Signing(Protocol):
 
 @dataclass(frozen=True)
 class ComparedParts:
-    """Hashes the lines or paragraphs of texts that have at least `min_words` words."""
+    """Hashes those lines or paragraphs of a text that have at least `min_words` words each."""
 
     unit: Unit
     min_words: int

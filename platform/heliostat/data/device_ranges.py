@@ -28,7 +28,7 @@ def named(name: str) -> AbstractContextManager[object]:
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Turns on the ranges of `named` within the context."""
+    """Makes `named` mark its code as ranges in the device's profiler, within the context."""
     global _profiles
     _profiles += 1
     try:

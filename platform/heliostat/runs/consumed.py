@@ -73,7 +73,10 @@ class ConsumedSource(TypedDict):
 
 
 class Taken(TypedDict):
-    """Describes a segment, and the samples that the segment took from each source. `plan`: from `DataPlan.dump`."""
+    """Describes a segment of a run (steps with the same data plan), and the number of samples from each source.
+
+    `plan`: from `DataPlan.dump`.
+    """
 
     first: int
     end: int

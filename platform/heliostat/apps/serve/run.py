@@ -309,7 +309,7 @@ class ServeEndpoint:
         try:
             serve.delete(version)
         except Exception as e:  # noqa: BLE001 (Serve retries; it ends with the endpoint at the latest)
-            log.warning("model version %s has not ended yet (%s)", version, brief(e))
+            log.warning("the replicas of model version %s are still shutting down (%s)", version, brief(e))
 
     def close(self) -> None:
         """Shuts down Ray Serve, and disconnects from Ray."""

@@ -111,7 +111,7 @@ class ImageMaking(Making):
 
     def _counted(self, runs: list[SpilledRun]) -> tuple[dict[str, int], list[str]]:
         """Counts the images of each bucket, and lists the labels of all images. Stops listing once there are more than
-        `tasks.CLASSES` labels, the maximum of a manifest."""
+        `images.tasks.CLASSES` labels, the maximum of a manifest."""
         work = (Task(key("count", run.name, run.decided), {"run": run}) for run in runs)
         counts, labels = Counter[str](), set[str]()
         for _, record in self.flow.run("count", tasks.count, work):

@@ -35,9 +35,8 @@ def require_apart(recipe: LanguageModel) -> None:
         ) from e
     if not leaked <= TOLERANCE:
         raise ConfigError(
-            f"data.document_mask: {kind!r} attends across packed documents: a change of the text before a boundary between "
-            f"documents also changes the logits after this boundary (by {leaked:.1%} of the change of the logits before the "
-            f"boundary). Set data.document_mask to false"
+            f"data.document_mask: {kind!r} attends across packed documents: a change in one document also changes the logits "
+            f"of the next document (by {leaked:.1%}, relative to the change in the first). Set data.document_mask to false"
         )
 
 

@@ -127,7 +127,7 @@ class Beside:
         self._process: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
-        """Starts the process if the job asks for one and none is running.
+        """Starts the process that scores and exports checkpoints, if the job needs this process and it isn't running.
 
         So the process starts at the first checkpoint, and again after its death.
         """

@@ -93,7 +93,7 @@ def refuses_driver(error: AccessError, job: Job) -> bool:
         log.warning("the store rejects the driver too: %s", e)
         return True
     except (HeliostatError, OSError) as e:
-        log.warning("can't check whether the store rejects the driver too: %s", e)
+        log.warning("can't check whether the store also rejects the driver's requests: %s", e)
     return False
 
 

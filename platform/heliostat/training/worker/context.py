@@ -179,7 +179,7 @@ class Hook:
         return None
 
     def after_step(self, done: int, due: Due) -> None:
-        """Acts after `done` completed steps, before the last step is reported."""
+        """Runs after each step, before the step is reported. `done`: the number of completed steps."""
 
     def on_report(self, first: int, losses: list[float]) -> None:
         """Acts on the losses of steps `first`, `first` + 1, ..., counted from 0, before they are posted."""

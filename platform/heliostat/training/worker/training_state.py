@@ -98,7 +98,7 @@ class TrainingState(Hook):
         return self.sharded.tensors(whole) | (self.average.state(whole) if self.average else {})
 
     def after_step(self, done: int, due: Due) -> None:
-        """Waits for the last copy before the step is reported.
+        """Waits until the keepers have the newest in-memory checkpoint, before the step is reported.
 
         So when a step is reported, all copies of earlier steps have arrived at the keepers.
         """

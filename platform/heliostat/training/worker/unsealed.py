@@ -128,7 +128,7 @@ class Unsealed:
         return sealed.replaced
 
     def take_up(self, parts: list[UnsealedPart]) -> None:
-        """Continues, on rank 0, from the parts of all workers of another attempt. `parts`: in rank order."""
+        """Takes over, on rank 0, the records that the workers of another attempt kept for the receipt. `parts`: in rank order."""
         self.chain = parts[0].chain
         self._digests = parts[0].digests + _of_steps([lanes for part in parts for lanes in part.lanes])
         self._bad = [bad for part in parts for bad in part.bad]
