@@ -262,3 +262,15 @@ def test_a_missing_bucket_fails_at_once(root, proxy):
     with pytest.raises(FileNotFoundError):
         nowhere.read()
     assert proxy.requests <= 4
+
+
+def test_a_small_file_is_written_with_one_request(s3_server):
+    """An upload in parts takes three requests or more, which most of the small files of a large input would pay."""
+    stores.bucket(s3_server, "small")
+    with FaultProxy(s3_server) as proxy:
+        place = Location(f"s3://small/folder?endpoint_override={proxy.endpoint}&scheme=http")
+        place.join("one").write(b"x" * 1000)
+        assert proxy.requests == 1 and place.join("one").read() == b"x" * 1000
+        before = proxy.requests
+        place.join("large").write(bytes(6 << 20))
+        assert proxy.requests - before >= 3 and len(place.join("large").read()) == 6 << 20

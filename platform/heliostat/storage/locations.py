@@ -46,6 +46,7 @@ LISTINGS = 20  # attempts to list a folder on disk that other processes change m
 UPLOAD_BLOCK = 16 << 20  # bytes per read of a file
 UPLOAD_WINDOW = 64 << 20  # bytes that may be in transit to the store before waiting for their arrival
 UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by 1 s per this many bytes; otherwise a long upload could never restart
+ONE_REQUEST_BYTES = 5 << 20  # a smaller file is written with one request, and not in parts
 # a path that a record must not contain: absolute, with an empty part, `.` or `..`, split by / or \, or with a control character
 LEAVES = r"(^|[/\\])\.{0,2}([/\\]|$)|[\x00-\x1f\x7f]"
 
@@ -168,7 +169,9 @@ class Location:
 
     def write(self, data: bytes, synced: bool = False) -> None:
         """Writes the file. With `synced`, the data is on the disk before the file gets its name."""
-        self.send(lambda out: out.write(data), len(data), synced)
+        if self.is_s3 and len(data) < ONE_REQUEST_BYTES:
+            return self.attempt(lambda: self._objects.put(self.path, data))
+        return self.send(lambda out: out.write(data), len(data), synced)
 
     def create(self, data: bytes) -> bool:
         """Writes the file and returns True, if nothing exists at this location; otherwise returns False. Of several concurrent
@@ -290,11 +293,9 @@ class Location:
         self.attempt(remove)
 
     def probe(self) -> None:
-        """Checks within seconds that the store answers.
+        """Checks that the store answers. Repeats a failed request for up to PROBE_S seconds.
 
-        Raises StorageError if the store is unreachable, and AccessError if the store rejects the request.
-
-        A missing bucket also raises AccessError. A failed request is repeated for up to PROBE_S seconds.
+        Raises StorageError if the store is unreachable. Raises AccessError if it rejects the request, or if a bucket is missing.
         """
         if not self.is_s3:
             self.attempt(lambda: self.fs.get_file_info(self.path), budget_s=0)
@@ -339,10 +340,8 @@ class Location:
             raise AccessError(f"{self.uri}: can't write to the folder {nearest}. Use another location")
 
     def require_file(self) -> None:
-        """Raises AccessError if no file can be written at this location, or if the location is a folder.
-
-        Raises StorageError if the store is unreachable.
-        """
+        """Raises AccessError if no file can be written at this location, or if the location is a folder. Raises StorageError if
+        the store is unreachable."""
         self.probe()
         if not self.is_s3 and Path(self.path).is_dir():
             raise AccessError(f"{self.uri}: is a folder. Use a file in this folder")

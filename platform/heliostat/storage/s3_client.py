@@ -175,6 +175,14 @@ class Store:
             raise ConnectionError(f"expected {end - begin:,} bytes from the store, got {len(data):,}")
         return data
 
+    def put(self, path: str, data: bytes) -> None:
+        """Writes an object with one request. An upload in parts takes three requests or more."""
+        if self.payer:
+            raise PermissionError(ONLY_READ)
+        bucket, _, key = path.partition("/")
+        with worded():
+            self.client.put_object(Bucket=bucket, Key=key, Body=data)
+
     def create(self, path: str, data: bytes) -> bool:
         """Writes an object only if no object exists at the path; returns whether the object was written.
 
