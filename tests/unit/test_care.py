@@ -1,12 +1,13 @@
 """Tests failing tasks: they run again, the faulty document is found and left out, the others are recorded, and the work is
 bounded."""
 
+import json
 import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -324,3 +325,18 @@ def test_a_trace_does_not_take_a_document_that_crashed_through_the_stages_again(
     assert told["end"]["what"] == care.MEANING and told["notes"] == [
         "heliostat doesn't run the stages again, because the document would crash this process too"
     ]
+
+
+def test_documents_of_a_task_that_failed_permanently_are_not_counted_for_the_tasks_under_way(tmp_path):
+    """Otherwise too many crashed documents would hide the error of the task."""
+    made = crew.Crew(Flow(Work(Location(str(tmp_path)))), Kind("read", flow.execute, print))
+    started = crew.Started(0, Task("k" * 32, {}, careful=True))
+    for _ in range(care.BLAMED):
+        started.trouble.attempt = 1
+        note = {"attempt": 1, "place": asdict(care.TaskPlace(0, -1, True, "d", "s"))}
+        made.work.note("read", started.task.key).write(json.dumps(note).encode())
+        made._judge(started, WorkerCrashedError())
+    assert made.crashed == 1
+    for _ in range(crew.TRIES):
+        made._judge(started, ValueError("no"))
+    assert len(made.failed) == 1 and made.crashed == 0

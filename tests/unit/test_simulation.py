@@ -6,17 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from heliostat.curation import prepare
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.simulation import simulate, tables
 from heliostat.curation.simulation.profile import MeasuringCluster, Profile, Scaling, Sizes
-from heliostat.curation.simulation.virtual_cluster import Faults, VirtualCluster
+from heliostat.curation.simulation.virtual_cluster import AWAY_S, Faults, VirtualCluster
+from heliostat.curation.text.sampling import SampledTexts
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging, spill
-from heliostat.tasks.clusters import Task
+from heliostat.tasks.clusters import Kind, Task
 from heliostat.tasks.flow import Flow
 from heliostat.tasks.spill import SpilledRun
 from heliostat.tasks.work import Work, key
+
+from tests.unit.command_line import run
 
 GB = 1 << 30
 NONE = Faults(node_days=1e9, poison=0, slow=0, bursts_per_day=1e-9)
@@ -72,6 +77,7 @@ def test_every_task_is_recorded_once_whatever_fails(tmp_path, faults, seed):
     assert cluster.lost + cluster.poisoned + cluster.stretched > 0
     crashed = [record["reasons"]["crashed"] for record in records if "crashed" in record["reasons"]]
     assert flow.crashed == sum(crashed) and bool(crashed) == (faults.poison > 0) and set(crashed) <= {1}
+    assert all(record["examples"] == {"crashed": ["poison"]} for record in records if "crashed" in record["reasons"])
 
 
 def test_a_simulation_gives_the_same_tasks_again(tmp_path):
@@ -124,6 +130,85 @@ def test_a_run_is_measured(tmp_path):
     assert [(task.bytes, task.record["seconds"]) for task in measured] == [(2000, 20.0)] * 3
 
 
+def test_tasks_that_wait_for_a_lost_node_are_not_lost_with_it(tmp_path):
+    """A node is lost once, with the tasks that it runs then. The next tasks start when the node is replaced."""
+    cluster = VirtualCluster(1, 1, GB, read(), NONE)
+    cluster.failures = [[15.0, 20.0]]
+    executor = cluster.executor(Kind("read", print, print))
+    for i in range(4):
+        executor.start((None, "run", "read"), Task(key("read", i), {}, bytes=1000), {}, 1, None)
+    assert cluster.lost == 1 and cluster.free(0, 15.0) == 15.0 + AWAY_S
+    assert [round(end, 1) for end, _ in sorted(executor.ends)] == [10.0, 15.0, 325.0, 335.1]
+
+
+def test_a_kind_begins_with_its_first_task(tmp_path):
+    """A driver prepares an executor before it merges the files that the executor's tasks read."""
+    cluster = VirtualCluster(1, 1, GB, read(), NONE)
+    executor = cluster.executor(Kind("read", print, print))
+    cluster.clock += 100
+    executor.start((None, "run", "read"), Task("k", {}, bytes=1000), {}, 1, None)
+    assert cluster.kinds[0].begin >= 100
+
+
+def test_a_sampled_task_reads_only_its_share_of_the_records():
+    """In files that can't be split, a sample takes a share of the records, so the whole file is more work than was measured."""
+    piece = [FilePart("a.jsonl.gz", 1000, 1), FilePart("b.jsonl", 500, 1)]
+    source = SampledTexts("in", None, "", {"records": 0.1, "lines": 1.0})  # type: ignore[arg-type]
+    assert Sizes().read(Task("k", {"piece": piece, "source": source}, bytes=1500)) == 600
+    assert Sizes().read(Task("k", {"piece": piece, "source": None}, bytes=1500)) == 1500
+
+
+def test_lines_are_counted_in_the_time_of_their_bytes(tmp_path):
+    cluster = VirtualCluster(1, 1, GB, read(), NONE)
+    flow = Flow(Work(Location(str(tmp_path))))
+    flow.cluster = cluster
+    part = FilePart("a.jsonl", 10**10, 1, stop=10**9)
+    (record,) = flow.all("lines", print, iter([Task("k", {"input": "in", "part": part})]))
+    assert record["seconds"] == 2.0 and cluster.requests.total["input"] == 120
+
+
+def test_a_tokenizer_trains_on_the_text_that_it_is_given():
+    """Many samples list more text than the tokenizer reads."""
+    samples = ["00/" + "0" * 32 + "-1000.parquet"] * 64
+    assert Sizes().read(Task("k", {"samples": samples, "bytes": 5000, "limit": 1})) == 5000
+
+
+def test_a_list_of_dropped_documents_needs_no_measurement_and_other_unknown_tasks_are_an_error(tmp_path):
+    """Only the simulation's own failures may drop documents."""
+    flow = Flow(Work(Location(str(tmp_path))))
+    flow.cluster = VirtualCluster(1, 1, GB, read(), NONE)
+    assert flow.all("listed", print, iter([Task("k", {"part": 0, "parts": 1})]))[0]["listed"]
+    with pytest.raises(ConfigError, match=r"^--simulate: other: the sample ran no such task\. Pass a larger"):
+        flow.all("other", print, iter([Task("k", {})]))
+
+
+def test_a_task_on_gpus_is_not_measured():
+    with pytest.raises(ConfigError, match=r"^--simulate: embed: stages on GPUs aren't supported"):
+        MeasuringCluster(VirtualCluster(1, 1, GB, read(), NONE)).executor(Kind("embed", print, print, actors=2))
+
+
+def test_a_small_task_never_takes_negative_time(tmp_path):
+    _, (one,) = ran(tmp_path, VirtualCluster(1, 1, GB, read(opening=10.0005), NONE), 1, 10**6)
+    assert one["seconds"] == 0.0
+
+
+def test_an_input_has_the_given_size(monkeypatch):
+    monkeypatch.setattr(simulate, "MOST_FILES", 1000)
+    for count, each, size in (
+        (3, 100, 450),
+        (3, 100, 30),
+        (600_000, 10, 6_000_000),
+        (600_000, 10, 10**9),
+        (2 * 10**6, 1, 2 * 10**6),
+    ):
+        files = [InputFile(str(i), each, 1) for i in range(count)]
+        larger = simulate.enlarged(files, size)
+        assert sum(file.bytes for file in larger) == pytest.approx(size, rel=0.01) and len(larger) <= max(
+            count, simulate.MOST_FILES
+        )
+    assert {file.path for file in simulate.enlarged([InputFile("", 5, 1)], 10, "a.jsonl")} == {"000000/a.jsonl", "000001/a.jsonl"}
+
+
 def test_an_input_grows_by_copies_of_its_files():
     files = [InputFile("a.jsonl", 300, 1), InputFile("b/c.jsonl", 700, 2)]
     larger = simulate.enlarged(files, 10_000)
@@ -135,6 +220,10 @@ def test_an_input_grows_by_copies_of_its_files():
 @pytest.mark.parametrize(("call", "says"), [
     (lambda: simulate.nodes_of("500"), "--cluster: '500' isn't NODESxCPUS. Pass for example 500x32"),
     (lambda: simulate.nodes_of("0x32"), "--cluster: '0x32' isn't NODESxCPUS"),
+    (lambda: simulate.nodes_of("99999x9999"), "--cluster: 99999x9999 has more than 1,000,000 CPUs. Pass a smaller cluster"),
+    (lambda: simulate.bytes_of("0TB"), "--simulate: '0TB' isn't a size"),
+    (lambda: simulate.bytes_of("-5TB"), "--simulate: '-5TB' isn't a size"),
+    (lambda: simulate.bytes_of("2PB"), "--simulate: 2PB is more than 1,000 TB. Pass a smaller size"),
     (lambda: simulate.bytes_of("much"), "--simulate: 'much' isn't a size. Pass for example 100TB"),
     (lambda: simulate.enlarged([InputFile("a", 0, 1)], 5), "--simulate: the input's files are empty"),
 ])  # fmt: skip
@@ -156,3 +245,23 @@ def test_the_report_has_times_requests_and_failures(tmp_path):
     assert report["requests"]["work/done/read"]["total"] == cluster.kinds[0].starts
     assert len(tables.of_kinds(report)) == 2 and len(tables.of_requests(report)) == 1 + len(report["requests"])
     assert any("none lost" in line for line in tables.explain(report))
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--cluster", "5x2"], "--cluster: only for a simulation. Remove --cluster, or add --simulate"),
+    (["--simulate", "1TB"], "--simulate: needs the share of the input to measure. Add --sample"),
+    (["--simulate", "0", "--sample", "1%"], "--simulate: '0' isn't a size"),
+    (["--simulate", "1TB", "--sample", "1%", "--cluster", "5"], "--cluster: '5' isn't NODESxCPUS"),
+    (["--simulate", "1TB", "--sample", "1%", "--force"], "--force: not with --sample"),
+    (["--simulate", "1TB", "--sample", "1%"], "--simulate: ImagePipeline doesn't support simulations. Use a text pipeline"),
+])  # fmt: skip
+def test_a_mistake_is_found_before_ray_starts(tmp_path, monkeypatch, capsys, options, says):
+    monkeypatch.setattr(prepare, "_start_ray", lambda _: pytest.fail("Ray starts"))
+    path, here = tmp_path / "p.yaml", tmp_path / "in"
+    here.mkdir()
+    (here / "a.jpg").write_bytes(b"x")
+    path.write_text(
+        f"name: n\npipeline: heliostat.pipelines:ImagePipeline\ninput: {here}\noutput: {tmp_path}/out\nresolution: 8\n"
+    )
+    code, _, told = run(monkeypatch, capsys, "data", "prepare", str(path), *options)
+    assert code == 2 and says in told

@@ -60,8 +60,9 @@ def prepare(
         ),
     ] = None,
     cluster: Annotated[
-        str, typer.Option(metavar="NODESxCPUS", help="Cluster to simulate with --simulate: its nodes, and the CPUs of each")
-    ] = "500x32",
+        str | None,
+        typer.Option(metavar="NODESxCPUS", help="With --simulate: the simulated nodes, and the CPUs of each [default: 500x32]"),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Make a dataset: run a pipeline on Ray Data. Does nothing if the dataset is up to date."""
@@ -70,11 +71,13 @@ def prepare(
 
     if simulate is not None and sample is None:
         raise ConfigError("--simulate: needs the share of the input to measure. Add --sample, for example --sample 1%")
+    if cluster is not None and simulate is None:
+        raise ConfigError("--cluster: only for a simulation. Remove --cluster, or add --simulate, for example --simulate 100TB")
     if sample is not None:
         if force:
             raise ConfigError("--force: not with --sample, which makes no dataset. Remove one of the two")
         if simulate is not None:
-            _simulate(pipeline, setting or [], sample, simulate, cluster)
+            _simulate(pipeline, setting or [], sample, simulate, cluster or "500x32")
             return
         _predict(pipeline, setting or [], sample)
         return

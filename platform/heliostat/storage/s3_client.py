@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 SHORTER = "HTTP status 416"  # answer for a range after an object's end
 MISSING = ("NoSuchKey", "404", "NotFound")
 PAYER = {"RequestPayer": "requester"}
+BINARY = "application/octet-stream"  # as pyarrow's uploads
 ONLY_READ = "a requester-pays bucket is read-only"
 THREADS = 16
 ENOUGH = 64  # number of folders at which the search for more folders ends
@@ -181,7 +182,7 @@ class Store:
             raise PermissionError(ONLY_READ)
         bucket, _, key = path.partition("/")
         with worded():
-            self.client.put_object(Bucket=bucket, Key=key, Body=data)
+            self.client.put_object(Bucket=bucket, Key=key, Body=data, ContentType=BINARY)
 
     def create(self, path: str, data: bytes) -> bool:
         """Writes an object only if no object exists at the path; returns whether the object was written.

@@ -204,6 +204,7 @@ class Crew:
                     other.trouble.count = min(other.trouble.count, 1)
         if self.stopped or cause is not None or trouble.count >= (LOST if lost else TRIES):
             self.failed.append(error)
+            self.crashed -= len(trouble.crashed)  # no longer under way
             self.stopped |= len(self.failed) >= FAILED
             return
         log.warning("%s: a task failed (%s). Running the task again", self.kind, care.last_line(error))

@@ -111,7 +111,7 @@ def _ended(references: list[Any], wait_s: float) -> list[Any]:
     """Waits for one task, then returns every task that has ended. One call per task would look at all tasks each time, so the
     cost would grow with the square of the number of CPUs."""
     ready, _ = ray.wait(references, num_returns=1, timeout=wait_s)
-    return ray.wait(references, num_returns=len(references), timeout=0)[0] if ready and len(references) > 1 else ready
+    return (ready and len(references) > 1 and ray.wait(references, num_returns=len(references), timeout=0)[0]) or ready
 
 
 def _end(references: list[Any]) -> int:

@@ -13,7 +13,10 @@ from typing import Any
 
 import xxhash
 
+from heliostat.curation.simulation.requests import input_parts
+from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
+from heliostat.errors import ConfigError
 from heliostat.tasks import merging, spill
 from heliostat.tasks.clusters import Cluster, Executor, Kind, Task
 from heliostat.tasks.spill import SpilledRun
@@ -23,7 +26,7 @@ MERGE_BYTES_PER_S = 60e6
 LINES_BYTES_PER_S = 500e6
 """Bytes in which a CPU counts lines per second."""
 
-SAME_SIZE = frozenset({"sizes", "sample", "tokenizer", "tally", "rates", "lists"})
+SAME_SIZE = frozenset({"sizes", "sample", "tokenizer", "tally", "rates", "largest"})
 """Kinds of tasks whose files the driver reads, or whose results don't grow with the input. Their records stay as measured."""
 
 
@@ -75,7 +78,13 @@ class Sizes:
         return reference
 
     def read(self, task: Task) -> int:
-        """Returns the bytes that a task reads: its share of all spilled files in its arguments, or its part of the input."""
+        """Returns the bytes that a task reads: its share of all spilled files in its arguments, or its parts of the input. For a
+        sample, only the share of the records that the task takes. For a tokenizer, the bytes of its training text."""
+        if "samples" in task.arguments:
+            return task.arguments["bytes"]
+        if parts := input_parts(task):
+            source = task.arguments.get("source")
+            return int(sum(part.length * (source.rate(part) if isinstance(source, SampledTexts) else 1) for part in parts))
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
         share = _share_of_keys(task.arguments, next((one for one in shared if isinstance(one, TextSharding)), None))
         spilled = sum(self.lists[id(value)] if id(value) in self.lists else spilled_bytes(value) for value in shared)
@@ -111,13 +120,12 @@ def synthesized(kind: Kind, call: int, task: Task, profile: Profile, sizes: Size
     read, like = sizes.read(task), profile.like(kind.name, call, task.key)
     if like is None:
         return _merged(kind, task, read)
-    if kind.name in SAME_SIZE:
-        growth = read / like.bytes if like.bytes else 1.0
-        return like.record | {"seconds": like.record["seconds"] * growth}
     growth = read / like.bytes if read and like.bytes else 1.0
+    if kind.name in SAME_SIZE:
+        return like.record | {"seconds": like.record["seconds"] * growth}
     opening = like.record.get("opening", 0.0)
     record = Scaling(task.key, growth).of({k: v for k, v in like.record.items() if k not in ("run", "wall")})
-    record["seconds"] = (like.record["seconds"] - opening) * growth
+    record["seconds"] = max(0.0, like.record["seconds"] - opening) * growth
     if "runs" in record and "run_bytes" in task.arguments:
         record["runs"] = _cut(record["runs"], task.arguments["run_bytes"], task.key)
     if "decided" in record:
@@ -125,9 +133,9 @@ def synthesized(kind: Kind, call: int, task: Task, profile: Profile, sizes: Size
     if "shards" in record:
         record["shards"] = _shards(like.record["shards"], task, read)
     if "check" in record:  # equal in two rounds when the clusters have converged, as they did in the sample
-        record |= {"check": str(min(call, profile.calls[kind.name] - 1)), "edges": 1}
+        record |= {"check": str(min(call, profile.calls[kind.name] - 2)), "edges": 1}
     if "part" in task.arguments and "begin" in record:
-        record["begin"] = str(spill.share(task.arguments["part"], task.arguments["parts"])[0])
+        record["begin"] = f"{spill.share(task.arguments['part'], task.arguments['parts'])[0]:x}"
     return record
 
 
@@ -160,7 +168,8 @@ def named(what: str, bytes: int) -> str:
 
 
 def _merged(kind: Kind, task: Task, read: int) -> dict[str, Any]:
-    """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, or counting lines."""
+    """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, counting lines, or
+    listing dropped documents. Raises ConfigError for other kinds."""
     seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
     if kind.function is merging.merge_spills:
         return {"merged": name, "files": [name], "seconds": seconds}
@@ -170,7 +179,11 @@ def _merged(kind: Kind, task: Task, read: int) -> dict[str, Any]:
                 "files": [name], "seconds": seconds}  # fmt: skip
     if kind.name == "tally":
         return {"tally": task.arguments["names"][0], "files": [], "seconds": seconds}
-    return {"lines": 1 + read // 1000, "files": [], "seconds": read / LINES_BYTES_PER_S}
+    if kind.name == "listed":
+        return {"listed": name, "rows": 0, "files": [], "seconds": seconds}
+    if kind.name == "lines":
+        return {"lines": 1 + read // 1000, "files": [], "seconds": read / LINES_BYTES_PER_S}
+    raise ConfigError(f"--simulate: {kind.name}: the sample ran no such task. Pass a larger --sample")
 
 
 def _cut(runs: list[list[Any]], run_bytes: int, key: str) -> list[list[Any]]:
@@ -183,7 +196,7 @@ def _cut(runs: list[list[Any]], run_bytes: int, key: str) -> list[list[Any]]:
 
 def _decided(measured: Mapping[str, Any], runs: list[SpilledRun], key: str) -> list[list[Any]]:
     """Returns what a task decided about each of its runs: the mean shares of the measured runs."""
-    rows, bytes = (sum(one[i] for one in measured["decided"]) / max(1, measured["of_rows"]) for i in (1, 2))
+    rows, bytes = (sum(one[i] for one in measured["decided"]) / max(1, measured.get("of_rows", 0)) for i in (1, 2))
     return [[named(f"{key} {i}", 600 + int(4 * rows * run.rows)), int(rows * run.rows),
              min(run.bytes, int(bytes * run.rows))] for i, run in enumerate(runs)]  # fmt: skip
 
@@ -191,6 +204,8 @@ def _decided(measured: Mapping[str, Any], runs: list[SpilledRun], key: str) -> l
 def _shards(measured: list[dict[str, Any]], task: Task, read: int) -> list[dict[str, Any]]:
     """Returns the shards that a task writes, each with an equal part of the bytes that it reads."""
     first, stop = task.arguments["first"], task.arguments["stop"]
+    if not measured:
+        return []
     one = max(measured, key=lambda shard: shard["bytes"])
     growth = read / (stop - first) / max(1, one["bytes"])
     chunks = one["chunks"] * max(1, round(growth))
@@ -218,6 +233,8 @@ class MeasuringCluster:
         return self.sizes.share(self.cluster.share(value), value)
 
     def executor(self, kind: Kind) -> Executor:
+        if kind.actors:
+            raise ConfigError(f"--simulate: {kind.name}: stages on GPUs aren't supported. Remove --simulate, or these stages")
         return _Measuring(self.cluster.executor(kind), kind, self.profile, self.sizes)
 
 

@@ -34,9 +34,9 @@ class Requests:
         return {prefix: max(buckets.values()) / BUCKET_S for prefix, buckets in self.buckets.items()}
 
     def of_task(self, kind: str, task: Task, record: dict[str, Any], files: int, read: int, at: float) -> int:
-        """Counts the requests of a task that ends at `at` (virtual seconds), and returns their number. Spilled files are spread
+        """Counts the requests of a task that begins at `at` (virtual seconds), and returns their number. Spilled files are spread
         evenly over their prefixes, so one of SPILLS prefixes stands for all."""
-        piece = [part for part in task.arguments.get("piece", []) if isinstance(part, FilePart)]
+        piece = input_parts(task)
         inputs = sum(1 + part.length // READ_BYTES for part in piece)
         ranges = 2 * files + read // (spill.TOGETHER * spill.GROUP_BYTES) if files else 0
         sizes = [spill.size_of(name) or 0 for name in record.get("files", [])]
@@ -49,6 +49,12 @@ class Requests:
         if shards:
             self.add("output/shards", sum(map(puts, shards)), sum(shards), at)
         return inputs + ranges + writes + 1 + sum(map(puts, shards))
+
+
+def input_parts(task: Task) -> list[FilePart]:
+    """Returns the parts of the input that a task reads."""
+    given = [*task.arguments.get("piece", []), task.arguments.get("part")]
+    return [part for part in given if isinstance(part, FilePart)]
 
 
 def puts(bytes: int) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,15 @@ from heliostat.curation.prepare import InputFile, load, sampling
 from heliostat.curation.simulation.profile import MeasuringCluster
 from heliostat.curation.simulation.requests import SPILLS
 from heliostat.curation.simulation.virtual_cluster import Faults, KindTimes, VirtualCluster
-from heliostat.curation.staged import StagedPipeline
+from heliostat.curation.text import sources
+from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.errors import ConfigError
 from heliostat.tasks.ray_cluster import RayCluster
 from heliostat.tasks.work import Work
 
 MOST_FILES = 1_000_000  # input files of a simulation; more would be larger instead
+MOST_BYTES = 10**15  # of a simulated input: the driver of a larger one would run for hours
+MOST_CPUS = 1_000_000
 MEMORY_EACH = 4 << 30  # bytes of memory per CPU of a simulated node
 HOUR_S = 3600.0
 SPILL = "work/spill/00"
@@ -31,45 +37,65 @@ def nodes_of(value: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})x(\d{1,4})", value.strip())
     if match is None or 0 in (nodes := (int(match[1]), int(match[2]))):
         raise ConfigError(f"--cluster: {value!r} isn't NODESxCPUS. Pass for example 500x32")
+    if nodes[0] * nodes[1] > MOST_CPUS:
+        raise ConfigError(f"--cluster: {value} has more than {MOST_CPUS:,} CPUs. Pass a smaller cluster")
     return nodes
 
 
 def bytes_of(value: str) -> int:
     """Parses a size such as `100TB`; ConfigError if it isn't one."""
     try:
-        return TypeAdapter(ByteSize).validate_python(value)
-    except ValidationError:
-        raise ConfigError(f"--simulate: {value!r} isn't a size. Pass for example 100TB") from None
+        size = TypeAdapter(ByteSize).validate_python(value)
+    except (ValidationError, OverflowError):
+        size = ByteSize(0)
+    if not size:
+        raise ConfigError(f"--simulate: {value!r} isn't a size. Pass for example 100TB")
+    if size > MOST_BYTES:
+        raise ConfigError(f"--simulate: {value} is more than {MOST_BYTES // 10**12:,} TB. Pass a smaller size")
+    return size
 
 
 def simulate(path: Path, settings: list[str], size: int, nodes: tuple[int, int], fraction: float, quiet: bool = False,
              faults: Faults | None = None) -> dict[str, Any]:  # fmt: skip
     """Prepares a sample, and then simulates the whole pipeline for `size` bytes of such input on a cluster of (nodes, CPUs)."""
     _, pipeline = load(path, settings)
-    if not isinstance(pipeline, StagedPipeline):
-        raise ConfigError(f"--simulate: {type(pipeline).__name__} doesn't support simulations; text and image pipelines do")
+    if not isinstance(pipeline, TextPipeline):
+        raise ConfigError(f"--simulate: {type(pipeline).__name__} doesn't support simulations. Use a text pipeline")
     with sampling(pipeline, quiet) as (folder, inputs):
         measuring, work = MeasuringCluster(RayCluster()), Work(folder.join("work"))
-        larger = enlarged(inputs, size)
+        larger = enlarged(inputs, size, sources.root(pipeline.input).name)
         work.begin(pieces.size(sum(file.bytes for file in larger)))
         predicted = pipeline.predict(folder, inputs, fraction, measuring)
         cluster = VirtualCluster(*nodes, nodes[1] * MEMORY_EACH, measuring.profile, faults or Faults())
         before = psutil.Process().memory_info().rss
         making = pipeline.making(pipeline.flow(Work(work.location), cluster), folder.join("simulated"))
-        rows, _ = making.run(larger)
+        with _without_warnings():
+            rows, _ = making.run(larger)
         memory = psutil.Process().memory_info().rss - before
     return report(cluster, larger, memory) | {"name": pipeline.name, "rows": len(rows), "sample": predicted["sample"]}
 
 
-def enlarged(files: list[InputFile], size: int) -> list[InputFile]:
-    """Returns `size` bytes of files like the given ones: copies under other names, until the sizes add up to `size`."""
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hides the driver's warnings, because lost tasks and dropped documents are only simulated here."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def enlarged(files: list[InputFile], size: int, name: str = "") -> list[InputFile]:
+    """Returns about `size` bytes of files like the given ones: copies under other names, with sizes that add up to `size`.
+    `name`: the name of an input that is a single file."""
     total = sum(file.bytes for file in files)
     if not total:
         raise ConfigError("--simulate: the input's files are empty. Use an input with documents")
-    copies = max(1, round(size / total))
-    larger = -(-copies * len(files) // MOST_FILES)
-    return [replace(file, path=f"{copy:06d}/{file.path}", bytes=file.bytes * larger)
-            for copy in range(max(1, copies // larger)) for file in files]  # fmt: skip
+    copies = max(1, min(round(size / total), MOST_FILES // len(files)))
+    growth = size / (total * copies)
+    return [replace(file, path=f"{copy:06d}/{file.path or name}", bytes=round(file.bytes * growth))
+            for copy in range(copies) for file in files]  # fmt: skip
 
 
 def report(cluster: VirtualCluster, files: list[InputFile], memory: int) -> dict[str, Any]:

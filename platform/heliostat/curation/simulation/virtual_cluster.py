@@ -8,8 +8,8 @@ from __future__ import annotations
 import heapq
 import random
 import time
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -133,8 +133,8 @@ class VirtualCluster:
 
     def free(self, node: int, begin: float) -> float:
         """Returns the time from which a node runs a task that could begin at `begin`."""
-        before = _within(self.failures[node], begin - AWAY_S, begin)
-        return begin if before is None else before + AWAY_S
+        place = bisect_right(self.failures[node], begin)
+        return max(begin, self.failures[node][place - 1] + AWAY_S) if place else begin
 
 
 class VirtualExecutor:
@@ -152,7 +152,8 @@ class VirtualExecutor:
         cluster = self.cluster
         with cluster.simulating():
             cluster.ray_calls(1)
-            self.slots = self.slots or self._slots(cpus, memory)
+            if not self.slots:
+                self.slots, self.times.begin = self._slots(cpus, memory), cluster.clock
             free, node = heapq.heappop(self.slots)
             begin = cluster.free(node, max(free, cluster.clock))
             read, files = cluster.sizes.read(task), cluster.sizes.files(task)
@@ -227,6 +228,7 @@ class VirtualExecutor:
         given = shared.get("care")
         if isinstance(given, Care) and given.crashed:
             record["reasons"] = record.get("reasons", {}) | {care.CRASHED: len(given.crashed)}
+            record["examples"] = record.get("examples", {}) | {care.CRASHED: [crash.id for crash in given.crashed]}
             return None
         if isinstance(given, Care):
             alone = given.suspect is not None
@@ -246,7 +248,7 @@ def _times(drawn: random.Random, mean_s: float) -> list[float]:
     return times
 
 
-def _within(times: list[float], begin: float, end: float) -> float | None:
-    """Returns the first of some ascending times in [begin, end)."""
-    place = bisect_left(times, begin)
-    return times[place] if place < len(times) and times[place] < end else None
+def _within(times: Sequence[float], begin: float, end: float) -> float | None:
+    """Returns the first of some ascending times after `begin`, up to `end`."""
+    place = bisect_right(times, begin)
+    return times[place] if place < len(times) and times[place] <= end else None

@@ -63,10 +63,14 @@ class SampledTexts(TextSource):
     name: str
     records: dict[str, float]
 
+    def rate(self, part: FilePart) -> float:
+        """Returns the share of a part's records that are in the sample."""
+        return self.records[kind(part.path or self.name)]
+
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         """Yields a part's chosen records. In a range of lines, the range is a part of a record's id, because the line numbers in
         the file aren't known."""
-        rate = self.records[kind(part.path or self.name)]
+        rate = self.rate(part)
         for item in TextSource.read(self, part):
             id = item.id if part.stop is None else f"{place(part, self.name)}#{item.id.rpartition('#')[2]}"
             if rate >= 1 or chosen(id, rate, OF_RECORDS):
