@@ -261,6 +261,8 @@ def test_a_missing_bucket_fails_at_once(root, proxy):
         nowhere.write(b"x")
     with pytest.raises(FileNotFoundError):
         nowhere.read()
+    with pytest.raises(StorageError, match="Check the bucket"):
+        Location(str(root).replace("faults", "no,bucket")).write(b"x")
     assert proxy.requests <= 4
 
 

@@ -194,13 +194,7 @@ def test_a_small_task_never_takes_negative_time(tmp_path):
 
 def test_an_input_has_the_given_size(monkeypatch):
     monkeypatch.setattr(simulate, "MOST_FILES", 1000)
-    for count, each, size in (
-        (3, 100, 450),
-        (3, 100, 30),
-        (600_000, 10, 6_000_000),
-        (600_000, 10, 10**9),
-        (2 * 10**6, 1, 2 * 10**6),
-    ):
+    for count, each, size in ((3, 100, 450), (3, 100, 30), (600, 10, 10**6), (1200, 1, 1200)):
         files = [InputFile(str(i), each, 1) for i in range(count)]
         larger = simulate.enlarged(files, size)
         assert sum(file.bytes for file in larger) == pytest.approx(size, rel=0.01) and len(larger) <= max(

@@ -33,6 +33,7 @@ import pyarrow.fs as pafs
 
 from heliostat.errors import ConfigError
 from heliostat.redact import carries_secret
+from heliostat.storage.retries import NO_BUCKET
 
 if TYPE_CHECKING:
     from botocore.client import BaseClient
@@ -244,7 +245,7 @@ def _time(written: str) -> datetime:
 @contextmanager
 def worded() -> Iterator[None]:
     """Turns boto3's errors into OSErrors, and failed conditions into RewrittenError."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
@@ -256,9 +257,12 @@ def worded() -> Iterator[None]:
             raise RewrittenError(str(e)) from e
         if code in MISSING:
             raise FileNotFoundError(e.response["Error"].get("Message", code)) from e
+        code = NO_BUCKET if code == "NoSuchBucket" else code
         raise OSError(f"AWS Error {code} (HTTP status {status}): {e.response['Error'].get('Message', '')}") from e
     except NoCredentialsError as e:
         raise PermissionError(str(e)) from e
+    except ParamValidationError as e:  # for example an invalid name of a bucket, which no store accepts
+        raise OSError(f"AWS Error InvalidRequest (HTTP status 400): {' '.join(str(e).split())}") from e
     except (BotoCoreError, ResponseParserError, HTTPError) as e:  # boto3 passes on truncated answers and TLS faults
         raise ConnectionError(str(e)) from e
 
