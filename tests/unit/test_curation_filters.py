@@ -5,12 +5,13 @@ import importlib
 import json
 import pkgutil
 import random
+import re
 import time
 from typing import ClassVar
 
 import pytest
 from heliostat import extras
-from heliostat.curation import stages
+from heliostat.curation import slices, stages
 from heliostat.curation.images.making import ImageMaking
 from heliostat.curation.stage import Document, Stage
 from heliostat.curation.stages.bad_words import BadWords
@@ -119,6 +120,19 @@ def test_duplicate_n_grams_are_those_of_the_definition(seed):
         most = max((grams.count(g) for g in grams), default=0)
         top = next((g for g in grams if grams.count(g) == most), "")
         assert measures[f"top_{n}_grams"] == most * len(top) / len(text)
+
+
+@every_seed(20)
+def test_lines_and_paragraphs_are_those_of_the_definition(seed, monkeypatch):
+    draw = random.Random(seed)
+    monkeypatch.setattr(slices, "SLICE", draw.choice([3, 7, 1 << 18]))
+    text = "".join(draw.choices(["a", "b", "\n", "\n\n", "\r", "é"], k=draw.randint(1, 60)))
+    _, measures = GopherRepetition().judge(text)
+    for name, parts in (("paragraph", re.split(r"\n{2,}", text.strip())), ("line", re.split(r"\n+", text))):
+        lost = len("".join(parts)) - len("".join(set(parts)))
+        assert measures[f"{name}s"] == (len(parts) - len(set(parts))) / len(parts) and measures[f"{name}_chars"] == lost / len(
+            text
+        )
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,9 @@ class Words:
             self._tables = Spoken(*(np.concatenate([table, np.zeros_like(table)]) for table in _arrays(self._tables)))
         self._tables.hash[number] = hash_of(word)
         self._tables.length[number] = len(word)
-        self._tables.symbol[number] = _SYMBOLS.issuperset(word)
-        self._tables.alphabetic[number] = word.isalpha() or any(map(str.isalpha, word))
+        letters = word.isalpha()
+        self._tables.symbol[number] = not letters and _SYMBOLS.issuperset(word)
+        self._tables.alphabetic[number] = letters or any(map(str.isalpha, word))
         return number
 
 

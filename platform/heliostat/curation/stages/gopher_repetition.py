@@ -21,6 +21,7 @@ from pydantic import Field
 
 from heliostat.curation.english.words import shared
 from heliostat.curation.repetition import Repeats, duplicates
+from heliostat.curation.slices import slices
 from heliostat.curation.stage import Stage, Work, by_text
 from heliostat.schema import Float
 
@@ -77,9 +78,9 @@ class GopherRepetition(Stage):
         if not text:
             return "empty", {}
         size, measures = len(text), dict[str, float]()
-        parts, repeated, chars = duplicates(_parts(text.strip(), PARAGRAPHS))
+        parts, repeated, chars = duplicates(_parts(text.strip(), PARAGRAPHS, "\n\n"))
         measures |= {"paragraphs": repeated / parts, "paragraph_chars": chars / size}
-        parts, repeated, chars = duplicates(_parts(text, LINES))
+        parts, repeated, chars = duplicates(_parts(text, LINES, "\n"))
         measures |= {"lines": repeated / parts, "line_chars": chars / size}
         failed = self.failed(measures)
         if failed:
@@ -91,10 +92,14 @@ class GopherRepetition(Stage):
         return self.failed(measures), measures
 
 
-def _parts(text: str, ends: re.Pattern[str]) -> Iterator[str]:
-    """Yields the items of `ends.split(text)`, without building the list."""
-    at = 0
-    for end in ends.finditer(text):
-        yield text[at : end.start()]
-        at = end.end()
-    yield text[at:]
+def _parts(text: str, ends: re.Pattern[str], mark: str) -> Iterator[list[str]]:
+    """Yields the items of `ends.split(text)`, in lists. Only the items of one slice are in memory.
+
+    `mark`: the shortest line ends that match. Splitting at a string is faster than at a pattern.
+    """
+    last = ""
+    for part in slices(text, ends):
+        first, *others = part.split(mark)
+        *items, last = first, *(other.lstrip("\n") for other in others)
+        yield [*items[:1], *filter(None, items[1:])]
+    yield [last]
