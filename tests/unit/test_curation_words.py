@@ -87,7 +87,7 @@ def test_the_tables_are_emptied_and_nothing_changes(monkeypatch):
     monkeypatch.setattr(words, "RECENT_TEXTS", 2)
     small = words.Words()
     assert [lengths(small, t) for t in texts] == expected
-    assert len(small._numbers) < 60
+    assert len(small._words) < 60
 
 
 @pytest.mark.parametrize(
