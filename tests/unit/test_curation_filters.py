@@ -14,6 +14,7 @@ from heliostat import extras
 from heliostat.curation import slices, stages
 from heliostat.curation.images.making import ImageMaking
 from heliostat.curation.stage import Document, Stage
+from heliostat.curation.stages import code
 from heliostat.curation.stages.bad_words import BadWords
 from heliostat.curation.stages.c4 import C4
 from heliostat.curation.stages.code import Code
@@ -279,6 +280,14 @@ SOURCE = "def add(first, second):\n    return first + second\n" * 5
 )
 def test_code(path, text, expected):
     assert reason(Code(), text, path=path) == expected
+
+
+@every_seed(30)
+def test_runs_of_encoded_data_are_the_matches_of_the_pattern(seed):
+    draw = random.Random(seed)
+    pieces = ["ab", "\n", "/", "==", " ", "0x1f, ", "1f ", "\\u00e9", "\\x1f", "?", "é", ".", "x", "\\", "1f,\n", "Zz9+" * 8]
+    text = "".join(draw.choice(pieces) * draw.choice([1, 1, 3, 8, 20]) for _ in range(40))
+    assert code._encoded(text) == [match.end() - match.start() for match in code._ENCODED.finditer(text)]
 
 
 def test_code_tells_the_language():

@@ -12,11 +12,13 @@ ends.
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
 
+from heliostat.curation.runs import Span, merged, runs, table
 from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import nearest
 
@@ -40,7 +42,7 @@ _SHORT_MARKS = (
     "xox",
     "_authToken",
 )  # each match of `_SHORT` begins with one of these
-_RUN, _IN_RUN = b"x" * 16, bytes(ord("x" if re.match(r"[A-Za-z0-9+/_=.-]", chr(code)) else " ") for code in range(256))
+_IN_RUN = table(string.ascii_letters + string.digits + "+/_=.-")
 LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
 # In the patterns of these detectors, the group is the prefix of a token. In other patterns, the group is the secret.
 WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector", *OWN}
@@ -72,7 +74,6 @@ _GAP = r"(?:\\[nr]?|[\s\"'#*>|,;+.]){1,48}+"  # text between a key's lines, whic
 _HEADER = rf"{_GAP}[A-Za-z-]{{2,30}}+: [^\n]{{0,200}}+"
 _LAST = rf"{_GAP}(?:[A-Za-z0-9+/=]{{4}}){{1,9}}+(?![\w+/=])"
 _BODY = re.compile(rf"(?:{_HEADER}){{0,4}}+(?:{_GAP}[A-Za-z0-9+/=]{{40,}}+)++(?:{_LAST})?")
-Span = tuple[int, int]
 _WORDS = re.compile("key|pw|pass|token|softlayer|cloudant", re.IGNORECASE)
 # detector -> what a line has if the detector finds a secret in it
 NEEDED = {
@@ -192,7 +193,7 @@ def _masked(
             for (first, last), kind in _secrets(piece, able)
             if piece[first:last] != mask
         }
-        spans = _merged(sorted(secrets))
+        spans = merged(sorted(secrets))
         kinds.update(secrets.values())
         count += len(spans)
         out += (text[at:start], _replaced(line, spans, mask))
@@ -211,11 +212,7 @@ def _lines(text: str) -> Iterator[Span]:
 
 def _near_lines(text: str) -> list[Span]:
     """Finds the lines that match `_NEAR`, with searches for strings, which are faster."""
-    found, runs, at = set[Span](), text.encode("ascii", "replace").translate(_IN_RUN), 0
-    while (at := runs.find(_RUN, at)) >= 0:
-        line = _line(text, at)
-        found.add(line)
-        at = line[1]
+    found = {_line(text, start) for start, _ in runs(text, _IN_RUN, 16)}
     for mark in _SHORT_MARKS:
         at = 0
         while (at := text.find(mark, at)) >= 0:
@@ -264,17 +261,6 @@ def _keys(text: str) -> Iterator[Span]:
         else:
             body = _BODY.match(text, mark.end(), mark.end() + MOST_KEY)
             yield mark.start(), body.end() if body else mark.end()
-
-
-def _merged(spans: list[Span]) -> list[Span]:
-    """Merges overlapping spans, which are one secret that was found twice."""
-    out = list[Span]()
-    for start, end in spans:
-        if out and start < out[-1][1]:
-            out[-1] = (out[-1][0], max(end, out[-1][1]))
-        else:
-            out.append((start, end))
-    return out
 
 
 def _replaced(text: str, spans: list[Span], mask: str) -> str:
