@@ -19,10 +19,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.english.words import shared
+from heliostat.curation.english.words import Spoken, shared
 from heliostat.curation.repetition import Repeats, duplicates
 from heliostat.curation.slices import slices
-from heliostat.curation.stage import Stage, Work, by_text
+from heliostat.curation.stage import Stage, Work, by_texts
 from heliostat.schema import Float
 
 Share = Annotated[Float, Field(ge=0, le=1)]
@@ -72,9 +72,23 @@ class GopherRepetition(Stage):
     """Maximum share of characters in duplicate 10-grams of words."""
 
     def open(self) -> Work:
-        return by_text(self.judge)
+        return by_texts(self.judged)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
+        """Judges one text."""
+        return self.judged([text])[0]
+
+    def judged(self, texts: list[str]) -> list[tuple[str, dict[str, float]]]:
+        """Judges lines and paragraphs first. Then judges the words of the texts that are left."""
+        found = [self._lines(text) for text in texts]
+        left = [number for number, (reason, _) in enumerate(found) if not reason]
+        spoken = [shared.of(texts[number]) for number in left]
+        for number, shares in zip(left, _n_grams(spoken, [len(texts[number]) for number in left]), strict=True):
+            measures = found[number][1] | shares
+            found[number] = self.failed(measures), measures
+        return found
+
+    def _lines(self, text: str) -> tuple[str, dict[str, float]]:
         if not text:
             return "empty", {}
         size, measures = len(text), dict[str, float]()
@@ -82,14 +96,19 @@ class GopherRepetition(Stage):
         measures |= {"paragraphs": repeated / parts, "paragraph_chars": chars / size}
         parts, repeated, chars = duplicates(_parts(text, LINES, "\n"))
         measures |= {"lines": repeated / parts, "line_chars": chars / size}
-        failed = self.failed(measures)
-        if failed:
-            return failed, measures
-        words = shared.of(text)
-        repeats = Repeats(words.hash, words.length)
-        measures |= {f"top_{n}_grams": repeats.top_chars(n) / size for n in TOP}
-        measures |= {f"{n}_grams": repeats.duplicate_chars(n) / size for n in DUPLICATE}
         return self.failed(measures), measures
+
+
+def _n_grams(texts: list[Spoken], sizes: list[int]) -> list[dict[str, float]]:
+    """Returns the shares of each text's characters in repeated n-grams. `sizes`: the characters of each text."""
+    if not texts:
+        return []
+    repeats = Repeats([(text.hash, text.length) for text in texts])
+    columns = {f"top_{n}_grams": repeats.top_chars(n) for n in TOP} | {
+        f"{n}_grams": repeats.duplicate_chars(n) for n in DUPLICATE
+    }
+    rows = zip(*(chars.tolist() for chars in columns.values()), strict=True)
+    return [{name: chars / size for name, chars in zip(columns, row, strict=True)} for row, size in zip(rows, sizes, strict=True)]
 
 
 def _parts(text: str, ends: re.Pattern[str], mark: str) -> Iterator[list[str]]:
