@@ -212,15 +212,15 @@ def _lines(text: str) -> Iterator[Span]:
 
 def _near_lines(text: str) -> list[Span]:
     """Finds the lines that match `_NEAR`, with searches for strings, which are faster."""
-    found = {_line(text, start) for start, _ in runs(text, _IN_RUN, 16)}
+    near = {_line(text, start) for start, _ in runs(text, _IN_RUN, 16)}
     for mark in _SHORT_MARKS:
         at = 0
         while (at := text.find(mark, at)) >= 0:
             line = _line(text, at)
-            if line not in found and _SHORT.search(text, at, line[1]):
-                found.add(line)
+            if line not in near and _SHORT.search(text, at, line[1]):
+                near.add(line)
             at = line[1]
-    return sorted(found)
+    return sorted(near)
 
 
 def _line(text: str, at: int) -> Span:

@@ -72,21 +72,21 @@ class GopherRepetition(Stage):
     """Maximum share of characters in duplicate 10-grams of words."""
 
     def open(self) -> Work:
-        return by_texts(self.judged)
+        return by_texts(self.judge_all)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
         """Judges one text."""
-        return self.judged([text])[0]
+        return self.judge_all([text])[0]
 
-    def judged(self, texts: list[str]) -> list[tuple[str, dict[str, float]]]:
+    def judge_all(self, texts: list[str]) -> list[tuple[str, dict[str, float]]]:
         """Judges lines and paragraphs first. Then judges the words of the texts that are left."""
-        found = [self._lines(text) for text in texts]
-        left = [number for number, (reason, _) in enumerate(found) if not reason]
+        judged = [self._lines(text) for text in texts]
+        left = [number for number, (reason, _) in enumerate(judged) if not reason]
         spoken = [shared.of(texts[number]) for number in left]
         for number, shares in zip(left, _n_grams(spoken, [len(texts[number]) for number in left]), strict=True):
-            measures = found[number][1] | shares
-            found[number] = self.failed(measures), measures
-        return found
+            measures = judged[number][1] | shares
+            judged[number] = self.failed(measures), measures
+        return judged
 
     def _lines(self, text: str) -> tuple[str, dict[str, float]]:
         if not text:
