@@ -42,7 +42,8 @@ class Repeats:
         self._n, self._places = 1, np.arange(len(self._words), dtype=np.int32)
         self._hashes = self._words ^ (self._texts.astype(np.uint64) * _FACTOR)  # equal only in one text
         self._stops = stops[self._texts]  # the end of the text at each place
-        self._groups = self._counts = np.zeros(0, np.int32)
+        self._groups: np.ndarray = np.zeros(0, np.int32)
+        self._counts: np.ndarray = self._groups
 
     def _advance(self, n: int) -> None:
         """Finds the positions of repeated n-grams, the number of the n-gram at each position, and the occurrences of each."""
