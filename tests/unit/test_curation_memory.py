@@ -103,7 +103,7 @@ def test_a_large_document_takes_few_bytes_for_each_of_its_own(monkeypatch, stage
     work = stage(**keys).open()
     work([Document("first", "some words")])
     assert python_peak(lambda: work([Document("a", text)])) < 22 * len(text) + MB
-    assert len(table._numbers) < 1 << 13
+    assert len(table._words) < 1 << 13
 
 
 def test_what_is_left_out_is_spilled_in_time(tmp_path, monkeypatch):
