@@ -1,9 +1,10 @@
 """Repairs wrongly decoded text ("âœ” No problems"), with ftfy (Speer 2019), like FineWeb.
 
-The stage repairs or removes mojibake, C1 control characters, surrogates, terminal escapes, and other control characters. The stage
-also replaces HTML entities in the lines before the first `<`. Style rules are off, as in FineWeb: curly quotes, ligatures, and
-full-width characters stay. Plain ASCII lines without an entity or a control character are skipped, and lines in which ftfy
-finds no mojibake. Skipping these lines saves most of the time, and doesn't change the result. The stage counts the repaired lines.
+The stage repairs or removes mojibake, C1 control characters, surrogates, terminal escapes, and other control characters. The
+stage also replaces HTML entities in the lines before the first `<`. Style rules are off, as in FineWeb: curly quotes,
+ligatures, and full-width characters stay. Plain ASCII lines without an entity or a control character are skipped, and lines in
+which ftfy finds no mojibake. Skipping these lines saves most of the time, and doesn't change the result. The stage counts the
+repaired lines.
 """
 
 from __future__ import annotations
