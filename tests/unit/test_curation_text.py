@@ -136,6 +136,14 @@ def test_fix_text_skips_only_what_ftfy_does_not_change(seed):
         assert one(FixText(), text).document.text == ftfy.fix_text(text, normalization=None, **plain), text
 
 
+@pytest.mark.parametrize("mojibake", ["Â £", "Ã b", "Â "])
+def test_mojibake_is_repaired_where_ftfy_splits_a_long_line(mojibake):
+    """ftfy reads a long line in parts, and repairs some characters only at the start of a part."""
+    text = "X" * ftfy.TextFixerConfig().max_decode_length + mojibake
+    outcome = one(FixText(), text)
+    assert outcome.document.text == ftfy.fix_text(text, normalization=None) != text and outcome.counts == {"repaired_lines": 1}
+
+
 def test_language():
     stage = Language(languages=["en", "de"], min_score=0.5)
     outcome = one(stage, "This is an English text about the weather and other things that people talk about.")

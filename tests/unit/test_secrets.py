@@ -202,6 +202,14 @@ def test_the_search_for_secrets_skips_only_what_no_detector_finds(seed, monkeypa
     assert outcome == expected
 
 
+def test_a_line_with_many_runs_is_read_once_and_not_for_each_run(monkeypatch):
+    line, read = detect_secrets._line, []
+    monkeypatch.setattr(detect_secrets, "_line", lambda text, at: read.append(at) or line(text, at))
+    text = "short\n" + "abcdefghijklmnop " * 100 + "\n" + "0123456789abcdef " * 100
+    assert detect_secrets._near_lines(text) == [(6, 1707), (1707, 3407)]
+    assert len(read) == 2
+
+
 def test_every_detector_has_a_secret_here_and_what_its_lines_need():
     names = {*detect_secrets.FORMS, *detect_secrets.OWN} - {detect_secrets.KEYS}
     assert names | set(detect_secrets.WIDE) == set(detect_secrets.NEEDED)

@@ -179,10 +179,10 @@ def _masked(
             text, count = _replaced(text, keys, mask), len(keys)
             kinds.add(kind)
     others = [(d, NEEDED[type(d).__name__]) for d in detectors if type(d).__name__ != KEYS]
-    spans = list(lines(text))
-    joined = "".join(text[start:end] for start, end in spans)
+    joined = "".join(text[start:end] for start, end in lines(text))
     needed = {need for _, need in others if need.search(joined)}
-    for start, end in spans if needed else ():
+    del joined
+    for start, end in lines(text) if needed else ():
         line = text[start:end]
         met = {need for need in needed if need.search(line)}
         if not met:
@@ -214,7 +214,11 @@ def _lines(text: str) -> Iterator[Span]:
 
 def _near_lines(text: str) -> list[Span]:
     """Finds the lines that match `_NEAR`, with searches for strings, which are faster."""
-    near = {_line(text, start) for start, _ in runs(text, _IN_RUN, 16)}
+    near, end = set[Span](), 0
+    for start, _ in runs(text, _IN_RUN, 16):
+        if start >= end:  # otherwise, the run is in the line before `end`
+            near.add(line := _line(text, start))
+            end = line[1]
     for mark in _SHORT_MARKS:
         at = 0
         while (at := text.find(mark, at)) >= 0:

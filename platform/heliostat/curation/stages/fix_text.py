@@ -23,7 +23,8 @@ _ODD = re.compile(rf"[^\t\n\r -~]|{_ENTITY}")  # characters that ftfy may change
 # entities and characters that ftfy changes for themselves; other characters have to look like mojibake together
 _SURE = re.compile(rf"{_ENTITY}|[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\u206a-\u206f\ufeff\ufff9-\ufffc]")
 _NEAR = 16  # characters around a character, in which ftfy looks for mojibake
-_FOREIGN = re.compile(rf"[^\x00-\x7f]+(?:[\x00-\x7f]{{1,{2 * _NEAR}}}[^\x00-\x7f]+)*")
+# Possessive quantifiers use no memory for backtracking in a long match.
+_FOREIGN = re.compile(rf"[^\x00-\x7f]++(?:[\x00-\x7f]{{1,{2 * _NEAR}}}+[^\x00-\x7f]++)*+")
 
 
 class FixText(Stage):
@@ -81,7 +82,7 @@ def _fixed(text: str, config: TextFixerConfig, fix: Callable[[str, TextFixerConf
         start = text.rfind("\n", at, odd.start()) + 1 or at
         at = text.find("\n", odd.start()) + 1 or len(text)
         line = text[start:at]
-        if broken(line):
+        if len(line) > config.max_decode_length or broken(line):  # ftfy splits longer lines, and checks each start
             fixed = fix(line, config._replace(unescape_html=False) if 0 <= angle < at else config)
             count += fixed != line
             out += (text[kept:start], fixed)
