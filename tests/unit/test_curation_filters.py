@@ -5,14 +5,16 @@ import importlib
 import json
 import pkgutil
 import random
+import re
 import time
 from typing import ClassVar
 
 import pytest
 from heliostat import extras
-from heliostat.curation import stages
+from heliostat.curation import slices, stages
 from heliostat.curation.images.making import ImageMaking
 from heliostat.curation.stage import Document, Stage
+from heliostat.curation.stages import code
 from heliostat.curation.stages.bad_words import BadWords
 from heliostat.curation.stages.c4 import C4
 from heliostat.curation.stages.code import Code
@@ -119,6 +121,19 @@ def test_duplicate_n_grams_are_those_of_the_definition(seed):
         most = max((grams.count(g) for g in grams), default=0)
         top = next((g for g in grams if grams.count(g) == most), "")
         assert measures[f"top_{n}_grams"] == most * len(top) / len(text)
+
+
+@every_seed(20)
+def test_lines_and_paragraphs_are_those_of_the_definition(seed, monkeypatch):
+    draw = random.Random(seed)
+    monkeypatch.setattr(slices, "SLICE", draw.choice([3, 7, 1 << 18]))
+    text = "".join(draw.choices(["a", "b", "\n", "\n\n", "\r", "é"], k=draw.randint(1, 60)))
+    _, measures = GopherRepetition().judge(text)
+    for name, parts in (("paragraph", re.split(r"\n{2,}", text.strip())), ("line", re.split(r"\n+", text))):
+        lost = len("".join(parts)) - len("".join(set(parts)))
+        assert measures[f"{name}s"] == (len(parts) - len(set(parts))) / len(parts) and measures[f"{name}_chars"] == lost / len(
+            text
+        )
 
 
 @pytest.mark.parametrize(
@@ -265,6 +280,14 @@ SOURCE = "def add(first, second):\n    return first + second\n" * 5
 )
 def test_code(path, text, expected):
     assert reason(Code(), text, path=path) == expected
+
+
+@every_seed(30)
+def test_runs_of_encoded_data_are_the_matches_of_the_pattern(seed):
+    draw = random.Random(seed)
+    pieces = ["ab", "\n", "/", "==", " ", "0x1f, ", "1f ", "\\u00e9", "\\x1f", "?", "é", ".", "x", "\\", "1f,\n", "Zz9+" * 8]
+    text = "".join(draw.choice(pieces) * draw.choice([1, 1, 3, 8, 20]) for _ in range(40))
+    assert code._encoded(text) == [match.end() - match.start() for match in code._ENCODED.finditer(text)]
 
 
 def test_code_tells_the_language():

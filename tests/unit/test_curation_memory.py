@@ -12,7 +12,9 @@ from heliostat.curation.english import words
 from heliostat.curation.minhash import signatures
 from heliostat.curation.stage import Document
 from heliostat.curation.stages import fineweb, gopher_quality, gopher_repetition
+from heliostat.curation.stages.detect_secrets import DetectSecrets
 from heliostat.curation.stages.fineweb import FineWeb
+from heliostat.curation.stages.fix_text import FixText
 from heliostat.curation.stages.gopher_quality import GopherQuality
 from heliostat.curation.stages.gopher_repetition import GopherRepetition
 from heliostat.curation.stages.length import Length
@@ -105,7 +107,17 @@ def test_a_large_document_takes_few_bytes_for_each_of_its_own(monkeypatch, stage
     work = stage(**keys).open()
     work([Document("first", "some words")])
     assert python_peak(lambda: work([Document("a", text)])) < 22 * len(text) + MB
-    assert len(table._numbers) < 1 << 13
+    assert len(table._words) < 1 << 13
+
+
+@pytest.mark.parametrize("stage, text, most", [
+    (FixText(), "Больша́я вода " * 20_000, 12),  # bytes per character; the line is copied a few times
+    (DetectSecrets(detectors=["HexHighEntropyString"]), "ab\n" * 20_000, 45),
+])  # fmt: skip
+def test_repairs_and_secrets_take_few_bytes_for_each_character(stage, text, most):
+    work = stage.open()
+    work([Document("first", "é ab\n")])
+    assert python_peak(lambda: work([Document("a", text)])) < most * len(text) + MB // 8
 
 
 def test_what_is_left_out_is_spilled_in_time(tmp_path, monkeypatch):

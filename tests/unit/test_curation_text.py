@@ -21,6 +21,8 @@ from heliostat.curation.stages.pii import Pii
 from heliostat.errors import ConfigError, MissingExtraError
 from pydantic import ValidationError
 
+from tests.seeds import every_seed
+
 PAGE = (
     b"<html><head><title>A page</title></head><body><nav><ul><li><a href=/>Home</a></li></ul></nav>"
     b"<main><p>%s</p></main></body></html>"
@@ -113,6 +115,33 @@ def test_fix_text_changes_what_ftfy_changes_in_the_whole_text():
         changed += outcome.counts.get("repaired_lines", 0)
     assert changed > 100
     assert one(FixText(uncurl_quotes=True), "“x”").document.text == '"x"'
+
+
+CHARSETS = ["latin-1", "cp1252", "cp1251", "cp1250", "cp1253", "cp1254", "cp1257", "iso-8859-2", "mac_roman", "cp437"]
+WORDS = ["naïve", "l’été", "“quoted”", "Ω", "приве́т", "日本語", "Grüße", "✔", "…", "€5", "a", "the", "", "&amp;", "&", "<b>",
+         "\n", "\x85", "\ufeff", "\x1b[1m", "½", "Ã ", "Â ", "à²", "√±", "вЂ", "\x0c", "\ud800"]  # fmt: skip
+
+
+@every_seed(30)
+def test_fix_text_skips_only_what_ftfy_does_not_change(seed):
+    """Compares with ftfy on the complete text."""
+    draw = random.Random(seed)
+    for _ in range(20):
+        text = " ".join(draw.choices(WORDS, k=draw.randint(1, 12)))
+        if draw.random() < 0.5:
+            text = text.encode("utf-8", "replace").decode(draw.choice(CHARSETS), "replace")
+        if draw.random() < 0.3:
+            text += "".join(draw.choices(ftfy.badness.BADNESS_RE.pattern + "".join(WORDS), k=20))
+        plain = {"uncurl_quotes": False, "fix_latin_ligatures": False, "fix_character_width": False, "fix_line_breaks": False}
+        assert one(FixText(), text).document.text == ftfy.fix_text(text, normalization=None, **plain), text
+
+
+@pytest.mark.parametrize("mojibake", ["Â £", "Ã b", "Â "])
+def test_mojibake_is_repaired_where_ftfy_splits_a_long_line(mojibake):
+    """ftfy reads a long line in parts, and repairs some characters only at the start of a part."""
+    text = "X" * ftfy.TextFixerConfig().max_decode_length + mojibake
+    outcome = one(FixText(), text)
+    assert outcome.document.text == ftfy.fix_text(text, normalization=None) != text and outcome.counts == {"repaired_lines": 1}
 
 
 def test_language():

@@ -1,10 +1,13 @@
 """Tests that English words and sentences equal those of spaCy's blank English pipeline, in linear time."""
 
+import random
 import time
 
 import pytest
 from heliostat.curation.english import words
-from heliostat.curation.english.tokens import LONGEST, tokens
+from heliostat.curation.english.tokens import _EXCEPTIONS, _MARKS, _QUOTES, LONGEST, by_rules, tokens
+
+from tests.seeds import every_seed
 
 # what spaCy 3.8 makes of each, word by word
 SPLIT = {
@@ -31,6 +34,38 @@ def test_nothing_is_lost_by_splitting():
         assert "".join(tokens(text)) == text
 
 
+PIECES = [
+    *"abzkmsSCU019_.,:;-–/=~'’$%°²…+*^@<>ßéÄж日ーあ₂Ⓐ☺\u0301\u200b",
+    "km",
+    "m/s",
+    "US$",
+    "..",
+    "'s",
+    "10",
+    "://",
+    "www.",
+    "e.g.",
+]
+
+
+@every_seed(20)
+def test_common_strings_have_the_words_of_the_rules(seed):
+    draw = random.Random(seed)
+    marks, known = _MARKS + _QUOTES + ".", list(_EXCEPTIONS)
+    for _ in range(300):
+        kinds = [PIECES, marks, known, ["a", "B", "A1", "b_", "1"], [chr(draw.randrange(33, 0x3100))]]
+        text = "".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randint(1, 6)))
+        if len(text.split()) == 1:
+            assert tokens(text) == by_rules(text), text
+
+
+@pytest.mark.parametrize("form", ["{}a", "a{}", "10{}", "({})", "a-{}", "{}-a,", "a{}b."])
+def test_every_character_has_the_words_of_the_rules(form):
+    every = (chr(code) for code in (*range(0x21, 0x530), *range(0x2000, 0x2800), *range(0x3000, 0x3400), *range(0xFF00, 0xFFF0)))
+    texts = [form.format(character) for character in every if not character.isspace()]
+    assert [text for text in texts if tokens(text) != by_rules(text)] == []
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("", 0), (" ", 0), ("One", 1), ("One. Two! Three?", 3), ("He said: \"Go.\" Then he went.", 2), ("Mr. Smith came.", 1),
@@ -52,7 +87,7 @@ def test_the_tables_are_emptied_and_nothing_changes(monkeypatch):
     monkeypatch.setattr(words, "RECENT_TEXTS", 2)
     small = words.Words()
     assert [lengths(small, t) for t in texts] == expected
-    assert len(small._numbers) < 60
+    assert len(small._words) < 60
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Tests that secrets in text are masked completely, and that nothing else is masked."""
 
+import random
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from heliostat.curation.stages import detect_secrets
 from heliostat.curation.stages.detect_secrets import DetectSecrets
 from pydantic import ValidationError
 
+from tests.seeds import every_seed
 from tests.unit.test_curation_text import one
 
 KEY = "gh" + "p_" + "Ab1" * 12
@@ -156,3 +158,60 @@ def test_lines_that_are_passed_over_hold_no_secret():
     for line in [*short, *CODE.splitlines()]:
         expected = {s for d in detectors for s in d.analyze_string(line)}
         assert bool(one(DetectSecrets(), f"x\n{line}\ny\n").counts) == bool(expected), line
+
+
+HEX, LOWER = "0f" * 40, "abcd" * 16
+SECRETS = [  # at least one for each detector, or its pattern's rarest part
+    " AKC" + LONG[:12], "=APA" + LONG[:12], "AS" + "IA" + "Q7W2" * 4, f"aws_key = '{LONG[:40]}'", f"AccountKey={LONG[:86]}==",
+    "://user:pa55@", f"cloudant_api_key={HEX[:64]}", f"clou-pw: {LOWER[:24]}", f"https://a:{LOWER[:24]}@b.cloudant.com",
+    f"M{LONG[:23]}.{LONG[:6]}.{LONG[:27]}", KEY, f"glpat-{LONG[:20]}", f"glcbt-0f_{LONG[:20]}", f"GR1348941{LONG[:20]}",
+    f"gloas-{LONG[:64]}", f"ibm_iam_password := {LONG[:44]}", f"token={LONG[:44]}", f"cos_hmac_secret_access_key={HEX[:48]}",
+    f"{JWT}.abc", "eyJhbGciOiJIUzI1NiJ9.e30", f"{HEX[:32]}-us12", f"//a/:_authToken=npm_{LONG[:9]}",
+    "sk-" + LONG[:20] + "T3Blbk" + "FJ" + LONG[:20],
+    f"pypi-AgEIcHlwaS5vcmc{LONG[:70]}", f"SG.{LONG[:22]}.{LONG[:43]}", "xox" + f"b-12-34-{LOWER[:9]}",
+    "https://hooks.slack.com/services/" + f"T{LONG[:9]}/B{LONG[:9]}/{LONG[:9]}", f"softlayer_api_key: {HEX[:64]}",
+    f"http://api.softlayer.com/soap/v3/{HEX[:64]}", f"sq0csp-{LONG[:43]}", "r" + f"k_live_{LONG[:24]}",
+    f"123456789:{LONG[:35]}", f"AC{HEX[:32]}", f"SK{HEX[:32]}", "h" + f"f_{LONG[:34]}", "g" + f"sk_{LONG[:52]}",
+    f"hvs.{LONG[:24]}", "dckr" + f"_pat_{LONG[:27]}",
+]  # fmt: skip
+
+
+@every_seed(30)
+def test_the_search_for_secrets_skips_only_what_no_detector_finds(seed, monkeypatch):
+    """Compares with all detectors on each line that matches `_NEAR`."""
+    draw = random.Random(seed)
+
+    def altered(secret: str) -> str:
+        kind, at = draw.random(), draw.randrange(len(secret))
+        if kind < 0.4:
+            return secret
+        if kind < 0.6:
+            return draw.choice([secret.upper(), secret.lower(), secret.replace("s", "\u017f"), secret.replace("k", "\u212a")])
+        return secret[:at] + draw.choice(["", ".", "\n", "é", "=", "x"]) + secret[at + draw.randint(0, 1) :]
+
+    filler = ["\n", "\n", " ", "x " * 10, '"', "'", "=", "some_text.of/a-path", "é", "\r", "x " * 2040]
+    parts = [altered(draw.choice(SECRETS)) if draw.random() < 0.4 else draw.choice(filler) for _ in range(60)]
+    text = "".join(parts)
+    outcome = one(DetectSecrets(), text)
+    with monkeypatch.context() as patch:
+        patch.setattr(detect_secrets, "NEEDED", dict.fromkeys(detect_secrets.NEEDED, re.compile("")))
+        near = detect_secrets._NEAR
+        lines = detect_secrets._lines
+        patch.setattr(detect_secrets, "_near_lines", lambda text: [(a, b) for a, b in lines(text) if near.search(text, a, b)])
+        expected = one(DetectSecrets(), text)
+    assert outcome == expected
+
+
+def test_a_line_with_many_runs_is_read_once_and_not_for_each_run(monkeypatch):
+    line, read = detect_secrets._line, []
+    monkeypatch.setattr(detect_secrets, "_line", lambda text, at: read.append(at) or line(text, at))
+    text = "short\n" + "abcdefghijklmnop " * 100 + "\n" + "0123456789abcdef " * 100
+    assert detect_secrets._near_lines(text) == [(6, 1707), (1707, 3407)]
+    assert len(read) == 2
+
+
+def test_every_detector_has_a_secret_here_and_what_its_lines_need():
+    names = {*detect_secrets.FORMS, *detect_secrets.OWN} - {detect_secrets.KEYS}
+    assert names | set(detect_secrets.WIDE) == set(detect_secrets.NEEDED)
+    for name in names:
+        assert any(one(DetectSecrets(detectors=[name]), f"{secret}\n").counts for secret in SECRETS), name

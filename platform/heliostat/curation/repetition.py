@@ -3,115 +3,104 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import xxhash
 
-BLOCK = 1 << 16  # n-grams or parts that are compared, or are Python objects, at the same time
+BLOCK = 1 << 16  # n-grams that are Python objects at the same time
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication keeps numbers distinct
 
 
-def duplicates(parts: Iterable[str]) -> tuple[int, int, int]:
-    """Returns the number of parts, the number of duplicates among the parts, and the number of characters in these duplicates.
-    Only a hash of each part is in memory."""
-    hashes, lengths = array("Q"), array("q")
-    for part in parts:
-        hashes.append(xxhash.xxh64_intdigest(part.encode("utf-8", "surrogatepass")))
-        lengths.append(len(part))
-    sizes = np.asarray(lengths)
-    _, first = np.unique(np.asarray(hashes), return_index=True)
-    return len(sizes), len(sizes) - len(first), int(sizes.sum() - sizes[first].sum())
+def duplicates(parts: Iterable[list[str]]) -> tuple[int, int, int]:
+    """Counts the parts, the duplicates among them, and the duplicates' characters. The parts come in lists. Only a hash of each
+    part stays in memory."""
+    hashes, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    for some in parts:
+        hashes.append(np.fromiter(map(hash, some), np.int64, len(some)))
+        lengths.append(np.fromiter(map(len, some), np.int32, len(some)))
+    every, sizes = np.concatenate(hashes), np.concatenate(lengths)
+    order = np.argsort(every)
+    again = order[1:][every[order[1:]] == every[order[:-1]]]  # all except one of equal parts
+    return len(every), len(again), int(sizes[again].sum())
 
 
 class Repeats:
-    """Counts the characters in repeated n-grams of a text. The text's words are given as hashes and lengths."""
+    """Measures the repeated n-grams of texts. Each text is given as the hashes and the lengths of its words. Successive calls
+    need increasing values of `n`.
 
-    def __init__(self, words: np.ndarray, lengths: np.ndarray) -> None:
-        self.words = words
-        self.ends = np.zeros(len(lengths) + 1, np.int32)  # end of each word in the text without spaces
-        np.cumsum(lengths, out=self.ends[1:])
-        self._words, self._n = words.copy(), 1
-        self._twice: np.ndarray | None = None  # positions at which the n-gram may be repeated; None: every position
+    All texts are processed at once, because a call of NumPy takes longer than the words of a short text. A repeated n-gram begins
+    with a repeated (n-1)-gram. So for each `n`, only the positions of these are compared.
+    """
 
-    def _advance(self, n: int) -> np.ndarray:
-        """Returns the hash of each n-gram of `n` words, uint64 [words - n + 1]. Successive calls need increasing values of
-        `n`."""
-        while self._n < n:
-            for start in range(0, len(self.words) - self._n, BLOCK):
-                stop = min(start + BLOCK, len(self.words) - self._n)
-                part = self._words[start:stop]
-                part *= _FACTOR
-                part += self.words[start + self._n : stop + self._n]
-                part ^= part >> np.uint64(29)
+    def __init__(self, texts: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        sizes = np.array([len(words) for words, _ in texts], np.int32)
+        self._sizes, stops = sizes, np.cumsum(sizes, dtype=np.int32)
+        self._firsts, self._texts = stops - sizes, np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        self._words = np.concatenate([words for words, _ in texts])
+        self._ends = np.zeros(len(self._words) + 1, np.int32)  # end of each word in the texts without spaces
+        np.cumsum(np.concatenate([lengths for _, lengths in texts]), out=self._ends[1:])
+        self._n, self._places = 1, np.arange(len(self._words), dtype=np.int32)
+        self._hashes = self._words ^ (self._texts.astype(np.uint64) * _FACTOR)  # equal only in one text
+        self._stops = stops[self._texts]  # the end of the text at each place
+        self._groups: np.ndarray = np.zeros(0, np.int32)
+        self._counts: np.ndarray = self._groups
+
+    def _advance(self, n: int) -> None:
+        """Finds the positions of repeated n-grams, the number of the n-gram at each position, and the occurrences of each."""
+        while self._n < n and len(self._places):
+            whole = np.flatnonzero(self._places < self._stops - self._n)
+            places, stops, hashes = self._places[whole], self._stops[whole], self._hashes[whole]
+            hashes *= _FACTOR
+            hashes += self._words[places + self._n]
+            hashes ^= hashes >> np.uint64(29)
             self._n += 1
-        return self._words[: len(self.words) - n + 1]
+            order = np.argsort(hashes)
+            ordered = hashes[order]
+            new = np.ones(len(ordered), bool)
+            np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+            del ordered
+            groups = np.empty(len(order), np.int32)
+            groups[order] = np.cumsum(new, dtype=np.int32) - 1
+            del order
+            counts = np.bincount(groups)
+            kept = np.flatnonzero(counts[groups] > 1)
+            self._places, self._stops, self._hashes = places[kept], stops[kept], hashes[kept]
+            self._groups, self._counts = groups[kept], counts
 
-    def top_chars(self, n: int) -> int:
-        """Counts the characters in all occurrences of the most frequent n-gram, with single spaces between its words. If
-        several n-grams are equally frequent, the first counts."""
-        if len(self.words) < n:
-            return 0
-        hashes = self._advance(n)
-        ordered = np.sort(hashes)
-        starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])).astype(np.int32)
-        counts = np.diff(starts, append=np.int32(len(ordered)))
-        most = int(counts.max())
-        values = ordered[starts[counts == most]]
-        del ordered, starts, counts
-        at = _first_of(hashes, values)
-        return int(self.ends[at + n] - self.ends[at] + n - 1) * most
+    def top_chars(self, n: int) -> np.ndarray:
+        """Counts, for each text, the characters in all occurrences of the most frequent n-gram, with single spaces between its
+        words. If several n-grams are equally frequent, the first counts."""
+        self._advance(n)
+        chars = np.zeros(len(self._sizes), np.int64)
+        long = np.flatnonzero(self._sizes >= n)
+        chars[long] = self._length(self._firsts[long], n) + n - 1
+        if len(self._places):
+            counts, texts = self._counts[self._groups], self._texts[self._places]
+            starts = np.flatnonzero(np.diff(texts, prepend=-1))
+            most = np.maximum.reduceat(counts, starts)
+            top = np.flatnonzero(counts == np.repeat(most, np.diff(starts, append=len(texts))))
+            first = self._places[top[np.searchsorted(top, starts)]]
+            chars[texts[starts]] = (self._length(first, n) + n - 1) * most
+        return chars
 
-    def duplicate_chars(self, n: int) -> int:
-        """Counts the characters of n-grams that repeat an earlier n-gram of the text. Overlapping n-grams don't count twice."""
-        if len(self.words) < n:
-            return 0
-        hashes = self._advance(n)
-        places = self._twice  # a repeated n-gram begins with a shorter repeated n-gram
-        if places is not None:
-            places = places[places < len(hashes)]
-            hashes = hashes[places]
-        ordered = np.sort(hashes)
-        several = ordered[1:][ordered[1:] == ordered[:-1]]
-        several = several[np.concatenate([[True], several[1:] != several[:-1]])] if len(several) else several
-        del ordered
-        self._twice, groups = _among(hashes, places, several)
-        return self._walk(n, self._twice, groups, len(several))
-
-    def _walk(self, n: int, places: np.ndarray, groups: np.ndarray, count: int) -> int:
-        seen, chars, free = bytearray(count), 0, 0
-        for start in range(0, len(places), BLOCK):
+    def duplicate_chars(self, n: int) -> np.ndarray:
+        """Counts, for each text, the characters of repeated n-grams, from the start of the text and without overlaps."""
+        self._advance(n)
+        seen, again, free = bytearray(len(self._counts)), array("i"), 0
+        for start in range(0, len(self._places), BLOCK):
             some = slice(start, start + BLOCK)
-            for place, group in zip(places[some].tolist(), groups[some].tolist(), strict=True):
+            for place, group in zip(self._places[some].tolist(), self._groups[some].tolist(), strict=True):
                 if place < free:
                     continue
                 if seen[group]:
-                    chars += int(self.ends[place + n] - self.ends[place])
+                    again.append(place)
                     free = place + n
                 else:
                     seen[group] = 1
-        return chars
+        places = np.asarray(again)
+        chars = np.bincount(self._texts[places], self._length(places, n), len(self._sizes))
+        return chars.astype(np.int64)
 
-
-def _first_of(hashes: np.ndarray, values: np.ndarray) -> int:
-    """Returns the position of the first hash that is in the sorted `values`. At least one of the hashes must be in `values`."""
-    for start in range(0, len(hashes), BLOCK):
-        part = hashes[start : start + BLOCK]
-        which = np.minimum(np.searchsorted(values, part), len(values) - 1)
-        places = np.flatnonzero(values[which] == part)
-        if len(places):
-            return start + int(places[0])
-    raise AssertionError("none of the values is among the hashes")
-
-
-def _among(hashes: np.ndarray, places: np.ndarray | None, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the positions of the hashes that are in the sorted values, and, for each of these hashes, its index in the sorted
-    values."""
-    kept, groups = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
-    for start in range(0, len(hashes) if len(values) else 0, BLOCK):
-        part = hashes[start : start + BLOCK]
-        which = np.minimum(np.searchsorted(values, part), len(values) - 1)
-        here = np.flatnonzero(values[which] == part)
-        kept.append((here + start).astype(np.int32) if places is None else places[start + here])
-        groups.append(which[here].astype(np.int32))
-    return np.concatenate(kept), np.concatenate(groups)
+    def _length(self, places: np.ndarray, n: int) -> np.ndarray:
+        """Returns the characters of the n-grams at these positions, without spaces."""
+        return self._ends[places + n] - self._ends[places]

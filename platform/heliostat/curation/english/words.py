@@ -9,8 +9,9 @@ large. This changes no result.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from struct import Struct
 
 import numpy as np
 import regex
@@ -44,6 +45,10 @@ class Spoken:
         return len(self.hash)
 
 
+ROW = Struct("=Qi??")
+FACTS = np.dtype([("hash", "=u8"), ("length", "=i4"), ("symbol", "?"), ("alphabetic", "?")])
+
+
 def hash_of(word: str) -> int:
     return xxhash.xxh64_intdigest(word.encode("utf-8", "surrogatepass"))
 
@@ -57,10 +62,7 @@ class Words:
         self._forget()
 
     def _forget(self) -> None:
-        self._parts: dict[str, tuple[int, ...]] = {}
-        self._numbers: dict[str, int] = {}
-        self._chars = 0
-        self._tables = Spoken(*(np.zeros(1024, kind) for kind in (np.uint64, np.int32, bool, bool)))
+        self._words, self._parts, self._chars = Cache(facts), Cache(self._facts), 0
 
     def of(self, text: str) -> Spoken:
         known = self._recent.get(text)
@@ -76,29 +78,33 @@ class Words:
         return spoken
 
     def _of_slice(self, text: str) -> Spoken:
-        if len(self._numbers) > MOST_WORDS or self._chars > MOST_CHARS:
+        if len(self._words) > MOST_WORDS or self._chars > MOST_CHARS:
             self._forget()
-        parts = text.split()
-        for part in set(parts).difference(self._parts):
-            self._chars += len(part)
-            self._parts[part] = tuple(map(self._number, tokens(part)))
-        numbers = np.fromiter(chain.from_iterable(map(self._parts.__getitem__, parts)), np.int32)
-        return Spoken(*(table[numbers] for table in _arrays(self._tables)))
+        rows = np.frombuffer(b"".join(map(self._parts.__getitem__, text.split())), FACTS)
+        return Spoken(*(rows[name].copy() for name in ("hash", "length", "symbol", "alphabetic")))
 
-    def _number(self, word: str) -> int:
-        """Returns the index of a word in this object's tables of hashes and lengths. Adds the word if the tables don't contain it
-        yet."""
-        known = self._numbers.get(word)
-        if known is not None:
-            return known
-        number = self._numbers[word] = len(self._numbers)
-        if number == len(self._tables):
-            self._tables = Spoken(*(np.concatenate([table, np.zeros_like(table)]) for table in _arrays(self._tables)))
-        self._tables.hash[number] = hash_of(word)
-        self._tables.length[number] = len(word)
-        self._tables.symbol[number] = _SYMBOLS.issuperset(word)
-        self._tables.alphabetic[number] = word.isalpha() or any(map(str.isalpha, word))
-        return number
+    def _facts(self, part: str) -> bytes:
+        """Splits a part of a text, and returns the facts about its words."""
+        self._chars += len(part)
+        return b"".join(map(self._words.__getitem__, tokens(part)))
+
+
+class Cache(dict[str, bytes]):
+    """Caches the results of a function. A look-up of a cached result doesn't call Python code."""
+
+    def __init__(self, function: Callable[[str], bytes]) -> None:
+        super().__init__()
+        self._function = function
+
+    def __missing__(self, string: str) -> bytes:
+        result = self[string] = self._function(string)
+        return result
+
+
+def facts(word: str) -> bytes:
+    """Returns a row of `FACTS` for a word."""
+    letters = word.isalpha()
+    return ROW.pack(hash_of(word), len(word), not letters and _SYMBOLS.issuperset(word), letters or any(map(str.isalpha, word)))
 
 
 def _arrays(spoken: Spoken) -> tuple[np.ndarray, ...]:

@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import Field
 
 from heliostat.curation import code_languages
+from heliostat.curation.runs import merged, runs, table
 from heliostat.curation.slices import LINE_END, slices
 from heliostat.curation.stage import Document, Outcome, Stage, first_failed, text_of
 from heliostat.schema import Float
@@ -35,6 +36,11 @@ DATA = {"Text", "JSON", "YAML", "Web Ontology Language", "Graphviz (DOT)"}
 _ENCODED = re.compile(
     r"[a-zA-Z0-9+/\n=]{64,}|(?:\\u[0-9a-fA-F]{4}){8,}|(?:(?:0x|\\x)?[0-9a-fA-F]{2}[, \n]{1,2}){8,}|(?:\\x[0-9a-fA-F]{2}){8,}"
 )
+_CLASSES = [  # characters of each kind of encoded data, and the minimum length
+    (table(string.ascii_letters + string.digits + "+/\n="), 64),
+    (table(string.hexdigits + "x\\, \n"), 24),
+    (table(string.hexdigits + "\\ux"), 32),
+]
 _ALPHANUMERIC, _FOREIGN = (string.ascii_letters + string.digits).encode(), re.compile(r"[^\x00-\x7f]+")
 _TAG = re.compile(r"<[^<>]*>")
 
@@ -116,13 +122,13 @@ class Code(Stage):
 
     def _judge(self, text: str, language: str) -> tuple[str, dict[str, float]]:
         lengths = np.array(array("q", (len(line) for part in slices(text, LINE_END) for line in part.splitlines())))
-        runs = [match.end() - match.start() for match in _ENCODED.finditer(text)]
+        encoded = _encoded(text)
         m = {
             "lines": len(lengths),
             "mean_line": int(lengths.sum()) / len(lengths),
             "longest_line": int(lengths.max()),
             "alphanumeric": _alphanumeric(text) / len(text),
-            "encoded": sum(runs) / len(text),
+            "encoded": sum(encoded) / len(text),
         }
         prose = language in LONG_LINES
         return first_failed(
@@ -130,7 +136,7 @@ class Code(Stage):
             (not prose and m["mean_line"] > self.max_mean_line, "long_lines"),
             (m["longest_line"] > (self.max_text_line if prose else self.max_line), "long_line"),
             (m["alphanumeric"] < self.min_alphanumeric and language not in FEW_LETTERS, "few_letters"),
-            (m["encoded"] > self.max_encoded or max(runs, default=0) > self.max_encoded_run, "encoded"),
+            (m["encoded"] > self.max_encoded or max(encoded, default=0) > self.max_encoded_run, "encoded"),
             (language not in ("XSLT", "SVG") and "<?xml version=" in text[:100], "xml"),
             (language in DATA and m["lines"] > self.max_data_lines, "data"),
             (language == "HTML" and self._invisible(text), "invisible"),
@@ -139,6 +145,12 @@ class Code(Stage):
     def _invisible(self, text: str) -> bool:
         visible = len("".join(_TAG.sub("", text).split()))
         return visible < 100 or visible < self.min_visible * len(text)
+
+
+def _encoded(text: str) -> list[int]:
+    """Returns the lengths of the matches of `_ENCODED`. Each match is in a long run of characters of one kind."""
+    spans = merged(sorted(span for characters, least in _CLASSES for span in runs(text, characters, least)))
+    return [match.end() - match.start() for start, end in spans for match in _ENCODED.finditer(text, start, end)]
 
 
 def _alphanumeric(text: str) -> int:

@@ -12,11 +12,13 @@ ends where the base64 data ends.
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, Literal, Protocol
 
 from pydantic import Field, model_validator
 
+from heliostat.curation.runs import Span, merged, runs, table
 from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import nearest
 
@@ -30,7 +32,17 @@ FORMS = [
 OWN = ["ServiceTokenDetector"]  # this module's detector: tokens of services that detect-secrets doesn't know
 WIDE = ["Base64HighEntropyString", "HexHighEntropyString", "KeywordDetector", "IPPublicDetector"]
 _NEAR = re.compile(r"[A-Za-z0-9+/_=.-]{16}|://[^\s@]{1,200}@|PRIVATE KEY|PuTTY|AKC|AP[\dA-F]|xox|_authToken")
-_ANY = re.compile(r"\S")
+_SHORT = re.compile(_NEAR.pattern.partition("|")[2])  # the marks of secrets without such a run
+_SHORT_MARKS = (
+    "://",
+    "PRIVATE KEY",
+    "PuTTY",
+    "AKC",
+    "AP",
+    "xox",
+    "_authToken",
+)  # each match of `_SHORT` begins with one of these
+_IN_RUN = table(string.ascii_letters + string.digits + "+/_=.-")
 LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
 # In the patterns of these detectors, the group is the prefix of a token. In other patterns, the group is the secret.
 WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector", *OWN}
@@ -40,9 +52,8 @@ TAILS = {  # secret type -> the rest of a token; detect-secrets finds only the b
     **dict.fromkeys(("OpenAI Token", "Slack Token", "Discord Bot Token"), re.compile(r"[\w-]*")),
     **dict.fromkeys(("GitHub Token", "Stripe Access Key"), re.compile(r"\w*")),
 }
-_TOKENS = re.compile(
-    r"(?<![A-Za-z0-9])(?:"
-    r"github_pat_\w{36,255}"
+_TOKEN = (
+    r"(?:github_pat_\w{36,255}"
     r"|sk-(?:ant|proj|svcacct|admin|or)-[\w-]{20,300}"
     r"|(?:hf_|api_org_)[A-Za-z0-9]{34}"
     r"|AIza[\w-]{35}|GOCSPX-[\w-]{28}|ya29\.[\w-]{30,300}"
@@ -50,9 +61,9 @@ _TOKENS = re.compile(
     r"|npm_[A-Za-z0-9]{36}"
     r"|gsk_[A-Za-z0-9]{52}|r8_[A-Za-z0-9]{37}|nvapi-[\w-]{60,100}|dapi[a-f0-9]{32}"
     r"|shp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}|dckr_pat_[\w-]{27}|hvs\.[\w-]{24,200}"
-    r")(?![A-Za-z0-9])",
-    re.ASCII,
+    r")"
 )
+_TOKENS = re.compile(rf"(?<![A-Za-z0-9]){_TOKEN}(?![A-Za-z0-9])", re.ASCII)
 KEYS, MOST_KEY = "PrivateKeyDetector", 1 << 15  # maximum characters of a private key
 _KEY = re.compile(
     r"-{0,5} ?(?:(?P<begin>BEGIN)|END) "
@@ -63,7 +74,31 @@ _GAP = r"(?:\\[nr]?|[\s\"'#*>|,;+.]){1,48}+"  # text between a key's lines, whic
 _HEADER = rf"{_GAP}[A-Za-z-]{{2,30}}+: [^\n]{{0,200}}+"
 _LAST = rf"{_GAP}(?:[A-Za-z0-9+/=]{{4}}){{1,9}}+(?![\w+/=])"
 _BODY = re.compile(rf"(?:{_HEADER}){{0,4}}+(?:{_GAP}[A-Za-z0-9+/=]{{40,}}+)++(?:{_LAST})?")
-Span = tuple[int, int]
+_WORDS = re.compile("key|pw|pass|token|softlayer|cloudant", re.IGNORECASE)
+# detector -> what a line has if the detector finds a secret in it
+NEEDED = {
+    "ArtifactoryDetector": re.compile(r"AKC|AP[\dA-F]"),
+    "AWSKeyDetector": re.compile(r"(?i:aws)|(?:A3T|ABIA|ACCA|AKIA|ASIA)[0-9A-Z]"),
+    "AzureStorageKeyDetector": re.compile("AccountKey="),
+    "BasicAuthDetector": re.compile(r"://[^:/\s]+:[^:/\s]+@"),
+    "DiscordBotTokenDetector": re.compile(r"\.[\w-]{6}\.[\w-]{27}"),
+    "GitHubTokenDetector": re.compile("gh[opsur]_"),
+    "GitLabTokenDetector": re.compile("gl(?:pat|[dfr]t|soat|cbt|imt|ptt|agent|oas)-|GR1348941"),
+    "JwtTokenDetector": re.compile("eyJ"),
+    "MailchimpDetector": re.compile(r"-us\d"),
+    "NpmDetector": re.compile("_authToken"),
+    "OpenAIDetector": re.compile("T3BlbkFJ"),
+    "PypiTokenDetector": re.compile("pypi-Ag"),
+    "SendGridDetector": re.compile(r"SG\."),
+    "ServiceTokenDetector": re.compile(_TOKEN, re.ASCII),
+    "SlackDetector": re.compile("xox|hooks", re.IGNORECASE),
+    "SquareOAuthDetector": re.compile("sq0csp-"),
+    "StripeDetector": re.compile("k_live_"),
+    "TelegramBotTokenDetector": re.compile(r":[\w-]{35}"),
+    "TwilioKeyDetector": re.compile("(?:AC|SK)[a-z0-9]{32}"),
+    **dict.fromkeys(("CloudantDetector", "IbmCloudIamDetector", "IbmCosHmacDetector", "SoftlayerDetector"), _WORDS),
+    **dict.fromkeys(WIDE, re.compile("")),
+}
 
 
 class SecretDetector(Protocol):
@@ -117,10 +152,10 @@ class DetectSecrets(Stage):
         found_classes: list[type[SecretDetector]] = list(get_mapping_from_secret_type_to_class().values())
         classes = {secrets_found.__name__: secrets_found for secrets_found in [*found_classes, ServiceTokenDetector]}
         detectors = [classes[name]() for name in self.detectors]
-        near = _ANY if any(name in WIDE for name in self.detectors) else _NEAR
+        lines = _lines if any(name in WIDE for name in self.detectors) else _near_lines
 
         def outcome(document: Document) -> Outcome:
-            text, secrets_found, kinds = _masked(text_of(document), detectors, self.mask, near)
+            text, secrets_found, kinds = _masked(text_of(document), detectors, self.mask, lines)
             if self.action == "drop" and secrets_found > self.max_found:
                 return Outcome(None, "secrets", ", ".join(sorted(kinds)), {"found": secrets_found})
             if self.action == "mask":
@@ -131,8 +166,10 @@ class DetectSecrets(Stage):
         return outcome
 
 
-def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Pattern[str]) -> tuple[str, int, set[str]]:
-    """Masks private keys and other secrets in a text.
+def _masked(
+    text: str, detectors: list[SecretDetector], mask: str, lines: Callable[[str], Iterable[Span]]
+) -> tuple[str, int, set[str]]:
+    """Masks private keys, and the secrets in lines that may have any.
 
     Returns the masked text, the number of secrets, and the kinds of secrets.
     """
@@ -141,24 +178,59 @@ def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Patt
         if keys := list(_keys(text)):
             text, count = _replaced(text, keys, mask), len(keys)
             kinds.add(kind)
-    others = [d for d in detectors if type(d).__name__ != KEYS]
-    while match := near.search(text, at):
-        start = text.rfind("\n", at, match.start()) + 1 or at
-        end = text.find("\n", match.start()) + 1 or len(text)
+    others = [(d, NEEDED[type(d).__name__]) for d in detectors if type(d).__name__ != KEYS]
+    joined = "".join(text[start:end] for start, end in lines(text))
+    needed = {need for _, need in others if need.search(joined)}
+    del joined
+    for start, end in lines(text) if needed else ():
         line = text[start:end]
+        met = {need for need in needed if need.search(line)}
+        if not met:
+            continue
+        able = [d for d, need in others if need in met]
         tails = Tails(line)
         secrets = {
             (first + offset, tails.end(last + offset, kind)): kind
             for offset, piece in _pieces(line)
-            for (first, last), kind in _secrets(piece, others)
+            for (first, last), kind in _secrets(piece, able)
             if piece[first:last] != mask
         }
-        spans = _merged(sorted(secrets))
+        spans = merged(sorted(secrets))
         kinds.update(secrets.values())
         count += len(spans)
         out += (text[at:start], _replaced(line, spans, mask))
         at = end
     return "".join([*out, text[at:]]), count, kinds
+
+
+def _lines(text: str) -> Iterator[Span]:
+    """Yields the start and the end of each line."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start) + 1 or len(text)
+        yield start, end
+        start = end
+
+
+def _near_lines(text: str) -> list[Span]:
+    """Finds the lines that match `_NEAR`, with searches for strings, which are faster."""
+    near, end = set[Span](), 0
+    for start, _ in runs(text, _IN_RUN, 16):
+        if start >= end:  # otherwise, the run is in the line before `end`
+            near.add(line := _line(text, start))
+            end = line[1]
+    for mark in _SHORT_MARKS:
+        at = 0
+        while (at := text.find(mark, at)) >= 0:
+            line = _line(text, at)
+            if line not in near and _SHORT.search(text, at, line[1]):
+                near.add(line)
+            at = line[1]
+    return sorted(near)
+
+
+def _line(text: str, at: int) -> Span:
+    return text.rfind("\n", 0, at) + 1, text.find("\n", at) + 1 or len(text)
 
 
 class Tails:
@@ -196,17 +268,6 @@ def _keys(text: str) -> Iterator[Span]:
         else:
             body = _BODY.match(text, mark.end(), mark.end() + MOST_KEY)
             yield mark.start(), body.end() if body else mark.end()
-
-
-def _merged(spans: list[Span]) -> list[Span]:
-    """Merges overlapping spans, because overlapping spans belong to one secret that several detectors found."""
-    out = list[Span]()
-    for start, end in spans:
-        if out and start < out[-1][1]:
-            out[-1] = (out[-1][0], max(end, out[-1][1]))
-        else:
-            out.append((start, end))
-    return out
 
 
 def _replaced(text: str, spans: list[Span], mask: str) -> str:

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from heliostat.curation.english.words import TERMINALS, shared
 from heliostat.curation.repetition import duplicates
-from heliostat.curation.slices import split
+from heliostat.curation.slices import LINE_END, slices
 from heliostat.curation.stage import Stage, Work, by_text
 from heliostat.schema import Float
 
@@ -56,14 +56,14 @@ class FineWeb(Stage):
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
         count = terminal = short = 0
 
-        def lines() -> Iterator[str]:
+        def lines() -> Iterator[list[str]]:
             nonlocal count, terminal, short
-            for line in split(text):
-                if line and not line.isspace():
-                    count += 1
-                    terminal += line[-1] in TERMINALS
-                    short += len(line) <= self.short_line_chars
-                    yield line
+            for part in slices(text, LINE_END):
+                some = [line for line in part.split("\n") if line and not line.isspace()]
+                count += len(some)
+                terminal += sum(line[-1] in TERMINALS for line in some)
+                short += sum(len(line) <= self.short_line_chars for line in some)
+                yield some
 
         duplicate = duplicates(lines())[2]
         if not count:

@@ -20,9 +20,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.english.words import shared
+from heliostat.curation.english.words import Spoken, shared
 from heliostat.curation.repetition import Repeats, duplicates
-from heliostat.curation.stage import Stage, Work, by_text
+from heliostat.curation.slices import slices
+from heliostat.curation.stage import Stage, Work, by_texts
 from heliostat.schema import Float
 
 Share = Annotated[Float, Field(ge=0, le=1)]
@@ -72,30 +73,53 @@ class GopherRepetition(Stage):
     """Maximum share of characters in duplicate 10-grams of words; documents with more are dropped."""
 
     def open(self) -> Work:
-        return by_text(self.judge)
+        return by_texts(self.judge_all)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
+        """Judges one text."""
+        return self.judge_all([text])[0]
+
+    def judge_all(self, texts: list[str]) -> list[tuple[str, dict[str, float]]]:
+        """Judges lines and paragraphs first. Then judges the words of the texts that are left."""
+        judged = [self._lines(text) for text in texts]
+        left = [number for number, (reason, _) in enumerate(judged) if not reason]
+        spoken = [shared.of(texts[number]) for number in left]
+        for number, shares in zip(left, _n_grams(spoken, [len(texts[number]) for number in left]), strict=True):
+            measures = judged[number][1] | shares
+            judged[number] = self.failed(measures), measures
+        return judged
+
+    def _lines(self, text: str) -> tuple[str, dict[str, float]]:
         if not text:
             return "empty", {}
         size, measures = len(text), dict[str, float]()
-        parts, repeated, chars = duplicates(_parts(text.strip(), PARAGRAPHS))
+        parts, repeated, chars = duplicates(_parts(text.strip(), PARAGRAPHS, "\n\n"))
         measures |= {"paragraphs": repeated / parts, "paragraph_chars": chars / size}
-        parts, repeated, chars = duplicates(_parts(text, LINES))
+        parts, repeated, chars = duplicates(_parts(text, LINES, "\n"))
         measures |= {"lines": repeated / parts, "line_chars": chars / size}
-        failed = self.failed(measures)
-        if failed:
-            return failed, measures
-        words = shared.of(text)
-        repeats = Repeats(words.hash, words.length)
-        measures |= {f"top_{n}_grams": repeats.top_chars(n) / size for n in TOP}
-        measures |= {f"{n}_grams": repeats.duplicate_chars(n) / size for n in DUPLICATE}
         return self.failed(measures), measures
 
 
-def _parts(text: str, ends: re.Pattern[str]) -> Iterator[str]:
-    """Yields the parts of a text between the matches of `ends`, like `ends.split(text)`, but without a list in memory."""
-    at = 0
-    for end in ends.finditer(text):
-        yield text[at : end.start()]
-        at = end.end()
-    yield text[at:]
+def _n_grams(texts: list[Spoken], sizes: list[int]) -> list[dict[str, float]]:
+    """Returns the shares of each text's characters in repeated n-grams. `sizes`: the characters of each text."""
+    if not texts:
+        return []
+    repeats = Repeats([(text.hash, text.length) for text in texts])
+    columns = {f"top_{n}_grams": repeats.top_chars(n) for n in TOP} | {
+        f"{n}_grams": repeats.duplicate_chars(n) for n in DUPLICATE
+    }
+    rows = zip(*(chars.tolist() for chars in columns.values()), strict=True)
+    return [{name: chars / size for name, chars in zip(columns, row, strict=True)} for row, size in zip(rows, sizes, strict=True)]
+
+
+def _parts(text: str, ends: re.Pattern[str], mark: str) -> Iterator[list[str]]:
+    """Yields the items of `ends.split(text)`, in lists. Only the items of one slice are in memory.
+
+    `mark`: the shortest line ends that match. Splitting at a string is faster than at a pattern.
+    """
+    last = ""
+    for part in slices(text, ends):
+        first, *others = part.split(mark)
+        *items, last = first, *(other.lstrip("\n") for other in others)
+        yield [*items[:1], *filter(None, items[1:])]
+    yield [last]

@@ -13,6 +13,7 @@ line, because removed lines are easier to trace.
 from __future__ import annotations
 
 import re
+import string
 from collections import Counter
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ _COUNTER = re.compile(
     r"\W*[\d.,]+[KMkm]?\s+(?:likes?|shares?|comments?|retweets?|reposts?|quotes?|bookmarks?|upvotes?|downvotes?|downloads?|views?|followers?)\W*"
 )
 LONG_COUNTER = 100  # characters; every counter is shorter
+_UPPER = string.ascii_uppercase.encode()
 _NUMBERS = re.compile(r"[\d\W_]+")
 
 
@@ -85,7 +87,7 @@ class Lines(Stage):
         if self.single_words and words == 1:
             return "lines_of_one_word"
         if not line.islower():
-            capitals = sum(map(str.isupper, line))
+            capitals = _capitals(line)
             letters = sum(map(str.isalpha, line)) if capitals * 2 > self.capital_letters else 0
             if letters >= self.capital_letters and capitals > self.max_capitals * letters:
                 return "lines_of_capitals"
@@ -97,3 +99,9 @@ class Lines(Stage):
             if small.startswith(begins) or small.endswith(ends) or any(p in small for p in holds):
                 return "boilerplate_lines"
         return ""
+
+
+def _capitals(line: str) -> int:
+    if not line.isascii():
+        return sum(map(str.isupper, line))
+    return len(line) - len(line.encode().translate(None, _UPPER))
