@@ -22,7 +22,7 @@ from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, crew, flow, ray_cluster
-from heliostat.tasks.clusters import Kind
+from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work
 from ray.exceptions import WorkerCrashedError
@@ -294,7 +294,7 @@ def test_tasks_request_fewer_cpus_when_the_node_is_gone_that_had_so_many(tmp_pat
 
 def test_a_task_that_dies_with_another_one_in_its_actor_is_not_given_up_when_that_one_finds_its_documents(tmp_path):
     """Tasks wait in an actor for the one that ends its process, for any number of its documents that do so."""
-    made = crew.Crew(Flow(Work(Location(str(tmp_path)))), Kind("read", flow.execute, print))
+    made = crew.Crew(Flow(Work(Location(str(tmp_path)))), TaskKind("read", flow.execute, print))
     made.size = 1
     deadly, other = (crew.Started(n, Task(f"{n:032}", {}, careful=True)) for n in range(2))
     for document in range(4):
@@ -329,7 +329,7 @@ def test_a_trace_does_not_take_a_document_that_crashed_through_the_stages_again(
 
 def test_documents_of_a_task_that_failed_permanently_are_not_counted_for_the_tasks_under_way(tmp_path):
     """Otherwise too many crashed documents would hide the error of the task."""
-    made = crew.Crew(Flow(Work(Location(str(tmp_path)))), Kind("read", flow.execute, print))
+    made = crew.Crew(Flow(Work(Location(str(tmp_path)))), TaskKind("read", flow.execute, print))
     started = crew.Started(0, Task("k" * 32, {}, careful=True))
     for _ in range(care.BLAMED):
         started.trouble.attempt = 1

@@ -21,7 +21,7 @@ from heliostat.curation.stages.length import Length
 from heliostat.curation.text import gathering, tasks, tokens
 from heliostat.storage.locations import Location
 from heliostat.tasks import crew, flow, spill
-from heliostat.tasks.clusters import Kind
+from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.work import Work
 
 from tests.unit.bounded import arrow_peak, python_peak
@@ -217,7 +217,7 @@ def test_a_task_asks_ray_for_its_memory_and_for_no_more_than_a_node_has(tmp_path
     monkeypatch.setattr(ray, "nodes", lambda: there)
     made = flow.Flow(Work(Location(str(tmp_path))), memory=memory)
     assert made.memory_each(cpus) == asked
-    working = crew.Crew(made, Kind("some", flow.execute, print, cpus))
+    working = crew.Crew(made, TaskKind("some", flow.execute, print, cpus))
     assert not working.full and working.memory == asked
 
 
@@ -238,7 +238,7 @@ def test_a_machine_whose_memory_leaves_cpus_idle_is_logged_once_with_the_fix(tmp
     monkeypatch.setattr(ray, "nodes", lambda: there)
     made = flow.Flow(Work(Location(str(tmp_path))), memory=memory)
     for kind in ("some", "others"):
-        assert not crew.Crew(made, Kind(kind, flow.execute, print, cpus)).full
+        assert not crew.Crew(made, TaskKind(kind, flow.execute, print, cpus)).full
     assert caplog.messages == ([f"memory_limit: {told}"] if told else [])
 
 

@@ -5,7 +5,7 @@ import ray
 from heliostat.cluster import nodes
 from heliostat.storage.locations import Location
 from heliostat.tasks import crew, flow
-from heliostat.tasks.clusters import Kind
+from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.work import Work
 
 
@@ -52,7 +52,7 @@ def test_labels_select_nodes_as_ray_does(tmp_path, monkeypatch, selector, cpus):
 def test_a_cluster_without_a_node_that_carries_the_labels_is_warned_of_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(ray, "nodes", lambda: [node(8, pool="train")])
     monkeypatch.setattr(crew, "LOOK_S", 0.0)
-    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path))), {"pool": "data"}), Kind("read", flow.execute, print))
+    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path))), {"pool": "data"}), TaskKind("read", flow.execute, print))
     assert not made.full and not made.full
     assert (
         caplog.text.count(

@@ -14,7 +14,7 @@ from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage import local_files
 from heliostat.storage.locations import Location
 from heliostat.tasks import crew, files, flow, shipping
-from heliostat.tasks.clusters import Kind
+from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.shipping import NotHereError, describe, here, offer
 from heliostat.tasks.work import Work
 
@@ -246,7 +246,7 @@ def test_the_driver_copies_what_a_task_asks_for_once_and_starts_it_again(tmp_pat
     """If a task asks again for files that the driver has copied, one error ends the run."""
     described = describe("model", str(model))
     monkeypatch.setattr(ray, "nodes", list)
-    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path / "work")))), Kind("read", flow.execute, print))
+    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path / "work")))), TaskKind("read", flow.execute, print))
     started = crew.Started(0, flow.Task("k", {}))
     made._judge(started, NotHereError("x", described))
     assert made.later == [started] and not made.failed and started.trouble.count == 0 and started.copy
@@ -264,7 +264,7 @@ def test_other_tasks_end_and_start_while_the_driver_copies(tmp_path, model, monk
     monkeypatch.setattr(ray, "nodes", list)
     monkeypatch.setattr(crew, "AWAY_S", 0.01)
     monkeypatch.setattr(shipping, "offer", lambda *_: slow.wait(10) and None)
-    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path / "work")))), Kind("read", flow.execute, print))
+    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path / "work")))), TaskKind("read", flow.execute, print))
     lacking, other = (crew.Started(n, flow.Task(f"{n}", {})) for n in range(2))
     made._judge(lacking, NotHereError("x", described))
     made.later.append(other)
@@ -280,7 +280,7 @@ def test_other_tasks_end_and_start_while_the_driver_copies(tmp_path, model, monk
 def test_a_copy_that_fails_ends_the_run_by_its_error(tmp_path, model, monkeypatch):
     described = describe("model", str(model))
     monkeypatch.setattr(ray, "nodes", list)
-    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path / "work")))), Kind("read", flow.execute, print))
+    made = crew.Crew(flow.Flow(Work(Location(str(tmp_path / "work")))), TaskKind("read", flow.execute, print))
     (model / "config.json").write_text("other")
     started = crew.Started(0, flow.Task("k", {}))
     made._judge(started, NotHereError("x", described))

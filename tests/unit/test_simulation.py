@@ -11,12 +11,12 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.simulation import simulate, tables
 from heliostat.curation.simulation.profile import MeasuringCluster, Profile, Scaling, Sizes
-from heliostat.curation.simulation.virtual_cluster import AWAY_S, Faults, VirtualCluster
+from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFaults, VirtualCluster
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging, spill
-from heliostat.tasks.clusters import Kind, Task
+from heliostat.tasks.clusters import Task, TaskKind
 from heliostat.tasks.flow import Flow
 from heliostat.tasks.spill import SpilledRun
 from heliostat.tasks.work import Work, key
@@ -24,7 +24,7 @@ from heliostat.tasks.work import Work, key
 from tests.unit.command_line import run
 
 GB = 1 << 30
-NONE = Faults(node_days=1e9, poison=0, slow=0, bursts_per_day=1e-9)
+NONE = SimulatedFaults(node_days=1e9, poison=0, slow=0, bursts_per_day=1e-9)
 FEW = 400
 
 
@@ -61,11 +61,11 @@ def test_a_larger_task_takes_longer_and_keeps_more(tmp_path):
 
 
 @pytest.mark.parametrize("faults", [
-    Faults(node_days=0.001, poison=0, slow=0, bursts_per_day=1e-9),
-    Faults(node_days=1e9, poison=0.02, slow=0, bursts_per_day=1e-9),
-    Faults(node_days=1e9, poison=0, slow=0.2, bursts_per_day=1e-9),
-    Faults(node_days=1e9, poison=0, slow=0, bursts_per_day=2000),
-    Faults(node_days=0.004, poison=0.02, slow=0.2, bursts_per_day=2000),
+    SimulatedFaults(node_days=0.001, poison=0, slow=0, bursts_per_day=1e-9),
+    SimulatedFaults(node_days=1e9, poison=0.02, slow=0, bursts_per_day=1e-9),
+    SimulatedFaults(node_days=1e9, poison=0, slow=0.2, bursts_per_day=1e-9),
+    SimulatedFaults(node_days=1e9, poison=0, slow=0, bursts_per_day=2000),
+    SimulatedFaults(node_days=0.004, poison=0.02, slow=0.2, bursts_per_day=2000),
 ], ids=["lost nodes", "documents that end the process", "slow nodes", "503", "all"])  # fmt: skip
 @pytest.mark.parametrize("seed", range(3))
 def test_every_task_is_recorded_once_whatever_fails(tmp_path, faults, seed):
@@ -84,7 +84,7 @@ def test_a_simulation_gives_the_same_tasks_again(tmp_path):
     """Which tasks fail follows from their keys and the seed."""
     found = []
     for name in ("a", "b"):
-        cluster = VirtualCluster(5, 8, 8 * GB, read(), Faults(poison=0.02, slow=0.2))
+        cluster = VirtualCluster(5, 8, 8 * GB, read(), SimulatedFaults(poison=0.02, slow=0.2))
         found.append((ran(tmp_path / name, cluster)[1], cluster.poisoned, cluster.stretched))
     assert [[record["runs"] for record in records] for records, *_ in found[:1]] == [
         [record["runs"] for record in records] for records, *_ in found[1:]
@@ -134,7 +134,7 @@ def test_tasks_that_wait_for_a_lost_node_are_not_lost_with_it(tmp_path):
     """A node is lost once, with the tasks that it runs then. The next tasks start when the node is replaced."""
     cluster = VirtualCluster(1, 1, GB, read(), NONE)
     cluster.failures = [[15.0, 20.0]]
-    executor = cluster.executor(Kind("read", print, print))
+    executor = cluster.executor(TaskKind("read", print, print))
     for i in range(4):
         executor.start((None, "run", "read"), Task(key("read", i), {}, bytes=1000), {}, 1, None)
     assert cluster.lost == 1 and cluster.free(0, 15.0) == 15.0 + AWAY_S
@@ -144,7 +144,7 @@ def test_tasks_that_wait_for_a_lost_node_are_not_lost_with_it(tmp_path):
 def test_a_kind_begins_with_its_first_task(tmp_path):
     """A driver prepares an executor before it merges the files that the executor's tasks read."""
     cluster = VirtualCluster(1, 1, GB, read(), NONE)
-    executor = cluster.executor(Kind("read", print, print))
+    executor = cluster.executor(TaskKind("read", print, print))
     cluster.clock += 100
     executor.start((None, "run", "read"), Task("k", {}, bytes=1000), {}, 1, None)
     assert cluster.kinds[0].begin >= 100
@@ -184,7 +184,7 @@ def test_a_list_of_dropped_documents_needs_no_measurement_and_other_unknown_task
 
 def test_a_task_on_gpus_is_not_measured():
     with pytest.raises(ConfigError, match=r"^--simulate: embed: stages on GPUs aren't supported"):
-        MeasuringCluster(VirtualCluster(1, 1, GB, read(), NONE)).executor(Kind("embed", print, print, actors=2))
+        MeasuringCluster(VirtualCluster(1, 1, GB, read(), NONE)).executor(TaskKind("embed", print, print, actors=2))
 
 
 def test_a_small_task_never_takes_negative_time(tmp_path):
@@ -228,7 +228,7 @@ def test_a_mistake_is_one_line(call, says):
 
 
 def test_the_report_has_times_requests_and_failures(tmp_path):
-    cluster = VirtualCluster(5, 8, 8 * GB, read(), Faults(node_days=0.001, poison=0.02))
+    cluster = VirtualCluster(5, 8, 8 * GB, read(), SimulatedFaults(node_days=0.001, poison=0.02))
     ran(tmp_path, cluster)
     report = simulate.report(cluster, [InputFile("a", 400_000, 1)], 5_000_000) | {"name": "n", "cost": 1.0, "currency": "USD"}
     report |= {"sample": {"bytes": 10}}

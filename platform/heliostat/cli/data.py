@@ -61,7 +61,12 @@ def prepare(
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(metavar="NODESxCPUS", help="With --simulate: the simulated nodes, and the CPUs of each [default: 500x32]"),
+        typer.Option(
+            "--cluster",
+            "-c",
+            metavar="NODESxCPUS",
+            help="With --simulate: the simulated nodes, and the CPUs of each [default: 500x32]",
+        ),
     ] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -92,8 +97,8 @@ def _simulate(pipeline: Path, settings: list[str], sample: str, size: str, clust
     from heliostat.curation.simulation import simulate, tables
     from heliostat.plan import hardware
 
-    given = simulate.bytes_of(size), simulate.nodes_of(cluster)
-    result = simulate.simulate(pipeline, settings, *given, prediction.fraction(sample), quiet=out.quiet)
+    whole, nodes = simulate.bytes_of(size), simulate.nodes_of(cluster)
+    result = simulate.simulate(pipeline, settings, whole, nodes, prediction.fraction(sample), quiet=out.quiet)
     prices = hardware.table()
     result |= {"cost": result["wall_hours"] * result["cpus"] * prices["devices"]["cpu"]["hour"], "currency": prices["currency"]}
     print_table(tables.of_kinds(result), left=(0,))

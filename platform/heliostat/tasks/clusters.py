@@ -29,7 +29,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Kind:
+class TaskKind:
     """Describes the tasks of one kind: how a task runs, its CPUs, and the number of actors (0: Ray tasks) with their GPUs."""
 
     name: str
@@ -79,5 +79,5 @@ class Cluster(Protocol):
     def share(self, value: object) -> object:
         """Stores a value once for many tasks; returns its reference."""
 
-    def executor(self, kind: Kind) -> Executor:
+    def executor(self, kind: TaskKind) -> Executor:
         """Returns an executor for the tasks of one kind."""

@@ -19,7 +19,7 @@ from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
 from heliostat.tasks.care import Trouble
-from heliostat.tasks.clusters import Cluster, Kind, Task
+from heliostat.tasks.clusters import Cluster, Task, TaskKind
 from heliostat.tasks.ray_cluster import END_S, is_lost
 from heliostat.tasks.shipping import NotHereError, Shipment
 from heliostat.tasks.work import Work
@@ -69,7 +69,7 @@ class Started:
 class Crew:
     """Runs the tasks of one kind: in actors, or each with the kind's number of CPUs."""
 
-    def __init__(self, flow: Flowing, kind: Kind) -> None:
+    def __init__(self, flow: Flowing, kind: TaskKind) -> None:
         self.flow, self.kind, self.cpus, self.size = flow, kind.name, kind.cpus, kind.actors
         self.work = Work(flow.work.location)  # without the cached list of files
         self.cluster, self.executor = flow.cluster, flow.cluster.executor(kind)

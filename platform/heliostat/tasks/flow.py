@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from heliostat.tasks import cpu_time
 from heliostat.tasks.care import CRASHED, UNREAD
-from heliostat.tasks.clusters import Cluster, Kind, Task
+from heliostat.tasks.clusters import Cluster, Task, TaskKind
 from heliostat.tasks.crew import Crew, Started
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.progress import Progress, documents
@@ -120,7 +120,7 @@ class Flow:
         per GPU of the cluster. Each actor has `gpus` GPUs. Without actors, tasks run as Ray tasks.
         """
         size = actors or (self.devices() if pooled else 0)
-        crew = Crew(self, Kind(kind, execute, function, cpus, size, gpus, self.labels))
+        crew = Crew(self, TaskKind(kind, execute, function, cpus, size, gpus, self.labels))
         try:
             for number, task, record in self._looked_up(kind, tasks, valid):
                 if record is not None:

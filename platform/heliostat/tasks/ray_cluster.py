@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from heliostat.cluster.capacity import selects
-from heliostat.tasks.clusters import Executor, Kind, Task
+from heliostat.tasks.clusters import Executor, Task, TaskKind
 from heliostat.tasks.pool import ActorPool
 
 ENDING_S = 2.0  # seconds for tasks to end by themselves after the run has failed
@@ -33,7 +33,7 @@ class RayCluster:
     def share(self, value: object) -> object:
         return ray.put(value)
 
-    def executor(self, kind: Kind) -> Executor:
+    def executor(self, kind: TaskKind) -> Executor:
         return RayActors(kind) if kind.actors else RayTasks(kind)
 
 
@@ -42,7 +42,7 @@ class RayTasks:
 
     ready = True
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: TaskKind) -> None:
         self.kind, self.remote = kind, ray.remote(kind.execute)
 
     def start(self, arguments: tuple[Any, ...], task: Task, shared: Mapping[str, object], cpus: int, memory: int | None) -> Any:
@@ -70,7 +70,7 @@ class RayTasks:
 class RayActors:
     """Runs the tasks in actors, which keep their loaded models."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: TaskKind) -> None:
         labels = dict(kind.labels) or None
         self.kind = kind
         self.pool = ActorPool(kind.execute, kind.actors, num_cpus=kind.cpus, num_gpus=kind.gpus, label_selector=labels)

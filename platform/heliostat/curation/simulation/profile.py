@@ -18,7 +18,7 @@ from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
 from heliostat.errors import ConfigError
 from heliostat.tasks import merging, spill
-from heliostat.tasks.clusters import Cluster, Executor, Kind, Task
+from heliostat.tasks.clusters import Cluster, Executor, Task, TaskKind
 from heliostat.tasks.spill import SpilledRun
 
 MERGE_BYTES_PER_S = 60e6
@@ -115,7 +115,7 @@ def _share_of_keys(arguments: Mapping[str, Any], plan: TextSharding | None = Non
     return (arguments["stop"] - arguments["first"]) / plan.shards if plan is not None else 1.0
 
 
-def synthesized(kind: Kind, call: int, task: Task, profile: Profile, sizes: Sizes) -> dict[str, Any]:
+def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: Sizes) -> dict[str, Any]:
     """Returns the record that a task would have, with its CPU seconds in `seconds`."""
     read, like = sizes.read(task), profile.like(kind.name, call, task.key)
     if like is None:
@@ -167,7 +167,7 @@ def named(what: str, bytes: int) -> str:
     return f"{digest[:2]}/{digest[:32]}-{bytes}.parquet"
 
 
-def _merged(kind: Kind, task: Task, read: int) -> dict[str, Any]:
+def _merged(kind: TaskKind, task: Task, read: int) -> dict[str, Any]:
     """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, counting lines, or
     listing dropped documents. Raises ConfigError for other kinds."""
     seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
@@ -232,14 +232,14 @@ class MeasuringCluster:
     def share(self, value: object) -> object:
         return self.sizes.share(self.cluster.share(value), value)
 
-    def executor(self, kind: Kind) -> Executor:
+    def executor(self, kind: TaskKind) -> Executor:
         if kind.actors:
             raise ConfigError(f"--simulate: {kind.name}: stages on GPUs aren't supported. Remove --simulate, or these stages")
         return _Measuring(self.cluster.executor(kind), kind, self.profile, self.sizes)
 
 
 class _Measuring:
-    def __init__(self, executor: Executor, kind: Kind, profile: Profile, sizes: Sizes) -> None:
+    def __init__(self, executor: Executor, kind: TaskKind, profile: Profile, sizes: Sizes) -> None:
         self.executor, self.kind, self.profile, self.sizes = executor, kind, profile, sizes
         self.call, self.tasks = profile.begin(kind.name), dict[Any, Task]()
 

@@ -53,8 +53,8 @@ class Requests:
 
 def input_parts(task: Task) -> list[FilePart]:
     """Returns the parts of the input that a task reads."""
-    given = [*task.arguments.get("piece", []), task.arguments.get("part")]
-    return [part for part in given if isinstance(part, FilePart)]
+    files = [*task.arguments.get("piece", []), task.arguments.get("part")]
+    return [part for part in files if isinstance(part, FilePart)]
 
 
 def puts(bytes: int) -> int:

@@ -17,7 +17,7 @@ from heliostat.curation import pieces
 from heliostat.curation.prepare import InputFile, load, sampling
 from heliostat.curation.simulation.profile import MeasuringCluster
 from heliostat.curation.simulation.requests import SPILLS
-from heliostat.curation.simulation.virtual_cluster import Faults, KindTimes, VirtualCluster
+from heliostat.curation.simulation.virtual_cluster import KindTimes, SimulatedFaults, VirtualCluster
 from heliostat.curation.text import sources
 from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.errors import ConfigError
@@ -56,7 +56,7 @@ def bytes_of(value: str) -> int:
 
 
 def simulate(path: Path, settings: list[str], size: int, nodes: tuple[int, int], fraction: float, quiet: bool = False,
-             faults: Faults | None = None) -> dict[str, Any]:  # fmt: skip
+             faults: SimulatedFaults | None = None) -> dict[str, Any]:  # fmt: skip
     """Prepares a sample, and then simulates the whole pipeline for `size` bytes of such input on a cluster of (nodes, CPUs)."""
     _, pipeline = load(path, settings)
     if not isinstance(pipeline, TextPipeline):
@@ -66,7 +66,7 @@ def simulate(path: Path, settings: list[str], size: int, nodes: tuple[int, int],
         larger = enlarged(inputs, size, sources.root(pipeline.input).name)
         work.begin(pieces.size(sum(file.bytes for file in larger)))
         predicted = pipeline.predict(folder, inputs, fraction, measuring)
-        cluster = VirtualCluster(*nodes, nodes[1] * MEMORY_EACH, measuring.profile, faults or Faults())
+        cluster = VirtualCluster(*nodes, nodes[1] * MEMORY_EACH, measuring.profile, faults or SimulatedFaults())
         before = psutil.Process().memory_info().rss
         making = pipeline.making(pipeline.flow(Work(work.location), cluster), folder.join("simulated"))
         with _without_warnings():

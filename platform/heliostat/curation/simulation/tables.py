@@ -25,10 +25,10 @@ def of_requests(report: dict[str, Any]) -> list[list[str]]:
 
 
 def explain(report: dict[str, Any]) -> list[str]:
-    driver, failures, given = report["driver"], report["failures"], report["input"]
+    driver, failures, read = report["driver"], report["failures"], report["input"]
     wall, bound = duration(report["wall_hours"] * HOUR_S), duration(report["bound_hours"] * HOUR_S)
     return [
-        f"{report['name']}: {given['bytes']:,} bytes in {given['files']:,} files on {report['cpus']:,} CPUs of "
+        f"{report['name']}: {read['bytes']:,} bytes in {read['files']:,} files on {report['cpus']:,} CPUs of "
         f"{report['nodes']:,} nodes, simulated from a sample of {report['sample']['bytes']:,} bytes",
         f"time: {wall}, {report['times_bound']:.2f} times the {bound} that the CPUs need; "
         f"{report['cost']:,.0f} {report['currency']} by the plan's price table",

@@ -22,7 +22,7 @@ from heliostat.curation.simulation.profile import Profile, Sizes, synthesized
 from heliostat.curation.simulation.requests import Requests
 from heliostat.tasks import care
 from heliostat.tasks.care import Care, TaskPlace
-from heliostat.tasks.clusters import Executor, Kind, Task
+from heliostat.tasks.clusters import Executor, Task, TaskKind
 
 RAY_CALL_S = 350e-6  # processor seconds of the driver that Ray takes to start a task and to return its result (measured)
 STARTED_S = 0.02  # seconds for a node to start a task in a process that exists
@@ -33,7 +33,7 @@ DAY_S = 86400.0
 
 
 @dataclass(frozen=True)
-class Faults:
+class SimulatedFaults:
     """Configures the failures of a simulated cluster. The shares are per task."""
 
     node_days: float = 60.0
@@ -67,7 +67,7 @@ class VirtualCluster:
     cpus: int
     memory: int
     profile: Profile
-    faults: Faults = field(default_factory=Faults)
+    faults: SimulatedFaults = field(default_factory=SimulatedFaults)
     seed: int = 0
     clock: float = 0.0
     """Virtual seconds since the start."""
@@ -121,7 +121,7 @@ class VirtualCluster:
         with self.simulating():
             return self.sizes.share(value, value)
 
-    def executor(self, kind: Kind) -> Executor:
+    def executor(self, kind: TaskKind) -> Executor:
         with self.simulating():
             call = self._calls[kind.name] = self._calls.get(kind.name, -1) + 1
             self.kinds.append(KindTimes(kind.name, self.clock))
@@ -142,7 +142,7 @@ class VirtualExecutor:
 
     ready = True
 
-    def __init__(self, cluster: VirtualCluster, kind: Kind, call: int, times: KindTimes) -> None:
+    def __init__(self, cluster: VirtualCluster, kind: TaskKind, call: int, times: KindTimes) -> None:
         self.cluster, self.kind, self.call, self.times = cluster, kind, call, times
         self.slots: list[tuple[float, int]] = []
         self.results: dict[int, dict[str, Any] | Exception] = {}
@@ -225,14 +225,14 @@ class VirtualExecutor:
         driver finds the document. Then the document is left out."""
         if not task.careful or _drawn(task.key, "poison") >= self.cluster.faults.poison:
             return None
-        given = shared.get("care")
-        if isinstance(given, Care) and given.crashed:
-            record["reasons"] = record.get("reasons", {}) | {care.CRASHED: len(given.crashed)}
-            record["examples"] = record.get("examples", {}) | {care.CRASHED: [crash.id for crash in given.crashed]}
+        instructions = shared.get("care")
+        if isinstance(instructions, Care) and instructions.crashed:
+            record["reasons"] = record.get("reasons", {}) | {care.CRASHED: len(instructions.crashed)}
+            record["examples"] = record.get("examples", {}) | {care.CRASHED: [crash.id for crash in instructions.crashed]}
             return None
-        if isinstance(given, Care):
-            alone = given.suspect is not None
-            Careful(given).note(TaskPlace(0, -1, alone, "poison" if alone else "", "stage" if alone else ""))
+        if isinstance(instructions, Care):
+            alone = instructions.suspect is not None
+            Careful(instructions).note(TaskPlace(0, -1, alone, "poison" if alone else "", "stage" if alone else ""))
         return ray.exceptions.WorkerCrashedError()
 
 
