@@ -348,8 +348,7 @@ def validate(model: type[M], raw: object, where: str, context: object = None) ->
 
 
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
-    """Reads and validates a file of a kind (`KIND_KEYS`), with settings applied. Raises ConfigError for a file of a different
-    kind."""
+    """Reads and validates a file of a kind (`KIND_KEYS`), with settings applied. Raises ConfigError for another kind."""
     return validate(model, read(model, kind, path, settings), str(path))
 
 
