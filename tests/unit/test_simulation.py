@@ -13,6 +13,7 @@ from heliostat.curation.simulation import simulate, tables
 from heliostat.curation.simulation.profile import MeasuringCluster, Profile, Scaling, Sizes
 from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFaults, VirtualCluster
 from heliostat.curation.text.sampling import SampledTexts
+from heliostat.curation.text.tasks import TextSharding
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging, spill
@@ -231,7 +232,7 @@ def test_the_report_has_times_requests_and_failures(tmp_path):
     cluster = VirtualCluster(5, 8, 8 * GB, read(), SimulatedFaults(node_days=0.001, poison=0.02))
     ran(tmp_path, cluster)
     report = simulate.report(cluster, [InputFile("a", 400_000, 1)], 5_000_000) | {"name": "n", "cost": 1.0, "currency": "USD"}
-    report |= {"sample": {"bytes": 10}}
+    report |= {"sample": {"bytes": 10}, "rows": 3}
     (kind,) = report["kinds"]
     assert (
         kind["tasks"] == FEW and report["times_bound"] > 1 and report["failures"]["repeated"] == cluster.lost + cluster.poisoned
@@ -259,3 +260,21 @@ def test_a_mistake_is_found_before_ray_starts(tmp_path, monkeypatch, capsys, opt
     )
     code, _, told = run(monkeypatch, capsys, "data", "prepare", str(path), *options)
     assert code == 2 and says in told
+
+
+def test_a_shard_has_a_row_group_for_each_chunk_of_tokens(tmp_path):
+    """The driver keeps every row group, so each is a value of its own, and its number follows from `chunk_tokens`."""
+    chunk = {"path": "x", "row_group": 0, "rows": 9, "tokens": 300, "bytes": 1, "file_bytes": 2, "footer": "f", "place": 1}
+    shard = {"path": "x", "file_bytes": 10, "documents": 4, "duplicates": 0, "bytes": 1000, "cut": 0, "counts": "a", "ends": [],
+             "chunks": [chunk, chunk]}  # fmt: skip
+    profile = Profile()
+    profile.begin("shards")
+    profile.add("shards", 0, 1000, {"shards": [shard], "ends": [], "files": [], "seconds": 1.0, "run": "x"})
+    flow = Flow(Work(Location(str(tmp_path))))
+    flow.cluster = VirtualCluster(1, 1, GB, profile, NONE)
+    plan = flow.share(TextSharding("out", 2, "{}", 0, 1000, False))
+    runs = flow.share([SpilledRun("00/" + "0" * 32 + "-10.parquet", 5, 20_000)])
+    tasks = (Task(key("shards", i), {"first": i, "stop": i + 1}, {"runs": runs, "plan": plan}) for i in range(2))
+    groups = [chunk for record in flow.all("shards", print, tasks) for one in record["shards"] for chunk in one["chunks"]]
+    assert len(groups) == 2 * 6 and {chunk["tokens"] for chunk in groups} == {1000} and len({id(chunk) for chunk in groups}) == 12
+    assert len({chunk["path"] for chunk in groups}) == 2

@@ -86,10 +86,15 @@ class Sizes:
             source = task.arguments.get("source")
             return int(sum(part.length * (source.rate(part) if isinstance(source, SampledTexts) else 1) for part in parts))
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
-        share = _share_of_keys(task.arguments, next((one for one in shared if isinstance(one, TextSharding)), None))
+        share = _share_of_keys(task.arguments, self.plan(task))
         spilled = sum(self.lists[id(value)] if id(value) in self.lists else spilled_bytes(value) for value in shared)
         own = spilled_bytes(list(task.arguments.values()))
         return int((spilled + own) * share) or task.bytes
+
+    def plan(self, task: Task) -> TextSharding | None:
+        """Returns the shared configuration of a task that writes shards; None for other tasks."""
+        shared = (self.values.get(id(value), value) for value in task.shared.values())
+        return next((one for one in shared if isinstance(one, TextSharding)), None)
 
     def files(self, task: Task) -> int:
         """Returns the number of spilled files from which a task reads."""
@@ -131,7 +136,8 @@ def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: 
     if "decided" in record:
         record["decided"] = _decided(like.record, task.arguments["runs"], task.key)
     if "shards" in record:
-        record["shards"] = _shards(like.record["shards"], task, read)
+        plan = sizes.plan(task)
+        record["shards"] = _shards(like.record["shards"], task, read, plan.chunk_tokens if plan else 1)
     if "check" in record:  # equal in two rounds when the clusters have converged, as they did in the sample
         record |= {"check": str(min(call, profile.calls[kind.name] - 2)), "edges": 1}
     if "part" in task.arguments and "begin" in record:
@@ -201,17 +207,26 @@ def _decided(measured: Mapping[str, Any], runs: list[SpilledRun], key: str) -> l
              min(run.bytes, int(bytes * run.rows))] for i, run in enumerate(runs)]  # fmt: skip
 
 
-def _shards(measured: list[dict[str, Any]], task: Task, read: int) -> list[dict[str, Any]]:
+def _shards(measured: list[dict[str, Any]], task: Task, read: int, chunk_tokens: int) -> list[dict[str, Any]]:
     """Returns the shards that a task writes, each with an equal part of the bytes that it reads."""
     first, stop = task.arguments["first"], task.arguments["stop"]
     if not measured:
         return []
     one = max(measured, key=lambda shard: shard["bytes"])
     growth = read / (stop - first) / max(1, one["bytes"])
-    chunks = one["chunks"] * max(1, round(growth))
-    same = {name: value for name, value in one.items() if isinstance(value, str)} | {"chunks": chunks}
-    scaled = Scaling(task.key, growth).of({k: v for k, v in one.items() if k not in same and k != "ends"})
-    return [scaled | same | {"path": f"shards/{shard:05d}/{task.key[:16]}.parquet"} for shard in range(first, stop)]
+    same = {name: value for name, value in one.items() if isinstance(value, str)}
+    scaled = Scaling(task.key, growth).of({k: v for k, v in one.items() if k not in same and k not in ("ends", "chunks")})
+    paths = {shard: f"shards/{shard:05d}/{task.key[:16]}.parquet" for shard in range(first, stop)}
+    return [scaled | same | {"path": path, "chunks": _row_groups(one["chunks"], growth, chunk_tokens, path)}
+            for path in paths.values()]  # fmt: skip
+
+
+def _row_groups(measured: list[dict[str, Any]], growth: float, chunk_tokens: int, path: str) -> list[dict[str, Any]]:
+    """Returns the row groups of a shard as its record has them: one for each `chunk_tokens` tokens, and each a value of its own,
+    because the driver keeps them all."""
+    tokens = growth * sum(chunk["tokens"] for chunk in measured)
+    count = max(1, round(tokens / chunk_tokens))
+    return [measured[0] | {"path": path, "row_group": number, "tokens": round(tokens / count)} for number in range(count)]
 
 
 class MeasuringCluster:

@@ -34,6 +34,7 @@ def explain(report: dict[str, Any]) -> list[str]:
         f"{report['cost']:,.0f} {report['currency']} by the plan's price table",
         f"driver: busy {driver['busy']:.0%} of the time, {driver['seconds_per_task'] * 1e6:,.0f} microseconds per task; "
         f"{driver['memory_bytes'] / 1e6:,.0f} MB of memory",
+        f"dataset: {report['rows']:,} row groups, which the driver and each reader of the dataset keep in memory",
         f"failures: {failures['lost']:,} tasks lost with their node, {failures['poisoned']:,} ended by a document, "
         f"{failures['slow']:,} slow; {failures['repeated']:,} tasks started again, none lost",
     ]
