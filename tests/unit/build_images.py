@@ -22,6 +22,7 @@ from heliostat.curation.text import tokens
 from heliostat.data import collection, manifest, versions
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
+from heliostat.tasks.clusters import Cluster
 from heliostat.tasks.work import Work
 from PIL import Image
 from pydantic import ByteSize, PrivateAttr
@@ -107,7 +108,7 @@ class Here(ImagePipeline):
     _keys: dict[str, Any] = PrivateAttr(default_factory=dict)
     _made: HereFlow | None = PrivateAttr(default=None)
 
-    def flow(self, work: Work | None = None) -> HereFlow:
+    def flow(self, work: Work | None = None, cluster: Cluster | None = None) -> HereFlow:
         self._made = HereFlow(work or self.worked, **self._keys)
         return self._made
 

@@ -4,6 +4,7 @@ from heliostat.curation.prepare import place
 from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.data import manifest, versions
 from heliostat.data.manifest import Manifest
+from heliostat.tasks.clusters import Cluster
 from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow
@@ -12,7 +13,7 @@ from tests.unit.build_curation import HereFlow
 class Here(TextPipeline):
     """Runs tasks in this process."""
 
-    def flow(self, work: Work | None = None) -> HereFlow:
+    def flow(self, work: Work | None = None, cluster: Cluster | None = None) -> HereFlow:
         return HereFlow(work or self.worked, again=0)
 
 
