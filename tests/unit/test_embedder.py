@@ -23,7 +23,7 @@ from heliostat.recipes.text.sentence_folder import Embedding
 from heliostat.storage.locations import Location
 
 from tests.unit import build_pairs
-from tests.unit.build_recipe import Least
+from tests.unit.build_least_recipe import Least
 
 
 def unit(rows: int, seed: int = 0) -> torch.Tensor:

@@ -14,7 +14,7 @@ from heliostat.training.worker.objective import Objective
 from torch import nn
 
 from tests.unit.build_job import job
-from tests.unit.build_recipe import KEYS, ROWS, Least
+from tests.unit.build_least_recipe import KEYS, ROWS, Least
 
 # groups, frozen modules, models beside it ----------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from heliostat.validation import check
 from torch import nn
 
 from tests.unit.build_job import job
-from tests.unit.build_recipe import KEYS, ROWS, Least
+from tests.unit.build_least_recipe import KEYS, ROWS, Least
 
 
 class Scaled(Least):
