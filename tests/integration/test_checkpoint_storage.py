@@ -271,7 +271,6 @@ def slow(group: Any, everyone: Any, uri: str) -> Iterator[dict[str, Any]]:
     yield {"pulses": inside, "waited": time.monotonic() - started, "loading": len(loading)}
 
 
-@pytest.mark.ci
 def test_a_slow_upload_that_gets_on_is_no_stall(s3_server: str, tmp_path: Path) -> None:
     """Every part that reaches the store is a pulse while the save is waited for, so the longest silence is that of one part. A
     load gives a pulse for each request."""

@@ -114,7 +114,7 @@ def test_metrics_wait_for_the_server_through_attempts_and_commands_and_arrive_on
     assert not run.join(run_folder.UNLOGGED).exists()
     server.stop()
     owner.post(steps(21, 26))
-    with pytest.raises(TrackingError, match=r"didn't accept the run's metrics for 3 s .*unlogged\.jsonl\. To log them"):
+    with pytest.raises(TrackingError, match=r"didn't accept the run's metrics for 3 s .*unlogged\.jsonl\. To log these metrics"):
         owner.finish("FINISHED", "", ended(1, 25))
     assert run.join(run_folder.UNLOGGED).exists()
     server.start()
