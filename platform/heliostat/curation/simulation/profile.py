@@ -22,9 +22,9 @@ from heliostat.tasks.clusters import Cluster, Executor, Task, TaskKind
 from heliostat.tasks.spill import SpilledRun
 
 MERGE_BYTES_PER_S = 60e6
-"""Bytes of spilled documents that a CPU merges per second, for a sample without a merge (docs/benchmarks/curation.md)."""
+"""Bytes of sorted temporary files that a CPU merges per second: an assumption, used if the sample needed no merge."""
 LINES_BYTES_PER_S = 500e6
-"""Bytes in which a CPU counts lines per second."""
+"""Bytes of which a CPU counts the lines per second: an assumption."""
 
 SAME_SIZE = frozenset({"sizes", "sample", "tokenizer", "tally", "rates", "largest"})
 """Kinds of tasks whose files the driver reads, or whose results don't grow with the input. Their records stay as measured."""
