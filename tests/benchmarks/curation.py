@@ -52,7 +52,7 @@ class Timed(HereFlow):
 
     def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, pooled=False):
         name = "minhash" if kind.startswith("minhash") else kind
-        for number, task, made in self._looked_up(kind, tasks, valid):
+        for number, task, made, _ in self._looked_up(kind, tasks, valid):
             if made is None:
                 pa.set_memory_pool(pa.system_memory_pool())  # as `flow.execute` does
                 harness.forget_peak()

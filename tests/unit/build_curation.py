@@ -49,7 +49,7 @@ class HereFlow(flow.Flow):
         todo = list(self._looked_up(kind, tasks, valid))
         rng = random.Random(f"{self.seed} {kind}")
         rng.shuffle(todo)
-        for number, task, record in todo:
+        for number, task, record, _ in todo:
             if record is not None:
                 self._count(self.kept, kind, record)
                 yield number, record

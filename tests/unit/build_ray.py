@@ -5,6 +5,7 @@ import signal
 import tempfile
 import time
 import traceback
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ class Remote:
         return self
 
     def remote(self, *arguments: Any, **shared: Any) -> Reference:
-        self.ray.started.append(arguments[3])
-        answer = self.ray.folder / str(len(self.ray.started))
+        self.ray.started += [key for key, _ in arguments[4]]
+        answer = self.ray.folder / uuid.uuid4().hex
         pid = os.fork()
         if pid:
             return Reference(pid, answer)

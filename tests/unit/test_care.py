@@ -303,9 +303,10 @@ def test_a_task_that_dies_with_another_one_in_its_actor_is_not_given_up_when_tha
             taking = careful.Careful(deadly.trouble.care(note))
             taking.note(care.TaskPlace(document, -1, again > 0, f"d{document}" if again else "", "stage" if again else ""))
             made.later.clear()
+            made.under_way = {"call": crew.Call([other], 1)} if document == 3 else {}
             for started in (other, deadly):
                 made._judge(started, WorkerCrashedError())
-    assert len(deadly.trouble.crashed) == 4 and not made.failed
+    assert len(deadly.trouble.crashed) == 4 and not made.failed and other.trouble.count == 1
 
 
 def test_the_bound_of_crashed_documents_grows_with_the_input():

@@ -85,7 +85,7 @@ def settled(flow: Flow, curated: Curated, kind: str, decide: TaskFunction,
     the dropped documents."""
     decided = flow.all(f"{kind}-decide", decide, tasks)
     for record in decided:
-        curated.take({**record, "runs": []})
+        curated.keep([curated.take({**record, "runs": []})])
     gone = [run for record in decided for run in record["decided"]]
     return decided, [without(run, *out) for run, out in zip(curated.runs, gone, strict=True)]
 

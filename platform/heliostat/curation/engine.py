@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from heliostat.curation import segment, tally
 from heliostat.curation.chain import Entry
@@ -29,6 +29,14 @@ from heliostat.tasks.work import key
 RUN_SHARE = 8  # a run's texts take 1 / RUN_SHARE of `memory_limit`: memory has them as strings, a table, and a file
 TALLIES = 64  # tallies that a task sums
 Item = TypeVar("Item")
+
+
+class TakenFiles(NamedTuple):
+    """Lists the files that a task has written: dropped documents, counts per stage ("" for none), and kept documents."""
+
+    left_out: tuple[str, ...]
+    tally: str
+    runs: tuple[SpilledRun, ...]
 
 
 @dataclass
@@ -50,14 +58,22 @@ class Curated:
     def bytes(self) -> int:
         return sum(run.bytes for run in self.runs)
 
-    def take(self, record: dict[str, Any]) -> list[SpilledRun]:
-        """Adds a task's dropped documents and counts to this object. Returns the task's temporary files of kept documents."""
-        self.left_out += record["left_out"]
-        self.tallies += [record["tally"]] if record.get("tally") else []
+    def take(self, record: dict[str, Any]) -> TakenFiles:
+        """Adds a task's counts to this object. Returns the names of the task's files."""
         self.reasons.update(record["reasons"])
         for reason, ids in record["examples"].items():
             self.examples[reason] = heapq.nsmallest(EXAMPLES, [*self.examples.get(reason, []), *ids])
-        return [SpilledRun(name, rows, bytes) for name, rows, bytes in record["runs"]]
+        runs = tuple(SpilledRun(name, rows, bytes) for name, rows, bytes in record["runs"])
+        return TakenFiles(tuple(record["left_out"]), record.get("tally", ""), runs)
+
+    def keep(self, files: Iterable[TakenFiles]) -> list[SpilledRun]:
+        """Adds the files of dropped documents and of tallies, in this order. Returns the temporary files of kept documents."""
+        runs = list[SpilledRun]()
+        for taken in files:
+            self.left_out += taken.left_out
+            self.tallies += [taken.tally] if taken.tally else []
+            runs += taken.runs
+        return runs
 
 
 @dataclass
@@ -70,13 +86,14 @@ class StageEngine:
     memory_limit: int
 
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
-        """Runs the documents in pieces of the input through all stages. With `explained`, also counts the documents that are
-        read."""
+        """Runs the documents in pieces of the input through all stages, the largest pieces first. With `explained`, also counts
+        the documents that are read."""
         first, *rest = segments(stages)
         curated = Curated(source=self.source, identity=self.identity)
-        curated.runs = self._taken(
-            curated, "read", segment.over_pieces, self._over_pieces(self._begun(pieces, stages), [s for _, s in first], explained)
-        )
+        parts = list(pieces)
+        order = sorted(range(len(parts)), key=lambda number: -sum(part.length for part in parts[number]))
+        tasks = self._over_pieces(self._begun((parts[number] for number in order), stages), [s for _, s in first], explained)
+        curated.runs = self._taken(curated, "read", segment.over_pieces, tasks, order=order)
         for part in rest:
             number, head = part[0]
             if isinstance(head, GlobalStage):
@@ -95,11 +112,14 @@ class StageEngine:
         function: TaskFunction,
         tasks: Iterator[Task],
         pooled: bool = False,
+        order: Sequence[int] | None = None,
     ) -> list[SpilledRun]:
-        """Runs the tasks of a segment (consecutive stages). Returns the tasks' temporary files of kept documents, in the order of
-        the tasks."""
-        records = self.flow.all(kind, function, tasks, pooled=pooled)
-        return [run for record in records for run in curated.take(record)]
+        """Runs the tasks of a segment (consecutive stages). Returns the tasks' temporary files of kept documents. `order`: for
+        each task, its place in the result; by default, the tasks' order. Keeps only the names of a task's files, because an
+        input may have millions of tasks."""
+        taken = {number: curated.take(record) for number, record in self.flow.run(kind, function, tasks, pooled=pooled)}
+        numbers = sorted(taken, key=lambda number: order[number]) if order else sorted(taken)
+        return curated.keep(taken[number] for number in numbers)
 
     def _begun(self, pieces: Iterable[list[FilePart]], stages: list[Stage]) -> Iterator[list[FilePart]]:
         """Yields the pieces. Records the libraries' versions only at the first piece, because this run owns the work folder by

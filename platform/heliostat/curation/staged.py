@@ -126,8 +126,9 @@ class StagedPipeline(Pipeline):
         )
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        making = self.making(self.flow(), output)
-        rows, meta = making.run(inputs)
+        with self.flow() as flow:
+            making = self.making(flow, output)
+            rows, meta = making.run(inputs)
         self._seconds = making.seconds
         return rows, meta
 
@@ -135,8 +136,9 @@ class StagedPipeline(Pipeline):
         self, folder: Location, inputs: list[InputFile], fraction: float, cluster: Cluster | None = None
     ) -> dict[str, Any]:
         start, sample = time.monotonic(), self.sampled(inputs, fraction)
-        making = self.making(self.flow(Work(folder.join("work")), cluster), folder.join("out"), sample)
-        return making.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
+        with self.flow(Work(folder.join("work")), cluster) as flow:
+            predicted = self.making(flow, folder.join("out"), sample).predicted(inputs)
+        return predicted | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def uncovered(self) -> dict[str, dict[str, Any]]:
         """Returns the files that the dataset's digest doesn't cover: name -> content. Returns an empty mapping if the dataset has

@@ -30,10 +30,11 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskKind:
-    """Describes the tasks of one kind: how a task runs, its CPUs, and the number of actors (0: Ray tasks) with their GPUs."""
+    """Describes the tasks of one kind: how a call runs, the CPUs of a task, and the number of actors (0: Ray tasks) with their
+    GPUs."""
 
     name: str
-    execute: Callable[..., Mapping[str, object]]
+    execute: Callable[..., list[dict[str, Any]]]
     function: TaskFunction
     cpus: int = 1
     actors: int = 0
@@ -42,26 +43,28 @@ class TaskKind:
 
 
 class Executor(Protocol):
-    """Runs the tasks of one kind. A reference stands for a task that was started."""
+    """Runs the tasks of one kind. A reference stands for a call that was started."""
 
     @property
     def ready(self) -> bool:
         """Returns whether new tasks can start now."""
 
-    def start(self, arguments: tuple[Any, ...], task: Task, shared: Mapping[str, object], cpus: int, memory: int | None) -> Any:
-        """Starts a task, and returns its reference. `arguments`: the arguments of `execute` before the task's key."""
+    def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
+              backup: bool = False) -> Any:  # fmt: skip
+        """Starts a call that runs tasks one after another, and returns its reference. `arguments`: the arguments of `execute`
+        before the tasks; `backup`: whether the call repeats a call that still runs, and so needs another node."""
 
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
-        """Waits up to `wait_s` seconds for a task to end; returns the references of all tasks that have ended."""
+        """Waits up to `wait_s` seconds for a call to end; returns the references of all calls that have ended."""
 
-    def record(self, reference: Any) -> dict[str, Any]:
-        """Returns the record of a task that has ended; raises the task's error."""
+    def records(self, reference: Any) -> list[dict[str, Any]]:
+        """Returns the records of a call's tasks; raises the error of the task that failed."""
 
     def withdraw(self, references: list[Any]) -> list[Any]:
-        """Cancels the tasks that haven't ended; returns their references."""
+        """Cancels the calls that haven't ended; returns their references."""
 
     def end(self, references: list[Any]) -> int:
-        """Ends the executor and its tasks. Returns the number of tasks that didn't end in time."""
+        """Ends the executor and these calls. Returns the number of calls that didn't end in time."""
 
 
 class Cluster(Protocol):

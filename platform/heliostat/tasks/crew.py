@@ -12,14 +12,13 @@ import logging
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
-from heliostat.tasks.care import Trouble
-from heliostat.tasks.clusters import Cluster, Task, TaskKind
+from heliostat.tasks.calls import Call, CallTimes, Slots, Started
+from heliostat.tasks.clusters import Cluster, Executor, TaskKind
 from heliostat.tasks.ray_cluster import END_S, is_lost
 from heliostat.tasks.shipping import NotHereError, Shipment
 from heliostat.tasks.work import Work
@@ -31,6 +30,7 @@ TRIES, LOST, FAILED = 3, 8, 3
 PAUSE = Backoff(0.5, 10.0)  # pause before a task runs again after its process died, because a lack of memory lasts for a while
 LOOK_S = 10.0  # seconds between checks of the cluster's nodes
 AWAY_S = 0.5  # seconds between checks for a live actor if all are lost, and of copies that tasks wait for
+LATE_LOOK_S = 2.0  # seconds between checks for calls that are late
 
 
 class Flowing(Protocol):
@@ -42,28 +42,12 @@ class Flowing(Protocol):
     passed: int
     name: str
     cluster: Cluster
+    repeated: list[tuple[Executor, Any]]
 
     def nodes(self, resource: str = "CPU") -> list[int]: ...
     def memory_each(self, cpus: int = 1) -> int | None: ...
+    def at_once(self, cpus: int) -> int: ...
     def log_short_memory(self, cpus: int) -> None: ...
-
-
-@dataclass(eq=False)
-class Started:
-    """Describes a task that has started: its number among the tasks of its kind, its failures, and the time to start it again."""
-
-    number: int
-    task: Task
-    trouble: Trouble = field(default_factory=Trouble)
-    due: float = 0.0
-    offered: set[Shipment] = field(default_factory=set)
-    """Shipments (files) that the task's node lacked, and that the driver copied to the work folder."""
-    copy: Future[None] | None = None
-    """The last copy of a shipment to the work folder. The task starts again when this copy is complete."""
-
-    @property
-    def waits(self) -> bool:
-        return self.copy is not None and not self.copy.done()
 
 
 class Crew:
@@ -73,18 +57,21 @@ class Crew:
         self.flow, self.kind, self.cpus, self.size = flow, kind.name, kind.cpus, kind.actors
         self.work = Work(flow.work.location)  # without the cached list of files
         self.cluster, self.executor = flow.cluster, flow.cluster.executor(kind)
-        self.under_way: dict[Any, Started] = {}
+        self.under_way: dict[Any, Call] = {}
+        self.group: list[Started] = []
         self.later: list[Started] = []
         self.copies: dict[Shipment, Future[None]] = {}
         self.failed: list[BaseException] = []
-        self.stopped = False
-        self.looked, self.room, self.last, self.alone = -LOOK_S, 0, "", False
+        self.stopped = self.complete = False
+        self.looked, self.looked_late, self.room, self.last = -LOOK_S, 0.0, 0, ""
+        self.alone = self.several = False
         self.memory: int | None = None  # bytes that each task requests
         self.crashed = 0  # documents that the tasks under way leave out; a look at each task would take too long
+        self.times, self.slots = CallTimes(), Slots()
 
     @property
     def full(self) -> bool:
-        """Checks whether the crew accepts no more tasks: twice as many tasks have started as can run at once, or all actors are
+        """Checks whether the crew accepts no more tasks: twice as many calls have started as can run at once, or all actors are
         lost."""
         self._look()
         if not self.executor.ready:
@@ -95,40 +82,97 @@ class Crew:
     def busy(self) -> bool:
         return bool(self.under_way or self.later)
 
+    def add(self, started: Started, left: int) -> None:
+        """Starts a task, or adds it to the group of tasks that the next call runs. `left`: tasks that follow."""
+        if self.group and not self.group[0].shares_with(started):
+            self._start_group()
+        self.group.append(started)
+        if self.size or len(self.group) >= self.times.group(left, self.slots.count):
+            self._start_group()
+
+    def completed(self) -> None:
+        """Starts the last group. After this call, no tasks are added."""
+        self.complete = True
+        if self.group and not self.stopped:
+            self._start_group()
+
     def start(self, started: Started) -> None:
-        """Starts a task. If the task waited for a copy that failed, raises the copy's error."""
+        """Starts a task alone. If the task waited for a copy that failed, raises the copy's error."""
         if started.copy:
             started.copy.result()
-        task, trouble = started.task, started.trouble
+        self._call(Call([started], self.cpus))
+
+    def _start_group(self) -> None:
+        self._call(Call(self.group, self.cpus))
+        self.group = []
+
+    def _call(self, call: Call) -> None:
+        """Starts a call, or the backup of a call that has started."""
+        first, backup = call.tasks[0], bool(call.references)
+        task, trouble = first.task, first.trouble
         shared = dict(task.shared)
         if task.careful and (trouble.count or trouble.crashed):
             shared["care"] = trouble.care(self.work.note(self.kind, task.key))
-        reference = self.executor.start((self.work, self.flow.name, self.kind), task, shared, self.cpus, self.memory)
-        self.under_way[reference] = started
+        arguments, tasks = (self.work, self.flow.name, self.kind), [one.task for one in call.tasks]
+        reference = self.executor.start(arguments, tasks, shared, call.cpus, self.memory, backup)
+        self.under_way[reference] = call
+        call.references.append(reference)
+        if not backup:
+            self.slots.start(call, self.cluster.now())
 
     def finished(self) -> Iterator[tuple[Started, dict[str, Any]]]:
-        """Waits for a task to end. Yields (the task, its record) if the task succeeded. Otherwise decides whether the task runs
-        again."""
+        """Waits for a call to end. Yields (a task, its record) for each task if the call succeeded. Otherwise decides which tasks
+        run again."""
         self._check()
         self._look()
+        self._start_backups()
         wait = self._start_due()
         if not self.under_way:
             self.cluster.sleep(wait)
             return
         for reference in self.executor.ended(list(self.under_way), wait):
-            started = self.under_way.pop(reference)
+            if (call := self.under_way.pop(reference, None)) is None:
+                continue  # the other call with these tasks has ended at the same time
             try:
-                record = self.executor.record(reference)
+                records = self.executor.records(reference)
             except Exception as e:  # noqa: BLE001 - judged
-                self._judge(started, e)
+                self._end_failed(call, reference, e)
                 continue
-            self.crashed -= len(started.trouble.crashed)
-            if started.trouble.attempt:
-                self.work.note(self.kind, started.task.key).delete()
-            examples = record.get("examples", {})
-            if crashed := examples.get(care.CRASHED) or examples.get(care.UNREAD):
-                self.last = crashed[0]
-            yield started, record
+            self._end(call, reference)
+            self.times.add(call, (record.get("wall", record["seconds"]) for record in records))
+            for started, record in zip(call.tasks, records, strict=True):
+                self._note_end(started, record)
+                yield started, record
+
+    def _note_end(self, started: Started, record: dict[str, Any]) -> None:
+        """Forgets a task's failures, and remembers one of the documents that it left out."""
+        self.crashed -= len(started.trouble.crashed)
+        if started.trouble.attempt:
+            self.work.note(self.kind, started.task.key).delete()
+        examples = record.get("examples", {})
+        if crashed := examples.get(care.CRASHED) or examples.get(care.UNREAD):
+            self.last = crashed[0]
+
+    def _end(self, call: Call, reference: Any) -> None:
+        """Ends a call. If another call with the same tasks still runs, leaves that one to the flow."""
+        self.slots.end(call, self.cluster.now())
+        for other in call.references:
+            if other is not reference and self.under_way.pop(other, None) is not None:
+                self.flow.repeated.append((self.executor, other))
+
+    def _end_failed(self, call: Call, reference: Any, error: Exception) -> None:
+        """Ends a call that failed, unless another call with the same tasks still runs. Decides which of its tasks run again."""
+        call.references.remove(reference)
+        if call.references:
+            log.debug("%s: one of two calls with the same tasks failed (%s)", self.kind, care.last_line(error))
+            return
+        self.slots.end(call, self.cluster.now())
+        cause = innermost(error)
+        if len(call.tasks) == 1 or self.stopped or (cause is not None and cause.exit_code == 2):
+            self._judge(call.tasks[0], error)
+            return
+        log.info("%s: one of %d tasks failed (%s). Running each alone", self.kind, len(call.tasks), care.last_line(error))
+        self.later += call.tasks
 
     def conclude(self) -> None:
         """Raises the error of the first task that failed permanently, if there is one."""
@@ -144,8 +188,20 @@ class Crew:
         """Ends the executor, and cancels the tasks that are still running."""
         if left := self.executor.end(list(self.under_way)):
             log.warning(
-                "%d canceled tasks didn't end within %.0f s, and may still run. List tasks with: ray list tasks", left, END_S
+                "%d canceled calls didn't end within %.0f s, and may still run. List them with: ray list tasks", left, END_S
             )
+
+    def _start_backups(self) -> None:
+        """Starts a backup of each call that is late, if all tasks have started and CPUs are idle."""
+        now = self.cluster.now()
+        if not self.complete or self.size or not self.several or now - self.looked_late < LATE_LOOK_S:
+            return
+        self.looked_late, idle = now, self.slots.count - len(self.under_way) - len(self.later)
+        if idle <= 0:
+            return
+        for call in self.times.late(list(self.under_way.values()), now)[:idle]:
+            log.info("%s: a call takes long. Starting a backup on another node", self.kind)
+            self._call(call)
 
     def _start_due(self) -> float:
         """Starts the tasks whose pause or copy has ended. Returns the seconds until the next check of tasks and nodes."""
@@ -156,7 +212,8 @@ class Crew:
         for started in later:
             if started not in self.later:
                 self.start(started)
-        return max(0.0, min([LOOK_S, *(AWAY_S if one.waits else one.due - now for one in self.later)]))
+        look = LATE_LOOK_S if self.complete and not self.size else LOOK_S
+        return max(0.0, min([look, *(AWAY_S if one.waits else one.due - now for one in self.later)]))
 
     def _copy(self, shipment: Shipment) -> Future[None]:
         """Copies a shipment (files that a node needs) to the work folder, in a thread. So other tasks can end and start during
@@ -200,7 +257,7 @@ class Crew:
                 crash.detail,
             )
             if self.size:  # tasks that waited for the same actor died with it each time
-                for other in [*self.under_way.values(), *self.later]:
+                for other in [*(one for call in self.under_way.values() for one in call.tasks), *self.later]:
                     other.trouble.count = min(other.trouble.count, 1)
         if self.stopped or cause is not None or trouble.count >= (LOST if lost else TRIES):
             self.failed.append(error)
@@ -238,10 +295,15 @@ class Crew:
         elif not self.size:
             self.flow.log_short_memory(self.cpus)
         self.alone = not any(nodes)
+        self.several = sum(map(bool, nodes)) > 1
+        self.slots.count = self.size or max(1, self.flow.at_once(self.cpus))
         self.room = 2 * self.size if self.size else max(2, 2 * sum(nodes) // self.cpus)
 
     def _request(self, cpus: int) -> None:
-        """Restarts waiting tasks with fewer CPUs each, because no node has the number of CPUs that these tasks requested."""
+        """Restarts waiting calls with fewer CPUs each, because no node has the number of CPUs that these calls requested."""
         self.cpus = cpus
         for reference in self.executor.withdraw(list(self.under_way)):
-            self.start(self.under_way.pop(reference))
+            call = self.under_way.pop(reference)
+            call.references.remove(reference)
+            self.slots.end(call, self.cluster.now())
+            self._call(Call(call.tasks, cpus))

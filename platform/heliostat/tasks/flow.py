@@ -18,15 +18,17 @@ from typing import Any
 import pyarrow as pa
 
 from heliostat.tasks import cpu_time
+from heliostat.tasks.calls import Started
 from heliostat.tasks.care import CRASHED, UNREAD
-from heliostat.tasks.clusters import Cluster, Task, TaskKind
-from heliostat.tasks.crew import Crew, Started
+from heliostat.tasks.clusters import Cluster, Executor, Task, TaskKind
+from heliostat.tasks.crew import Crew
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.progress import Progress, documents
 from heliostat.tasks.ray_cluster import RayCluster
 from heliostat.tasks.work import Work
 
 BATCH = 4096  # keys that are looked up at once
+UNKNOWN = 1 << 40  # tasks that follow, if there may be any number
 MIB = 1 << 20
 LEAST_MEMORY = 64 * MIB  # minimum of `memory_limit`
 log = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class Flow:
     """Whether this run has already logged that a lack of memory leaves CPUs idle."""
     progress: Progress = field(default_factory=Progress)
     cluster: Cluster = field(default_factory=RayCluster)
+    repeated: list[tuple[Executor, Any]] = field(default_factory=list)
+    """Calls that still run although another call has finished their tasks: (executor, reference)."""
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Name of this run. Tasks compare this name with the name in a record, to find out whether this run wrote the record."""
 
@@ -93,22 +97,31 @@ class Flow:
         nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
         return min(self.memory, max((memory for have, memory in nodes if have >= cpus), default=0)) or None
 
+    def at_once(self, cpus: int) -> int:
+        """Computes how many tasks with `cpus` CPUs each have room at the same time, by the nodes' CPUs and memory."""
+        return _at_once(self._rooms(cpus), self.memory_each(cpus))
+
     def log_short_memory(self, cpus: int) -> None:
         """Logs once if tasks with `cpus` CPUs each leave CPUs idle, because the nodes have too little memory for more tasks."""
-        nodes = [(have // cpus, memory) for have, memory in zip(self.nodes(), self.nodes("memory"), strict=True) if have >= cpus]
-        need, room = self.memory_each(cpus), sum(tasks for tasks, _ in nodes)
-
-        def at_once(each: int) -> int:
-            return sum(min(tasks, memory // each) for tasks, memory in nodes)
-
-        if self.short or not need or at_once(need) >= room:
+        rooms = self._rooms(cpus)
+        need, room = self.memory_each(cpus), _at_once(rooms, None)
+        if self.short or not need or (many := _at_once(rooms, need)) >= room:
             return
-        self.short, better = True, max(LEAST_MEMORY, min(memory // tasks for tasks, memory in nodes) // MIB * MIB)
-        fix = f"Set memory_limit: {better // MIB}MiB to run {at_once(better)} at once, or" if better < need else "To run more,"
+        self.short, better = True, max(LEAST_MEMORY, min(memory // tasks for tasks, memory in rooms) // MIB * MIB)
+        fix = (
+            f"Set memory_limit: {better // MIB}MiB to run {_at_once(rooms, better)} at once, or"
+            if better < need
+            else "To run more,"
+        )
         log.warning(
             ("memory_limit: %.0f MiB per task leaves room for %d tasks at once, but the CPUs could run %d. %s "
-                "give the nodes more memory"), self.memory / MIB, at_once(need), room, fix,
+                "give the nodes more memory"), self.memory / MIB, many, room, fix,
         )  # fmt: skip
+
+    def _rooms(self, cpus: int) -> list[tuple[int, int]]:
+        """Lists, for each node, how many tasks with `cpus` CPUs its CPUs can run, and its bytes of memory."""
+        nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
+        return [(have // cpus, memory) for have, memory in nodes if have >= cpus]
 
     def run(self, kind: str, function: TaskFunction, tasks: Iterator[Task], cpus: int = 1,
             valid: Callable[[dict[str, Any]], bool] = lambda record: True,
@@ -120,9 +133,9 @@ class Flow:
         per GPU of the cluster. Each actor has `gpus` GPUs. Without actors, tasks run as Ray tasks.
         """
         size = actors or (self.devices() if pooled else 0)
-        crew = Crew(self, TaskKind(kind, execute, function, cpus, size, gpus, self.labels))
+        crew = Crew(self, TaskKind(kind, execute_all, function, cpus, size, gpus, self.labels))
         try:
-            for number, task, record in self._looked_up(kind, tasks, valid):
+            for number, task, record, left in self._looked_up(kind, tasks, valid):
                 if record is not None:
                     self._count(self.kept, kind, record)
                     yield number, record
@@ -131,7 +144,8 @@ class Flow:
                     yield from self._next(kind, crew)
                 if crew.stopped:
                     break
-                crew.start(Started(number, task))
+                crew.add(Started(number, task), left)
+            crew.completed()
             while crew.busy:
                 yield from self._next(kind, crew)
         except BaseException:
@@ -145,6 +159,21 @@ class Flow:
         records = dict(self.run(kind, function, tasks, **more))
         return [records[number] for number in range(len(records))]
 
+    def close(self) -> None:
+        """Waits for the calls that still run although their tasks are finished, and cancels them after some seconds. Call this
+        before the work folder is removed, because these calls write to this folder."""
+        executors = {id(executor): executor for executor, _ in self.repeated}
+        left = sum(one.end([reference for executor, reference in self.repeated if executor is one]) for one in executors.values())
+        self.repeated.clear()
+        if left:
+            log.warning("%d canceled calls may still write to %s. List them with: ray list tasks", left, self.work.location)
+
+    def __enter__(self) -> Flow:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def forget(self, kind: str) -> None:
         """Removes the seconds of a kind of tasks from the totals, for example if only a prediction needs this kind."""
         for counts in (self.seconds, self.walls, self.opening):
@@ -152,7 +181,9 @@ class Flow:
 
     def _looked_up(
         self, kind: str, tasks: Iterator[Task], valid: Callable[[dict[str, Any]], bool]
-    ) -> Iterator[tuple[int, Task, dict[str, Any] | None]]:
+    ) -> Iterator[tuple[int, Task, dict[str, Any] | None, int]]:
+        """Yields (number of the task, task, its record if it is finished, number of tasks to run after this one). The last number
+        is UNKNOWN until heliostat has looked up all tasks."""
         number = 0
         whole = False
         while not whole:
@@ -163,8 +194,10 @@ class Flow:
             known |= {older[k]: r for k, r in self.work.found(kind, older).items() if valid(r)}
             todo = [task.bytes for task in batch if task.key not in known]
             self.progress.found(kind, list(known.values()), todo, whole)
+            left = len(todo) if whole else UNKNOWN
             for task in batch:
-                yield number, task, known.get(task.key)
+                left -= task.key not in known
+                yield number, task, known.get(task.key), left
                 number += 1
 
     def _next(self, kind: str, crew: Crew) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -194,6 +227,16 @@ def most_each(nodes: list[int], tasks: int) -> int:
     `nodes`: CPUs of each node; a task runs on one node.
     """
     return next((each for each in range(max(nodes, default=1), 1, -1) if sum(n // each for n in nodes) >= tasks), 1)
+
+
+def _at_once(rooms: list[tuple[int, int]], memory: int | None) -> int:
+    return sum(min(tasks, have // memory) if memory else tasks for tasks, have in rooms)
+
+
+def execute_all(work: Work, run: str, kind: str, function: TaskFunction, tasks: list[tuple[str, dict[str, Any]]],
+                **shared: object) -> list[dict[str, Any]]:  # fmt: skip
+    """Runs the tasks of a call one after another in this process, and returns their records. `tasks`: (key, arguments)."""
+    return [execute(work, run, kind, key, function, arguments, **shared) for key, arguments in tasks]
 
 
 def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, arguments: dict[str, Any],

@@ -38,7 +38,7 @@ class ActorPool:
     If Ray can't place an actor again within PLACE_S seconds, for example after its node died, the pool removes the actor.
     """
 
-    def __init__(self, execute: TaskFunction, size: int, **options: object) -> None:
+    def __init__(self, execute: Callable[..., list[dict[str, Any]]], size: int, **options: object) -> None:
         actor_class: Any = ray.remote(_Worker)
         actor = actor_class.options(max_restarts=-1, max_task_retries=0, **options)
         self.actors: dict[int, Any] = dict(enumerate(_placed([actor.remote(execute) for _ in range(size)])))
@@ -135,11 +135,11 @@ def _placed(actors: list[Any]) -> list[Any]:
 class _Worker:
     """Runs tasks one after another in an actor's process."""
 
-    def __init__(self, execute: TaskFunction) -> None:
+    def __init__(self, execute: Callable[..., list[dict[str, Any]]]) -> None:
         self.execute = execute
 
     def alive(self) -> None:
         """Does nothing: an answer to the call shows that the process is alive."""
 
-    def run(self, *arguments: object, **shared: object) -> Mapping[str, object]:
+    def run(self, *arguments: object, **shared: object) -> list[dict[str, Any]]:
         return self.execute(*arguments, **shared)

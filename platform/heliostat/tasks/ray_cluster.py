@@ -38,23 +38,23 @@ class RayCluster:
 
 
 class RayTasks:
-    """Runs each task as a Ray task."""
+    """Runs each call as a Ray task."""
 
     ready = True
 
     def __init__(self, kind: TaskKind) -> None:
         self.kind, self.remote = kind, ray.remote(kind.execute)
 
-    def start(self, arguments: tuple[Any, ...], task: Task, shared: Mapping[str, object], cpus: int, memory: int | None) -> Any:
+    def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
+              backup: bool = False) -> Any:  # fmt: skip
         options = {"num_cpus": cpus, "memory": memory, "label_selector": dict(self.kind.labels) or None, "name": self.kind.name}
-        return self.remote.options(max_retries=0, **options).remote(
-            *arguments, task.key, self.kind.function, task.arguments, **shared
-        )
+        options |= {"scheduling_strategy": "SPREAD"} if backup else {}
+        return self.remote.options(max_retries=0, **options).remote(*arguments, self.kind.function, _sent(tasks), **shared)
 
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         return _ended(references, wait_s)
 
-    def record(self, reference: Any) -> dict[str, Any]:
+    def records(self, reference: Any) -> list[dict[str, Any]]:
         return ray.get(reference)
 
     def withdraw(self, references: list[Any]) -> list[Any]:
@@ -79,20 +79,21 @@ class RayActors:
     def ready(self) -> bool:
         return self.pool.ready
 
-    def start(self, arguments: tuple[Any, ...], task: Task, shared: Mapping[str, object], cpus: int, memory: int | None) -> Any:
-        return self.pool.remote(*arguments, task.key, self.kind.function, task.arguments, **shared)
+    def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
+              backup: bool = False) -> Any:  # fmt: skip
+        return self.pool.remote(*arguments, self.kind.function, _sent(tasks), **shared)
 
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         return _ended(references, wait_s)
 
-    def record(self, reference: Any) -> dict[str, Any]:
+    def records(self, reference: Any) -> list[dict[str, Any]]:
         try:
-            record = ray.get(reference)
+            records = ray.get(reference)
         except Exception as e:
             (self.pool.lost if is_lost(e) else self.pool.ended)(reference)
             raise
         self.pool.ended(reference)
-        return record
+        return records
 
     def withdraw(self, references: list[Any]) -> list[Any]:
         return []
@@ -105,6 +106,11 @@ class RayActors:
 def is_lost(error: Exception) -> bool:
     """Returns whether a task failed because its process or node died, not because it raised an error."""
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)
+
+
+def _sent(tasks: list[Task]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns what a worker needs of the tasks: their keys and arguments."""
+    return [(task.key, task.arguments) for task in tasks]
 
 
 def _ended(references: list[Any], wait_s: float) -> list[Any]:

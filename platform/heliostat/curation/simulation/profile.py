@@ -256,25 +256,27 @@ class MeasuringCluster:
 class _Measuring:
     def __init__(self, executor: Executor, kind: TaskKind, profile: Profile, sizes: Sizes) -> None:
         self.executor, self.kind, self.profile, self.sizes = executor, kind, profile, sizes
-        self.call, self.tasks = profile.begin(kind.name), dict[Any, Task]()
+        self.call, self.tasks = profile.begin(kind.name), dict[Any, list[Task]]()
 
     @property
     def ready(self) -> bool:
         return self.executor.ready
 
-    def start(self, arguments: tuple[Any, ...], task: Task, shared: Mapping[str, object], cpus: int, memory: int | None) -> Any:
-        reference = self.executor.start(arguments, task, shared, cpus, memory)
-        self.tasks[reference] = task
+    def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
+              backup: bool = False) -> Any:  # fmt: skip
+        reference = self.executor.start(arguments, tasks, shared, cpus, memory, backup)
+        self.tasks[reference] = tasks
         return reference
 
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         return self.executor.ended(references, wait_s)
 
-    def record(self, reference: Any) -> dict[str, Any]:
-        record, task = self.executor.record(reference), self.tasks.pop(reference)
-        rows = _rows(task.arguments.get("runs", []))
-        self.profile.add(self.kind.name, self.call, self.sizes.read(task), record | ({"of_rows": rows} if rows else {}))
-        return record
+    def records(self, reference: Any) -> list[dict[str, Any]]:
+        records = self.executor.records(reference)
+        for task, record in zip(self.tasks.pop(reference), records, strict=True):
+            rows = _rows(task.arguments.get("runs", []))
+            self.profile.add(self.kind.name, self.call, self.sizes.read(task), record | ({"of_rows": rows} if rows else {}))
+        return records
 
     def withdraw(self, references: list[Any]) -> list[Any]:
         return self.executor.withdraw(references)

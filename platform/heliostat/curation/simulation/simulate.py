@@ -117,8 +117,7 @@ def report(cluster: VirtualCluster, files: list[InputFile], memory: int) -> dict
         "kinds": [_kind(kind, cpus) for kind in cluster.kinds if kind.tasks],
         "requests": {prefix: {"total": round(total * (SPILLS if prefix == SPILL else 1)), "per_second": round(busiest[prefix], 1)}
                      for prefix, total in cluster.requests.total.items()},
-        "failures": {"lost": cluster.lost, "poisoned": cluster.poisoned, "slow": cluster.stretched,
-                     "repeated": sum(kind.starts - kind.tasks for kind in cluster.kinds),
+        "failures": {"lost": cluster.lost, "poisoned": cluster.poisoned, "slow": cluster.stretched, "backups": cluster.backups,
                      "recorded": sum(kind.tasks for kind in cluster.kinds)},
     }  # fmt: skip
 

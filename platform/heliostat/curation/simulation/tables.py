@@ -36,5 +36,6 @@ def explain(report: dict[str, Any]) -> list[str]:
         f"{driver['memory_bytes'] / 1e6:,.0f} MB of memory",
         f"dataset: {report['rows']:,} row groups, which the driver and each reader of the dataset keep in memory",
         f"failures: {failures['lost']:,} tasks lost with their node, {failures['poisoned']:,} ended by a document, "
-        f"{failures['slow']:,} slow; {failures['repeated']:,} tasks started again; {failures['recorded']:,} tasks have a record",
+        f"{failures['slow']:,} slow, {failures['backups']:,} of them repeated on another node; "
+        f"{failures['recorded']:,} tasks have a record",
     ]

@@ -41,7 +41,7 @@ class SimulatedFaults:
     poison: float = 2e-5
     """Share of the tasks with a document that always ends their process."""
     slow: float = 0.01
-    """Share of the tasks that take up to ten times as long."""
+    """Share of the calls that take up to ten times as long."""
     bursts_per_day: float = 6.0
     """Number of times per day when the store answers 503 for a minute."""
 
@@ -77,12 +77,15 @@ class VirtualCluster:
     sizes: Sizes = field(default_factory=Sizes)
     requests: Requests = field(default_factory=Requests)
     kinds: list[KindTimes] = field(default_factory=list)
+    executors: list[VirtualExecutor] = field(default_factory=list)
     lost: int = 0
     """Tasks that ended because their node was lost."""
     poisoned: int = 0
     """Tasks that ended because of a document."""
     stretched: int = 0
-    """Tasks that were slow, or that waited for the store."""
+    """Calls that were slow, and tasks that waited for the store."""
+    backups: int = 0
+    """Calls that repeated a slow call."""
     _left: float = field(default_factory=time.process_time)
     _calls: dict[str, int] = field(default_factory=dict)
 
@@ -125,7 +128,13 @@ class VirtualCluster:
         with self.simulating():
             call = self._calls[kind.name] = self._calls.get(kind.name, -1) + 1
             self.kinds.append(KindTimes(kind.name, self.clock))
-            return VirtualExecutor(self, kind, call, self.kinds[-1])
+            self.executors.append(VirtualExecutor(self, kind, call, self.kinds[-1]))
+            return self.executors[-1]
+
+    def busy(self) -> Iterator[tuple[float, int]]:
+        """Yields the end and the node of each call that runs now, such as calls whose backup was faster."""
+        for executor in self.executors:
+            yield from ((end, node) for end, node in executor.nodes.values() if end > self.clock)
 
     def failure(self, node: int, begin: float, end: float) -> float | None:
         """Returns the time between `begin` and `end` at which a node is lost, if there is one."""
@@ -145,37 +154,62 @@ class VirtualExecutor:
     def __init__(self, cluster: VirtualCluster, kind: TaskKind, call: int, times: KindTimes) -> None:
         self.cluster, self.kind, self.call, self.times = cluster, kind, call, times
         self.slots: list[tuple[float, int]] = []
-        self.results: dict[int, dict[str, Any] | Exception] = {}
+        self.results: dict[int, list[dict[str, Any]] | Exception] = {}
         self.ends: list[tuple[float, int]] = []
+        self.nodes: dict[int, tuple[float, int]] = {}
+        """Time of the end, and node, of each call whose records the driver hasn't read."""
+        self.recorded: dict[str, dict[str, Any]] = {}
+        """Records of tasks that share a call. They count even if the call fails later."""
 
-    def start(self, arguments: tuple[Any, ...], task: Task, shared: Mapping[str, object], cpus: int, memory: int | None) -> Any:
+    def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
+              backup: bool = False) -> Any:  # fmt: skip
         cluster = self.cluster
         with cluster.simulating():
             cluster.ray_calls(1)
+            cluster.backups += backup
             if not self.slots:
                 self.slots, self.times.begin = self._slots(cpus, memory), cluster.clock
             free, node = heapq.heappop(self.slots)
             begin = cluster.free(node, max(free, cluster.clock))
-            read, files = cluster.sizes.read(task), cluster.sizes.files(task)
-            record = synthesized(self.kind, self.call, task, cluster.profile, cluster.sizes)
-            requests = cluster.requests.of_task(self.kind.name, task, record, files, read, begin)
-            seconds = STARTED_S + record["seconds"] / cpus + requests * REQUEST_S / 8 + read / NODE_BYTES_PER_S
-            end = begin + self._stretched(task, begin, seconds)
-            fault = self._poison(task, shared, record)
-            result: dict[str, Any] | Exception = fault or record | {"wall": round(end - begin, 3), "run": arguments[1]}
-            end = begin + (end - begin) / 2 if fault else end
-            if (gone := cluster.failure(node, begin, end)) is not None:
-                cluster.lost += 1
-                result, end = ray.exceptions.NodeDiedError("the node was lost"), gone
-            elif fault:
-                cluster.poisoned += 1
-            heapq.heappush(self.slots, (end, node))
             self.times.starts += 1
             reference = self.times.starts
+            slow = self._slow(tasks[0], backup)
+            cluster.stretched += slow > 1 and not backup
+            result, end = self._simulated(arguments[1], tasks, shared, cpus, node, begin + STARTED_S, slow)
+            heapq.heappush(self.slots, (end, node))
+            self.nodes[reference] = end, node
             self.results[reference] = result
             heapq.heappush(self.ends, (end, reference))
             self.times.longest = max(self.times.longest, end - begin)
             return reference
+
+    def _simulated(self, run: str, tasks: list[Task], shared: Mapping[str, object], cpus: int, node: int, begin: float,
+                   slow: float) -> tuple[list[dict[str, Any]] | Exception, float]:  # fmt: skip
+        """Returns what a call gives that begins on a node at `begin`, and the time at which it ends. Tasks that end before their
+        node is lost, or before a task ends the process, have a record."""
+        cluster, records, at = self.cluster, list[dict[str, Any]](), begin
+        for task in tasks:
+            if (known := self.recorded.get(task.key)) is not None:
+                records.append(known)
+                continue
+            read, files = cluster.sizes.read(task), cluster.sizes.files(task)
+            record = synthesized(self.kind, self.call, task, cluster.profile, cluster.sizes)
+            requests = cluster.requests.of_task(self.kind.name, task, record, files, read, at)
+            seconds = record["seconds"] / cpus + requests * REQUEST_S / 8 + read / NODE_BYTES_PER_S
+            end = at + self._stretched(at, seconds * slow)
+            fault = self._poison(task, shared, record)
+            if (gone := cluster.failure(node, at, at + (end - at) / 2 if fault else end)) is not None:
+                cluster.lost += 1
+                return ray.exceptions.NodeDiedError("the node was lost"), gone
+            if fault:
+                cluster.poisoned += 1
+                return fault, at + (end - at) / 2
+            record = record | {"wall": round(end - at, 3), "run": run}
+            records.append(record)
+            if len(tasks) > 1:
+                self.recorded[task.key] = record
+            at = end
+        return records, at
 
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         cluster, ended = self.cluster, list[Any]()
@@ -188,13 +222,14 @@ class VirtualExecutor:
                 ended.append(heapq.heappop(self.ends)[1])
             return ended
 
-    def record(self, reference: Any) -> dict[str, Any]:
+    def records(self, reference: Any) -> list[dict[str, Any]]:
         with self.cluster.simulating():
             result = self.results.pop(reference)
+            del self.nodes[reference]
             if isinstance(result, Exception):
                 raise result
-            self.times.tasks += 1
-            self.times.seconds += result["seconds"]
+            self.times.tasks += len(result)
+            self.times.seconds += sum(record["seconds"] for record in result)
             self.times.end = self.cluster.clock
             return result
 
@@ -208,16 +243,22 @@ class VirtualExecutor:
         each = self.cluster.cpus // cpus
         if memory:
             each = min(each, max(1, self.cluster.memory // memory))
-        return [(self.cluster.clock, node) for node in range(self.cluster.node_count) for _ in range(each)]
+        free = [[self.cluster.clock] * each for _ in range(self.cluster.node_count)]
+        for end, node in self.cluster.busy():
+            heapq.heapreplace(free[node], max(free[node][0], end))
+        slots = [(at, node) for node, ends in enumerate(free) for at in ends]
+        heapq.heapify(slots)
+        return slots
 
-    def _stretched(self, task: Task, begin: float, seconds: float) -> float:
-        """Returns the seconds of a task on a slow node, or when the store answers 503."""
-        drawn = _drawn(task.key, "slow")
-        slow = drawn < self.cluster.faults.slow
-        if slow:
-            seconds *= 1 + 9 * drawn / self.cluster.faults.slow
+    def _slow(self, task: Task, backup: bool) -> float:
+        """Returns how many times longer a call takes. A backup draws again, because it runs on another node."""
+        drawn = _drawn(task.key, "slow backup" if backup else "slow")
+        return 1 + 9 * drawn / self.cluster.faults.slow if drawn < self.cluster.faults.slow else 1.0
+
+    def _stretched(self, begin: float, seconds: float) -> float:
+        """Returns the seconds of a task, with a minute more if the store answers 503 meanwhile."""
         burst = _within(self.cluster.bursts, begin, begin + seconds) is not None
-        self.cluster.stretched += slow or burst
+        self.cluster.stretched += burst
         return seconds + (60.0 if burst else 0.0)
 
     def _poison(self, task: Task, shared: Mapping[str, object], record: dict[str, Any]) -> Exception | None:

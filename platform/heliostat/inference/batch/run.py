@@ -107,6 +107,7 @@ def answer(
     """
     began = time.time()
     records = _answered(flow, _tasks(flow, files, facts, place), place)
+    flow.close()
     before_commit()
     missing = _missing(facts["settings"]["keep"], records)
     if missing:

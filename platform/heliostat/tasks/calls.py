@@ -1,0 +1,127 @@
+"""Groups short tasks into calls of the cluster, and finds calls that take much longer than others of their kind.
+
+A call runs its tasks one after another in one process, and each task writes its own record. So the driver's cost per call is
+shared by several tasks, and nothing is repeated if the call fails in the middle.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from heliostat.tasks.care import Trouble
+from heliostat.tasks.clusters import Task
+from heliostat.tasks.shipping import Shipment
+
+CALL_S = 15.0  # seconds that the tasks of a call take together, if one task is shorter
+MOST_TASKS = 64  # tasks of a call
+MEASURED = 16  # tasks that have ended before tasks are grouped
+ROUNDS = 2  # calls for each free CPU that must remain, so that the last calls end at about the same time
+KEPT = 256  # calls from whose times the usual time is computed
+LATE, LATE_S = 2.0, 10.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
+ENDED = 3  # calls that have ended, for each running one, before a call can be late
+
+
+@dataclass(eq=False)
+class Started:
+    """Describes a task that has started: its number among the tasks of its kind, its failures, and the time to start it again."""
+
+    number: int
+    task: Task
+    trouble: Trouble = field(default_factory=Trouble)
+    due: float = 0.0
+    offered: set[Shipment] = field(default_factory=set)
+    """Shipments (files) that the task's node lacked, and that the driver copied to the work folder."""
+    copy: Future[None] | None = None
+    """The last copy of a shipment to the work folder. The task starts again when this copy is complete."""
+
+    @property
+    def waits(self) -> bool:
+        return self.copy is not None and not self.copy.done()
+
+    def shares_with(self, other: Started) -> bool:
+        """Checks whether one call can run both tasks, because their shared arguments are the same objects."""
+        mine, others = self.task.shared, other.task.shared
+        return mine.keys() == others.keys() and all(value is others[name] for name, value in mine.items())
+
+
+@dataclass(eq=False)
+class Call:
+    """Describes a call that runs tasks. `began`: when its first task began, as far as the driver can tell; None while the call
+    waits for a CPU. `references`: the call's reference, and the reference of its backup."""
+
+    tasks: list[Started]
+    cpus: int
+    began: float | None = None
+    references: list[Any] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def size(self) -> int:
+        """Returns the bytes that the tasks read, or the number of tasks if the bytes aren't known."""
+        return sum(started.task.bytes or 1 for started in self.tasks)
+
+    @property
+    def can_repeat(self) -> bool:
+        """Checks whether a backup can run these tasks. Tasks that have failed write notes, which two copies can't share."""
+        return len(self.references) == 1 and not any(one.trouble.count or one.trouble.crashed for one in self.tasks)
+
+
+class CallTimes:
+    """Holds the times of a kind's tasks and calls that have ended."""
+
+    def __init__(self) -> None:
+        self.tasks = self.calls = 0
+        self.seconds = 0.0
+        self.rates = deque[float](maxlen=KEPT)
+
+    def add(self, call: Call, walls: Iterable[float]) -> None:
+        """Adds a call that has ended. `walls`: the seconds of each of its tasks."""
+        seconds = sum(walls)
+        self.tasks += len(call.tasks)
+        self.calls += 1
+        self.seconds += seconds
+        self.rates.append(seconds / call.size)
+
+    def group(self, left: int, slots: int) -> int:
+        """Computes the number of tasks for the next call. `left`: tasks that haven't started; `slots`: calls that can run at the
+        same time."""
+        if self.tasks < MEASURED:
+            return 1
+        by_time = int(CALL_S * self.tasks / max(self.seconds, 1e-3))
+        return max(1, min(by_time, left // (ROUNDS * max(1, slots)), MOST_TASKS))
+
+    def late(self, calls: list[Call], now: float) -> list[Call]:
+        """Lists the running calls that are late, the latest first."""
+        if self.calls < ENDED * len(calls):
+            return []
+        usual = statistics.median(self.rates) if self.rates else 0.0
+        beyond = [(now - call.began - max(LATE_S, LATE * usual * call.size), call) for call in calls if call.began is not None]
+        return [call for excess, call in sorted(beyond, key=lambda one: -one[0]) if excess > 0 and call.can_repeat]
+
+
+class Slots:
+    """Estimates when each call began. A cluster starts the calls in their order as CPUs become free."""
+
+    def __init__(self) -> None:
+        self.count = 1
+        self.running = 0
+        self.waiting = deque[Call]()
+
+    def start(self, call: Call, now: float) -> None:
+        if self.running < self.count:
+            call.began, self.running = now, self.running + 1
+        else:
+            self.waiting.append(call)
+
+    def end(self, call: Call, now: float) -> None:
+        """Ends a call, and begins the calls that have waited the longest."""
+        call.ended = True
+        self.running -= call.began is not None
+        while self.waiting and (self.running < self.count or self.waiting[0].ended):
+            if not (following := self.waiting.popleft()).ended:
+                following.began, self.running = now, self.running + 1

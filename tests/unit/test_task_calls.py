@@ -1,0 +1,161 @@
+"""Tests calls of several tasks, and backups of late calls: each task has one record, and a slow or dead process costs little."""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from heliostat.storage.locations import Location
+from heliostat.storage.retries import Backoff
+from heliostat.tasks import calls, crew, ray_cluster
+from heliostat.tasks.calls import Call, CallTimes, Slots, Started
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import Work
+
+from tests.unit.build_ray import ForkedRay
+
+
+@pytest.fixture
+def forked(monkeypatch) -> ForkedRay:
+    made = ForkedRay([1, 1])
+    monkeypatch.setattr(ray_cluster, "ray", made)
+    monkeypatch.setattr(crew, "PAUSE", Backoff(0.01, 0.01))
+    return made
+
+
+def flow_in(folder: Path) -> Flow:
+    return Flow(Work(Location(str(folder / "work"))))
+
+
+def note(folder: Location, number: int, ran: str, deadly: int = -1, wrong: int = -1) -> dict[str, object]:
+    """Marks that a task ran. The process dies at the first run of the task `deadly`."""
+    with Path(ran, str(number)).open("a") as file:
+        file.write("x")
+    if number == deadly and Path(ran, str(number)).stat().st_size == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if number == wrong and Path(ran, str(number)).stat().st_size == 1:
+        raise ValueError("not now")
+    return {"number": number}
+
+
+def noted(tmp_path: Path, count: int, **fault: int) -> tuple[Flow, list[int], Counter[int]]:
+    flow, ran = flow_in(tmp_path), tmp_path / "ran"
+    ran.mkdir()
+    tasks = (Task(f"{n:032}", {"number": n, "ran": str(ran), **fault}) for n in range(count))
+    records = flow.all("some", note, tasks)
+    return flow, [record["number"] for record in records], Counter({int(p.name): p.stat().st_size for p in ran.iterdir()})
+
+
+def test_short_tasks_share_calls_and_each_has_its_record(tmp_path, forked):
+    flow, numbers, ran = noted(tmp_path, 200)
+    assert numbers == list(range(200)) and flow.done == {"some": 200} and set(ran.values()) == {1}
+    assert forked.started == [f"{n:032}" for n in range(200)] and len(forked.asked) < 100
+    assert len(flow_in(tmp_path).work.found("some", forked.started)) == 200
+
+
+@pytest.mark.parametrize("fault", [{"deadly": 150}, {"wrong": 150}])
+def test_a_call_that_fails_in_the_middle_repeats_only_the_task_that_failed(tmp_path, forked, fault):
+    _, numbers, ran = noted(tmp_path, 200, **fault)
+    assert numbers == list(range(200)) and ran.pop(150) == 2 and set(ran.values()) == {1}
+
+
+def slow_once(folder: Location, number: int, slow: str) -> dict[str, object]:
+    if number == 3:
+        mark = Path(slow)
+        if not mark.exists():
+            mark.write_text("")
+            time.sleep(60)
+    return {"number": number}
+
+
+def test_a_late_call_gets_a_backup_and_the_flow_ends_the_late_one(tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(calls, "LATE_S", 0.5)
+    monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
+    monkeypatch.setattr(ray_cluster, "ENDING_S", 0.1)
+    start, slow = time.monotonic(), tmp_path / "slow"
+    with flow_in(tmp_path) as flow:
+        records = flow.all("some", slow_once, (Task(f"{n:032}", {"number": n, "slow": str(slow)}) for n in range(12)))
+        assert [record["number"] for record in records] == list(range(12)) and flow.done == {"some": 12}
+        ((_, late),) = flow.repeated
+        assert not late.ready()
+    assert not flow.repeated and late.ready() and time.monotonic() - start < 30
+    assert [asked.get("scheduling_strategy") for asked in forked.asked] == [None] * 12 + ["SPREAD"]
+
+
+def test_a_late_call_on_the_only_node_gets_no_backup(tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(calls, "LATE_S", 0.1)
+    monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
+    forked.cpus = [2]
+    with flow_in(tmp_path) as flow:
+        flow.all("some", slow_for, (Task(f"{n:032}", {"number": n}) for n in range(12)))
+    assert len(forked.asked) == 12
+
+
+def slow_for(folder: Location, number: int) -> dict[str, object]:
+    time.sleep(1.0 if number == 11 else 0)
+    return {}
+
+
+def die_or_wait(folder: Location, number: int, slow: str) -> dict[str, object]:
+    """The first call with task 3 waits and then dies, and its backup dies at once."""
+    if number == 3:
+        starts = Path(slow)
+        with starts.open("a") as file:
+            file.write("x")
+        if starts.stat().st_size == 1:
+            time.sleep(2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if starts.stat().st_size == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return {"number": number}
+
+
+def test_a_task_runs_again_when_both_of_its_calls_have_died(tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(calls, "LATE_S", 0.3)
+    monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
+    with flow_in(tmp_path) as flow:
+        records = flow.all("some", die_or_wait, (Task(f"{n:032}", {"number": n, "slow": str(tmp_path / "s")}) for n in range(12)))
+    assert [record["number"] for record in records] == list(range(12)) and (tmp_path / "s").read_text() == "xxx"
+
+
+def call(size: int = 0) -> Call:
+    return Call([Started(0, Task("k", {}, bytes=size))], 1, references=["r"])
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_group_is_short_and_leaves_calls_for_every_cpu(seed):
+    rng, times = random.Random(seed), CallTimes()
+    tasks, seconds, left, slots = rng.randint(1, 500), 10 ** rng.uniform(-4, 2), rng.randint(0, 10**6), rng.randint(1, 2000)
+    times.tasks, times.seconds = tasks, tasks * seconds
+    group = times.group(left, slots)
+    assert 1 <= group <= calls.MOST_TASKS
+    if group > 1:
+        assert tasks >= calls.MEASURED and group * seconds <= calls.CALL_S * 1.001 and group * slots * calls.ROUNDS <= left
+
+
+def test_calls_begin_in_their_order_as_others_end():
+    slots, three = Slots(), [call(), call(), call()]
+    for one in three:
+        slots.start(one, 1.0)
+    assert [one.began for one in three] == [1.0, None, None]
+    slots.end(three[1], 2.0)  # the cluster began it earlier than expected
+    slots.end(three[0], 3.0)
+    assert three[2].began == 3.0 and slots.running == 1
+    slots.end(three[2], 4.0)
+    assert slots.running == 0 and not slots.waiting
+
+
+def test_a_call_is_late_by_its_size_and_only_if_most_have_ended():
+    times = CallTimes()
+    for _ in range(6):
+        times.add(call(100), [20.0])
+    small, large = call(100), call(1000)
+    small.began = large.began = 0.0
+    assert times.late([small, large], 39.0) == [] and times.late([small, large], 41.0) == [small]
+    assert times.late([large, small], 500.0) == [small, large]
+    assert times.late([small, large, call()], 500.0) == [], "most calls are still running"
+    small.tasks[0].trouble.count = 1
+    assert times.late([small, large], 500.0) == [large], "its notes are for one process"
