@@ -22,7 +22,7 @@ MOST_TASKS = 64  # tasks of a call
 MEASURED = 16  # tasks that have ended before tasks are grouped
 ROUNDS = 2  # calls for each free CPU that must remain, so that the last calls end at about the same time
 KEPT = 256  # calls from whose times the usual time is computed
-LATE, LATE_S = 2.0, 10.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
+LATE, LATE_S = 1.5, 10.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
 ENDED = 3  # calls that have ended, for each running one, before a call can be late
 
 
@@ -42,6 +42,11 @@ class Started:
     @property
     def waits(self) -> bool:
         return self.copy is not None and not self.copy.done()
+
+    @property
+    def size(self) -> int:
+        """Returns the bytes that the task reads, or 1 if they aren't known."""
+        return self.task.bytes or 1
 
     def shares_with(self, other: Started) -> bool:
         """Checks whether one call can run both tasks, because their shared arguments are the same objects."""
@@ -63,7 +68,7 @@ class Call:
     @property
     def size(self) -> int:
         """Returns the bytes that the tasks read, or the number of tasks if the bytes aren't known."""
-        return sum(started.task.bytes or 1 for started in self.tasks)
+        return sum(one.size for one in self.tasks)
 
     @property
     def can_repeat(self) -> bool:
@@ -75,7 +80,7 @@ class CallTimes:
     """Holds the times of a kind's tasks and calls that have ended."""
 
     def __init__(self) -> None:
-        self.tasks = self.calls = 0
+        self.tasks = self.calls = self.size = 0
         self.seconds = 0.0
         self.rates = deque[float](maxlen=KEPT)
 
@@ -85,15 +90,15 @@ class CallTimes:
         self.tasks += len(call.tasks)
         self.calls += 1
         self.seconds += seconds
+        self.size += call.size
         self.rates.append(seconds / call.size)
 
-    def group(self, left: int, slots: int) -> int:
-        """Computes the number of tasks for the next call. `left`: tasks that haven't started; `slots`: calls that can run at the
-        same time."""
-        if self.tasks < MEASURED:
-            return 1
-        by_time = int(CALL_S * self.tasks / max(self.seconds, 1e-3))
-        return max(1, min(by_time, left // (ROUNDS * max(1, slots)), MOST_TASKS))
+    def has_room(self, group: list[Started], more: Started, left: int, slots: int) -> bool:
+        """Checks whether a call can run one more task after those of `group`. `left`: tasks that haven't started; `slots`: calls
+        that can run at the same time."""
+        if self.tasks < MEASURED or len(group) + 1 > min(MOST_TASKS, left // (ROUNDS * max(1, slots))):
+            return False
+        return sum(one.size for one in [*group, more]) * self.seconds <= CALL_S * self.size
 
     def late(self, calls: list[Call], now: float) -> list[Call]:
         """Lists the running calls that are late, the latest first."""

@@ -84,10 +84,11 @@ class Crew:
 
     def add(self, started: Started, left: int) -> None:
         """Starts a task, or adds it to the group of tasks that the next call runs. `left`: tasks that follow."""
-        if self.group and not self.group[0].shares_with(started):
+        room = self.times.has_room(self.group, started, left, self.slots.count)
+        if self.group and not (room and self.group[0].shares_with(started)):
             self._start_group()
         self.group.append(started)
-        if self.size or len(self.group) >= self.times.group(left, self.slots.count):
+        if self.size or not room:
             self._start_group()
 
     def completed(self) -> None:

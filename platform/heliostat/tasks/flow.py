@@ -183,7 +183,8 @@ class Flow:
         self, kind: str, tasks: Iterator[Task], valid: Callable[[dict[str, Any]], bool]
     ) -> Iterator[tuple[int, Task, dict[str, Any] | None, int]]:
         """Yields (number of the task, task, its record if it is finished, number of tasks to run after this one). The last number
-        is UNKNOWN until heliostat has looked up all tasks."""
+        is UNKNOWN until heliostat has looked up all tasks. Of the tasks that are looked up at once, yields the largest first, so
+        that no long task starts last."""
         number = 0
         whole = False
         while not whole:
@@ -195,10 +196,11 @@ class Flow:
             todo = [task.bytes for task in batch if task.key not in known]
             self.progress.found(kind, list(known.values()), todo, whole)
             left = len(todo) if whole else UNKNOWN
-            for task in batch:
+            for place in sorted(range(len(batch)), key=lambda place: -batch[place].bytes):
+                task = batch[place]
                 left -= task.key not in known
-                yield number, task, known.get(task.key), left
-                number += 1
+                yield number + place, task, known.get(task.key), left
+            number += len(batch)
 
     def _next(self, kind: str, crew: Crew) -> Iterator[tuple[int, dict[str, Any]]]:
         for started, record in crew.finished():
