@@ -8,7 +8,7 @@ names of small files decide where a piece ends, so a new or removed file changes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import xxhash
 
@@ -44,8 +44,8 @@ class FilePart:
     @property
     def identity(self) -> list[object]:
         """Returns everything that the part's documents depend on, as JSON values."""
-        *fields, etag, _ = astuple(self)
-        return [*fields, etag] if etag else fields
+        fields = [self.path, self.bytes, self.modified, self.start, self.stop, self.first]
+        return [*fields, self.etag] if self.etag else fields
 
     @property
     def identity_by_time(self) -> list[object]:

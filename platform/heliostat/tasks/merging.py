@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from math import isqrt
 from types import MappingProxyType
@@ -50,7 +51,7 @@ class ShardRange:
     stop: int
     runs: list[SpilledRun]
 
-    @property
+    @cached_property
     def part(self) -> float:
         """Returns the mean number of bytes that one shard has in one of the temporary files."""
         return sum(run.bytes for run in self.runs) / max(1, len(self.runs)) / (self.stop - self.first)

@@ -14,6 +14,7 @@ from heliostat.tasks.clusters import Executor, Task, TaskKind
 from heliostat.tasks.pool import ActorPool
 
 ENDING_S = 2.0  # seconds for tasks to end by themselves after the run has failed
+MANY, GATHER_S = 1000, 0.2  # references, and seconds: other calls are queued at the nodes, so no CPU is idle meanwhile
 END_S = 60.0  # seconds for tasks to end after they are canceled
 
 
@@ -114,10 +115,14 @@ def _sent(tasks: list[Task]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _ended(references: list[Any], wait_s: float) -> list[Any]:
-    """Waits for one task, then returns every task that has ended. One call per task would look at all tasks each time, so the
-    cost would grow with the square of the number of CPUs."""
+    """Waits for one call, then returns every call that has ended. A wait looks at all references, so one wait per call would cost
+    the square of the number of CPUs. With more than MANY references, lets calls end for GATHER_S seconds between two waits."""
     ready, _ = ray.wait(references, num_returns=1, timeout=wait_s)
-    return (ready and len(references) > 1 and ray.wait(references, num_returns=len(references), timeout=0)[0]) or ready
+    if not ready or len(references) == 1:
+        return ready
+    if len(references) > MANY:
+        time.sleep(GATHER_S)
+    return ray.wait(references, num_returns=len(references), timeout=0)[0]
 
 
 def _end(references: list[Any]) -> int:

@@ -23,8 +23,10 @@ from heliostat.curation.simulation.requests import Requests
 from heliostat.tasks import care
 from heliostat.tasks.care import Care, TaskPlace
 from heliostat.tasks.clusters import Executor, Task, TaskKind
+from heliostat.tasks.ray_cluster import GATHER_S, MANY
 
 RAY_CALL_S = 950e-6  # CPU seconds of the driver per task, in all threads of Ray 2: 946 to 999 microseconds on two busy cores
+WAIT_S = 0.4e-6  # CPU seconds of a wait per reference: 2.8 to 5.4 ms for 8,000 references
 STARTED_S = 0.02  # seconds for a node to start a task in a process that exists
 NODE_BYTES_PER_S = 100e6  # bytes per second that a CPU's share of the network carries
 REQUEST_S = 0.03  # latency of a request to the store
@@ -86,7 +88,7 @@ class VirtualCluster:
     """Calls that were slow, and tasks that waited for the store."""
     backups: int = 0
     """Calls that repeated a slow call."""
-    _left: float = field(default_factory=time.process_time)
+    _left: float = field(default_factory=time.thread_time)
     _calls: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,18 +98,20 @@ class VirtualCluster:
 
     @contextmanager
     def simulating(self) -> Iterator[None]:
-        """Adds the driver's processor time since the last call to the clock. The time of this call doesn't count."""
-        passed = time.process_time() - self._left
+        """Adds the processor time of the driver's thread since the last call to the clock. The time of this call doesn't count.
+        RAY_CALL_S covers Ray's threads."""
+        passed = time.thread_time() - self._left
         self.driver_seconds += passed
         self.clock += passed
         try:
             yield
         finally:
-            self._left = time.process_time()
+            self._left = time.thread_time()
 
-    def ray_calls(self, tasks: int) -> None:
-        self.ray_seconds += tasks * RAY_CALL_S
-        self.clock += tasks * RAY_CALL_S
+    def spend(self, seconds: float) -> None:
+        """Lets Ray's calls take some of the driver's processor time."""
+        self.ray_seconds += seconds
+        self.clock += seconds
 
     def now(self) -> float:
         with self.simulating():
@@ -165,7 +169,7 @@ class VirtualExecutor:
               backup: bool = False) -> Any:  # fmt: skip
         cluster = self.cluster
         with cluster.simulating():
-            cluster.ray_calls(1)
+            cluster.spend(RAY_CALL_S)
             cluster.backups += backup
             if not self.slots:
                 self.slots, self.times.begin = self._slots(cpus, memory), cluster.clock
@@ -214,10 +218,11 @@ class VirtualExecutor:
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         cluster, ended = self.cluster, list[Any]()
         with cluster.simulating():
+            cluster.spend(2 * len(references) * WAIT_S)
             if not self.ends or self.ends[0][0] > cluster.clock + wait_s:
                 cluster.clock += wait_s
                 return []
-            cluster.clock = max(cluster.clock, self.ends[0][0])
+            cluster.clock = max(cluster.clock, self.ends[0][0]) + (GATHER_S if len(references) > MANY else 0.0)
             while self.ends and self.ends[0][0] <= cluster.clock:
                 ended.append(heapq.heappop(self.ends)[1])
             return ended
