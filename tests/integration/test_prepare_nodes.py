@@ -107,3 +107,38 @@ def test_a_stage_runs_on_a_node_that_lacks_its_model(tmp_path, monkeypatch):
     copies = [p.relative_to(cache) for p in cache.rglob("*") if p.is_file() and p.parent.name == "model"]
     assert sorted(p.name for p in copies) == ["classifier.json", "weights.safetensors"] and len({p.parts[1] for p in copies}) == 1
     assert found[0] == found[1]
+
+
+LATE = """
+import sys, time
+from pathlib import Path
+import ray
+from heliostat.storage.locations import Location
+from heliostat.tasks import calls, crew
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import Work
+calls.LATE_S, crew.LATE_LOOK_S = 1.0, 0.2
+
+def work(folder, number, mark):
+    if number == 11 and not Path(mark).exists():
+        Path(mark).write_text(ray.get_runtime_context().get_node_id())
+        time.sleep(100)
+    return {"node": ray.get_runtime_context().get_node_id()}
+
+ray.init(address="auto", log_to_driver=False)
+with Flow(Work(Location(sys.argv[1] + "/work"))) as flow:
+    tasks = (Task(f"{n:032}", {"number": n, "mark": sys.argv[1] + "/mark"}) for n in range(12))
+    records = flow.all("some", work, tasks)
+    print(len(records), len(flow.repeated), records[11]["node"] != Path(sys.argv[1], "mark").read_text())
+print(len(flow.repeated), "ended")
+"""
+
+
+def test_a_late_task_is_repeated_on_another_node_and_the_late_one_ends(tmp_path):
+    """Ray cancels the late task only when the flow ends, and the driver survives this."""
+    (tmp_path / "cluster").mkdir()
+    with LocalNodes(tmp_path / "cluster", 2, 1) as nodes:
+        command = [sys.executable, "-c", LATE, str(tmp_path)]
+        run = subprocess.run(command, env=os.environ | nodes.environment, capture_output=True, text=True, timeout=90, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split("\n")[:2] == ["12 1 True", "0 ended"], run.stdout
