@@ -174,15 +174,15 @@ def test_what_trains_a_tokenizer_is_read_some_megabytes_at_a_time(tmp_path, monk
     monkeypatch.setattr(tasks, "SELECTED_BYTES", 2 * MB)
     folder = Location(str(tmp_path))
     parts = [rows(1000, 8000, i).select(["key", "hash", "id", "bytes", "text"]) for i in range(3)]
-    names = [spill.write(folder, part, ("hash", "id")) for part in parts]
+    names = [spill.write(folder, tasks.distinct([tasks._once(part)]), ("hash", "id")) for part in parts]
     held, _ = gathering.unique(list(parts))
     wanted = held["text"].to_pylist()
-    assert list(tasks.selected(folder, names, (1 << 16) - 1, 24_000_000, 1 << 40)) == wanted
+    assert list(tasks.selected(folder, names, spill.ALL, 24_000_000, 1 << 40)) == wanted
     most = 9_000_000
-    assert list(tasks.selected(folder, names, (1 << 16) - 1, 24_000_000, most)) == wanted[: -(-most // 8000)]
+    assert list(tasks.selected(folder, names, spill.ALL, 24_000_000, most)) == wanted[: -(-most // 8000)]
 
     def read() -> None:
-        for _ in tasks.selected(folder, names, (1 << 16) - 1, 24_000_000, 1 << 40):
+        for _ in tasks.selected(folder, names, spill.ALL, 24_000_000, 1 << 40):
             pass
 
     assert arrow_peak(read) < 12 * MB < 24_000_000

@@ -26,7 +26,7 @@ MERGE_BYTES_PER_S = 60e6
 LINES_BYTES_PER_S = 500e6
 """Bytes of which a CPU counts the lines per second: an assumption."""
 
-SAME_SIZE = frozenset({"sizes", "sample", "tokenizer", "tally", "rates", "largest"})
+SAME_SIZE = frozenset({"tokenizer", "tally", "rates", "largest"})
 """Kinds of tasks whose files the driver reads, or whose results don't grow with the input. Their records stay as measured."""
 
 
@@ -81,7 +81,7 @@ class Sizes:
         """Returns the bytes that a task reads: its share of all spilled files in its arguments, or its parts of the input. For a
         sample, only the share of the records that the task takes. For a tokenizer, the bytes of its training text."""
         if "samples" in task.arguments:
-            return task.arguments["bytes"]
+            return min(task.arguments["bytes"], task.arguments["config"]["train_bytes"])
         if parts := input_parts(task):
             source = task.arguments.get("source")
             return int(sum(part.length * (source.rate(part) if isinstance(source, SampledTexts) else 1) for part in parts))
@@ -116,7 +116,7 @@ def _share_of_keys(arguments: Mapping[str, Any], plan: TextSharding | None = Non
     if "parts" in arguments:
         return 1 / arguments["parts"]
     if "high" in arguments:
-        return (arguments["high"] - arguments["low"]) / spill.ALL
+        return (arguments["high"] - arguments.get("low", 0)) / spill.ALL
     return (arguments["stop"] - arguments["first"]) / plan.shards if plan is not None else 1.0
 
 

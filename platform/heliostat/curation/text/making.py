@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
+from math import ceil
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,7 +33,9 @@ from heliostat.tasks.work import key
 
 log = logging.getLogger(__name__)
 
-SAMPLERS = 64  # maximum tasks that measure and select the tokenizer's training text
+SAMPLES = 64  # maximum files with the tokenizer's training text
+SAMPLED_RUNS = 256  # maximum runs from which a task selects training text: about half a minute in an object store
+SPARE = 1.5  # bytes of the documents that tasks select / `train_bytes`
 SHARD_SHARE = 6  # a shard's task has its texts, its tokens, and its file in memory
 ALONE = 256  # maximum number of shards with a task each
 
@@ -63,21 +66,39 @@ class Reading(Making):
         sample: the documents with the lowest hashes, up to `train_bytes`. `markers`: additional special tokens."""
         if self.given_tokenizer is not None:
             return self.given_tokenizer
-        parts = list(groups(curated.runs, max(1, -(-len(curated.runs) // SAMPLERS))))
-        follows = [identities(part) for part in parts]
-        measure = (Task(key("sizes", f), {"runs": part}) for f, part in zip(follows, parts, strict=True))
-        sizes = np.zeros(tasks.PREFIXES, np.int64)
-        for record in self.flow.all("sizes", tasks.prefix_sizes, measure):
-            for table in spill.read(self.flow.work.spill, record["sizes"]):
-                sizes[table["key"].to_numpy()] += table["bytes"].to_numpy()
-        limit = int(np.searchsorted(np.cumsum(sizes), self.tokenizer["train_bytes"]))
-        select = (Task(key("sample", f, limit), {"runs": part, "limit": limit}) for f, part in zip(follows, parts, strict=True))
-        samples = [name for record in self.flow.all("sample", tasks.lowest, select) for name in record["sample"]]
         config = self.tokenizer | ({"markers": markers} if markers else {})
-        arguments = {"samples": samples, "limit": limit, "bytes": int(sizes[: limit + 1].sum()), "config": config}
+        arguments = {**self._training_text(curated.runs), "config": config}
         train = Task(key("tokenizer", arguments, libraries.versions(["tokenizers"])), arguments)
         (record,) = self.flow.all("tokenizer", tasks.train_on, iter([train]))
         return segment.load(self.flow.work.spill, record["definition"])
+
+    def _training_text(self, runs: list[SpilledRun]) -> dict[str, Any]:
+        """Copies the documents with the lowest hashes to a few temporary files. Returns the arguments of the task that trains the
+        tokenizer: the files, the end of the range of keys that they cover, and the bytes of their documents.
+
+        Hashes are random, so a share of the keys has about the same share of the bytes. A task reads only this share of each of
+        its runs. If the documents of this share have fewer bytes than `train_bytes`, doubles the share.
+        """
+        wanted, bytes = self.tokenizer["train_bytes"], max(1, sum(run.bytes for run in runs))
+        size = min(SAMPLED_RUNS, max(1, -(-len(runs) // SAMPLES)))
+        prefixes = min(tasks.PREFIXES, ceil(SPARE * wanted / bytes * tasks.PREFIXES))
+        while True:
+            high = prefixes << tasks.PREFIX_SHIFT
+            work = (Task(key("sample", identities(part), high), {"runs": part, "high": high}) for part in groups(runs, size))
+            records = self.flow.all("sample", tasks.lowest, work)
+            selected = sum(record["bytes"] for record in records)
+            if selected >= wanted or prefixes == tasks.PREFIXES:
+                samples = [name for record in records for name in record["sample"]]
+                return {"samples": self._merged_samples(samples), "high": high, "bytes": selected}
+            prefixes = min(tasks.PREFIXES, 2 * prefixes)
+
+    def _merged_samples(self, names: list[str]) -> list[str]:
+        """Merges the files with training text until there are at most SAMPLES, because one task reads all of them."""
+        while len(names) > SAMPLES:
+            bounds = {"low": 0, "high": spill.ALL}
+            work = (Task(key("merge", part, bounds), {"names": part, **bounds}) for part in groups(names, SAMPLES))
+            names = [record["merged"] for record in self.flow.all("sample-merge", merging.merge_spills, work)]
+        return names
 
 
 @dataclass
