@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-from heliostat.curation import comparing, repetition, segment, slices, tally
+from heliostat.curation import comparing, recording, repetition, segment, slices, tally
 from heliostat.curation.english import words
 from heliostat.curation.minhash import signatures
 from heliostat.curation.stage import Document
@@ -140,7 +140,7 @@ def test_ends_of_many_small_documents_are_python_objects_a_few_at_a_time(tmp_pat
     names = gathering.spill_kept(folder, "shards/x", table.slice(0, 300), duplicates)
     found = {row["id"]: row for name in names for t in spill.read(folder, name) for row in t.to_pylist()}
     assert len(found) == 350 and found["other-7"]["detail"] == "0-107" and found["other-7"]["reason"] == "duplicate"
-    assert found["0-3"] == {"key": segment.key_of("0-3"), "id": "0-3", "stage": "shard", "reason": "kept", "detail": "shards/x",
+    assert found["0-3"] == {"key": recording.key_of("0-3"), "id": "0-3", "stage": "shard", "reason": "kept", "detail": "shards/x",
                             "measures": None, "hash": table["hash"][3].as_py().hex(), "columns": None}  # fmt: skip
 
 

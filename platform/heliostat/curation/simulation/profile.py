@@ -131,6 +131,7 @@ def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: 
     opening = like.record.get("opening", 0.0)
     record = Scaling(task.key, growth).of({k: v for k, v in like.record.items() if k not in ("run", "wall")})
     record["seconds"] = max(0.0, like.record["seconds"] - opening) * growth
+    record |= _recorded(record, task, sizes.plan(task))
     if "runs" in record and "run_bytes" in task.arguments:
         record["runs"] = _cut(record["runs"], task.arguments["run_bytes"], task.key)
     if "decided" in record:
@@ -143,6 +144,14 @@ def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: 
     if "part" in task.arguments and "begin" in record:
         record["begin"] = f"{spill.share(task.arguments['part'], task.arguments['parts'])[0]:x}"
     return record
+
+
+def _recorded(record: dict[str, Any], task: Task, plan: TextSharding | None) -> dict[str, Any]:
+    """Returns the names of the files with the record of documents. The measured tasks recorded all documents, and the simulated
+    tasks may record a sample (`recording`)."""
+    every = plan.recorded if plan else task.arguments.get("every", 1)
+    scaled = Scaling(task.key, 1 / every if every else 0.0)
+    return {name: scaled.of(record[name]) if every else [] for name in ("left_out", "ends") if name in record}
 
 
 @dataclass(frozen=True)

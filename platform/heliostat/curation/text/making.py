@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from tokenizers import Tokenizer
 
-from heliostat.curation import pieces, readers, segment
+from heliostat.curation import pieces, readers, recording, segment
 from heliostat.curation.engine import RUN_SHARE, Curated, filled, groups
 from heliostat.curation.making import Making, WrittenShards
 from heliostat.curation.pieces import FilePart
@@ -167,7 +167,7 @@ class TextMaking(Reading):
         """Replaces the temporary files of kept documents with files in which related documents are next to each other. Returns
         the names of the temporary files that list the exact duplicates."""
         parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
-        more = {"by": together.model_dump(), "explained": self.explained}
+        more = {"by": together.model_dump(), "explained": self.explained, **recording.arguments(self.every)}
         records = self.flow.all("regroup", gathering.regroup, self._ranged(curated.runs, parts, **more))
         curated.runs = [SpilledRun(*run) for record in records for run in record["runs"]]
         self._check_largest(curated.runs, together, parts)
@@ -201,7 +201,15 @@ class TextMaking(Reading):
         """Writes the shards, and yields their records. If there are many shards, each task writes several, one after another."""
         shards = max(1, round(curated.bytes / self.shard_bytes))
         plan = TextSharding(
-            self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill, bool(self.together) or None
+            self.output.uri,
+            shards,
+            definition,
+            end,
+            self.chunk_tokens,
+            self.explained,
+            infill,
+            bool(self.together) or None,
+            **recording.arguments(self.every),
         )
         described = {name: value for name, value in vars(plan).items() if value is not None}
         each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))

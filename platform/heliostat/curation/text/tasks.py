@@ -190,6 +190,11 @@ class TextSharding:
     explained: bool  # whether the fate of each document is recorded
     infill: dict[str, Any] | None = None  # keys of FillInTheMiddle, and the markers' names and ids
     together: bool | None = None  # whether the runs are grouped by related documents
+    every: int | None = None  # which documents are recorded (`recording`); None: all
+
+    @property
+    def recorded(self) -> int:
+        return 1 if self.every is None else self.every
 
 
 def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
@@ -234,7 +239,7 @@ def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: Tex
         "cut": sum(len(rows) for rows, _ in groups) - len(ids),
         "counts": base64.b64encode(zlib.compress(counts.tobytes())).decode(),
         "chunks": chunks,
-        "ends": gathering.spill_kept(folder, path, table, duplicates) if plan.explained else [],
+        "ends": gathering.spill_kept(folder, path, table, duplicates, plan.recorded) if plan.explained else [],
         **({"rearranged": rearranged} if plan.infill else {}),
         **({"together": gathering.counted(table)} if plan.together else {}),
     }
