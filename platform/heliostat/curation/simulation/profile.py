@@ -186,9 +186,7 @@ def _merged(kind: TaskKind, task: Task, read: int) -> dict[str, Any]:
     """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, counting lines, or
     listing dropped documents. Raises ConfigError for other kinds."""
     seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
-    if kind.function is merging.merge_spills:
-        return {"merged": name, "files": [name], "seconds": seconds}
-    if kind.function is merging.merge:
+    if kind.function in (merging.merge, merging.merge_spills):
         rows = sum(run.rows for run in task.arguments["runs"])
         return {"runs": _cut([[name, int(rows * _share_of_keys(task.arguments)), read]], task.arguments["run_bytes"], task.key),
                 "files": [name], "seconds": seconds}  # fmt: skip

@@ -95,9 +95,11 @@ class Reading(Making):
     def _merged_samples(self, names: list[str]) -> list[str]:
         """Merges the files with training text until there are at most SAMPLES, because one task reads all of them."""
         while len(names) > SAMPLES:
-            bounds = {"low": 0, "high": spill.ALL}
-            work = (Task(key("merge", part, bounds), {"names": part, **bounds}) for part in groups(names, SAMPLES))
-            names = [record["merged"] for record in self.flow.all("sample-merge", merging.merge_spills, work)]
+            runs, bounds = [SpilledRun(name, 0, spill.size_of(name) or 0) for name in names], {"low": 0, "high": spill.ALL}
+            more = {**bounds, "run_bytes": self.memory_limit // RUN_SHARE}
+            work = (Task(key("merge", identities(part), more), {"runs": part, **more}) for part in groups(runs, SAMPLES))
+            records = self.flow.all("sample-merge", merging.merge_spills, work)
+            names = [name for record in records for name, *_ in record["runs"]]
         return names
 
 
