@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-from heliostat.curation import comparing, repetition, segment, slices, tally
+from heliostat.curation import comparing, recording, repetition, segment, slices, tally
 from heliostat.curation.english import words
 from heliostat.curation.minhash import signatures
 from heliostat.curation.stage import Document
@@ -140,7 +140,7 @@ def test_ends_of_many_small_documents_are_python_objects_a_few_at_a_time(tmp_pat
     names = gathering.spill_kept(folder, "shards/x", table.slice(0, 300), duplicates)
     found = {row["id"]: row for name in names for t in spill.read(folder, name) for row in t.to_pylist()}
     assert len(found) == 350 and found["other-7"]["detail"] == "0-107" and found["other-7"]["reason"] == "duplicate"
-    assert found["0-3"] == {"key": segment.key_of("0-3"), "id": "0-3", "stage": "shard", "reason": "kept", "detail": "shards/x",
+    assert found["0-3"] == {"key": recording.key_of("0-3"), "id": "0-3", "stage": "shard", "reason": "kept", "detail": "shards/x",
                             "measures": None, "hash": table["hash"][3].as_py().hex(), "columns": None}  # fmt: skip
 
 
@@ -174,15 +174,15 @@ def test_what_trains_a_tokenizer_is_read_some_megabytes_at_a_time(tmp_path, monk
     monkeypatch.setattr(tasks, "SELECTED_BYTES", 2 * MB)
     folder = Location(str(tmp_path))
     parts = [rows(1000, 8000, i).select(["key", "hash", "id", "bytes", "text"]) for i in range(3)]
-    names = [spill.write(folder, part, ("hash", "id")) for part in parts]
+    names = [spill.write(folder, tasks.distinct([tasks._once(part)]), ("hash", "id")) for part in parts]
     held, _ = gathering.unique(list(parts))
     wanted = held["text"].to_pylist()
-    assert list(tasks.selected(folder, names, (1 << 16) - 1, 24_000_000, 1 << 40)) == wanted
+    assert list(tasks.selected(folder, names, spill.ALL, 24_000_000, 1 << 40)) == wanted
     most = 9_000_000
-    assert list(tasks.selected(folder, names, (1 << 16) - 1, 24_000_000, most)) == wanted[: -(-most // 8000)]
+    assert list(tasks.selected(folder, names, spill.ALL, 24_000_000, most)) == wanted[: -(-most // 8000)]
 
     def read() -> None:
-        for _ in tasks.selected(folder, names, (1 << 16) - 1, 24_000_000, 1 << 40):
+        for _ in tasks.selected(folder, names, spill.ALL, 24_000_000, 1 << 40):
             pass
 
     assert arrow_peak(read) < 12 * MB < 24_000_000

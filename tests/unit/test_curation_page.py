@@ -58,7 +58,7 @@ def told() -> dict:
     return {
         "name": EVIL, "dataset": "/data/x", "digest": "ab" * 32, "shards": 1,
         "funnel": {"read": read, **stages, "finish": {"dropped": {}}, "shard": shard},
-        "seconds": {"shard": 1.0, "read": 2.0, "0 gopher_quality": 7200.0}, "hour": 0.05, "currency": "USD",
+        "seconds": {"shard": 1.0, "read": 2.0, "0 gopher_quality": 7200.0}, "hour": 0.05, "currency": "USD", "recorded_every": 1,
         "columns": {"sampled": 70, "counts": {"domains": {EVIL: [3, 4]}}},
     }  # fmt: skip
 

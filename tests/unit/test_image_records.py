@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import forget, reasons
+from heliostat.curation import forget, reasons, recording
 from heliostat.curation.text import trace
 from heliostat.data import documents, manifest
 from heliostat.errors import ConfigError
@@ -110,3 +110,16 @@ def test_an_images_place_in_a_dataset_without_stages(tmp_path):
     found = [documents.pieces(made, path, id) for id in ids]
     assert all(len(pieces) == 1 and pieces[0].tokens == 1 for pieces in found)
     assert documents.pieces(made, path, "no such id") == []
+
+
+def test_a_sample_of_the_images_is_recorded_and_all_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setitem(recording.EVERY, "sample", 4)
+    make_input(tmp_path / "in")
+    complete, _ = prepared(keys(tmp_path, stages=STAGES))
+    made, _ = prepared(keys(tmp_path, "sample", stages=STAGES, record_documents="sample"))
+    rows, wanted = ([row for table in reasons.ends(one) for row in table.to_pylist()] for one in (made, complete))
+    assert rows == [row for row in wanted if row["key"] % 4 == 0]
+    assert {"kept", "duplicate", "short"} <= {row["reason"] for row in rows}
+    assert made.meta["dropped"] == complete.meta["dropped"] and made.paths == complete.paths
+    assert "one document in 4" in curation.page(curation.gather(made))
+    assert "one document in" not in curation.page(curation.gather(complete))

@@ -5,7 +5,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from heliostat.curation import repeated, segment
+from heliostat.curation import recording, repeated, segment
 from heliostat.curation.registry import parse
 from heliostat.curation.repeated import ComparedParts
 from heliostat.curation.stage import Document, Dropped
@@ -32,7 +32,7 @@ def plainly(texts: dict[str, str], parts: ComparedParts) -> dict[str, str]:
     """Computes the same in memory, document by document, in the order of their ids' hashes."""
     seen, found = set[str](), {}
     between = repeated.BETWEEN[parts.unit]
-    for id in sorted(texts, key=segment.key_of):
+    for id in sorted(texts, key=recording.key_of):
         kept = []
         for part in texts[id].split(between):
             words = reference(part)

@@ -7,7 +7,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from heliostat.curation import segment
+from heliostat.curation import recording
 from heliostat.curation.registry import parse
 from heliostat.curation.repeated import WordWindows, least, spans
 
@@ -64,7 +64,7 @@ def test_one_occurrence_stays_and_little_of_the_others(tmp_path, memory_limit):
         assert wanted in (None, kept)
         wanted = kept
     whole = [id for id, text in kept.items() if shared in text]
-    assert whole == [min((id for id in texts if shared in texts[id]), key=segment.key_of)]
+    assert whole == [min((id for id in texts if shared in texts[id]), key=recording.key_of)]
     taken = set(WORD.findall(shared))
     for id, text in kept.items():
         if id in whole or shared not in texts[id]:
@@ -122,7 +122,7 @@ def test_a_span_is_found_in_any_form_of_unicode_and_cut_where_it_is(tmp_path):
     texts = {f"d{i}": f"{a}. {b}" for i, (a, b) in enumerate(zip(own, written, strict=True))}
     found, here = curate(tmp_path / "work", texts, [STAGE])
     kept = left(found, here)
-    whole = min(texts, key=segment.key_of)
+    whole = min(texts, key=recording.key_of)
     assert kept[whole] == texts[whole]
     for id, before in zip(texts, own, strict=True):
         assert kept[id].startswith(before)

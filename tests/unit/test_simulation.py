@@ -107,7 +107,8 @@ def test_a_task_reads_its_share_of_the_keys():
     sizes, runs = Sizes(), [SpilledRun("00/" + "0" * 32 + "-10.parquet", 5, 1000) for _ in range(8)]
     shared = sizes.share("reference", runs)
     assert sizes.read(Task("k", {"part": 0, "parts": 4}, {"runs": shared})) == 2000
-    assert sizes.read(Task("k", {"low": 0, "high": spill.ALL // 8, "runs": runs})) == 1000
+    for keys in ({"low": 0, "high": spill.ALL // 8}, {"high": spill.ALL // 8}):
+        assert sizes.read(Task("k", {**keys, "runs": runs})) == 1000
     assert sizes.read(Task("k", {"number": 3}, bytes=77)) == 77
 
 
@@ -169,9 +170,11 @@ def test_lines_are_counted_in_the_time_of_their_bytes(tmp_path):
 
 
 def test_a_tokenizer_trains_on_the_text_that_it_is_given():
-    """Many samples list more text than the tokenizer reads."""
+    """The files of many tasks have more text than the tokenizer reads."""
     samples = ["00/" + "0" * 32 + "-1000.parquet"] * 64
-    assert Sizes().read(Task("k", {"samples": samples, "bytes": 5000, "limit": 1})) == 5000
+    for train_bytes, read in ((4000, 4000), (9000, 5000)):
+        arguments = {"samples": samples, "bytes": 5000, "high": 1 << 60, "config": {"train_bytes": train_bytes}}
+        assert Sizes().read(Task("k", arguments)) == read
 
 
 def test_a_list_of_dropped_documents_needs_no_measurement_and_other_unknown_tasks_are_an_error(tmp_path):

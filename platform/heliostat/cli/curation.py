@@ -124,12 +124,13 @@ def forget(
 ) -> None:
     """Make a dataset without a document, and list every run that has trained on it, with the steps."""
     from heliostat.curation import forget as forgetting
+    from heliostat.data.manifest import read
     from heliostat.storage.locations import Location
 
+    output = Location(to)
+    forgetting.check(read(Location(dataset)), output)
     prepared, ends = _found(dataset, url, id, text)
     target, rows = forgetting.one(ends, "--url" if url else "--text" if text else "--id")
-    output = Location(to)
-    forgetting.check(prepared, output)
     report = _ways(prepared, target, mlflow)
     new = forgetting.forget(prepared, target, rows, output)
     result = {"dataset": str(output), "digest": new.digest, "previous": prepared.digest, "documents": new.meta["documents"],

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from heliostat.curation import segment, tally
+from heliostat.curation import recording, segment, tally
 from heliostat.curation.engine import Curated, filled
 from heliostat.curation.segment import SpilledRun, by_run, survivors
 from heliostat.curation.stage import GlobalStage
@@ -69,7 +69,8 @@ def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind
     fields for the stage's counts.
     """
     label, runs, names = tally.label(number, stage), curated.runs, [r["judged"] for r in judged]
-    decided, left = settled(flow, curated, kind, decide, by_runs(flow, kind, runs, names, memory_limit, stage=label))
+    work = by_runs(flow, kind, runs, names, memory_limit, stage=label, **recording.arguments(curated.every))
+    decided, left = settled(flow, curated, kind, decide, work)
     part = stage_tally(flow, kind, runs, left, judged)
     for reason in stage.reasons:
         gone = sum(r["reasons"].get(f"{label}: {reason}", 0) for r in decided)
@@ -119,9 +120,11 @@ def without(run: SpilledRun, decided: str | None, rows: int, bytes: int) -> Spil
     return SpilledRun(run.name, run.rows - rows, run.bytes - bytes, (*run.decided, decided)) if decided else run
 
 
-def decide(folder: Location, first: int, runs: list[SpilledRun], stage: str, names: list[str]) -> dict[str, object]:
+def decide(
+    folder: Location, first: int, runs: list[SpilledRun], stage: str, names: list[str], every: int = 1
+) -> dict[str, object]:
     """Writes the dropped documents of some files of documents to temporary files, with the reasons."""
-    out, files, decided = segment.Spiller(folder, 1), list[str](), [list[str | int | None]([None, 0, 0]) for _ in runs]
+    out, files, decided = segment.Spiller(folder, 1, every), list[str](), [list[str | int | None]([None, 0, 0]) for _ in runs]
     for number, judged in by_run(folder, first, len(runs), names):
         why, gone, size = {row["key"] & 0xFFFFFFFF: row for row in judged.to_pylist()}, [segment.DECIDED.empty_table()], 0
         for table in survivors(folder, runs[number - first], columns=["id", "bytes", "columns"]):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
-from heliostat.curation import segment, tally
+from heliostat.curation import recording, segment, tally
 from heliostat.curation.chain import Entry
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
@@ -53,6 +53,8 @@ class Curated:
     """Converts documents to their stored form after a stage between segments has shortened these documents. `identity`:
     everything that this conversion depends on."""
     identity: list[object] = field(default_factory=list)
+    every: int = 1
+    """Which dropped documents are recorded (`recording`)."""
 
     @property
     def bytes(self) -> int:
@@ -84,12 +86,13 @@ class StageEngine:
     source: DocumentSource
     identity: list[object]
     memory_limit: int
+    every: int = 1
 
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
         """Runs the documents in pieces of the input through all stages, the largest pieces first. With `explained`, also counts
         the documents that are read."""
         first, *rest = segments(stages)
-        curated = Curated(source=self.source, identity=self.identity)
+        curated = Curated(source=self.source, identity=self.identity, every=self.every)
         parts = list(pieces)
         order = sorted(range(len(parts)), key=lambda number: -sum(part.length for part in parts[number]))
         tasks = self._over_pieces(self._begun((parts[number] for number in order), stages), [s for _, s in first], explained)
@@ -132,24 +135,24 @@ class StageEngine:
 
     def _over_pieces(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool) -> Iterator[Task]:
         follows, read = [s.follows() for s in stages], libraries.versions(libraries.READING)
-        entries = list[Entry]()
+        entries, more = list[Entry](), recording.arguments(self.every)
         for piece in pieces:
             entries = entries or self._entries(stages)
             follows_from, before = (
-                key("read", self.identity, read, follows, self.run_bytes, explained, identities)
+                key("read", self.identity, read, follows, self.run_bytes, explained, identities, *more.items())
                 for identities in ([part.identity for part in piece], [part.identity_by_time for part in piece])
             )
             yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,
-                                      "explained": explained}, {}, sum(part.length for part in piece), careful=True,
+                                      "explained": explained, **more}, {}, sum(part.length for part in piece), careful=True,
                        before=before)  # fmt: skip
 
     def _over_runs(self, runs: list[SpilledRun], stages: list[Stage], number: int) -> Iterator[Task]:
         follows = [s.follows() for s in stages]
-        entries = self._entries(stages)
+        entries, more = self._entries(stages), recording.arguments(self.every)
         for run in runs:
-            follows_from = key("stages", self.identity, number, follows, self.run_bytes, run.name, run.decided)
+            follows_from = key("stages", self.identity, number, follows, self.run_bytes, run.name, run.decided, *more.items())
             yield Task(follows_from, {"run": run, "source": self.source, "stages": entries, "first": number,
-                                      "run_bytes": self.run_bytes}, bytes=run.bytes, careful=True)  # fmt: skip
+                                      "run_bytes": self.run_bytes, **more}, bytes=run.bytes, careful=True)  # fmt: skip
 
     def _entries(self, stages: list[Stage]) -> list[Entry]:
         """Returns for each stage: its entry in the pipeline file, the digest of its dependencies, and the files that the entry

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.curation import reasons
+from heliostat.curation import reasons, recording
 from heliostat.curation.images import tasks as images
 from heliostat.curation.text import tokens
 from heliostat.data import collection, documents, infilling, manifest, shard, versions
@@ -45,6 +45,11 @@ def one(rows: list[dict[str, Any]], option: str) -> tuple[str, list[dict[str, An
 
 def check(dataset: Manifest, output: Location) -> None:
     """Checks that a document can be removed, and that the new dataset can be written to `output`; ConfigError if not."""
+    if limits := recording.limits(recording.every_of(dataset)):
+        raise ConfigError(
+            f"DATASET: {dataset.location}: {limits[0].lower()}{limits[1:]}, so heliostat can't find every copy of a document. "
+            "Prepare the dataset with record_documents: all"
+        )
     here, target = dataset.location.path.rstrip("/"), output.path.rstrip("/")
     if f"{target}/".startswith(f"{here}/") or f"{here}/".startswith(f"{target}/"):
         raise ConfigError(f"--out: {output} and {dataset.location} overlap. Pass another folder")

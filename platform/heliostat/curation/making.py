@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from heliostat.curation import reasons, segment, tally
+from heliostat.curation import reasons, recording, segment, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine, segments, summed
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import Prediction, alike_of, spread_of
@@ -69,6 +69,8 @@ class Making(ABC):
     memory_limit: int
     sample: SampledParts | None = field(default=None, kw_only=True)
     """The sample of the input to read; None: the whole input."""
+    every: int = field(default=1, kw_only=True)
+    """The dataset records one document in so many (`recording`). A dry run needs the record of all documents."""
     seconds: dict[str, float] = field(default_factory=dict, init=False)
     """CPU seconds of each stage, including earlier runs of the pipeline. Known after the run."""
     counted: tally.Tally = field(default_factory=dict, init=False)
@@ -114,6 +116,7 @@ class Making(ABC):
     def _run(self, curated: Curated) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         dropped = self._dropped(curated)
         meta: dict[str, Any] = {"kind": self.kind, "dropped": dropped, "listed": self._listed(curated, dropped)}
+        meta |= recording.facts(self.every)
         if not curated.runs:
             return [], meta
         written = self.write(curated)
@@ -124,7 +127,7 @@ class Making(ABC):
 
     def curated(self, inputs: list[InputFile]) -> Curated:
         """Reads the input, and runs the documents through the stages. Returns the kept and the dropped documents."""
-        engine = StageEngine(self.flow, self.source, self.identity, self.memory_limit)
+        engine = StageEngine(self.flow, self.source, self.identity, self.memory_limit, self.every)
         return engine.curate(self.pieces(inputs), self.all_stages, self.explained)
 
     def _dropped(self, curated: Curated) -> dict[str, int]:
@@ -140,7 +143,8 @@ class Making(ABC):
         return dict(sorted(dropped.items()))
 
     def _listed(self, curated: Curated, dropped: dict[str, int]) -> list[str] | None:
-        rows = sum(number for reason, number in dropped.items() if ": " not in reason)  # reasons of reading, not of stages
+        of_reading = {reason: number for reason, number in dropped.items() if ": " not in reason}
+        rows = recording.rows(of_reading, self.every)
         also = {} if self.as_read is None else {"also": self.as_read}
         return listed(self.flow, rows, curated.left_out, self.output, **also) if rows else None
 
@@ -152,7 +156,8 @@ class Making(ABC):
         for name in (segment.READ, segment.FINISH) if self.what_read else ():
             explained |= {name: explained[name] | {"what": self.meanings}} if name in explained else {}
         funnel = json.dumps({name: json.loads(json.dumps(explained[name], sort_keys=True)) for name in explained}).encode()
-        rows, ends = written.shard["documents"] + sum(curated.reasons.values()), sorted([*curated.left_out, *written.ends])
+        rows = recording.rows({**curated.reasons, "kept": written.shard["documents"]}, self.every)
+        ends = sorted([*curated.left_out, *written.ends])
         work = by_parts(self.flow, "ends", reasons.parts(rows), ends, output=self.output.uri, columns=self.columns)
         records = self.flow.all("ends", reasons.write_ends, work, valid=lambda r: self.output.join(r["path"]).exists())
         path = versions.store(self.output, f"{FILES}/funnel-", funnel, ".json")
@@ -222,7 +227,7 @@ class Making(ABC):
 
 
 def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: object) -> list[str]:
-    """Writes the list of dropped documents (their number is `rows`), one file per range of hashes; returns the files' paths."""
+    """Writes the list of dropped documents (about `rows` documents), one file per range of hashes; returns the files' paths."""
     work = by_parts(flow, "listed", reasons.parts(rows), names, {}, output=output.uri, **also)
     records = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
     return [record["listed"] for record in records]

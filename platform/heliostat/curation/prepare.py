@@ -34,7 +34,7 @@ from heliostat import schema
 from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
 from heliostat.config import workspace
-from heliostat.curation import hub
+from heliostat.curation import hub, recording
 from heliostat.curation.leftovers import remove_old_samples, sample_folder
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare_report import in_words
@@ -381,6 +381,7 @@ def _report(
         "chunks": dataset.chunks.num_rows,
         "dropped": meta.get("dropped", {}),
         "listed": str(listed) if (listed := dataset.location.join(LISTED)).exists() else None,
+        "recorded_every": recording.every_of(dataset),
         "duplicates": meta.get("duplicates", 0),
         "rearranged": meta.get(COUNTS),
         "vocab_size": meta.get("vocab_size"),

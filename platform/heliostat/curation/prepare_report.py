@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from typing import Any
 
+from heliostat.curation import recording
+
 
 def in_words(reason: str) -> str:
     """Formats a drop reason of a report, `NUMBER STAGE: REASON`, for people: `STAGE: REASON`."""
@@ -26,6 +28,8 @@ def explain(report: dict[str, Any]) -> list[str]:
         f"dataset {report['dataset']} {state}: {contents}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
         f"dropped: {reasons_text or 'nothing'}{listed}",
     ]
+    if limits := recording.limits(report["recorded_every"]):
+        lines.append(f"{limits}. The numbers of dropped documents are exact")
     if named := report["hub"]:
         lines.append(f"from {', '.join(named.values())}")
     if by := report["written_by"]:

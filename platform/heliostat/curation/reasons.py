@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from heliostat.curation import segment, tally
+from heliostat.curation.recording import key_of
 from heliostat.curation.segment import LEFT_OUT as END
-from heliostat.curation.segment import key_of, packed
+from heliostat.curation.segment import packed
 from heliostat.curation.stage import Stage
 from heliostat.data import versions
 from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path

@@ -22,7 +22,7 @@ import pyarrow as pa
 import xxhash
 from pydantic import Field
 
-from heliostat.curation import registry, segment, tally
+from heliostat.curation import recording, registry, tally
 from heliostat.curation.chain import bytes_of
 from heliostat.curation.comparable import words
 from heliostat.curation.comparing import about
@@ -91,7 +91,7 @@ def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, object]
     signed: list[tuple[int, int, int, int]] = []
     for table in survivors(folder, run, columns=["id", "text"]):
         for row, id, text in zip(table["row"].to_pylist(), table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
-            document = segment.key_of(id)
+            document = recording.key_of(id)
             signed += [(hash, document, row, place) for place, hash in parts.hashes(text)]
     hashes, documents, rows, places = zip(*signed, strict=True) if signed else ((), (), (), ())
     table = pa.table({"key": np.array(hashes, np.uint64), "document": np.array(documents, np.uint64),
@@ -242,7 +242,8 @@ class RepeatingStage(GlobalStage):
         names = [name for r in chosen for name in r["lost"]]
         room, numbered = memory_limit // 2 // ROW_BYTES, zip(runs, counts, strict=True)
         groups = [[run for run, _ in group] for group in filled(numbered, lambda one: one[1], room, REWRITTEN)]
-        arguments = {"entry": self.entry(), "number": number, "memory_limit": memory_limit}
+        more = recording.arguments(curated.every)
+        arguments = {"entry": self.entry(), "number": number, "memory_limit": memory_limit, **more}
         also, source = [self.identity(), curated.identity], flow.share(curated.source)
         removing = (
             replace(task, shared=task.shared | {"source": source}) for task in about(flow, kind, groups, names, also, **arguments)
@@ -268,12 +269,12 @@ class RepeatingStage(GlobalStage):
 
 
 def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str, Any], number: int, memory_limit: int,
-           names: list[str], source: DocumentSource | None) -> SegmentRecord:  # fmt: skip
+           names: list[str], source: DocumentSource | None, every: int = 1) -> SegmentRecord:  # fmt: skip
     """Writes the documents in some temporary files to new temporary files, without the repeated parts. `source` converts changed
     documents to their stored form."""
     stage = registry.parse(entry)
     assert isinstance(stage, RepeatingStage)
-    name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8)
+    name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8, every)
     for run, lost in lost_of(folder, first, runs, names):
         for row, document in documents_of(folder, run):
             places = lost.get(row, set())

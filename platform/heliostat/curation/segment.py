@@ -18,12 +18,12 @@ from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
 from heliostat.curation import careful, tally
 from heliostat.curation.careful import Careful
 from heliostat.curation.chain import Chain, Entry, batches, bytes_of
 from heliostat.curation.pieces import FilePart
+from heliostat.curation.recording import is_recorded, key_of
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.storage.locations import Location
 from heliostat.tasks import care, cpu_time, spill
@@ -76,11 +76,6 @@ class DocumentSource(Protocol):
         ...
 
 
-def key_of(id: str) -> int:
-    """Returns the 64-bit hash of a document's id. Rows about documents are sorted by this key."""
-    return xxhash.xxh64_intdigest(id.encode("utf-8", "surrogatepass"))
-
-
 def packed(columns: Mapping[str, object] | None) -> str | None:
     """Returns a document's columns as JSON; None if the document has no columns."""
     return json.dumps(columns, sort_keys=True, default=str) if columns else None
@@ -101,26 +96,27 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 
 
 def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource, stages: list[Entry], run_bytes: int,
-                explained: bool, care: Care | None = None) -> dict[str, object]:  # fmt: skip
+                explained: bool, care: Care | None = None, every: int = 1) -> dict[str, object]:  # fmt: skip
     """Runs the stages of a segment on one piece of the input; returns the task's record. With `explained`, also counts the
-    documents that are read."""
+    documents that are read. `every`: see `recording`."""
     start = cpu_time.now()
     chain = Chain(folder, stages)
     opening = cpu_time.now() - start
     taking = Careful(care)
     documents = taking.reading(piece, source.read)
-    runs = _run(folder, counted(documents, chain.tally) if explained else documents, source, chain, run_bytes, taking)
+    out = Spiller(folder, run_bytes, every)
+    runs = _run(counted(documents, chain.tally) if explained else documents, source, chain, out, taking)
     return runs | {"opening": opening}
 
 
 def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: list[Entry], first: int, run_bytes: int,
-             care: Care | None = None) -> dict[str, object]:  # fmt: skip
+             care: Care | None = None, every: int = 1) -> dict[str, object]:  # fmt: skip
     """Runs the stages of a segment, from number `first`, on one temporary file of documents from the previous segment. Returns
     the task's record."""
     start = cpu_time.now()
     chain = Chain(folder, stages, first)
     opening = cpu_time.now() - start
-    runs = _run(folder, (d for _, d in documents_of(folder, run)), source, chain, run_bytes, Careful(care))
+    runs = _run((d for _, d in documents_of(folder, run)), source, chain, Spiller(folder, run_bytes, every), Careful(care))
     return runs | {"opening": opening}
 
 
@@ -160,9 +156,8 @@ def _unfinished(document: Document) -> bool:
     return isinstance(document.text, bytes) or (document.picture is not None and not document.picture.hash)
 
 
-def _run(folder: Location, documents: Iterable[Document | Dropped], source: DocumentSource, chain: Chain,
-         run_bytes: int, taking: Careful) -> dict[str, object]:  # fmt: skip
-    out = Spiller(folder, run_bytes)
+def _run(documents: Iterable[Document | Dropped], source: DocumentSource, chain: Chain, out: Spiller,
+         taking: Careful) -> dict[str, object]:  # fmt: skip
     stages = (_Stages if taking.care is None else _Undoing)(chain, source, out)
     for batch, left_out in batches(documents):
         for item in left_out:
@@ -233,10 +228,14 @@ def left_out(id: str, stage: str, reason: str, detail: str, measures: dict[str, 
 
 @dataclass
 class Spiller:
-    """Collects a task's kept and dropped documents in memory, and writes each list to a temporary file when the list is large."""
+    """Collects a task's kept and dropped documents in memory, and writes each list to a temporary file when the list is large.
+
+    Counts all dropped documents, and writes only those that the dataset records (`recording`).
+    """
 
     folder: Location
     run_bytes: int
+    every: int = 1
     runs: list[SpilledRun] = field(default_factory=list)
     spilled: list[str] = field(default_factory=list)  # spills of dropped documents
     rows: list[Row] = field(default_factory=list)  # (hash, id, bytes, columns, UTF-8 text), the image's columns
@@ -262,9 +261,10 @@ class Spiller:
 
     def hold_left_out(self, row: Row) -> None:
         """Adds the row of a dropped document. Writes the collected rows to a temporary file if there are many."""
-        _, id, stage, reason, detail, _, _, columns = row
-        self.out.append(row)
-        self.out_size += len(id) + len(detail) + len(columns or "")
+        key, id, stage, reason, detail, _, _, columns = row
+        if is_recorded(key, reason, self.every):
+            self.out.append(row)
+            self.out_size += len(id) + len(detail) + len(columns or "")
         name = reason if stage in (READ, FINISH) or reason == care.CRASHED else f"{stage}: {reason}"
         self.reasons[name] += 1
         self.examples[name] = heapq.nsmallest(EXAMPLES, [*self.examples.get(name, []), id])

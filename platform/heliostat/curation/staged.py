@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny, model_validator
 
-from heliostat.curation import reasons, registry
+from heliostat.curation import reasons, recording, registry
 from heliostat.curation.making import Making
 from heliostat.curation.prepare import InputFile, Pipeline, place
 from heliostat.curation.sampled import SampledParts
@@ -49,6 +49,11 @@ class StagedPipeline(Pipeline):
     `.work` after its name. See docs/data/work.md"""
     keep_work: bool = False
     """Keeps the work after publishing, so that the next run only processes new input."""
+
+    record_documents: recording.RecordDocuments = "all"
+    """Documents for which the dataset records their shard, or the reason why they were dropped. `all`: every document. `sample`:
+    one document in 1,000, chosen by the hash of its id. `none`: no document. The counts of reasons are exact in each case, and
+    crashed and unread documents are always recorded. See docs/curation.md#record-fewer-documents"""
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +119,10 @@ class StagedPipeline(Pipeline):
 
     def begin_anew(self) -> None:
         self.worked.clear()
+
+    def every(self, sample: SampledParts | None) -> int:
+        """Returns the `every` of `recording`. A dry run records all documents, because it compares the duplicates."""
+        return 1 if sample is not None else recording.EVERY[self.record_documents]
 
     @abstractmethod
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> Making:

@@ -9,10 +9,9 @@ Programming, volume 3, section 5.4), except that the later tasks sort.
   runs. The task reads the range of many shards from these runs, and writes this range as one run, as large as a run may be.
   Afterwards a shard reads only the runs of its own range. Each of these runs has about fifty times more of the shard's rows. If
   that isn't enough, ranges are merged again.
-- Files of the values by which documents are compared (`by_parts`): above `MANY_RANGES` reads, wider ranges are merged first. The
-  number of wider ranges is the square root of the number of ranges. Each merge reads so many files that its range has as many
-  rows as one task may hold. This takes one more pass over the files. The number of reads then grows only with the power 1.5 of
-  the input. No task holds more rows than without a merge.
+- Files of the values by which documents are compared, and of the record of documents (`by_parts`): the same passes, if there are
+  more than `MANY_RANGES` reads. Each pass reads about `GROUP_BYTES` or more per request. So the number of requests grows with the
+  bytes, times the number of passes, which grows with the logarithm of the input.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from math import isqrt
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -31,6 +28,7 @@ import pyarrow as pa
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.spill import SpilledRun, survivors
 from heliostat.tasks.work import key
 
@@ -38,6 +36,8 @@ LEAST = spill.GROUP_BYTES // 4
 """Bytes of a shard in a temporary file of documents, below which a merge is less work than reading the rest of the row groups."""
 
 MANY = 4096  # number of parts of runs that shards read; if there are fewer, a merge would save only seconds
+MOST_FILES = 1024  # maximum files that a task merges: about a minute of requests to a store
+HELD = 8  # a merge of files other than documents holds 1 / HELD of the tasks' memory
 MANY_RANGES = 1 << 16  # reads of a range from a spill: this many cost about a CPU minute, or 3 cents for a store's requests
 Item = TypeVar("Item")
 Bounds = Callable[[int, int], tuple[int, int]]  # maps shards [first, stop) to their range of keys
@@ -62,12 +62,16 @@ def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_
 
     A merged file has at most about `run_bytes` bytes. Returns the ranges in ascending order.
     """
-    ranges = [ShardRange(0, shards, runs)]
-    while any(map(thin, ranges)):
-        cut = [part for one in ranges if thin(one) for part in divided(one, run_bytes)]
-        work = [merge_of(one, group, bounds, run_bytes) for one, size in cut for group in groups(one.runs, size)]
-        records = iter(flow.all("merge", merge, iter(work)))
-        whole = [one for one in ranges if not thin(one)]
+    return _passes(flow, "merge", merge, [ShardRange(0, shards, runs)], bounds, run_bytes, MANY)
+
+
+def _passes(flow: Flow, kind: str, function: TaskFunction, ranges: list[ShardRange], bounds: Bounds, run_bytes: int,
+            many: int) -> list[ShardRange]:  # fmt: skip
+    while any(thin(one, many) for one in ranges):
+        cut = [part for one in ranges if thin(one, many) for part in divided(one, run_bytes)]
+        work = (merge_of(one, group, bounds, run_bytes) for one, size in cut for group in groups(one.runs, size))
+        records = iter(flow.all(kind, function, work))
+        whole = [one for one in ranges if not thin(one, many)]
         for one, size in cut:
             merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(records)["runs"]]
             whole.append(ShardRange(one.first, one.stop, merged_runs))
@@ -75,13 +79,14 @@ def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_
     return ranges
 
 
-def thin(one: ShardRange) -> bool:
-    """Checks whether merging the files of a range is worth its cost, because each file has only few bytes of a shard."""
-    return _thin(len(one.runs), one.stop - one.first, one.part)
+def thin(one: ShardRange, many: int | None = None) -> bool:
+    """Checks whether merging the files of a range is worth its cost, because each file has only few bytes of a shard. `many`:
+    number of reads below which a merge saves too little; by default, `MANY`."""
+    return _thin(len(one.runs), one.stop - one.first, one.part, MANY if many is None else many)
 
 
-def _thin(runs: int, shards: int, part: float) -> bool:
-    return shards > 1 and runs * shards > MANY and part < LEAST
+def _thin(runs: int, shards: int, part: float, many: int) -> bool:
+    return shards > 1 and runs * shards > many and part < LEAST
 
 
 def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int]]:
@@ -97,13 +102,13 @@ def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int]]
 def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
     """Computes (the number of smaller ranges, the number of files to merge into one). `mean`: mean bytes of a file."""
     parts = min(shards, max(2, int(mean // spill.GROUP_BYTES)))
-    return parts, max(2, int(run_bytes * parts // max(1, mean)))
+    return parts, min(MOST_FILES, max(2, int(run_bytes * parts // max(1, mean))))
 
 
 def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:
     """Computes the number of merge passes over `bytes` bytes in `runs` files of equal size, for `shards` shards."""
     count = 0
-    while _thin(runs, shards, bytes / runs / shards):
+    while _thin(runs, shards, bytes / runs / shards, MANY):
         parts, size = _divided(shards, bytes / runs, run_bytes)
         runs, bytes, shards, count = -(-runs // size), bytes / parts, -(-shards // parts), count + 1
     return count
@@ -118,31 +123,48 @@ def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes:
     """Builds the task that merges a range of shards from some temporary files."""
     low, high = bounds(one.first, one.stop)
     arguments = {"runs": runs, "low": low, "high": high, "run_bytes": run_bytes}
-    bytes = int(one.part * (one.stop - one.first) * len(runs))
-    return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), arguments, bytes=bytes)
+    return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), arguments,
+                bytes=sum(run.bytes for run in runs))  # fmt: skip
 
 
 def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
     """Writes the documents of some temporary files in a range of keys as one file, or as several files if they exceed `run_bytes`
     by far."""
-    files, tables, size = list[tuple[str, int, int]](), list[pa.Table](), 0
+    files = [_written(folder, table) for table in _tables(folder, runs, low, high, run_bytes)]
+    return {"runs": files, "files": [name for name, *_ in files]}
+
+
+def merge_spills(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
+    """Writes the rows of some temporary files in a range of keys like `merge`. Rows with the same key keep their order. The bytes
+    in the record are those of the files."""
+    tables = _tables(folder, runs, low, high, run_bytes)
+    files = [(name := spill.write(folder, table), len(table), spill.size_of(name) or 0) for table in tables]
+    return {"runs": files, "files": [name for name, *_ in files]}
+
+
+def _tables(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> Iterator[pa.Table]:
+    """Yields the rows of some temporary files in a range of keys, in tables of little more than twice `run_bytes` at most."""
+    tables, size = list[pa.Table](), 0
     for run in runs:
         for table in survivors(folder, run, low, high):
             tables.append(table)
             size += table.nbytes
             if size > 2 * run_bytes:
-                files.append(_written(folder, tables))
+                yield _joined(tables)
                 size = 0
     if tables:
-        files.append(_written(folder, tables))
-    return {"runs": files, "files": [name for name, *_ in files]}
+        yield _joined(tables)
 
 
-def _written(folder: Location, tables: list[pa.Table]) -> tuple[str, int, int]:
-    """Writes tables as one temporary file, and empties the list. If the tables have a column `row`, renumbers the rows in this
-    column."""
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    """Joins tables, and empties the list, so that memory has the rows once."""
     table = pa.concat_tables(tables)
     tables.clear()
+    return table
+
+
+def _written(folder: Location, table: pa.Table) -> tuple[str, int, int]:
+    """Writes a table as one temporary file. If the table has a column `row`, renumbers the rows in this column."""
     bytes = int(table["bytes"].to_numpy().sum()) if "bytes" in table.column_names else table.nbytes
     if "row" in table.column_names:
         rows = pa.array(np.arange(len(table)), table.schema.field("row").type)
@@ -156,9 +178,16 @@ def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, i
 
     `ranges`: [low, high) of keys, ascending.
     """
-    for some, count in _merged(flow, kind, names, ranges):
+    whole = [ShardRange(0, len(ranges), [SpilledRun(name, 0, spill.size_of(name) or 0) for name in names])]
+    run_bytes = max(sum(run.bytes for run in whole[0].runs) // max(1, len(ranges)), flow.memory // HELD)
+
+    def bounds(first: int, stop: int) -> tuple[int, int]:
+        return ranges[first][0], ranges[stop - 1][1]
+
+    for one in _passes(flow, f"{kind}-merge", merge_spills, whole, bounds, run_bytes, MANY_RANGES):
+        some = [run.name for run in one.runs]
         shared = key(some), flow.share(some)
-        yield from (shared for _ in range(count))
+        yield from (shared for _ in range(one.first, one.stop))
 
 
 def by_parts(flow: Flow, kind: str, parts: int, names: list[str], others: Mapping[str, list[str]] = MappingProxyType({}),
@@ -174,32 +203,3 @@ def by_parts(flow: Flow, kind: str, parts: int, names: list[str], others: Mappin
         shared = dict(zip(spills, (names for _, names in names_of_part), strict=True))
         follows = [follows for follows, _ in names_of_part]
         yield Task(key(follows, part, parts, more), {"part": part, "parts": parts, **more}, shared)
-
-
-def _merged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> list[tuple[list[str], int]]:
-    """Lists (temporary files, number of consecutive ranges that read these files), in the ranges' order. If there are many files,
-    merges them first."""
-    count, wide = len(ranges), isqrt(len(ranges))
-    size = len(names) * wide // max(1, count)
-    if len(names) * count <= MANY_RANGES or size < 2:
-        return [(names, count)]
-    edges = list(pairwise(count * at // wide for at in range(wide + 1)))
-    parts_of = list(groups(names, size))
-
-    def work() -> Iterator[Task]:
-        for start, stop in edges:
-            bounds = {"low": ranges[start][0], "high": ranges[stop - 1][1]}
-            yield from (Task(key("merge", group, bounds), {"names": group, **bounds}) for group in parts_of)
-
-    names_merged = [record["merged"] for record in flow.all(f"{kind}-merge", merge_spills, work())]
-    parts = (names_merged[at : at + len(parts_of)] for at in range(0, len(names_merged), len(parts_of)))
-    return [([name for name in part if name], stop - start) for part, (start, stop) in zip(parts, edges, strict=True)]
-
-
-def merge_spills(folder: Location, names: list[str], low: int, high: int) -> dict[str, object]:
-    """Merges the rows of some temporary files in a range of keys into one file. Writes no file if there are no rows."""
-    tables = [table for name in names for table in spill.read(folder, name, low, high)]
-    if not tables:
-        return {"merged": None, "files": []}
-    name = spill.write(folder, pa.concat_tables(tables))
-    return {"merged": name, "files": [name]}

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 
 GROUP_BYTES = 512 << 10  # bytes of a row group, before compression
-TOGETHER = 4  # row groups per read from an object store
+READ_BYTES = 4 * GROUP_BYTES  # bytes of row groups, uncompressed, per read from an object store
 GROUPS = 64  # row groups of a spill: a small spill has smaller groups (down to an eighth), because tasks read little of it
 ALL = 1 << 64
 NARROW = 1 << 31  # bytes of a column, above which its offsets have 64 bits
@@ -106,8 +105,8 @@ def _encode(table: pa.Table, group_bytes: int) -> bytes:
 
 
 def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """Yields a file's rows with low <= key < high, one row group at a time. Reads several row groups at a time from S3, because
-    each read costs a request.
+    """Yields a file's rows with low <= key < high, one row group at a time. Reads row groups of together READ_BYTES from S3,
+    because each read costs a request.
 
     Raises DataError if the file was damaged.
     """
@@ -115,14 +114,27 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
     wanted = None if columns is None else list(dict.fromkeys(["key", *columns]))
     with whole(folder, name), place.open() as source:
         file = place.attempt(partial(pq.ParquetFile, source, pre_buffer=place.is_s3))
-        groups = _overlapping(file.metadata, low, high)
-        while some := list(islice(groups, TOGETHER if place.is_s3 else 1)):
+        for some in _reads(file.metadata, low, high, READ_BYTES if place.is_s3 else 0):
             table = place.attempt(partial(file.read_row_groups, some, columns=wanted, use_threads=False))
             keys = table["key"].to_numpy()
             start, stop = (int(np.searchsorted(keys, np.uint64(low))), len(keys) if high >= ALL else
                            int(np.searchsorted(keys, np.uint64(high))))  # fmt: skip
             if start < stop:
                 yield _part(table, start, stop)
+
+
+def _reads(metadata: pq.FileMetaData, low: int, high: int, bytes: int) -> Iterator[list[int]]:
+    """Yields the row groups of each read: as many consecutive row groups as have at most `bytes` bytes, and at least one."""
+    waiting, size = list[int](), 0
+    for group in _overlapping(metadata, low, high):
+        more = metadata.row_group(group).total_byte_size
+        if waiting and size + more > bytes:
+            yield waiting
+            waiting, size = [], 0
+        waiting.append(group)
+        size += more
+    if waiting:
+        yield waiting
 
 
 def _part(table: pa.Table, start: int, stop: int) -> pa.Table:

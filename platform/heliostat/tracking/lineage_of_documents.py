@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from heliostat.config import workspace
-from heliostat.curation import reasons
+from heliostat.curation import reasons, recording
 from heliostat.data import documents
 from heliostat.data.coverage import Visit, visits
 from heliostat.data.dataset import open_dataset
@@ -119,6 +119,9 @@ class TrainedOnDocument:
             part = next((name for name, digest in self.dataset.meta.get("digests", {}).items() if digest == version.digest), None)
             whole, folder = (version, "") if part is None else (self.dataset, f"{part}/")
             ends = reasons.end_of(whole, self.id) if "curation" in whole.meta else []
+            if not ends and recording.may_lack(whole, self.id):
+                limits = recording.limits(recording.every_of(whole))
+                raise DataError(f"{whole.location}, version {whole.digest[:12]}: {limits}, and not {self.id}")
             kept = [row["detail"].removeprefix(folder) for row in ends
                     if row["reason"] == "kept" and row["detail"].startswith(folder)]  # fmt: skip
             path = documents.current(version, kept[0]) if kept else None

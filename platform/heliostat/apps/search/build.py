@@ -28,6 +28,7 @@ from heliostat import extras
 from heliostat.apps.search import table
 from heliostat.apps.search.tasks import IndexPlan, IndexSettings, index_unit
 from heliostat.apps.search.units import IndexUnit, open_text, units
+from heliostat.curation import recording
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
@@ -199,6 +200,8 @@ def _ends(prepared: Manifest, place: Location) -> list[list[str]]:
     from the manifest."""
     listed = prepared.meta.get("curation", {}).get("ends", [])
     present = {f"files/{name}" for name, _ in place.join("files").files()}
+    if listed and (limits := recording.limits(recording.every_of(prepared))):
+        log.warning("%s: %s. Answers show columns, such as URLs, only for these documents", prepared.location, limits)
     for _, path in listed:
         if path not in present:  # the name contains a digest, so an existing file has the same content
             place.join(path).write(prepared.location.join(path).read())

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
 
-from heliostat.curation import pieces, segment, tally
+from heliostat.curation import pieces, recording, segment, tally
 from heliostat.curation.engine import Curated
 from heliostat.curation.images import pictures, sampling, tasks
 from heliostat.curation.images import sources as image_sources
@@ -152,6 +152,7 @@ class ImageMaking(Making):
         dealt = [SpilledRun(*record["dealt"]) for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
         ranges = self.ranges(dealt, total, lambda first, stop: (first, stop))
         plan = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
+        plan |= recording.arguments(self.every)
         stored = dict.fromkeys(name for stage in self.stages for name in stage.stored())
         plan |= {"stored": tuple(stored)} if stored else {}
         places = [(bucket, i) for bucket, (_, number) in shards.items() for i in range(number)]

@@ -73,7 +73,7 @@ class Tokenizer(Strict):
 class ImagePipeline(StagedPipeline):
     """Defines the keys of an image pipeline's YAML; `heliostat.curation.images.sources` describes `input`."""
 
-    later = frozenset({"max_file_bytes", "max_image_bytes", "stages", "fetch"})
+    later = frozenset({"max_file_bytes", "max_image_bytes", "stages", "fetch", "record_documents"})
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
@@ -212,7 +212,7 @@ class ImagePipeline(StagedPipeline):
             stages=self.stages, last=self.last, memory_limit=self.memory_limit, sample=sample,
             shard_images=self.shard_images, chunk_images=self.chunk_images, channels=self.channels,
             buckets=self.buckets is not None, tokenizer=self.tokenizer.vocab_size if self.tokenizer else None,
-            latents=self.latents,
+            latents=self.latents, every=self.every(sample),
         )  # fmt: skip
 
     @property

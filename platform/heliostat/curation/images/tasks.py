@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from heliostat.curation import segment
+from heliostat.curation import recording, segment
 from heliostat.curation.images import pictures, sources
 from heliostat.curation.images.fetching import Fetching
 from heliostat.curation.images.pictures import ImageRules, Raw
@@ -167,10 +167,10 @@ def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Sh
 
 
 def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, output: str, explained: bool,
-                names: list[str], stored: tuple[str, ...] = ()) -> dict[str, object]:  # fmt: skip
+                names: list[str], stored: tuple[str, ...] = (), every: int = 1) -> dict[str, object]:  # fmt: skip
     """Writes the shard with this number. Returns the shard's number of images and bytes, and the manifest's rows for the shard.
 
-    `stored`: names of columns that stages add to the columns of every image shard.
+    `stored`: names of columns that stages add to the columns of every image shard. `every`: see `recording`.
     """
     tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]
     if not tables:  # the dataset has few images, and no image has a hash that selects this shard
@@ -179,7 +179,8 @@ def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, o
     data = shard(_with(table, stored), chunk_images, (*STORED, *stored))
     path = versions.store(Location(output), prefix, data, ".parquet")
     rows, contents = manifest.read_footer(Location(output), path, None), shard_file.content_digests(data, None)
-    ends = [_ends(folder, path, table)] if explained else []
+    kept = recording.recorded(table, every)
+    ends = [_ends(folder, path, kept)] if explained and len(kept) else []
     return {"path": path, "file_bytes": len(data), "images": len(table), "ends": ends, "files": ends,
             "chunks": [{**row, "content": content} for row, content in zip(rows, contents, strict=True)]}  # fmt: skip
 
@@ -195,7 +196,7 @@ def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:
 def _ends(folder: Location, path: str, table: pa.Table) -> str:
     """Writes a record for each kept image to a temporary file: the image's id, and the path of the image's shard. Returns the
     file's name."""
-    rows = [{"key": segment.key_of(row["id"]), "id": row["id"], "stage": "shard", "reason": "kept", "detail": path,
+    rows = [{"key": recording.key_of(row["id"]), "id": row["id"], "stage": "shard", "reason": "kept", "detail": path,
              "hash": row["hash"].hex(), "columns": row["columns"]}
             for row in table.select(["id", "hash", "columns"]).to_pylist()]  # fmt: skip
     return spill.write(folder, pa.Table.from_pylist(rows, segment.LEFT_OUT), ("id", "stage", "reason", "detail"))

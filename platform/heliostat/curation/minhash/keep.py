@@ -157,11 +157,11 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
 
 
 def decide(
-    folder: Location, first: int, runs: list[SpilledRun], belonging: str, stage: str, names: list[str]
+    folder: Location, first: int, runs: list[SpilledRun], belonging: str, stage: str, names: list[str], every: int = 1
 ) -> dict[str, object]:
     """Writes the dropped documents of the temporary files `runs`, with the reasons, to new temporary files. Returns a record with
     the names of the new files."""
-    out, files = segment.Spiller(folder, 1), list[str]()
+    out, files = segment.Spiller(folder, 1, every), list[str]()
     low, high = first << 32, (first + len(runs)) << 32
     chosen = spill.joined(folder, names, low, high, CHOSEN).sort_by("root").combine_chunks()
     clusters, decided = chosen["root"].to_numpy(), [list[str | int | None]([None, 0, 0]) for _ in runs]

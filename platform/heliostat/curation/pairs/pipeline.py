@@ -39,6 +39,7 @@ class PairPipeline(StagedPipeline):
     """Defines the keys of a pipeline's YAML for pairs of texts; `input` is a file, folder, glob, s3:// prefix, or
     `python:stdlib`."""
 
+    later = frozenset({"record_documents"})
     beside = frozenset({"work", "keep_work", "memory_limit"})
     moved = {"query_column": "query", "text_column": "text"}
 
@@ -104,5 +105,5 @@ class PairPipeline(StagedPipeline):
             output=output, stages=self.stages, memory_limit=self.memory_limit,
             tokenizer=self.tokenizer.model_dump() if self.tokenizer else {},
             given_tokenizer=self.given_tokenizer, shard_bytes=self.shard_bytes,
-            chunk_pairs=self.chunk_pairs,
+            chunk_pairs=self.chunk_pairs, every=self.every(sample),
         )  # fmt: skip

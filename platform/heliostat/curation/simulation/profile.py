@@ -26,7 +26,7 @@ MERGE_BYTES_PER_S = 60e6
 LINES_BYTES_PER_S = 500e6
 """Bytes of which a CPU counts the lines per second: an assumption."""
 
-SAME_SIZE = frozenset({"sizes", "sample", "tokenizer", "tally", "rates", "largest"})
+SAME_SIZE = frozenset({"tokenizer", "tally", "rates", "largest"})
 """Kinds of tasks whose files the driver reads, or whose results don't grow with the input. Their records stay as measured."""
 
 
@@ -81,7 +81,7 @@ class Sizes:
         """Returns the bytes that a task reads: its share of all spilled files in its arguments, or its parts of the input. For a
         sample, only the share of the records that the task takes. For a tokenizer, the bytes of its training text."""
         if "samples" in task.arguments:
-            return task.arguments["bytes"]
+            return min(task.arguments["bytes"], task.arguments["config"]["train_bytes"])
         if parts := input_parts(task):
             source = task.arguments.get("source")
             return int(sum(part.length * (source.rate(part) if isinstance(source, SampledTexts) else 1) for part in parts))
@@ -116,7 +116,7 @@ def _share_of_keys(arguments: Mapping[str, Any], plan: TextSharding | None = Non
     if "parts" in arguments:
         return 1 / arguments["parts"]
     if "high" in arguments:
-        return (arguments["high"] - arguments["low"]) / spill.ALL
+        return (arguments["high"] - arguments.get("low", 0)) / spill.ALL
     return (arguments["stop"] - arguments["first"]) / plan.shards if plan is not None else 1.0
 
 
@@ -131,6 +131,7 @@ def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: 
     opening = like.record.get("opening", 0.0)
     record = Scaling(task.key, growth).of({k: v for k, v in like.record.items() if k not in ("run", "wall")})
     record["seconds"] = max(0.0, like.record["seconds"] - opening) * growth
+    record |= _recorded(record, task, sizes.plan(task))
     if "runs" in record and "run_bytes" in task.arguments:
         record["runs"] = _cut(record["runs"], task.arguments["run_bytes"], task.key)
     if "decided" in record:
@@ -143,6 +144,14 @@ def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: 
     if "part" in task.arguments and "begin" in record:
         record["begin"] = f"{spill.share(task.arguments['part'], task.arguments['parts'])[0]:x}"
     return record
+
+
+def _recorded(record: dict[str, Any], task: Task, plan: TextSharding | None) -> dict[str, Any]:
+    """Returns the names of the files with the record of documents. The measured tasks recorded all documents, and the simulated
+    tasks may record a sample (`recording`)."""
+    every = plan.recorded if plan else task.arguments.get("every", 1)
+    scaled = Scaling(task.key, 1 / every if every else 0.0)
+    return {name: scaled.of(record[name]) if every else [] for name in ("left_out", "ends") if name in record}
 
 
 @dataclass(frozen=True)
@@ -177,9 +186,7 @@ def _merged(kind: TaskKind, task: Task, read: int) -> dict[str, Any]:
     """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, counting lines, or
     listing dropped documents. Raises ConfigError for other kinds."""
     seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
-    if kind.function is merging.merge_spills:
-        return {"merged": name, "files": [name], "seconds": seconds}
-    if kind.function is merging.merge:
+    if kind.function in (merging.merge, merging.merge_spills):
         rows = sum(run.rows for run in task.arguments["runs"])
         return {"runs": _cut([[name, int(rows * _share_of_keys(task.arguments)), read]], task.arguments["run_bytes"], task.key),
                 "files": [name], "seconds": seconds}  # fmt: skip

@@ -38,7 +38,7 @@ class Requests:
         evenly over their prefixes, so one of SPILLS prefixes stands for all."""
         piece = input_parts(task)
         inputs = sum(1 + part.length // READ_BYTES for part in piece)
-        ranges = 2 * files + read // (spill.TOGETHER * spill.GROUP_BYTES) if files else 0
+        ranges = 2 * files + read // spill.READ_BYTES if files else 0
         sizes = [spill.size_of(name) or 0 for name in record.get("files", [])]
         writes = sum(map(puts, sizes))
         shards = [shard["file_bytes"] for shard in record.get("shards", [])]

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from pydantic import Field, model_validator
 
-from heliostat.curation import comparing, tally
+from heliostat.curation import comparing, recording, tally
 from heliostat.curation.comparing import adding, by_runs, settled
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
@@ -85,7 +85,8 @@ class MinHash(GlobalStage):
                   for task in by_runs(flow, kind, runs, names, memory_limit, **rule))  # fmt: skip
         named = flow.all(f"{kind}-candidates", candidates, naming)
         chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, [r["candidates"] for r in named]))
-        groups = zip(by_runs(flow, kind, runs, [r["chosen"] for r in chosen], memory_limit, stage=name), named, strict=True)
+        how, names = {"stage": name, **recording.arguments(curated.every)}, [r["chosen"] for r in chosen]
+        groups = zip(by_runs(flow, kind, runs, names, memory_limit, **how), named, strict=True)
         _, left = settled(flow, curated, kind, decide, (adding(task, belonging=r["belonging"]) for task, r in groups))
         part = comparing.stage_tally(flow, kind, runs, left, chosen)
         part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}

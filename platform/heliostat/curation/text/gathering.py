@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from heliostat.curation import segment
+from heliostat.curation.recording import key_of, recorded
 from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.schema import Strict
 from heliostat.storage.locations import Location
@@ -52,7 +53,7 @@ TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
 
 
 def regroup(
-    folder: Location, runs: list[SpilledRun], low: int, high: int, by: dict[str, str | None], explained: bool
+    folder: Location, runs: list[SpilledRun], low: int, high: int, by: dict[str, str | None], explained: bool, every: int = 1
 ) -> dict[str, object]:
     """Reads the documents in a range of keys, and drops exact duplicates. Writes the kept documents to a temporary file, sorted
     by the hash of the value that related documents have in common. Returns a record with the names of the files."""
@@ -71,7 +72,7 @@ def regroup(
     }
     again = pa.Table.from_arrays([_array(values[kind.name], kind.type) for kind in RUN], schema=RUN)
     name = spill.write(folder, again, ("group", "order", "id"))
-    ends = list(spill_duplicates(folder, table, duplicates)) if explained else []
+    ends = list(spill_duplicates(folder, table, duplicates, every)) if explained else []
     return {"runs": [[name, len(table), int(table["bytes"].to_numpy().sum())]], "duplicates": duplicates.count,
             "ends": ends, "files": [name, *ends]}  # fmt: skip
 
@@ -202,27 +203,28 @@ def gather(folder: Location, runs: list[SpilledRun], low: int, high: int, column
     return table, duplicates
 
 
-def spill_kept(folder: Location, path: str, kept: pa.Table, duplicates: Duplicates) -> list[str]:
-    """Writes the outcomes of a shard's documents (kept) and of their exact duplicates (dropped) to temporary files. Returns the
-    files' names."""
-    rows = pa.concat_tables(_end(part, "shard", "kept", path) for part in _some(kept))
-    return [spill.write(folder, rows, ENDS_ORDER), *spill_duplicates(folder, kept, duplicates)]
+def spill_kept(folder: Location, path: str, kept: pa.Table, duplicates: Duplicates, every: int = 1) -> list[str]:
+    """Writes the outcomes of a shard's documents (kept) and of their exact duplicates (dropped) to temporary files. Writes only
+    the documents that the dataset records (`recording`). Returns the files' names."""
+    rows = pa.concat_tables(_end(recorded(part, every), "shard", "kept", path) for part in _some(kept))
+    names = [spill.write(folder, rows, ENDS_ORDER)] if len(rows) else []
+    return [*names, *spill_duplicates(folder, kept, duplicates, every)]
 
 
-def spill_duplicates(folder: Location, kept: pa.Table, duplicates: Duplicates) -> Iterator[str]:
-    """Writes the outcomes of exact duplicates (dropped), each with the id of the kept document, to temporary files. Yields the
-    files' names."""
+def spill_duplicates(folder: Location, kept: pa.Table, duplicates: Duplicates, every: int = 1) -> Iterator[str]:
+    """Writes the outcomes of exact duplicates (dropped), each with the id of the kept document, to temporary files. Writes only
+    the documents that the dataset records (`recording`). Yields the files' names."""
     if not duplicates.count:
         return
-    repeated = {digest for table in duplicates.tables() for digest, _ in _pairs(table)}
+    repeated = {digest for table in duplicates.tables() for part in _some(table) for digest, _ in _pairs(recorded(part, every))}
     stayed = {digest: id for digest, id in _pairs(kept) if digest in repeated}
     waiting = list[pa.Table]()
-    for part in (part for table in duplicates.tables() for part in _some(table)):
+    for part in (recorded(part, every) for table in duplicates.tables() for part in _some(table)):
         waiting.append(_end(part, "exact", "duplicate", [stayed[digest] for digest, _ in _pairs(part)]))
         if sum(table.nbytes for table in waiting) > HELD_BYTES:
             yield spill.write(folder, pa.concat_tables(waiting), ENDS_ORDER)
             waiting = []
-    if waiting:
+    if any(map(len, waiting)):
         yield spill.write(folder, pa.concat_tables(waiting), ENDS_ORDER)
 
 
@@ -238,7 +240,7 @@ def _pairs(table: pa.Table) -> Iterator[tuple[bytes, str]]:
 
 def _end(part: pa.Table, stage: str, reason: str, detail: str | list[str]) -> pa.Table:
     rows = len(part)
-    keys = [segment.key_of(id) for id in part["id"].to_pylist()]
+    keys = [key_of(id) for id in part["id"].to_pylist()]
     hashes = [digest.hex() for digest in part["hash"].to_pylist()]
     columns = [keys, part["id"], [stage] * rows, [reason] * rows, [detail] * rows if isinstance(detail, str) else detail,
                [None] * rows, hashes, part["columns"]]  # fmt: skip

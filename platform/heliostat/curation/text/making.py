@@ -8,12 +8,13 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
+from math import ceil
 from typing import Any, ClassVar
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from heliostat.curation import pieces, readers, segment
+from heliostat.curation import pieces, readers, recording, segment
 from heliostat.curation.engine import RUN_SHARE, Curated, filled, groups
 from heliostat.curation.making import Making, WrittenShards
 from heliostat.curation.pieces import FilePart
@@ -32,7 +33,9 @@ from heliostat.tasks.work import key
 
 log = logging.getLogger(__name__)
 
-SAMPLERS = 64  # maximum tasks that measure and select the tokenizer's training text
+SAMPLES = 64  # maximum files with the tokenizer's training text
+SAMPLED_RUNS = 256  # maximum runs from which a task selects training text: about half a minute in an object store
+SPARE = 1.5  # bytes of the documents that tasks select / `train_bytes`
 SHARD_SHARE = 6  # a shard's task has its texts, its tokens, and its file in memory
 ALONE = 256  # maximum number of shards with a task each
 
@@ -63,21 +66,41 @@ class Reading(Making):
         sample: the documents with the lowest hashes, up to `train_bytes`. `markers`: additional special tokens."""
         if self.given_tokenizer is not None:
             return self.given_tokenizer
-        parts = list(groups(curated.runs, max(1, -(-len(curated.runs) // SAMPLERS))))
-        follows = [identities(part) for part in parts]
-        measure = (Task(key("sizes", f), {"runs": part}) for f, part in zip(follows, parts, strict=True))
-        sizes = np.zeros(tasks.PREFIXES, np.int64)
-        for record in self.flow.all("sizes", tasks.prefix_sizes, measure):
-            for table in spill.read(self.flow.work.spill, record["sizes"]):
-                sizes[table["key"].to_numpy()] += table["bytes"].to_numpy()
-        limit = int(np.searchsorted(np.cumsum(sizes), self.tokenizer["train_bytes"]))
-        select = (Task(key("sample", f, limit), {"runs": part, "limit": limit}) for f, part in zip(follows, parts, strict=True))
-        samples = [name for record in self.flow.all("sample", tasks.lowest, select) for name in record["sample"]]
         config = self.tokenizer | ({"markers": markers} if markers else {})
-        arguments = {"samples": samples, "limit": limit, "bytes": int(sizes[: limit + 1].sum()), "config": config}
+        arguments = {**self._training_text(curated.runs), "config": config}
         train = Task(key("tokenizer", arguments, libraries.versions(["tokenizers"])), arguments)
         (record,) = self.flow.all("tokenizer", tasks.train_on, iter([train]))
         return segment.load(self.flow.work.spill, record["definition"])
+
+    def _training_text(self, runs: list[SpilledRun]) -> dict[str, Any]:
+        """Copies the documents with the lowest hashes to a few temporary files. Returns the arguments of the task that trains the
+        tokenizer: the files, the end of the range of keys that they cover, and the bytes of their documents.
+
+        Hashes are random, so a share of the keys has about the same share of the bytes. A task reads only this share of each of
+        its runs. If the documents of this share have fewer bytes than `train_bytes`, doubles the share.
+        """
+        wanted, bytes = self.tokenizer["train_bytes"], max(1, sum(run.bytes for run in runs))
+        size = min(SAMPLED_RUNS, max(1, -(-len(runs) // SAMPLES)))
+        prefixes = min(tasks.PREFIXES, ceil(SPARE * wanted / bytes * tasks.PREFIXES))
+        while True:
+            high = prefixes << tasks.PREFIX_SHIFT
+            work = (Task(key("sample", identities(part), high), {"runs": part, "high": high}) for part in groups(runs, size))
+            records = self.flow.all("sample", tasks.lowest, work)
+            selected = sum(record["bytes"] for record in records)
+            if selected >= wanted or prefixes == tasks.PREFIXES:
+                samples = [name for record in records for name in record["sample"]]
+                return {"samples": self._merged_samples(samples), "high": high, "bytes": selected}
+            prefixes = min(tasks.PREFIXES, 2 * prefixes)
+
+    def _merged_samples(self, names: list[str]) -> list[str]:
+        """Merges the files with training text until there are at most SAMPLES, because one task reads all of them."""
+        while len(names) > SAMPLES:
+            runs, bounds = [SpilledRun(name, 0, spill.size_of(name) or 0) for name in names], {"low": 0, "high": spill.ALL}
+            more = {**bounds, "run_bytes": self.memory_limit // RUN_SHARE}
+            work = (Task(key("merge", identities(part), more), {"runs": part, **more}) for part in groups(runs, SAMPLES))
+            records = self.flow.all("sample-merge", merging.merge_spills, work)
+            names = [name for record in records for name, *_ in record["runs"]]
+        return names
 
 
 @dataclass
@@ -146,7 +169,7 @@ class TextMaking(Reading):
         """Replaces the temporary files of kept documents with files in which related documents are next to each other. Returns
         the names of the temporary files that list the exact duplicates."""
         parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
-        more = {"by": together.model_dump(), "explained": self.explained}
+        more = {"by": together.model_dump(), "explained": self.explained, **recording.arguments(self.every)}
         records = self.flow.all("regroup", gathering.regroup, self._ranged(curated.runs, parts, **more))
         curated.runs = [SpilledRun(*run) for record in records for run in record["runs"]]
         self._check_largest(curated.runs, together, parts)
@@ -180,7 +203,15 @@ class TextMaking(Reading):
         """Writes the shards, and yields their records. If there are many shards, each task writes several, one after another."""
         shards = max(1, round(curated.bytes / self.shard_bytes))
         plan = TextSharding(
-            self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill, bool(self.together) or None
+            self.output.uri,
+            shards,
+            definition,
+            end,
+            self.chunk_tokens,
+            self.explained,
+            infill,
+            bool(self.together) or None,
+            **recording.arguments(self.every),
         )
         described = {name: value for name, value in vars(plan).items() if value is not None}
         each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))

@@ -89,7 +89,7 @@ class TextPipeline(StagedPipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
     later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude", "repositories",
-                       "fill_in_the_middle", "together"})  # fmt: skip
+                       "fill_in_the_middle", "together", "record_documents"})  # fmt: skip
     beside = frozenset({"work", "keep_work", "memory_limit"})
     moved = {"text_column": "text"}
 
@@ -233,6 +233,7 @@ class TextPipeline(StagedPipeline):
             flow=flow, source=source, output=output, stages=self.stages, memory_limit=self.memory_limit, sample=sample,
             tokenizer=self.tokenizer.model_dump(), given_tokenizer=self.given_tokenizer, shard_bytes=self.shard_bytes,
             chunk_tokens=self.chunk_tokens, infill=self.fill_in_the_middle, together=self.together,
+            every=self.every(sample),
         )  # fmt: skip
 
     def uncovered(self) -> dict[str, dict[str, Any]]:

@@ -34,7 +34,8 @@ from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks import care, spill
 
-PREFIXES = 1 << 16  # number of hash prefixes (16 bits) for measuring the tokenizer's sample
+PREFIXES = 1 << 16  # number of hash prefixes (16 bits), by which the tokenizer's training text is measured
+PREFIX_SHIFT = 48  # bits of a key after the prefix
 SELECTED_BYTES = 8 << 20  # bytes of the tokenizer's training texts in memory at once
 LISTED = pa.schema([(name, pa.large_string()) for name in ("id", "reason", "detail")])
 
@@ -115,50 +116,62 @@ def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, objec
 # the tokenizer's sample ------------------------------------------------------------------------------------------------
 
 
-def prefix_sizes(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
-    """Sums the UTF-8 bytes of the documents' texts for each 16-bit prefix of the text hash. Writes the sums to a temporary
-    file."""
-    sizes = np.zeros(PREFIXES, np.int64)
-    for run in runs:
-        for table in survivors(folder, run, columns=["bytes"]):
-            places = (table["key"].to_numpy() >> np.uint64(48)).astype(np.int64)
-            sizes += np.bincount(places, weights=table["bytes"].to_numpy(), minlength=PREFIXES).astype(np.int64)
-    used = np.flatnonzero(sizes)
-    name = spill.write(folder, pa.table({"key": used.astype(np.uint64), "bytes": sizes[used]}))
-    return {"sizes": name, "files": [name]}
+def lowest(folder: Location, runs: list[SpilledRun], high: int) -> dict[str, object]:
+    """Writes the distinct documents whose key (the first 64 bits of the text's hash) is below `high` to a temporary file, as
+    training text for the tokenizer. `bytes` in the record: the UTF-8 bytes of these documents, with all their copies."""
+    tables = [_once(t) for run in runs for t in survivors(folder, run, 0, high, ["hash", "id", "bytes", "text"])]
+    if not tables:
+        return {"sample": [], "bytes": 0, "files": []}
+    table = distinct(tables)
+    name = spill.write(folder, table, ("hash", "id"))
+    return {"sample": [name], "bytes": pc.sum(pc.multiply(table["bytes"], table["copies"])).as_py(), "files": [name]}
 
 
-def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, object]:
-    """Writes the distinct documents whose hash prefix is at most `limit` to a temporary file, as training text for the
-    tokenizer."""
-    tables = [t for run in runs for t in survivors(folder, run, 0, (limit + 1) << 48, ["hash", "id", "bytes", "text"])]
-    table = gathering.unique(tables)[0] if tables else None
-    names = [] if table is None else [spill.write(folder, table, ("hash", "id"))]
-    return {"sample": names, "files": names}
+def _once(table: pa.Table) -> pa.Table:
+    return table.append_column("copies", pa.array(np.ones(len(table), np.int64)))
 
 
-def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, object]:
-    """Trains a tokenizer on the selected documents with hash prefixes up to `limit`, in the order of the hashes. Stops when the
-    documents so far have `train_bytes` bytes. Returns the name of the tokenizer's temporary file."""
+def distinct(tables: list[pa.Table]) -> pa.Table:
+    """Joins tables of documents, and keeps one row per hash: the row with the smallest id. Rows are sorted by hash. `copies`
+    becomes the sum of the copies of all rows with the same hash. Empties the list `tables`."""
+    counts = pa.concat_tables([table.select(["hash", "copies"]) for table in tables])
+    counts = counts.group_by("hash").aggregate([("copies", "sum")]).sort_by("hash")
+    kept, _ = gathering.unique(tables)
+    return kept.set_column(kept.schema.get_field_index("copies"), "copies", counts["copies_sum"])
+
+
+def train_on(folder: Location, samples: list[str], high: int, bytes: int, config: dict[str, Any]) -> dict[str, object]:
+    """Trains a tokenizer on the selected documents with keys below `high`, in the order of the hashes (`selected`). Returns the
+    name of the tokenizer's temporary file."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # no other task runs at the same time
-    texts = selected(folder, samples, limit, bytes, config["train_bytes"])
+    texts = selected(folder, samples, high, bytes, config["train_bytes"])
     name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"], config.get("markers", ())))
     return {"definition": name, "files": [name]}
 
 
-def selected(folder: Location, samples: list[str], limit: int, bytes: int, train_bytes: int) -> Iterator[str]:
-    """Yields the selected texts in the order of their hashes, up to the text that reaches `train_bytes`. Needs only a few
-    megabytes of memory."""
-    prefixes, parts, taken = limit + 1, max(1, bytes // SELECTED_BYTES), 0
+def selected(folder: Location, samples: list[str], high: int, bytes: int, train_bytes: int) -> Iterator[str]:
+    """Yields the selected texts, each once, in the order of their hashes.
+
+    Stops at the text with which the yielded texts reach `train_bytes`. With their copies, documents may reach `train_bytes`
+    earlier. Then stops after the last text with the same 16-bit prefix of the hash. Needs only a few megabytes of memory.
+    """
+    parts, taken, with_copies, last = max(1, bytes // SELECTED_BYTES), 0, 0, PREFIXES
     for part in range(parts):
-        low, high = part * prefixes // parts, (part + 1) * prefixes // parts
-        tables = [t for name in samples for t in spill.read(folder, name, low << 48, high << 48)] if low < high else []
-        table = gathering.unique(tables)[0] if tables else segment.RUN.empty_table()
-        for size, text in zip(table["bytes"].to_pylist(), table["text"], strict=True):
+        low, stop = part * high // parts, (part + 1) * high // parts
+        tables = [t for name in samples for t in spill.read(folder, name, low, stop)]
+        if not tables:
+            continue
+        table = distinct(tables)
+        numbers = (table[name].to_pylist() for name in ("key", "bytes", "copies"))
+        for key, size, copies, text in zip(*numbers, table["text"], strict=True):
+            prefix = key >> PREFIX_SHIFT
+            if prefix > last:
+                return
             yield text.as_py()
-            taken += size
+            taken, with_copies = taken + size, with_copies + size * copies
             if taken >= train_bytes:
                 return
+            last = min(last, prefix) if with_copies >= train_bytes else last
 
 
 # shards ----------------------------------------------------------------------------------------------------------------
@@ -177,6 +190,11 @@ class TextSharding:
     explained: bool  # whether the fate of each document is recorded
     infill: dict[str, Any] | None = None  # keys of FillInTheMiddle, and the markers' names and ids
     together: bool | None = None  # whether the runs are grouped by related documents
+    every: int | None = None  # which documents are recorded (`recording`); None: all
+
+    @property
+    def recorded(self) -> int:
+        return 1 if self.every is None else self.every
 
 
 def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
@@ -221,7 +239,7 @@ def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: Tex
         "cut": sum(len(rows) for rows, _ in groups) - len(ids),
         "counts": base64.b64encode(zlib.compress(counts.tobytes())).decode(),
         "chunks": chunks,
-        "ends": gathering.spill_kept(folder, path, table, duplicates) if plan.explained else [],
+        "ends": gathering.spill_kept(folder, path, table, duplicates, plan.recorded) if plan.explained else [],
         **({"rearranged": rearranged} if plan.infill else {}),
         **({"together": gathering.counted(table)} if plan.together else {}),
     }

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyarrow.fs import FileType
 
-from heliostat.curation import readers, reasons, registry, segment, tally
+from heliostat.curation import readers, reasons, recording, registry, segment, tally
 from heliostat.curation.chain import bytes_of
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers import clones
@@ -48,7 +48,9 @@ def find(dataset: Manifest, id: str | None = None, url: str | None = None, text:
         rows = [row for digest in hashes for row in reasons.kept_as(dataset, digest)]
         what = f"--text: no document has this text, neither as given nor after the stages{fate}"
     if not rows:
-        raise ConfigError(f"{what} ({dataset.location})")
+        limits = recording.limits(recording.every_of(dataset)) if id is None or recording.may_lack(dataset, id) else ""
+        unsure = f". {limits}, so the dataset may have the document. Prepare it with record_documents: all" if limits else ""
+        raise ConfigError(f"{what} ({dataset.location}){unsure}")
     return sorted(rows, key=lambda row: row["id"])
 
 
@@ -101,6 +103,9 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     for step in steps:
         step |= {"what": _meaning(funnel, step), "thresholds": funnel.get(step["stage"], {}).get("thresholds", {})}
     instead, last = _instead(dataset, end)
+    if limits := recording.limits(recording.every_of(dataset)):
+        unknown = "isn't recorded, so its shard and its runs are unknown" if instead and "end" not in instead[-1] else ""
+        notes.append(f"{limits}" + (f". The document {instead[-1]['id']} {unknown}" if unknown else ""))
     kept = last["id"] if last["reason"] == "kept" else None
     path = places.current(dataset, last["detail"]) if kept else None
     pieces_held = places.pieces(dataset, path, last["id"]) if path else []

@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 from urllib.parse import urlsplit
 
-from heliostat.curation import reasons
+from heliostat.curation import reasons, recording
 from heliostat.curation.tally import EXAMPLES
 from heliostat.data.manifest import Manifest
 from heliostat.errors import HeliostatError
@@ -44,6 +44,7 @@ def gather(dataset: Manifest, hour: float | None = None, currency: str = "") -> 
         "hour": hour,
         "currency": currency,
         "columns": columns(dataset),
+        "recorded_every": recording.every_of(dataset),
     }
 
 
@@ -125,6 +126,8 @@ def _summary(report: PageData) -> str:
         **({"tokens": f"{last['counts']['tokens']:,}"} if "tokens" in last["counts"] else {}),
         "shards": f"{report['shards']:,}",
     }
+    if limits := recording.limits(report["recorded_every"]):
+        facts["record of documents"] = limits
     if report["seconds"]:
         spent = sum(report["seconds"].values())
         facts["processor time"] = _time(spent)
@@ -222,7 +225,9 @@ def _columns(report: PageData) -> list[str]:
         drawn.append(svg.bars(f"{what}: {len(counts):,}", rows))
     if not drawn:
         return []
-    note = f"Counted in {report['sampled']:,} documents" + (", a random sample." if report["sampled"] >= SAMPLED else ".")
+    note = f"Counted in {report['sampled']:,} documents" + (
+        ", a random sample." if report["sampled"] >= SAMPLED or report["recorded_every"] != 1 else "."
+    )
     return ["<h2>Contents of the dataset</h2>", f"<p class='muted'>{note}</p>", side_by_side(drawn)]
 
 
