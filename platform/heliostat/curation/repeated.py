@@ -237,7 +237,9 @@ class RepeatingStage(GlobalStage):
         signed = flow.all(f"{kind}-sign", sign, signing)
         shares = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))
         counts = [r["rows"] for r in signed]
-        keys = components.gathered(flow, kind, [(r["signed"], count) for r, count in zip(signed, counts, strict=True)], shares)
+        rows = [(r["signed"], count) for r, count in zip(signed, counts, strict=True)]
+        gathered = components.gathered(flow, f"{kind}-gather", rows, shares, components.gather)
+        keys = [r["gathered"] for r in gathered if r["gathered"]]
         chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, shares, keys))
         names = [name for r in chosen for name in r["lost"]]
         room, numbered = memory_limit // 2 // ROW_BYTES, zip(runs, counts, strict=True)
