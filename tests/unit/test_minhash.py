@@ -154,6 +154,32 @@ def test_one_of_each_cluster_stays_and_the_others_say_for_whom(tmp_path):
     assert found.reasons == {"0 minhash: near_duplicate": len(gone)}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_decisions_are_those_of_union_find_over_all_keys(tmp_path, seed):
+    """With short texts of few words, clusters of all sizes and shapes form: chains, copies, and most documents in one cluster."""
+    rng, within = random.Random(seed), {"within": "dump"} if seed % 2 else {}
+    vocabulary = [spelled(i) for i in range(8 + 12 * seed)]
+    texts = {f"{i:03d}": " ".join(rng.choices(vocabulary, k=rng.randrange(1, 6))) for i in range(120)}
+    texts |= {f"copy{i}": rng.choice([str, str.upper, "{}!".format])(rng.choice(list(texts.values()))) for i in range(60)}
+    texts |= {f"wordless{i}": "?!" for i in range(5)}
+    columns = {id: {"dump": rng.randrange(2)} for id in texts}
+    made, which = keys(list(texts.values()), Parameters(3, 2, 2, 1))
+    members = [list(texts)[i] for i in which]
+    bands = {
+        id: [(key, columns[id]["dump"] if within else 0) for key in row] for id, row in zip(members, made.tolist(), strict=True)
+    }
+    number = {name: i for i, name in enumerate([*members, *{key for row in bands.values() for key in row}])}
+    root = reference([(number[id], number[key]) for id, row in bands.items() for key in row])
+    clusters = {at: [id for id in members if root[number[id]] == at] for at in root.values()}
+    wanted = {}
+    for cluster in clusters.values():
+        kept = min(cluster, key=lambda id: (-len(texts[id].encode()), id))
+        wanted |= {id: ("0 minhash", "near_duplicate", f"{kept} (one of {len(cluster)})") for id in cluster if id != kept}
+    stage = {"stage": "minhash", "bands": 3, "rows": 2, "ngram": 2, **within}
+    found, here = curate(tmp_path, texts, [stage], 1 + 2 * seed, 1 << 15, columns=columns, seed=seed)
+    assert left_out(found, here) == wanted and len(wanted) > 30
+
+
 @pytest.mark.parametrize(("rule", "column"), [("first", ""), ("oldest", "date"), ("best", "quality")])
 def test_the_rule_says_who_stays(tmp_path, rule, column):
     texts, groups = planted(12)
