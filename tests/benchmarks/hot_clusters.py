@@ -1,11 +1,12 @@
-"""Measures the largest task of `stage: minhash` when one cluster has most documents, without Ray.
+"""Measures the largest task of `minhash` or `repeated_lines` when most documents have the same text or lines, without Ray.
 
-    python -m tests.benchmarks.hot_clusters [--documents 200000] [--kinds pages copies] [--memory-mib 4]
+    python -m tests.benchmarks.hot_clusters [--documents 200000] [--kinds pages copies lines] [--memory-mib 4]
 
 `pages` are pages of one shop: the same 60 words, and 6 words of their own. `copies` are exact copies of one page, spread over the
-input. One document in 20 is on its own. Prints, for each kind of task: the number of tasks, their CPU seconds, and of the largest
-task the CPU seconds and MiB above the process's memory before the task. A digest of the decisions (which document was dropped,
-and for which document) is the same for two versions that decide the same.
+input. `lines` are documents with the same five lines twice, and one line of their own. One document in 20 is on its own. Prints,
+for each kind of task: the number of tasks, their CPU seconds, and of the largest task the CPU seconds and MiB above the process's
+memory before the task. A digest of the decisions (which document was dropped, and for which document) is the same for two
+versions that decide the same.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ def documents(kind: str, count: int) -> dict[str, str]:
     """Returns texts by id."""
     rng, texts = random.Random(0), dict[str, str]()
     page = " ".join(spelled(rng.randrange(10**6)) for _ in range(60))
+    lines = [f"{part} of the menu" for part in page.split()[:5]]
     for i in range(count):
         own = " ".join(spelled(rng.randrange(10**6)) for _ in range(6))
         alone = " ".join(spelled(rng.randrange(10**6)) for _ in range(60))
-        texts[f"{i:07d}"] = f"{own} {alone}" if i % 20 == 0 else page if kind == "copies" else f"{page} {own}"
+        same = {"copies": page, "pages": f"{page} {own}", "lines": "\n".join([*lines, own, *lines])}[kind]
+        texts[f"{i:07d}"] = f"{own} {alone}" if i % 20 == 0 else same
     return texts
 
 
@@ -50,11 +53,11 @@ def measure(kind: str, count: int, memory_limit: int) -> None:
         return record
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(flow, "execute", measured):
-        stage = {"stage": "minhash", "keep": "first"}
+        stage = {"stage": "repeated_lines"} if kind == "lines" else {"stage": "minhash", "keep": "first"}
         found, here = curate(Path(folder), documents(kind, count), [stage], PIECES, memory_limit, again=0)
-        decisions = sorted(left_out(found, here).items())
-    print(f"\n{kind}: {len(decisions):,} of {count:,} documents dropped; "
-          f"decisions {hashlib.sha256(repr(decisions).encode()).hexdigest()[:16]}\n")  # fmt: skip
+        result = sorted(left_out(found, here).items())
+    digest = hashlib.sha256(repr(result).encode()).hexdigest()[:16]
+    print(f"\n{kind}: {len(result):,} of {count:,} documents dropped; decisions {digest}\n")
     harness.head("tasks", "number", "CPU s", "CPU s of the largest", "MiB of the largest")
     for name, tasks in costs.items():
         seconds = [cpu for _, cpu in tasks]
@@ -63,7 +66,7 @@ def measure(kind: str, count: int, memory_limit: int) -> None:
 
 
 def main() -> None:
-    arguments = harness.arguments(__doc__, documents=200_000, kinds=["pages", "copies"], memory_mib=4)
+    arguments = harness.arguments(__doc__, documents=200_000, kinds=["pages", "copies", "lines"], memory_mib=4)
     for kind in arguments.kinds:
         measure(kind, arguments.documents, arguments.memory_mib << 20)
 

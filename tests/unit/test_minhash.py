@@ -88,13 +88,13 @@ def shapes() -> dict[str, list[tuple[int, int]]]:
     }
 
 
-def starred(folder: str, shape: str, parts: int, held: int = 1 << 20) -> tuple[dict[int, int], int, list[tuple[int, int]]]:
+def starred(folder: str, shape: str, parts: int, room: int = 1 << 20) -> tuple[dict[int, int], int, list[tuple[int, int]]]:
     """Returns the smallest node of each other node's component, the number of rounds, and the edges."""
     edges = [(a, b) for a, b in shapes()[shape] if a != b]
     u, v = (np.array(side, np.uint64) for side in zip(*[*edges, *((b, a) for a, b in edges)], strict=True))
     flow = HereFlow(Work(Location(folder)))
     names = [spill.write(flow.work.spill, pa.table({"key": spill.mixed(u), "u": u, "v": v}), ("u", "v"))]
-    stars, rounds = components.stars(flow, "test", names, parts, held)
+    stars, rounds = components.stars(flow, "test", names, parts, room)
     tables = [t for name in stars for t in spill.read(flow.work.spill, name)]
     return {row["u"]: row["v"] for t in tables for row in t.to_pylist() if row["u"] > row["v"]}, rounds, edges
 
@@ -109,7 +109,7 @@ def test_components_are_those_of_union_find(tmp_path, shape, parts):
 
 @pytest.mark.parametrize("shape", ["star", "tree"])
 def test_a_node_with_more_neighbors_than_memory_holds_has_the_same_component(tmp_path, monkeypatch, shape):
-    """Batches end at row groups, so these are small here. No batch has more edges than `held` and a row group."""
+    """Batches end at row groups, so these are small here. No batch has more edges than `room` and a row group."""
     monkeypatch.setattr(spill, "GROUP_BYTES", 24 * 500)
     batches, largest = components._batches, [0]
 
@@ -119,7 +119,7 @@ def test_a_node_with_more_neighbors_than_memory_holds_has_the_same_component(tmp
             yield batch
 
     monkeypatch.setattr(components, "_batches", seen)
-    found, _, edges = starred(str(tmp_path), shape, 2, held=1000)
+    found, _, edges = starred(str(tmp_path), shape, 2, room=1000)
     assert found == {x: root for x, root in reference(edges).items() if x != root}
     assert 1000 <= largest[0] <= 1500
 

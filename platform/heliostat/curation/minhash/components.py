@@ -91,39 +91,39 @@ def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str
     return _spilled(folder, [_met((keys, nodes))[1]], both=True)
 
 
-def large_star(folder: Location, part: int, parts: int, names: list[str], held: int) -> dict[str, object]:
+def large_star(folder: Location, part: int, parts: int, names: list[str], room: int) -> dict[str, object]:
     """Connects the larger neighbors of each node to the smallest node in the node's neighborhood. Covers the nodes in one of
     `parts` equal ranges of keys. Returns a record with the temporary files of the new edges, and with the number and a checksum
     of the nodes that have a smaller neighbor. These two values show whether a round changed any edge.
 
-    `held`: edges in memory, approximately. A node with more neighbors than this is processed in batches.
+    `room`: edges in memory, approximately. A node with more neighbors than this is processed in batches.
     """
-    least, batches = _neighbors(folder, part, parts, names, held)
+    least, batches = _neighbors(folder, part, parts, names, room)
     with np.errstate(over="ignore"):
         check = int(spill.mixed(spill.mixed(least[0]) + least[1]).sum(dtype=np.uint64))
     connected = (unique((v[v > u], _through(least, u[v > u]))) for u, v in batches)
     return _spilled(folder, connected, both=False) | {"check": str(check), "edges": len(least[0])}
 
 
-def small_star(folder: Location, part: int, parts: int, names: list[str], held: int) -> dict[str, object]:
+def small_star(folder: Location, part: int, parts: int, names: list[str], room: int) -> dict[str, object]:
     """Connects each node, and the node's smaller neighbors, to the smallest of these neighbors. Covers the nodes in one of
-    `parts` equal ranges of keys. Writes the new edges to temporary files. `held`: edges in memory, approximately."""
-    least, batches = _neighbors(folder, part, parts, names, held)
+    `parts` equal ranges of keys. Writes the new edges to temporary files. `room`: edges in memory, approximately."""
+    least, batches = _neighbors(folder, part, parts, names, room)
     smallest = ((edges, _through(least, edges[0])) for edges in batches)
     connected = (unique((np.concatenate(edges), np.concatenate([to, to]))) for edges, to in smallest)
     return _spilled(folder, connected, both=True)
 
 
-def stars(flow: Flow, kind: str, names: list[str], parts: int, held: int) -> tuple[list[str], int]:
-    """Runs rounds of large star and small star until no edge changes. `held`: edges in a task's memory, approximately. Returns
+def stars(flow: Flow, kind: str, names: list[str], parts: int, room: int) -> tuple[list[str], int]:
+    """Runs rounds of large star and small star until no edge changes. `room`: edges in a task's memory, approximately. Returns
     the temporary files of the edges, which then form stars, and the number of rounds."""
     before: tuple[int, int] | None = None
     for rounds in range(ROUNDS):
-        large = flow.all(f"{kind}-large", large_star, by_parts(flow, kind, parts, names, held=held))
+        large = flow.all(f"{kind}-large", large_star, by_parts(flow, kind, parts, names, room=room))
         now = (sum(r["edges"] for r in large), sum(int(r["check"]) for r in large) % (1 << 64))
         if now == before:
             return names, rounds
-        small = flow.all(f"{kind}-small", small_star, by_parts(flow, kind, parts, edges_of(large), held=held))
+        small = flow.all(f"{kind}-small", small_star, by_parts(flow, kind, parts, edges_of(large), room=room))
         before, names = now, edges_of(small)
     raise HeliostatError(
         f"{kind}: the clusters didn't converge within {ROUNDS} rounds. This is a bug in heliostat. "
@@ -145,24 +145,24 @@ def unique(edges: Edges) -> Edges:
     return u[first], v[first]
 
 
-def _neighbors(folder: Location, part: int, parts: int, names: list[str], held: int) -> tuple[Edges, Iterator[Edges]]:
+def _neighbors(folder: Location, part: int, parts: int, names: list[str], room: int) -> tuple[Edges, Iterator[Edges]]:
     """Returns the nodes that have a smaller neighbor, with the smallest neighbor of each, and all edges in batches of about
-    `held`. Reads the edges twice if they are more than one batch. So memory holds a batch, whatever the number of edges."""
+    `room`. Reads the edges twice if they are more than one batch. So memory holds a batch, whatever the number of edges."""
     least, first, count = NONE, NONE, 0
-    for batch in _batches(folder, part, parts, names, held):
+    for batch in _batches(folder, part, parts, names, room):
         down = batch[0] > batch[1]
         least = _smallest(_joined([least, (batch[0][down], batch[1][down])]))
         first, count = batch if not count else NONE, count + 1
-    return least, iter([first]) if count < 2 else _batches(folder, part, parts, names, held)
+    return least, iter([first]) if count < 2 else _batches(folder, part, parts, names, room)
 
 
-def _batches(folder: Location, part: int, parts: int, names: list[str], held: int) -> Iterator[Edges]:
+def _batches(folder: Location, part: int, parts: int, names: list[str], room: int) -> Iterator[Edges]:
     waiting, size = list[Edges](), 0
     for name in names:
         for table in spill.read(folder, name, *spill.share(part, parts)):
             waiting.append((table["u"].to_numpy(), table["v"].to_numpy()))
             size += len(table)
-            if size >= held:
+            if size >= room:
                 yield _joined(waiting)
                 waiting, size = [], 0
     if waiting:
