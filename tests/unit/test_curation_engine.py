@@ -161,7 +161,7 @@ def test_a_changed_stage_redoes_what_follows_from_it(tmp_path):
     Longer.seen.clear()
     _, here = curate(tmp_path, texts(), [PIPELINE[0], {"stage": "minhash", "keep": "first"}, PIPELINE[2]])
     assert not Longer.seen, "what comes before is not done again"
-    kinds = ("sign", "pairs", "large", "small", "members")
+    kinds = ("sign", "meet", "edges", "large", "small", "members")
     assert all(f"minhash-1-{kind}" not in here.done for kind in kinds), "neither are the signatures, which do not follow from it"
     assert here.done["minhash-1-choose"] == 1 and here.done["stages-2"] > 0
     _, there = curate(tmp_path, texts(), [{"stage": "longer", "min_words": 101}, *PIPELINE[1:]])

@@ -88,19 +88,40 @@ def shapes() -> dict[str, list[tuple[int, int]]]:
     }
 
 
+def starred(folder: str, shape: str, parts: int, room: int = 1 << 20) -> tuple[dict[int, int], int, list[tuple[int, int]]]:
+    """Returns the smallest node of each other node's component, the number of rounds, and the edges."""
+    edges = [(a, b) for a, b in shapes()[shape] if a != b]
+    u, v = (np.array(side, np.uint64) for side in zip(*[*edges, *((b, a) for a, b in edges)], strict=True))
+    flow = HereFlow(Work(Location(folder)))
+    names = [spill.write(flow.work.spill, pa.table({"key": spill.mixed(u), "u": u, "v": v}), ("u", "v"))]
+    stars, rounds = components.stars(flow, "test", names, parts, room)
+    tables = [t for name in stars for t in spill.read(flow.work.spill, name)]
+    return {row["u"]: row["v"] for t in tables for row in t.to_pylist() if row["u"] > row["v"]}, rounds, edges
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("shape", shapes())
 def test_components_are_those_of_union_find(tmp_path, shape, parts):
-    edges = [(a, b) for a, b in shapes()[shape] if a != b]
-    u, v = (np.array(side, np.uint64) for side in zip(*[*edges, *((b, a) for a, b in edges)], strict=True))
-    flow = HereFlow(Work(Location(str(tmp_path))))
-    names = [spill.write(flow.work.spill, pa.table({"key": spill.mixed(u), "u": u, "v": v}), ("u", "v"))]
-    stars, rounds = components.stars(flow, "test", names, parts)
-    tables = [t for name in stars for t in spill.read(flow.work.spill, name)]
-    found = {row["u"]: row["v"] for t in tables for row in t.to_pylist() if row["u"] > row["v"]}
-    wanted = reference(edges)
-    assert found == {x: root for x, root in wanted.items() if x != root}
+    found, rounds, edges = starred(str(tmp_path), shape, parts)
+    assert found == {x: root for x, root in reference(edges).items() if x != root}
     assert rounds <= 12
+
+
+@pytest.mark.parametrize("shape", ["star", "tree"])
+def test_a_node_with_more_neighbors_than_memory_holds_has_the_same_component(tmp_path, monkeypatch, shape):
+    """Batches end at row groups, so these are small here. No batch has more edges than `room` and a row group."""
+    monkeypatch.setattr(spill, "GROUP_BYTES", 24 * 500)
+    batches, largest = components._batches, [0]
+
+    def seen(*arguments):
+        for batch in batches(*arguments):
+            largest[0] = max(largest[0], len(batch[0]))
+            yield batch
+
+    monkeypatch.setattr(components, "_batches", seen)
+    found, _, edges = starred(str(tmp_path), shape, 2, room=1000)
+    assert found == {x: root for x, root in reference(edges).items() if x != root}
+    assert 1000 <= largest[0] <= 1500
 
 
 # who stays -----------------------------------------------------------------------------------------------------------
@@ -133,6 +154,32 @@ def test_one_of_each_cluster_stays_and_the_others_say_for_whom(tmp_path):
     assert found.reasons == {"0 minhash: near_duplicate": len(gone)}
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_decisions_are_those_of_union_find_over_all_keys(tmp_path, seed):
+    """With short texts of few words, clusters of all sizes and shapes form: chains, copies, and most documents in one cluster."""
+    rng, within = random.Random(seed), {"within": "dump"} if seed % 2 else {}
+    vocabulary = [spelled(i) for i in range(8 + 12 * seed)]
+    texts = {f"{i:03d}": " ".join(rng.choices(vocabulary, k=rng.randrange(1, 6))) for i in range(120)}
+    texts |= {f"copy{i}": rng.choice([str, str.upper, "{}!".format])(rng.choice(list(texts.values()))) for i in range(60)}
+    texts |= {f"wordless{i}": "?!" for i in range(5)}
+    columns = {id: {"dump": rng.randrange(2)} for id in texts}
+    made, which = keys(list(texts.values()), Parameters(3, 2, 2, 1))
+    members = [list(texts)[i] for i in which]
+    bands = {
+        id: [(key, columns[id]["dump"] if within else 0) for key in row] for id, row in zip(members, made.tolist(), strict=True)
+    }
+    number = {name: i for i, name in enumerate([*members, *{key for row in bands.values() for key in row}])}
+    root = reference([(number[id], number[key]) for id, row in bands.items() for key in row])
+    clusters = {at: [id for id in members if root[number[id]] == at] for at in root.values()}
+    wanted = {}
+    for cluster in clusters.values():
+        kept = min(cluster, key=lambda id: (-len(texts[id].encode()), id))
+        wanted |= {id: ("0 minhash", "near_duplicate", f"{kept} (one of {len(cluster)})") for id in cluster if id != kept}
+    stage = {"stage": "minhash", "bands": 3, "rows": 2, "ngram": 2, **within}
+    found, here = curate(tmp_path, texts, [stage], 1 + 2 * seed, 1 << 15, columns=columns, seed=seed)
+    assert left_out(found, here) == wanted and len(wanted) > 30
+
+
 @pytest.mark.parametrize(("rule", "column"), [("first", ""), ("oldest", "date"), ("best", "quality")])
 def test_the_rule_says_who_stays(tmp_path, rule, column):
     texts, groups = planted(12)
@@ -157,7 +204,7 @@ def test_the_same_stay_however_the_input_is_cut(tmp_path):
     for seed, pieces, limit in [(1, 7, 1 << 30), (2, 40, 1 << 16), (3, 3, 1 << 18)]:
         again, there = curate(tmp_path / str(seed), backwards, [{"stage": "minhash"}], pieces, limit, seed=seed)
         assert left(again, there) == left(first, here) and left_out(again, there) == left_out(first, here)
-    assert there.done["minhash-0-pairs"] == 3, "the keys were in parts"
+    assert there.done["minhash-0-edges"] == 3, "the keys were in parts"
 
 
 def test_a_part_is_not_read_out_of_every_run(tmp_path, monkeypatch):
@@ -173,11 +220,14 @@ def test_a_part_is_not_read_out_of_every_run(tmp_path, monkeypatch):
     monkeypatch.setattr(spill, "read", counted)
     found, there = curate(tmp_path / "cut", texts, [{"stage": "minhash"}], pieces=60, memory_limit=1 << 16)
     took, runs, done = reads[0], len(found.runs), {name.removeprefix("minhash-0-"): n for name, n in there.done.items()}
-    parts, rounds = done["pairs"], done["small"] // done["pairs"]
+    parts, rounds = done["edges"], done["small"] // done["edges"]
     assert (runs, parts) == (60, 8) and left(found, there) == left(wanted, here)
-    each_run, each_part = 3 * runs, parts * (done["gather"] + (2 * rounds + 2) * parts + 2 * done["candidates"] + done["decide"])
+    each_run, each_part = (
+        3 * runs,
+        parts * (2 * done["meet"] + (2 * rounds + 2) * parts + 2 * done["candidates"] + done["decide"]),
+    )
     assert took <= 1.4 * (each_run + each_part), "of the tasks here some run twice"
-    assert done["gather"] < 2 * parts and done["decide"] < runs / 4
+    assert done["meet"] < 2 * parts and done["decide"] < runs / 4
 
 
 def cased(rng: random.Random, words: list[str]) -> list[str]:
@@ -251,7 +301,7 @@ def test_thousands_of_copies_are_a_row_of_each_run_to_the_tasks_that_compare(tmp
     assert left(found, here) == others | {"copy0000": page.upper()} and len(found.runs) == pieces
     gone = left_out(found, here)
     assert len(gone) == copies - 1 and set(gone.values()) == {("0 minhash", "near_duplicate", f"copy0000 (one of {copies})")}
-    tasks = {kind: most[kind] for kind in ("gather", "pairs", "large", "small", "members", "choose")}
+    tasks = {kind: most[kind] for kind in ("meet", "edges", "large", "small", "members", "choose")}
     assert max(tasks.values()) <= 14 * (pieces + len(others)), tasks
 
 

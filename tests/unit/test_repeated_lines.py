@@ -3,13 +3,11 @@
 import random
 import unicodedata
 
-import numpy as np
 import pytest
 from heliostat.curation import recording, repeated, segment
 from heliostat.curation.registry import parse
 from heliostat.curation.repeated import ComparedParts
 from heliostat.curation.stage import Document, Dropped
-from heliostat.tasks import spill
 
 from tests.unit.build_curation import Given, KilledError, curate, left, left_out
 from tests.unit.test_comparable import reference
@@ -46,11 +44,10 @@ def plainly(texts: dict[str, str], parts: ComparedParts) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("memory_limit", [1 << 20, 30_000], ids=["roomy", "tight"])
-def test_one_occurrence_of_each_line_stays(tmp_path, monkeypatch, memory_limit):
+@pytest.mark.parametrize("memory_limit", [1 << 20, 12_000], ids=["roomy", "tight"])
+def test_one_occurrence_of_each_line_stays(tmp_path, memory_limit):
     """For any split, order of tasks, and memory, the result equals that in memory, one document after another."""
     texts, wanted = make_texts(), None
-    monkeypatch.setattr(repeated, "HELD", 50)
     for seed, pieces in ((0, 1), (1, 7), (2, 30)):
         found, here = curate(tmp_path / f"{seed}", texts, [STAGE], pieces, memory_limit, seed=seed)
         kept, gone = left(found, here), left_out(found, here)
@@ -133,17 +130,19 @@ def test_what_it_cannot_be_is_refused(entry):
         parse(STAGE | entry)
 
 
-def test_a_line_in_every_document_takes_no_more_memory(tmp_path, monkeypatch):
-    """At a time, a task holds the different lines, and a limited number of occurrences."""
-    largest = []
-    first = repeated._first
-    monkeypatch.setattr(repeated, "HELD", 100)
-    monkeypatch.setattr(spill, "GROUP_BYTES", 100 * 28)  # which come at once
-    monkeypatch.setattr(repeated, "_first", lambda held: largest.append(sum(len(k) for k, _, _ in held)) or first(held))
+def test_a_line_in_every_document_is_a_row_of_each_run_to_one_task(tmp_path, monkeypatch):
+    """Otherwise the task with this line would take as much memory and time as the line has occurrences."""
+    rows, divided, runs = list[int](), repeated._divided, 16
+
+    def seen(table):
+        rows.extend([len(table)] if "node" in table.column_names else [])
+        return divided(table)
+
+    monkeypatch.setattr(repeated, "_divided", seen)
     texts = {f"d{i}": "the line that they all have\n" * 3 + "and one of its own" for i in range(800)}
-    found, here = curate(tmp_path / "work", texts, [STAGE], 16)
-    assert max(largest) < 400 and len(left(found, here)) == 1
-    assert np.mean(largest) < 250
+    found, here = curate(tmp_path / "work", texts, [STAGE], runs)
+    assert left(found, here) == plainly(texts, ComparedParts("line", 3, True)) and len(left(found, here)) == 1
+    assert rows and max(rows) == 2 * runs
 
 
 def bounded(self: Given, document: Document) -> Document | Dropped:

@@ -1,9 +1,10 @@
 """Finds the parts that several documents share, and removes all occurrences except the first, for any number of documents.
 
-A first task writes the hash and the position of every part of a text to a temporary file. A second task reads the hashes in one
-range of keys, and finds the first occurrence of each hash. It then processes the occurrences in batches, and writes all
-occurrences except the first to a temporary file, sorted by document. So a line that is in every document takes no more memory
-than a line in two documents. The documents' ids decide which occurrence is the first.
+A first task hashes the parts of the documents in one file, and finds the first occurrence of each hash in this file. It writes
+this occurrence to a temporary file, and the positions of the other occurrences to a second one, because these are removed in any
+case. A second task reads the hashes in one range of keys, and finds the first occurrence in all files. It writes the positions of
+the others to a temporary file, sorted by document. So a line that is in every document is one row per file of documents in one
+task. The documents' ids decide which occurrence is the first.
 
 The compared parts are lines, paragraphs, or windows of words. Windows are chosen by content (winnowing: Schleimer, Wilkerson and
 Aiken 2003). Of every `size` consecutive windows, the window with the smallest hash is chosen. So if two texts share a span of 2 *
@@ -15,6 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -25,7 +27,7 @@ from pydantic import Field
 from heliostat.curation import recording, registry, tally
 from heliostat.curation.chain import bytes_of
 from heliostat.curation.comparable import words
-from heliostat.curation.comparing import about
+from heliostat.curation.comparing import about, adding
 from heliostat.curation.engine import Curated, filled
 from heliostat.curation.minhash import components
 from heliostat.curation.segment import (
@@ -49,9 +51,10 @@ from heliostat.tasks.work import key
 
 Unit = Literal["line", "paragraph"]
 BETWEEN = {"line": "\n", "paragraph": "\n\n"}
+SIGNED = pa.schema(
+    [("key", pa.uint64()), ("document", pa.uint64()), ("node", pa.uint64()), ("place", pa.uint32())]
+)  # of gathered occurrences
 BLOCK = 1 << 16  # windows that are compared at once
-HELD = 1 << 20  # occurrences in memory before they are merged or spilled
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # per occurrence: hash, document's hash, position in the document
 
 
 class Signing(Protocol):
@@ -86,8 +89,9 @@ def _hash(text: str) -> int:
 
 
 def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, object]:
-    """Writes a row for each part of the documents in `run`, a temporary file of documents, to another temporary file. A row has
-    the hash of the part, the hash of the document's id, the document's row, and the part's position."""
+    """Writes a row for each different part of the documents in `run`, a temporary file of documents, to another temporary file. A
+    row has the hash of the part, and the part's first occurrence: the hash of the document's id, the document's row, and the
+    position. Writes the positions of the other occurrences to a second temporary file. `parts`: the number of occurrences."""
     signed: list[tuple[int, int, int, int]] = []
     for table in survivors(folder, run, columns=["id", "text"]):
         for row, id, text in zip(table["row"].to_pylist(), table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
@@ -96,61 +100,41 @@ def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, object]
     hashes, documents, rows, places = zip(*signed, strict=True) if signed else ((), (), (), ())
     table = pa.table({"key": np.array(hashes, np.uint64), "document": np.array(documents, np.uint64),
                       "row": np.array(rows, np.uint32), "place": np.array(places, np.uint32)})  # fmt: skip
-    name = spill.write(folder, table, ("document", "row", "place"))
-    return {"signed": name, "rows": len(signed), "files": [name]}
+    table, others = _divided(table)
+    lost = pa.table({"key": others["row"].cast(pa.uint64()), "place": others["place"]})
+    names = [spill.write(folder, table, ("document", "row", "place")), *([spill.write(folder, lost, ("place",))] if lost else [])]
+    return {"signed": names[0], "rows": len(table), "lost": names[1] if lost else None, "parts": len(signed), "files": names}
+
+
+def _divided(table: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Divides occurrences into the first of each hash, and the others. The first is the first position in the document whose id
+    has the smallest hash."""
+    keys, documents, places = (table[name].to_numpy() for name in ("key", "document", "place"))
+    order = np.lexsort((places, documents, keys))
+    start = spill.starts(keys[order])
+    of = order[np.flatnonzero(start)[np.cumsum(start) - 1]]  # the first occurrence of each occurrence's hash, in this order
+    first = np.zeros(len(keys), bool)
+    first[order] = (documents[order] == documents[of]) & (places[order] == places[of])
+    return table.filter(pa.array(first)), table.filter(pa.array(~first))
 
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Writes the positions of the repeated parts to remove (all occurrences except the first) to temporary files, sorted by
+    """Writes the positions of the repeated parts to remove (all occurrences except the first) to a temporary file, sorted by
     document. Processes the hashes in key range `part` of `parts`."""
-    low, high = spill.share(part, parts)
-    keys, documents, places = _firsts(folder, names, low, high)
-    waiting, size, files = list[pa.Table](), 0, list[str]()
-    for name in names:
-        for table in spill.read(folder, name, low, high):
-            which = np.searchsorted(keys, table["key"].to_numpy())
-            first = (documents[which] == table["document"].to_numpy()) & (places[which] == table["place"].to_numpy())
-            lost = table.filter(pa.array(~first))
-            waiting.append(pa.table({"key": lost["node"], "place": lost["place"]}))
-            size += len(lost)
-            if size >= HELD:
-                files.append(spill.write(folder, pa.concat_tables(waiting), ("place",)))
-                waiting, size = [], 0
-    if size:
-        files.append(spill.write(folder, pa.concat_tables(waiting), ("place",)))
+    _, lost = _divided(spill.joined(folder, names, *spill.share(part, parts), SIGNED))
+    files = [spill.write(folder, pa.table({"key": lost["node"], "place": lost["place"]}), ("place",))] if lost else []
     return {"lost": files, "files": files}
 
 
-def _firsts(folder: Location, names: list[str], low: int, high: int) -> Rows:
-    """Finds the first occurrence of each hash: the first position in the document whose id has the smallest hash."""
-    none = (np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.uint32))
-    waiting, new = [none], 0
-    for name in names:
-        for table in spill.read(folder, name, low, high):
-            waiting.append((table["key"].to_numpy(), table["document"].to_numpy(), table["place"].to_numpy()))
-            new += len(table)
-            if new >= max(HELD, len(waiting[0][0])):
-                waiting, new = [_first(waiting)], 0
-    return _first(waiting)
-
-
-def _first(tables: list[Rows]) -> Rows:
-    keys, documents, places = (np.concatenate([rows[i] for rows in tables]) for i in range(3))
-    order = np.lexsort((places, documents, keys))
-    keys, documents, places = keys[order], documents[order], places[order]
-    first = spill.starts(keys)
-    return keys[first], documents[first], places[first]
-
-
-def lost_of(
-    folder: Location, first: int, runs: list[SpilledRun], names: list[str]
-) -> Iterator[tuple[SpilledRun, dict[int, set[int]]]]:
+def lost_of(folder: Location, first: int, runs: list[SpilledRun], within: list[str | None],
+            names: list[str]) -> Iterator[tuple[SpilledRun, dict[int, set[int]]]]:  # fmt: skip
     """Yields (temporary file of documents, mapping). The mapping has the parts to remove: a document's row -> positions in the
-    document. `first`: the number of the first file."""
+    document. `first`: the number of the first file; `within`: for each file, the positions of parts that are earlier in it."""
     lost = dict(by_run(folder, first, len(runs), names))
-    for number, run in enumerate(runs, first):
+    for number, (run, own) in enumerate(zip(runs, within, strict=True), first):
         lost_parts: dict[int, set[int]] = {}
-        if table := lost.pop(number, None):
+        tables = [*([lost.pop(number)] if number in lost else []), *(spill.read(folder, own) if own else ())]
+        for table in tables:
             rows = (table["key"].to_numpy() & np.uint64(0xFFFFFFFF)).tolist()
             for row, place in zip(rows, table["place"].to_pylist(), strict=True):
                 lost_parts.setdefault(row, set()).add(place)
@@ -232,22 +216,24 @@ class RepeatingStage(GlobalStage):
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs, parts = f"repeated-{number}", curated.runs, self.signing()
-        identity = [self.named(), self.version, vars(parts), self.library_versions()]
+        identity = [self.named(), self.version, vars(parts), self.library_versions(), "first of each file"]
         signing = (Task(key(run.name, run.decided, identity), {"run": run, "parts": parts}, bytes=run.bytes) for run in runs)
         signed = flow.all(f"{kind}-sign", sign, signing)
         shares = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))
-        counts = [r["rows"] for r in signed]
-        keys = components.gathered(flow, kind, [(r["signed"], count) for r, count in zip(signed, counts, strict=True)], shares)
+        rows = [(r["signed"], r["rows"]) for r in signed]
+        gathered = components.gathered(flow, f"{kind}-gather", rows, shares, components.gather)
+        keys = [r["gathered"] for r in gathered if r["gathered"]]
         chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, shares, keys))
         names = [name for r in chosen for name in r["lost"]]
-        room, numbered = memory_limit // 2 // ROW_BYTES, zip(runs, counts, strict=True)
-        groups = [[run for run, _ in group] for group in filled(numbered, lambda one: one[1], room, REWRITTEN)]
+        room, within = memory_limit // 2 // ROW_BYTES, iter([r["lost"] for r in signed])
+        counted = filled(zip(runs, signed, strict=True), lambda one: one[1]["parts"], room, REWRITTEN)
+        groups = [[run for run, _ in group] for group in counted]
         more = recording.arguments(curated.every)
         arguments = {"entry": self.entry(), "number": number, "memory_limit": memory_limit, **more}
         also, source = [self.identity(), curated.identity], flow.share(curated.source)
-        removing = (
-            replace(task, shared=task.shared | {"source": source}) for task in about(flow, kind, groups, names, also, **arguments)
-        )
+        tasks = about(flow, kind, groups, names, also, **arguments)
+        tasks = (adding(task, within=list(islice(within, len(task.arguments["runs"])))) for task in tasks)
+        removing = (replace(task, shared=task.shared | {"source": source}) for task in tasks)
         records = flow.all(f"{kind}-remove", remove, removing)
         seconds = sum(s for name, s in flow.seconds.items() if name.startswith(f"{kind}-"))
         curated.tallies.append(store(flow.work.spill, {tally.label(number, self): tally.entry({}, "") | {"seconds": seconds}}))
@@ -269,13 +255,18 @@ class RepeatingStage(GlobalStage):
 
 
 def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str, Any], number: int, memory_limit: int,
-           names: list[str], source: DocumentSource | None, every: int = 1) -> SegmentRecord:  # fmt: skip
+           within: list[str | None], names: list[str], source: DocumentSource | None, every: int = 1) -> SegmentRecord:  # fmt: skip
     """Writes the documents in some temporary files to new temporary files, without the repeated parts. `source` converts changed
     documents to their stored form."""
     stage = registry.parse(entry)
     assert isinstance(stage, RepeatingStage)
+<<<<<<< HEAD
     name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8, every)
     for run, lost in lost_of(folder, first, runs, names):
+=======
+    name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8)
+    for run, lost in lost_of(folder, first, runs, within, names):
+>>>>>>> h-compare
         for row, document in documents_of(folder, run):
             places = lost.get(row, set())
             outcome = stage.outcome(document, places)

@@ -11,6 +11,9 @@ of the nodes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 
@@ -20,15 +23,17 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
+from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
 ROUNDS = 100  # maximum rounds: more than log^2 of any number of documents
 Edges = tuple[np.ndarray, np.ndarray]
+NONE: Edges = (np.zeros(0, np.uint64), np.zeros(0, np.uint64))
 
 
-def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -> list[str]:
-    """Joins temporary files into about `parts` larger files, so that later tasks open fewer files. `signed`: the name and the
-    number of rows of each file. Returns the names of the larger files.
+def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int, join: TaskFunction) -> list[dict[str, Any]]:
+    """Joins temporary files into about `parts` larger files, so that later tasks open fewer files. `join`: the tasks' function
+    (`gather` or `meet`); `signed`: the name and the number of rows of each file. Returns the tasks' records.
 
     The column `node`, the number of the document in the graph, replaces the column `row`.
     """
@@ -37,7 +42,7 @@ def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -
         names = [name for name, _ in group]
         work.append(Task(key(first, names), {"first": first, "names": names}))
         first += len(group)
-    return [r["gathered"] for r in flow.all(f"{kind}-gather", gather, iter(work)) if r["gathered"]]
+    return flow.all(kind, join, iter(work))
 
 
 def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
@@ -54,52 +59,81 @@ def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
     return {"gathered": name, "files": [name]}
 
 
+def meet(folder: Location, first: int, names: list[str]) -> dict[str, object]:
+    """Joins the temporary files `names`, like `gather`, but keeps one row per key: the row of the smallest node. Writes edges
+    from the other nodes of a key to this node.
+
+    So later tasks read at most one row per key from each joined file, however many documents share the key.
+    """
+    rows = list[Edges]()
+    for run, name in enumerate(names, first):
+        for table in spill.read(folder, name):
+            rows.append((table["key"].to_numpy(), (np.uint64(run) << np.uint64(32)) | table["row"].to_numpy().astype(np.uint64)))
+    if not rows:  # no run has rows
+        return {"met": None, "edges_files": [], "files": []}
+    least, edges = _met(_joined(rows))
+    name = spill.write_sorted(folder, pa.table({"key": least[0], "node": least[1]}))
+    record = _spilled(folder, [edges], both=True)
+    return record | {"met": name, "files": [name, *record["files"]]}
+
+
+def _met(rows: Edges) -> tuple[Edges, Edges]:
+    """Returns, for rows (keys, nodes): the sorted keys with the smallest node of each, and edges from the other nodes to this
+    node."""
+    least = _smallest(rows)
+    return least, unique((rows[1], least[1][np.searchsorted(least[0], rows[0])]))
+
+
 def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
     """Writes edges to a temporary file, in both directions: from each document to the document with the smallest number that has
     the same key. Covers the keys in one of `parts` equal ranges."""
     keys, nodes = spill.arrays(folder, names, *spill.share(part, parts), key=np.uint64, node=np.uint64)
-    order = np.lexsort((nodes, keys))
-    keys, nodes = keys[order], nodes[order]
-    least = nodes[_starts(keys)] if len(keys) else nodes
-    return _spilled(folder, unique((nodes, least)), both=True)
+    return _spilled(folder, [_met((keys, nodes))[1]], both=True)
 
 
-def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
+def large_star(folder: Location, part: int, parts: int, names: list[str], room: int) -> dict[str, object]:
     """Connects the larger neighbors of each node to the smallest node in the node's neighborhood. Covers the nodes in one of
-    `parts` equal ranges of keys. Returns a record with the temporary file of the new edges, and with a checksum of the old edges.
-    The checksum shows whether a round changed any edge."""
-    u, v = edges = _edges(folder, part, parts, names)
-    down = u > v
+    `parts` equal ranges of keys. Returns a record with the temporary files of the new edges, and with the number and a checksum
+    of the nodes that have a smaller neighbor. These two values show whether a round changed any edge.
+
+    `room`: edges in memory, approximately. A node with more neighbors than this is processed in batches.
+    """
+    least, batches = _neighbors(folder, part, parts, names, room)
     with np.errstate(over="ignore"):
-        check = int(spill.mixed(spill.mixed(u[down]) + v[down]).sum(dtype=np.uint64))
-    least = np.minimum(u, _least(edges))
-    up = v > u
-    return _spilled(folder, unique((v[up], least[up])), both=False) | {"check": str(check), "edges": int(down.sum())}
+        check = int(spill.mixed(spill.mixed(least[0]) + least[1]).sum(dtype=np.uint64))
+    connected = (unique((v[v > u], _through(least, u[v > u]))) for u, v in batches)
+    return _spilled(folder, connected, both=False) | {"check": str(check), "edges": len(least[0])}
 
 
-def small_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
+def small_star(folder: Location, part: int, parts: int, names: list[str], room: int) -> dict[str, object]:
     """Connects each node, and the node's smaller neighbors, to the smallest of these neighbors. Covers the nodes in one of
-    `parts` equal ranges of keys. Writes the new edges to a temporary file."""
-    u, v = edges = _edges(folder, part, parts, names)
-    least = _least(edges)
-    return _spilled(folder, unique((np.concatenate([u, v]), np.concatenate([least, least]))), both=True)
+    `parts` equal ranges of keys. Writes the new edges to temporary files. `room`: edges in memory, approximately."""
+    least, batches = _neighbors(folder, part, parts, names, room)
+    smallest = ((edges, _through(least, edges[0])) for edges in batches)
+    connected = (unique((np.concatenate(edges), np.concatenate([to, to]))) for edges, to in smallest)
+    return _spilled(folder, connected, both=True)
 
 
-def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str], int]:
-    """Runs rounds of large star and small star until no edge changes. Returns the temporary files of the edges, which then form
-    stars, and the number of rounds."""
+def stars(flow: Flow, kind: str, names: list[str], parts: int, room: int) -> tuple[list[str], int]:
+    """Runs rounds of large star and small star until no edge changes. `room`: edges in a task's memory, approximately. Returns
+    the temporary files of the edges, which then form stars, and the number of rounds."""
     before: tuple[int, int] | None = None
     for rounds in range(ROUNDS):
-        large = flow.all(f"{kind}-large", large_star, by_parts(flow, kind, parts, names))
+        large = flow.all(f"{kind}-large", large_star, by_parts(flow, kind, parts, names, room=room))
         now = (sum(r["edges"] for r in large), sum(int(r["check"]) for r in large) % (1 << 64))
         if now == before:
             return names, rounds
-        small = flow.all(f"{kind}-small", small_star, by_parts(flow, kind, parts, [r["edges_file"] for r in large]))
-        before, names = now, [r["edges_file"] for r in small]
+        small = flow.all(f"{kind}-small", small_star, by_parts(flow, kind, parts, edges_of(large), room=room))
+        before, names = now, edges_of(small)
     raise HeliostatError(
         f"{kind}: the clusters didn't converge within {ROUNDS} rounds. This is a bug in heliostat. "
         "Report the bug with the pipeline's YAML file"
     )
+
+
+def edges_of(records: list[dict[str, Any]]) -> list[str]:
+    """Lists the temporary files of edges in the tasks' records."""
+    return [name for record in records for name in record["edges_files"]]
 
 
 def unique(edges: Edges) -> Edges:
@@ -111,26 +145,56 @@ def unique(edges: Edges) -> Edges:
     return u[first], v[first]
 
 
-def _edges(folder: Location, part: int, parts: int, names: list[str]) -> Edges:
-    u, v = spill.arrays(folder, names, *spill.share(part, parts), u=np.uint64, v=np.uint64)
-    return unique((u, v))
+def _neighbors(folder: Location, part: int, parts: int, names: list[str], room: int) -> tuple[Edges, Iterator[Edges]]:
+    """Returns the nodes that have a smaller neighbor, with the smallest neighbor of each, and all edges in batches of about
+    `room`. Reads the edges twice if they are more than one batch. So memory holds a batch, whatever the number of edges."""
+    least, first, count = NONE, NONE, 0
+    for batch in _batches(folder, part, parts, names, room):
+        down = batch[0] > batch[1]
+        least = _smallest(_joined([least, (batch[0][down], batch[1][down])]))
+        first, count = batch if not count else NONE, count + 1
+    return least, iter([first]) if count < 2 else _batches(folder, part, parts, names, room)
 
 
-def _starts(values: np.ndarray) -> np.ndarray:
-    """Returns, for each value of a sorted array, the index of the first equal value."""
-    first = spill.starts(values)
-    return np.flatnonzero(first)[np.cumsum(first) - 1]
+def _batches(folder: Location, part: int, parts: int, names: list[str], room: int) -> Iterator[Edges]:
+    waiting, size = list[Edges](), 0
+    for name in names:
+        for table in spill.read(folder, name, *spill.share(part, parts)):
+            waiting.append((table["u"].to_numpy(), table["v"].to_numpy()))
+            size += len(table)
+            if size >= room:
+                yield _joined(waiting)
+                waiting, size = [], 0
+    if waiting:
+        yield _joined(waiting)
 
 
-def _least(edges: Edges) -> np.ndarray:
-    """Returns, for each edge, the smallest neighbor of the edge's first node. The edges must be sorted."""
-    u, v = edges
-    return v[_starts(u)] if len(u) else v
+def _joined(rows: list[Edges]) -> Edges:
+    firsts, seconds = (np.concatenate([NONE[i], *(row[i] for row in rows)]) for i in range(2))
+    return firsts, seconds
 
 
-def _spilled(folder: Location, edges: Edges, both: bool) -> dict[str, object]:
-    u, v = edges
-    if both:
-        u, v = unique((np.concatenate([u, v]), np.concatenate([v, u])))
-    name = spill.write(folder, pa.table({"key": spill.mixed(u), "u": u, "v": v}), ("u", "v"))
-    return {"edges_file": name, "files": [name]}
+def _smallest(rows: Edges) -> Edges:
+    """Returns the sorted different values of the first column, and the smallest value in the second column of each."""
+    order = np.lexsort((rows[1], rows[0]))
+    firsts, seconds = rows[0][order], rows[1][order]
+    start = spill.starts(firsts)
+    return firsts[start], seconds[start]
+
+
+def _through(least: Edges, nodes: np.ndarray) -> np.ndarray:
+    """Returns the smallest neighbor of each node, or the node itself if it has no smaller neighbor."""
+    if not len(least[0]):
+        return nodes
+    at = np.minimum(np.searchsorted(least[0], nodes), len(least[0]) - 1)
+    return np.where(least[0][at] == nodes, least[1][at], nodes)
+
+
+def _spilled(folder: Location, batches: Iterable[Edges], both: bool) -> dict[str, Any]:
+    """Writes each batch of edges to a temporary file, and no file for an empty batch. With `both`, in both directions."""
+    files = list[str]()
+    for u, v in batches:
+        if len(u):
+            u, v = unique((np.concatenate([u, v]), np.concatenate([v, u]))) if both else (u, v)
+            files.append(spill.write(folder, pa.table({"key": spill.mixed(u), "u": u, "v": v}), ("u", "v")))
+    return {"edges_files": files, "files": files}

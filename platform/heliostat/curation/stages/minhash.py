@@ -74,9 +74,12 @@ class MinHash(GlobalStage):
                    for run in runs)  # fmt: skip
         signed = flow.all(f"{kind}-sign", sign, signing)
         parts = parts_of(sum(r["rows"] for r in signed) * ROW_BYTES, memory_limit)
-        keys = components.gathered(flow, kind, [(r["keys"], r["rows"]) for r in signed], parts)
-        paired = flow.all(f"{kind}-pairs", components.pairs, by_parts(flow, kind, parts, keys))
-        edges, _ = components.stars(flow, kind, [r["edges_file"] for r in paired], parts)
+        keys = [(r["keys"], r["rows"]) for r in signed]
+        met = components.gathered(flow, f"{kind}-meet", keys, parts, components.meet)
+        names = [r["met"] for r in met if r["met"]]
+        paired = flow.all(f"{kind}-edges", components.pairs, by_parts(flow, kind, parts, names))
+        connected = components.edges_of([*met, *paired])
+        edges, _ = components.stars(flow, kind, connected, parts, memory_limit // ROW_BYTES)
         belonging = flow.all(f"{kind}-members", members, by_parts(flow, kind, parts, edges))
         names = [r["members"] for r in belonging]
         rule = {"rule": self.keep, "column": self.column}
