@@ -100,8 +100,8 @@ def parts(codes: np.ndarray, kinds: np.ndarray) -> Parts:
     plain = (letters[ends] - letters[begins] == sizes) & (sizes > 0) & (sizes <= LONGEST_PLAIN)
     which = np.flatnonzero(plain)
     hashes = np.zeros(len(starts), np.uint64)
-    hashes[which] = found = hashed(codes, begins[which], ends[which])
+    hashes[which] = hashed(codes, begins[which], ends[which])
     marked = (before | after)[which]
-    special = _special()[found >> np.uint64(_PLACES)] & np.where(marked, MARKED, BARE).astype(np.uint8)
+    special = _special()[hashes[which] >> np.uint64(_PLACES)] & np.where(marked, MARKED, BARE).astype(np.uint8)
     plain[which[special != 0]] = False
     return Parts(starts, stops, plain, before, after, hashes)
