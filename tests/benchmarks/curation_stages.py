@@ -3,8 +3,9 @@
     python -m tests.benchmarks.curation_corpus FOLDER corpus.jsonl
     python -m tests.benchmarks.curation_stages corpus.jsonl --datatrove VENV/bin/python --stages gopher_quality c4
 
-The other Python has `datatrove[processing,io]` and spaCy. Each turn is a separate process. CPU seconds count, not wall-clock
-time. Numbers: docs/benchmarks/curation-stages.md.
+The other Python has `datatrove[processing,io]` and spaCy. With `--curator VENV/bin/python`, a Python that has
+`nemo-curator[text_cpu]`, NeMo Curator's filters run too. Each turn is a separate process. CPU seconds count, not wall-clock time.
+Numbers: docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations
@@ -63,6 +64,31 @@ def theirs(name: str, path: str, most: int) -> dict[str, Any]:
     return {"seconds": time.process_time() - start, "decisions": decisions}
 
 
+def curators(name: str, path: str, most: int) -> dict[str, Any]:
+    """Runs NeMo Curator's filters that measure what a Gopher filter measures, with NeMo Curator's thresholds and words. A dropped
+    document doesn't reach the next filter."""
+    from nemo_curator.stages.text.filters.heuristic import repetition, string
+
+    filters = {
+        "gopher_quality": [string.WordCountFilter(), string.MeanWordLengthFilter(), string.SymbolsToWordsFilter(),
+                           string.BulletsFilter(), string.EllipsisFilter(), string.WordsWithoutAlphabetsFilter(),
+                           string.CommonEnglishWordsFilter()],
+        "gopher_repetition": [repetition.RepeatedLinesFilter(), repetition.RepeatedParagraphsFilter(),
+                              repetition.RepeatedLinesByCharFilter(), repetition.RepeatedParagraphsByCharFilter(),
+                              *(repetition.RepeatingTopNGramsFilter(n) for n in range(2, 5)),
+                              *(repetition.RepeatingDuplicateNGramsFilter(n) for n in range(5, 11))],
+    }[name]  # fmt: skip
+
+    def dropped(text: str) -> str:
+        return next((type(one).__name__ for one in filters if not one.keep_document(one.score_document(text))), "")
+
+    documents = texts(path, most)
+    dropped(WARM)
+    start = time.process_time()
+    decisions = list(map(dropped, documents))
+    return {"seconds": time.process_time() - start, "decisions": decisions}
+
+
 def their_work(name: str) -> Any:
     from datatrove.pipeline import filters
     from datatrove.pipeline.extractors import Trafilatura
@@ -89,29 +115,35 @@ def differences(here: list[str], there: list[str], rows: list[dict[str, str]]) -
 
 
 def main() -> None:
-    given = harness.arguments(__doc__, corpus=Path, datatrove="", stages={"nargs": "+", "default": COMPARED}, turns=3,
+    given = harness.arguments(__doc__, corpus=Path, datatrove="", curator="", stages={"nargs": "+", "default": COMPARED}, turns=3,
                               most=1 << 30, differences=False)  # fmt: skip
     rows = [json.loads(line) for line in given.corpus.read_text().splitlines()[: given.most]]
     megabytes = sum(len(r["text"].encode()) for r in rows) / 1e6
     print(f"{len(rows):,} documents, {megabytes:.1f} MB")
-    harness.head("stage", "ours, MB/s", "datatrove", "times", "kept", "the same")
+    harness.head("stage", "ours, MB/s", "datatrove", "times", "kept", "the same", "NeMo Curator", "times", "kept")
     for name in given.stages:
-        sides = {ours: sys.executable} | ({theirs: given.datatrove} if given.datatrove else {})
+        curated = given.curator if name.startswith("gopher") else ""
+        sides = {ours: sys.executable} | {
+            side: python for side, python in ((theirs, given.datatrove), (curators, curated)) if python
+        }
         tail = (name, str(given.corpus.absolute()), given.most)
         ways = {side.__name__: partial(harness.apart, side, *tail, python=python) for side, python in sides.items()}
         turns = harness.by_turns(ways, given.turns)
-        paces = [megabytes / median(turn["seconds"] for turn, _ in made) for made in turns.values()]
-        here, *there = (made[0][0]["decisions"] for made in turns.values())
-        kept = f"{sum(not reason for reason in here) / len(rows):.1%}"
-        if not there:
-            harness.row(name, f"{paces[0]:.2f}", "", "", kept, "")
-            continue
-        others = list(differences(here, there[0], rows))
-        same = f"{1 - len(others) / len(rows):.3%}"
-        harness.row(name, f"{paces[0]:.2f}", f"{paces[1]:.2f}", f"{paces[0] / paces[1]:.1f}", kept, same)
+        paces = {side: megabytes / median(turn["seconds"] for turn, _ in made) for side, made in turns.items()}
+        decisions = {side: made[0][0]["decisions"] for side, made in turns.items()}
+        kept = {side: f"{sum(not reason for reason in made) / len(rows):.1%}" for side, made in decisions.items()}
+        cells = [f"{paces['ours']:.2f}", "", "", kept["ours"], "", "", "", ""]
+        others = list(differences(decisions["ours"], decisions["theirs"], rows)) if "theirs" in decisions else []
+        if "theirs" in paces:
+            cells[1:3] = f"{paces['theirs']:.2f}", f"{paces['ours'] / paces['theirs']:.1f}"
+            cells[4] = f"{1 - len(others) / len(rows):.3%}"
+        if "curators" in paces:
+            cells[5:8] = f"{paces['curators']:.2f}", f"{paces['ours'] / paces['curators']:.1f}", kept["curators"]
+        harness.row(name, *cells)
         print(*(others if given.differences else ()), sep="\n")
-        reasons = Counter((x, y) for x, y in zip(here, there[0], strict=True) if x or y)
-        print("   ", ", ".join(f"{x or 'kept'}/{y or 'kept'} {n}" for (x, y), n in reasons.most_common(12)))
+        if "theirs" in decisions:
+            reasons = Counter((x, y) for x, y in zip(decisions["ours"], decisions["theirs"], strict=True) if x or y)
+            print("   ", ", ".join(f"{x or 'kept'}/{y or 'kept'} {n}" for (x, y), n in reasons.most_common(12)))
 
 
 if __name__ == "__main__":

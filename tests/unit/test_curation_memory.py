@@ -90,7 +90,7 @@ def test_a_run_is_held_as_a_table_while_its_file_is_made(tmp_path):
 @pytest.mark.parametrize("kind", ["unique words", "few words", "short lines"])
 def test_a_large_document_takes_few_bytes_for_each_of_its_own(monkeypatch, stage, kind):
     """This holds for any words: tables of words are bounded, and words and lines are Python objects one slice at a time."""
-    monkeypatch.setattr(words, "MOST_WORDS", 1 << 11)  # a share of what they are
+    monkeypatch.setattr(words, "MOST_CACHED", 1 << 11)  # a share of what they are
     monkeypatch.setattr(words, "MOST_CHARS", 1 << 15)
     monkeypatch.setattr(slices, "SLICE", 1 << 12)
     monkeypatch.setattr(repetition, "BLOCK", 1 << 12)
@@ -107,7 +107,7 @@ def test_a_large_document_takes_few_bytes_for_each_of_its_own(monkeypatch, stage
     work = stage(**keys).open()
     work([Document("first", "some words")])
     assert python_peak(lambda: work([Document("a", text)])) < 22 * len(text) + MB
-    assert len(table._words) < 1 << 13
+    assert len(table._cache) < 1 << 13
 
 
 @pytest.mark.parametrize("stage, text, most", [

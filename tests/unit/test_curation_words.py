@@ -4,8 +4,11 @@ import random
 import time
 
 import pytest
+import regex
+from heliostat.curation import slices
 from heliostat.curation.english import words
-from heliostat.curation.english.tokens import _EXCEPTIONS, _MARKS, _QUOTES, LONGEST, by_rules, tokens
+from heliostat.curation.english.plain import CODES, SYMBOLS, TERMINALS
+from heliostat.curation.english.tokens import _ASCII_INFIX, _INFIX, _MARKS, _QUOTES, EXCEPTIONS, LONGEST, by_rules, tokens
 
 from tests.seeds import every_seed
 
@@ -51,7 +54,7 @@ PIECES = [
 @every_seed(20)
 def test_common_strings_have_the_words_of_the_rules(seed):
     draw = random.Random(seed)
-    marks, known = _MARKS + _QUOTES + ".", list(_EXCEPTIONS)
+    marks, known = _MARKS + _QUOTES + ".", list(EXCEPTIONS)
     for _ in range(300):
         kinds = [PIECES, marks, known, ["a", "B", "A1", "b_", "1"], [chr(draw.randrange(33, 0x3100))]]
         text = "".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randint(1, 6)))
@@ -64,6 +67,67 @@ def test_every_character_has_the_words_of_the_rules(form):
     every = (chr(code) for code in (*range(0x21, 0x530), *range(0x2000, 0x2800), *range(0x3000, 0x3400), *range(0xFF00, 0xFFF0)))
     texts = [form.format(character) for character in every if not character.isspace()]
     assert [text for text in texts if tokens(text) != by_rules(text)] == []
+
+
+def by_words(text):
+    """Returns the number of characters of each word, whether it is a symbol, whether it has a letter, and its first place."""
+    split = [word for part in text.split() for word in tokens(part)]
+    symbol = [SYMBOLS.issuperset(word) for word in split]
+    return [list(map(len, split)), symbol, [any(map(str.isalpha, word)) for word in split], list(map(split.index, split))]
+
+
+def by_arrays(spoken):
+    hashes = spoken.hash.tolist()
+    return [spoken.length.tolist(), spoken.symbol.tolist(), spoken.alphabetic.tolist(), list(map(hashes.index, hashes))]
+
+
+@every_seed(20)
+def test_words_of_plain_parts_are_those_of_the_rules(seed):
+    """NumPy splits most of a text. It gives the words of `tokens`, whatever else is in the text, and in whatever slices."""
+    draw = random.Random(seed)
+    plain = ["word", "it", "Mr", "p", "cannot", "é", "日本", "x" * 257, "don", "US", "C"]
+    kinds = [PIECES, _MARKS + _QUOTES + ".", list(EXCEPTIONS), plain, plain, [chr(draw.randrange(0x20, 0x3100)), "\U00020000"]]
+    spaces = ["\n", " ", "\x85", "\x1c", "  ", "\u2028\t"]
+    texts = ["".join(draw.choice(draw.choice([*kinds, spaces, spaces])) for _ in range(draw.randint(0, 60))) for _ in range(40)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(words, "BLOCK", draw.choice([1, 50, 1 << 16]))
+        patch.setattr(slices, "SLICE", draw.choice([5, 40, 1 << 18]))
+        table = words.Words()
+        together = [spoken for start in (0, 7, 33) for spoken in table.of_all(texts[start : start + 26])]
+    expected = [by_words(text) for start in (0, 7, 33) for text in texts[start : start + 26]]
+    assert [by_arrays(spoken) for spoken in together] == expected
+
+
+def test_no_character_outside_of_the_tables_is_known():
+    """A letter or white space after the last code point of the tables would be taken for another character."""
+    later = [chr(code) for code in range(CODES - 1, 0x110000)]
+    assert not any(character.isalpha() or character.isspace() or character in SYMBOLS for character in later)
+
+
+@every_seed(20)
+def test_marks_between_letters_are_the_same_in_ascii(seed):
+    draw, ascii_marks = random.Random(seed), "".join(map(chr, range(33, 127))) + 8 * "aBzZ09.,:<>=/-~+*^'\"`_"
+    for _ in range(300):
+        text = "".join(draw.choices(ascii_marks, k=draw.randint(1, 9)))
+        assert [m.span() for m in _ASCII_INFIX.finditer(text)] == [m.span() for m in _INFIX.finditer(text)], text
+
+
+@every_seed(20)
+def test_sentences_of_a_text_are_those_of_its_parts(seed):
+    """Only parts with a terminal are looked at. The count is the one by all words: a sentence begins after a terminal."""
+    draw = random.Random(seed)
+    pieces = [*SPLIT, " ", " ", " ", "\t", "\xa0", "。", "!", '."', "…", "a"]
+    for _ in range(200):
+        text = "".join(draw.choices(pieces, k=draw.randint(1, 12)))
+        parts = [part for part in regex.split(r" |([^\S ]\s*)", text) if part is not None]
+        split = [word for part in parts for word in (tokens(part) or ("",))]
+        count, ended = int(bool(text.strip())), False
+        for word in split if text.strip() else ():
+            if word in TERMINALS:
+                ended = True
+            elif ended and not (word and words.is_punctuation(word)):
+                count, ended = count + 1, False
+        assert words.sentences(text) == count, text
 
 
 @pytest.mark.parametrize(
@@ -83,11 +147,11 @@ def test_the_tables_are_emptied_and_nothing_changes(monkeypatch):
     texts = [f"some words {i} and other-words {i * 7} here." for i in range(300)]
     roomy = words.Words()
     expected = [lengths(roomy, t) for t in texts]
-    monkeypatch.setattr(words, "MOST_WORDS", 20)
+    monkeypatch.setattr(words, "MOST_CACHED", 20)
     monkeypatch.setattr(words, "RECENT_TEXTS", 2)
     small = words.Words()
     assert [lengths(small, t) for t in texts] == expected
-    assert len(small._words) < 60
+    assert len(small._cache) < 60
 
 
 @pytest.mark.parametrize(

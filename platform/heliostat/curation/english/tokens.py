@@ -48,13 +48,21 @@ _FULL_STOP = regex.compile(
     rf"(?:(?<=°[FfCcKk])|(?<=[0-9{_LOWER}%²+\-|{_ANY_MARK}])|(?<=[{_UPPER}][{_UPPER}]))\.\Z",
     regex.V1,
 )
-_INFIX = regex.compile(
-    r"\.\.+|…|\p{So}|(?<=[0-9])[+\-*^](?=[0-9-])"
-    rf"|(?<=[{_LOWER}{_QUOTE}])\.(?=[{_UPPER}{_QUOTE}])"
-    rf"|(?<=[{_LETTER}]),(?=[{_LETTER}])|(?<=[{_LETTER}0-9])(?:---?|——|[-–—~])(?=[{_LETTER}])"
-    rf"|(?<=[{_LETTER}0-9])[:<>=/](?=[{_LETTER}])",
-    regex.V1,
-)
+
+
+def _infix(lower: str, upper: str, letter: str, quote: str, symbols: str) -> str:
+    """Builds the pattern of the marks between letters. All arguments are content of a character class, except `symbols`."""
+    return (
+        rf"\.\.+{symbols}|(?<=[0-9])[+\-*^](?=[0-9-])"
+        rf"|(?<=[{lower}{quote}])\.(?=[{upper}{quote}])"
+        rf"|(?<=[{letter}]),(?=[{letter}])|(?<=[{letter}0-9])(?:---?|——|[-–—~])(?=[{letter}])"
+        rf"|(?<=[{letter}0-9])[:<>=/](?=[{letter}])"
+    )
+
+
+_INFIX = regex.compile(_infix(_LOWER, _UPPER, _LETTER, _QUOTE, r"|…|\p{So}"), regex.V1)
+_ASCII_QUOTE = re.escape("".join(filter(str.isascii, _QUOTES)))
+_ASCII_INFIX = re.compile(_infix("a-z", "A-Z", "A-Za-z", _ASCII_QUOTE, ""))  # finds the same in ASCII text, faster
 _SCHEME = regex.compile(r"[\w+\-.]{2,}+://")
 _LABEL = r"(?:[A-Za-z0-9\u00a1-\uffff][A-Za-z0-9\u00a1-\uffff_-]{0,62}+\.)"
 _HOST = regex.compile(rf"{_LABEL}++[{_LOWER}]{{2,63}}(?::[0-9]{{2,5}})?(?:[/?#]\S*)?", regex.V1)
@@ -127,16 +135,16 @@ def exceptions() -> dict[str, tuple[str, ...]]:
     return plain | curly
 
 
-_EXCEPTIONS = exceptions()
-_LONGEST_EXCEPTION = max(map(len, _EXCEPTIONS))
+EXCEPTIONS = exceptions()
+_LONGEST_EXCEPTION = max(map(len, EXCEPTIONS))
 
 
 def tokens(text: str) -> tuple[str, ...]:
     """Splits a string without white space into words."""
-    if (text.isalpha() and text not in _EXCEPTIONS) or len(text) > LONGEST:
+    if (text.isalpha() and text not in EXCEPTIONS) or len(text) > LONGEST:
         return (text,)
     common = _COMMON.fullmatch(text)
-    if common and (core := common[2] or common[3]) not in _ODD_CORES:
+    if common and (core := common[2] or common[3]) not in ODD_CORES:
         before, _, several, ending, behind = common.groups()
         if several is None and not ending:
             return (core, behind) if not before and len(behind) == 1 else (*_marks(before), core, *_marks(behind))
@@ -147,13 +155,14 @@ def tokens(text: str) -> tuple[str, ...]:
 
 def by_rules(text: str) -> tuple[str, ...]:
     """Splits a string by the rules alone. `tokens` gives the same words, faster."""
-    parts = _EXCEPTIONS.get(text) or _split(text, _EXCEPTIONS)
+    parts = EXCEPTIONS.get(text) or _split(text, EXCEPTIONS)
     return tuple(_joined(list(parts))) if len(parts) > 1 else tuple(parts)
 
 
 # The most common strings: a core in marks, without a period or a currency inside. Each mark is a word. The core begins with a
 # letter or digit. It ends in a digit, or in letters that aren't a unit or an ending such as 's.
-_ALPHA, _AROUND = r"[^\W\d_]", re.escape("".join(sorted({*_MARKS, *_QUOTES} - {"…"})))
+PLAIN_MARKS = frozenset({*_MARKS, *_QUOTES} - {"…"})
+_ALPHA, _AROUND = r"[^\W\d_]", re.escape("".join(sorted(PLAIN_MARKS)))
 _COMMON = re.compile(
     rf"([{_AROUND}]*+)(?:"
     rf"({_ALPHA}++|(?:{_ALPHA}|[0-9])(?:\w*(?:[0-9]|_{_ALPHA}+))?)"  # a single word
@@ -220,7 +229,7 @@ def _middle(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
 def _infixes(text: str) -> list[str]:
     """Splits a string at the marks between its letters."""
     out, start = list[str](), 0
-    for match in _INFIX.finditer(text):
+    for match in (_ASCII_INFIX if text.isascii() else _INFIX).finditer(text):
         if match.start() == 0:
             continue
         if match.start() != start:
@@ -251,10 +260,10 @@ def _public(address: str) -> bool:
 
 
 # The rules split some emoticons and abbreviations. These are joined again, in longer strings, too.
-_SPLIT = {tuple(parts): whole for whole in _EXCEPTIONS if len(parts := _split(whole, {})) > 1}
+_SPLIT = {tuple(parts): whole for whole in EXCEPTIONS if len(parts := _split(whole, {})) > 1}
 _FIRST, _PAIRS = {parts[0] for parts in _SPLIT}, {parts[:2] for parts in _SPLIT}
 _MOST = max(map(len, _SPLIT))
-_ODD_CORES = {match[2] or match[3] for whole in _EXCEPTIONS if (match := _COMMON.fullmatch(whole))} | set().union(*_SPLIT)
+ODD_CORES = {match[2] or match[3] for whole in EXCEPTIONS if (match := _COMMON.fullmatch(whole))} | set().union(*_SPLIT)
 
 
 def _joined(parts: list[str]) -> list[str]:
@@ -275,6 +284,6 @@ def _joined(parts: list[str]) -> list[str]:
     out, at = list[str](), 0
     while at < len(parts):
         length = chosen.get(at, 1)
-        out += _EXCEPTIONS[_SPLIT[tuple(parts[at : at + length])]] if length > 1 else parts[at : at + 1]
+        out += EXCEPTIONS[_SPLIT[tuple(parts[at : at + length])]] if length > 1 else parts[at : at + 1]
         at += length
     return out

@@ -1,34 +1,32 @@
 """Splits texts into words. Represents each word by its hash, and by the facts that filters need, such as its number of
 characters.
 
-Each string between white space is split once and cached, because most words of a text have appeared in earlier texts. So a
-document needs only one look-up per word. Memory is bounded: texts are processed in slices, and the cache is emptied when it is
-large. This changes no result.
+NumPy splits the plain parts of a text (`plain`). Each other string between white space is split once and cached, because most
+strings of a text have appeared in earlier texts. Memory is bounded: texts are processed in slices, and the cache is emptied when
+it is large. This changes no result.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from struct import Struct
+from itertools import accumulate, pairwise
 
 import numpy as np
 import regex
 import xxhash
 
+from heliostat.curation.comparable import BLOCK, hashed
+from heliostat.curation.english import plain
+from heliostat.curation.english.plain import TERMINALS
 from heliostat.curation.english.tokens import tokens
 from heliostat.curation.slices import slices
+from heliostat.tasks import spill
 
-MOST_WORDS, MOST_CHARS = 1 << 18, 1 << 23  # maximum cached words, and characters, before a new slice
+MOST_CACHED, MOST_CHARS = 1 << 18, 1 << 23  # maximum cached strings, and characters, before a new group of slices
 RECENT_TEXTS, RECENT_CHARS = 256, 1 << 22  # texts whose words are cached for the next stages
-# characters that end a sentence, in any script (Unicode's Sentence_Terminal)
-TERMINALS = frozenset(regex.findall(r"\p{Sentence_Terminal}", "".join(map(chr, range(0x20000)))))
-# CCNet's punctuation (Wenzek et al. 2019, arXiv 1911.00359); a word that has only such characters is a symbol
-_SYMBOLS = TERMINALS | frozenset(
-    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~«´»–—’“”„…∶━►、。〈〉《》「」【】！％（），．１：；？～"
-    + "".join(map(chr, (*range(9), *range(11, 32), *range(127, 160))))
-)
 
 
 @dataclass(frozen=True)
@@ -45,70 +43,119 @@ class Spoken:
         return len(self.hash)
 
 
-ROW = Struct("=Qi??")
 FACTS = np.dtype([("hash", "=u8"), ("length", "=i4"), ("symbol", "?"), ("alphabetic", "?")])
-
-
-def hash_of(word: str) -> int:
-    return xxhash.xxh64_intdigest(word.encode("utf-8", "surrogatepass"))
+NAMES = ("hash", "length", "symbol", "alphabetic")
+Columns = tuple[np.ndarray, ...]  # the arrays of Spoken
 
 
 class Words:
-    """Splits texts into words. Caches the words of each string between white space."""
+    """Splits texts into words. Caches the words of each string between white space that isn't plain."""
 
     def __init__(self) -> None:
         self._recent: dict[str, Spoken] = {}
         self._recent_chars = 0
-        self._forget()
-
-    def _forget(self) -> None:
-        self._words, self._parts, self._chars = Cache(facts), Cache(self._facts), 0
+        self._cache: dict[str, bytes] = {}
+        self._chars = 0
 
     def of(self, text: str) -> Spoken:
-        known = self._recent.get(text)
-        if known is not None:
-            return known
-        parts = [self._of_slice(part) for part in slices(text)] or [self._of_slice("")]
-        spoken = parts[0] if len(parts) == 1 else Spoken(*(np.concatenate(a) for a in zip(*map(_arrays, parts), strict=True)))
-        if len(self._recent) >= RECENT_TEXTS or self._recent_chars > RECENT_CHARS:
+        return self.of_all([text])[0]
+
+    def of_all(self, texts: Sequence[str]) -> list[Spoken]:
+        """Splits several texts at once, which is faster than one after another."""
+        spoken = {text: known for text in texts if (known := self._recent.get(text)) is not None}
+        new = [text for text in dict.fromkeys(texts) if text not in spoken]
+        spoken |= zip(new, self._split(new), strict=True)
+        small = [text for text in new if len(text) <= RECENT_CHARS]
+        if len(self._recent) + len(small) > RECENT_TEXTS or self._recent_chars > RECENT_CHARS:
             self._recent, self._recent_chars = {}, 0
-        if len(text) <= RECENT_CHARS:
-            self._recent[text] = spoken
-            self._recent_chars += len(text)
-        return spoken
+        self._recent |= ((text, spoken[text]) for text in small)
+        self._recent_chars += sum(map(len, small))
+        return [spoken[text] for text in texts]
 
-    def _of_slice(self, text: str) -> Spoken:
-        if len(self._words) > MOST_WORDS or self._chars > MOST_CHARS:
-            self._forget()
-        rows = np.frombuffer(b"".join(map(self._parts.__getitem__, text.split())), FACTS)
-        return Spoken(*(rows[name].copy() for name in ("hash", "length", "symbol", "alphabetic")))
+    def _split(self, texts: list[str]) -> Iterator[Spoken]:
+        numbers, counts, columns = list[int](), [np.zeros(0, np.int64)], [_columns(0)]
+        for group in _groups((number, part) for number, text in enumerate(texts) for part in slices(text)):
+            numbers += [number for number, _ in group]
+            some, count = self._of_group([part for _, part in group])
+            columns.append(some)
+            counts.append(count)
+        sizes = np.bincount(numbers, np.concatenate(counts), len(texts)).astype(np.int64)
+        joined = [np.concatenate(some) for some in zip(*columns, strict=True)]
+        return (Spoken(*(column[a:b] for column in joined)) for a, b in pairwise([0, *np.cumsum(sizes).tolist()]))
 
-    def _facts(self, part: str) -> bytes:
-        """Splits a part of a text, and returns the facts about its words."""
-        self._chars += len(part)
-        return b"".join(map(self._words.__getitem__, tokens(part)))
+    def _of_group(self, group: list[str]) -> tuple[Columns, np.ndarray]:
+        """Splits slices of texts. Returns the columns of `Spoken` for all words, and the number of words in each slice."""
+        if len(self._cache) > MOST_CACHED or self._chars > MOST_CHARS:
+            self._cache, self._chars = {}, 0
+        text = "\n".join(group)
+        codes, kinds = plain.looked_up(text)
+        parts = plain.parts(codes, kinds)
+        which, other = np.flatnonzero(parts.plain), np.flatnonzero(~parts.plain)
+        rows = self._rows([text[a:b] for a, b in zip(parts.starts[other].tolist(), parts.stops[other].tolist(), strict=True)])
+        others = np.fromiter(map(len, rows), np.int64, len(rows)) // FACTS.itemsize
+        counts = 1 + parts.before.astype(np.int64) + parts.after
+        counts[other] = others
+        firsts = np.concatenate([[0], np.cumsum(counts)])  # index of each part's first word
+        columns = _columns(firsts[-1])
+        letters = parts.stops - parts.starts - parts.before - parts.after
+        _put(columns, (firsts[:-1] + parts.before)[which], parts.hashes[which], letters[which], False, True)
+        before, after = which[parts.before[which]], which[parts.after[which]]
+        for places, marks in ((firsts[before], parts.starts[before]), (firsts[after + 1] - 1, parts.stops[after] - 1)):
+            _put(columns, places, spill.mixed(codes[marks]), 1, (kinds[marks] & plain.SYMBOL) != 0, False)
+        facts_of_others = np.frombuffer(b"".join(rows), FACTS)
+        places = np.repeat(firsts[other] - (np.cumsum(others) - others), others) + np.arange(len(facts_of_others))
+        _put(columns, places, *(facts_of_others[name] for name in NAMES))
+        ends = np.fromiter(accumulate(len(part) + 1 for part in group), np.int64, len(group))
+        return columns, np.diff(firsts[np.searchsorted(parts.starts, ends)], prepend=0)
+
+    def _rows(self, parts: list[str]) -> list[bytes]:
+        """Returns the facts about the words of each part, as bytes of `FACTS`."""
+        if new := [part for part in dict.fromkeys(parts) if part not in self._cache]:
+            words = list(map(tokens, new))
+            data = facts([word for some in words for word in some]).tobytes()
+            ends = [end * FACTS.itemsize for end in accumulate(map(len, words), initial=0)]
+            self._cache |= ((part, data[a:b]) for part, (a, b) in zip(new, pairwise(ends), strict=True))
+            self._chars += sum(map(len, new))
+        return list(map(self._cache.__getitem__, parts))
 
 
-class Cache(dict[str, bytes]):
-    """Caches the results of a function. A look-up of a cached result doesn't call Python code."""
-
-    def __init__(self, function: Callable[[str], bytes]) -> None:
-        super().__init__()
-        self._function = function
-
-    def __missing__(self, string: str) -> bytes:
-        result = self[string] = self._function(string)
-        return result
-
-
-def facts(word: str) -> bytes:
-    """Returns a row of `FACTS` for a word."""
-    letters = word.isalpha()
-    return ROW.pack(hash_of(word), len(word), not letters and _SYMBOLS.issuperset(word), letters or any(map(str.isalpha, word)))
+def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Groups slices of texts that are processed at once."""
+    group, size = list[tuple[int, str]](), 0
+    for number, part in parts:
+        group.append((number, part))
+        size += len(part)
+        if size >= BLOCK:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
-def _arrays(spoken: Spoken) -> tuple[np.ndarray, ...]:
-    return spoken.hash, spoken.length, spoken.symbol, spoken.alphabetic
+def _columns(words: int) -> Columns:
+    return tuple(np.empty(words, FACTS[name]) for name in NAMES)
+
+
+def _put(columns: Columns, places: np.ndarray, *values: np.ndarray | bool | int) -> None:
+    for column, value in zip(columns, values, strict=True):
+        column[places] = value
+
+
+def facts(words: list[str]) -> np.ndarray:
+    """Returns a row of `FACTS` for each word."""
+    codes, kinds = plain.looked_up("".join(words))
+    rows, lengths = np.empty(len(words), FACTS), np.fromiter(map(len, words), np.int64, len(words))
+    stops = np.cumsum(lengths)
+    starts, short = stops - lengths, lengths <= plain.LONGEST_PLAIN
+    letters, symbols = (
+        np.diff(np.concatenate([[0], np.cumsum((kinds & bit) != 0, dtype=np.int32)])[[starts, stops]], axis=0)[0]
+        for bit in (plain.LETTER, plain.SYMBOL)
+    )
+    rows["length"], rows["symbol"], rows["alphabetic"] = lengths, symbols == lengths, letters > 0
+    rows["hash"][short] = hashed(codes, starts[short], stops[short])
+    for number in np.flatnonzero(~short).tolist():
+        rows["hash"][number] = xxhash.xxh64_intdigest(words[number].encode("utf-8", "surrogatepass"))
+    return rows
 
 
 shared = Words()  # one per process: a filter reuses the words that an earlier filter split
@@ -117,15 +164,18 @@ shared = Words()  # one per process: a filter reuses the words that an earlier f
 # sentences: a sentence begins at the first word after a terminal that isn't punctuation
 MOST_PARTS, LONG_PART = 1 << 19, 64  # maximum cached parts, and characters of a part that isn't cached
 _PLAIN = (0, False, 1, False)  # the counts of a word
+_TERMINAL = re.compile(f"[{re.escape(''.join(sorted(TERMINALS)))}]")
 _OTHER_SPACE = regex.compile(r"[^\S ]")
 _parts: dict[str, tuple[int, bool, int, bool]] = {"": _PLAIN}  # a part that isn't a word may begin a sentence
 
 
 def sentences(text: str) -> int:
     """Counts the sentences of a text like spaCy's sentencizer. Returns 0 for a text that has only white space."""
+    first = _TERMINAL.search(text)
+    if first is None:
+        return int(bool(text) and not text.isspace())
+    text = text[text.rfind(" ", 0, first.start()) + 1 :]  # no sentence ends before this part
     parts = regex.split(r" |([^\S ]\s*)", text) if _OTHER_SPACE.search(text) else text.split(" ")
-    if not text or text.isspace():
-        return 0
     if len(_parts) > MOST_PARTS:
         _parts.clear()
         _parts[""] = _PLAIN
@@ -155,6 +205,9 @@ def _effect(part: str) -> tuple[int, bool, int, bool]:
     """
     if part.isalnum() or part.isspace():
         return _PLAIN
+    if _TERMINAL.search(part) is None:
+        ended = is_punctuation(part)
+        return 0, False, int(not ended), ended
     words = tokens(part)
     begun, ended = _run(words, False)
     begun_behind, ended_behind = _run(words, True)
@@ -172,5 +225,5 @@ def _run(words: tuple[str, ...], ended: bool) -> tuple[int, bool]:
 
 
 def is_punctuation(word: str) -> bool:
-    """Checks whether Unicode classifies all characters of a word as punctuation."""
+    """Checks whether Unicode classifies all characters of a string as punctuation."""
     return all(unicodedata.category(c)[0] == "P" for c in word)

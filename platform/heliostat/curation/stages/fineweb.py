@@ -19,10 +19,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.english.words import TERMINALS, shared
+from heliostat.curation.english.words import TERMINALS, Spoken, shared
 from heliostat.curation.repetition import duplicates
 from heliostat.curation.slices import LINE_END, slices
-from heliostat.curation.stage import Stage, Work, by_text
+from heliostat.curation.stage import Stage, Work, by_texts
 from heliostat.schema import Float
 
 
@@ -51,9 +51,16 @@ class FineWeb(Stage):
     """Maximum line ends per word; documents with more are dropped (`line_ends`)."""
 
     def open(self) -> Work:
-        return by_text(self.judge)
+        return by_texts(self.judge_all)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
+        """Judges one text."""
+        return self.judge_all([text])[0]
+
+    def judge_all(self, texts: list[str]) -> list[tuple[str, dict[str, float]]]:
+        return list(map(self._judge, texts, shared.of_all(texts)))
+
+    def _judge(self, text: str, words: Spoken) -> tuple[str, dict[str, float]]:
         count = terminal = short = 0
 
         def lines() -> Iterator[list[str]]:
@@ -73,6 +80,6 @@ class FineWeb(Stage):
             "terminal_lines": terminal / count,
             "short_lines": short / count,
             "duplicate_chars": duplicate / (len(text) - ends),
-            "line_ends": ends / len(shared.of(text)),
+            "line_ends": ends / len(words),
         }
         return self.failed(m), m

@@ -15,16 +15,18 @@ docs/benchmarks/curation-stages.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from heliostat.curation.english.words import hash_of, shared
+from heliostat.curation.english.words import Spoken, facts, shared
 from heliostat.curation.slices import LINE_END, slices
-from heliostat.curation.stage import Stage, Work, by_text
+from heliostat.curation.stage import Stage, Work, by_texts
 from heliostat.schema import Float
+
+ELLIPSES = ("...", "…")
 
 
 class GopherQuality(Stage):
@@ -69,37 +71,48 @@ class GopherQuality(Stage):
     """Stop words, in lower case."""
 
     def open(self) -> Work:
-        return by_text(self.judge)
+        return by_texts(self.judge_all)
 
     def judge(self, text: str) -> tuple[str, dict[str, float]]:
-        words = shared.of(text)
+        """Judges one text."""
+        return self.judge_all([text])[0]
+
+    def judge_all(self, texts: list[str]) -> list[tuple[str, dict[str, float]]]:
+        return list(map(self._judge, texts, shared.of_all(texts)))
+
+    def _judge(self, text: str, words: Spoken) -> tuple[str, dict[str, float]]:
         count = len(words)
         if not count:
             return "empty", {"words": 0}
         lengths = words.length[~words.symbol]
         counted = words.alphabetic if self.marks_are_words else words.alphabetic[~words.symbol]
-        wanted = np.array([hash_of(word) for word in set(self.stop_words)], np.uint64)
         m = {
             "words": len(lengths),
             "word_length": float(lengths.mean()) if len(lengths) else 0.0,
             "hashes": text.count("#") / count,
-            "ellipses": (text.count("...") + text.count("…")) / count,
-            "bullet_lines": _share(text, lambda line: line.lstrip().startswith(("•", "-")))
-            if "-" in text or "•" in text
-            else 0.0,
-            "ellipsis_lines": _share(text, lambda line: line.rstrip().endswith(("...", "…")))
-            if "..." in text or "…" in text
-            else 0.0,
+            "ellipses": sum(map(text.count, ELLIPSES)) / count,
+            **_line_shares(text),
             "alphabetic_words": float(counted.mean()) if len(counted) else 0.0,
-            "stop_words": sum(bool((words.hash == hash).any()) for hash in wanted),
+            "stop_words": sum(bool((words.hash == hash).any()) for hash in _hashes(tuple(self.stop_words))),
         }
         return self.failed(m), m
 
 
-def _share(text: str, matches: Callable[[str], bool]) -> float:
-    total = matching = 0
-    for part in slices(text, LINE_END):
-        lines = part.splitlines()
-        total += len(lines)
-        matching += sum(map(matches, lines))
-    return matching / total
+@lru_cache(maxsize=8)
+def _hashes(words: tuple[str, ...]) -> list[np.uint64]:
+    """Returns the hash of each different word."""
+    return list(facts([*{*words}])["hash"])
+
+
+def _line_shares(text: str) -> dict[str, float]:
+    """Returns the shares of lines that begin with a bullet, and that end with an ellipsis."""
+    total = bullets = ellipses = 0
+    if any(mark in text for mark in ("-", "•", *ELLIPSES)):
+        for part in slices(text, LINE_END):
+            lines = part.splitlines()
+            total += len(lines)
+            firsts = [line.lstrip()[:1] for line in lines]
+            bullets += firsts.count("-") + firsts.count("•")
+            if any(mark in part for mark in ELLIPSES):
+                ellipses += sum(line.rstrip().endswith(ELLIPSES) for line in lines)
+    return {"bullet_lines": bullets / max(1, total), "ellipsis_lines": ellipses / max(1, total)}

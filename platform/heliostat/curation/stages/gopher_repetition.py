@@ -83,7 +83,7 @@ class GopherRepetition(Stage):
         """Judges lines and paragraphs first. Then judges the words of the texts that are left."""
         judged = [self._lines(text) for text in texts]
         left = [number for number, (reason, _) in enumerate(judged) if not reason]
-        spoken = [shared.of(texts[number]) for number in left]
+        spoken = shared.of_all([texts[number] for number in left])
         for number, shares in zip(left, _n_grams(spoken, [len(texts[number]) for number in left]), strict=True):
             measures = judged[number][1] | shares
             judged[number] = self.failed(measures), measures
@@ -120,6 +120,8 @@ def _parts(text: str, ends: re.Pattern[str], mark: str) -> Iterator[list[str]]:
     last = ""
     for part in slices(text, ends):
         first, *others = part.split(mark)
-        *items, last = first, *(other.lstrip("\n") for other in others)
+        if mark + "\n" in part and mark != "\n":  # line ends that the mark left
+            others = [other.lstrip("\n") for other in others]
+        *items, last = first, *others
         yield [*items[:1], *filter(None, items[1:])]
     yield [last]

@@ -1,0 +1,107 @@
+"""Splits texts into parts at white space, and the plain parts into words, with NumPy.
+
+A plain part has letters, at most one mark before the letters, and at most one mark after the letters: `word`, `(word`, `word.`.
+Five of six parts are plain. `tokens` splits plain parts into the same words, and splits all other parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import regex
+
+from heliostat.curation.comparable import hashed
+from heliostat.curation.english.tokens import EXCEPTIONS, ODD_CORES, PLAIN_MARKS
+
+CODES = 0x34000  # no later code point is a letter, a mark, a symbol, or white space
+LONGEST_PLAIN = 256  # maximum characters of the letters in a plain part
+# kinds of characters, as bits; a character that has no bit makes a part not plain
+SPACE, LETTER, LOWER, MARK, PERIOD, SYMBOL = (1 << bit for bit in range(6))
+# characters that end a sentence, in any script (Unicode's Sentence_Terminal)
+TERMINALS = frozenset(regex.findall(r"\p{Sentence_Terminal}", "".join(map(chr, range(0x20000)))))
+# CCNet's punctuation (Wenzek et al. 2019, arXiv 1911.00359); a word that has only such characters is a symbol
+SYMBOLS = TERMINALS | frozenset(
+    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~«´»–—’“”„…∶━►、。〈〉《》「」【】！％（），．１：；？～"
+    + "".join(map(chr, (*range(9), *range(11, 32), *range(127, 160))))
+)
+BARE, MARKED = 1, 2  # bits: the letters are special without marks, or with marks
+_PLACES = 64 - 18  # a word's place in the table of special words is the first 18 bits of the word's hash
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Holds the parts of a text. All arrays have an entry for each part.
+
+    `starts`, `stops`: positions in the text. `plain`: whether the part is plain. `before`, `after`: the number of marks before
+    and after the letters, 0 or 1. `hashes`: the hash of the letters. The last three are valid only for plain parts.
+    """
+
+    starts: np.ndarray
+    stops: np.ndarray
+    plain: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    hashes: np.ndarray
+
+
+@lru_cache(maxsize=1)
+def _kinds() -> np.ndarray:
+    """Returns the kind of each code point, uint8 [CODES]."""
+    every = "".join(map(chr, range(CODES)))
+    kinds = np.fromiter(map(str.isalpha, every), bool, CODES) * np.uint8(LETTER)
+    kinds |= np.fromiter(map(str.isspace, every), bool, CODES) * np.uint8(SPACE)
+    for bit, characters in ((LOWER, map(chr, range(97, 123))), (MARK, PLAIN_MARKS), (PERIOD, "."), (SYMBOL, SYMBOLS)):
+        kinds[[ord(character) for character in characters]] |= bit
+    return kinds
+
+
+@lru_cache(maxsize=1)
+def _ascii_kinds() -> bytes:
+    return _kinds()[:128].tobytes() + bytes(128)
+
+
+def looked_up(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the code point of each character plus 1, and its kind."""
+    if text.isascii():  # the same result, faster
+        data = text.encode()
+        return np.frombuffer(data, np.uint8) + np.uint8(1), np.frombuffer(data.translate(_ascii_kinds()), np.uint8)
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    return codes + np.uint32(1), _kinds().take(codes, mode="clip")
+
+
+@lru_cache(maxsize=1)
+def _special() -> np.ndarray:
+    """Returns a table of the words for which `tokens` has special rules: bits BARE and MARKED, by place. Other words may have the
+    same place."""
+    table = np.zeros(1 << (64 - _PLACES), np.uint8)
+    for bit, words in ((BARE, EXCEPTIONS), (MARKED, ODD_CORES)):
+        letters = [word for word in words if word.isalpha()]
+        stops = np.cumsum([len(word) for word in letters])
+        starts = np.concatenate([[0], stops[:-1]])
+        table[hashed(looked_up("".join(letters))[0], starts, stops) >> np.uint64(_PLACES)] |= bit
+    return table
+
+
+def parts(codes: np.ndarray, kinds: np.ndarray) -> Parts:
+    """Splits a text into parts. `codes`, `kinds`: the text's characters, from `looked_up`."""
+    inside = np.zeros(len(kinds) + 2, bool)
+    np.equal(kinds & SPACE, 0, out=inside[1:-1])
+    edges = np.flatnonzero(inside[1:] != inside[:-1])
+    starts, stops = edges[::2], edges[1::2]
+    first, last = kinds[starts], kinds[stops - 1]
+    before = (first & MARK) != 0
+    after = ((last & MARK) != 0) | (((last & PERIOD) != 0) & ((kinds[stops - 2] & LOWER) != 0))
+    begins, ends = starts + before, stops - after
+    letters = np.zeros(len(kinds) + 1, np.int32)
+    np.cumsum((kinds & LETTER) != 0, out=letters[1:])
+    sizes = ends - begins
+    plain = (letters[ends] - letters[begins] == sizes) & (sizes > 0) & (sizes <= LONGEST_PLAIN)
+    which = np.flatnonzero(plain)
+    hashes = np.zeros(len(starts), np.uint64)
+    hashes[which] = hashed(codes, begins[which], ends[which])
+    marked = (before | after)[which]
+    special = _special()[hashes[which] >> np.uint64(_PLACES)] & np.where(marked, MARKED, BARE).astype(np.uint8)
+    plain[which[special != 0]] = False
+    return Parts(starts, stops, plain, before, after, hashes)
