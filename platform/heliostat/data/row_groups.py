@@ -1,7 +1,7 @@
 """Describes the row groups of a shard as one record, and collects the records of many shards as the manifest's table.
 
-A record has a list per column, and the values that all row groups of the shard share once. So a row group takes about 90 bytes of
-JSON. The driver of `heliostat data prepare` holds 72 bytes per row group, in Arrow arrays.
+A record has a list per column, and the values that all row groups of the shard share once. So a row group takes 82 bytes of JSON.
+The driver of `heliostat data prepare` holds about 80 bytes per row group, in Arrow arrays (docs/benchmarks/curation.md).
 """
 
 from __future__ import annotations
