@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.large_order [--chunks 25000000] [--folder FOLDER]
 
-The manifest is synthetic (random sizes, places, and content digests, without shards). `manifest.write_table` writes it, and
+The manifest is synthetic (random sizes, places, and content digests, without shards). `manifest.write` writes it, and
 `open_dataset` opens it, like workers and fetch tasks. Each row is a separate process. `own` is its private memory without files;
 `mapped` is memory of files, which all processes of the machine share, as far as this process has used it. Both exclude the
 libraries. The folder takes 200 bytes per row group.
@@ -55,7 +55,7 @@ def write(folder: Path, chunks: int) -> str:
         "content": pa.StringArray.from_buffers(chunks, pa.py_buffer(offsets), pa.py_buffer(letters)),
     })  # fmt: skip
     del letters, offsets, numbers, of
-    made = manifest.write_table(Location(str(folder)), table, {"kind": "tokens", "vocab_size": 50_000})
+    made = manifest.write(Location(str(folder)), table, {"kind": "tokens", "vocab_size": 50_000})
     return made.digest
 
 

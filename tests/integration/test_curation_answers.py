@@ -177,7 +177,7 @@ def test_a_document_that_was_dropped_goes_from_the_record(story, capsys, tmp_pat
 def contents(made: manifest.Manifest) -> dict[str, list[int]]:
     """Returns the tokens of every document."""
     found = dict[str, list[int]]()
-    for path, group in zip(made.paths, made.chunks["row_group"].to_pylist(), strict=True):
+    for path, group in zip(*(made.chunks[name].to_pylist() for name in ("path", "row_group")), strict=True):
         table = pq.ParquetFile(Path(made.location.path, path)).read_row_group(group, columns=tokens.SCHEMA.names)
         for name, part in zip(table["document"].to_pylist(), table["tokens"].to_pylist(), strict=True):
             found.setdefault(name, []).extend(part)

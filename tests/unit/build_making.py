@@ -57,4 +57,4 @@ def make(
     rows, meta = text_making(here, source, output, parsed, memory_limit, together=together, shard_bytes=shard_bytes).run(
         sources.listing(str(tmp_path / "in"), ["extract"] * bool(stages))
     )
-    return (sorted(rows, key=lambda row: (row["path"], row["row_group"])), meta), here  # as the manifest has them
+    return (rows.to_pylist(), meta), here

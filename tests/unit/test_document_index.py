@@ -94,7 +94,7 @@ def test_units_have_every_row_group_once_and_no_document_leaves_one(corpus):
     for target in (1, 500, 1 << 20):
         listed = list(units.units(corpus, target))
         groups = [(unit.path, group.number) for unit in listed for group in unit.groups]
-        assert groups == list(zip(corpus.paths, corpus.chunks["row_group"].to_pylist(), strict=True))
+        assert groups == list(zip(*(corpus.chunks[name].to_pylist() for name in ("path", "row_group")), strict=True))
         found = [one for unit in listed for one in units.documents(corpus.location, unit, corpus.meta["end_of_document"])]
         assert Counter(one.id for one in found) == Counter(list(CORPUS))
     assert len(list(units.units(corpus, 1))) > 10

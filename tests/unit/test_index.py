@@ -14,6 +14,7 @@ from heliostat.data import index as indexing
 from heliostat.data import manifest
 from heliostat.data.dataset import Dataset, plan
 from heliostat.data.index import index
+from heliostat.data.manifest_table import LATER
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from typer.testing import CliRunner
@@ -55,7 +56,7 @@ def test_added_shards_make_a_new_version_that_equals_indexing_all_at_once(datase
         shard(dataset, name, len(name))
     report = index(place)
     after = manifest.read(place)
-    assert after.chunks.to_pylist() == [{**manifest.LATER, **row} for row in footers(dataset)]
+    assert after.chunks.to_pylist() == [{**LATER, **row} for row in footers(dataset)]
     assert (report.previous, report.digest, report.shards_added) == (before.digest, after.digest, 2)
     assert report.digest != report.previous and report.dataset == str(place)
     assert (report.chunks, report.rows, report.tokens) == (15, 150, sum(r["tokens"] for r in footers(dataset)))

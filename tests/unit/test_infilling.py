@@ -140,7 +140,7 @@ def make(folder, name: str, given: str | None = None, keys: FillInTheMiddle | No
     limits = {"shard_bytes": 60_000, "chunk_tokens": 5000, **options}
     made = text_making(here, source, output, tokenizer=BPE, given_tokenizer=given, infill=keys, **limits)
     rows, meta = made.run(sources.listing(str(folder / "in")))
-    return sorted(rows, key=lambda row: (row["path"], row["row_group"])), meta
+    return rows.to_pylist(), meta
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.data import manifest
+from heliostat.data.manifest_table import LATER
 from heliostat.errors import DataError, StorageError
 from heliostat.storage.locations import Location
 
@@ -42,7 +43,7 @@ def test_what_is_written_is_what_is_read(tmp_path, seed):
     written = manifest.write(Location(str(tmp_path)), mixed, META)
     found = manifest.read(Location(str(tmp_path)))
     assert found.chunks.equals(written.chunks)
-    assert found.chunks.to_pylist() == [{**manifest.LATER, **row} for row in rows]
+    assert found.chunks.to_pylist() == [{**LATER, **row} for row in rows]
     assert found.meta == written.meta == {**META, "digest": manifest.digest(written.chunks, META)}
     assert (found.kind, found.digest) == ("tokens", written.digest)
     assert (found.tokens, found.rows) == (sum(r["tokens"] for r in rows), sum(r["rows"] for r in rows))

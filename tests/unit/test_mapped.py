@@ -123,7 +123,7 @@ def many_chunks(place: Path, meta: dict[str, object]) -> manifest.Manifest:
             "place": np.sort(np.random.default_rng(0).integers(0, manifest.PLACES, CHUNKS))[::-1],
         }
     )
-    return manifest.write_table(Location(str(place)), table, {"kind": "tokens", **meta})
+    return manifest.write(Location(str(place)), table, {"kind": "tokens", **meta})
 
 
 def test_a_process_holds_a_few_bytes_a_chunk(folder: Path, tmp_path: Path):

@@ -217,6 +217,14 @@ def test_replaced_versions_go_by_the_time_at_which_they_were_replaced(make, tmp_
         manifest.read(place, first.digest)
 
 
+def test_a_new_dataset_is_published_without_reading_its_manifest_again(make, tmp_path, monkeypatch):
+    """A manifest may take gigabytes. Only the replaced versions are read, to find the files that they share."""
+    first, found, real = make()["digest"], list[str](), manifest.read_version
+    monkeypatch.setattr(manifest, "read_version", lambda place, name: found.append(name) or real(place, name))
+    make(first=100)
+    assert found == [manifest.version_name(first)]
+
+
 def test_going_back_to_a_version_makes_it_the_newest_again(make, tmp_path):
     first = make()["digest"]
     make(first=100)

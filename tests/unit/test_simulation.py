@@ -14,6 +14,7 @@ from heliostat.curation.simulation.profile import MeasuringCluster, Profile, Sca
 from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFaults, VirtualCluster
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
+from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging, spill
@@ -264,10 +265,10 @@ def test_a_mistake_is_found_before_ray_starts(tmp_path, monkeypatch, capsys, opt
 
 
 def test_a_shard_has_a_row_group_for_each_chunk_of_tokens(tmp_path):
-    """The driver keeps every row group, so each is a value of its own, and its number follows from `chunk_tokens`."""
-    chunk = {"path": "x", "row_group": 0, "rows": 9, "tokens": 300, "bytes": 1, "file_bytes": 2, "footer": "f", "place": 1}
+    """The driver keeps every row group, so their number follows from `chunk_tokens`."""
+    measured = {"rows": [9, 8], "tokens": [300, 300], "bytes": [1, 2], "place": [1, 2], "content": ["a", "b"]}
     shard = {"path": "x", "file_bytes": 10, "documents": 4, "duplicates": 0, "bytes": 1000, "cut": 0, "counts": "a", "ends": [],
-             "chunks": [chunk, chunk]}  # fmt: skip
+             "footer": "f", "row_groups": measured}  # fmt: skip
     profile = Profile()
     profile.begin("shards")
     profile.add("shards", 0, 1000, {"shards": [shard], "ends": [], "files": [], "seconds": 1.0, "run": "x"})
@@ -276,6 +277,10 @@ def test_a_shard_has_a_row_group_for_each_chunk_of_tokens(tmp_path):
     plan = flow.share(TextSharding("out", 2, "{}", 0, 1000, False))
     runs = flow.share([SpilledRun("00/" + "0" * 32 + "-10.parquet", 5, 20_000)])
     tasks = (Task(key("shards", i), {"first": i, "stop": i + 1}, {"runs": runs, "plan": plan}) for i in range(2))
-    groups = [chunk for record in flow.all("shards", print, tasks) for one in record["shards"] for chunk in one["chunks"]]
-    assert len(groups) == 2 * 6 and {chunk["tokens"] for chunk in groups} == {1000} and len({id(chunk) for chunk in groups}) == 12
-    assert len({chunk["path"] for chunk in groups}) == 2
+    shards = ShardCollector()
+    for record in flow.all("shards", print, tasks):
+        for one in record["shards"]:
+            shards.add(one)
+    groups = shards.table()
+    assert len(groups) == 2 * 6 and set(groups["tokens"].to_pylist()) == {1000} and set(groups["rows"].to_pylist()) == {9}
+    assert len(set(groups["path"].to_pylist())) == 2

@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from heliostat.curation import reasons, recording
 from heliostat.curation.images import tasks as images
 from heliostat.curation.text import tokens
-from heliostat.data import collection, documents, infilling, manifest, shard, versions
+from heliostat.data import collection, documents, infilling, manifest, row_groups, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path
+from heliostat.data.row_groups import ListedShard, ShardCollector
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
@@ -68,9 +69,11 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
     meta = {k: v for k, v in dataset.meta.items() if k not in OF_BEFORE}
     chunks, removed = dataset.chunks, {"documents": 0, "bytes": 0, "tokens": 0}
     if path:
-        rows, removed = _shard(dataset, path, id, output)
-        others = chunks.filter(pc.not_equal(chunks["path"].cast(pa.string()), path)).cast(manifest.SCHEMA)
-        chunks = pa.concat_tables([others, pa.Table.from_pylist(rows, manifest.SCHEMA)])
+        rest, removed = _shard(dataset, path, id, output)
+        shards = ShardCollector()
+        if rest is not None:
+            shards.add(rest)
+        chunks = pa.concat_tables([chunks.filter(pc.not_equal(chunks["path"], path)), shards.table()])
         if not len(chunks):
             raise ConfigError(
                 f"{dataset.location}: {id!r} is the dataset's only document, and a dataset can't be empty. "
@@ -91,9 +94,9 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
         metas = {name: manifest.read(dataset.location.join(name)).meta for name in parts}
         own = {name: {k: v for k, v in part.items() if k not in meta and k not in OF_BEFORE} for name, part in metas.items()}
         kind = next(iter(metas.values()))["kind"]
-        result = collection.write(output, chunks.to_pylist(), {**meta, "kind": kind, "parts": own})
+        result = collection.write(output, chunks, {**meta, "kind": kind, "parts": own})
     else:
-        result = manifest.write_table(output, chunks, meta)
+        result = manifest.write(output, chunks, meta)
     for name in UNCOVERED:
         source = dataset.location.join(kept_path(dataset.digest, name))
         if source.exists():
@@ -102,14 +105,14 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
     return result
 
 
-def _shard(dataset: Manifest, path: str, id: str, output: Location) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Rewrites a shard without one document. Returns the new shard's rows of the manifest, and the counts (documents, bytes,
+def _shard(dataset: Manifest, path: str, id: str, output: Location) -> tuple[ListedShard | None, dict[str, int]]:
+    """Rewrites a shard without one document. Returns the new shard, None if it is empty, and the counts (documents, bytes,
     tokens) of the removed document."""
     place = dataset.location.join(path)
     if dataset.kind != "tokens":
         with place.open() as source:
             data, bytes = place.attempt(lambda: images.without(pq.ParquetFile(source), id))
-        return _rows(output, path, data, None), {"documents": 1, "bytes": bytes, "tokens": 0}
+        return _stored(output, path, data, None), {"documents": 1, "bytes": bytes, "tokens": 0}
     with place.open() as source:
         data, ids = place.attempt(lambda: tokens.without(pq.ParquetFile(source), {id}))
     tokenizer = tokens.load(dataset.file("tokenizer.json").read().decode())
@@ -117,16 +120,14 @@ def _shard(dataset: Manifest, path: str, id: str, output: Location) -> tuple[lis
     texts = tokenizer.decode_batch(infilling.texts(ids, dataset.fact("end_of_document"), markers), skip_special_tokens=False)
     removed = {"documents": 1, "bytes": sum(len(text.encode()) for text in texts), "tokens": len(ids)}
     removed |= {f"{COUNTS}.{name}": count for name, count in (markers.counted([ids]) if markers else {}).items()}
-    return _rows(output, path, data, "tokens"), removed
+    return _stored(output, path, data, "tokens"), removed
 
 
-def _rows(output: Location, path: str, data: bytes | None, column: str | None) -> list[dict[str, Any]]:
-    """Stores a shard in place of the shard at `path`. Returns the shard's rows of the manifest; no rows for an empty shard."""
+def _stored(output: Location, path: str, data: bytes | None, column: str | None) -> ListedShard | None:
+    """Stores a shard in place of the shard at `path`. Returns None for an empty shard."""
     if data is None:
-        return []
-    new = versions.store(output, f"{path.rpartition('/')[0]}/", data, ".parquet")
-    contents = shard.content_digests(data, column)
-    return [{**row, "content": c} for row, c in zip(manifest.read_footer(output, new, column), contents, strict=True)]
+        return None
+    return row_groups.written(output, versions.store(output, f"{path.rpartition('/')[0]}/", data, ".parquet"), data, column)
 
 
 def _record(dataset: Manifest, gone: set[str], removed: dict[str, int], output: Location) -> dict[str, Any]:

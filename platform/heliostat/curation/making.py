@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import pyarrow as pa
+
 from heliostat.curation import reasons, recording, segment, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine, segments, summed
 from heliostat.curation.pieces import FilePart
@@ -27,7 +29,7 @@ from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
 from heliostat.curation.stage import Stage
 from heliostat.curation.text import sources, tasks, tokens
 from heliostat.data import versions
-from heliostat.data.manifest import FILES
+from heliostat.data.manifest import FILES, SCHEMA
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging
@@ -43,7 +45,7 @@ class WrittenShards:
     """Describes written shards: their rows and metadata for the manifest, their counts for the funnel, and the temporary files
     that record each document's shard."""
 
-    rows: list[dict[str, Any]]
+    rows: pa.Table
     facts: dict[str, Any]
     shard: dict[str, Any] = field(default_factory=dict)
     ends: list[str] = field(default_factory=list)
@@ -109,19 +111,19 @@ class Making(ABC):
     def write(self, curated: Curated) -> WrittenShards:
         """Writes the shards of the kept documents."""
 
-    def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def run(self, inputs: list[InputFile]) -> tuple[pa.Table, dict[str, Any]]:
         """Writes everything but the manifest, and returns the manifest's rows and metadata."""
         return self._run(self.curated(inputs))
 
-    def _run(self, curated: Curated) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def _run(self, curated: Curated) -> tuple[pa.Table, dict[str, Any]]:
         dropped = self._dropped(curated)
         meta: dict[str, Any] = {"kind": self.kind, "dropped": dropped, "listed": self._listed(curated, dropped)}
         meta |= recording.facts(self.every)
         if not curated.runs:
-            return [], meta
+            return SCHEMA.empty_table(), meta
         written = self.write(curated)
         meta |= written.facts
-        if written.rows and self.explained:
+        if len(written.rows) and self.explained:
             meta |= self._explain(curated, written)
         return written.rows, meta
 
@@ -203,7 +205,7 @@ class Making(ABC):
         assert self.sample is not None
         curated = self.curated(inputs)
         rows, meta = self._run(curated)
-        if not rows:
+        if not len(rows):
             raise DataError(
                 f"--sample: the sample is empty after all stages (dropped: {meta.get('dropped')}). Pass a larger --sample"
             )

@@ -42,6 +42,7 @@ from heliostat.curation.watching import PipelineWatch
 from heliostat.data import collection, manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import Manifest
+from heliostat.data.manifest_table import HUB, Rows
 from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError, StorageError, unwrapped
 from heliostat.schema import Float, Strict, absent, apply, read_yaml, validate
 from heliostat.storage.locations import Location
@@ -111,8 +112,9 @@ class Pipeline(Strict):
         return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *self.beside, *usual})
 
     @abstractmethod
-    def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Writes everything but the manifest, on Ray. Returns the manifest's rows and its metadata, which includes `kind`.
+    def write(self, output: Location, inputs: list[InputFile]) -> tuple[Rows, dict[str, Any]]:
+        """Writes everything but the manifest, on Ray. Returns the manifest's rows (a table, or a list of mappings, with the
+        columns of `manifest.SCHEMA`) and its metadata, which includes `kind`.
 
         Files are named after their content (`versions.store`), because the folder may also contain an older version. In the
         metadata, `files` lists the files that get a second, plain name when they are published. `listed`: the paths of the files
@@ -192,7 +194,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         of_made["etags"] = record.get("made", {}).get("etags", wanted["etags"])  # older records have no ETags
     if not force and of_made == wanted and (done := _finished(output)):
         log.info("%s is up to date", output)
-        pruned = versions.prune(output, record, pipeline.keep_days * DAY_S) if record.get("replaced") else versions.NOTHING
+        pruned = versions.prune(done, record, pipeline.keep_days * DAY_S) if record.get("replaced") else versions.NOTHING
         return _report(done, time.monotonic() - start, True, pruned, record.get("made", {}).get("written_by"))
 
     stages = {f"{number} {of['stage']}": of["version"] for number, of in enumerate(pipeline.identity().get("stages", []))}
@@ -207,7 +209,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         with PipelineWatch(console, f"preparing {pipeline.name}", quiet) as watch, unwrapped():
             pipeline.watched(watch)
             rows, meta = pipeline.write(output, inputs)
-        if not rows:
+        if not len(rows):
             reasons = ", ".join(f"{n:,} {in_words(reason)}" for reason, n in sorted(meta.get("dropped", {}).items()))
             raise DataError(
                 f"input: no document of {len(inputs):,} files remains (dropped: {reasons}). Check `columns` and `stages`"
@@ -219,7 +221,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         versions.write_record(output, record)  # written first: if publishing is interrupted, the dataset isn't up to date
         write = collection.write if "parts" in meta else manifest.write
         named = {"name": pipeline.name, "config": config, "listing": listing}
-        dataset = write(output, rows, {**meta, **named, **({manifest.HUB: pipeline._hub} if pipeline._hub else {})})
+        dataset = write(output, rows, {**meta, **named, **({HUB: pipeline._hub} if pipeline._hub else {})})
     except BaseException as e:
         _undo(output, before, record, e)
         raise
@@ -229,7 +231,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
     record = versions.mark(output, dataset, record) | {"made": wanted | {k: v for k, v in also.items() if v}}
     versions.release(output, record)
     pipeline.finish(dataset)
-    pruned = versions.prune(output, record, pipeline.keep_days * DAY_S)
+    pruned = versions.prune(dataset, record, pipeline.keep_days * DAY_S)
     return _report(dataset, time.monotonic() - start, False, pruned, written_by)
 
 
@@ -291,7 +293,7 @@ def _undo(output: Location, before: set[str], record: dict[str, Any], error: Bas
     log.warning("%s: %s; removing the files of this run. The dataset stays as it was before", output,
                 "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
     try:
-        needed = set[str]().union(*(versions.paths(v) for v in versions.all_versions(output).values()))
+        needed = set[str]().union(*(versions.paths(version) for _, version in versions.all_versions(output)))
         versions.remove_all(output, sorted(set(versions.listing(output)) - before - needed))
         versions.release(output, record)
     except HeliostatError as e:
@@ -353,14 +355,10 @@ def _finished(output: Location) -> Manifest | None:
     except DataError:
         return None
     sizes = dict(output.files())
-    if any(sizes.get(path) != size for path, size in zip(*_columns(dataset, "path", "file_bytes"), strict=True)):
+    if any(sizes.get(path) != size for path, size in dataset.sizes.items()):
         log.warning("%s: shards are missing or truncated, so heliostat prepares the dataset again", output)
         return None
     return dataset
-
-
-def _columns(dataset: Manifest, *names: str) -> list[list[Any]]:
-    return [dataset.chunks[name].to_pylist() for name in names]
 
 
 def _report(
@@ -377,7 +375,7 @@ def _report(
         "kind": dataset.kind,
         "documents": meta.get("documents", dataset.rows),
         "tokens": dataset.tokens,
-        "shards": len(set(dataset.paths)),
+        "shards": len(dataset.paths),
         "chunks": dataset.chunks.num_rows,
         "dropped": meta.get("dropped", {}),
         "listed": str(listed) if (listed := dataset.location.join(LISTED)).exists() else None,
@@ -386,7 +384,7 @@ def _report(
         "rearranged": meta.get(COUNTS),
         "vocab_size": meta.get("vocab_size"),
         "written_by": written_by,
-        "hub": meta.get(manifest.HUB, {}),
+        "hub": meta.get(HUB, {}),
         "seconds": round(seconds, 2),
         "up_to_date": up_to_date,
         "versions_kept": pruned.kept,

@@ -255,18 +255,14 @@ class RepeatingStage(GlobalStage):
 
 
 def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str, Any], number: int, memory_limit: int,
-           within: list[str | None], names: list[str], source: DocumentSource | None, every: int = 1) -> SegmentRecord:  # fmt: skip
+           within: list[str | None], names: list[str], source: DocumentSource | None,
+           every: int = 1) -> SegmentRecord:  # fmt: skip
     """Writes the documents in some temporary files to new temporary files, without the repeated parts. `source` converts changed
     documents to their stored form."""
     stage = registry.parse(entry)
     assert isinstance(stage, RepeatingStage)
-<<<<<<< HEAD
     name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8, every)
-    for run, lost in lost_of(folder, first, runs, names):
-=======
-    name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8)
     for run, lost in lost_of(folder, first, runs, within, names):
->>>>>>> h-compare
         for row, document in documents_of(folder, run):
             places = lost.get(row, set())
             outcome = stage.outcome(document, places)

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
+import pyarrow as pa
 from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny, model_validator
 
 from heliostat.curation import reasons, recording, registry
@@ -134,7 +135,7 @@ class StagedPipeline(Pipeline):
             f"--sample: {type(self).__name__} doesn't support dry runs. Remove --sample, or use a text or image pipeline"
         )
 
-    def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def write(self, output: Location, inputs: list[InputFile]) -> tuple[pa.Table, dict[str, Any]]:
         with self.flow() as flow:
             making = self.making(flow, output)
             rows, meta = making.run(inputs)

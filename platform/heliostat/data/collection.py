@@ -10,14 +10,19 @@ part (`Shape.unit`). The order stays exact, and independent of the number of wor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from heliostat.config.sections import Source
 from heliostat.config.spec import Job
 from heliostat.data import manifest, versions
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
+from heliostat.data.manifest_table import Rows, table_of
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
@@ -25,19 +30,28 @@ KIND = "collection"
 OF_ALL = ("parts", "curation", "also", "forgotten")  # metadata of the whole collection: only its own manifest has these keys
 
 
-def write(location: Location, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> Manifest:
+def write(location: Location, rows: Rows, meta: Mapping[str, Any]) -> Manifest:
     """Writes the manifests of all parts, then the collection's manifest. A part without rows is left out.
 
     `rows`: manifest rows, with paths `PART/shards/...`; `meta["parts"]`: the metadata that differs between parts, by part.
     """
-    parts = {name: own for name, own in meta["parts"].items() if any(r["path"].startswith(f"{name}/") for r in rows)}
+    chunks = table_of(rows)
     rows_of, digests, common = {}, {}, {k: v for k, v in meta.items() if k not in OF_ALL}
-    for name, own in parts.items():
-        inside = [{**r, "path": r["path"].removeprefix(f"{name}/")} for r in rows if r["path"].startswith(f"{name}/")]
-        special = {"name": f"{meta['name']}-{name}", "documents": sum(r["rows"] for r in inside), "dropped": {}}
+    for name, own in meta["parts"].items():
+        if not len(inside := _inside(chunks, f"{name}/")):
+            continue
+        special = {"name": f"{meta['name']}-{name}", "documents": pc.sum(inside["rows"]).as_py(), "dropped": {}}
         version = manifest.write(location.join(name), inside, {**common, **special, **own})
         rows_of[name], digests[name] = version.rows, version.digest
-    return manifest.write(location, rows, {**meta, "kind": KIND, "parts": rows_of, "digests": digests})
+    return manifest.write(location, chunks, {**meta, "kind": KIND, "parts": rows_of, "digests": digests})
+
+
+def _inside(chunks: pa.Table, prefix: str) -> pa.Table:
+    """Returns the rows whose path has a prefix, with paths without the prefix."""
+    paths = chunks["path"].chunk(0)
+    rest = pa.DictionaryArray.from_arrays(paths.indices, pc.utf8_slice_codeunits(paths.dictionary, len(prefix)))
+    rows = pc.starts_with(paths.dictionary, prefix).take(paths.indices)
+    return chunks.set_column(chunks.schema.get_field_index("path"), "path", rest).filter(rows)
 
 
 def _meta(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], bool]:
@@ -52,7 +66,7 @@ def _meta(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], b
     if newest is None or newest.kind != KIND or recorded is None:
         return newest.meta if newest else {}, False
     trained = dict(zip(recorded.uris, recorded.digests, strict=True))
-    for version in (newest, *versions.all_versions(place).values()):
+    for version in itertools.chain([newest], (version for _, version in versions.all_versions(place, newest))):
         parts = version.meta.get("digests", {})
         if parts and all(trained.get(place.join(name).uri) == digest for name, digest in parts.items()):
             return version.meta, True

@@ -20,6 +20,7 @@ import numpy as np
 
 from heliostat.data.dataset import DataPlan, make_order, open_dataset
 from heliostat.data.manifest import Manifest
+from heliostat.data.manifest_table import by_first_use
 from heliostat.data.order import Order
 
 
@@ -90,18 +91,17 @@ def counts(order: Order, step: int) -> list[np.ndarray]:
 def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
     """Returns the count of each shard: the sum over the shard's row groups. The shards are in manifest order, without shards
     whose count is 0."""
-    out: dict[str, int] = {}
-    for path, count in zip(manifest.paths, chunk_counts.tolist(), strict=True):
-        if count:
-            out[path] = out.get(path, 0) + count
-    return out
+    paths = by_first_use(manifest.chunks["path"]).chunk(0)
+    sums = np.zeros(len(paths.dictionary), np.int64)
+    np.add.at(sums, paths.indices.to_numpy(), chunk_counts)
+    return {path: count for path, count in zip(paths.dictionary.to_pylist(), sums.tolist(), strict=True) if count}
 
 
 def ranges(manifest: Manifest, seen: dict[str, int]) -> Iterator[tuple[str, str]]:
     """Groups the shards in `seen` into ranges that are consecutive in the manifest. Yields the first and the last shard's path
     of each range."""
     run: list[str] = []
-    for path in dict.fromkeys(manifest.paths):
+    for path in manifest.paths:
         if path in seen:
             run.append(path)
         elif run:

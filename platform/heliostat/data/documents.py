@@ -36,7 +36,7 @@ def pieces(dataset: Manifest, path: str, id: str) -> list[Piece]:
     `path`: the shard's path in the dataset; `id`: the document's id. An image's row counts as one token.
     """
     chunks, column = dataset.chunks, "document" if dataset.kind == "tokens" else "id"
-    mine = np.flatnonzero(pc.equal(chunks["path"].cast("string"), path).to_numpy())
+    mine = np.flatnonzero(pc.equal(chunks["path"], path).to_numpy())
     groups = dict(zip(chunks["row_group"].to_numpy()[mine].tolist(), mine.tolist(), strict=True))
     place, parts = dataset.location.join(path), list[Piece]()
     with place.open() as source:

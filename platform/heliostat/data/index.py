@@ -17,9 +17,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from heliostat.data import device_threads, manifest, versions
+from heliostat.data import device_threads, manifest, row_groups, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import SHARDS, Manifest
+from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 
@@ -60,7 +61,7 @@ def index(location: Location) -> IndexReport:
     start = time.monotonic()
     before = manifest.read(location)
     sizes = {f"{SHARDS}/{path}": size for path, size in location.join(SHARDS).files()}
-    listed = dict(zip(before.chunks["path"].to_pylist(), before.chunks["file_bytes"].to_pylist(), strict=True))
+    listed = before.sizes
     _check_listed(location, listed, sizes)
     unlisted = {p for p in sizes if p not in listed and p.count("/") == 1 and p.endswith(".parquet")}
     new = sorted(unlisted - _of_replaced(location)) if unlisted else []
@@ -83,7 +84,7 @@ def _of_replaced(location: Location) -> set[str]:
     """Lists the shards of replaced versions. These shards stay in the folder for the runs that still read them."""
     names = versions.read_record(location).get("replaced", {})
     kept = [name for name, _ in location.join(manifest.VERSIONS).files() if name in names] if names else []
-    return {path for name in kept for path in manifest.read_version(location, name).chunks["path"].to_pylist()}
+    return {path for name in kept for path in manifest.read_version(location, name).paths}
 
 
 def _check_listed(location: Location, listed: dict[str, int], sizes: dict[str, int]) -> None:
@@ -100,16 +101,15 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
     log.info("%s: reading the footers of %d new shards", before.location, len(paths))
     column = "tokens" if before.kind == "tokens" else None
     read = partial(manifest.read_footer, before.location, token_column=column, vocab_size=before.meta.get("vocab_size"))
+    shards = ShardCollector()
     with device_threads.pool(READERS) as pool:
-        tables = list(pool.map(read, paths))
-    for path, rows in zip(paths, tables, strict=True):
-        if not rows:
-            raise DataError(f"{before.location.join(path)}: has no row group. Remove the file")
-    # this reads no data, so `content` stays unknown
-    added = pa.Table.from_pylist([{**manifest.LATER, **row} for rows in tables for row in rows], schema=manifest.SCHEMA)
+        for path, rows in zip(paths, pool.map(read, paths), strict=True):
+            if not rows:
+                raise DataError(f"{before.location.join(path)}: has no row group. Remove the file")
+            shards.add(row_groups.listed(rows))  # this reads no data, so `content` stays unknown
+    added = shards.table()
     manifest.keep(before)
-    chunks = pa.concat_tables([before.chunks.cast(manifest.SCHEMA), added])
-    return manifest.write_table(before.location, chunks, _meta(before.meta, added))
+    return manifest.write(before.location, pa.concat_tables([before.chunks, added]), _meta(before.meta, added))
 
 
 def _meta(before: dict[str, Any], added: pa.Table) -> dict[str, Any]:

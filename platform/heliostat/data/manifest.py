@@ -13,10 +13,8 @@ It changes with any shard's bytes: `footer` hashes the Parquet footer (sizes, of
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NotRequired
 
@@ -28,6 +26,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from heliostat.data import mapped, shard
+from heliostat.data.manifest_table import SCHEMA, Rows, by_first_use, compact, digest, encode, table_of
 from heliostat.errors import DataError, MissingDataError
 from heliostat.storage.locations import LEAVES, Location
 from heliostat.storage.records import Format, Whole, open_
@@ -37,26 +36,9 @@ FILE = "manifest.parquet"
 VERSIONS, SHARDS = "manifests", "shards"
 FILES = "files"  # files of a version other than shards, each named after its content
 BESIDE = ("tokenizer.json", "empty_caption.bin")  # files that versions without `files` in their metadata may have
-HUB = "hub"  # in the metadata: names on the Hub, by the pipeline's keys; no digest covers it
 UNCOVERED = ("seconds.json", "pipeline.json")  # next to the shards of versions with `also`: files that no digest covers
-SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),  # relative to the dataset's folder
-        ("row_group", pa.int32()),
-        ("rows", pa.int64()),
-        ("tokens", pa.int64()),  # 0 for kind "rows"
-        ("bytes", pa.int64()),  # compressed bytes of the row group
-        ("file_bytes", pa.int64()),
-        ("footer", pa.string()),  # hex digest of the file's Parquet footer
-        ("place", pa.int64()),  # the maximum of its documents' places, in 1/PLACES; -1: unknown
-        ("content", pa.string()),  # hex digest of the row group's stored bytes; "": unknown
-    ]
-)
-# columns of later versions, with the value for unknown: a column with only that value isn't part of the digest
-LATER: dict[str, int | str] = {"place": -1, "content": ""}
 PLACES = 1 << 52  # number of places; a document's place follows from its text's hash. The split holds out places below a fraction
 PLACES_KEY = b"heliostat.places"  # in a shard's footer: the place of each row group
-SLICE = 1 << 16  # rows that are processed together, because all at once could take much memory
 LARGEST = 2**48  # maximum rows, tokens, or bytes of a row group or its file, so that all sums stay within 64 bits
 COUNTED = ("row_group", "rows", "tokens", "bytes", "file_bytes")
 
@@ -129,8 +111,16 @@ class Manifest:
 
     @property
     def paths(self) -> list[str]:
-        """Lists the shard's path for each row group."""
-        return self.chunks["path"].to_pylist()
+        """Lists the paths of the shards, each once, in manifest order."""
+        return by_first_use(self.chunks["path"]).chunk(0).dictionary.to_pylist()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Maps the path of each shard to the size of its file, in bytes."""
+        paths = by_first_use(self.chunks["path"]).chunk(0)
+        sizes = np.zeros(len(paths.dictionary), np.int64)
+        sizes[paths.indices.to_numpy()] = self.chunks["file_bytes"].to_numpy()
+        return dict(zip(paths.dictionary.to_pylist(), sizes.tolist(), strict=True))
 
     @property
     def places(self) -> np.ndarray:
@@ -144,25 +134,6 @@ class Manifest:
     @property
     def rows(self) -> int:
         return int(self.chunks["rows"].to_numpy().sum())
-
-
-def digest(chunks: pa.Table, meta: Mapping[str, object]) -> str:
-    """Computes the digest of the chunk table and of `meta` without `digest`: 64 hex digits, the same for any Parquet encoding."""
-    h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k not in ("digest", HUB)}, sort_keys=True).encode())
-    for column in SCHEMA:
-        values = chunks[column.name]
-        if column.name in LATER:
-            values = values.fill_null(LATER[column.name])
-            if pc.all(pc.equal(values, LATER[column.name])).as_py():
-                continue
-        for start in range(0, len(values), SLICE):
-            part = values.slice(start, SLICE)
-            if column.type == pa.string():
-                part = part.cast(column.type)
-                h.update(("\n" * (start > 0) + "\n".join(part.to_pylist())).encode())
-            else:
-                h.update(part.to_numpy().astype("<i8").tobytes())
-    return h.hexdigest()
 
 
 def place(hash: str) -> int:
@@ -243,42 +214,25 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
             )
 
 
-def write(location: Location, rows: Sequence[Mapping[str, object]], meta: Mapping[str, object]) -> Manifest:
-    """Sorts the rows by path and row group, computes the digest, and writes the manifest. The dataset now exists."""
-    return write_table(location, pa.Table.from_pylist(rows, schema=SCHEMA), meta)
+def write(location: Location, rows: Rows, meta: Mapping[str, object]) -> Manifest:
+    """Sorts the rows by path and row group, computes the digest, and writes the manifest. The dataset now exists.
 
-
-def write_table(location: Location, chunks: pa.Table, meta: Mapping[str, object]) -> Manifest:
-    """Sorts the chunk table by path and row group, computes the digest, and writes the manifest. The dataset now exists."""
-    chunks = _compact(_complete(chunks).cast(SCHEMA).sort_by([("path", "ascending"), ("row_group", "ascending")]))
+    `rows`: a table or a list, with the columns of SCHEMA; the columns in `LATER` may be missing.
+    """
+    chunks = table_of(rows)
     version = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
-    keep(version)
-    location.join(FILE).write(_encode(version))
+    encoded = encode(chunks, version.meta)
+    keep(version, encoded)
+    location.join(FILE).write(encoded)
     return version
 
 
-def keep(version: Manifest) -> None:
-    """Stores this version in `manifests/` if it isn't there yet. Older datasets have only `manifest.parquet`."""
+def keep(version: Manifest, encoded: bytes | None = None) -> None:
+    """Stores this version in `manifests/` if it isn't there yet. Older datasets have only `manifest.parquet`. `encoded`: the
+    version's file, if the caller already has it."""
     place = version.location.join(VERSIONS, version_name(version.digest))
     if not place.exists():
-        place.write(_encode(version))
-
-
-def _complete(chunks: pa.Table) -> pa.Table:
-    """Returns the table with all columns of SCHEMA, in the order of SCHEMA. Missing columns get their values from `LATER`."""
-    columns = {column.name: chunks[column.name] for column in SCHEMA if column.name not in LATER}
-    for name, unknown in LATER.items():
-        value = pa.scalar(unknown, SCHEMA.field(name).type)
-        columns[name] = chunks[name].fill_null(value) if name in chunks.column_names else pa.repeat(value, len(chunks))
-    return pa.table(columns)
-
-
-def _compact(chunks: pa.Table) -> pa.Table:
-    """Returns the table with paths and footers in dictionary encoding: the row groups of a file share one copy."""
-    for name in ("path", "footer"):
-        column = chunks[name] if pa.types.is_dictionary(chunks[name].type) else chunks[name].dictionary_encode()
-        chunks = chunks.set_column(chunks.schema.get_field_index(name), name, column.unify_dictionaries())
-    return chunks.combine_chunks()
+        place.write(encoded or encode(version.chunks, version.meta))
 
 
 def version_name(digest: str) -> str:
@@ -293,13 +247,6 @@ def kept_path(digest: str, name: str) -> str:
 def read_version(location: Location, name: str) -> Manifest:
     """Reads the version in a file of `manifests/`. Raises DataError if the file can't be read."""
     return _read(location, VERSIONS, name)
-
-
-def _encode(manifest: Manifest) -> bytes:
-    buffer = io.BytesIO()
-    chunks = manifest.chunks.cast(SCHEMA).replace_schema_metadata({"heliostat": json.dumps(manifest.meta)})
-    pq.write_table(chunks, buffer, compression="zstd")
-    return buffer.getvalue()
 
 
 def read(location: Location, digest: str | None = None) -> Manifest:
@@ -357,7 +304,10 @@ def _read(location: Location, *parts: str) -> Manifest:
     try:
         table = pq.read_table(pa.BufferReader(raw), read_dictionary=["path", "footer"])
         meta = json.loads(table.schema.metadata[b"heliostat"])
-        chunks = _compact(_complete(table.replace_schema_metadata(None)))
+        columns = dict(zip(table.column_names, table.columns, strict=True))
+        del table, raw
+        chunks = pa.table(compact(columns))
+        chunks.validate(full=True)
         others = [f.name for f in SCHEMA if f.type not in (pa.string(), chunks.schema.field(f.name).type)]
         if others or any(column.null_count for column in chunks.columns):
             raise ValueError("columns of other types, or values are missing")

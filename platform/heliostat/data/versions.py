@@ -21,7 +21,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -154,9 +154,12 @@ def listing(location: Location) -> dict[str, pafs.FileInfo]:
     return {path: info for path, info in paths if OURS.fullmatch(path)}
 
 
-def all_versions(location: Location) -> dict[str, Manifest]:
-    """Reads every kept version, by the name of its file. Raises DataError if a version can't be read."""
-    return {name: manifest.read_version(location, name) for name, _ in location.join(manifest.VERSIONS).files()}
+def all_versions(location: Location, known: Manifest | None = None) -> Iterator[tuple[str, Manifest]]:
+    """Yields the name of each kept version's file, and the version. Reads one version at a time, because a manifest may be large;
+    doesn't read the version that the caller already has (`known`). Raises DataError if a version can't be read."""
+    own = manifest.version_name(known.digest) if known else ""
+    for name, _ in location.join(manifest.VERSIONS).files():
+        yield name, known if known and name == own else manifest.read_version(location, name)
 
 
 def paths(version: Manifest) -> set[str]:
@@ -186,22 +189,21 @@ def mark(location: Location, newest: Manifest | None, record: Mapping[str, Any],
     return {**record, "replaced": {name: known.get(name, now) for name in names}}
 
 
-def prune(location: Location, record: Mapping[str, Any], keep_s: float, now: float | None = None) -> Pruned:
+def prune(newest: Manifest, record: Mapping[str, Any], keep_s: float) -> Pruned:
     """Removes the versions that were replaced at least `keep_s` seconds ago, and old files that no version lists.
 
-    If a version can't be read, removes no file. `now`: seconds since 1970.
+    If a version can't be read, removes no file.
     """
-    now = time.time() if now is None else now
+    location, now = newest.location, time.time()
     try:
-        versions = all_versions(location)
-        newest = manifest.read(location)
+        listed = {name: paths(version) for name, version in all_versions(location, newest)}
     except DataError as e:
         log.warning("%s. heliostat can't read this version, so it doesn't remove files of earlier versions", e)
         return NOTHING
-    ages = {name: now - when for name, when in record.get("replaced", {}).items() if name in versions}
+    ages = {name: now - when for name, when in record.get("replaced", {}).items() if name in listed}
     gone = {name for name, age in ages.items() if age >= keep_s and name != manifest.version_name(newest.digest)}
-    needed = set[str]().union(paths(newest), *(paths(v) for name, v in versions.items() if name not in gone))
-    wanted = set[str]().union(*(paths(versions[name]) for name in gone)) - needed
+    needed = set[str]().union(paths(newest), *(names for version, names in listed.items() if version not in gone))
+    wanted = set[str]().union(*(listed[version] for version in gone)) - needed
     ours = listing(location)
     orphans = {p for p, i in ours.items() if p not in needed and now - (i.mtime_ns or 0) / 1e9 >= ORPHAN_S} - wanted
     doomed = sorted(wanted | orphans)

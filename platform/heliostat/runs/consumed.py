@@ -13,7 +13,8 @@ from typing_extensions import TypedDict
 from heliostat.data import coverage
 from heliostat.data.coverage import Segment
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
-from heliostat.data.manifest import HUB, Manifest
+from heliostat.data.manifest import Manifest
+from heliostat.data.manifest_table import HUB
 from heliostat.runs import segments
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
@@ -154,7 +155,7 @@ def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin
         "left_out": left_out,
         "epochs": samples / int(data.order.epoch_samples[number]),
         "held_out": int(split.held.sum()),
-        "shards": {"seen": len(seen), "total": len(set(manifest.paths))},
+        "shards": {"seen": len(seen), "total": len(manifest.paths)},
         "ranges": ranges[:LISTED],
         "ranges_left_out": max(0, len(ranges) - LISTED),
     }

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from heliostat.data import manifest, shard
 from heliostat.data.manifest import Manifest
+from heliostat.data.manifest_table import SLICE
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
 from heliostat.text import brief
@@ -77,9 +78,9 @@ def units(prepared: Manifest, target: int) -> Iterator[IndexUnit]:
     Row groups that share a document have the same `place` in the manifest, and are in the same unit. If a shard's `place` values
     are unknown, all row groups of the shard are in the same unit.
     """
-    rows = cast("list[RowGroupRow]", prepared.chunks.select(list(RowGroupRow.__annotations__)).to_pylist())
+    batches = prepared.chunks.select(list(RowGroupRow.__annotations__)).to_batches(max_chunksize=SLICE)
     waiting, tokens = list[RowGroupRow](), 0
-    for row in rows:
+    for row in (cast("RowGroupRow", row) for batch in batches for row in batch.to_pylist()):
         other = waiting and row["path"] != waiting[-1]["path"]
         if waiting and (other or (tokens >= target and row["place"] != waiting[-1]["place"] and row["place"] >= 0)):
             yield _unit(waiting)

@@ -23,8 +23,9 @@ from heliostat.curation.segment import SpilledRun
 from heliostat.curation.stage import Stage
 from heliostat.curation.text.making import identities
 from heliostat.curation.web import lists
-from heliostat.data import versions
+from heliostat.data import manifest, versions
 from heliostat.data.manifest import FILES
+from heliostat.data.row_groups import ShardCollector
 from heliostat.storage.locations import Location
 from heliostat.tasks import libraries
 from heliostat.tasks.flow import Task
@@ -75,13 +76,18 @@ class ImageMaking(Making):
     def write(self, curated: Curated) -> WrittenShards:
         counts, labels = self._counted(curated.runs)
         if not counts:
-            return WrittenShards([], {})
+            return WrittenShards(manifest.SCHEMA.empty_table(), {})
         folders = [self.output, *(self.output.join(bucket) for bucket in counts if self.buckets)]
         facts: dict[str, Any] = {"documents": sum(counts.values()), "channels": self.channels,
                                  "content": "latents" if self.latents else "images"}  # fmt: skip
         if self.latents:
             facts |= self._empty_caption(self.latents, folders)
-        written = list(self._shards(curated, counts))
+        shards, images, ends = ShardCollector(), 0, list[str]()
+        for shard in self._shards(curated, counts):
+            images += shard["images"]
+            ends += shard["ends"]
+            if shard["images"]:
+                shards.add(shard)
         sizes: dict[str, Any] = {bucket: {"size": [int(n) for n in bucket.split("x")]} for bucket in counts}
         facts |= {"parts": sizes} if self.buckets else next(iter(sizes.values()))
         if self.tokenizer:
@@ -89,10 +95,8 @@ class ImageMaking(Making):
             facts |= {**facts_of_tokens, "files": {**facts.get("files", {}), **facts_of_tokens["files"]}}
         if 0 < len(labels) <= tasks.CLASSES:
             facts["classes"] = labels
-        images = sum(shard["images"] for shard in written)
         part = {"documents": images, "kept": images, "bytes": curated.bytes, "kept_bytes": curated.bytes}
-        chunks, ends = ([one for shard in written for one in shard[name]] for name in ("chunks", "ends"))
-        return WrittenShards(chunks, facts, part, ends)
+        return WrittenShards(shards.table(), facts, part, ends)
 
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
         """Writes the descriptions of the tasks that read the input to temporary files, one by one. So the driver never has the

@@ -28,8 +28,7 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.curation.text import tokens
-from heliostat.data import manifest, versions
-from heliostat.data import shard as shard_file
+from heliostat.data import row_groups, versions
 from heliostat.data.manifest import SHARDS
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
@@ -174,15 +173,14 @@ def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, o
     """
     tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]
     if not tables:  # the dataset has few images, and no image has a hash that selects this shard
-        return {"path": "", "file_bytes": 0, "images": 0, "ends": [], "chunks": []}
+        return {"path": "", "file_bytes": 0, "images": 0, "ends": []}
     table = pa.concat_tables(tables)
     data = shard(_with(table, stored), chunk_images, (*STORED, *stored))
     path = versions.store(Location(output), prefix, data, ".parquet")
-    rows, contents = manifest.read_footer(Location(output), path, None), shard_file.content_digests(data, None)
     kept = recording.recorded(table, every)
     ends = [_ends(folder, path, kept)] if explained and len(kept) else []
-    return {"path": path, "file_bytes": len(data), "images": len(table), "ends": ends, "files": ends,
-            "chunks": [{**row, "content": content} for row, content in zip(rows, contents, strict=True)]}  # fmt: skip
+    described = row_groups.written(Location(output), path, data, None)
+    return {**described, "images": len(table), "ends": ends, "files": ends}
 
 
 def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:

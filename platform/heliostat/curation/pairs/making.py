@@ -23,9 +23,9 @@ from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.text import documents, tokens
 from heliostat.curation.text.making import Reading, identities
 from heliostat.curation.text.tasks import bounds
-from heliostat.data import manifest, versions
-from heliostat.data import shard as shard_file
+from heliostat.data import manifest, row_groups, versions
 from heliostat.data.manifest import PLACES_KEY, SHARDS
+from heliostat.data.row_groups import ShardCollector
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Task
 from heliostat.tasks.work import key
@@ -63,11 +63,14 @@ class PairMaking(Reading):
         facts: dict[str, Any] = {}
         if self.tokenizer:
             facts = self.tokenizer_facts(self.definition(curated), self.tokenizer["end_of_document"])
-        shards = [shard for record in self._shards(curated) for shard in record["shards"]]
-        kinds = sum((Counter(shard["kinds"]) for shard in shards), Counter[str]())
-        facts |= {name: sum(shard[name] for shard in shards) for name in ("documents", "duplicates", "bytes")}
-        facts["kinds"] = dict(sorted(kinds.items()))
-        return WrittenShards([chunk for shard in shards for chunk in shard["chunks"]], facts)
+        shards, kinds, totals = ShardCollector(), Counter[str](), Counter[str](documents=0, duplicates=0, bytes=0)
+        for record in self._shards(curated):
+            for shard in record["shards"]:
+                shards.add(shard)
+                kinds.update(shard["kinds"])
+                totals.update({name: shard[name] for name in totals})
+        facts |= {**totals, "kinds": dict(sorted(kinds.items()))}
+        return WrittenShards(shards.table(), facts)
 
     def _shards(self, curated: Curated) -> Iterator[dict[str, Any]]:
         plan = PairSharding(self.output.uri, max(1, round(curated.bytes / self.shard_bytes)), self.chunk_pairs)
@@ -98,11 +101,9 @@ def _write_shard(folder: Location, runs: list[SpilledRun], number: int, plan: Pa
     rows = unique([{**row, **json.loads(row["columns"])} for row in survived])
     data, output = encoded(rows, plan.chunk_pairs), Location(plan.output)
     path = versions.store(output, f"{SHARDS}/{number:05d}/", data, ".parquet")
-    contents = shard_file.content_digests(data, None)
-    chunks = [{**row, "content": c} for row, c in zip(manifest.read_footer(output, path, None), contents, strict=True)]
     kinds, size = Counter(row[KIND] for row in rows), sum(len(row["text"].encode()) for row in rows)
-    return {"path": path, "file_bytes": len(data), "documents": len(rows), "duplicates": len(survived) - len(rows),
-            "kinds": dict(kinds), "bytes": size, "chunks": chunks}  # fmt: skip
+    return {**row_groups.written(output, path, data, None), "documents": len(rows), "duplicates": len(survived) - len(rows),
+            "kinds": dict(kinds), "bytes": size}  # fmt: skip
 
 
 def unique(rows: list[Row]) -> list[Row]:

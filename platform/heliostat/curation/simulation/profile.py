@@ -16,6 +16,7 @@ import xxhash
 from heliostat.curation.simulation.requests import input_parts
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
+from heliostat.data.row_groups import RowGroupColumns
 from heliostat.errors import ConfigError
 from heliostat.tasks import merging, spill
 from heliostat.tasks.clusters import Cluster, Executor, Task, TaskKind
@@ -222,18 +223,23 @@ def _shards(measured: list[dict[str, Any]], task: Task, read: int, chunk_tokens:
     one = max(measured, key=lambda shard: shard["bytes"])
     growth = read / (stop - first) / max(1, one["bytes"])
     same = {name: value for name, value in one.items() if isinstance(value, str)}
-    scaled = Scaling(task.key, growth).of({k: v for k, v in one.items() if k not in same and k not in ("ends", "chunks")})
-    paths = {shard: f"shards/{shard:05d}/{task.key[:16]}.parquet" for shard in range(first, stop)}
-    return [scaled | same | {"path": path, "chunks": _row_groups(one["chunks"], growth, chunk_tokens, path)}
-            for path in paths.values()]  # fmt: skip
+    scaled = Scaling(task.key, growth).of({k: v for k, v in one.items() if k not in same and k not in ("ends", "row_groups")})
+    groups, paths = _row_groups(one["row_groups"], growth, chunk_tokens), [
+        f"shards/{shard:05d}/{task.key[:16]}.parquet" for shard in range(first, stop)]  # fmt: skip
+    return [scaled | same | {"path": path, "row_groups": groups} for path in paths]
 
 
-def _row_groups(measured: list[dict[str, Any]], growth: float, chunk_tokens: int, path: str) -> list[dict[str, Any]]:
-    """Returns the row groups of a shard as its record has them: one for each `chunk_tokens` tokens, and each a value of its own,
-    because the driver keeps them all."""
-    tokens = growth * sum(chunk["tokens"] for chunk in measured)
+def _row_groups(measured: RowGroupColumns, growth: float, chunk_tokens: int) -> RowGroupColumns:
+    """Returns the row groups of a shard: one for each `chunk_tokens` tokens, all like the first measured row group."""
+    tokens = growth * sum(measured["tokens"])
     count = max(1, round(tokens / chunk_tokens))
-    return [measured[0] | {"path": path, "row_group": number, "tokens": round(tokens / count)} for number in range(count)]
+    return {
+        "rows": measured["rows"][:1] * count,
+        "tokens": [round(tokens / count)] * count,
+        "bytes": measured["bytes"][:1] * count,
+        "place": measured["place"][:1] * count,
+        "content": measured["content"][:1] * count,
+    }
 
 
 class MeasuringCluster:

@@ -26,6 +26,7 @@ from heliostat.curation.text.gathering import Together
 from heliostat.curation.text.infilling import FillInTheMiddle
 from heliostat.curation.text.tasks import TextSharding, TextSource
 from heliostat.data.infilling import COUNTS, FACT, OWN, find
+from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import ConfigError
 from heliostat.tasks import libraries, merging, spill
 from heliostat.tasks.flow import Flow, Task
@@ -138,12 +139,12 @@ class TextMaking(Reading):
             **({"together": {**self.together.model_dump(), **totals.together}} if self.together else {}),
             "bytes": totals.bytes,
         }
-        if totals.chunks:
+        if len(rows := totals.shards.table()):
             facts["unigram_entropy"] = tokens.entropy(totals.counts)
         shard = {"documents": totals.documents + totals.duplicates, "kept": totals.documents, "kept_bytes": totals.bytes,
                  "bytes": came, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
                  "counts": {"tokens": int(totals.counts.sum())}}  # fmt: skip
-        return WrittenShards(totals.chunks, facts, shard, ends)
+        return WrittenShards(rows, facts, shard, ends)
 
     def _infill(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
         """Returns the manifest's entry for fill in the middle: the keys of `fill_in_the_middle`, and the markers' names and ids.
@@ -316,11 +317,12 @@ def numbered(cut: list[list[FilePart]], lines: dict[FilePart, int]) -> Iterator[
 
 
 class Totals:
-    """Sums the counts of all shards: documents, duplicates, bytes, splits, and the occurrences of each token."""
+    """Sums the counts of all shards: documents, duplicates, bytes, splits, and the occurrences of each token. Collects the
+    shards' rows of the manifest."""
 
     def __init__(self, vocab_size: int) -> None:
         self.documents = self.duplicates = self.bytes = self.cut = 0
-        self.chunks: list[dict[str, Any]] = []
+        self.shards = ShardCollector()
         self.counts, self.rearranged = np.zeros(vocab_size, np.int64), Counter[str]()
         self.together = Counter[str](groups=0, documents=0)
 
@@ -329,7 +331,7 @@ class Totals:
         self.duplicates += shard["duplicates"]
         self.bytes += shard["bytes"]
         self.cut += shard["cut"]
-        self.chunks += shard["chunks"]
+        self.shards.add(shard)
         self.rearranged.update(shard.get("rearranged", {}))
         self.together.update(shard.get("together", {}))
         self.counts += np.frombuffer(zlib.decompress(base64.b64decode(shard["counts"])), np.int64)

@@ -26,8 +26,7 @@ from heliostat.curation.readers.streams import BLOCK
 from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import documents, gathering, infilling, repositories, sources, tokens
-from heliostat.data import manifest, versions
-from heliostat.data import shard as shard_file
+from heliostat.data import manifest, row_groups, versions
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.errors import ConfigError
@@ -228,17 +227,13 @@ def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: Tex
     del encoded
     output = Location(plan.output)
     path = versions.store(output, f"{SHARDS}/{shard:05d}/", data, ".parquet")
-    contents = shard_file.content_digests(data, "tokens")
-    chunks = [{**row, "content": c} for row, c in zip(manifest.read_footer(output, path, "tokens"), contents, strict=True)]
     return {
-        "path": path,
-        "file_bytes": len(data),
+        **row_groups.written(output, path, data, "tokens"),
         "documents": len(ids),
         "duplicates": duplicates.count,
         "bytes": int(table["bytes"].to_numpy().sum()),
         "cut": sum(len(rows) for rows, _ in groups) - len(ids),
         "counts": base64.b64encode(zlib.compress(counts.tobytes())).decode(),
-        "chunks": chunks,
         "ends": gathering.spill_kept(folder, path, table, duplicates, plan.recorded) if plan.explained else [],
         **({"rearranged": rearranged} if plan.infill else {}),
         **({"together": gathering.counted(table)} if plan.together else {}),

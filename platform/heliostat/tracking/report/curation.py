@@ -38,7 +38,7 @@ def gather(dataset: Manifest, hour: float | None = None, currency: str = "") -> 
         "name": dataset.meta.get("name", dataset.location.name),
         "dataset": str(dataset.location),
         "digest": dataset.digest,
-        "shards": len(set(dataset.paths)),
+        "shards": len(dataset.paths),
         "funnel": reasons.funnel(dataset),
         "seconds": reasons.seconds(dataset),
         "hour": hour,
