@@ -1,6 +1,8 @@
-"""Tests `prepare` with a stage that scores documents on GPUs, on clusters of several Ray nodes: scoring overlaps reading, and a lost
-node, a killed driver, or a document that ends its process changes nothing in the dataset. Ray counts GPUs that the machine
-doesn't have, so the model runs on CPUs."""
+"""Tests `prepare` with a stage that scores documents on GPUs, on clusters of several Ray nodes: scoring overlaps reading.
+
+A lost node, a killed driver, or a document that ends its process changes nothing in the dataset. Ray counts GPUs that the machine
+doesn't have, so the model runs on CPUs.
+"""
 
 import json
 import os
@@ -23,7 +25,7 @@ from tests.unit.build_model import make_model
 
 pytestmark = pytest.mark.ci
 
-LIMIT_S = 400
+LIMIT_S = 600
 FILES, FILE_BYTES = 24, 250_000
 
 
@@ -61,7 +63,8 @@ def prepared(folder: Path, given: Path, nodes: LocalNodes, meanwhile: Callable[[
     returns whether it has done its part."""
     folder.mkdir(exist_ok=True)
     score = {"stage": "hf_classifier", "model": str(given / "model"), "label": "good", "max_tokens": 64, "batch": 16}
-    stages = [{"stage": "length", "min_words": 25}, {"stage": "fix_text"}, score | {"min_score": 0.2}, {"stage": "length", "max_words": 180}]
+    stages = [{"stage": "length", "min_words": 25}, {"stage": "fix_text"}, score | {"min_score": 0.2},
+              {"stage": "length", "max_words": 180}]  # fmt: skip
     write_pipeline(folder, input=str(given / "in"), stages=stages, memory_limit=64 << 20, chunk_tokens=2000, keep_work=True,
                    tokenizer={"vocab_size": 300, "train_bytes": 50_000})  # fmt: skip
     end, waits = time.monotonic() + LIMIT_S, meanwhile is not None
@@ -137,3 +140,21 @@ def test_a_run_whose_driver_is_killed_continues(given, expected, tmp_path):
     after = records(tmp_path / "run")
     assert not none and report["digest"] == expected, log
     assert 2 <= len(before) < len(after) and before == {name: after[name] for name in before}
+
+
+def test_documents_that_end_their_process_are_left_out_as_by_recorded_tasks(given, tmp_path):
+    """One document ends the process that reads, the other the actor that scores. The stream finishes all tasks without these."""
+    answers = []
+    for gpus in (0, 1):
+        (tmp_path / f"on{gpus}").mkdir()
+        with LocalNodes(tmp_path / f"on{gpus}", 1, 1) as nodes:
+            nodes.add(gpus=gpus)
+            command = [sys.executable, "-m", "tests.integration.poisoned", str(tmp_path / f"work{gpus}"), str(given / "model")]
+            run = subprocess.run(command, env=os.environ | nodes.environment, capture_output=True, timeout=LIMIT_S, check=False)
+        assert run.returncode == 0, run.stderr.decode()[-3000:]
+        answers.append(json.loads(run.stdout.splitlines()[-1]))
+    plain, streamed = answers
+    assert plain.pop("streamed") == 0 < streamed.pop("streamed") <= 10
+    assert plain == streamed
+    crashed = {id: stage for id, (stage, reason) in plain["dropped"].items() if reason == "crashed"}
+    assert crashed == {"d033": "finish", "d077": "finish"}

@@ -134,7 +134,7 @@ class StageEngine:
 
     def _plan(self, parts: list[Numbered], names: list[str], explained: bool, count: int) -> StreamPlan:
         chains = [[stage for _, stage in part] for part in parts]
-        follows = [[number, stage.follows()] for part in parts[1:] for number, stage in part]
+        follows: list[object] = [[number, stage.follows()] for part in parts[1:] for number, stage in part]
         streamed = [Part(name, part[0][0] if part else 0, self._entries(chain))
                     for name, part, chain in zip(names, parts, chains, strict=True)]  # fmt: skip
         scoring = [any(stage.gpu for stage in chain) for chain in chains]

@@ -24,6 +24,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, DataIterator, Dataset
 from ray.exceptions import RayError
@@ -273,6 +274,7 @@ def _receive(part: DataIterator, received: queue.SimpleQueue[list[dict[str, Any]
     """Receives the stream's blocks in a thread: puts their rows into a queue; at the end, None or the error."""
     try:
         for rows in part.iter_batches(batch_size=1, batch_format="pyarrow"):
+            assert isinstance(rows, pa.Table)
             received.put(rows.select(["task", "block", "last", "records", "error"]).to_pylist())
         received.put(None)
     except Exception as e:  # noqa: BLE001 - raised or judged where the rows are taken
