@@ -91,7 +91,7 @@ def prepare(folder: Path, source: Path, gpus: int) -> Prepared:
                                     {"stage": "length", "min_words": 100}]  # fmt: skip
     pipeline = {"name": "stream", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(source / "in"),
                 "output": str(folder / "out"), "stages": stages, "tokenizer": {"vocab_size": 300, "train_bytes": 50_000},
-                "memory_limit": 64 << 20, "keep_work": True}  # fmt: skip
+                "memory_limit": 64 << 20, "shard_bytes": 2 << 20, "keep_work": True}  # fmt: skip
     (folder / "pipeline.yaml").write_text(json.dumps(pipeline))
     with CpuSeconds() as cpu, LocalNodes(folder, 1, 1) as nodes:
         nodes.add(gpus=gpus)

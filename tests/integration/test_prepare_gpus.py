@@ -66,7 +66,7 @@ def prepared(folder: Path, given: Path, nodes: LocalNodes, meanwhile: Callable[[
     stages = [{"stage": "length", "min_words": 25}, {"stage": "fix_text"}, score | {"min_score": 0.2},
               {"stage": "length", "max_words": 180}]  # fmt: skip
     write_pipeline(folder, input=str(given / "in"), stages=stages, memory_limit=64 << 20, chunk_tokens=2000, keep_work=True,
-                   tokenizer={"vocab_size": 300, "train_bytes": 50_000})  # fmt: skip
+                   shard_bytes=2 << 20, tokenizer={"vocab_size": 300, "train_bytes": 50_000})  # fmt: skip
     end, waits = time.monotonic() + LIMIT_S, meanwhile is not None
     with (folder / "report").open("w") as out, (folder / "log").open("a") as log:
         command = [sys.executable, "-m", "heliostat", "data", "prepare", str(folder / "pipeline.yaml"), "--json"]

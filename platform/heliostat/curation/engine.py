@@ -65,7 +65,8 @@ class Curated:
 
 @dataclass
 class StageEngine:
-    """Runs stages as Ray tasks of a `Flow`; `memory_limit`: the bytes of memory that a task may use."""
+    """Runs stages as recorded tasks of a `Flow`, or in a stream if they need GPUs (`streaming`). `memory_limit`: the bytes of
+    memory that a task may use."""
 
     flow: Flow
     source: DocumentSource

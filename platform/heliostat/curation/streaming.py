@@ -17,6 +17,7 @@ import logging
 import queue
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, DataIterator, Dataset
 from ray.exceptions import RayError
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.queue import Full, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -43,6 +45,7 @@ TASKS_FAILED, SHARE = 32, 10  # the stream ends if more than TASKS_FAILED tasks 
 WRITERS, UNWRITTEN = 16, 256  # threads that write records; records that wait for them
 STUCK_S = 3600.0  # seconds without any block from any part, before Ray Data ends the stream
 LOOK_S, WAIT_S = 2.0, 0.2
+LOST = "a process or node of these tasks ended"
 log = logging.getLogger(__name__)
 Finished = tuple[int, Task, dict[str, Any] | None]
 """A task's number, the task, and its record; None if recorded tasks must run this task."""
@@ -63,9 +66,10 @@ def dataset(flow: Flow, plan: StreamPlan, feed: Queue, lacking: Queue) -> Datase
     streamed = Streamed(flow.work.spill, plan.source, plan.run_bytes, plan.explained, lacking)
     before, scoring, after = plan.split()
     once: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
-    task = once | {"num_cpus": 1, "memory": flow.memory_each(), "ray_remote_args_fn": lambda: {"max_retries": 0}}
-    actor = once | {"num_cpus": 0, "num_gpus": 1, "ray_remote_args_fn": lambda: {"max_restarts": -1, "max_task_retries": 0}}
-    with DataContext.current(context):
+    task = once | {"num_cpus": 1, "max_retries": 0, "memory": flow.memory_each()}
+    actor = once | {"num_cpus": 0, "num_gpus": 1, "max_restarts": -1, "max_task_retries": 0}
+    with DataContext.current(context), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.60 has no other way to limit retries
         tasks = stream.numbered(1 << 20, partial(taken, feed), context)
         blocks = tasks.map_batches(ReadBlocks(streamed, before), **task)
         pool = ActorPoolStrategy(min_size=1, max_size=plan.gpus)
@@ -181,7 +185,7 @@ class RunningStream:
         except queue.Empty:
             return
         if rows is None or isinstance(rows, Exception):
-            self.reason = self.reason or (care.last_line(rows) if rows else "the stream ended")
+            self.reason = self.reason or (care.last_line(rows) if rows else LOST)
             return
         for row in rows:
             yield from self._take(row)
