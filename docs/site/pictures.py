@@ -292,9 +292,9 @@ STREAM = {"read": ("CPUs read and filter", "var(--one)"), "stages-2": ("a GPU sc
 
 
 def stream() -> None:
-    """Prepares 24 MB of texts on two nodes, one with a logical GPU, and draws when each task of the stream began and ended."""
+    """Prepares 16 MB of texts on two nodes, one with a logical GPU, and draws when each task of the stream began and ended."""
     with tempfile.TemporaryDirectory() as folder:
-        stream_scoring.make_input(Path(folder), 24, 1.0)
+        stream_scoring.make_input(Path(folder), 16, 1.0)
         spans = stream_scoring.prepare(Path(folder) / "run", Path(folder), 1).spans
     first, last = min(begin for _, begin, _ in spans), max(end for *_, end in spans)
     share, left, width, row = stream_scoring.overlap(spans), 150, 500, 26

@@ -1,6 +1,6 @@
 """Compares a stream, in which a GPU scores while CPUs read, with recorded tasks that score after all reading has ended.
 
-    python -m tests.benchmarks.stream_scoring [--rounds 3] [--files 24] [--mb 1]
+    python -m tests.benchmarks.stream_scoring [--rounds 3] [--files 16] [--mb 1]
 
 Ray has two nodes with a CPU each. For the stream, one node also has a GPU that the machine doesn't have, so the model runs on a
 CPU in both ways, and the difference of the CPU seconds is the stream's own cost. The seconds are of all processes of the cluster
@@ -118,7 +118,7 @@ def overlap(spans: list[tuple[str, float, float]]) -> float:
 
 
 def main() -> None:
-    options = harness.arguments(__doc__, rounds=3, files=24, mb=1.0)
+    options = harness.arguments(__doc__, rounds=3, files=16, mb=1.0)
     with tempfile.TemporaryDirectory() as name:
         folder, runs = Path(name), iter(range(1000))
         make_input(folder, options.files, options.mb)

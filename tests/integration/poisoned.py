@@ -44,7 +44,7 @@ class PoisonedSource:
 
 def main(folder: Path, model: str) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-    connect()
+    connect(cpus=1)
     given = {f"d{i:03}": text for i, text in enumerate(texts(120))}
     flow, parts = Flow(Work(Location(str(folder)))), [FilePart(id, len(text), 0) for id, text in given.items()]
     score = {"stage": "hf_classifier", "model": model, "label": "good", "max_tokens": 64, "min_score": 0.1}

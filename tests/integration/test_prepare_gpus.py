@@ -142,6 +142,30 @@ def test_a_run_whose_driver_is_killed_continues(given, expected, tmp_path):
     assert 2 <= len(before) < len(after) and before == {name: after[name] for name in before}
 
 
+REPORTS = """
+import sys
+from heliostat.cluster.ray_internals import state_client
+from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+group = NodeGroupConfig(resources={"GPU": 1, "CPU": 1}, min_count=0, max_count=1, name="gpus")
+state_client(sys.argv[1]).report_cluster_config(ClusterConfig(node_group_configs=[group]).SerializeToString())
+"""
+
+
+def test_a_run_waits_for_a_gpu_that_the_autoscaler_can_add(given, expected, tmp_path):
+    """An autoscaler reports its configuration, as Ray's does on clouds. The test adds the node."""
+    with LocalNodes(tmp_path, 1, 1) as nodes:
+        subprocess.run([sys.executable, "-c", REPORTS, nodes.address], env=os.environ | nodes.environment, check=True)
+
+        def add(run: subprocess.Popen[bytes]) -> bool:
+            if waits := "waiting up to 600 s for a GPU" in (tmp_path / "run/log").read_text():
+                nodes.add(gpus=1)
+            return waits
+
+        report, log = prepared(tmp_path / "run", given, nodes, add)
+    assert report["digest"] == expected and "run on CPUs" not in log
+    assert len(records(tmp_path / "run")) > 4
+
+
 def test_documents_that_end_their_process_are_left_out_as_by_recorded_tasks(given, tmp_path):
     """One document ends the process that reads, the other the actor that scores. The stream finishes all tasks without these."""
     answers = []

@@ -22,7 +22,7 @@ def free_resources() -> dict[str, dict[str, float]]:
     return resources
 
 
-def most_resources() -> dict[str, float]:
+def most_resources() -> dict[str, int]:
     """Returns the resources of the cluster after its autoscaler has added all nodes. Returns an empty dictionary if the cluster
     has no autoscaler."""
     import ray

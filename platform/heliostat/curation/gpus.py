@@ -41,12 +41,17 @@ def _later() -> int:
 
 def _wait(flow: Flow, wait_s: float) -> None:
     """Requests a GPU from the autoscaler, and waits for the GPU."""
-    from ray.autoscaler.sdk import request_resources
-
     until = time.monotonic() + wait_s
-    request_resources(bundles=[{"GPU": 1}])
+    request(1)
     try:
         while not flow.devices() and time.monotonic() < until:
             time.sleep(LOOK_S)
     finally:
-        request_resources(bundles=[])
+        request(0)
+
+
+def request(count: int) -> None:
+    """Requests GPUs from the autoscaler, instead of the GPUs that this process requested before."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{"GPU": 1}] * count)

@@ -106,8 +106,10 @@ def run(flow: Flow, plan: StreamPlan, tasks: Iterator[Task]) -> Iterator[Finishe
                 yield number, task, None
             else:
                 running = running or RunningStream(flow, plan)
-                while not running.reason and not running.start(number, task):
+                while not (started := running.start(number, task)) and not running.reason:
                     yield from running.finished(WAIT_S)
+                if not started:
+                    yield number, task, None
                 yield from running.finished(0)
         if running is not None:
             yield from running.rest()
