@@ -6,6 +6,7 @@
     samples     what the image quickstart draws, from its last evaluation
     mlflow      MLflow's page of the quickstart's run (needs chromium and chromedriver)
     funnel      what each stage of curation leaves of Python's standard library
+    stream      when CPUs read and a GPU scores, in a pipeline on two nodes of Ray (the GPU is only one in name)
 
 They go to `docs/images/`. Runs that exist already are not trained again: delete `.heliostat/runs/NAME` for that.
 SVG pictures follow the reader's light or dark color scheme.
@@ -41,6 +42,7 @@ from rich.console import Console
 from rich.text import Text
 
 from docs.site import walk
+from tests.benchmarks import stream_scoring
 from tests.integration import browser
 from tests.waiting import until
 
@@ -285,8 +287,39 @@ def funnel() -> None:
     drawing.write("funnel.svg")
 
 
+STREAM = {"read": ("CPUs read and filter", "var(--one)"), "stages-2": ("a GPU scores", "var(--two)"),
+          "stages-3": ("CPUs filter and write", "var(--three)")}  # fmt: skip
+
+
+def stream() -> None:
+    """Prepares 16 MB of texts on two nodes, one with a logical GPU, and draws when each task of the stream began and ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        stream_scoring.make_input(Path(folder), 16, 1.0)
+        spans = stream_scoring.prepare(Path(folder) / "run", Path(folder), 1).spans
+    first, last = min(begin for _, begin, _ in spans), max(end for *_, end in spans)
+    share, left, width, row = stream_scoring.overlap(spans), 150, 500, 26
+    numbers = {kind: sum(name == kind for name, *_ in spans) for kind in STREAM}
+    drawing = Drawing(left + width + 30, 60 + row * len(STREAM), (
+        f"Times of the tasks of a stream over {last - first:.0f} seconds. The GPU scores during {share:.0%} of the time in "
+        f"which the CPUs read. Tasks: {', '.join(f'{STREAM[kind][0]} {number}' for kind, number in numbers.items())}."
+    ))  # fmt: skip
+    drawing.text(10, 16, f"The GPU scores during {share:.0%} of the time in which the CPUs read", "strong")
+    for number, (kind, (what, color)) in enumerate(STREAM.items()):
+        y = 30 + row * number
+        drawing.text(left - 10, y + 13, what, "end")
+        drawing.bar(left, y, width, 18, "var(--line)")
+        for begin, end in ((begin, end) for name, begin, end in spans if name == kind):
+            scale = width / (last - first)
+            drawing.bar(left + scale * (begin - first), y, max(scale * (end - begin) - 0.8, 0.8), 18, color)
+    for at in charts.ticks(0, last - first, 5):
+        if at <= last - first:
+            drawing.text(left + width * at / (last - first), 46 + row * len(STREAM), f"{at:g} s")
+    drawing.write("stream.svg")
+
+
 PICTURES: dict[str, Callable[[], Any]] = {
     "terminal": terminal, "resumed": resumed, "goodput": goodput_, "samples": samples, "mlflow": mlflow, "funnel": funnel,
+    "stream": stream,
 }  # fmt: skip
 
 

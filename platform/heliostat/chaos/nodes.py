@@ -80,9 +80,11 @@ class LocalNodes:
             self.stop()
             raise
 
-    def add(self) -> ChaosNode:
-        """Starts another node, at a new address, and waits until it has joined the cluster."""
-        self._start(f"127.0.0.{next(self._numbers)}", f"--address={self.address}", f"--num-cpus={self._cpus:g}")
+    def add(self, gpus: int = 0) -> ChaosNode:
+        """Starts another node, at a new address, and waits until it has joined the cluster. `gpus`: the number of GPUs that Ray
+        counts on the node, which the machine doesn't need to have."""
+        resources = (f"--num-cpus={self._cpus:g}", f"--num-gpus={gpus}")
+        self._start(f"127.0.0.{next(self._numbers)}", f"--address={self.address}", *resources)
         return self.nodes[-1]
 
     def __exit__(self, *_: object) -> None:

@@ -22,6 +22,14 @@ def free_resources() -> dict[str, dict[str, float]]:
     return resources
 
 
+def most_resources() -> dict[str, int]:
+    """Returns the resources of the cluster after its autoscaler has added all nodes. Returns an empty dictionary if the cluster
+    has no autoscaler."""
+    import ray
+
+    return ray._private.state.state.get_max_resources_from_cluster_config() or {}
+
+
 def draining_nodes() -> set[str]:
     """Returns the ids of the draining nodes. `ray.nodes` doesn't show which nodes are draining."""
     import ray

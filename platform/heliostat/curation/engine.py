@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any, NamedTuple, TypeVar
 
-from heliostat.curation import recording, segment, tally
+from heliostat.curation import gpus, recording, segment, tally
 from heliostat.curation.chain import Entry
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
 from heliostat.curation.stage import GlobalStage, Stage
+from heliostat.curation.streamed import Part, StreamPlan
 from heliostat.storage.locations import Location
 from heliostat.tasks import libraries, shipping
 from heliostat.tasks.flow import Flow, Task
@@ -29,6 +30,8 @@ from heliostat.tasks.work import key
 RUN_SHARE = 8  # a run's texts take 1 / RUN_SHARE of `memory_limit`: memory has them as strings, a table, and a file
 TALLIES = 64  # tallies that a task sums
 Item = TypeVar("Item")
+Numbered = list[tuple[int, Stage]]
+"""A segment: its stages, with their numbers in the pipeline."""
 
 
 class TakenFiles(NamedTuple):
@@ -80,7 +83,8 @@ class Curated:
 
 @dataclass
 class StageEngine:
-    """Runs stages as Ray tasks of a `Flow`; `memory_limit`: the bytes of memory that a task may use."""
+    """Runs stages as recorded tasks of a `Flow`, or in a stream if they need GPUs (`streaming`). `memory_limit`: the bytes of
+    memory that a task may use."""
 
     flow: Flow
     source: DocumentSource
@@ -91,22 +95,71 @@ class StageEngine:
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
         """Runs the documents in pieces of the input through all stages, the largest pieces first. With `explained`, also counts
         the documents that are read."""
-        first, *rest = segments(stages)
-        curated = Curated(source=self.source, identity=self.identity, every=self.every)
-        parts = list(pieces)
-        order = sorted(range(len(parts)), key=lambda number: -sum(part.length for part in parts[number]))
-        tasks = self._over_pieces(self._begun((parts[number] for number in order), stages), [s for _, s in first], explained)
-        curated.runs = self._taken(curated, "read", segment.over_pieces, tasks, order=order)
-        for part in rest:
-            number, head = part[0]
-            if isinstance(head, GlobalStage):
-                curated.runs = head.compare(self.flow, curated, number, self.memory_limit)
+        curated, parts = Curated(source=self.source, identity=self.identity, every=self.every), segments(stages)
+        ordered = sorted(pieces, key=lambda piece: -sum(part.length for part in piece))
+        for compares, group in groupby(parts, _compares):
+            some = list(group)
+            if compares:
+                for ((number, stage),) in some:
+                    assert isinstance(stage, GlobalStage)
+                    curated.runs = stage.compare(self.flow, curated, number, self.memory_limit)
+            elif some[0] is parts[0]:
+                tasks = self._over_pieces(self._begun(ordered, stages), [s for _, s in some[0]], explained)
+                curated.runs = self._through(curated, some, ["read", *kinds(some[1:])], tasks, explained)
             else:
-                chain = [s for _, s in part]
-                curated.runs = self._taken(
-                    curated, f"stages-{number}", segment.over_run, self._over_runs(curated.runs, chain, number), pooled=head.gpu
-                )
+                tasks = self._over_runs(curated.runs, [s for _, s in some[0]], some[0][0][0])
+                curated.runs = self._through(curated, some, kinds(some), tasks)
         return curated
+
+    def _through(
+        self, curated: Curated, parts: list[Numbered], names: list[str], tasks: Iterator[Task], explained: bool = False
+    ) -> list[SpilledRun]:
+        """Runs consecutive segments that don't compare documents, in a stream if a segment has a stage for GPUs. Returns the
+        temporary files of kept documents.
+
+        `names`: the segments' kinds of recorded tasks; `tasks`: the recorded tasks of the first segment.
+        """
+        runs, scoring = list[SpilledRun](), [stage.named() for part in parts for _, stage in part if stage.gpu]
+        if scoring and (count := gpus.awaited(self.flow, scoring)):
+            runs, left = self._streamed(curated, self._plan(parts, names, explained, count), tasks)
+            if not left:
+                return runs
+            tasks = iter(left)
+        return runs + self._recorded(curated, parts, names, tasks)
+
+    def _streamed(self, curated: Curated, plan: StreamPlan, tasks: Iterator[Task]) -> tuple[list[SpilledRun], list[Task]]:
+        """Runs tasks through a stream. Returns the temporary files of kept documents, and the tasks that the stream left out."""
+        from heliostat.curation import streaming  # takes a second, because it imports Ray Data
+
+        records, left = dict[int, dict[str, Any]](), list[Task]()
+        for number, task, record in streaming.run(self.flow, plan, tasks):
+            if record is None:
+                left.append(task)
+            else:
+                records[number] = record
+        finished = [records[number] for number in sorted(records)]
+        for record in finished:
+            for part in record["records"]:
+                curated.keep([curated.take(part)])
+        return [SpilledRun(*run) for record in finished for run in record["runs"]], left
+
+    def _recorded(self, curated: Curated, parts: list[Numbered], names: list[str], tasks: Iterator[Task]) -> list[SpilledRun]:
+        """Runs segments one after another as recorded tasks."""
+        runs = list[SpilledRun]()
+        for place, (part, name) in enumerate(zip(parts, names, strict=True)):
+            chain = [stage for _, stage in part]
+            work = self._over_runs(runs, chain, part[0][0]) if place else tasks
+            function = segment.over_pieces if name == "read" else segment.over_run
+            runs = self._taken(curated, name, function, work, pooled=any(stage.gpu for stage in chain))
+        return runs
+
+    def _plan(self, parts: list[Numbered], names: list[str], explained: bool, count: int) -> StreamPlan:
+        chains = [[stage for _, stage in part] for part in parts]
+        follows: list[object] = [[number, stage.follows()] for part in parts[1:] for number, stage in part]
+        streamed = [Part(name, part[0][0] if part else 0, self._entries(chain))
+                    for name, part, chain in zip(names, parts, chains, strict=True)]  # fmt: skip
+        scoring = [any(stage.gpu for stage in chain) for chain in chains]
+        return StreamPlan(self.source, streamed, scoring, follows, self.run_bytes, explained, count, self.every)
 
     def _taken(
         self,
@@ -115,14 +168,11 @@ class StageEngine:
         function: TaskFunction,
         tasks: Iterator[Task],
         pooled: bool = False,
-        order: Sequence[int] | None = None,
     ) -> list[SpilledRun]:
-        """Runs the tasks of a segment (consecutive stages). Returns the tasks' temporary files of kept documents. `order`: for
-        each task, its place in the result; by default, the tasks' order. Keeps only the names of a task's files, because an
-        input may have millions of tasks."""
+        """Runs the tasks of a segment (consecutive stages). Returns the tasks' temporary files of kept documents, in the order of
+        the tasks. Keeps only the names of a task's files, because an input may have millions of tasks."""
         taken = {number: curated.take(record) for number, record in self.flow.run(kind, function, tasks, pooled=pooled)}
-        numbers = sorted(taken, key=lambda number: order[number]) if order else sorted(taken)
-        return curated.keep(taken[number] for number in numbers)
+        return curated.keep(taken[number] for number in sorted(taken))
 
     def _begun(self, pieces: Iterable[list[FilePart]], stages: list[Stage]) -> Iterator[list[FilePart]]:
         """Yields the pieces. Records the libraries' versions only at the first piece, because this run owns the work folder by
@@ -168,18 +218,27 @@ class StageEngine:
         return self.memory_limit // RUN_SHARE
 
 
-def segments(stages: list[Stage]) -> list[list[tuple[int, Stage]]]:
+def segments(stages: list[Stage]) -> list[Numbered]:
     """Splits a list of stages, with their numbers, into segments. A stage that compares documents or needs a GPU is a segment of
     its own.
 
     The first segment never has a stage of these kinds, so the first segment may be empty.
     """
-    groups = [list[tuple[int, Stage]]()]
+    groups: list[Numbered] = [[]]
     for number, stage in enumerate(stages):
         if _alone(stage) or any(_alone(s) for _, s in groups[-1]):
             groups.append([])
         groups[-1].append((number, stage))
     return groups
+
+
+def kinds(parts: list[Numbered]) -> list[str]:
+    """Returns the kinds of recorded tasks that run segments on the temporary files of earlier segments."""
+    return [f"stages-{part[0][0]}" for part in parts]
+
+
+def _compares(part: Numbered) -> bool:
+    return any(isinstance(stage, GlobalStage) for _, stage in part)
 
 
 def _alone(stage: Stage) -> bool:

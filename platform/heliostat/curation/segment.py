@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from heliostat.curation import careful, tally
 from heliostat.curation.careful import Careful
-from heliostat.curation.chain import Chain, Entry, batches, bytes_of
+from heliostat.curation.chain import BATCH, Chain, Entry, batches, bytes_of
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.recording import is_recorded, key_of
 from heliostat.curation.stage import Document, Dropped, Picture
@@ -142,7 +142,13 @@ def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Ite
 def documents_of(folder: Location, run: SpilledRun) -> Iterator[tuple[int, Document]]:
     """Yields (row, document) for each document in a temporary file that wasn't dropped later."""
     for table in survivors(folder, run):
-        for row in table.to_pylist():
+        yield from documents_in(table)
+
+
+def documents_in(table: pa.Table) -> Iterator[tuple[int, Document]]:
+    """Yields (row, document) for each row of a table of documents."""
+    for part in table.to_batches(max_chunksize=BATCH):
+        for row in part.to_pylist():
             columns = json.loads(row["columns"]) if row["columns"] else {}
             yield row["row"], Document(row["id"], row["text"], columns, _picture(row) if "image" in row else None)
 
@@ -158,7 +164,7 @@ def _unfinished(document: Document) -> bool:
 
 def _run(documents: Iterable[Document | Dropped], source: DocumentSource, chain: Chain, out: Spiller,
          taking: Careful) -> dict[str, object]:  # fmt: skip
-    stages = (_Stages if taking.care is None else _Undoing)(chain, source, out)
+    stages = (Collecting if taking.care is None else _Undoing)(chain, source, out)
     for batch, left_out in batches(documents):
         for item in left_out:
             out.leave_out(item.id, READ, item.reason, item.detail)
@@ -167,7 +173,7 @@ def _run(documents: Iterable[Document | Dropped], source: DocumentSource, chain:
 
 
 @dataclass
-class _Stages(careful.Through):
+class Collecting(careful.Through):
     """Runs documents through a chain of stages, and collects the kept and the dropped documents."""
 
     chain: Chain
@@ -198,7 +204,7 @@ class _Stages(careful.Through):
         self.out.leave_out(document.id, crash.stage, care.CRASHED, crash.detail, columns=document.columns)
 
 
-class _Undoing(_Stages):
+class _Undoing(Collecting):
     """Runs documents through a chain of stages. If a stage raises an error, undoes all counts and changes of the batch."""
 
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
@@ -272,10 +278,14 @@ class Spiller:
             self.spill_left_out()
 
     def spill(self) -> None:
-        """Writes the collected documents to a temporary file. Rows are sorted by hash, then id, and numbered in that order."""
+        """Keeps the collected documents as a table. Rows are sorted by hash, then id, and numbered in that order."""
         self.rows.sort(key=lambda row: (row[0], row[1]))
         table, bytes = _table(self.rows), sum(row[2] for row in self.rows)
         self.rows, self.size = [], 0  # freed before the file is made, because the file takes as much memory
+        self.keep(table, bytes)
+
+    def keep(self, table: pa.Table, bytes: int) -> None:
+        """Writes a table of kept documents to a temporary file. `bytes`: the size of the documents."""
         self.runs.append(SpilledRun(spill.write_sorted(self.folder, table), len(table), bytes))
 
     def spill_left_out(self) -> None:

@@ -140,7 +140,8 @@ class Stage(Strict):
     """Python distributions on which the result depends. If the version of one of these distributions changes, the stage's tasks
     run again."""
     gpu: ClassVar[bool] = False
-    """Whether the stage runs in its own tasks, apart from other stages. Each of these tasks has a GPU if the cluster has GPUs."""
+    """Whether the stage runs a model. If the cluster has GPUs, the stage runs in actors with a GPU each (`streaming`). Otherwise
+    it runs in its own tasks."""
     of_images: ClassVar[bool] = False
     """Whether the stage reads images instead of captions."""
     version: ClassVar[int] = 1

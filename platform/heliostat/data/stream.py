@@ -132,14 +132,14 @@ def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
 class Windows(Datasource):
     """Yields the indices of windows as rows {id: 0}, {id: 1}, ..., one block each, shortly before the windows are fetched.
 
-    `numbers` lists the indices, at most `count`.
+    `numbers` lists the indices, or other values that identify the work, at most `count`.
 
     `ray.data.range` would make a task and a pickled description of every window when the stream starts. At 1.4 ms and 8 KB per
     window, this takes minutes and gigabytes for a run that reads terabytes. One task takes the same time for any number of
     windows. Ray Data then fetches with few processes, each for many windows.
     """
 
-    def __init__(self, count: int, numbers: Callable[[], Iterable[int]]) -> None:
+    def __init__(self, count: int, numbers: Callable[[], Iterable[int | bytes]]) -> None:
         self.count, self.numbers = count, numbers
 
     def estimate_inmemory_data_size(self) -> int:
@@ -165,7 +165,7 @@ class Ahead(BackpressurePolicy):
         return 0 if self._topology[op].total_enqueued_output_blocks() >= AHEAD else None
 
 
-def numbered(count: int, numbers: Callable[[], Iterable[int]], context: ray.data.DataContext) -> ray.data.Dataset:
+def numbered(count: int, numbers: Callable[[], Iterable[int | bytes]], context: ray.data.DataContext) -> ray.data.Dataset:
     """Makes the Ray Dataset of rows {id: number}, at most `count`.
 
     The dataset produces rows only as fast as the next stage takes them.

@@ -1,0 +1,99 @@
+"""Tests the driver's side of a stream without Ray: no task is lost or runs twice, however the stream ends. Tests the wait for
+GPUs."""
+
+import logging
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from heliostat.curation import gpus, streaming
+from heliostat.curation.streamed import Part, StreamPlan
+from heliostat.storage.locations import Location
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.work import Work, key
+
+PLAN = StreamPlan(None, [Part("read", 0, []), Part("stages-0", 0, [])], [False, True], [], 1 << 20, True, 1)
+RECORD = {"records": [{"kind": "read", "seconds": 1.0, "reasons": {}}], "runs": [["a", 2, 3]], "files": []}
+
+
+class LimitedStream:
+    """Takes at most three tasks at a time, and loses some. Ends after some tasks, as after the death of a process."""
+
+    drawn = random.Random()
+    ends_after = 0
+
+    def __init__(self, flow: Flow, plan: StreamPlan) -> None:
+        self.waiting: dict[int, Task] = {}
+        self.reason, self.count, self.ended = "", 0, False
+
+    def start(self, number: int, task: Task) -> bool:
+        if room := len(self.waiting) < 3:
+            self.waiting[number] = task
+        return room
+
+    def finished(self, wait_s: float) -> Iterator[streaming.Finished]:
+        if self.count >= self.ends_after:
+            self.reason = "ended"
+        if self.waiting and not self.reason:
+            self.count += 1
+            number = self.drawn.choice(list(self.waiting))
+            yield number, self.waiting.pop(number), self.drawn.choice([None, RECORD])
+
+    def rest(self) -> Iterator[streaming.Finished]:
+        yield from ((number, task, None) for number, task in self.waiting.items())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_task_comes_back_once_wherever_the_stream_ends(tmp_path, monkeypatch, seed):
+    """Tasks with a record aren't started. Tasks that recorded tasks have begun are left to them."""
+    monkeypatch.setattr(streaming, "RunningStream", LimitedStream)
+    monkeypatch.setattr(LimitedStream, "drawn", random.Random(seed))
+    monkeypatch.setattr(LimitedStream, "ends_after", seed)
+    work = Work(Location(str(tmp_path)))
+    tasks = [Task(key(number), {"piece": []}) for number in range(12)]
+    work.finish("stream", PLAN.key(tasks[2].key), RECORD)
+    work.finish("read", tasks[5].key, RECORD)
+    flow = Flow(Work(Location(str(tmp_path))))
+    finished = list(streaming.run(flow, PLAN, iter(tasks)))
+    assert sorted(number for number, *_ in finished) == list(range(12))
+    assert all(tasks[number] is task for number, task, _ in finished)
+    records: dict[int, Any] = {number: record for number, _, record in finished}
+    assert records[2] == RECORD and records[5] is None and flow.kept == {"read": 1} and flow.passed == 2
+
+
+class GpuFlow(Flow):
+    """Has a GPU from the given look on."""
+
+    looks, since = 0, 0
+
+    def nodes(self, resource: str = "CPU") -> list[int]:
+        self.looks += 1
+        return [4] if resource == "GPU" and self.looks > self.since else [0]
+
+
+@pytest.mark.parametrize(
+    ("since", "later", "count", "line"),
+    [
+        (0, 0, 4, ""),
+        (0, 16, 16, ""),
+        (3, 16, 16, "waiting up to 9 s for a GPU, because the cluster's autoscaler can add 16"),
+        (99, 0, 0, "the cluster has no node with a GPU, so these stages run on CPUs"),
+        (99, 2, 0, "no node with a GPU has joined within 9 s, so these stages run on CPUs"),
+    ],
+)
+def test_a_pipeline_waits_for_gpus_that_can_join_and_logs_if_its_stages_run_on_cpus(
+    tmp_path, monkeypatch, caplog, since, later, count, line
+):
+    caplog.set_level(logging.INFO)
+    flow, clock = GpuFlow(Work(Location(str(tmp_path)))), [0.0]
+    flow.since = since
+    monkeypatch.setattr(gpus, "_later", lambda: later)
+    monkeypatch.setattr(gpus, "request", lambda count: None)
+    monkeypatch.setattr(gpus.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpus.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    assert gpus.awaited(flow, ["perplexity"], 9.0) == count
+    assert (f"perplexity: {line}" in caplog.text) if line else not caplog.text
