@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from math import isqrt
 from types import MappingProxyType
@@ -50,7 +51,7 @@ class ShardRange:
     stop: int
     runs: list[SpilledRun]
 
-    @property
+    @cached_property
     def part(self) -> float:
         """Returns the mean number of bytes that one shard has in one of the temporary files."""
         return sum(run.bytes for run in self.runs) / max(1, len(self.runs)) / (self.stop - self.first)
@@ -138,15 +139,16 @@ def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_byt
 
 
 def _written(folder: Location, tables: list[pa.Table]) -> tuple[str, int, int]:
-    """Writes tables as one temporary file, and empties the list. If the tables have a column `row`, renumbers the rows in this
-    column."""
+    """Writes tables as one temporary file, and empties the list. Renumbers the rows of documents (`spill.SpilledRun`), which have
+    the columns `row` and `hash`."""
     table = pa.concat_tables(tables)
     tables.clear()
     bytes = int(table["bytes"].to_numpy().sum()) if "bytes" in table.column_names else table.nbytes
-    if "row" in table.column_names:
+    if {"row", "hash"} <= {*table.column_names}:
         rows = pa.array(np.arange(len(table)), table.schema.field("row").type)
         table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)
-    return spill.write(folder, table, ("hash", "id")), len(table), bytes
+    order = tuple(name for name in ("hash", "id") if name in table.column_names)
+    return spill.write(folder, table, order), len(table), bytes
 
 
 def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object]]:
