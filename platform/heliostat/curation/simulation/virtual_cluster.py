@@ -18,6 +18,7 @@ import ray.exceptions
 import xxhash
 
 from heliostat.curation.careful import Careful
+from heliostat.curation.simulation.images import fetched
 from heliostat.curation.simulation.profile import Profile, Sizes, synthesized
 from heliostat.curation.simulation.requests import Requests
 from heliostat.tasks import care
@@ -83,6 +84,8 @@ class VirtualCluster:
     """Tasks that ended because of a document."""
     stretched: int = 0
     """Tasks that were slow, or that waited for the store."""
+    limited: dict[str, float] = field(default_factory=dict)
+    """Seconds of the tasks that fetch URLs, by the limit that decides a task's time."""
     _left: float = field(default_factory=time.process_time)
     _calls: dict[str, int] = field(default_factory=dict)
 
@@ -160,6 +163,7 @@ class VirtualExecutor:
             record = synthesized(self.kind, self.call, task, cluster.profile, cluster.sizes)
             requests = cluster.requests.of_task(self.kind.name, task, record, files, read, begin)
             seconds = STARTED_S + record["seconds"] / cpus + requests * REQUEST_S / 8 + read / NODE_BYTES_PER_S
+            seconds = self._on_web(task, record["seconds"] / cpus, seconds)
             end = begin + self._stretched(task, begin, seconds)
             fault = self._poison(task, shared, record)
             result: dict[str, Any] | Exception = fault or record | {"wall": round(end - begin, 3), "run": arguments[1]}
@@ -209,6 +213,16 @@ class VirtualExecutor:
         if memory:
             each = min(each, max(1, self.cluster.memory // memory))
         return [(self.cluster.clock, node) for node in range(self.cluster.node_count) for _ in range(each)]
+
+    def _on_web(self, task: Task, compute: float, seconds: float) -> float:
+        """Returns the seconds of a task that fetches URLs: those of its narrowest limit. Other tasks take `seconds`."""
+        web, description = self.cluster.profile.web, fetched(task)
+        if web is None or description is None:
+            return seconds
+        limits = {"CPUs": compute, **web.limits(description, NODE_BYTES_PER_S)}
+        narrowest = max(limits, key=lambda name: limits[name])
+        self.cluster.limited[narrowest] = self.cluster.limited.get(narrowest, 0.0) + limits[narrowest]
+        return seconds - compute + limits[narrowest]
 
     def _stretched(self, task: Task, begin: float, seconds: float) -> float:
         """Returns the seconds of a task on a slow node, or when the store answers 503."""
