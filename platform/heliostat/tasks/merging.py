@@ -65,10 +65,10 @@ def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_
     ranges = [ShardRange(0, shards, runs)]
     while any(map(thin, ranges)):
         cut = [part for one in ranges if thin(one) for part in divided(one, run_bytes)]
-        work = [merge_of(one, group, bounds, run_bytes) for one, size in cut for group in groups(one.runs, size)]
-        records = iter(flow.all("merge", merge, iter(work)))
+        work = (merge_of(one, group, part, bounds, run_bytes) for one, size, part in cut for group in groups(one.runs, size))
+        records = iter(flow.all("merge", merge, work))
         whole = [one for one in ranges if not thin(one)]
-        for one, size in cut:
+        for one, size, _ in cut:
             merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(records)["runs"]]
             whole.append(ShardRange(one.first, one.stop, merged_runs))
         ranges = sorted(whole, key=lambda one: one.first)
@@ -84,14 +84,14 @@ def _thin(runs: int, shards: int, part: float) -> bool:
     return shards > 1 and runs * shards > MANY and part < LEAST
 
 
-def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int]]:
+def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int, float]]:
     """Splits a range of shards into smaller ranges. Yields (smaller range with the same files, number of files to merge into
-    one). A smaller range has about one row group or more in each file."""
+    one, mean bytes of a shard in a file). A smaller range has about one row group or more in each file."""
     shards = one.stop - one.first
     parts, size = _divided(shards, one.part * shards, run_bytes)
     for part in range(parts):
         first, stop = (one.first + shards * at // parts for at in (part, part + 1))
-        yield ShardRange(first, stop, one.runs), size
+        yield ShardRange(first, stop, one.runs), size, one.part
 
 
 def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
@@ -114,11 +114,11 @@ def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
         yield items[at : at + size]
 
 
-def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes: int) -> Task:
-    """Builds the task that merges a range of shards from some temporary files."""
+def merge_of(one: ShardRange, runs: list[SpilledRun], part: float, bounds: Bounds, run_bytes: int) -> Task:
+    """Builds the task that merges a range of shards from some temporary files. `part`: mean bytes of a shard in a file."""
     low, high = bounds(one.first, one.stop)
     arguments = {"runs": runs, "low": low, "high": high, "run_bytes": run_bytes}
-    bytes = int(one.part * (one.stop - one.first) * len(runs))
+    bytes = int(part * (one.stop - one.first) * len(runs))
     return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), arguments, bytes=bytes)
 
 

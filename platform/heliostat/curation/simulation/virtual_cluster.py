@@ -163,8 +163,7 @@ class VirtualExecutor:
             record = synthesized(self.kind, self.call, task, cluster.profile, cluster.sizes)
             requests = cluster.requests.of_task(self.kind.name, task, record, files, read, begin)
             seconds = STARTED_S + record["seconds"] / cpus + requests * REQUEST_S / 8 + read / NODE_BYTES_PER_S
-            seconds = self._on_web(task, record["seconds"] / cpus, seconds)
-            end = begin + self._stretched(task, begin, seconds)
+            end = begin + self._on_web(task, self._stretched(task, begin, seconds))
             fault = self._poison(task, shared, record)
             result: dict[str, Any] | Exception = fault or record | {"wall": round(end - begin, 3), "run": arguments[1]}
             end = begin + (end - begin) / 2 if fault else end
@@ -214,15 +213,16 @@ class VirtualExecutor:
             each = min(each, max(1, self.cluster.memory // memory))
         return [(self.cluster.clock, node) for node in range(self.cluster.node_count) for _ in range(each)]
 
-    def _on_web(self, task: Task, compute: float, seconds: float) -> float:
-        """Returns the seconds of a task that fetches URLs: those of its narrowest limit. Other tasks take `seconds`."""
+    def _on_web(self, task: Task, seconds: float) -> float:
+        """Returns the seconds of a task. For a task that fetches URLs, the narrowest limit decides: the web, or the task's own
+        seconds."""
         web, description = self.cluster.profile.web, fetched(task)
         if web is None or description is None:
             return seconds
-        limits = {"CPUs": compute, **web.limits(description, NODE_BYTES_PER_S)}
+        limits = {"CPUs": seconds, **web.limits(description, NODE_BYTES_PER_S)}
         narrowest = max(limits, key=lambda name: limits[name])
         self.cluster.limited[narrowest] = self.cluster.limited.get(narrowest, 0.0) + limits[narrowest]
-        return seconds - compute + limits[narrowest]
+        return limits[narrowest]
 
     def _stretched(self, task: Task, begin: float, seconds: float) -> float:
         """Returns the seconds of a task on a slow node, or when the store answers 503."""

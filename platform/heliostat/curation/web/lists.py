@@ -88,12 +88,12 @@ def plan(
     read = list[tuple[int, int, int, list[str] | str]]()
     for part in merging.merged(flow, ordered, len(ranges), keys, run_bytes) if ranges else ():
         names = [run.name for run in part.runs]
-        there = names if len(names) <= NAMES else store(flow.work.spill, names)
-        read += [(*one, there) for one in ranges[part.first : part.stop]]
-    for low, high, of, there in sorted(read, key=itemgetter(2)):
+        place_or_names = names if len(names) <= NAMES else store(flow.work.spill, names)
+        read += [(*one, place_or_names) for one in ranges[part.first : part.stop]]
+    for low, high, of, place_or_names in sorted(read, key=itemgetter(2)):
         urls, dealing = int(counts[low:high].sum()) // of, {"large": URLS} if of > 1 else {}
         shared = {"kind": "urls", "names": place, "low": low << GROUP, "high": high << GROUP, **dealing}
-        also = {"names": there, "urls": urls, "bytes": round(urls * each)}
+        also = {"names": place_or_names, "urls": urls, "bytes": round(urls * each)}
         yield from (({**shared, "part": part, "of": of}, also) for part in range(of))
 
 
