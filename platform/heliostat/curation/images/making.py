@@ -152,10 +152,11 @@ class ImageMaking(Making):
         firsts = accumulate(numbers.values(), initial=0)
         shards: Shards = {bucket: (first, numbers[bucket]) for bucket, first in zip(numbers, firsts, strict=False)}
         total = sum(numbers.values())
+        each = curated.bytes // total
         if curated.bytes * SHARD_SHARE > self.memory_limit * total:
             log.warning("shard_images: a shard of %d bytes needs about %d bytes of memory, more than memory_limit (%d). "
                         "Lower shard_images, or raise memory_limit",
-                        curated.bytes // total, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
+                        each, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None
         shipments = self.latents.shipments() if self.latents else []
@@ -177,7 +178,7 @@ class ImageMaking(Making):
                 shared, base = {"names": self.flow.share(names)}, key("shards", names, plan)
                 for number in range(part.first, part.stop):
                     prefix = tasks.folder_of(*places[number], self.buckets)
-                    yield Task(key(base, number), {"number": number, "prefix": prefix, **plan}, shared, curated.bytes // total)
+                    yield Task(key(base, number), {"number": number, "prefix": prefix, **plan}, shared, each)
 
         return self.shards(tasks.write_shard, work())
 

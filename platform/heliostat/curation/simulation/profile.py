@@ -13,6 +13,7 @@ from typing import Any
 import xxhash
 
 from heliostat.curation.images.sampling import SampledImages
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.simulation import images
 from heliostat.curation.simulation.hosts import WebModel
 from heliostat.curation.simulation.requests import input_parts, named
@@ -91,8 +92,8 @@ class Sizes:
             return images.list_bytes(description)
         if parts := input_parts(task):
             source = task.arguments.get("source")
-            sampled = isinstance(source, SampledTexts | SampledImages)
-            return int(sum(part.length * (source.rate(part) if sampled else 1) for part in parts))
+            rate = source.rate if isinstance(source, SampledTexts | SampledImages) else _whole
+            return int(sum(part.length * rate(part) for part in parts))
         if task.bytes and task.arguments.keys() & {"run_bytes", "chunk_images"}:  # merges, and shards of images
             return task.bytes
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
@@ -113,6 +114,11 @@ class Sizes:
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
         lists = [value for value in [*shared, *task.arguments.values()] if isinstance(value, list)]
         return sum(len(value) for value in lists if value and isinstance(value[0], str | SpilledRun))
+
+
+def _whole(part: FilePart) -> float:
+    """Returns 1, the share of a part's records that a task without a sample reads."""
+    return 1.0
 
 
 def spilled_bytes(value: object) -> int:
@@ -136,7 +142,7 @@ def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: 
     """Returns the record that a task would have, with its CPU seconds in `seconds`."""
     read, like = sizes.read(task), profile.like(kind.name, call, task.key)
     if kind.name == "metadata":
-        (listed,) = (sizes.values.get(id(value), value) for value in task.shared.values())
+        listed: Any = sizes.values[id(task.shared["listed"])]
         return images.metadata_record(task, listed) | {"seconds": read / LINES_BYTES_PER_S}
     if like is None:
         return _merged(kind, task, read)
