@@ -4,9 +4,8 @@ import random
 
 import pytest
 from heliostat.curation import prediction, reasons, sampled
-from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.pieces import FilePart
-from heliostat.errors import ConfigError, DataError
+from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 
 from tests.unit.build_image_pipeline import make_input
@@ -75,8 +74,6 @@ def test_what_cannot_be_tried_is_one_error(tmp_path):
     folder_of(tmp_path / "in", [("a.png", image(8, 8), {"caption": "x"})])
     with pytest.raises(DataError, match="the sample is empty"):
         predict(tmp_path, 0.0001)
-    with pytest.raises(ConfigError, match="--sample: not supported with fetch"):
-        ImagePipeline.model_construct(fetch=object()).predict(Location(str(tmp_path)), [], 0.5)
 
 
 def test_a_share_has_large_files_and_small_ones_as_all_have_them():

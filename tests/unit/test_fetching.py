@@ -22,6 +22,7 @@ from heliostat.curation.web import client, lists
 from heliostat.curation.web.client import Bounds, FetchError
 from heliostat.curation.web.polite import Fetcher
 from heliostat.errors import ConfigError, DataError
+from heliostat.storage.locations import Location
 
 from tests.unit.build_curation import KilledError
 from tests.unit.build_images import Here, image, prepared
@@ -231,6 +232,17 @@ def test_tasks_share_the_delay_that_a_host_asks_for(server, of, delay, pause):
     assert [fetch(server.url("/x")) for _ in range(3)] == [b"x"] * 3 and clock.slept == [pause] * 3
 
 
+def test_a_host_that_no_other_task_fetches_from_has_its_full_rate(server):
+    """Also after robots.txt. A redirect to any other host counts as shared, because other tasks may have such redirects."""
+    server.pages |= {"/robots.txt": b"User-agent: *\nCrawl-delay: 3\n", "/x": b"x",
+                     "/far": lambda h: h.answer(b"", 302, Location=server.url("/x", "127.0.0.1"))}  # fmt: skip
+    clock = Clock()
+    fetch = Fetcher(HERE, 0.5, 0, True, clock.sleep, clock, of=5)
+    fetch.alone.add("localhost")
+    assert [fetch(server.url("/x")) for _ in range(2)] == [b"x"] * 2 and clock.slept == [3.0] * 2
+    assert fetch(server.url("/far")) == b"x" and clock.slept[2:] == [3.0, 15.0]
+
+
 def test_a_redirect_is_followed_as_politely_as_a_url(server):
     """It waits for its host's turn, on any port, and has its own robots.txt: rules belong to an origin, the rate to a host."""
     with running(Server()) as other:
@@ -380,3 +392,16 @@ def test_private_addresses_are_refused_unless_they_are_allowed(tmp_path, server)
     with pytest.raises(DataError, match=r"nothing is left; dropped: \{'bad_url': 2, 'private_address': 4\}"):
         prepared(keys(tmp_path, fetch={"per_second": 1000}))
     assert server.asked == []
+
+
+def test_a_dry_run_fetches_a_share_of_the_urls(tmp_path, server, monkeypatch):
+    """It reads some complete lists, and predicts the images and the hours of the whole input from a share of the URLs."""
+    monkeypatch.setattr(lists, "URLS", 7)
+    make_lists(tmp_path / "in", server, 90)
+    pipeline = Here.model_validate(keys(tmp_path))
+    found = pipeline.predict(Location(str(tmp_path / "trial")), pipeline.inputs(), 0.4)
+    asked = {path for path, _ in server.asked if path.endswith(".png")}
+    assert 20 <= len(asked) <= 55 and found["documents"] == pytest.approx(90, rel=0.4)
+    assert found["sample"]["read_bytes"] == pytest.approx(0.4 * found["input"]["bytes"], rel=0.05)
+    spent = sum(json.loads(record.read_text())["seconds"] for record in (tmp_path / "trial/work/done/lists").iterdir())
+    assert pipeline._made.seconds["lists"] == pytest.approx(0.4 * spent, rel=0.05, abs=1e-3), "complete lists were read"

@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 
 import pytest
-from heliostat.curation.images import sources
+from heliostat.curation.images import planning, sources
 from heliostat.curation.images.sources import ImageColumns
 from heliostat.curation.stage import Dropped
 
@@ -74,9 +74,7 @@ def test_images_that_were_read_without_etags_are_not_read_again(tmp_path, monkey
 
     def named(**changes: object) -> set[str]:
         files = [replace(file, **changes) for file in sources.listing(str(tmp_path / "in"))]
-        parts = [
-            sources.spilled(first.work.spill, task, {}) for task in sources.tasks(str(tmp_path / "in"), files, ImageColumns())
-        ]
+        parts = planning.parts(again, str(tmp_path / "in"), files, ImageColumns(), 1 << 30)
         return {part.path_by_time or part.path for part in parts}
 
     assert named() == named(etag="abc") and not named() & named(etag="abc", modified=7)

@@ -46,6 +46,16 @@ def ids(folder: Location, runs: list[SpilledRun], low: int = 0, high: int = spil
 SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.ci) for seed in range(3, 12))]
 
 
+def test_the_tasks_of_a_merge_read_each_byte_once():
+    """Together, they have the bytes of all runs. The number of tasks is that of the runs, so each is made when it starts."""
+    runs = [SpilledRun(f"00/{i:032}-10.parquet", 10, 50 * spill.GROUP_BYTES) for i in range(40)]
+    whole, most = ShardRange(0, 5000, runs), 100 * spill.GROUP_BYTES
+    cut = [(*part, some) for part in merging.divided(whole, most) for some in merging.groups(runs, part[1])]
+    tasks = [merging.merge_of(one, some, part, bounds(5000), most) for one, _, part, some in cut]
+    assert sum(task.bytes for task in tasks) == pytest.approx(sum(run.bytes for run in runs), rel=0.01)
+    assert max(task.bytes for task in tasks) <= 1.1 * most
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_document_is_in_the_runs_of_its_range_once(tmp_path, monkeypatch, seed):
     """For any number of runs and shards and any run size, a shard's range holds the same documents as before."""

@@ -24,7 +24,7 @@ class FilePart:
 
     `first`: the number of the range's first record, counted from 1; 0 if the reader determines the number. `etag`: the ETag of an
     object, if its store has ETags. `path_by_time`: the path in the form of older versions of heliostat, without ETags; "" if it
-    is the same.
+    is the same. `description`: what a task reads, as JSON, for a part that isn't a file. Then `path` identifies the description.
     """
 
     path: str
@@ -35,6 +35,7 @@ class FilePart:
     first: int = 1
     etag: str = ""
     path_by_time: str = ""
+    description: str = ""
 
     @property
     def length(self) -> int:
@@ -56,7 +57,9 @@ class FilePart:
     def fields(self) -> dict[str, object]:
         """Returns the part as JSON values by field names. If the part has no ETag, the fields are the same as in older versions
         of heliostat."""
-        return {name: value for name, value in asdict(self).items() if name not in ("etag", "path_by_time") or value}
+        return {
+            name: value for name, value in asdict(self).items() if name not in ("etag", "path_by_time", "description") or value
+        }
 
 
 def size(total: int) -> int:

@@ -69,10 +69,10 @@ def _passes(flow: Flow, kind: str, function: TaskFunction, ranges: list[ShardRan
             many: int) -> list[ShardRange]:  # fmt: skip
     while any(thin(one, many) for one in ranges):
         cut = [part for one in ranges if thin(one, many) for part in divided(one, run_bytes)]
-        work = (merge_of(one, group, bounds, run_bytes) for one, size in cut for group in groups(one.runs, size))
+        work = (merge_of(one, group, part, bounds, run_bytes) for one, size, part in cut for group in groups(one.runs, size))
         records = iter(flow.all(kind, function, work))
         whole = [one for one in ranges if not thin(one, many)]
-        for one, size in cut:
+        for one, size, _ in cut:
             merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(records)["runs"]]
             whole.append(ShardRange(one.first, one.stop, merged_runs))
         ranges = sorted(whole, key=lambda one: one.first)
@@ -89,14 +89,14 @@ def _thin(runs: int, shards: int, part: float, many: int) -> bool:
     return shards > 1 and runs * shards > many and part < LEAST
 
 
-def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int]]:
+def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int, float]]:
     """Splits a range of shards into smaller ranges. Yields (smaller range with the same files, number of files to merge into
-    one). A smaller range has about one row group or more in each file."""
+    one, mean bytes of a shard in a file). A smaller range has about one row group or more in each file."""
     shards = one.stop - one.first
     parts, size = _divided(shards, one.part * shards, run_bytes)
     for part in range(parts):
         first, stop = (one.first + shards * at // parts for at in (part, part + 1))
-        yield ShardRange(first, stop, one.runs), size
+        yield ShardRange(first, stop, one.runs), size, one.part
 
 
 def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
@@ -119,12 +119,12 @@ def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
         yield items[at : at + size]
 
 
-def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes: int) -> Task:
-    """Builds the task that merges a range of shards from some temporary files."""
+def merge_of(one: ShardRange, runs: list[SpilledRun], part: float, bounds: Bounds, run_bytes: int) -> Task:
+    """Builds the task that merges a range of shards from some temporary files. `part`: mean bytes of a shard in a file."""
     low, high = bounds(one.first, one.stop)
     arguments = {"runs": runs, "low": low, "high": high, "run_bytes": run_bytes}
-    return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), arguments,
-                bytes=sum(run.bytes for run in runs))  # fmt: skip
+    bytes = int(part * (one.stop - one.first) * len(runs))
+    return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), arguments, bytes=bytes)
 
 
 def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
@@ -166,10 +166,11 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
 def _written(folder: Location, table: pa.Table) -> tuple[str, int, int]:
     """Writes a table as one temporary file. If the table has a column `row`, renumbers the rows in this column."""
     bytes = int(table["bytes"].to_numpy().sum()) if "bytes" in table.column_names else table.nbytes
-    if "row" in table.column_names:
+    if {"row", "hash"} <= {*table.column_names}:
         rows = pa.array(np.arange(len(table)), table.schema.field("row").type)
         table = table.set_column(table.schema.get_field_index("row"), table.schema.field("row"), rows)
-    return spill.write(folder, table, ("hash", "id")), len(table), bytes
+    order = tuple(name for name in ("hash", "id") if name in table.column_names)
+    return spill.write(folder, table, order), len(table), bytes
 
 
 def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object]]:

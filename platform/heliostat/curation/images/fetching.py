@@ -13,10 +13,11 @@ from pydantic import Field
 
 from heliostat.curation.images.pictures import Raw
 from heliostat.curation.images.sources import ImageColumns
+from heliostat.curation.sampled import OF_RECORDS, chosen
 from heliostat.curation.stage import Dropped
 from heliostat.curation.web import lists
 from heliostat.curation.web.client import Bounds, FetchError
-from heliostat.curation.web.polite import Fetcher
+from heliostat.curation.web.polite import Fetcher, host_of
 from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
 
@@ -67,14 +68,18 @@ class Fetching:
     config: FetchSettings
     bytes: int
 
-    def read(self, folder: Location, task: dict[str, Any], names: list[str], columns: ImageColumns) -> Iterator[Raw | Dropped]:
-        """Yields the image of each URL of a task, or the reason why the image is missing."""
+    def read(self, folder: Location, task: dict[str, Any], columns: ImageColumns, rate: float = 1.0) -> Iterator[Raw | Dropped]:
+        """Yields the image of each URL of a task, or the reason why the image is missing. `rate`: the share of URLs to fetch."""
         config = self.config
         bounds = Bounds(self.bytes, config.seconds, config.private, config.agent)
         fetcher = Fetcher(bounds, 1 / config.per_second, config.retries, config.robots, of=task["of"])
         with ThreadPoolExecutor(config.threads) as pool:
             waiting = deque[tuple[dict[str, Any], Future[bytes]]]()
-            for row in lists.rows(folder, task, names):
+            for row, shared in lists.rows(folder, task):
+                if rate < 1 and not chosen(row["id"], rate, OF_RECORDS):
+                    continue
+                if not shared:
+                    fetcher.alone.add(host_of(row["url"]))
                 waiting.append((row, pool.submit(fetcher, row["url"])))
                 if len(waiting) >= 2 * config.threads:
                     yield _read(*waiting.popleft(), columns)

@@ -10,14 +10,15 @@ from itertools import accumulate
 from typing import Any, ClassVar
 
 from heliostat.curation import pieces, recording, segment, tally
-from heliostat.curation.engine import Curated
-from heliostat.curation.images import pictures, sampling, tasks
+from heliostat.curation.engine import RUN_SHARE, Curated
+from heliostat.curation.images import pictures, planning, sampling, tasks
 from heliostat.curation.images import sources as image_sources
-from heliostat.curation.images.fetching import REASONS
+from heliostat.curation.images.fetching import REASONS, Fetching
 from heliostat.curation.images.latents import EMPTY, Latents
 from heliostat.curation.images.tasks import END, ImageSource, Shards
 from heliostat.curation.making import Making, WrittenShards
 from heliostat.curation.pieces import FilePart
+from heliostat.curation.predicting import Prediction
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.segment import SpilledRun
 from heliostat.curation.stage import Stage
@@ -99,19 +100,33 @@ class ImageMaking(Making):
         return WrittenShards(shards.table(), facts, part, ends)
 
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
-        """Writes the descriptions of the tasks that read the input to temporary files, one by one. So the driver never has the
-        complete metadata files in memory."""
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
-        sizes, planned = {f.path: f.bytes for f in inputs}, self._tasks(inputs)
-        for task in sampling.sampled(planned, inputs, self.sample) if self.sample else planned:
-            yield [image_sources.spilled(self.flow.work.spill, task, sizes)]
+        yield from ([part] for part in self._parts(inputs))
 
-    def _tasks(self, inputs: list[InputFile]) -> Iterator[dict[str, Any]]:
+    def _parts(self, inputs: list[InputFile]) -> Iterator[FilePart]:
+        read, sizes = self.source, {f.path: f.bytes for f in inputs}
+        if read.fetching:
+            return self._fetched(inputs, read.fetching)
+        if self.sample is None:
+            return planning.parts(self.flow, read.input, inputs, read.columns, read.limits.file)
+        tasks_of_all = image_sources.tasks(read.input, inputs, read.columns, read.limits.file)
+        return (planning.described(task, sizes) for task in sampling.sampled(tasks_of_all, inputs, self.sample))
+
+    def _fetched(self, inputs: list[InputFile], fetching: Fetching) -> Iterator[FilePart]:
         read = self.source
-        if read.fetching is None:
-            return image_sources.tasks(read.input, inputs, read.columns, read.limits.file)
+        inputs = sampling.of_lists(inputs, self.sample) if self.sample else inputs
         wanted = [c for c in (read.columns.caption, read.columns.label, *read.columns.others) if c]
-        return lists.plan(self.flow, read.input, inputs, read.fetching.config.column, wanted, read.limits.file)
+        planned = lists.plan(self.flow, read.input, inputs, fetching.config.column, wanted, read.limits.file,
+                             self.memory_limit // RUN_SHARE)  # fmt: skip
+        chosen = sampling.of_urls(planned, self.sample) if self.sample else planned
+        return (planning.described(task, {}, also) for task, also in chosen)
+
+    def refine(self, prediction: Prediction, curated: Curated) -> list[str]:
+        """Corrects the seconds for reading lists of URLs: the sample reads complete lists, but fetches only some of their
+        URLs."""
+        for counts in (self.flow.seconds, self.flow.walls) if self.source.fetching else ():
+            counts["lists"] *= prediction.sample.records[sampling.URLS]
+        return []
 
     def _counted(self, runs: list[SpilledRun]) -> tuple[dict[str, int], list[str]]:
         """Counts the images of each bucket, and lists the labels of all images. Stops listing once there are more than
@@ -141,10 +156,11 @@ class ImageMaking(Making):
         firsts = accumulate(numbers.values(), initial=0)
         shards: Shards = {bucket: (first, numbers[bucket]) for bucket, first in zip(numbers, firsts, strict=False)}
         total = sum(numbers.values())
+        each = curated.bytes // total
         if curated.bytes * SHARD_SHARE > self.memory_limit * total:
             log.warning("shard_images: a shard of %d bytes needs about %d bytes of memory, more than memory_limit (%d). "
                         "Lower shard_images, or raise memory_limit",
-                        curated.bytes // total, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
+                        each, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None
         shipments = self.latents.shipments() if self.latents else []
@@ -167,7 +183,7 @@ class ImageMaking(Making):
                 shared, base = {"names": self.flow.share(names)}, key("shards", names, plan)
                 for number in range(part.first, part.stop):
                     prefix = tasks.folder_of(*places[number], self.buckets)
-                    yield Task(key(base, number), {"number": number, "prefix": prefix, **plan}, shared, curated.bytes // total)
+                    yield Task(key(base, number), {"number": number, "prefix": prefix, **plan}, shared, each)
 
         return self.shards(tasks.write_shard, work())
 

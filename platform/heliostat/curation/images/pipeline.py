@@ -195,11 +195,6 @@ class ImagePipeline(StagedPipeline):
         return config
 
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
-        if self.fetch:
-            raise ConfigError(
-                "--sample: not supported with fetch, because a dry run deletes all fetched images. "
-                "Run heliostat data prepare with a shorter list instead"
-            )
         return SampledParts(fraction)
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> ImageMaking:

@@ -4,16 +4,25 @@ archives."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from heliostat.curation.images import planning
 from heliostat.curation.images.pictures import Raw
 from heliostat.curation.images.tasks import ImageSource
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.sampled import OF_RECORDS, PLACES, SampledParts, chosen, evenly
+from heliostat.curation.segment import name_of
 from heliostat.curation.stage import Dropped
 
+URLS = "urls"  # kind of the parts that are lists of URLs
+LISTS, FETCHES = (
+    4,
+    8,
+)  # minimum numbers of chosen lists and of fetching tasks: a task reads a complete list, or URLs of many hosts
+Fetched = tuple[dict[str, Any], dict[str, Any]]
+"""A fetching task of `lists.plan`."""
 RATE = "rate"  # key of a task: the share of its images that the sample takes
 
 
@@ -21,7 +30,13 @@ RATE = "rate"  # key of a task: the share of its images that the sample takes
 class SampledImages(ImageSource):
     """Reads a sample of an image input: of each task's images, only those with chosen ids."""
 
+    def rate(self, part: FilePart) -> float:
+        """Returns the share of a part's images that are in the sample."""
+        return planning.task_of(self.spill, part)[RATE]
+
     def _raw(self, task: dict[str, Any]) -> Iterator[Raw | Dropped]:
+        if self.fetching:
+            return self.fetching.read(self.spill, task, self.columns, task[RATE])
         return (raw for raw in super()._raw(task) if task[RATE] >= 1 or chosen(raw.id, task[RATE], OF_RECORDS))
 
 
@@ -48,6 +63,26 @@ def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: Sa
         sample.add("archives", archives, taken, False, sample.fraction / rate)
         for part in sorted(taken, key=lambda part: (part.path, part.start)):
             yield {"kind": "archives", "parts": [vars(part)], RATE: sample.fraction / rate}
+
+
+def of_lists(inputs: list[InputFile], sample: SampledParts) -> list[InputFile]:
+    """Chooses some of the lists of URLs, at least one. Records the chosen lists, and the share of their URLs to fetch, in
+    `sample`. The key of this share is URLS."""
+    parts = [file.part for file in inputs]
+    taken = evenly(parts, max(sample.fraction, min(1.0, LISTS / len(parts)))) or parts[:1]
+    share = min(1.0, sample.fraction * sum(part.length for part in parts) / max(1, sum(part.length for part in taken)))
+    sample.add(URLS, parts, [replace(part, bytes=round(part.bytes * share)) for part in taken], False, 1.0)
+    sample.records[URLS] = share
+    paths = {part.path for part in taken}
+    return [file for file in inputs if file.path in paths]
+
+
+def of_urls(planned: Iterable[Fetched], sample: SampledParts) -> Iterator[Fetched]:
+    """Chooses some of the tasks that fetch the URLs of the chosen lists, and sets the share of URLs that each of them fetches."""
+    every = sorted(planned, key=lambda one: name_of(one[0]))
+    wanted = sample.records[URLS] * len(every)
+    taken = every[: max(min(FETCHES, len(every)), round(wanted))]
+    yield from (({**task, RATE: min(1.0, wanted / len(taken))}, also) for task, also in taken)
 
 
 def _files(task: dict[str, Any], sizes: dict[str, InputFile], sample: SampledParts) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from heliostat.curation import pieces, segment
+from heliostat.curation import pieces
 from heliostat.curation.images.pictures import Dropped, Raw, encode
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
@@ -118,33 +118,29 @@ def tasks(
     if uri == DIGITS:
         yield {"kind": "digits", "path": ""}
         return
-    tables = [f.path for f in files if f.path.rsplit("/", 1)[-1] in METADATA]
+    tables = metadata_files(files)
     if not tables:
         target = target or pieces.size(sum(f.bytes for f in files))
         for piece in pieces.cut((f.part for f in files), target, _ranged):
             yield {"kind": "archives", "parts": [part.fields for part in piece]}
         return
-    base, present = sources.root(uri), {f.path: [f.bytes, f.modified, *([f.etag] if f.etag else [])] for f in files}
     for path in tables:
-        entries = _entries(base, path, columns, limit)
-        for first in range(0, len(entries), FILES_PER_TASK):
-            some = entries[first : first + FILES_PER_TASK]
-            yield {"kind": "files", "path": path, "entries": some, "state": [present.get(e["path"]) for e in some]}
+        yield from tasks_of_table(sources.root(uri), path, files, columns, limit)
 
 
-def spilled(folder: Location, task: dict[str, Any], sizes: Mapping[str, int]) -> FilePart:
-    """Writes the description of a task that reads images to a temporary file. Returns the path of the temporary file and the
-    bytes that the task reads. `sizes`: the bytes of each input file."""
-    paths = [one["path"] for one in task.get("parts") or task.get("entries", [])]
-    name, by_time = segment.store(folder, task), segment.name_of(_without_etags(task))
-    return FilePart(name, sum(sizes.get(path, 0) for path in paths), 0, path_by_time=by_time if by_time != name else "")
+def tasks_of_table(
+    base: Location, path: str, files: list[InputFile], columns: ImageColumns, limit: int
+) -> Iterator[dict[str, Any]]:
+    """Plans the tasks that read the files in a metadata file. `files`: the input files in the metadata file's folder."""
+    present = {f.path: [f.bytes, f.modified, *([f.etag] if f.etag else [])] for f in files}
+    entries = _entries(base, path, columns, limit)
+    for first in range(0, len(entries), FILES_PER_TASK):
+        some = entries[first : first + FILES_PER_TASK]
+        yield {"kind": "files", "path": path, "entries": some, "state": [present.get(e["path"]) for e in some]}
 
 
-def _without_etags(task: dict[str, Any]) -> dict[str, Any]:
-    """Returns a copy of a reading task's description without ETags, as older versions of heliostat wrote such descriptions."""
-    if "parts" in task:
-        return {**task, "parts": [{key: part[key] for key in part if key != "etag"} for part in task["parts"]]}
-    return {**task, "state": [one and one[:2] for one in task["state"]]} if "state" in task else task
+def metadata_files(files: list[InputFile]) -> list[str]:
+    return [f.path for f in files if f.path.rsplit("/", 1)[-1] in METADATA]
 
 
 def _ranged(path: str) -> bool:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation import recording, segment
-from heliostat.curation.images import pictures, sources
+from heliostat.curation.images import pictures, planning, sources
 from heliostat.curation.images.fetching import Fetching
 from heliostat.curation.images.pictures import ImageRules, Raw
 from heliostat.curation.images.sources import ImageColumns, ImageLimits
@@ -48,8 +48,8 @@ Shards = dict[str, tuple[int, int]]  # bucket -> (number of its first shard amon
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Reads the images of an input in Ray's workers. Each part of the input is the description of a reading task, in a temporary
-    file. `FilePart.path` is the name of this file."""
+    """Reads the images of an input in Ray's workers. Each part of the input is the description of a reading task
+    (`planning.task_of`)."""
 
     input: str
     columns: ImageColumns
@@ -60,11 +60,11 @@ class ImageSource:
 
     def _raw(self, task: dict[str, Any]) -> Iterator[Raw | Dropped]:
         if self.fetching:
-            return self.fetching.read(self.spill, task, segment.load(self.spill, task["names"]), self.columns)
+            return self.fetching.read(self.spill, task, self.columns)
         return sources.read(self.input, task, self.columns, self.limits)
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
-        for raw in self._raw(segment.load(self.spill, part.path)):
+        for raw in self._raw(planning.task_of(self.spill, part)):
             caption = raw if isinstance(raw, Dropped) else pictures.clean(raw, self.rules)
             if isinstance(caption, Dropped):
                 yield caption

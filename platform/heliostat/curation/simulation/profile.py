@@ -6,16 +6,20 @@ read. Spilled files get new names with the scaled size.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
 
-from heliostat.curation.simulation.requests import input_parts
+from heliostat.curation.images.sampling import SampledImages
+from heliostat.curation.pieces import FilePart
+from heliostat.curation.simulation import images
+from heliostat.curation.simulation.hosts import WebModel
+from heliostat.curation.simulation.requests import input_parts, named
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
+from heliostat.curation.web.lists import NAMES
 from heliostat.data.row_groups import RowGroupColumns
 from heliostat.errors import ConfigError
 from heliostat.tasks import merging, spill
@@ -46,6 +50,8 @@ class Profile:
 
     tasks: dict[tuple[str, int], list[MeasuredTask]] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    web: WebModel | None = None
+    """Limits of tasks that fetch URLs, if the pipeline has such tasks."""
 
     def begin(self, kind: str) -> int:
         """Counts a call for tasks of a kind; returns the call's number."""
@@ -83,9 +89,14 @@ class Sizes:
         sample, only the share of the records that the task takes. For a tokenizer, the bytes of its training text."""
         if "samples" in task.arguments:
             return min(task.arguments["bytes"], task.arguments["config"]["train_bytes"])
+        if description := images.fetched(task):
+            return images.list_bytes(description)
         if parts := input_parts(task):
             source = task.arguments.get("source")
-            return int(sum(part.length * (source.rate(part) if isinstance(source, SampledTexts) else 1) for part in parts))
+            rate = source.rate if isinstance(source, SampledTexts | SampledImages) else _whole
+            return int(sum(part.length * rate(part) for part in parts))
+        if task.bytes and task.arguments.keys() & {"run_bytes", "chunk_images"}:  # merges, and shards of images
+            return task.bytes
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
         share = _share_of_keys(task.arguments, self.plan(task))
         spilled = sum(self.lists[id(value)] if id(value) in self.lists else spilled_bytes(value) for value in shared)
@@ -99,9 +110,16 @@ class Sizes:
 
     def files(self, task: Task) -> int:
         """Returns the number of spilled files from which a task reads."""
+        if description := images.fetched(task):
+            return len(description["names"]) if isinstance(description["names"], list) else NAMES
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
         lists = [value for value in [*shared, *task.arguments.values()] if isinstance(value, list)]
         return sum(len(value) for value in lists if value and isinstance(value[0], str | SpilledRun))
+
+
+def _whole(part: FilePart) -> float:
+    """Returns 1, the share of a part's records that a task without a sample reads."""
+    return 1.0
 
 
 def spilled_bytes(value: object) -> int:
@@ -124,12 +142,19 @@ def _share_of_keys(arguments: Mapping[str, Any], plan: TextSharding | None = Non
 def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: Sizes) -> dict[str, Any]:
     """Returns the record that a task would have, with its CPU seconds in `seconds`."""
     read, like = sizes.read(task), profile.like(kind.name, call, task.key)
+    if kind.name == "metadata":
+        listed: Any = sizes.values[id(task.shared["listed"])]
+        return images.metadata_record(task, listed) | {"seconds": read / LINES_BYTES_PER_S}
     if like is None:
         return _merged(kind, task, read)
     growth = read / like.bytes if read and like.bytes else 1.0
     if kind.name in SAME_SIZE:
         return like.record | {"seconds": like.record["seconds"] * growth}
     opening = like.record.get("opening", 0.0)
+    if kind.name == "lists":
+        return images.lists_record(like.record, task.key, growth) | {"seconds": like.record["seconds"] * growth}
+    if "chunk_images" in task.arguments:
+        return images.shard_record(like.record, task, growth) | {"seconds": like.record["seconds"] * growth}
     record = Scaling(task.key, growth).of({k: v for k, v in like.record.items() if k not in ("run", "wall")})
     record["seconds"] = max(0.0, like.record["seconds"] - opening) * growth
     record |= _recorded(record, task, sizes.plan(task))
@@ -177,20 +202,14 @@ class Scaling:
         return value if size is None or value.endswith(".json") else named(f"{self.key} {value}", round(size * self.growth))
 
 
-def named(what: str, bytes: int) -> str:
-    """Returns the name of a spilled file that doesn't exist, with its size."""
-    digest = hashlib.sha256(what.encode()).hexdigest()
-    return f"{digest[:2]}/{digest[:32]}-{bytes}.parquet"
-
-
 def _merged(kind: TaskKind, task: Task, read: int) -> dict[str, Any]:
     """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, counting lines, or
     listing dropped documents. Raises ConfigError for other kinds."""
     seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
     if kind.function in (merging.merge, merging.merge_spills):
-        rows = sum(run.rows for run in task.arguments["runs"])
-        return {"runs": _cut([[name, int(rows * _share_of_keys(task.arguments)), read]], task.arguments["run_bytes"], task.key),
-                "files": [name], "seconds": seconds}  # fmt: skip
+        runs = task.arguments["runs"]
+        rows = sum(run.rows for run in runs) * read // max(1, sum(run.bytes for run in runs))
+        return {"runs": _cut([[name, rows, read]], task.arguments["run_bytes"], task.key), "files": [name], "seconds": seconds}
     if kind.name == "tally":
         return {"tally": task.arguments["names"][0], "files": [], "seconds": seconds}
     if kind.name == "listed":

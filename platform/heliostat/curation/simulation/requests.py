@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from heliostat.curation.images.sources import FILES_PER_TASK
 from heliostat.curation.pieces import FilePart
 from heliostat.tasks import spill
 from heliostat.tasks.clusters import Task
@@ -15,6 +18,7 @@ PART_BYTES = 10 << 20  # of an upload in parts
 PLAIN_BYTES = 5 << 20  # a file below this size is written with one request
 SPILLS = 256  # prefixes of spilled files: the first two hex digits of their digests
 BUCKET_S = 10.0  # seconds over which a rate is averaged
+MOST_BUCKETS = 60  # of a task's requests
 
 
 @dataclass
@@ -25,10 +29,14 @@ class Requests:
     bytes: Counter[str] = field(default_factory=Counter)
     buckets: dict[str, defaultdict[int, float]] = field(default_factory=dict)
 
-    def add(self, prefix: str, requests: float, bytes: int, at: float) -> None:
+    def add(self, prefix: str, requests: float, bytes: int, at: float, seconds: float = 0.0) -> None:
+        """Counts requests that begin at `at`, and are spread evenly over `seconds` seconds, at most MOST_BUCKETS buckets."""
         self.total[prefix] += requests
         self.bytes[prefix] += bytes
-        self.buckets.setdefault(prefix, defaultdict(float))[int(at // BUCKET_S)] += requests
+        buckets, first = self.buckets.setdefault(prefix, defaultdict(float)), int(at // BUCKET_S)
+        count = min(MOST_BUCKETS, 1 + int(seconds // BUCKET_S))
+        for bucket in range(first, first + count):
+            buckets[bucket] += requests / count
 
     def busiest(self) -> dict[str, float]:
         return {prefix: max(buckets.values()) / BUCKET_S for prefix, buckets in self.buckets.items()}
@@ -37,13 +45,14 @@ class Requests:
         """Counts the requests of a task that begins at `at` (virtual seconds), and returns their number. Spilled files are spread
         evenly over their prefixes, so one of SPILLS prefixes stands for all."""
         piece = input_parts(task)
-        inputs = sum(1 + part.length // READ_BYTES for part in piece)
+        inputs = sum(part_files(part) + part.length // READ_BYTES for part in piece)
         ranges = 2 * files + read // spill.READ_BYTES if files else 0
         sizes = [spill.size_of(name) or 0 for name in record.get("files", [])]
         writes = sum(map(puts, sizes))
-        shards = [shard["file_bytes"] for shard in record.get("shards", [])]
+        written = record.get("shards", [record] if "file_bytes" in record else [])
+        shards = [shard["file_bytes"] for shard in written]
         if inputs:
-            self.add("input", inputs, sum(part.length for part in piece), at)
+            self.add("input", inputs, sum(part.length for part in piece), at, record["seconds"])  # read block by block
         self.add("work/spill/00", (ranges + writes) / SPILLS, (read if files else 0) + sum(sizes), at)
         self.add(f"work/done/{kind}", 1, 0, at)
         if shards:
@@ -51,10 +60,24 @@ class Requests:
         return inputs + ranges + writes + 1 + sum(map(puts, shards))
 
 
+def part_files(part: FilePart) -> int:
+    """Returns the number of input files that a part has: its own file, or the files in its description (`images.planning`)."""
+    if part.path.endswith(".json") and spill.size_of(part.path):
+        description = json.loads(part.description) if part.description else {"entries": range(FILES_PER_TASK)}
+        return len(description.get("parts") or description.get("entries", []))
+    return 1
+
+
 def input_parts(task: Task) -> list[FilePart]:
     """Returns the parts of the input that a task reads."""
     files = [*task.arguments.get("piece", []), task.arguments.get("part")]
     return [part for part in files if isinstance(part, FilePart)]
+
+
+def named(what: str, bytes: int) -> str:
+    """Returns the name of a spilled file that doesn't exist, with its size."""
+    digest = hashlib.sha256(what.encode()).hexdigest()
+    return f"{digest[:2]}/{digest[:32]}-{bytes}.parquet"
 
 
 def puts(bytes: int) -> int:

@@ -13,14 +13,21 @@ from typing import Any
 import psutil
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from heliostat.curation import pieces
+from heliostat.curation import pieces, segment
+from heliostat.curation.images.fetching import FetchSettings
+from heliostat.curation.images.pipeline import ImagePipeline
+from heliostat.curation.images.sources import DIGITS
 from heliostat.curation.prepare import InputFile, load, sampling
-from heliostat.curation.simulation.profile import MeasuringCluster
+from heliostat.curation.simulation.hosts import WebModel, counted
+from heliostat.curation.simulation.profile import MeasuringCluster, Profile
 from heliostat.curation.simulation.requests import SPILLS
 from heliostat.curation.simulation.virtual_cluster import KindTimes, SimulatedFaults, VirtualCluster
+from heliostat.curation.tally import merge
 from heliostat.curation.text import sources
 from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.errors import ConfigError
+from heliostat.storage.locations import Location
+from heliostat.tasks.clusters import Cluster
 from heliostat.tasks.ray_cluster import RayCluster
 from heliostat.tasks.work import Work
 
@@ -59,20 +66,40 @@ def simulate(path: Path, settings: list[str], size: int, nodes: tuple[int, int],
              faults: SimulatedFaults | None = None) -> dict[str, Any]:  # fmt: skip
     """Prepares a sample, and then simulates the whole pipeline for `size` bytes of such input on a cluster of (nodes, CPUs)."""
     _, pipeline = load(path, settings)
-    if not isinstance(pipeline, TextPipeline):
-        raise ConfigError(f"--simulate: {type(pipeline).__name__} doesn't support simulations. Use a text pipeline")
+    if not isinstance(pipeline, TextPipeline | ImagePipeline):
+        raise ConfigError(f"--simulate: {type(pipeline).__name__} doesn't support simulations. Use a text or image pipeline")
+    if pipeline.input == DIGITS:
+        raise ConfigError(f"--simulate: input {DIGITS} has only 1,797 images. Use an input with files")
     with sampling(pipeline, quiet) as (folder, inputs):
-        measuring, work = MeasuringCluster(RayCluster()), Work(folder.join("work"))
-        larger = enlarged(inputs, size, sources.root(pipeline.input).name)
-        work.begin(pieces.size(sum(file.bytes for file in larger)))
-        predicted = pipeline.predict(folder, inputs, fraction, measuring)
-        cluster = VirtualCluster(*nodes, nodes[1] * MEMORY_EACH, measuring.profile, faults or SimulatedFaults())
-        before = psutil.Process().memory_info().rss
-        making = pipeline.making(pipeline.flow(Work(work.location), cluster), folder.join("simulated"))
-        with _without_warnings():
-            rows, _ = making.run(larger)
-        memory = psutil.Process().memory_info().rss - before
-    return report(cluster, larger, memory) | {"name": pipeline.name, "rows": len(rows), "sample": predicted["sample"]}
+        return simulated(pipeline, folder, inputs, size, nodes, fraction, RayCluster(), faults)
+
+
+def simulated(pipeline: TextPipeline | ImagePipeline, folder: Location, inputs: list[InputFile], size: int,
+              nodes: tuple[int, int], fraction: float, cluster: Cluster,
+              faults: SimulatedFaults | None = None) -> dict[str, Any]:  # fmt: skip
+    """Prepares a sample on `cluster` in a temporary folder, and then simulates the whole pipeline."""
+    measuring, work = MeasuringCluster(cluster), Work(folder.join("work"))
+    larger = enlarged(inputs, size, sources.root(pipeline.input).name)
+    work.begin(pieces.size(sum(file.bytes for file in larger)))
+    predicted = pipeline.predict(folder, inputs, fraction, measuring)
+    if isinstance(pipeline, ImagePipeline) and pipeline.fetch:
+        measuring.profile.web = web_model(pipeline.fetch, measuring.profile, work, sum(file.bytes for file in larger))
+    virtual = VirtualCluster(*nodes, nodes[1] * MEMORY_EACH, measuring.profile, faults or SimulatedFaults())
+    before = psutil.Process().memory_info().rss
+    making = pipeline.making(pipeline.flow(Work(work.location), virtual), folder.join("simulated"))
+    with _without_warnings():
+        rows, _ = making.run(larger)
+    memory = psutil.Process().memory_info().rss - before
+    return report(virtual, larger, memory) | {"name": pipeline.name, "rows": len(rows), "sample": predicted["sample"]}
+
+
+def web_model(fetch: FetchSettings, profile: Profile, work: Work, size: int) -> WebModel:
+    """Measures the hosts in the sample's lists, and the bytes of its images, for lists of `size` bytes."""
+    read_lists, tallies = profile.tasks["lists", 0], [task.record["tally"] for task in profile.tasks["read", 0]]
+    hosts = counted(work.spill, [run[0] for task in read_lists for run in task.record["runs"]])
+    images = merge(segment.load(work.spill, name) for name in tallies)[segment.READ]
+    urls = hosts.urls * size / sum(task.bytes for task in read_lists)
+    return WebModel(hosts, urls, fetch.per_second, fetch.threads, images["bytes"] / max(1, images["documents"]))
 
 
 @contextmanager
@@ -117,9 +144,22 @@ def report(cluster: VirtualCluster, files: list[InputFile], memory: int) -> dict
         "kinds": [_kind(kind, cpus) for kind in cluster.kinds if kind.tasks],
         "requests": {prefix: {"total": round(total * (SPILLS if prefix == SPILL else 1)), "per_second": round(busiest[prefix], 1)}
                      for prefix, total in cluster.requests.total.items()},
+        "fetching": _fetching(cluster),
         "failures": {"lost": cluster.lost, "poisoned": cluster.poisoned, "slow": cluster.stretched, "backups": cluster.backups,
                      "recorded": sum(kind.tasks for kind in cluster.kinds)},
     }  # fmt: skip
+
+
+def _fetching(cluster: VirtualCluster) -> dict[str, Any] | None:
+    """Returns the facts about fetching URLs; None for a pipeline that fetches none. `limits`: share of the fetching tasks' time
+    by the limit that decides a task's time. `hours`: hours after which a share of the URLs is fetched by the hosts' rates."""
+    if (web := cluster.profile.web) is None:
+        return None
+    total = sum(cluster.limited.values())
+    hours = {f"{share:.0%}": seconds / HOUR_S for share, seconds in web.hosts.seconds(web.urls, web.per_second).items()}
+    return {"urls": round(web.urls), "hosts": web.hosts.hosts(web.urls), "hours": hours, "per_second": web.per_second,
+            "bytes": round(web.urls * web.bytes_each), "largest_host": round(float(web.sizes.max())),
+            "limits": {name: seconds / total for name, seconds in sorted(cluster.limited.items())}}  # fmt: skip
 
 
 def _kind(kind: KindTimes, cpus: int) -> dict[str, Any]:

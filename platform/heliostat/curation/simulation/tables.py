@@ -32,10 +32,24 @@ def explain(report: dict[str, Any]) -> list[str]:
         f"{report['nodes']:,} nodes, simulated from a sample of {report['sample']['bytes']:,} bytes",
         f"time: {wall}, {report['times_bound']:.2f} times the {bound} that the CPUs need; "
         f"{report['cost']:,.0f} {report['currency']} by the plan's price table",
+        *_fetching(report["fetching"]),
         f"driver: busy {driver['busy']:.0%} of the time, {driver['seconds_per_task'] * 1e6:,.0f} microseconds per task; "
         f"{driver['memory_bytes'] / 1e6:,.0f} MB of memory",
         f"dataset: {report['rows']:,} row groups, which the driver and each reader of the dataset keep in memory",
         f"failures: {failures['lost']:,} tasks lost with their node, {failures['poisoned']:,} ended by a document, "
         f"{failures['slow']:,} slow, {failures['backups']:,} of them repeated on another node; "
         f"{failures['recorded']:,} tasks have a record",
+    ]
+
+
+def _fetching(web: dict[str, Any] | None) -> list[str]:
+    if web is None:
+        return []
+    times = ", ".join(f"{share} after {duration(hours * HOUR_S)}" for share, hours in web["hours"].items())
+    limits = ", ".join(f"{name} {share:.0%}" for name, share in sorted(web["limits"].items(), key=lambda item: -item[1]))
+    return [
+        f"URLs: {web['urls']:,} of about {web['hosts']:,} hosts, {web['bytes']:,} bytes of images; the largest host has about "
+        f"{web['largest_host']:,} URLs",
+        f"hosts: with {web['per_second']:g} requests per second to each host, and no other limit, heliostat would have {times}",
+        f"limits of fetching tasks, by their time: {limits}",
     ]

@@ -18,6 +18,7 @@ import ray.exceptions
 import xxhash
 
 from heliostat.curation.careful import Careful
+from heliostat.curation.simulation.images import fetched
 from heliostat.curation.simulation.profile import Profile, Sizes, synthesized
 from heliostat.curation.simulation.requests import Requests
 from heliostat.tasks import care
@@ -88,6 +89,8 @@ class VirtualCluster:
     """Calls that were slow, and tasks that waited for the store."""
     backups: int = 0
     """Calls that repeated a slow call."""
+    limited: dict[str, float] = field(default_factory=dict)
+    """Seconds of the tasks that fetch URLs, by the limit that decides a task's time."""
     _left: float = field(default_factory=time.thread_time)
     _calls: dict[str, int] = field(default_factory=dict)
 
@@ -200,7 +203,7 @@ class VirtualExecutor:
             record = synthesized(self.kind, self.call, task, cluster.profile, cluster.sizes)
             requests = cluster.requests.of_task(self.kind.name, task, record, files, read, at)
             seconds = record["seconds"] / cpus + requests * REQUEST_S / 8 + read / NODE_BYTES_PER_S
-            end = at + self._stretched(at, seconds * slow)
+            end = at + self._on_web(task, self._stretched(at, seconds * slow))
             fault = self._poison(task, shared, record)
             if (gone := cluster.failure(node, at, at + (end - at) / 2 if fault else end)) is not None:
                 cluster.lost += 1
@@ -259,6 +262,17 @@ class VirtualExecutor:
         """Returns how many times longer a call takes. A backup draws again, because it runs on another node."""
         drawn = _drawn(task.key, "slow backup" if backup else "slow")
         return 1 + 9 * drawn / self.cluster.faults.slow if drawn < self.cluster.faults.slow else 1.0
+
+    def _on_web(self, task: Task, seconds: float) -> float:
+        """Returns the seconds of a task. For a task that fetches URLs, the narrowest limit decides: the web, or the task's own
+        seconds."""
+        web, description = self.cluster.profile.web, fetched(task)
+        if web is None or description is None:
+            return seconds
+        limits = {"CPUs": seconds, **web.limits(description, NODE_BYTES_PER_S)}
+        narrowest = max(limits, key=lambda name: limits[name])
+        self.cluster.limited[narrowest] = self.cluster.limited.get(narrowest, 0.0) + limits[narrowest]
+        return limits[narrowest]
 
     def _stretched(self, begin: float, seconds: float) -> float:
         """Returns the seconds of a task, with a minute more if the store answers 503 meanwhile."""

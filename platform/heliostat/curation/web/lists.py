@@ -2,30 +2,38 @@
 request rate.
 
 One task per list writes the list's rows to temporary files, sorted by the hash of the host. The first 16 bits of the hash are the
-number of a group of hosts. The task also counts the rows of each group. The driver has only these counts in memory. Neighboring
-groups with few URLs share a fetching task. A group with many URLs is split into several fetching tasks.
+number of a group of hosts. The task also counts the rows of each group. The driver has in memory only the sum of these counts,
+and the names of the temporary files. If there are many files, tasks merge them first, so each fetching task reads few files.
+
+Neighboring groups with few URLs share a fetching task. A group with many URLs is split into several fetching tasks. Of these
+tasks, each fetches all URLs of its own hosts. Only the URLs of hosts with more than URLS URLs are spread over all of them.
 """
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
-from collections import Counter
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
-from heliostat.curation.segment import store
+from heliostat.curation.segment import load, name_of, store
 from heliostat.curation.text import sources
 from heliostat.curation.web.polite import host_of
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
-from heliostat.tasks import spill
+from heliostat.tasks import merging, spill
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.spill import SpilledRun
 from heliostat.tasks.work import key
 from heliostat.text import printable
 
@@ -33,7 +41,9 @@ LISTS = (".jsonl", ".csv", ".parquet")
 ROWS = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("id", "url", "row"))])
 SPILLED = 200_000  # rows in memory at once
 GROUP = 48  # number of low bits of a hash; the bits above them are the group
+GROUPS = 1 << (64 - GROUP)
 URLS = 2000  # URLs per task, approximately
+NAMES = 16  # names of files that travel with a task; more names are in a temporary file
 
 
 def listing(uri: str) -> list[InputFile]:
@@ -46,9 +56,15 @@ def listing(uri: str) -> list[InputFile]:
     return sorted(files, key=lambda f: f.path)
 
 
-def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list[str], limit: int) -> Iterator[dict[str, Any]]:
-    """Yields the descriptions of the fetching tasks. In a description, `of` is the number of tasks that share the request rate of
-    the same hosts."""
+def plan(
+    flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list[str], limit: int, run_bytes: int
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yields the fetching tasks: (the description that identifies the task, further entries of the description).
+
+    `of` is the number of tasks that share the hosts of a group. The further entries are the files that have the task's rows
+    (`names`), and the mean number of URLs and bytes of these tasks (`urls`, `bytes`). Tasks of large hosts come last, because
+    they may take long. `run_bytes`: maximum bytes of a merged file.
+    """
     about = {"uri": uri, "column": column, "wanted": wanted, "limit": limit}
 
     def task(file: InputFile) -> Task:
@@ -56,17 +72,41 @@ def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list
         name, before = key(*by_time, *([file.etag] if file.etag else [])), key(*by_time)
         return Task(name, {"part": file.part, **about}, bytes=file.bytes, before=before)
 
-    counts, names = Counter[int](), list[str]()
-    for record in flow.all("lists", listed, map(task, files)):
-        counts.update({int(group): number for group, number in record["groups"].items()})
-        names += record["files"]
-    place = store(flow.work.spill, names)
-    for low, high, of in cut(counts):
-        for part in range(of):
-            yield {"kind": "urls", "names": place, "low": low << GROUP, "high": high << GROUP, "part": part, "of": of}
+    counts, runs = np.zeros(GROUPS, np.int64), dict[int, list[SpilledRun]]()
+    records = flow.run("lists", listed, map(task, files), valid=lambda record: "counts" in record)  # not in older versions
+    for number, record in records:
+        counts += unpacked(record["counts"])
+        runs[number] = [SpilledRun(*run) for run in record["runs"]]
+    ordered = [run for number in range(len(files)) for run in runs[number]]
+    ranges = list(cut({int(group): int(counts[group]) for group in np.flatnonzero(counts)}))
+    place = name_of([run.name for run in ordered])
+    each = sum(run.bytes for run in ordered) / max(1, sum(run.rows for run in ordered))
+
+    def keys(first: int, stop: int) -> tuple[int, int]:
+        return ranges[first][0] << GROUP, ranges[stop - 1][1] << GROUP
+
+    read = list[tuple[int, int, int, list[str] | str]]()
+    for part in merging.merged(flow, ordered, len(ranges), keys, run_bytes) if ranges else ():
+        names = [run.name for run in part.runs]
+        place_or_names = names if len(names) <= NAMES else store(flow.work.spill, names)
+        read += [(*one, place_or_names) for one in ranges[part.first : part.stop]]
+    for low, high, of, place_or_names in sorted(read, key=itemgetter(2)):
+        urls, dealing = int(counts[low:high].sum()) // of, {"large": URLS} if of > 1 else {}
+        shared = {"kind": "urls", "names": place, "low": low << GROUP, "high": high << GROUP, **dealing}
+        also = {"names": place_or_names, "urls": urls, "bytes": round(urls * each)}
+        yield from (({**shared, "part": part, "of": of}, also) for part in range(of))
 
 
-def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
+def packed(counts: np.ndarray) -> str:
+    """Encodes the number of URLs of each group, int64 [GROUPS], for a task's record."""
+    return base64.b64encode(zlib.compress(counts.astype(np.int64).tobytes(), 1)).decode()
+
+
+def unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.int64)
+
+
+def cut(counts: Mapping[int, int]) -> Iterator[tuple[int, int, int]]:
     """Yields ranges of groups of hosts, each with about URLS URLs: the first group, the group after the last, and the number of
     tasks for the range. `counts`: URLs of each group."""
     first, size, last = 0, 0, 0
@@ -87,16 +127,16 @@ def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, object]:
-    """Writes the rows of a list of URLs to temporary files, sorted by the hash of the host. In the returned record, `groups` has
-    the number of rows of each group of hosts."""
-    base, name, files, groups = sources.root(uri), part.path, list[str](), Counter[int]()
+    """Writes the rows of a list of URLs to temporary files, sorted by the hash of the host. In the returned record, `counts` has
+    the number of rows of each group of hosts (`packed`)."""
+    base, name, runs, counts = sources.root(uri), part.path, list[tuple[str, int, int]](), np.zeros(GROUPS, np.int64)
     sources.require_unchanged(base, part)
     numbered = enumerate(sources.rows(base, part.path, limit, part), 1)
     while some := list(itertools.islice(numbered, SPILLED)):
         table = pa.Table.from_pylist([_row(f"{name or base.name}#{n}", row, column, wanted, name) for n, row in some], ROWS)
-        groups.update((k >> GROUP) for k in table["key"].to_pylist())
-        files.append(spill.write(folder, table, ("id",)))
-    return {"groups": {str(group): number for group, number in sorted(groups.items())}, "files": files}
+        counts += np.bincount((table["key"].to_numpy() >> np.uint64(GROUP)).astype(np.int64), minlength=GROUPS)
+        runs.append((spill.write(folder, table, ("id",)), len(table), table.nbytes))
+    return {"counts": packed(counts), "runs": runs, "files": [name for name, *_ in runs]}
 
 
 def _row(id: str, row: object, column: str, wanted: list[str], path: str) -> dict[str, object]:
@@ -122,18 +162,43 @@ def _whole(url: str) -> str:
     return url
 
 
-def rows(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[dict[str, Any]]:
-    mine = pa.concat_tables([ROWS.empty_table(), *_dealt(folder, task, names)]).sort_by(
-        [("key", "ascending"), ("id", "ascending")]
-    )
+def rows(folder: Location, task: dict[str, Any]) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Yields the rows of a fetching task, and for each row, whether other tasks fetch from the same host.
+
+    Each host's first row comes first, then each host's second row, and so on. So a task fetches from many hosts at a time.
+    """
+    names = load(folder, task["names"]) if isinstance(task["names"], str) else task["names"]
+    large = _large(folder, task, names) if task["of"] > 1 else np.zeros(0, np.uint64)
+    mine = pa.concat_tables([ROWS.empty_table(), *_dealt(folder, task, names, large)])
+    mine = mine.sort_by([("key", "ascending"), ("id", "ascending")])
+    keys = mine["key"].to_numpy()
+    _, first, sizes = np.unique(keys, return_index=True, return_counts=True)
+    turns = np.arange(len(keys)) - np.repeat(first, sizes)
+    mine = mine.take(pa.array(np.argsort(turns, kind="stable")))
     for batch in mine.to_batches(1024):
-        yield from batch.to_pylist()
+        shared = np.isin(batch["key"].to_numpy(), large)
+        yield from zip(batch.to_pylist(), shared.tolist(), strict=True)
 
 
-def _dealt(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[pa.Table]:
-    """Yields the rows of one task: every `of`-th row in the task's range of groups, in the order of the files."""
-    seen = 0
+def _large(folder: Location, task: dict[str, Any], names: list[str]) -> np.ndarray:
+    """Returns the keys of the large hosts in the task's range of groups, as uint64 [hosts]. They have more than `large` rows."""
+    counts = dict[int, int]()
+    for name in names:
+        for table in spill.read(folder, name, task["low"], task["high"], ["key"]):
+            for one in pc.value_counts(table["key"]).to_pylist():
+                counts[one["values"]] = counts.get(one["values"], 0) + one["counts"]
+    return np.array([host for host, number in counts.items() if number > task["large"]], np.uint64)
+
+
+def _dealt(folder: Location, task: dict[str, Any], names: list[str], large: np.ndarray) -> Iterator[pa.Table]:
+    """Yields the rows of one task: all rows of the hosts whose hash selects the task. Of the large hosts, yields every `of`-th
+    row, in the order of the files."""
+    seen, of, part = 0, task["of"], task["part"]
     for name in names:
         for table in spill.read(folder, name, task["low"], task["high"]):
-            yield table.take(pa.array(range((task["part"] - seen) % task["of"], len(table), task["of"]), pa.int64()))
-            seen += len(table)
+            keys = table["key"].to_numpy()
+            spread = np.isin(keys, large)
+            turns = seen + np.cumsum(spread) - 1
+            mine = np.where(spread, turns % of, spill.mixed(keys) % np.uint64(of)) == part
+            yield table.take(pa.array(np.flatnonzero(mine)))
+            seen += int(spread.sum())

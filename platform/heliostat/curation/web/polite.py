@@ -23,9 +23,11 @@ LONGEST_S = 60.0  # maximum seconds between two requests; a host that wants more
 
 @dataclass
 class Host:
-    """Holds the time of the next allowed request to a host, on any port, and the pause between requests in seconds."""
+    """Holds the time of the next allowed request to a host, on any port, and the pause between requests in seconds. `of`: the
+    number of fetchers that share the host's rate."""
 
     pause: float
+    of: int
     next: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -41,13 +43,14 @@ class Fetcher:
     """Fetches URLs from any number of threads, with at least `pause` seconds between two requests to one host.
 
     `of`: the number of fetchers that share a host's rate. So each fetcher waits `of` times as long between two requests. The same
-    is true of a `Crawl-delay` in the host's robots.txt.
+    is true of a `Crawl-delay` in the host's robots.txt. `alone`: the hosts from which only this fetcher fetches URLs.
     """
 
     def __init__(self, bounds: Bounds, pause: float, retries: int, robots: bool, sleep: Callable[[float], None] = time.sleep,
                  clock: Callable[[], float] = time.monotonic, of: int = 1) -> None:  # fmt: skip
-        self.bounds, self.pause, self.retries, self.robots, self.of = bounds, pause * of, retries, robots, of
+        self.bounds, self.pause, self.retries, self.robots, self.of = bounds, pause, retries, robots, of
         self.sleep, self.clock = sleep, clock
+        self.alone: set[str] = set()
         self.hosts: dict[str, Host] = {}
         self.origins: dict[str, OriginRules] = {}
         self.lock = threading.Lock()
@@ -62,7 +65,7 @@ class Fetcher:
                 if not e.again or attempt == self.retries or e.wait > LONGEST_S:
                     raise
                 with hosts[-1].lock:
-                    hosts[-1].next = max(hosts[-1].next, self.clock() + max(e.wait, self.pause * 2**attempt))
+                    hosts[-1].next = max(hosts[-1].next, self.clock() + max(e.wait, self.pause * hosts[-1].of * 2**attempt))
         raise AssertionError("a loop that returns or raises")
 
     def _admitted(self, url: str) -> Host:
@@ -93,7 +96,8 @@ class Fetcher:
 
     def _host(self, name: str) -> Host:
         with self.lock:
-            return self.hosts.setdefault(name, Host(self.pause))
+            of = 1 if name in self.alone else self.of
+            return self.hosts.setdefault(name, Host(self.pause * of, of))
 
     def _learn(self, origin: OriginRules, base: str) -> None:
         """Reads the origin's robots.txt once, and stores the rules in `origin`. `base`: the origin's URL. For a redirect of
@@ -115,7 +119,7 @@ class Fetcher:
             else:
                 host = self._host(name)
                 with host.lock:
-                    host.pause = max(host.pause, rules.delay * self.of)
+                    host.pause = max(host.pause, rules.delay * host.of)
                     host.next = max(host.next, self.clock() + host.pause)
             origin.rules = rules
 

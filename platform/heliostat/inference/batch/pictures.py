@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from heliostat.curation import pieces, segment
-from heliostat.curation.images import sources
-from heliostat.curation.images.sources import ImageColumns
+from heliostat.curation import pieces
+from heliostat.curation.images import planning, sources
+from heliostat.curation.images.sources import ImageColumns, ImageLimits
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.segment import DocumentSource
@@ -18,8 +18,7 @@ from heliostat.tasks.flow import Flow
 
 @dataclass(frozen=True)
 class Pictures:
-    """Lists the files of an image input, and divides these files into pieces. For each piece, stores a task that reads the
-    piece's images; the piece contains only the task's name."""
+    """Lists the files of an image input, and divides these files into pieces (`planning.parts`)."""
 
     input: str
     column: str
@@ -38,9 +37,7 @@ class Pictures:
 
     def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[FilePart]]:
         target = flow.work.begin(pieces.size(sum(f.bytes for f in files)))
-        sizes = {f.path: f.bytes for f in files}
-        for task in sources.tasks(self.input, files, self.columns, target=target):
-            yield [sources.spilled(flow.work.spill, task, sizes)]
+        yield from ([part] for part in planning.parts(flow, self.input, files, self.columns, ImageLimits.file, target))
 
     def source(self, flow: Flow) -> DocumentSource:
         return PictureSource(self.input, self.columns, flow.work.spill)
@@ -48,14 +45,14 @@ class Pictures:
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Reads the images of one piece of the input, with the task that `Pictures` stored for this piece."""
+    """Reads the images of one piece of the input."""
 
     input: str
     columns: ImageColumns
     spill: Location
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
-        for raw in sources.read(self.input, segment.load(self.spill, part.path), self.columns):
+        for raw in sources.read(self.input, planning.task_of(self.spill, part), self.columns):
             if isinstance(raw, Dropped):
                 yield raw
             elif raw.image is None:
