@@ -1,7 +1,8 @@
 """Splits an input's files into pieces, one per task. The split is a pure function of the list of files and of a piece size. This
 size changes little when files are added.
 
-A large file is split into ranges of bytes, if files of its kind can be read from the middle. Small files are read together. The
+A large file is split into ranges of bytes, if files of its kind can be read from the middle. The ranges of a compressed file
+become parts that begin where a reader can begin (`readers.survey`). Small files are read together. The
 names of small files decide where a piece ends, so a new or removed file changes only one piece.
 """
 
@@ -18,13 +19,26 @@ LEAST, MOST = 1 << 20, 128 << 20  # minimum and maximum bytes of a piece
 
 
 @dataclass(frozen=True)
+class PackedSection:
+    """Describes complete lines of a compressed file: their place in the data that a reader decompresses from a frame on.
+
+    `frame`: the offset of the frame (of gzip: the member). `skip`: the number of decompressed bytes before the first line.
+    `size`: the number of bytes of the lines, decompressed; None for all lines up to the end of the file.
+    """
+
+    frame: int
+    skip: int
+    size: int | None
+
+
+@dataclass(frozen=True)
 class FilePart:
     """Describes the part of a file to read: the complete file, or the records that begin in a range of bytes. `bytes` and
     `modified` (in nanoseconds since 1970) are the complete file's size and time.
 
     `first`: the number of the range's first record, counted from 1; 0 if the reader determines the number. `etag`: the ETag of an
     object, if its store has ETags. `path_by_time`: the path in the form of older versions of heliostat, without ETags; "" if it
-    is the same.
+    is the same. `packed`: where the lines of a range are in a compressed file; None for files that aren't compressed.
     """
 
     path: str
@@ -35,6 +49,7 @@ class FilePart:
     first: int = 1
     etag: str = ""
     path_by_time: str = ""
+    packed: PackedSection | None = None
 
     @property
     def length(self) -> int:
@@ -44,8 +59,8 @@ class FilePart:
     @property
     def identity(self) -> list[object]:
         """Returns everything that the part's documents depend on, as JSON values."""
-        *fields, etag, _ = astuple(self)
-        return [*fields, etag] if etag else fields
+        *fields, etag, _, packed = astuple(self)
+        return [*fields, *(value for value in (etag, packed) if value)]
 
     @property
     def identity_by_time(self) -> list[object]:
@@ -56,7 +71,8 @@ class FilePart:
     def fields(self) -> dict[str, object]:
         """Returns the part as JSON values by field names. If the part has no ETag, the fields are the same as in older versions
         of heliostat."""
-        return {name: value for name, value in asdict(self).items() if name not in ("etag", "path_by_time") or value}
+        added = ("etag", "path_by_time", "packed")
+        return {name: value for name, value in asdict(self).items() if name not in added or value}
 
 
 def size(total: int) -> int:
@@ -73,7 +89,7 @@ def number(bytes: int, files: int) -> int:
 def cut(files: Iterable[FilePart], target: int, ranged: Callable[[str], bool]) -> Iterator[list[FilePart]]:
     """Yields pieces of about `target` bytes of complete files, in order.
 
-    `ranged` returns whether a file can be read from the middle. Ranges of a file are separate pieces.
+    `ranged` returns whether a file can be read in ranges. Ranges of a file are separate pieces.
     """
     piece, size = list[FilePart](), 0
     for file in files:
