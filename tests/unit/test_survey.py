@@ -1,13 +1,10 @@
 """Tests that parts of compressed files have each record of the file once, with the id that it has in the complete file."""
 
-import bz2
 import gzip
 import io
-import json
 import lzma
 import random
 import struct
-from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -19,20 +16,13 @@ from heliostat.curation.readers import zst as zst_reader
 from heliostat.curation.stage import Document
 
 from tests.seeds import every_seed
-from tests.unit.build_curation import KilledError, spelled
+from tests.unit.build_compressed import long_lines, write_compressed, zst
+from tests.unit.build_curation import KilledError
 from tests.unit.build_making import make
 from tests.unit.test_curation_readers import ONE, TWO, record
 from tests.unit.test_ranges import lines
 
 LIMITS = Limits(max_document_bytes=200)
-
-
-def zst(data: bytes) -> bytes:
-    """Compresses data to a frame that doesn't have its decompressed size."""
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(data)
-    return sink.getvalue().to_pybytes()
 
 
 def stored_zst(data: bytes) -> bytes:
@@ -53,7 +43,6 @@ def skippable(data: bytes) -> bytes:
 FORMATS = {
     ".gz": (gzip.compress, stored_gz),
     ".zst": (zst, stored_zst, lambda data: pa.compress(data, "zstd", asbytes=True)),
-    ".bz2": (lambda data: bz2.compress(data, 1),),
     ".xz": (lzma.compress,),
 }
 
@@ -157,19 +146,15 @@ def test_records_of_any_web_archive_are_read_once_with_their_offsets(seed):
             check_parts("a.warc.gz", data, parts)
 
 
-def long_lines(rng: random.Random, count: int) -> bytes:
-    return b"".join(json.dumps({"text": rng.randbytes(60).hex()}).encode() + b"\n" for _ in range(count))
-
-
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_long_frame_has_a_limited_number_of_sections(suffix, monkeypatch):
-    """A task decompresses the sections before its own, so many sections would take quadratic time."""
+def test_a_long_frame_has_a_limited_number_of_slices(suffix, monkeypatch):
+    """A task decompresses the slices before its own, so many slices would take quadratic time."""
     monkeypatch.setattr(streams, "BLOCK", 1 << 12)
     data, path = FORMATS[suffix][0](long_lines(random.Random(0), 8000)), f"a.jsonl{suffix}"
     for target in (len(data) // 3, 1000):
         parts = parts_of(path, data, target)
         assert parts is not None and parts == from_start(path, data, target)
-        assert 2 <= len(parts) <= survey.MOST_SECTIONS and (target > 1000 or len(parts) >= 4)
+        assert 2 <= len(parts) <= survey.MOST_SLICES[suffix[1:]] and (target > 1000 or len(parts) > 2)
         sizes = [p.packed.size for p in parts[:-1]]
         assert min(sizes[1:] or sizes) > 0.3 * max(sizes)
         check_parts(path, data, parts)
@@ -196,8 +181,19 @@ def test_a_file_that_is_larger_than_the_limit_is_not_divided():
 
 
 def test_only_lines_and_web_archives_are_divided():
-    wanted = ["a.jsonl.zst", "a.JSON.gz", "a.ndjson.bz2", "a.jsonl.xz", "a.warc.gz", "a.wet.gz", "a.wat.gz"]
-    others = ["a.jsonl", "a.parquet", "a.parquet.gz", "a.warc", "a.warc.zst", "a.csv.gz", "a.txt.gz", "a.tar.gz", "a.zst"]
+    wanted = ["a.jsonl.zst", "a.JSON.gz", "a.jsonl.xz", "a.warc.gz", "a.wet.gz", "a.wat.gz"]
+    others = [
+        "a.jsonl",
+        "a.parquet",
+        "a.parquet.gz",
+        "a.warc",
+        "a.warc.zst",
+        "a.csv.gz",
+        "a.jsonl.bz2",
+        "a.txt.gz",
+        "a.tar.gz",
+        "a.zst",
+    ]
     assert all(map(readers.framed, wanted)) and not any(map(readers.framed, others))
 
 
@@ -205,20 +201,6 @@ def test_only_lines_and_web_archives_are_divided():
 def small_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "LEAST", 1 << 12)
     monkeypatch.setattr(pieces, "MOST", 1 << 12)
-
-
-def write_compressed(folder: Path) -> None:
-    """Writes compressed files of each kind that is divided, and small files."""
-    rng = random.Random(0)
-    folder.mkdir()
-    frames = [long_lines(rng, 30) for _ in range(40)]
-    (folder / "a.jsonl.zst").write_bytes(b"".join(map(zst, frames)))
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress(long_lines(rng, 900) + b"{bad\n" + long_lines(rng, 9)))
-    texts = [record(f"http://{i}/", rng.randbytes(60).hex().encode(), kind="conversion") for i in range(400)]
-    (folder / "c.wet.gz").write_bytes(b"".join(map(gzip.compress, texts)))
-    for i in range(9):
-        (folder / f"d{i}.txt").write_text(f"a text of {spelled(i)}")
-    (folder / "e.jsonl").write_bytes(long_lines(rng, 90))
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -253,4 +235,4 @@ def test_damaged_files_are_named_in_the_log(tmp_path, caplog):
     whole = (tmp_path / "in" / "a.jsonl.zst").read_bytes()
     (tmp_path / "in" / "a.jsonl.zst").write_bytes(whole[:-30])
     make(tmp_path, "made", [], shard_bytes=1 << 20)
-    assert "1 compressed files are damaged" in caplog.text and "a.jsonl.zst" in caplog.text
+    assert "1 large compressed files are read by one task each" in caplog.text and "a.jsonl.zst" in caplog.text

@@ -19,7 +19,7 @@ LEAST, MOST = 1 << 20, 128 << 20  # minimum and maximum bytes of a piece
 
 
 @dataclass(frozen=True)
-class PackedSection:
+class PackedSlice:
     """Describes complete lines of a compressed file: their place in the data that a reader decompresses from a frame on.
 
     `frame`: the offset of the frame (of gzip: the member). `skip`: the number of decompressed bytes before the first line.
@@ -49,7 +49,7 @@ class FilePart:
     first: int = 1
     etag: str = ""
     path_by_time: str = ""
-    packed: PackedSection | None = None
+    packed: PackedSlice | None = None
 
     @property
     def length(self) -> int:

@@ -82,11 +82,11 @@ def ranged(path: str) -> bool:
 
 def framed(path: str) -> bool:
     """Checks whether heliostat can read a part of a file with this path after a survey has found where parts can begin:
-    compressed JSON lines, and web archives that are compressed record by record."""
+    JSON lines in .zst, .gz, or .xz, and web archives that are compressed record by record."""
     kind, codec = kind_of(path), codec_of(path)
-    if kind is None or not kind.ranged or codec is None:
+    if kind is None or not kind.ranged:
         return False
-    return kind.number == "line" or (kind.number == "byte" and codec == "gz")
+    return (kind.number == "line" and codec in survey.MAGIC) or (kind.number == "byte" and codec == "gz")
 
 
 def surveyed(path: str, stream: BinaryIO, part: FilePart, target: int, limit: int) -> Survey:

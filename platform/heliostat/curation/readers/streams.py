@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from heliostat.curation.pieces import PackedSection
+from heliostat.curation.pieces import PackedSlice
 from heliostat.curation.stage import Document, Dropped
 
 REASONS = {
@@ -94,20 +94,20 @@ class FrameBlock:
     read: int
 
 
-def unpacked(path: str, stream: BinaryIO, limits: ReadLimits, section: PackedSection | None = None) -> io.BufferedReader:
-    """Returns a stream of the decompressed bytes, or of a section of these bytes. Reading raises LeftOutError at invalid data,
+def unpacked(path: str, stream: BinaryIO, limits: ReadLimits, packed: PackedSlice | None = None) -> io.BufferedReader:
+    """Returns a stream of the decompressed bytes, or of a slice of these bytes. Reading raises LeftOutError at invalid data,
     and after `max_file_bytes`."""
     codec = codec_of(path)
-    if section is not None:
-        stream.seek(section.frame)
+    if packed is not None:
+        stream.seek(packed.frame)
     plain = iter(lambda: stream.read(BLOCK), b"")
     blocks = plain if codec is None else _zst(stream) if codec == "zst" else (block.data for block in frames(stream, codec))
-    return io.BufferedReader(_Blocks(blocks if section is None else _within(blocks, section), limits.max_file_bytes), BLOCK)
+    return io.BufferedReader(_Blocks(blocks if packed is None else _within(blocks, packed), limits.max_file_bytes), BLOCK)
 
 
-def _within(blocks: Iterator[bytes], section: PackedSection) -> Iterator[bytes]:
-    """Yields the bytes of a section from the blocks that begin at the section's frame."""
-    skip, left = section.skip, section.size
+def _within(blocks: Iterator[bytes], packed: PackedSlice) -> Iterator[bytes]:
+    """Yields the bytes of a slice from the blocks that begin at the slice's frame."""
+    skip, left = packed.skip, packed.size
     for block in blocks:
         data = block[skip:] if left is None else block[skip : skip + left]
         skip = max(0, skip - len(block))

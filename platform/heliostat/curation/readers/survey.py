@@ -1,12 +1,12 @@
 """Finds the places in a large compressed file at which tasks can begin to read.
 
-A reader can begin at a frame: a frame of .zst, a member of .gz, a stream of .bz2 or .xz. Bytes that look like the beginning of a
+A reader can begin at a frame: a frame of .zst, a member of .gz, a stream of .xz. Bytes that look like the beginning of a
 frame may be data in a frame. So one task per range of the file searches the range's first frame, and decompresses all frames up
 to the first frame after the range. If each range ends where the next range begins, all frames are real, because the first range
 begins at the file's start (`split`). Otherwise, one task surveys the file from its start.
 
-A frame that is longer than a range is divided too. The tasks of its sections decompress the frame from its start, and skip the
-data of earlier sections. Decompressing is cheap compared with filters and tokenizers.
+A frame that is longer than a range is divided too. The tasks of its slices decompress the frame from its start, and skip the
+data of earlier slices. Decompressing is cheap compared with filters and tokenizers.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import Any, BinaryIO
 
-from heliostat.curation.pieces import FilePart, PackedSection
+from heliostat.curation.pieces import FilePart, PackedSlice
 from heliostat.curation.readers import streams, zst
 from heliostat.curation.readers.records import Archive, Broken
 from heliostat.curation.readers.streams import BLOCK, FrameBlock, LeftOutError
 from heliostat.curation.readers.warc import MOST_BREAKS
 
-MAGIC = {"gz": b"\x1f\x8b\x08", "zst": zst.MAGIC, "bz2": b"BZh", "xz": b"\xfd7zXZ\0"}
+MAGIC = {"gz": b"\x1f\x8b\x08", "zst": zst.MAGIC, "xz": b"\xfd7zXZ\0"}  # .bz2 is as slow to decompress as to filter
 MOST_TRIES = 100  # maximum places in a range that look like the beginning of a frame and aren't
-MOST_SECTIONS = 16  # maximum sections of a frame: on average, a task decompresses half of the frame before its own section
+MOST_SLICES = {"gz": 8, "zst": 16, "xz": 4}
+"""Maximum slices of a frame, fewer if decompressing is slow: on average, a task decompresses half of the frame before its own
+slice."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,15 @@ def split(ranges: list[FilePart], surveys: list[Survey], limit: int) -> list[Fil
 
 
 def _part(file: FilePart, mark: Mark, stop: int, end: int | None) -> FilePart:
-    section = PackedSection(mark.frame, mark.skip, None if end is None else end - mark.offset)
-    return replace(file, start=mark.at, stop=stop, first=mark.line + 1, packed=section)
+    packed = PackedSlice(mark.frame, mark.skip, None if end is None else end - mark.offset)
+    return replace(file, start=mark.at, stop=stop, first=mark.line + 1, packed=packed)
 
 
 def of_lines(stream: BinaryIO, codec: str, start: int, stop: int, target: int, limit: int) -> Survey:
     """Surveys the frames of a compressed file of lines that begin in a range. Marks the file's start, and the first line that
     begins in each part of about `target` compressed bytes."""
     for frame in islice(_places(stream, MAGIC[codec], start, stop), MOST_TRIES) if start else (0,):
-        walk = _Lines(frame, target)
+        walk = _Lines(frame, target, MOST_SLICES[codec])
         try:
             return walk.over(_frames(stream, codec, frame, stop), limit)
         except LeftOutError:
@@ -125,10 +127,10 @@ def _places(stream: BinaryIO, magic: bytes, start: int, stop: int) -> Iterator[i
 class _Lines:
     """Counts the lines of decompressed data, and marks lines at which tasks can begin."""
 
-    def __init__(self, begins: int, target: int) -> None:
-        self.begins, self.target, self.step = begins, target, target
+    def __init__(self, begins: int, target: int, most: int) -> None:
+        self.begins, self.target, self.step, self.most = begins, target, target, most
         self.frame, self.frame_offset, self.offset, self.lines = begins, 0, 0, 0
-        self.marks, self.sections = list[Mark](), list[Mark]()  # `sections`: marks in the current frame, after its first line
+        self.marks, self.slices = list[Mark](), list[Mark]()  # `slices`: marks in the current frame, after its first line
         self.last = self.read = begins  # where the last mark was requested, and up to where the file was read
         self.wanted: Mark | None = Mark(begins, begins)  # becomes a mark at the next line; `offset` is the frame's
         if not begins:
@@ -167,19 +169,19 @@ class _Lines:
     def _mark(self, mark: Mark) -> None:
         self.wanted = None
         if mark.at == mark.frame:
-            self.marks += [*self.sections, mark]
-            self.sections = []
+            self.marks += [*self.slices, mark]
+            self.slices = []
             return
-        self.sections.append(mark)
-        if len(self.sections) == MOST_SECTIONS:
-            self.sections, self.step = self.sections[1::2], 2 * self.step
+        self.slices.append(mark)
+        if len(self.slices) == self.most:
+            self.slices, self.step = self.slices[1::2], 2 * self.step
 
     def _end_frame(self, end: int) -> None:
-        """Keeps the marks of the current frame. A short last section isn't worth the time to skip the others."""
-        if self.sections and 2 * (end - self.sections[-1].at) < self.step:
-            self.sections.pop()
-        self.marks += self.sections
-        self.sections, self.last = [], max(self.begins, self.marks[-1].at if self.marks else 0)
+        """Keeps the marks of the current frame. A short last slice isn't worth the time to skip the others."""
+        if self.slices and 2 * (end - self.slices[-1].at) < self.step:
+            self.slices.pop()
+        self.marks += self.slices
+        self.slices, self.last = [], max(self.begins, self.marks[-1].at if self.marks else 0)
 
 
 def of_records(stream: BinaryIO, start: int, stop: int, target: int, limit: int) -> Survey:

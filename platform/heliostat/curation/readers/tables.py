@@ -37,7 +37,7 @@ def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document |
 def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
     """Yields a document for each line that begins in `part`; a `Dropped` for a line that isn't a JSON object. An id ends in the
     number of the line."""
-    start, stop = (part.start, part.stop) if part.packed is None else (0, None)  # a section has only complete lines
+    start, stop = (part.start, part.stop) if part.packed is None else (0, None)  # a slice has only complete lines
     if start:  # the rest of a line that begins before the range belongs to the earlier range
         stream.seek(start - 1)
     plain = unpacked(path, stream, limits, part.packed)

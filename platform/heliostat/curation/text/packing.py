@@ -34,8 +34,9 @@ def divided(flow: Flow, input: str, cut: list[list[FilePart]], target: int, limi
     again = {path: [replace(ranges[path][0], stop=ranges[path][0].bytes)] for path, found in parts.items() if found is None}
     parts |= _surveyed(flow, input, again, target, limit)
     if undivided := [path for path in again if parts[path] is None]:
-        log.warning("input: %d compressed files are damaged, or have more than max_file_bytes (%d) decompressed. One task "
-            "reads each of these files, for example %s", len(undivided), limit, sources.examples(undivided[:NAMED]))  # fmt: skip
+        log.warning("input: %d large compressed files are read by one task each, because they are damaged, or have more than "
+            "max_file_bytes (%d) decompressed, for example %s. To read these files in parallel, compress them again",
+            len(undivided), limit, sources.examples(undivided[:NAMED]))  # fmt: skip
     for piece in cut:
         part = piece[0]
         if part.path not in ranges:
