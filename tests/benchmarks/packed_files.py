@@ -1,11 +1,11 @@
 """Measures reading a large compressed file of JSON lines: in one task, and divided into parts that several tasks read.
 
-    python -m tests.benchmarks.packed_files [--mb 1000] [--tasks 2] [--times 3] [--forms zst-frames zst gz]
+    python -m tests.benchmarks.packed_files [--mb 1000] [--tasks 2] [--times 3] [--forms zst-frames zst gz wet]
 
 The file has so many MB of the standard library's source, decompressed, as documents of a few kilobytes. `zst-frames` has frames
-of 8 MB, and the others are one frame. A task of the table is the task that reads in `data prepare`, without stages. Prints for
-each form, interleaved: CPU seconds of one task for the complete file, of the surveys, and of the tasks for the parts, and the
-wall-clock seconds of both ways.
+of 8 MB, `zst` and `gz` are one frame, and `wet` is a web archive with a gzip member per document. A task of the table is the task
+that reads in `data prepare`, without stages. Prints for each form, interleaved: CPU seconds of one task for the complete file, of
+the surveys, and of the tasks for the parts, and the wall-clock seconds of both ways.
 """
 
 from __future__ import annotations
@@ -48,18 +48,26 @@ def write(path: Path, form: str, mb: int) -> None:
     rng = random.Random(0)
     sources = [f.read_text(errors="replace") for f in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
     text = "".join(sources)
-    codec = "gzip" if form == "gz" else "zstd"
+    codec = "zstd" if form.startswith("zst") else "gzip"
+    most = {"zst-frames": FRAME, "wet": 1}.get(form, mb * 1_000_000)
     left = mb * 1_000_000
     with path.open("wb") as file:
         while left > 0:
             sink = cast(BinaryIO, _Kept(file))
             with pa.CompressedOutputStream(pa.PythonFile(sink, "w"), codec) as stream:
                 written = 0
-                while left > 0 and (form != "zst-frames" or written < FRAME):
+                while left > 0 and written < most:
                     start = rng.randrange(len(text) - CHARS)
-                    line = json.dumps({"text": text[start : start + CHARS]}).encode() + b"\n"
-                    stream.write(line)
-                    written, left = written + len(line), left - len(line)
+                    one = _record(text[start : start + CHARS], form)
+                    stream.write(one)
+                    written, left = written + len(one), left - len(one)
+
+
+def _record(text: str, form: str) -> bytes:
+    if form != "wet":
+        return json.dumps({"text": text}).encode() + b"\n"
+    data = text.encode()
+    return b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: %d\r\n\r\n%b\r\n\r\n" % (len(data), data)
 
 
 class _Kept:
@@ -102,11 +110,11 @@ def divided(folder: str, file: FilePart, pool: ProcessPoolExecutor) -> ReadSecon
 
 
 def main() -> None:
-    options = harness.arguments(__doc__, mb=1000, tasks=2, times=3, forms=["zst-frames", "zst", "gz"])
+    options = harness.arguments(__doc__, mb=1000, tasks=2, times=3, forms=["zst-frames", "zst", "gz", "wet"])
     harness.head("file", "MB", "one task, CPU s", "surveys, CPU s", "parts", "all parts, CPU s", "one task, s", "divided, s")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(options.tasks, get_context("spawn")) as pool:
         for form in options.forms:
-            path = Path(folder, f"{form}.jsonl.{form.partition('-')[0]}")
+            path = Path(folder, "a.wet.gz" if form == "wet" else f"{form}.jsonl.{form.partition('-')[0]}")
             write(path, form, options.mb)
             info = path.stat()
             file = FilePart(path.name, info.st_size, info.st_mtime_ns)

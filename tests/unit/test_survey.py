@@ -14,10 +14,15 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers import Limits, streams, survey
 from heliostat.curation.readers import zst as zst_reader
 from heliostat.curation.stage import Document
+from heliostat.curation.text import making, sources
+from heliostat.curation.text.documents import TextRules
+from heliostat.curation.text.tasks import TextSource
+from heliostat.storage.locations import Location
+from heliostat.tasks.work import Work
 
 from tests.seeds import every_seed
 from tests.unit.build_compressed import long_lines, write_compressed, zst
-from tests.unit.build_curation import KilledError
+from tests.unit.build_curation import HereFlow, KilledError
 from tests.unit.build_making import make
 from tests.unit.test_curation_readers import ONE, TWO, record
 from tests.unit.test_ranges import lines
@@ -236,3 +241,25 @@ def test_damaged_files_are_named_in_the_log(tmp_path, caplog):
     (tmp_path / "in" / "a.jsonl.zst").write_bytes(whole[:-30])
     make(tmp_path, "made", [], shard_bytes=1 << 20)
     assert "1 large compressed files are read by one task each" in caplog.text and "a.jsonl.zst" in caplog.text
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_an_input_of_one_compressed_file_is_divided(tmp_path):
+    write_compressed(tmp_path / "in")
+    input = str(tmp_path / "in" / "a.jsonl.zst")
+    files = sources.listing(input)
+    flow = HereFlow(Work(Location(f"{tmp_path}/work")))
+    cut = list(making.pieces_of(flow, input, files, 1 << 12, 1 << 40))
+    assert len(cut) > 8 and all(len(piece) == 1 for piece in cut)
+    source = TextSource(input, TextRules())
+    texts = [(item.id, item.text) for (part,) in cut for item in source.read(part)]
+    assert texts == [(item.id, item.text) for item in source.read(files[0].part)] and len(texts) == 1200
+    assert list(making.pieces_of(flow, input, files, 1 << 12)) == [[files[0].part]], "without a limit, as batch inference does"
+
+
+def test_parts_of_files_that_are_not_compressed_have_the_identity_of_earlier_versions():
+    """Otherwise, the work of an earlier version would be repeated."""
+    part = FilePart("a.jsonl", 10, 7, 2, 9, 3)
+    assert part.identity == ["a.jsonl", 10, 7, 2, 9, 3]
+    assert FilePart("a.jsonl", 10, 7, etag="e").identity == ["a.jsonl", 10, 7, 0, None, 1, "e"]
+    assert part.fields == {"path": "a.jsonl", "bytes": 10, "modified": 7, "start": 2, "stop": 9, "first": 3}

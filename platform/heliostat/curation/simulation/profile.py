@@ -194,8 +194,8 @@ def _merged(kind: TaskKind, task: Task, read: int) -> dict[str, Any]:
         return {"lines": 1 + read // 1000, "files": [], "seconds": read / LINES_BYTES_PER_S}
     if kind.name == "survey":
         part = task.arguments["part"]
-        found = Survey(part.start, part.stop, read, 1 + read // 1000, 0, [Mark(part.start, part.start)])
-        return {"survey": asdict(found), "files": [], "seconds": read / SURVEY_BYTES_PER_S}
+        survey = Survey(part.start, part.stop, read, 1 + read // 1000, 0, [Mark(part.start, part.start)])
+        return {"survey": asdict(survey), "files": [], "seconds": read / SURVEY_BYTES_PER_S}
     raise ConfigError(f"--simulate: {kind.name}: the sample ran no such task. Pass a larger --sample")
 
 

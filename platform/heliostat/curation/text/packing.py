@@ -31,7 +31,7 @@ def divided(flow: Flow, input: str, cut: list[list[FilePart]], target: int, limi
         if part.stop is not None and readers.framed(part.path or input):
             ranges.setdefault(part.path, []).append(part)
     parts = _surveyed(flow, input, ranges, target, limit)
-    again = {path: [replace(ranges[path][0], stop=ranges[path][0].bytes)] for path, found in parts.items() if found is None}
+    again = {path: [replace(ranges[path][0], stop=ranges[path][0].bytes)] for path in ranges if parts[path] is None}
     parts |= _surveyed(flow, input, again, target, limit)
     if undivided := [path for path in again if parts[path] is None]:
         log.warning("input: %d large compressed files are read by one task each, because they are damaged, or have more than "

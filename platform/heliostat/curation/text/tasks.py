@@ -119,10 +119,10 @@ def survey(folder: Location, input: str, part: FilePart, target: int, limit: int
     sources.require_unchanged(base, part)
     try:
         with sources.blocks(base, part.path, part.bytes, part) as file:
-            found = readers.surveyed(part.path or base.name, cast(BinaryIO, file), part, target, limit)
+            result = readers.surveyed(part.path or base.name, cast(BinaryIO, file), part, target, limit)
     except sources.LeftOutError:
-        found = readers.Survey()
-    return {"survey": asdict(found)}
+        result = readers.Survey()
+    return {"survey": asdict(result)}
 
 
 # the tokenizer's sample ------------------------------------------------------------------------------------------------
