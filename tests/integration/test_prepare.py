@@ -13,6 +13,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from heliostat.chaos.proxy import FaultProxy, ProxyFault
+from heliostat.curation import pieces
 from heliostat.curation.prepare import prepare
 from heliostat.curation.text import tokens
 from heliostat.data import manifest
@@ -21,6 +22,7 @@ from heliostat.storage.locations import Location
 
 from tests import stores
 from tests.integration.pipelines import write_pipeline
+from tests.unit.build_compressed import write_compressed
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -165,6 +167,20 @@ def test_a_folder_on_s3_gives_the_digest_of_the_same_folder_on_disk(tmp_path, s3
     assert some["documents"] == 60 and not some["up_to_date"]
     with pytest.raises(StorageError, match=r"output: .*no bucket 'nowhere'"):
         prepare(write_pipeline(tmp_path, **KEYS, output=f"s3://nowhere/x?{query}"), [])
+
+
+def test_compressed_files_on_s3_are_read_in_parts(tmp_path, s3_server, monkeypatch):
+    write_compressed(tmp_path / "in")
+    whole = prepare(write_pipeline(tmp_path, **KEYS), [])
+    query = stores.bucket(s3_server, "compressed")
+    place = Location(f"s3://compressed/in?{query}")
+    pafs.copy_files(str(tmp_path / "in"), place.path, destination_filesystem=place.fs)
+    monkeypatch.setattr(pieces, "LEAST", 1 << 14)
+    monkeypatch.setattr(pieces, "MOST", 1 << 14)
+    pipeline = write_pipeline(tmp_path, **KEYS, input=place.uri, output=str(tmp_path / "parts"), keep_work=True)
+    assert prepare(pipeline, [])["digest"] == whole["digest"]
+    done = tmp_path / "parts.work" / "done"
+    assert len(list((done / "survey").iterdir())) > 8 and len(list((done / "read").iterdir())) > 8
 
 
 @pytest.mark.slow

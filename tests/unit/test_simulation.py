@@ -10,8 +10,9 @@ from heliostat.curation import prepare
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.simulation import simulate, tables
-from heliostat.curation.simulation.profile import MeasuringCluster, Profile, Scaling, Sizes
+from heliostat.curation.simulation.profile import SURVEY_BYTES_PER_S, MeasuringCluster, Profile, Scaling, Sizes
 from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFaults, VirtualCluster
+from heliostat.curation.text import packing
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
 from heliostat.data.row_groups import ShardCollector
@@ -168,6 +169,15 @@ def test_lines_are_counted_in_the_time_of_their_bytes(tmp_path):
     part = FilePart("a.jsonl", 10**10, 1, stop=10**9)
     (record,) = flow.all("lines", print, iter([Task("k", {"input": "in", "part": part})]))
     assert record["seconds"] == 2.0 and cluster.requests.total["input"] == 120
+
+
+def test_a_large_compressed_file_is_read_in_parts(tmp_path):
+    flow = Flow(Work(Location(str(tmp_path))))
+    flow.cluster = cluster = VirtualCluster(1, 2, GB, read(), NONE)
+    cut = [[part] for part in (FilePart("a.jsonl.zst", 10**9, 1, i * 10**8, (i + 1) * 10**8) for i in range(10))]
+    parts = [part for (part,) in packing.divided(flow, "in", cut, 10**8, 10**12)]
+    assert [(part.start, part.stop) for part in parts] == [(part.start, part.stop) for (part,) in cut]
+    assert cluster.clock > 10**9 / SURVEY_BYTES_PER_S / 2
 
 
 def test_a_tokenizer_trains_on_the_text_that_it_is_given():

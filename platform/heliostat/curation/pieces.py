@@ -1,20 +1,35 @@
 """Splits an input's files into pieces, one per task. The split is a pure function of the list of files and of a piece size. This
 size changes little when files are added.
 
-A large file is split into ranges of bytes, if files of its kind can be read from the middle. Small files are read together. The
+A large file is split into ranges of bytes, if files of its kind can be read from the middle. The ranges of a compressed file
+become parts that begin where a reader can begin (`readers.survey`). Small files are read together. The
 names of small files decide where a piece ends, so a new or removed file changes only one piece.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, astuple, dataclass, replace
+from typing import Any
 
 import xxhash
 
 FILE_BYTES = 4096  # cost of opening a file, as a number of bytes that is added to its size
 MOST_FILES = 2000  # maximum files of a piece
 LEAST, MOST = 1 << 20, 128 << 20  # minimum and maximum bytes of a piece
+
+
+@dataclass(frozen=True)
+class PackedSlice:
+    """Describes complete lines of a compressed file: their place in the data that a reader decompresses from a frame on.
+
+    `frame`: the offset of the frame (of gzip: the member). `skip`: the number of decompressed bytes before the first line.
+    `size`: the number of bytes of the lines, decompressed; None for all lines up to the end of the file.
+    """
+
+    frame: int
+    skip: int
+    size: int | None
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,7 @@ class FilePart:
     `first`: the number of the range's first record, counted from 1; 0 if the reader determines the number. `etag`: the ETag of an
     object, if its store has ETags. `path_by_time`: the path in the form of older versions of heliostat, without ETags; "" if it
     is the same. `description`: what a task reads, as JSON, for a part that isn't a file. Then `path` identifies the description.
+    `packed`: where the lines of a range are in a compressed file; None for files that aren't compressed.
     """
 
     path: str
@@ -36,17 +52,25 @@ class FilePart:
     etag: str = ""
     path_by_time: str = ""
     description: str = ""
+    packed: PackedSlice | None = None
 
     @property
     def length(self) -> int:
         """Returns the number of bytes to read."""
         return (self.bytes if self.stop is None else self.stop) - self.start
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> FilePart:
+        """Builds the part with these `fields`."""
+        packed = fields.get("packed")
+        return cls(**{**fields, "packed": PackedSlice(**packed) if packed else None})
+
     @property
     def identity(self) -> list[object]:
         """Returns everything that the part's documents depend on, as JSON values."""
         fields = [self.path, self.bytes, self.modified, self.start, self.stop, self.first]
-        return [*fields, self.etag] if self.etag else fields
+        packed = astuple(self.packed) if self.packed else None
+        return [*fields, *(value for value in (self.etag, packed) if value)]
 
     @property
     def identity_by_time(self) -> list[object]:
@@ -57,9 +81,8 @@ class FilePart:
     def fields(self) -> dict[str, object]:
         """Returns the part as JSON values by field names. If the part has no ETag, the fields are the same as in older versions
         of heliostat."""
-        return {
-            name: value for name, value in asdict(self).items() if name not in ("etag", "path_by_time", "description") or value
-        }
+        added = ("etag", "path_by_time", "description", "packed")
+        return {name: value for name, value in asdict(self).items() if name not in added or value}
 
 
 def size(total: int) -> int:
@@ -76,7 +99,7 @@ def number(bytes: int, files: int) -> int:
 def cut(files: Iterable[FilePart], target: int, ranged: Callable[[str], bool]) -> Iterator[list[FilePart]]:
     """Yields pieces of about `target` bytes of complete files, in order.
 
-    `ranged` returns whether a file can be read from the middle. Ranges of a file are separate pieces.
+    `ranged` returns whether a file can be read in ranges. Ranges of a file are separate pieces.
     """
     piece, size = list[FilePart](), 0
     for file in files:

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -290,7 +290,7 @@ def unpacked(data: pa.Buffer | bytes) -> list[pa.Table]:
 def sent(task: int, item: Item) -> bytes:
     """Encodes a task's number and documents for `ReadBlocks`."""
     run = isinstance(item, SpilledRun)
-    return json.dumps([task, run, asdict(item) if isinstance(item, SpilledRun) else [astuple(part) for part in item]]).encode()
+    return json.dumps([task, run, asdict(item) if isinstance(item, SpilledRun) else [part.fields for part in item]]).encode()
 
 
 def received(data: bytes) -> tuple[int, Item]:
@@ -298,4 +298,4 @@ def received(data: bytes) -> tuple[int, Item]:
     task, run, fields = json.loads(data)
     if run:
         return task, SpilledRun(**fields | {"decided": tuple(fields["decided"])})
-    return task, [FilePart(*values) for values in fields]
+    return task, list(map(FilePart.of, fields))

@@ -52,7 +52,7 @@ def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: Sa
         if task["kind"] == "files":
             yield from _files(task, sizes, sample)
         elif task["kind"] == "archives":
-            archives += [FilePart(**fields) for fields in task["parts"]]
+            archives += [FilePart.of(fields) for fields in task["parts"]]
         else:  # images that a library ships
             whole = [f.part for f in inputs]
             sample.add(task["kind"], whole, whole, False, sample.fraction)

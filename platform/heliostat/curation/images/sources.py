@@ -185,7 +185,7 @@ def read(uri: str, task: dict[str, Any], columns: ImageColumns, limits: ImageLim
         yield from _files(sources.root(uri), task["entries"], task.get("state") or [], limits)
     else:
         for fields in task["parts"]:
-            yield from _archive(sources.root(uri), FilePart(**fields), columns, limits)
+            yield from _archive(sources.root(uri), FilePart.of(fields), columns, limits)
 
 
 def _files(

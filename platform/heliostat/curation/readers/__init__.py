@@ -15,10 +15,11 @@ from functools import partial
 from typing import BinaryIO, Literal
 
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.readers import parquet, streams, tables, warc
+from heliostat.curation.readers import parquet, streams, survey, tables, warc
 from heliostat.curation.readers.streams import REASONS as REASONS
 from heliostat.curation.readers.streams import LeftOutError, codec_of
 from heliostat.curation.readers.streams import ReadLimits as Limits
+from heliostat.curation.readers.survey import Survey
 from heliostat.curation.stage import Document, Dropped
 
 
@@ -45,9 +46,9 @@ KINDS = {
     ".tsv": Kind(partial(tables.separated, mark="\t"), "row"),
     **dict.fromkeys((".arrow", ".feather"), Kind(tables.arrow, "row")),
     **dict.fromkeys((".ndjson", ".json"), Kind(tables.jsonl, "line", ranged=True)),  # C4 and Dolma use .json for JSON lines
-    ".wet": Kind(partial(warc.records, kind="conversion"), "byte"),
-    ".wat": Kind(partial(warc.records, kind="metadata"), "byte"),
-    ".warc": Kind(partial(warc.records, kind="response"), "byte", "extract"),
+    ".wet": Kind(partial(warc.records, kind="conversion"), "byte", ranged=True),
+    ".wat": Kind(partial(warc.records, kind="metadata"), "byte", ranged=True),
+    ".warc": Kind(partial(warc.records, kind="response"), "byte", "extract", ranged=True),
     **dict.fromkeys((".html", ".htm", ".xhtml"), Kind(streams.page, stage="extract")),
     ".pdf": Kind(streams.page, stage="pdf"),
 }
@@ -76,7 +77,25 @@ def ranged(path: str) -> bool:
     """Checks whether heliostat can read a part of a file with this path without the rest. Uncompressed JSON lines are read from
     any line, and uncompressed Parquet files from any row group."""
     kind = kind_of(path)
-    return kind is not None and kind.ranged and codec_of(path) is None
+    return kind is not None and kind.ranged and kind.number != "byte" and codec_of(path) is None
+
+
+def framed(path: str) -> bool:
+    """Checks whether heliostat can read a part of a file with this path after a survey has found where parts can begin:
+    JSON lines in .zst, .gz, or .xz, and web archives that are compressed record by record."""
+    kind, codec = kind_of(path), codec_of(path)
+    if kind is None or not kind.ranged:
+        return False
+    return (kind.number == "line" and codec in survey.MAGIC) or (kind.number == "byte" and codec == "gz")
+
+
+def surveyed(path: str, stream: BinaryIO, part: FilePart, target: int, limit: int) -> Survey:
+    """Finds the places in a range of a `framed` file at which tasks can begin to read, about every `target` compressed bytes.
+    `limit`: the maximum decompressed bytes; a survey that exceeds this limit has no end."""
+    codec, stop = codec_of(path), part.bytes if part.stop is None else part.stop
+    if codec is not None and numbered(path) == "line":
+        return survey.of_lines(stream, codec, part.start, stop, target, limit)
+    return survey.of_records(stream, part.start, stop, target, limit)
 
 
 def read(path: str, stream: BinaryIO, limits: Limits, part: FilePart | None = None) -> Iterator[Document | Dropped]:

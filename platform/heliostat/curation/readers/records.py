@@ -36,14 +36,17 @@ class WarcRecord:
 
 class Archive:
     """Reads a web archive's records from a stream. With `packed`, the stream consists of gzip members, which usually contain one
-    record each."""
+    record each.
 
-    def __init__(self, stream: BinaryIO, packed: bool) -> None:
-        self._source, self._packed = _Source(stream), packed
+    Reads only the members that begin at or after `start` and before `stop`. `start` must be the beginning of a member.
+    """
+
+    def __init__(self, stream: BinaryIO, packed: bool, start: int = 0, stop: int | None = None) -> None:
+        self._source, self._packed, self._stop = _Source(stream, start), packed, stop
         self._decoder: zlib._Decompress | None = None
         self._plain, self._used = bytearray(), 0  # decompressed data, and the number of its bytes that were read
-        self._member, self._inner = 0, 0  # start of the member (or uncompressed record), and bytes read since
-        self._start = 0  # the search for the next record starts after this offset
+        self._member, self._inner = start, 0  # start of the member (or uncompressed record), and bytes read since
+        self._start = start  # the search for the next record starts after this offset
         self._current = ""  # the place of the current record
 
     def records(self, most: int) -> Iterator[WarcRecord]:
@@ -66,6 +69,11 @@ class Archive:
             if not self._ends():
                 raise Broken(place, "corrupt", "the record does not end where it says")
             yield WarcRecord(place, headers, block, size)
+
+    @property
+    def member(self) -> int:
+        """Returns the offset of the gzip member that has the current record."""
+        return self._member
 
     def _place(self) -> str:
         if not self._packed:
@@ -147,6 +155,9 @@ class Archive:
             if not head:
                 return False
             self._member, self._inner = at, 0
+            if self._stop is not None and at >= self._stop:
+                self._source.back(len(head))
+                return False
             if head != GZIP:
                 raise self._broken("corrupt", "no gzip member begins here")
             self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)
@@ -186,9 +197,11 @@ class Archive:
 class _Source:
     """Wraps a stream, and buffers the recent data, so that `Archive` can move back in the stream and read the data again."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, start: int = 0) -> None:
         self._stream = stream
-        self._buffer, self._from, self.at = bytearray(), 0, 0  # bytes, offset of the first byte, offset of the next read
+        if start:
+            stream.seek(start)
+        self._buffer, self._from, self.at = bytearray(), start, start  # bytes, offset of the first byte, offset of the next read
 
     def read(self, size: int) -> bytes:
         behind = self.at - self._from

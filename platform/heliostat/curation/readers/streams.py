@@ -7,12 +7,13 @@ import bz2
 import io
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from heliostat.curation.pieces import PackedSlice
 from heliostat.curation.stage import Document, Dropped
 
 REASONS = {
@@ -80,12 +81,40 @@ def codec_of(path: str) -> str | None:
     return next((codec for suffix, codec in CODECS.items() if path.lower().endswith(suffix)), None)
 
 
-def unpacked(path: str, stream: BinaryIO, limits: ReadLimits) -> io.BufferedReader:
-    """Returns a stream of the decompressed bytes. Reading raises LeftOutError at invalid data, and after `max_file_bytes`."""
+@dataclass(frozen=True)
+class FrameBlock:
+    """Holds decompressed data. A frame is the smallest part of a compressed file that can be decompressed without the data before
+    it: a frame of .zst, a member of .gz, a stream of .bz2 and .xz.
+
+    `frame`: the offset at which the frame begins. `read`: the offset up to which the compressed file was read.
+    """
+
+    data: bytes
+    frame: int
+    read: int
+
+
+def unpacked(path: str, stream: BinaryIO, limits: ReadLimits, packed: PackedSlice | None = None) -> io.BufferedReader:
+    """Returns a stream of the decompressed bytes, or of a slice of these bytes. Reading raises LeftOutError at invalid data,
+    and after `max_file_bytes`."""
     codec = codec_of(path)
+    if packed is not None:
+        stream.seek(packed.frame)
     plain = iter(lambda: stream.read(BLOCK), b"")
-    blocks = plain if codec is None else _zst(stream) if codec == "zst" else _unpack(stream, codec)
-    return io.BufferedReader(_Blocks(blocks, limits.max_file_bytes), BLOCK)
+    blocks = plain if codec is None else _zst(stream) if codec == "zst" else (block.data for block in frames(stream, codec))
+    return io.BufferedReader(_Blocks(blocks if packed is None else _within(blocks, packed), limits.max_file_bytes), BLOCK)
+
+
+def _within(blocks: Iterator[bytes], packed: PackedSlice) -> Iterator[bytes]:
+    """Yields the bytes of a slice from the blocks that begin at the slice's frame."""
+    skip, left = packed.skip, packed.size
+    for block in blocks:
+        data = block[skip:] if left is None else block[skip : skip + left]
+        skip = max(0, skip - len(block))
+        if data:
+            yield data
+        if left is not None and (left := left - len(data)) == 0:
+            return
 
 
 def _zst(stream: BinaryIO) -> Iterator[bytes]:
@@ -107,31 +136,37 @@ def _new(codec: str) -> Any:
     return bz2.BZ2Decompressor() if codec == "bz2" else lzma.LZMADecompressor(memlimit=XZ_MEMORY)
 
 
-def _unpack(stream: BinaryIO, codec: str) -> Iterator[bytes]:
-    """Yields the decompressed bytes of all members of a compressed stream, in blocks. One block of input may become many
-    decompressed blocks.
+def frames(stream: BinaryIO, codec: str, start: int = 0, stop: int | None = None) -> Generator[FrameBlock, None, int]:
+    """Yields the decompressed bytes of the frames that begin before the offset `stop`, in blocks. The stream must be at `start`,
+    where a frame begins. One block of input may become many decompressed blocks. Returns the offset of the first frame that
+    begins at or after `stop`, or the offset of the file's end.
 
-    Zeros after a member are padding. For gzip, also yields the data before an invalid byte.
+    Zeros after a frame are padding. For gzip, also yields the data before an invalid byte.
     """
-    decoder, begun, ended = _new(codec), False, False
+    decoder, begun, ended, frame, read = _new(codec), False, False, start, start
     while data := stream.read(BLOCK):
+        read += len(data)
         data = data if begun or not ended else data.lstrip(b"\0")
         while data or (begun and codec != "gz" and not decoder.needs_input):
+            if not begun:
+                frame = read - len(data)
+                if stop is not None and frame >= stop:
+                    return frame
             before = decoder.copy() if codec == "gz" else None
             try:
                 block = decoder.decompress(data, BLOCK)
             except (zlib.error, lzma.LZMAError, OSError, ValueError, EOFError) as e:
                 if before is not None and (rest := _before_break(before, data)):
-                    yield rest
+                    yield FrameBlock(rest, frame, read)
                 raise LeftOutError("corrupt", str(e), complete=any(check in str(e) for check in CHECKS)) from e
-            begun = True
+            begun, data = True, decoder.unconsumed_tail if codec == "gz" else b""
             if block:
-                yield block
-            data = decoder.unconsumed_tail if codec == "gz" else b""
+                yield FrameBlock(block, frame, read - len(data))
             if decoder.eof:
                 data, decoder, begun, ended = decoder.unused_data.lstrip(b"\0"), _new(codec), False, True
     if begun:
         raise LeftOutError("corrupt", f"the {codec} stream ends within a member")
+    return read
 
 
 def _before_break(decoder: zlib._Decompress, data: bytes) -> bytes:

@@ -37,10 +37,11 @@ def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document |
 def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
     """Yields a document for each line that begins in `part`; a `Dropped` for a line that isn't a JSON object. An id ends in the
     number of the line."""
-    if part.start:  # the rest of a line that begins before the range belongs to the earlier range
-        stream.seek(part.start - 1)
-    plain = unpacked(path, stream, limits)
-    for number, line in enumerate(lines(plain, limits.max_document_bytes, part.start, part.stop), part.first):
+    start, stop = (part.start, part.stop) if part.packed is None else (0, None)  # a slice has only complete lines
+    if start:  # the rest of a line that begins before the range belongs to the earlier range
+        stream.seek(start - 1)
+    plain = unpacked(path, stream, limits, part.packed)
+    for number, line in enumerate(lines(plain, limits.max_document_bytes, start, stop), part.first):
         id = f"{path}#{number}"
         if line is None:
             yield Dropped(id, "too_large", f"a line of more than {limits.max_document_bytes:,} bytes")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from heliostat.curation.encodings import decode
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers.records import Archive, Broken
 from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, unpacked
 from heliostat.curation.stage import Document, Dropped
@@ -53,15 +54,15 @@ def _text(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits)
         return Dropped(id, "not_utf8", f"byte {e.start:,}")
 
 
-def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Iterator[Document | Dropped]:
-    """Yields a document for each record of one kind, and a `Dropped` with the reason for each invalid record.
+def records(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart, kind: str) -> Iterator[Document | Dropped]:
+    """Yields a document for each record of one kind in `part`, and a `Dropped` with the reason for each invalid record.
 
     Kinds: `response` is a page as bytes, or plain text; `conversion` (WET) is the text of a page; `metadata` (WAT) is JSON,
     unchanged.
     """
     make = _response if kind == "response" else _text
-    packed = codec_of(path) == "gz"  # compressed record by record
-    archive, total = Archive(stream if packed else unpacked(path, stream, limits), packed), 0
+    packed, total = codec_of(path) == "gz", 0  # compressed record by record
+    archive = Archive(stream if packed else unpacked(path, stream, limits), packed, part.start, part.stop)
     for _ in range(MOST_BREAKS):
         try:
             for record in archive.records(limits.max_document_bytes):

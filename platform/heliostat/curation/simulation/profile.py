@@ -7,13 +7,14 @@ read. Spilled files get new names with the scaled size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import xxhash
 
 from heliostat.curation.images.sampling import SampledImages
 from heliostat.curation.pieces import FilePart
+from heliostat.curation.readers.survey import Mark, Survey
 from heliostat.curation.simulation import images
 from heliostat.curation.simulation.hosts import WebModel
 from heliostat.curation.simulation.requests import input_parts, named
@@ -30,6 +31,8 @@ MERGE_BYTES_PER_S = 60e6
 """Bytes of sorted temporary files that a CPU merges per second: an assumption, used if the sample needed no merge."""
 LINES_BYTES_PER_S = 500e6
 """Bytes of which a CPU counts the lines per second: an assumption."""
+SURVEY_BYTES_PER_S = 100e6
+"""Compressed bytes that a CPU surveys per second: an assumption."""
 
 SAME_SIZE = frozenset({"tokenizer", "tally", "rates", "largest"})
 """Kinds of tasks whose files the driver reads, or whose results don't grow with the input. Their records stay as measured."""
@@ -203,8 +206,8 @@ class Scaling:
 
 
 def _merged(kind: TaskKind, task: Task, read: int) -> dict[str, Any]:
-    """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, counting lines, or
-    listing dropped documents. Raises ConfigError for other kinds."""
+    """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, counting lines,
+    surveying compressed files, or listing dropped documents. Raises ConfigError for other kinds."""
     seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
     if kind.function in (merging.merge, merging.merge_spills):
         runs = task.arguments["runs"]
@@ -216,6 +219,10 @@ def _merged(kind: TaskKind, task: Task, read: int) -> dict[str, Any]:
         return {"listed": name, "rows": 0, "files": [], "seconds": seconds}
     if kind.name == "lines":
         return {"lines": 1 + read // 1000, "files": [], "seconds": read / LINES_BYTES_PER_S}
+    if kind.name == "survey":
+        part = task.arguments["part"]
+        survey = Survey(part.start, part.stop, read, 1 + read // 1000, 0, [Mark(part.start, part.start)])
+        return {"survey": asdict(survey), "files": [], "seconds": read / SURVEY_BYTES_PER_S}
     raise ConfigError(f"--simulate: {kind.name}: the sample ran no such task. Pass a larger --sample")
 
 

@@ -21,7 +21,7 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import SHARD, TOKENIZER, Prediction, Rate
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.segment import SpilledRun
-from heliostat.curation.text import documents, gathering, infilling, rates, tasks, tokens
+from heliostat.curation.text import documents, gathering, infilling, packing, rates, tasks, tokens
 from heliostat.curation.text.gathering import Together
 from heliostat.curation.text.infilling import FillInTheMiddle
 from heliostat.curation.text.tasks import TextSharding, TextSource
@@ -60,7 +60,7 @@ class Reading(Making):
         if self.sample is not None:
             return self.sample.pieces()
         target = self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
-        return pieces_of(self.flow, self.source.input, inputs, target)
+        return pieces_of(self.flow, self.source.input, inputs, target, self.source.rules.max_file_bytes)
 
     def definition(self, curated: Curated, markers: tuple[str, ...] = ()) -> str:
         """Returns the definition (JSON) of the pipeline's existing tokenizer, or trains a tokenizer. The training text is a
@@ -291,11 +291,20 @@ def identities(runs: list[SpilledRun]) -> list[list[object]]:
     return [[run.name, run.decided] for run in runs]
 
 
-def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[FilePart]]:
+def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int, limit: int | None = None) -> Iterator[list[FilePart]]:
     """Splits an input into pieces of about `target` bytes. For files that are split into ranges of lines, first counts the lines
-    before each range."""
-    cut = list(pieces.cut((f.part for f in files), target, lambda path: readers.ranged(path or input)))
-    unknown = [p[0] for p in cut if p[0].stop is not None and readers.numbered(p[0].path or input) == "line"]
+    before each range.
+
+    `limit`: the maximum decompressed bytes of a file. Without a limit, each compressed file is in one piece.
+    """
+
+    def ranged(path: str) -> bool:
+        return readers.ranged(path or input) or (limit is not None and readers.framed(path or input))
+
+    cut = list(pieces.cut((f.part for f in files), target, ranged))
+    if limit is not None:
+        cut = list(packing.divided(flow, input, cut, target, limit))
+    unknown = [p[0] for p in cut if p[0].stop is not None and readers.numbered(p[0].path or input) == "line" and not p[0].packed]
     count = (Task(key("lines", input, part.identity), {"input": input, "part": part}) for part in unknown)
     lines = dict(zip(unknown, (r["lines"] for r in flow.all("lines", tasks.count_lines, count)), strict=True))
     return numbered(cut, lines)

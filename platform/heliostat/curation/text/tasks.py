@@ -8,7 +8,7 @@ import itertools
 import os
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -110,6 +110,19 @@ def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, objec
     except sources.LeftOutError:
         count = 0
     return {"lines": count}
+
+
+def survey(folder: Location, input: str, part: FilePart, target: int, limit: int) -> dict[str, object]:
+    """Surveys a range of a compressed file (`readers.surveyed`). The survey is empty if the file can't be read; a later read
+    reports the error."""
+    base = sources.root(input)
+    sources.require_unchanged(base, part)
+    try:
+        with sources.blocks(base, part.path, part.bytes, part) as file:
+            result = readers.surveyed(part.path or base.name, cast(BinaryIO, file), part, target, limit)
+    except sources.LeftOutError:
+        result = readers.Survey()
+    return {"survey": asdict(result)}
 
 
 # the tokenizer's sample ------------------------------------------------------------------------------------------------
