@@ -31,7 +31,7 @@ _PLACES = 64 - 18  # a word's place in the table of special words is the first 1
 
 
 @dataclass(frozen=True)
-class Parts:
+class TextParts:
     """Holds the parts of a text. All arrays have an entry for each part.
 
     `starts`, `stops`: positions in the text. `plain`: whether the part is plain. `before`, `after`: the number of marks before
@@ -84,7 +84,7 @@ def _special() -> np.ndarray:
     return table
 
 
-def parts(codes: np.ndarray, kinds: np.ndarray) -> Parts:
+def parts(codes: np.ndarray, kinds: np.ndarray) -> TextParts:
     """Splits a text into parts. `codes`, `kinds`: the text's characters, from `looked_up`."""
     inside = np.zeros(len(kinds) + 2, bool)
     np.equal(kinds & SPACE, 0, out=inside[1:-1])
@@ -104,4 +104,4 @@ def parts(codes: np.ndarray, kinds: np.ndarray) -> Parts:
     marked = (before | after)[which]
     special = _special()[hashes[which] >> np.uint64(_PLACES)] & np.where(marked, MARKED, BARE).astype(np.uint8)
     plain[which[special != 0]] = False
-    return Parts(starts, stops, plain, before, after, hashes)
+    return TextParts(starts, stops, plain, before, after, hashes)
