@@ -28,8 +28,8 @@ from heliostat.curation.sampled import SampledParts
 from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
 from heliostat.curation.stage import Stage
 from heliostat.curation.text import sources, tasks, tokens
-from heliostat.data import versions
-from heliostat.data.manifest import FILES, SCHEMA
+from heliostat.data import manifest, versions
+from heliostat.data.manifest import FILES
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging
@@ -120,7 +120,7 @@ class Making(ABC):
         meta: dict[str, Any] = {"kind": self.kind, "dropped": dropped, "listed": self._listed(curated, dropped)}
         meta |= recording.facts(self.every)
         if not curated.runs:
-            return SCHEMA.empty_table(), meta
+            return manifest.SCHEMA.empty_table(), meta
         written = self.write(curated)
         meta |= written.facts
         if len(written.rows) and self.explained:
