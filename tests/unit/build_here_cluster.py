@@ -32,18 +32,19 @@ class HereExecutor:
     ready = True
 
     def __init__(self, kind: TaskKind) -> None:
-        self.kind, self.records = kind, dict[int, Any]()
+        self.kind, self.results = kind, dict[int, Any]()
 
-    def start(self, arguments: tuple[Any, ...], task: Task, shared: Mapping[str, object], cpus: int, memory: int | None) -> Any:
-        record = self.kind.execute(*arguments, task.key, self.kind.function, task.arguments, **shared)
-        self.records[number := len(self.records)] = record
+    def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
+              backup: bool = False) -> Any:  # fmt: skip
+        sent = [(task.key, task.arguments) for task in tasks]
+        self.results[number := len(self.results)] = self.kind.execute(*arguments, self.kind.function, sent, **shared)
         return number
 
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         return references
 
-    def record(self, reference: Any) -> dict[str, Any]:
-        return self.records[reference]
+    def records(self, reference: Any) -> list[dict[str, Any]]:
+        return self.results[reference]
 
     def withdraw(self, references: list[Any]) -> list[Any]:
         return []

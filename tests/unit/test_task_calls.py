@@ -161,5 +161,8 @@ def test_a_call_is_late_by_its_size_and_only_if_most_have_ended():
     assert times.late([small, large], 29.0) == [] and times.late([small, large], 31.0) == [small]
     assert times.late([large, small], 500.0) == [small, large]
     assert times.late([small, large, call()], 500.0) == [], "most calls are still running"
+    large.tasks[0] = Started(0, Task("k", {}, bytes=1000, can_repeat=False))
+    assert times.late([small, large], 500.0) == [small], "two copies would fetch from one host"
+    large.tasks[0] = Started(0, Task("k", {}, bytes=1000))
     small.tasks[0].trouble.count = 1
     assert times.late([small, large], 500.0) == [large], "its notes are for one process"

@@ -84,13 +84,14 @@ class Curated:
 @dataclass
 class StageEngine:
     """Runs stages as recorded tasks of a `Flow`, or in a stream if they need GPUs (`streaming`). `memory_limit`: the bytes of
-    memory that a task may use."""
+    memory that a task may use; `can_repeat`: whether two copies of a reading task may run at the same time."""
 
     flow: Flow
     source: DocumentSource
     identity: list[object]
     memory_limit: int
     every: int = 1
+    can_repeat: bool = True
 
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
         """Runs the documents in pieces of the input through all stages, the largest pieces first. With `explained`, also counts
@@ -194,7 +195,7 @@ class StageEngine:
             )
             yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,
                                       "explained": explained, **more}, {}, sum(part.length for part in piece), careful=True,
-                       before=before)  # fmt: skip
+                       can_repeat=self.can_repeat, before=before)  # fmt: skip
 
     def _over_runs(self, runs: list[SpilledRun], stages: list[Stage], number: int) -> Iterator[Task]:
         follows = [s.follows() for s in stages]

@@ -99,6 +99,11 @@ class Making(ABC):
         return None
 
     @property
+    def can_repeat(self) -> bool:
+        """Checks whether two copies of a reading task may run at the same time."""
+        return True
+
+    @property
     def explained(self) -> bool:
         """Checks whether the dataset records for each document its shard, or the reason why it was dropped."""
         return self.recorded and (bool(self.stages) or self.sample is not None)
@@ -129,7 +134,7 @@ class Making(ABC):
 
     def curated(self, inputs: list[InputFile]) -> Curated:
         """Reads the input, and runs the documents through the stages. Returns the kept and the dropped documents."""
-        engine = StageEngine(self.flow, self.source, self.identity, self.memory_limit, self.every)
+        engine = StageEngine(self.flow, self.source, self.identity, self.memory_limit, self.every, self.can_repeat)
         return engine.curate(self.pieces(inputs), self.all_stages, self.explained)
 
     def _dropped(self, curated: Curated) -> dict[str, int]:

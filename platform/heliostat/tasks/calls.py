@@ -72,8 +72,9 @@ class Call:
 
     @property
     def can_repeat(self) -> bool:
-        """Checks whether a backup can run these tasks. Tasks that have failed write notes, which two copies can't share."""
-        return len(self.references) == 1 and not any(one.trouble.count or one.trouble.crashed for one in self.tasks)
+        """Checks whether a backup may run these tasks. Tasks that have failed write notes, which two copies can't share."""
+        fresh = all(one.task.can_repeat and not (one.trouble.count or one.trouble.crashed) for one in self.tasks)
+        return fresh and len(self.references) == 1
 
 
 class CallTimes:

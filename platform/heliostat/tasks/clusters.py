@@ -24,6 +24,8 @@ class Task:
     """Bytes that the task reads, approximately, for the progress line."""
     careful: bool = False
     """Whether the function takes an argument `care` when the task runs again."""
+    can_repeat: bool = True
+    """Whether a second copy may run at the same time. A task that fetches URLs would send twice as many requests to a host."""
     before: str = ""
     """Key of the same task in earlier versions of heliostat. If a record has this key, the task is finished."""
 

@@ -57,6 +57,10 @@ class ImageMaking(Making):
     latents: Latents | None
 
     @property
+    def can_repeat(self) -> bool:
+        return self.source.fetching is None
+
+    @property
     def identity(self) -> list[object]:
         read = self.source
         fetched = [read.fetching.config.identity()] if read.fetching else []
