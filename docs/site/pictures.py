@@ -295,7 +295,11 @@ def stream() -> None:
     """Prepares 16 MB of texts on two nodes, one with a logical GPU, and draws when each task of the stream began and ended."""
     with tempfile.TemporaryDirectory() as folder:
         stream_scoring.make_input(Path(folder), 16, 1.0)
-        spans = stream_scoring.prepare(Path(folder) / "run", Path(folder), 1).spans
+        draw_stream(stream_scoring.prepare(Path(folder) / "run", Path(folder), 1).spans)
+
+
+def draw_stream(spans: list[tuple[str, float, float]]) -> None:
+    """Draws when tasks began and ended, one row per part of the stream."""
     first, last = min(begin for _, begin, _ in spans), max(end for *_, end in spans)
     share, left, width, row = stream_scoring.overlap(spans), 150, 500, 26
     numbers = {kind: sum(name == kind for name, *_ in spans) for kind in STREAM}

@@ -181,4 +181,4 @@ def test_documents_that_end_their_process_are_left_out_as_by_recorded_tasks(give
     assert plain.pop("streamed") == 0 < streamed.pop("streamed") <= 10
     assert plain == streamed
     crashed = {id: stage for id, (stage, reason) in plain["dropped"].items() if reason == "crashed"}
-    assert crashed == {"d033": "finish", "d077": "finish"}
+    assert crashed == {"d033": "finish", "d048": "finish"}

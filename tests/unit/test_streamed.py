@@ -13,10 +13,10 @@ from heliostat.curation.registry import parse
 from heliostat.curation.segment import SpilledRun, load
 from heliostat.curation.streamed import (
     Item,
-    Part,
     ReadBlocks,
     ScoreBlocks,
     Streamed,
+    StreamPart,
     WriteBlocks,
     packed,
     received,
@@ -47,7 +47,7 @@ def engine_of(folder: Path, given: dict[str, str], run_bytes: int) -> StageEngin
 def streamed(engine: StageEngine, item: Item, split: int, read: bool = True) -> list[dict[str, Any]]:
     """Runs one task through the parts of a stream, with blocks in any order. `split` of the later parts run in the actor."""
     workers = Streamed(engine.flow.work.spill, engine.source, engine.run_bytes, True, 1, None)
-    parts = [Part(name, part[0][0], engine._entries([s for _, s in part])) for name, part in zip(NAMES, PARTS, strict=True)]
+    parts = [StreamPart(name, part[0][0], engine._entries([s for _, s in part])) for name, part in zip(NAMES, PARTS, strict=True)]
     before, *later = parts if read else [None, *parts[1:]]
     blocks = list(ReadBlocks(workers, before)(pa.table({"id": [b"", sent(7, item)]})))
     random.Random(0).shuffle(blocks)
@@ -75,7 +75,7 @@ def test_a_stream_writes_the_same_files_and_counts_as_recorded_tasks(tmp_path, s
     assert (len(rows) == 1) is (run_bytes > 1 << 20) and {row["error"] for row in rows} == {None}
     record, stream, plain = combined(rows), Curated(), Curated()
     for part in record["records"]:
-        stream.take(part)
+        stream.keep([stream.take(part)])
     stream.runs = [SpilledRun(*run) for run in record["runs"]]
     plain.runs = engine._recorded(plain, PARTS, NAMES, engine._over_pieces(iter([piece]), [s for _, s in PARTS[0]], True))
     assert content(engine, stream) == content(engine, plain)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from heliostat.curation import gpus, streaming
-from heliostat.curation.streamed import Part, StreamPlan
+from heliostat.curation.streamed import StreamPart, StreamPlan
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work, key
 
-PLAN = StreamPlan(None, [Part("read", 0, []), Part("stages-0", 0, [])], [False, True], [], 1 << 20, True, 1)
+PLAN = StreamPlan(None, [StreamPart("read", 0, []), StreamPart("stages-0", 0, [])], [False, True], [], 1 << 20, True, 1)
 RECORD = {"records": [{"kind": "read", "seconds": 1.0, "reasons": {}}], "runs": [["a", 2, 3]], "files": []}
 
 

@@ -20,7 +20,7 @@ from heliostat.curation.chain import Entry
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
 from heliostat.curation.stage import GlobalStage, Stage
-from heliostat.curation.streamed import Part, StreamPlan
+from heliostat.curation.streamed import StreamPart, StreamPlan
 from heliostat.storage.locations import Location
 from heliostat.tasks import libraries, shipping
 from heliostat.tasks.flow import Flow, Task
@@ -157,7 +157,7 @@ class StageEngine:
     def _plan(self, parts: list[Numbered], names: list[str], explained: bool, count: int) -> StreamPlan:
         chains = [[stage for _, stage in part] for part in parts]
         follows: list[object] = [[number, stage.follows()] for part in parts[1:] for number, stage in part]
-        streamed = [Part(name, part[0][0] if part else 0, self._entries(chain))
+        streamed = [StreamPart(name, part[0][0] if part else 0, self._entries(chain))
                     for name, part, chain in zip(names, parts, chains, strict=True)]  # fmt: skip
         scoring = [any(stage.gpu for stage in chain) for chain in chains]
         return StreamPlan(self.source, streamed, scoring, follows, self.run_bytes, explained, count, self.every)

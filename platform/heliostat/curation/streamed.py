@@ -39,7 +39,7 @@ Item = list[FilePart] | SpilledRun
 
 
 @dataclass(frozen=True)
-class Part:
+class StreamPart:
     """Describes a segment of the stream: the kind of its recorded tasks, the number of its first stage, and its stages."""
 
     kind: str
@@ -53,7 +53,7 @@ class StreamPlan:
     everything that the segments after the first depend on; `gpus`: the maximum number of actors; `every`: see `recording`."""
 
     source: DocumentSource
-    parts: list[Part]
+    parts: list[StreamPart]
     scoring: list[bool]
     follows: list[object]
     run_bytes: int
@@ -65,7 +65,7 @@ class StreamPlan:
         """Returns the key of a task's record in the stream. `task`: the key of the recorded task for the first segment."""
         return key(KIND, task, self.follows)
 
-    def split(self) -> tuple[Part | None, list[Part], list[Part]]:
+    def split(self) -> tuple[StreamPart | None, list[StreamPart], list[StreamPart]]:
         """Returns the segment before the scoring stages, the segments from the first to the last scoring stage, and the segments
         after them."""
         first, last = self.scoring.index(True), len(self.scoring) - self.scoring[::-1].index(True)
@@ -84,21 +84,21 @@ class Streamed:
     every: int
     lacking: Queue
 
-    def chain(self, part: Part) -> Chain:
+    def chain(self, part: StreamPart) -> Chain:
         """Opens a part's stages. Waits until the driver has copied the files that this node lacks."""
-        until, asked = time.monotonic() + shipping.WAIT_S, list[shipping.Shipment]()
+        until, requested = time.monotonic() + shipping.WAIT_S, list[shipping.Shipment]()
         while True:
             try:
                 return Chain(self.folder, part.stages, part.first)
             except shipping.NotHereError as e:
                 if time.monotonic() > until:
                     raise
-                if e.shipment not in asked:
-                    asked.append(e.shipment)
+                if e.shipment not in requested:
+                    requested.append(e.shipment)
                     self.lacking.put(e.shipment)
                 time.sleep(COPY_S)
 
-    def through(self, part: Part, tables: list[pa.Table]) -> tuple[list[pa.Table], dict[str, Any]]:
+    def through(self, part: StreamPart, tables: list[pa.Table]) -> tuple[list[pa.Table], dict[str, Any]]:
         """Runs the documents of some tables through a part's stages. Returns the tables of the kept documents, and the part's
         record."""
         watch = Stopwatch()
@@ -148,7 +148,7 @@ class Stopwatch:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Doesn't count the time of the context, in which Ray Data makes the task wait."""
+        """Excludes the time of the context, in which Ray Data makes the task wait."""
         start = time.monotonic()
         yield
         self.paused += time.monotonic() - start
@@ -165,7 +165,7 @@ class ReadBlocks:
     before, and the documents are in a temporary file."""
 
     streamed: Streamed
-    part: Part | None
+    part: StreamPart | None
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         for sent in filter(None, batch["id"].to_pylist()):
@@ -201,7 +201,7 @@ class ReadBlocks:
 class ScoreBlocks:
     """Runs blocks through the stages from the first to the last scoring stage, in an actor that keeps the models."""
 
-    def __init__(self, streamed: Streamed, parts: list[Part]) -> None:
+    def __init__(self, streamed: Streamed, parts: list[StreamPart]) -> None:
         self.streamed, self.parts = streamed, parts
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
@@ -217,7 +217,7 @@ class WriteBlocks:
     blocks without documents, with `records` for the driver."""
 
     streamed: Streamed
-    parts: list[Part]
+    parts: list[StreamPart]
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         yield from each(batch, self._written)
@@ -232,7 +232,7 @@ class WriteBlocks:
         return block(done["task"], done["block"], done["last"], records, [])
 
 
-def passed(streamed: Streamed, parts: list[Part], one: dict[str, Any]) -> pa.Table:
+def passed(streamed: Streamed, parts: list[StreamPart], one: dict[str, Any]) -> pa.Table:
     """Runs a block's documents through some parts; returns the block with the kept documents, and with the parts' records."""
     tables, records = unpacked(one["tables"]), json.loads(one["records"])
     for part in parts:
