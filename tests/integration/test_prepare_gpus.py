@@ -23,7 +23,7 @@ from heliostat.chaos.nodes import LocalNodes
 from tests.integration.pipelines import write_pipeline
 from tests.unit.build_model import make_model
 
-pytestmark = pytest.mark.ci
+pytestmark = [pytest.mark.ci, pytest.mark.timeout(1500)]
 
 LIMIT_S = 600
 FILES, FILE_BYTES = 24, 250_000
