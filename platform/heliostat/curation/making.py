@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from heliostat.curation import reasons, recording, segment, tally
-from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine, segments, summed
+from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine, filled, segments, summed
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import Prediction, alike_of, spread_of
 from heliostat.curation.prepare import InputFile
@@ -32,11 +32,13 @@ from heliostat.data import manifest, versions
 from heliostat.data.manifest import FILES
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
-from heliostat.tasks import merging
-from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks import merging, spill
+from heliostat.tasks.flow import LEAST_MEMORY, Flow, Task
 from heliostat.tasks.merging import ShardRange, by_parts
 from heliostat.tasks.pool import TaskFunction
+from heliostat.tasks.work import key
 
+SELECTED = 1024  # temporary files of dropped documents from which a task selects the rows to list
 log = logging.getLogger(__name__)
 
 
@@ -235,6 +237,11 @@ class Making(ABC):
 
 def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: object) -> list[str]:
     """Writes the list of dropped documents (about `rows` documents), one file per range of hashes; returns the files' paths."""
+    if len(names) > SELECTED:
+        room = max(flow.memory, LEAST_MEMORY) // RUN_SHARE
+        some = filled(names, lambda name: spill.size_of(name) or 0, room, SELECTED)
+        select = (Task(key("select", group, also), {"names": group, **also}) for group in some)
+        names = [name for record in flow.all("select", tasks.select_left_out, select) for name in record["files"]]
     work = by_parts(flow, "listed", reasons.parts(rows), names, {}, output=output.uri, **also)
     records = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
     return [record["listed"] for record in records]

@@ -215,6 +215,8 @@ def _merged(kind: TaskKind, task: Task, read: int) -> dict[str, Any]:
         return {"runs": _cut([[name, rows, read]], task.arguments["run_bytes"], task.key), "files": [name], "seconds": seconds}
     if kind.name == "tally":
         return {"tally": task.arguments["names"][0], "files": [], "seconds": seconds}
+    if kind.name == "select":
+        return {"files": [name], "seconds": seconds}
     if kind.name == "listed":
         return {"listed": name, "rows": 0, "files": [], "seconds": seconds}
     if kind.name == "lines":

@@ -294,14 +294,23 @@ def list_left_out(folder: Location, part: int, parts: int, output: str, names: l
                   also: list[str] | None = None) -> dict[str, object]:  # fmt: skip
     """Writes a Parquet file that lists the documents that reading and the stages in `also` dropped, sorted by reason and id.
     Covers one of `parts` equal ranges of keys."""
-    stages, (low, high) = pa.array([segment.READ, segment.FINISH, *(also or [])], pa.large_string()), spill.share(part, parts)
-    tables = [_listed(t, stages) for name in names for t in spill.read(folder, name, low, high)]
+    low, high = spill.share(part, parts)
+    tables = [_listed(t, also).select(LISTED.names) for name in names for t in spill.read(folder, name, low, high)]
     table = pa.concat_tables([LISTED.empty_table(), *tables]).sort_by([("reason", "ascending"), ("id", "ascending")])
     sink = io.BytesIO()
     pq.write_table(spill.narrowed(table), sink, compression="zstd")
     return {"listed": versions.store(Location(output), f"{FILES}/listed-", sink.getvalue(), ".parquet"), "rows": len(table)}
 
 
-def _listed(table: pa.Table, stages: pa.Array) -> pa.Table:
-    """Returns the rows of documents that the given stages dropped, and of all documents that crashed a worker."""
-    return table.filter(pc.or_(pc.is_in(table["stage"], stages), pc.equal(table["reason"], care.CRASHED))).select(LISTED.names)
+def select_left_out(folder: Location, names: list[str], also: list[str] | None = None) -> dict[str, object]:
+    """Writes the rows that `list_left_out` lists from many temporary files to one temporary file. So a task that lists them
+    doesn't read the rows of other stages, or very many files."""
+    tables = [_listed(t, also) for name in names for t in spill.read(folder, name)]
+    files = [spill.write(folder, pa.concat_tables(tables))] if any(map(len, tables)) else []
+    return {"files": files}
+
+
+def _listed(table: pa.Table, also: list[str] | None) -> pa.Table:
+    """Returns the rows of documents that reading and the stages in `also` dropped, and of all documents that crashed a worker."""
+    stages = pa.array([segment.READ, segment.FINISH, *(also or [])], pa.large_string())
+    return table.filter(pc.or_(pc.is_in(table["stage"], stages), pc.equal(table["reason"], care.CRASHED)))
