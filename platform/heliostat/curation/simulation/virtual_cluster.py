@@ -6,6 +6,7 @@ The driver's own processor time, and the time of Ray's calls, pass on the virtua
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import time
 from bisect import bisect_right
@@ -165,8 +166,8 @@ class VirtualExecutor:
         self.ends: list[tuple[float, int]] = []
         self.nodes: dict[int, tuple[float, int]] = {}
         """Time of the end, and node, of each call whose records the driver hasn't read."""
-        self.recorded: dict[str, dict[str, Any]] = {}
-        """Records of tasks that share a call. They count even if the call fails later."""
+        self.recorded: dict[str, tuple[float, dict[str, Any]]] = {}
+        """Records of tasks that share a call, and the times at which they are written. They count even if the call fails later."""
 
     def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
               backup: bool = False) -> Any:  # fmt: skip
@@ -196,7 +197,8 @@ class VirtualExecutor:
         node is lost, or before a task ends the process, have a record."""
         cluster, records, at = self.cluster, list[dict[str, Any]](), begin
         for task in tasks:
-            if (known := self.recorded.get(task.key)) is not None:
+            written, known = self.recorded.get(task.key, (math.inf, {}))
+            if written <= at:
                 records.append(known)
                 continue
             read, files = cluster.sizes.read(task), cluster.sizes.files(task)
@@ -213,8 +215,8 @@ class VirtualExecutor:
                 return fault, at + (end - at) / 2
             record = record | {"wall": round(end - at, 3), "run": run}
             records.append(record)
-            if len(tasks) > 1:
-                self.recorded[task.key] = record
+            if len(tasks) > 1 and end < written:
+                self.recorded[task.key] = end, record
             at = end
         return records, at
 
