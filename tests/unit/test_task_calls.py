@@ -121,6 +121,52 @@ def test_a_task_runs_again_when_both_of_its_calls_have_died(tmp_path, forked, mo
     assert [record["number"] for record in records] == list(range(12)) and (tmp_path / "s").read_text() == "xxx"
 
 
+def wait_or_fail(folder: Location, number: int, slow: str) -> dict[str, object]:
+    """The first call with task 3 takes a while, and each other call with it fails at once."""
+    if number == 3:
+        with Path(slow).open("a") as file:
+            file.write("x")
+        if Path(slow).stat().st_size > 1:
+            raise ValueError("not here")
+        time.sleep(3)
+    return {"number": number}
+
+
+def test_a_backup_that_fails_is_not_started_again(tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(calls, "LATE_S", 0.3)
+    monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
+    with flow_in(tmp_path) as flow:
+        records = flow.all(
+            "some", wait_or_fail, (Task(f"{n:032}", {"number": n, "slow": str(tmp_path / "s")}) for n in range(12))
+        )
+    assert [record["number"] for record in records] == list(range(12)) and (tmp_path / "s").read_text() == "xx"
+
+
+def wait_twice(folder: Location, number: int, slow: str) -> dict[str, object]:
+    if number == 3:
+        with Path(slow).open("a") as file:
+            file.write("x")
+        time.sleep(60 if Path(slow).stat().st_size < 3 else 0)
+    return {"number": number}
+
+
+def test_a_call_and_its_backup_start_again_once_on_smaller_nodes(tmp_path, forked, monkeypatch):
+    """The nodes are replaced by nodes with fewer CPUs while both calls run. Each task still counts once."""
+    for module, name, seconds in ((calls, "LATE_S", 0.3), (crew, "LATE_LOOK_S", 0.05), (crew, "LOOK_S", 0.1)):
+        monkeypatch.setattr(module, name, seconds)
+    nodes = forked.nodes
+
+    def replaced() -> list[dict[str, object]]:
+        forked.cpus = [1, 1] if any(asked.get("scheduling_strategy") for asked in forked.asked) else [2, 2]
+        return nodes()
+
+    forked.nodes = replaced
+    tasks = (Task(f"{n:032}", {"number": n, "slow": str(tmp_path / "s")}) for n in range(12))
+    with flow_in(tmp_path) as flow:
+        numbers = [number for number, _ in flow.run("some", wait_twice, tasks, cpus=2)]
+    assert sorted(numbers) == list(range(12)) and flow.done == {"some": 12} and (tmp_path / "s").read_text() == "xxx"
+
+
 def call(size: int = 0) -> Call:
     return Call([Started(0, Task("k", {}, bytes=size))], 1, references=["r"])
 

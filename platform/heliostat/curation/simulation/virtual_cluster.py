@@ -167,7 +167,7 @@ class VirtualExecutor:
         self.nodes: dict[int, tuple[float, int]] = {}
         """Time of the end, and node, of each call whose records the driver hasn't read."""
         self.recorded: dict[str, tuple[float, dict[str, Any]]] = {}
-        """Records of tasks that share a call, and the times at which they are written. They count even if the call fails later."""
+        """Records of tasks that share a call, and their times. They count even if the call fails later."""
 
     def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
               backup: bool = False) -> Any:  # fmt: skip
