@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import calls, crew, ray_cluster
 from heliostat.tasks.calls import Call, CallTimes, Slots, Started
+from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work
 
@@ -165,6 +167,15 @@ def test_a_call_and_its_backup_start_again_once_on_smaller_nodes(tmp_path, forke
     with flow_in(tmp_path) as flow:
         numbers = [number for number, _ in flow.run("some", wait_twice, tasks, cpus=2)]
     assert sorted(numbers) == list(range(12)) and flow.done == {"some": 12} and (tmp_path / "s").read_text() == "xxx"
+
+
+def test_a_look_at_many_tasks_that_wait_for_a_copy_is_quick(tmp_path, forked):
+    """On a large cluster, a file that the nodes lack stops every task. Comparing each task with all others took seconds."""
+    waiting = crew.Crew(flow_in(tmp_path), TaskKind("some", print, print))
+    waiting.later = [Started(n, Task(f"{n:032}", {}), copy=Future()) for n in range(20_000)]
+    begin = time.process_time()
+    assert waiting._start_due() == crew.AWAY_S and len(waiting.later) == 20_000
+    assert time.process_time() - begin < 1
 
 
 def call(size: int = 0) -> Call:
