@@ -165,6 +165,15 @@ def test_a_backup_repeats_the_tasks_that_the_late_call_has_not_finished(tmp_path
     assert executor.nodes[backup][0] == pytest.approx(330.0, abs=2) and len(executor.results[backup]) == 10
 
 
+def test_a_simulation_keeps_no_record_that_the_driver_has(tmp_path):
+    """The report shows the driver's memory, so the simulation must not add the records of all short tasks."""
+    cluster = VirtualCluster(5, 8, 8 * GB, read(), SimulatedFaults(node_days=0.001, slow=0.2))
+    flow, _ = ran(tmp_path, cluster, 4000, 10)
+    (executor,) = cluster.executors
+    assert flow.done == {"read": 4000} and cluster.kinds[0].starts < 3000 and not executor.recorded
+    assert len(executor.results) == len(executor.keys) == len(executor.nodes) <= cluster.backups
+
+
 def test_a_kind_begins_with_its_first_task(tmp_path):
     """A driver prepares an executor before it merges the files that the executor's tasks read."""
     cluster = VirtualCluster(1, 1, GB, read(), NONE)

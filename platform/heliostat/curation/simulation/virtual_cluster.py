@@ -167,7 +167,8 @@ class VirtualExecutor:
         self.nodes: dict[int, tuple[float, int]] = {}
         """Time of the end, and node, of each call whose records the driver hasn't read."""
         self.recorded: dict[str, tuple[float, dict[str, Any]]] = {}
-        """Records of tasks that share a call, and their times. They count even if the call fails later."""
+        """Records of tasks that share a call, and their times, until the driver has them. They count even if the call fails."""
+        self.keys: dict[int, list[str]] = {}
 
     def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
               backup: bool = False) -> Any:  # fmt: skip
@@ -186,7 +187,7 @@ class VirtualExecutor:
             result, end = self._simulated(arguments[1], tasks, shared, cpus, node, begin + STARTED_S, slow)
             heapq.heappush(self.slots, (end, node))
             self.nodes[reference] = end, node
-            self.results[reference] = result
+            self.results[reference], self.keys[reference] = result, [task.key for task in tasks]
             heapq.heappush(self.ends, (end, reference))
             self.times.longest = max(self.times.longest, end - begin)
             return reference
@@ -234,10 +235,12 @@ class VirtualExecutor:
 
     def records(self, reference: Any) -> list[dict[str, Any]]:
         with self.cluster.simulating():
-            result = self.results.pop(reference)
+            result, keys = self.results.pop(reference), self.keys.pop(reference)
             del self.nodes[reference]
             if isinstance(result, Exception):
                 raise result
+            for key in keys:
+                self.recorded.pop(key, None)
             self.times.tasks += len(result)
             self.times.seconds += sum(record["seconds"] for record in result)
             self.times.end = self.cluster.clock
