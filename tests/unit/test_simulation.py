@@ -145,6 +145,35 @@ def test_tasks_that_wait_for_a_lost_node_are_not_lost_with_it(tmp_path):
     assert [round(end, 1) for end, _ in sorted(executor.ends)] == [10.0, 15.0, 325.0, 335.1]
 
 
+def test_a_full_call_leaves_no_task_alone(tmp_path):
+    """The first calls have one task each, because nothing is measured yet. Then 4,000 short tasks take 62 calls, and a few at
+    the end."""
+    cluster = VirtualCluster(1, 2, 8 * GB, read(), NONE)
+    flow, _ = ran(tmp_path, cluster, 4000, 10)
+    assert flow.done == {"read": 4000} and cluster.kinds[0].starts < 120
+
+
+def test_a_backup_repeats_the_tasks_that_the_late_call_has_not_finished(tmp_path, monkeypatch):
+    """Ten tasks of 10 s take 100 s each on a slow node. At 250 s, two of them have a record, so the backup takes 80 s."""
+    cluster = VirtualCluster(2, 1, GB, read(), NONE)
+    executor = cluster.executor(TaskKind("read", print, print))
+    monkeypatch.setattr(executor, "_slow", lambda task, backup: 1.0 if backup else 10.0)
+    tasks = [Task(key("read", i), {}, bytes=1000) for i in range(10)]
+    executor.start((None, "run", "read"), tasks, {}, 1, None)
+    cluster.clock = 250.0
+    backup = executor.start((None, "run", "read"), tasks, {}, 1, None, backup=True)
+    assert executor.nodes[backup][0] == pytest.approx(330.0, abs=2) and len(executor.results[backup]) == 10
+
+
+def test_a_simulation_keeps_no_record_that_the_driver_has(tmp_path):
+    """The report shows the driver's memory, so the simulation must not add the records of all short tasks."""
+    cluster = VirtualCluster(5, 8, 8 * GB, read(), SimulatedFaults(node_days=0.001, slow=0.2))
+    flow, _ = ran(tmp_path, cluster, 4000, 10)
+    (executor,) = cluster.executors
+    assert flow.done == {"read": 4000} and cluster.kinds[0].starts < 3000 and not executor.recorded
+    assert len(executor.results) == len(executor.keys) == len(executor.nodes) <= cluster.backups
+
+
 def test_a_kind_begins_with_its_first_task(tmp_path):
     """A driver prepares an executor before it merges the files that the executor's tasks read."""
     cluster = VirtualCluster(1, 1, GB, read(), NONE)

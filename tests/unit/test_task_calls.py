@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import calls, crew, ray_cluster
 from heliostat.tasks.calls import Call, CallTimes, Slots, Started
+from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work
 
@@ -119,6 +121,61 @@ def test_a_task_runs_again_when_both_of_its_calls_have_died(tmp_path, forked, mo
     with flow_in(tmp_path) as flow:
         records = flow.all("some", die_or_wait, (Task(f"{n:032}", {"number": n, "slow": str(tmp_path / "s")}) for n in range(12)))
     assert [record["number"] for record in records] == list(range(12)) and (tmp_path / "s").read_text() == "xxx"
+
+
+def wait_or_fail(folder: Location, number: int, slow: str) -> dict[str, object]:
+    """The first call with task 3 takes a while, and each other call with it fails at once."""
+    if number == 3:
+        with Path(slow).open("a") as file:
+            file.write("x")
+        if Path(slow).stat().st_size > 1:
+            raise ValueError("not here")
+        time.sleep(3)
+    return {"number": number}
+
+
+def test_a_backup_that_fails_is_not_started_again(tmp_path, forked, monkeypatch):
+    monkeypatch.setattr(calls, "LATE_S", 0.3)
+    monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
+    with flow_in(tmp_path) as flow:
+        records = flow.all(
+            "some", wait_or_fail, (Task(f"{n:032}", {"number": n, "slow": str(tmp_path / "s")}) for n in range(12))
+        )
+    assert [record["number"] for record in records] == list(range(12)) and (tmp_path / "s").read_text() == "xx"
+
+
+def wait_twice(folder: Location, number: int, slow: str) -> dict[str, object]:
+    if number == 3:
+        with Path(slow).open("a") as file:
+            file.write("x")
+        time.sleep(60 if Path(slow).stat().st_size < 3 else 0)
+    return {"number": number}
+
+
+def test_a_call_and_its_backup_start_again_once_on_smaller_nodes(tmp_path, forked, monkeypatch):
+    """The nodes are replaced by nodes with fewer CPUs while both calls run. Each task still counts once."""
+    for module, name, seconds in ((calls, "LATE_S", 0.3), (crew, "LATE_LOOK_S", 0.05), (crew, "LOOK_S", 0.1)):
+        monkeypatch.setattr(module, name, seconds)
+    nodes = forked.nodes
+
+    def replaced() -> list[dict[str, object]]:
+        forked.cpus = [1, 1] if any(asked.get("scheduling_strategy") for asked in forked.asked) else [2, 2]
+        return nodes()
+
+    forked.nodes = replaced
+    tasks = (Task(f"{n:032}", {"number": n, "slow": str(tmp_path / "s")}) for n in range(12))
+    with flow_in(tmp_path) as flow:
+        numbers = [number for number, _ in flow.run("some", wait_twice, tasks, cpus=2)]
+    assert sorted(numbers) == list(range(12)) and flow.done == {"some": 12} and (tmp_path / "s").read_text() == "xxx"
+
+
+def test_a_look_at_many_tasks_that_wait_for_a_copy_is_quick(tmp_path, forked):
+    """On a large cluster, a file that the nodes lack stops every task. Comparing each task with all others took seconds."""
+    waiting = crew.Crew(flow_in(tmp_path), TaskKind("some", print, print))
+    waiting.later = [Started(n, Task(f"{n:032}", {}), copy=Future()) for n in range(20_000)]
+    begin = time.process_time()
+    assert waiting._start_due() == crew.AWAY_S and len(waiting.later) == 20_000
+    assert time.process_time() - begin < 1
 
 
 def call(size: int = 0) -> Call:

@@ -57,12 +57,14 @@ class Started:
 @dataclass(eq=False)
 class Call:
     """Describes a call that runs tasks. `began`: when its first task began, as far as the driver can tell; None while the call
-    waits for a CPU. `references`: the call's reference, and the reference of its backup."""
+    waits for a CPU. `references`: references of the call and of its backup, if these haven't failed; `repeated`: whether a backup
+    has started."""
 
     tasks: list[Started]
     cpus: int
     began: float | None = None
     references: list[Any] = field(default_factory=list)
+    repeated: bool = False
     ended: bool = False
 
     @property
@@ -74,7 +76,7 @@ class Call:
     def can_repeat(self) -> bool:
         """Checks whether a backup may run these tasks. Tasks that have failed write notes, which two copies can't share."""
         fresh = all(one.task.can_repeat and not (one.trouble.count or one.trouble.crashed) for one in self.tasks)
-        return fresh and len(self.references) == 1
+        return fresh and not self.repeated
 
 
 class CallTimes:

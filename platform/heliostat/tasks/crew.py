@@ -84,12 +84,15 @@ class Crew:
 
     def add(self, started: Started, left: int) -> None:
         """Starts a task, or adds it to the group of tasks that the next call runs. `left`: tasks that follow."""
-        room = self.times.has_room(self.group, started, left, self.slots.count)
-        if self.group and not (room and self.group[0].shares_with(started)):
+        if self.group and not (self.group[0].shares_with(started) and self._has_room(started, left)):
             self._start_group()
+        fits = self._has_room(started, left)
         self.group.append(started)
-        if self.size or not room:
+        if self.size or not fits:
             self._start_group()
+
+    def _has_room(self, started: Started, left: int) -> bool:
+        return self.times.has_room(self.group, started, left, self.slots.count)
 
     def completed(self) -> None:
         """Starts the last group. After this call, no tasks are added."""
@@ -116,7 +119,7 @@ class Crew:
             shared["care"] = trouble.care(self.work.note(self.kind, task.key))
         arguments, tasks = (self.work, self.flow.name, self.kind), [one.task for one in call.tasks]
         reference = self.executor.start(arguments, tasks, shared, call.cpus, self.memory, backup)
-        self.under_way[reference] = call
+        self.under_way[reference], call.repeated = call, backup
         call.references.append(reference)
         if not backup:
             self.slots.start(call, self.cluster.now())
@@ -208,10 +211,11 @@ class Crew:
         """Starts the tasks whose pause or copy has ended. Returns the seconds until the next check of tasks and nodes."""
         if not self.executor.ready:
             return AWAY_S
-        now, later = self.cluster.now(), self.later
-        self.later = [one for one in later if one.due > now or one.waits]
+        now, later, self.later = self.cluster.now(), self.later, []
         for started in later:
-            if started not in self.later:
+            if started.due > now or started.waits:
+                self.later.append(started)
+            else:
                 self.start(started)
         look = LATE_LOOK_S if self.complete and not self.size else LOOK_S
         return max(0.0, min([look, *(AWAY_S if one.waits else one.due - now for one in self.later)]))
@@ -306,5 +310,6 @@ class Crew:
         for reference in self.executor.withdraw(list(self.under_way)):
             call = self.under_way.pop(reference)
             call.references.remove(reference)
-            self.slots.end(call, self.cluster.now())
-            self._call(Call(call.tasks, cpus))
+            if not call.references:  # a backup and its call are one call again
+                self.slots.end(call, self.cluster.now())
+                self._call(Call(call.tasks, cpus))

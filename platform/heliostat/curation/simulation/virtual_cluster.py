@@ -6,6 +6,7 @@ The driver's own processor time, and the time of Ray's calls, pass on the virtua
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import time
 from bisect import bisect_right
@@ -165,8 +166,9 @@ class VirtualExecutor:
         self.ends: list[tuple[float, int]] = []
         self.nodes: dict[int, tuple[float, int]] = {}
         """Time of the end, and node, of each call whose records the driver hasn't read."""
-        self.recorded: dict[str, dict[str, Any]] = {}
-        """Records of tasks that share a call. They count even if the call fails later."""
+        self.recorded: dict[str, tuple[float, dict[str, Any]]] = {}
+        """Records of tasks that share a call, and their times, until the driver has them. They count even if the call fails."""
+        self.keys: dict[int, list[str]] = {}
 
     def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
               backup: bool = False) -> Any:  # fmt: skip
@@ -185,7 +187,7 @@ class VirtualExecutor:
             result, end = self._simulated(arguments[1], tasks, shared, cpus, node, begin + STARTED_S, slow)
             heapq.heappush(self.slots, (end, node))
             self.nodes[reference] = end, node
-            self.results[reference] = result
+            self.results[reference], self.keys[reference] = result, [task.key for task in tasks]
             heapq.heappush(self.ends, (end, reference))
             self.times.longest = max(self.times.longest, end - begin)
             return reference
@@ -196,7 +198,8 @@ class VirtualExecutor:
         node is lost, or before a task ends the process, have a record."""
         cluster, records, at = self.cluster, list[dict[str, Any]](), begin
         for task in tasks:
-            if (known := self.recorded.get(task.key)) is not None:
+            written, known = self.recorded.get(task.key, (math.inf, {}))
+            if written <= at:
                 records.append(known)
                 continue
             read, files = cluster.sizes.read(task), cluster.sizes.files(task)
@@ -213,8 +216,8 @@ class VirtualExecutor:
                 return fault, at + (end - at) / 2
             record = record | {"wall": round(end - at, 3), "run": run}
             records.append(record)
-            if len(tasks) > 1:
-                self.recorded[task.key] = record
+            if len(tasks) > 1 and end < written:
+                self.recorded[task.key] = end, record
             at = end
         return records, at
 
@@ -232,10 +235,12 @@ class VirtualExecutor:
 
     def records(self, reference: Any) -> list[dict[str, Any]]:
         with self.cluster.simulating():
-            result = self.results.pop(reference)
+            result, keys = self.results.pop(reference), self.keys.pop(reference)
             del self.nodes[reference]
             if isinstance(result, Exception):
                 raise result
+            for key in keys:
+                self.recorded.pop(key, None)
             self.times.tasks += len(result)
             self.times.seconds += sum(record["seconds"] for record in result)
             self.times.end = self.cluster.clock
