@@ -266,6 +266,15 @@ def test_damaged_files_are_named_in_the_log(tmp_path, caplog):
 
 
 @pytest.mark.usefixtures("small_pieces")
+def test_a_damaged_file_that_is_the_input_is_named_in_the_log(tmp_path, caplog):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(long_lines(random.Random(0), 900))[:-9])
+    input = str(tmp_path / "a.jsonl.gz")
+    files, flow = sources.listing(input), HereFlow(Work(Location(f"{tmp_path}/work")))
+    assert len(list(making.pieces_of(flow, input, files, 1 << 12, 1 << 40))) == 1
+    assert f"for example {input}. To read" in caplog.text
+
+
+@pytest.mark.usefixtures("small_pieces")
 def test_an_input_of_one_compressed_file_is_divided(tmp_path):
     write_compressed(tmp_path / "in")
     input = str(tmp_path / "in" / "a.jsonl.zst")
