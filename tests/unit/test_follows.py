@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,18 @@ def test_a_file_that_changes_after_it_was_listed_is_an_error_that_names_it(tmp_p
         f.write("more")
     with pytest.raises(DataError, match="and has 464 bytes now"):
         list(source.read(piece[0]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.wet.gz", "a.parquet"])
+def test_a_file_that_is_removed_after_its_first_range_was_read_is_an_error(tmp_path, name):
+    """Otherwise, the documents of its other ranges would be missing without a word."""
+    (tmp_path / name).write_bytes(b'{"text": "some words"}\n' * 20)
+    (file,) = sources.listing(str(tmp_path))
+    (tmp_path / name).unlink()
+    source = TextSource(str(tmp_path), TextRules())
+    assert [item.reason for item in source.read(replace(file.part, stop=100))] == ["unreadable"]
+    with pytest.raises(DataError, match=rf"{name}: changed .* had 460 bytes at the start, and is missing now\. Restore the file"):
+        list(source.read(replace(file.part, start=100, stop=200)))
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):

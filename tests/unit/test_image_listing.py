@@ -52,6 +52,25 @@ def test_a_changed_image_is_read_again_whatever_its_name(tmp_path, name):
     assert sources.listing(str(tmp_path / "in")) != listed
 
 
+def test_the_files_are_listed_once_for_all_metadata_files(tmp_path):
+    """Otherwise, a dry run of an input with a metadata file per folder takes quadratic time."""
+    for i in range(20):
+        folder_of(tmp_path / "in" / str(i), [("0.png", image(8, 8, seed=i), {"caption": "x"})])
+    files, passes = sources.listing(str(tmp_path / "in")), []
+
+    class Listed(list):
+        def __iter__(self):
+            passes.append(1)
+            return super().__iter__()
+
+    tasks = list(sources.tasks(str(tmp_path / "in"), Listed(files), ImageColumns()))
+    states = {f.path: [f.bytes, f.modified] for f in files}
+    assert [(task["entries"][0]["path"], task["state"]) for task in tasks] == [
+        (path, [state]) for path, state in states.items() if path.endswith("0.png")
+    ]
+    assert len(tasks) == 20 and len(passes) < 5
+
+
 def test_an_image_that_a_metadata_file_names_by_dots_is_still_outside(tmp_path):
     folder_of(tmp_path / "in", [("0.png", image(16, 16), {"caption": "x"})])
     (tmp_path / "in" / "metadata.jsonl").write_text('{"file_name": "img/../0.png", "caption": "x"}')

@@ -1,5 +1,7 @@
 """Tests input objects that are rewritten during a run, with the same size and within a second: their ETag shows it."""
 
+from dataclasses import replace
+
 import pyarrow.fs as pafs
 import pytest
 from heliostat.curation.images import sources as image_sources
@@ -76,6 +78,8 @@ def test_a_single_object_has_an_etag_and_one_that_is_gone_is_left_out(place):
     place.join("a.jsonl").delete()
     with pytest.raises(LeftOutError, match="unreadable"):
         sources.blocks(place.join("a.jsonl"), "", 1000, file.part)
+    with pytest.raises(DataError, match="is missing now"):  # another task may have read its earlier ranges
+        sources.blocks(place.join("a.jsonl"), "", 1000, replace(file.part, start=5))
 
 
 def test_listings_are_those_of_pyarrow_to_the_millisecond(place):

@@ -11,7 +11,7 @@ import pytest
 import xxhash
 from heliostat.curation import pieces, readers
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.readers import Limits, streams, survey
+from heliostat.curation.readers import Limits, streams, survey, warc
 from heliostat.curation.readers import zst as zst_reader
 from heliostat.curation.stage import Document
 from heliostat.curation.text import making, sources
@@ -151,6 +151,28 @@ def test_records_of_any_web_archive_are_read_once_with_their_offsets(seed):
             check_parts("a.warc.gz", data, parts)
 
 
+def test_a_survey_of_a_range_without_records_ends_near_the_range():
+    """Otherwise, each range of a file with one long member reads a large part of the file."""
+    data = bytearray(random.Random(0).randbytes(8 << 20))
+    for at in range(0, len(data), 1 << 20):
+        data[at : at + 3] = survey.MAGIC["gz"]
+    stream = io.BytesIO(data)
+    assert survey.of_records(stream, 1 << 20, 2 << 20, 1 << 20, 1 << 30) == survey.Survey()
+    assert stream.tell() < 4 << 20
+
+
+@pytest.mark.parametrize("faults", [4, 5, 6])
+def test_a_web_archive_is_read_up_to_the_same_fault_whether_it_is_divided(monkeypatch, faults):
+    for module in (survey, warc):
+        monkeypatch.setattr(module, "MOST_BREAKS", 5)
+    good = [gzip.compress(record(f"http://{i}/", b"<p>word " * 9)) for i in range(20)]
+    data = b"".join([*good[:9], *[gzip.compress(b"no record")] * faults, *good[9:]])
+    for parts in (parts_of("a.warc.gz", data, 300), from_start("a.warc.gz", data, 300)):
+        if parts is not None:
+            assert len(parts) > 1 or faults > 4
+            check_parts("a.warc.gz", data, parts)
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_long_frame_has_a_limited_number_of_slices(suffix, monkeypatch):
     """A task decompresses the slices before its own, so many slices would take quadratic time."""
@@ -241,6 +263,15 @@ def test_damaged_files_are_named_in_the_log(tmp_path, caplog):
     (tmp_path / "in" / "a.jsonl.zst").write_bytes(whole[:-30])
     make(tmp_path, "made", [], shard_bytes=1 << 20)
     assert "1 large compressed files are read by one task each" in caplog.text and "a.jsonl.zst" in caplog.text
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_damaged_file_that_is_the_input_is_named_in_the_log(tmp_path, caplog):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(long_lines(random.Random(0), 900))[:-9])
+    input = str(tmp_path / "a.jsonl.gz")
+    files, flow = sources.listing(input), HereFlow(Work(Location(f"{tmp_path}/work")))
+    assert len(list(making.pieces_of(flow, input, files, 1 << 12, 1 << 40))) == 1
+    assert f"for example {input}. To read" in caplog.text
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -53,7 +53,7 @@ def of_table(
     without ETags of each description."""
     files = [InputFile(*fields) for fields in listed]
     sizes, named = {f.path: f.bytes for f in files}, list[list[object]]()
-    for task in image_sources.tasks_of_table(sources.root(uri), path, files, columns, limit):
+    for task in image_sources.tasks_of_table(sources.root(uri), path, image_sources.states_of(files), columns, limit):
         part = described(task, sizes)
         named.append([segment.store(folder, task), part.bytes, part.path_by_time])
     return {"parts": named, "files": [name for name, *_ in named]}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,19 +124,25 @@ def tasks(
         for piece in pieces.cut((f.part for f in files), target, _ranged):
             yield {"kind": "archives", "parts": [part.fields for part in piece]}
         return
+    states = states_of(files)
     for path in tables:
-        yield from tasks_of_table(sources.root(uri), path, files, columns, limit)
+        yield from tasks_of_table(sources.root(uri), path, states, columns, limit)
 
 
 def tasks_of_table(
-    base: Location, path: str, files: list[InputFile], columns: ImageColumns, limit: int
+    base: Location, path: str, states: Mapping[str, list[Any]], columns: ImageColumns, limit: int
 ) -> Iterator[dict[str, Any]]:
-    """Plans the tasks that read the files in a metadata file. `files`: the input files in the metadata file's folder."""
-    present = {f.path: [f.bytes, f.modified, *([f.etag] if f.etag else [])] for f in files}
+    """Plans the tasks that read the files in a metadata file. `states`: the states (`states_of`) of the input files in the
+    metadata file's folder, or of all input files."""
     entries = _entries(base, path, columns, limit)
     for first in range(0, len(entries), FILES_PER_TASK):
         some = entries[first : first + FILES_PER_TASK]
-        yield {"kind": "files", "path": path, "entries": some, "state": [present.get(e["path"]) for e in some]}
+        yield {"kind": "files", "path": path, "entries": some, "state": [states.get(e["path"]) for e in some]}
+
+
+def states_of(files: list[InputFile]) -> dict[str, list[Any]]:
+    """Returns the size and the modification time of each file, and the ETag if the file has one, by path."""
+    return {f.path: [f.bytes, f.modified, *([f.etag] if f.etag else [])] for f in files}
 
 
 def metadata_files(files: list[InputFile]) -> list[str]:

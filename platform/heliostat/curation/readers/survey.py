@@ -79,7 +79,7 @@ def split(ranges: list[FilePart], surveys: list[Survey], limit: int) -> list[Fil
             return None
         marks += [replace(mark, offset=mark.offset + offset, line=mark.line + line) for mark in survey.marks]
         at, offset, line, faults = survey.ends, offset + survey.bytes, line + survey.lines, faults + survey.faults
-    if offset > limit or faults > MOST_BREAKS:
+    if offset > limit or faults >= MOST_BREAKS:  # a reader of the complete file stops at the last of these faults
         return None
     file = replace(ranges[0], stop=None)
     marks = [mark for mark in marks if mark.offset < offset]
@@ -190,7 +190,7 @@ def of_records(stream: BinaryIO, start: int, stop: int, target: int, limit: int)
     archive = Archive(stream, True, max(0, start - 1))
     begins, marks, size, faults = (None, list[Mark](), 0, 0) if start else (0, [Mark(0, 0)], 0, 0)
     more = not start or archive.resume()
-    while more:
+    while more and (begins is not None or archive.member < stop):
         try:
             for record in archive.records(0):
                 member = archive.member

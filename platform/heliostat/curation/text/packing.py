@@ -35,8 +35,8 @@ def divided(flow: Flow, input: str, cut: list[list[FilePart]], target: int, limi
     parts |= _surveyed(flow, input, again, target, limit)
     if undivided := [path for path in again if parts[path] is None]:
         log.warning("input: %d large compressed files are read by one task each, because they are damaged, or have more than "
-            "max_file_bytes (%d) decompressed, for example %s. To read these files in parallel, compress them again",
-            len(undivided), limit, sources.examples(undivided[:NAMED]))  # fmt: skip
+            "max_file_bytes (%d) decompressed, for example %s. To read these files in parallel, compress them again, or raise "
+            "max_file_bytes", len(undivided), limit, sources.examples([path or input for path in undivided[:NAMED]]))  # fmt: skip
     for piece in cut:
         part = piece[0]
         if part.path not in ranges:

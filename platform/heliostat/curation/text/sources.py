@@ -277,13 +277,13 @@ class _ReadAhead(io.RawIOBase):
 
 def _as_listed(place: Location, part: FilePart) -> int:
     """Returns the size of an object in an object store, in bytes. Raises FileNotFoundError if the object is missing, and
-    DataError if the ETag or the size has changed since the listing.
+    DataError if the ETag or the size has changed since the listing, or if an object that is read in ranges is missing.
 
     Some stores return ETags only in listings. For these stores, this function compares only the size, and each read checks the
     ETag.
     """
     if (info := place.info()) is None:
-        raise FileNotFoundError(str(place))
+        raise changed(place, part, None) if part.start else FileNotFoundError(str(place))
     if (info.etag or part.etag, info.size) != (part.etag, part.bytes):
         raise changed(place, part, info.size)
     return info.size
@@ -298,13 +298,17 @@ def _of_object(place: Location, part: FilePart, begin: int, end: int) -> bytes:
 
 
 def require_unchanged(base: Location, part: FilePart) -> None:
-    """Raises DataError if a file has changed since the input was listed. Does nothing for a folder, or if the listing isn't
-    known.
+    """Raises DataError if a file has changed since the input was listed, or if a file that is read in ranges is missing: other
+    tasks may have read its earlier ranges. Does nothing for a folder, or if the listing isn't known.
 
     Also does nothing for an object with an ETag, because each read of the object checks the ETag (`_of_object`).
     """
     place = base.join(part.path) if part.path else base
-    info = place.info() if part.modified and not part.etag else None
+    if not part.modified or part.etag:
+        return
+    info = place.info()
+    if info is None and part.start:
+        raise changed(place, part, None)
     if info is None or info.type != pafs.FileType.File:
         return
     unit = 1_000_000_000 if base.is_s3 else 1  # for one file, a store returns whole seconds; in listings, maybe fractions
@@ -312,13 +316,16 @@ def require_unchanged(base: Location, part: FilePart) -> None:
         raise changed(place, part, info.size)
 
 
-def changed(place: Location, part: FilePart, size: int) -> DataError:
-    """Returns the error for a file that has changed since the input was listed."""
+def changed(place: Location, part: FilePart, size: int | None) -> DataError:
+    """Returns the error for a file that has changed since the input was listed. `size`: the file's bytes now; None if the file is
+    missing."""
     other = "content" if part.etag else "modification time"
-    now = f"{size:,} bytes now" if size != part.bytes else f"the same size now, but another {other}"
+    same = f"has the same size now, but another {other}"
+    now = "is missing now" if size is None else same if size == part.bytes else f"has {size:,} bytes now"
+    fix = "Restore the file, then start" if size is None else "Start"
     return DataError(
-        f"input: {place}: changed during the run: the file had {part.bytes:,} bytes at the start, and has {now}. "
-        "Start the command again. Then heliostat processes the file again"
+        f"input: {place}: changed during the run: the file had {part.bytes:,} bytes at the start, and {now}. "
+        f"{fix} the command again. Then heliostat processes the file again"
     )
 
 
