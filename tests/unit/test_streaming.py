@@ -2,13 +2,17 @@
 GPUs."""
 
 import logging
+import queue
 import random
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 from heliostat.curation import gpus, streaming
 from heliostat.curation.streamed import StreamPart, StreamPlan
+from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work, key
@@ -101,3 +105,24 @@ def test_a_pipeline_waits_for_gpus_that_can_join_and_logs_if_its_stages_run_on_c
     monkeypatch.setattr(gpus.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     assert gpus.awaited(flow, ["perplexity"], 9.0) == count
     assert (f"perplexity: {line}" in caplog.text) if line else not caplog.text
+
+
+class NothingLacks:
+    """Is the queue of a stream whose nodes lack no files."""
+
+    def qsize(self) -> int:
+        return 0
+
+    def get_nowait_batch(self, count: int) -> list[Any]:
+        return []
+
+
+def test_the_error_of_a_file_that_cant_be_copied_ends_the_wait(tmp_path):
+    """Workers wait ten minutes for such a file, so the driver raises the error and doesn't wait for them."""
+    waiting = object.__new__(streaming.RunningStream)
+    waiting.flow, waiting.lacking = GpuFlow(Work(Location(str(tmp_path)))), NothingLacks()
+    waiting.received, waiting.looked, waiting.had_gpus = queue.SimpleQueue(), 0.0, 0.0
+    waiting.writes = deque([Future()])
+    waiting.writes[0].set_exception(ConfigError("models: is a link to a folder"))
+    with pytest.raises(ConfigError, match="is a link"):
+        list(waiting.finished(0))

@@ -268,6 +268,8 @@ class RunningStream:
         if now - self.looked < LOOK_S:
             return
         self.looked = now
+        while self.writes and self.writes[0].done():  # raises the error of a file that can't be copied
+            self.writes.popleft().result()
         if self.flow.devices():
             self.had_gpus = now
         elif now - self.had_gpus > PLACE_S:
