@@ -10,7 +10,7 @@ from heliostat.curation import tally
 from heliostat.curation.engine import Curated, StageEngine
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.registry import parse
-from heliostat.curation.segment import SpilledRun, load
+from heliostat.curation.segment import LEFT_OUT, SpilledRun, load
 from heliostat.curation.streamed import (
     Item,
     ReadBlocks,
@@ -23,7 +23,7 @@ from heliostat.curation.streamed import (
     sent,
     unpacked,
 )
-from heliostat.curation.streaming import combined, taken
+from heliostat.curation.streaming import combined, count, taken
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.work import Work
@@ -40,13 +40,13 @@ def texts(count: int) -> dict[str, str]:
     return {f"d{i:04}": " ".join(f"w{rng.randrange(99)}" for _ in range(rng.randrange(1, 60))) for i in range(count)}
 
 
-def engine_of(folder: Path, given: dict[str, str], run_bytes: int) -> StageEngine:
-    return StageEngine(HereFlow(Work(Location(str(folder)))), Given(given), ["given"], 8 * run_bytes)
+def engine_of(folder: Path, given: dict[str, str], run_bytes: int, every: int = 1) -> StageEngine:
+    return StageEngine(HereFlow(Work(Location(str(folder)))), Given(given), ["given"], 8 * run_bytes, every)
 
 
 def streamed(engine: StageEngine, item: Item, split: int, read: bool = True) -> list[dict[str, Any]]:
     """Runs one task through the parts of a stream, with blocks in any order. `split` of the later parts run in the actor."""
-    workers = Streamed(engine.flow.work.spill, engine.source, engine.run_bytes, True, 1, None)
+    workers = Streamed(engine.flow.work.spill, engine.source, engine.run_bytes, True, engine.every, None)
     parts = [StreamPart(name, part[0][0], engine._entries([s for _, s in part])) for name, part in zip(NAMES, PARTS, strict=True)]
     before, *later = parts if read else [None, *parts[1:]]
     blocks = list(ReadBlocks(workers, before)(pa.table({"id": [b"", sent(7, item)]})))
@@ -66,11 +66,11 @@ def content(engine: StageEngine, curated: Curated) -> tuple[list[SpilledRun], di
 
 
 @pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("run_bytes", [1 << 12, 1 << 24])
-def test_a_stream_writes_the_same_files_and_counts_as_recorded_tasks(tmp_path, split, run_bytes):
-    """This holds for one and for many blocks, and wherever the actor's part ends."""
+@pytest.mark.parametrize(("run_bytes", "every"), [(1 << 12, 1), (1 << 12, 7), (1 << 24, 1), (1 << 24, 0)])
+def test_a_stream_writes_the_same_files_and_counts_as_recorded_tasks(tmp_path, split, run_bytes, every):
+    """This holds for one and for many blocks, wherever the actor's part ends, and for a record of all, some, or no documents."""
     given = texts(400)
-    engine, piece = engine_of(tmp_path, given, run_bytes), [FilePart(id, len(text), 0) for id, text in given.items()]
+    engine, piece = engine_of(tmp_path, given, run_bytes, every), [FilePart(id, len(text), 0) for id, text in given.items()]
     rows = streamed(engine, piece, split)
     assert (len(rows) == 1) is (run_bytes > 1 << 20) and {row["error"] for row in rows} == {None}
     record, stream, plain = combined(rows), Curated(), Curated()
@@ -79,7 +79,13 @@ def test_a_stream_writes_the_same_files_and_counts_as_recorded_tasks(tmp_path, s
     stream.runs = [SpilledRun(*run) for run in record["runs"]]
     plain.runs = engine._recorded(plain, PARTS, NAMES, engine._over_pieces(iter([piece]), [s for _, s in PARTS[0]], True))
     assert content(engine, stream) == content(engine, plain)
-    assert set(stream.left_out) and all(engine.flow.work.spill.join(name).exists() for name in record["files"])
+    count(counted := HereFlow(engine.flow.work), counted.done, record)
+    assert counted.passed == engine.flow.passed
+    listed = [sorted(spill.joined(engine.flow.work.spill, one.left_out, 0, spill.ALL, LEFT_OUT)["id"].to_pylist())
+              for one in (stream, plain)]  # fmt: skip
+    dropped = sum(stream.reasons.values())
+    assert listed[0] == listed[1] and len(listed[0]) in {1: [dropped], 7: range(1, dropped // 3), 0: [0]}[every]
+    assert all(engine.flow.work.spill.join(name).exists() for name in record["files"])
 
 
 def test_a_stream_continues_after_a_comparison_without_the_documents_that_were_dropped_there(tmp_path):
@@ -116,10 +122,14 @@ class LostQueue(list):
     def get(self) -> object:
         return self.pop(0)
 
+    def put(self, item: object) -> None:
+        self.append(item)
+
 
 def test_a_source_that_starts_again_sends_nothing_in_place_of_what_the_stream_has():
     """Ray ignores as many items as it already has, so none of the later tasks may be among these."""
-    feed = LostQueue([(0, b"a"), (1, b"b"), (2, b"c"), (3, b"d"), None])
+    feed = LostQueue([(0, b"a"), (1, b"b"), (2, b"c"), (3, b"d"), (4, None)])
     first = taken(feed)
     assert [next(first), next(first)] == [b"a", b"b"]
     assert list(taken(feed)) == [b"", b"", b"c", b"d"]
+    assert list(taken(feed)) == [b""] * 4, "it ends, and doesn't wait for tasks"

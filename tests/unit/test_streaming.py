@@ -2,19 +2,23 @@
 GPUs."""
 
 import logging
+import queue
 import random
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 from heliostat.curation import gpus, streaming
 from heliostat.curation.streamed import StreamPart, StreamPlan
+from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work, key
 
 PLAN = StreamPlan(None, [StreamPart("read", 0, []), StreamPart("stages-0", 0, [])], [False, True], [], 1 << 20, True, 1)
-RECORD = {"records": [{"kind": "read", "seconds": 1.0, "reasons": {}}], "runs": [["a", 2, 3]], "files": []}
+RECORD = {"records": [{"kind": "read", "seconds": 1.0, "reasons": {}, "passed": 2}], "runs": [["a", 2, 3]], "files": []}
 
 
 class LimitedStream:
@@ -22,6 +26,7 @@ class LimitedStream:
 
     drawn = random.Random()
     ends_after = 0
+    unfinished: frozenset[int] = frozenset()
 
     def __init__(self, flow: Flow, plan: StreamPlan) -> None:
         self.waiting: dict[int, Task] = {}
@@ -38,9 +43,10 @@ class LimitedStream:
         if self.waiting and not self.reason:
             self.count += 1
             number = self.drawn.choice(list(self.waiting))
-            yield number, self.waiting.pop(number), self.drawn.choice([None, RECORD])
+            yield number, self.waiting.pop(number), RECORD
 
     def rest(self) -> Iterator[streaming.Finished]:
+        LimitedStream.unfinished = frozenset(self.waiting)
         yield from ((number, task, None) for number, task in self.waiting.items())
 
     def end(self) -> None:
@@ -49,7 +55,8 @@ class LimitedStream:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_task_comes_back_once_wherever_the_stream_ends(tmp_path, monkeypatch, seed):
-    """Tasks with a record aren't started. Tasks that recorded tasks have begun are left to them."""
+    """Tasks with a record aren't started. Tasks that recorded tasks have begun are left to them. The stream's log counts all
+    other tasks without a record."""
     monkeypatch.setattr(streaming, "RunningStream", LimitedStream)
     monkeypatch.setattr(LimitedStream, "drawn", random.Random(seed))
     monkeypatch.setattr(LimitedStream, "ends_after", seed)
@@ -63,6 +70,7 @@ def test_every_task_comes_back_once_wherever_the_stream_ends(tmp_path, monkeypat
     assert all(tasks[number] is task for number, task, _ in finished)
     records: dict[int, Any] = {number: record for number, _, record in finished}
     assert records[2] == RECORD and records[5] is None and flow.kept == {"read": 1} and flow.passed == 2
+    assert LimitedStream.unfinished == {number for number in records if records[number] is None} - {5}
 
 
 class GpuFlow(Flow):
@@ -97,3 +105,24 @@ def test_a_pipeline_waits_for_gpus_that_can_join_and_logs_if_its_stages_run_on_c
     monkeypatch.setattr(gpus.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
     assert gpus.awaited(flow, ["perplexity"], 9.0) == count
     assert (f"perplexity: {line}" in caplog.text) if line else not caplog.text
+
+
+class NothingLacks:
+    """Is the queue of a stream whose nodes lack no files."""
+
+    def qsize(self) -> int:
+        return 0
+
+    def get_nowait_batch(self, count: int) -> list[Any]:
+        return []
+
+
+def test_the_error_of_a_file_that_cant_be_copied_ends_the_wait(tmp_path):
+    """Workers wait ten minutes for such a file, so the driver raises the error and doesn't wait for them."""
+    waiting = object.__new__(streaming.RunningStream)
+    waiting.flow, waiting.lacking = GpuFlow(Work(Location(str(tmp_path)))), NothingLacks()
+    waiting.received, waiting.looked, waiting.had_gpus = queue.SimpleQueue(), 0.0, 0.0
+    waiting.writes = deque([Future()])
+    waiting.writes[0].set_exception(ConfigError("models: is a link to a folder"))
+    with pytest.raises(ConfigError, match="is a link"):
+        list(waiting.finished(0))

@@ -12,6 +12,7 @@ from heliostat.curation.stage import Document
 from heliostat.curation.text import making, tasks
 from heliostat.curation.text.documents import TextRules
 from heliostat.storage.locations import Location
+from heliostat.tasks import spill
 from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow
@@ -82,3 +83,26 @@ def test_only_a_small_share_of_a_large_input_is_read(tmp_path, monkeypatch):
     assert 20_000 <= arguments["bytes"] < 60_000 and sum(map(len, texts)) > 2_400_000
     assert flow.done["sample"] > 20 and "sizes" not in flow.done
     assert definition == tasks.tokens.train(iter(expected(texts, 20_000)), BPE["vocab_size"], BPE["end_of_document"], ())
+
+
+def test_a_share_of_the_keys_whose_documents_were_all_dropped_later_has_no_text(tmp_path):
+    """A comparison of documents can drop all documents of the tasks' first share."""
+    flow, texts = HereFlow(Work(Location(str(tmp_path)))), [f"{number} " + "some words " * 20 for number in range(40)]
+    (run,) = curated(flow, texts, 1 << 20).runs
+    rows = next(spill.read(flow.work.spill, run.name)).select(["key", "row"]).slice(0, 30)
+    run = spill.SpilledRun(run.name, run.rows, run.bytes, (spill.write(flow.work.spill, rows),))
+    arguments = made(flow, 500)._training_text([run])
+    kept = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[30:]
+    assert list(tasks.selected(flow.work.spill, **arguments, train_bytes=500)) == kept[:3]
+
+
+def test_merging_ends_if_the_files_are_too_large_to_merge(tmp_path, monkeypatch):
+    """With a large `train_bytes` and a small `memory_limit`, a merge of large files gives as many files."""
+    monkeypatch.setattr(making, "SAMPLES", 2)
+    monkeypatch.setattr(making, "SAMPLED_RUNS", 1)
+    flow, texts = HereFlow(Work(Location(str(tmp_path)))), [f"{number} " + "some words " * 20 for number in range(200)]
+    making_here = made(flow, 1 << 20)
+    making_here.memory_limit = 8 << 10
+    arguments = making_here._training_text(curated(flow, texts, 8000).runs)
+    assert flow.done["sample-merge"] < 20
+    assert list(tasks.selected(flow.work.spill, **arguments, train_bytes=1 << 20)) == expected(texts, 1 << 20)

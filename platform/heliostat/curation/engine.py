@@ -132,17 +132,16 @@ class StageEngine:
         """Runs tasks through a stream. Returns the temporary files of kept documents, and the tasks that the stream left out."""
         from heliostat.curation import streaming  # takes a second, because it imports Ray Data
 
-        records, left = dict[int, dict[str, Any]](), list[Task]()
+        taken, left = dict[int, tuple[list[TakenFiles], list[SpilledRun]]](), list[Task]()
         for number, task, record in streaming.run(self.flow, plan, tasks):
             if record is None:
                 left.append(task)
             else:
-                records[number] = record
-        finished = [records[number] for number in sorted(records)]
-        for record in finished:
-            for part in record["records"]:
-                curated.keep([curated.take(part)])
-        return [SpilledRun(*run) for record in finished for run in record["runs"]], left
+                files = [curated.take(part) for part in record["records"]]
+                taken[number] = files, [SpilledRun(*run) for run in record["runs"]]
+        for number in sorted(taken):
+            curated.keep(taken[number][0])
+        return [run for number in sorted(taken) for run in taken[number][1]], left
 
     def _recorded(self, curated: Curated, parts: list[Numbered], names: list[str], tasks: Iterator[Task]) -> list[SpilledRun]:
         """Runs segments one after another as recorded tasks."""

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.util.queue import Queue
 
-from heliostat.curation import segment
+from heliostat.curation import segment, tally
 from heliostat.curation.chain import Chain, Entry, batches
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.segment import READ, Collecting, DocumentSource, SpilledRun, Spiller
@@ -107,7 +107,7 @@ class Streamed:
         out, kept = Held(self.folder, self.run_bytes, self.every), list[pa.Table]()
         for table in tables:
             kept += held((d for _, d in segment.documents_in(table)), self.source, chain, out)
-        return kept, out.record(chain.tally) | watch.times(part.kind)
+        return kept, out.noted(chain.tally) | watch.times(part.kind)
 
 
 @dataclass
@@ -115,9 +115,16 @@ class Held(Spiller):
     """Collects a task's kept documents as tables in memory. Dropped documents go to temporary files."""
 
     tables: list[pa.Table] = field(default_factory=list)
+    passed: int = 0
+    """Number of kept documents so far."""
 
     def keep(self, table: pa.Table, bytes: int) -> None:
         self.tables.append(table)
+        self.passed += len(table)
+
+    def noted(self, counts: tally.Tally) -> dict[str, Any]:
+        """Returns the task's record, with the number of kept documents."""
+        return {**self.record(counts), "passed": self.passed}
 
 
 def held(documents: Iterable[Document | Dropped], source: DocumentSource, chain: Chain, out: Held) -> Iterator[pa.Table]:
@@ -195,7 +202,7 @@ class ReadBlocks:
                     yield block(task, number, False, [], waiting)
                 number += 1
             waiting = [table]
-        yield block(task, number, True, [out.record(chain.tally) | watch.times(self.part.kind)], waiting)
+        yield block(task, number, True, [out.noted(chain.tally) | watch.times(self.part.kind)], waiting)
 
 
 class ScoreBlocks:

@@ -78,15 +78,18 @@ def dataset(flow: Flow, plan: StreamPlan, feed: Queue, lacking: Queue) -> Datase
 
 
 def taken(feed: Queue) -> Iterator[bytes]:
-    """Yields the tasks from a queue until the queue returns None.
+    """Yields the tasks from a queue of (number, task). Ends at the task None.
 
     If this generator's node is lost, Ray starts the generator again, and ignores as many items as the stream already has. So the
-    generator first yields nothing instead of these items.
+    generator first yields nothing instead of these items. The end stays in the queue, for a generator that starts again later.
     """
     count = 0
-    while (put := feed.get()) is not None:
-        order, item = put
+    while True:
+        order, item = feed.get()
         yield from [b""] * (order - count)
+        if item is None:
+            feed.put((order, None))
+            return
         yield item
         count = order + 1
 
@@ -102,14 +105,16 @@ def run(flow: Flow, plan: StreamPlan, tasks: Iterator[Task]) -> Iterator[Finishe
             if record is not None:
                 count(flow, flow.kept, record)
                 yield number, task, record
-            elif begun or (running and running.reason):
+            elif begun:
                 yield number, task, None
+            elif running and running.reason:
+                running.waiting[number] = task
             else:
                 running = running or RunningStream(flow, plan)
                 while not (started := running.start(number, task)) and not running.reason:
                     yield from running.finished(WAIT_S)
                 if not started:
-                    yield number, task, None
+                    running.waiting[number] = task
                 yield from running.finished(0)
         if running is not None:
             yield from running.rest()
@@ -136,10 +141,8 @@ def _looked_up(flow: Flow, plan: StreamPlan, tasks: Iterator[Task]) -> Iterator[
 
 def count(flow: Flow, counts: dict[str, int], record: dict[str, Any]) -> None:
     """Counts a task's record in the flow, as if recorded tasks had run its segments."""
-    *others, last = record["records"]
-    for part in others:
+    for part in record["records"]:
         flow._count(counts, part["kind"], part)
-    flow._count(counts, last["kind"], last | {"runs": record["runs"]})
 
 
 def combined(blocks: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -153,7 +156,8 @@ def combined(blocks: Iterable[dict[str, Any]]) -> dict[str, Any]:
 class RunningStream:
     """Runs the stream, in Ray Data's processes, and receives the records of its tasks.
 
-    `reason`: why the stream takes no more tasks; "" while it takes tasks.
+    `reason`: why the stream takes no more tasks; "" while it takes tasks. `waiting`: the tasks that aren't finished, by number,
+    including those that the stream never took.
     """
 
     def __init__(self, flow: Flow, plan: StreamPlan) -> None:
@@ -194,7 +198,7 @@ class RunningStream:
 
     def rest(self) -> Iterator[Finished]:
         """Waits for all tasks. Yields the tasks that are complete, then those that the stream lost or didn't finish."""
-        while not self.reason and not self._put(None):
+        while not self.reason and not self._put((self.started, None)):
             yield from self.finished(WAIT_S)
         while not self.reason:
             yield from self.finished(WAIT_S)
@@ -214,7 +218,7 @@ class RunningStream:
         self.lacking.shutdown(force=True)
         self.writers.shutdown()
 
-    def _put(self, item: tuple[int, bytes] | None) -> bool:
+    def _put(self, item: tuple[int, bytes | None]) -> bool:
         try:
             self.feed.put_nowait(item)
         except Full:
@@ -264,6 +268,8 @@ class RunningStream:
         if now - self.looked < LOOK_S:
             return
         self.looked = now
+        while self.writes and self.writes[0].done():  # raises the error of a file that can't be copied
+            self.writes.popleft().result()
         if self.flow.devices():
             self.had_gpus = now
         elif now - self.had_gpus > PLACE_S:

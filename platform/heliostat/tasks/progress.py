@@ -81,7 +81,8 @@ class Progress:
 def documents(record: Mapping[str, Any]) -> int:
     """Returns the number of documents in a task's record: documents that the task passed on, wrote to shards, or answered."""
     shards = sum(s["documents"] for s in record.get("shards", []))
-    return sum(rows for _, rows, _ in record.get("runs", [])) + shards + record.get("answers", 0)
+    passed = record.get("passed", 0)  # to the next part of a stream, without a temporary file
+    return sum(rows for _, rows, _ in record.get("runs", [])) + shards + record.get("answers", 0) + passed
 
 
 def line(kind: str, at: KindProgress, now: float) -> str:

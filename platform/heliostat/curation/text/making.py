@@ -94,8 +94,11 @@ class Reading(Making):
             prefixes = min(tasks.PREFIXES, 2 * prefixes)
 
     def _merged_samples(self, names: list[str]) -> list[str]:
-        """Merges the files with training text until there are at most SAMPLES, because one task reads all of them."""
-        while len(names) > SAMPLES:
+        """Merges the files with training text until there are at most SAMPLES, because one task reads all of them. Stops
+        earlier if the files are too large to merge."""
+        before = len(names) + 1
+        while SAMPLES < len(names) < before:
+            before = len(names)
             runs, bounds = [SpilledRun(name, 0, spill.size_of(name) or 0) for name in names], {"low": 0, "high": spill.ALL}
             more = {**bounds, "run_bytes": self.memory_limit // RUN_SHARE}
             work = (Task(key("merge", identities(part), more), {"runs": part, **more}) for part in groups(runs, SAMPLES))

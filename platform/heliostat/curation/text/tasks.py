@@ -131,7 +131,8 @@ def survey(folder: Location, input: str, part: FilePart, target: int, limit: int
 def lowest(folder: Location, runs: list[SpilledRun], high: int) -> dict[str, object]:
     """Writes the distinct documents whose key (the first 64 bits of the text's hash) is below `high` to a temporary file, as
     training text for the tokenizer. `bytes` in the record: the UTF-8 bytes of these documents, with all their copies."""
-    tables = [_once(t) for run in runs for t in survivors(folder, run, 0, high, ["hash", "id", "bytes", "text"])]
+    read = (table for run in runs for table in survivors(folder, run, 0, high, ["hash", "id", "bytes", "text"]))
+    tables = [_once(table) for table in read if len(table)]  # a table is empty if later stages dropped all its documents
     if not tables:
         return {"sample": [], "bytes": 0, "files": []}
     table = distinct(tables)
