@@ -10,7 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from heliostat.curation import segment
+from heliostat.curation.images import sampling
 from heliostat.curation.pieces import FilePart
+from heliostat.curation.prepare import InputFile
+from heliostat.curation.sampled import SampledParts
 from heliostat.curation.web import lists
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging
@@ -123,3 +126,11 @@ def test_counts_of_groups_survive_a_record(tmp_path):
     counts[[0, 5, lists.GROUPS - 1]] = 1, 1 << 40, 3
     assert np.array_equal(lists.unpacked(json.loads(json.dumps(lists.packed(counts)))), counts)
     assert len(lists.packed(counts)) < 4000
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_sample_of_short_lists_has_a_size(count):
+    """A dry run divides by the size of its sample."""
+    sample = SampledParts(0.001)
+    assert sampling.of_lists([InputFile(f"{number}.jsonl", 300, 0) for number in range(count)], sample)
+    assert 1 < sample.of_bytes <= 1000 and sample.read_bytes > 0
