@@ -10,7 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from heliostat.curation import segment
+from heliostat.curation.images import sampling
 from heliostat.curation.pieces import FilePart
+from heliostat.curation.prepare import InputFile
+from heliostat.curation.sampled import SampledParts
 from heliostat.curation.web import lists
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging
@@ -43,16 +46,30 @@ def spilled(folder: Path, lists_of_urls: list[list[str]]) -> tuple[Location, lis
 
 @pytest.mark.parametrize("of", [1, 3, 10])
 def test_a_task_of_a_huge_host_holds_its_own_rows_alone(tmp_path, monkeypatch, of):
-    """Together, the tasks have each row once, in equal numbers, regardless of the files of the rows."""
-    held, join = list[int](), pa.concat_tables
-    place, names = spilled(tmp_path, [[f"http://a/{file}/{n}" for n in range(count)] for file, count in enumerate((5, 1, 17, 2))])
+    """Together, the tasks have each row once, in about equal numbers."""
+    held, join, counts = list[int](), pa.concat_tables, (500, 1, 1700, 2)
+    place, names = spilled(tmp_path, [[f"http://a/{file}/{n}" for n in range(count)] for file, count in enumerate(counts)])
     monkeypatch.setattr(pa, "concat_tables", lambda tables: held.append(len(made := join(tables))) or made)
     whole = {"low": 0, "high": 1 << 64, "names": names, "large": 4}
     parts = [list(lists.rows(place, {**whole, "part": part, "of": of})) for part in range(of)]
     assert all(shared is (of > 1) for part in parts for _, shared in part)
     ids = [[row["id"] for row, _ in part] for part in parts]
-    assert len(set(itertools.chain(*ids))) == sum(map(len, ids)) == 25 and all(part == sorted(part) for part in ids)
-    assert max(map(len, ids)) - min(map(len, ids)) <= 1 and held == list(map(len, ids))
+    assert len(set(itertools.chain(*ids))) == sum(map(len, ids)) == sum(counts) and all(part == sorted(part) for part in ids)
+    assert max(map(len, ids)) - min(map(len, ids)) < 0.4 * sum(counts) / of and held == list(map(len, ids))
+
+
+def test_a_task_fetches_the_same_urls_with_any_memory_limit(tmp_path, monkeypatch):
+    """A run that continues with another memory_limit merges other files, and uses the finished tasks. It must not lose URLs, or
+    fetch URLs twice. A long list has several files, whose ids aren't in order."""
+    monkeypatch.setattr(lists, "URLS", 20)
+    monkeypatch.setattr(lists, "SPILLED", 20)
+    monkeypatch.setattr(merging, "MANY", 10)
+    urls = [f"http://{'big' if n % 2 else n % 100}.org/{n}" for n in range(600)]
+    spill, rows_of = Location(str(tmp_path / "work")).join("spill"), list[dict[str, list[str]]]()
+    for run_bytes in (3000, 1 << 20):
+        found = planned(tmp_path, urls, 50, run_bytes)
+        rows_of.append({json.dumps(task): sorted(row["id"] for row, _ in lists.rows(spill, task | also)) for task, also in found})
+    assert rows_of[0] == rows_of[1] and sum(map(len, rows_of[0].values())) == len(urls)
 
 
 @pytest.mark.parametrize("of", [2, 7])
@@ -71,13 +88,13 @@ def test_only_a_large_host_is_shared_and_a_task_begins_with_all_of_its_hosts(tmp
     assert {host: len(tasks) for host, tasks in tasks_of.items()} == {str(h): of if h == 7 else 1 for h in range(60)}
 
 
-def planned(folder: Path, urls: list[str], per_list: int) -> list[tuple[dict, dict]]:
+def planned(folder: Path, urls: list[str], per_list: int, run_bytes: int = 1 << 20) -> list[tuple[dict, dict]]:
     (folder / "in").mkdir(exist_ok=True)
     for number, some in enumerate(urls[at : at + per_list] for at in range(0, len(urls), per_list)):
         (folder / "in" / f"{number:03}.jsonl").write_text("\n".join(json.dumps({"url": url}) for url in some))
     flow = HereFlow(Work(Location(str(folder / "work"))))
     files = lists.listing(str(folder / "in"))
-    return list(lists.plan(flow, str(folder / "in"), files, "url", [], 1 << 20, 1 << 20))
+    return list(lists.plan(flow, str(folder / "in"), files, "url", [], 1 << 20, run_bytes))
 
 
 def test_many_files_of_rows_are_merged_before_tasks_read_them(tmp_path, monkeypatch):
@@ -109,3 +126,11 @@ def test_counts_of_groups_survive_a_record(tmp_path):
     counts[[0, 5, lists.GROUPS - 1]] = 1, 1 << 40, 3
     assert np.array_equal(lists.unpacked(json.loads(json.dumps(lists.packed(counts)))), counts)
     assert len(lists.packed(counts)) < 4000
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_sample_of_short_lists_has_a_size(count):
+    """A dry run divides by the size of its sample."""
+    sample = SampledParts(0.001)
+    assert sampling.of_lists([InputFile(f"{number}.jsonl", 300, 0) for number in range(count)], sample)
+    assert 1 < sample.of_bytes <= 1000 and sample.read_bytes > 0

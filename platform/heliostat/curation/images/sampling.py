@@ -71,7 +71,7 @@ def of_lists(inputs: list[InputFile], sample: SampledParts) -> list[InputFile]:
     parts = [file.part for file in inputs]
     taken = evenly(parts, max(sample.fraction, min(1.0, LISTS / len(parts)))) or parts[:1]
     share = min(1.0, sample.fraction * sum(part.length for part in parts) / max(1, sum(part.length for part in taken)))
-    sample.add(URLS, parts, [replace(part, bytes=round(part.bytes * share)) for part in taken], False, 1.0)
+    sample.add(URLS, parts, [replace(part, bytes=max(1, round(part.bytes * share))) for part in taken], False, 1.0)
     sample.records[URLS] = share
     paths = {part.path for part in taken}
     return [file for file in inputs if file.path in paths]

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from heliostat.curation import recording
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.segment import load, name_of, store
@@ -191,14 +192,13 @@ def _large(folder: Location, task: dict[str, Any], names: list[str]) -> np.ndarr
 
 
 def _dealt(folder: Location, task: dict[str, Any], names: list[str], large: np.ndarray) -> Iterator[pa.Table]:
-    """Yields the rows of one task: all rows of the hosts whose hash selects the task. Of the large hosts, yields every `of`-th
-    row, in the order of the files."""
-    seen, of, part = 0, task["of"], task["part"]
+    """Yields the rows of one task: all rows of the hosts whose hash selects the task, and the rows of the large hosts whose id's
+    hash selects the task. So a task has the same rows however its files were merged, and the merge depends on memory_limit."""
     for name in names:
         for table in spill.read(folder, name, task["low"], task["high"]):
-            keys = table["key"].to_numpy()
-            spread = np.isin(keys, large)
-            turns = seen + np.cumsum(spread) - 1
-            mine = np.where(spread, turns % of, spill.mixed(keys) % np.uint64(of)) == part
+            selecting = table["key"].to_numpy().copy()
+            spread = np.flatnonzero(np.isin(selecting, large))
+            ids = table["id"].take(pa.array(spread)).to_pylist()
+            selecting[spread] = np.fromiter(map(recording.key_of, ids), np.uint64, len(ids))
+            mine = spill.mixed(selecting) % np.uint64(task["of"]) == task["part"]
             yield table.take(pa.array(np.flatnonzero(mine)))
-            seen += int(spread.sum())
