@@ -31,6 +31,8 @@ MERGE_BYTES_PER_S = 60e6
 """Bytes of sorted temporary files that a CPU merges per second: an assumption, used if the sample needed no merge."""
 LINES_BYTES_PER_S = 500e6
 """Bytes of which a CPU counts the lines per second: an assumption."""
+LISTED_BYTES = 100
+"""Bytes of a dropped document's row in a temporary file: an assumption."""
 SURVEY_BYTES_PER_S = 100e6
 """Compressed bytes that a CPU surveys per second: an assumption."""
 
@@ -149,7 +151,7 @@ def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: 
         listed: Any = sizes.values[id(task.shared["listed"])]
         return images.metadata_record(task, listed) | {"seconds": read / LINES_BYTES_PER_S}
     if like is None:
-        return _merged(kind, task, read)
+        return _merged(kind, task, read, profile)
     growth = read / like.bytes if read and like.bytes else 1.0
     if kind.name in SAME_SIZE:
         return like.record | {"seconds": like.record["seconds"] * growth}
@@ -205,7 +207,7 @@ class Scaling:
         return value if size is None or value.endswith(".json") else named(f"{self.key} {value}", round(size * self.growth))
 
 
-def _merged(kind: TaskKind, task: Task, read: int) -> dict[str, Any]:
+def _merged(kind: TaskKind, task: Task, read: int, profile: Profile) -> dict[str, Any]:
     """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, counting lines,
     surveying compressed files, or listing dropped documents. Raises ConfigError for other kinds."""
     seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
@@ -216,7 +218,8 @@ def _merged(kind: TaskKind, task: Task, read: int) -> dict[str, Any]:
     if kind.name == "tally":
         return {"tally": task.arguments["names"][0], "files": [], "seconds": seconds}
     if kind.name == "select":
-        return {"files": [name], "seconds": seconds}
+        selected = int(read * _listed_share(profile))
+        return {"files": [named(task.key, selected)] if selected else [], "seconds": seconds}
     if kind.name == "listed":
         return {"listed": name, "rows": 0, "files": [], "seconds": seconds}
     if kind.name == "lines":
@@ -226,6 +229,12 @@ def _merged(kind: TaskKind, task: Task, read: int) -> dict[str, Any]:
         survey = Survey(part.start, part.stop, read, 1 + read // 1000, 0, [Mark(part.start, part.start)])
         return {"survey": asdict(survey), "files": [], "seconds": read / SURVEY_BYTES_PER_S}
     raise ConfigError(f"--simulate: {kind.name}: the sample ran no such task. Pass a larger --sample")
+
+
+def _listed_share(profile: Profile) -> float:
+    """Returns the share of the bytes about dropped documents that the list of dropped documents needs, by the sample."""
+    listed = profile.tasks.get(("listed", 0), [])
+    return min(1.0, LISTED_BYTES * sum(task.record["rows"] for task in listed) / max(1, sum(task.bytes for task in listed)))
 
 
 def _cut(runs: list[list[Any]], run_bytes: int, key: str) -> list[list[Any]]:
