@@ -218,13 +218,14 @@ def spill_duplicates(folder: Location, kept: pa.Table, duplicates: Duplicates, e
         return
     repeated = {digest for table in duplicates.tables() for part in _some(table) for digest, _ in _pairs(recorded(part, every))}
     stayed = {digest: id for digest, id in _pairs(kept) if digest in repeated}
-    waiting = list[pa.Table]()
-    for part in (recorded(part, every) for table in duplicates.tables() for part in _some(table)):
+    waiting, size = list[pa.Table](), 0
+    for part in filter(len, (recorded(part, every) for table in duplicates.tables() for part in _some(table))):
         waiting.append(_end(part, "exact", "duplicate", [stayed[digest] for digest, _ in _pairs(part)]))
-        if sum(table.nbytes for table in waiting) > HELD_BYTES:
+        size += waiting[-1].nbytes
+        if size > HELD_BYTES:
             yield spill.write(folder, pa.concat_tables(waiting), ENDS_ORDER)
-            waiting = []
-    if any(map(len, waiting)):
+            waiting, size = [], 0
+    if waiting:
         yield spill.write(folder, pa.concat_tables(waiting), ENDS_ORDER)
 
 
