@@ -165,13 +165,14 @@ shared = Words()  # one per process: a filter reuses the words that an earlier f
 MOST_PARTS, LONG_PART = 1 << 19, 64  # maximum cached parts, and characters of a part that isn't cached
 _PLAIN = (0, False, 1, False)  # the counts of a word
 _TERMINAL = re.compile(f"[{re.escape(''.join(sorted(TERMINALS)))}]")
+_ASCII_TERMINAL = re.compile(f"[{re.escape(''.join(sorted(filter(str.isascii, TERMINALS))))}]")  # the same in ASCII text, faster
 _OTHER_SPACE = regex.compile(r"[^\S ]")
 _parts: dict[str, tuple[int, bool, int, bool]] = {"": _PLAIN}  # a part that isn't a word may begin a sentence
 
 
 def sentences(text: str) -> int:
     """Counts the sentences of a text like spaCy's sentencizer. Returns 0 for a text that has only white space."""
-    first = _TERMINAL.search(text)
+    first = (_ASCII_TERMINAL if text.isascii() else _TERMINAL).search(text)
     if first is None:
         return int(bool(text) and not text.isspace())
     text = text[text.rfind(" ", 0, first.start()) + 1 :]  # no sentence ends before this part
