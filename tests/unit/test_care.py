@@ -321,7 +321,7 @@ def test_a_trace_does_not_take_a_document_that_crashed_through_the_stages_again(
     dropped = {"what": {"crashed": care.MEANING}}
     monkeypatch.setattr(trace.reasons, "funnel", lambda made: {"read": {}, "0 plain": {}, "1 fragile": dropped, "shard": {}})
     end = {"id": "a.txt", "stage": "1 fragile", "reason": "crashed", "detail": "it died", "measures": {}, "columns": {}}
-    told = trace.trace(SimpleNamespace(kind="tokens"), end)
+    told = trace.trace(SimpleNamespace(kind="tokens", meta={}), end)
     assert [step["did"] for step in told["stages"]] == ["came through", "came through", "dropped"]
     assert told["end"]["what"] == care.MEANING and told["notes"] == [
         "heliostat doesn't run the stages again, because the document would crash this process too"

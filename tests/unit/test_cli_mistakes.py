@@ -69,7 +69,7 @@ def test_a_mistake_is_one_line_that_names_the_field_the_problem_and_the_fix(
 def test_a_dataset_without_stages_names_what_to_change(monkeypatch, capsys, tmp_path):
     """For `trace`, `forget`, and the report of the curation: exit code 2, because a person must prepare the dataset
     differently."""
-    location = Location(str(tmp_path))
+    location = Location(str(tmp_path / "set"))
     location.join("shards/00000/x.parquet").write(tokens.shard(["a"], [np.zeros(9, np.int32)], 100, np.zeros(1, np.int64)))
     manifest.write(location, manifest.read_footer(location, "shards/00000/x.parquet", "tokens"), {"kind": "tokens"})
     for words in (
@@ -77,7 +77,7 @@ def test_a_dataset_without_stages_names_what_to_change(monkeypatch, capsys, tmp_
         ["data", "forget", "--id", "a", "--out", str(tmp_path / "b")],
         ["data", "report"],
     ):
-        code, _, err = run(monkeypatch, capsys, *words, str(tmp_path))
+        code, _, err = run(monkeypatch, capsys, *words, str(tmp_path / "set"))
         assert code == 2 and "its pipeline has no `stages`" in err and err.count("\n") == 1
 
 

@@ -12,7 +12,7 @@ import pytest
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import calls, crew, ray_cluster
-from heliostat.tasks.calls import Call, CallTimes, Slots, Started
+from heliostat.tasks.calls import Call, CallSlots, CallTimes, Started
 from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work
@@ -198,7 +198,7 @@ def test_a_group_is_short_and_leaves_calls_for_every_cpu(seed):
 
 
 def test_calls_begin_in_their_order_as_others_end():
-    slots, three = Slots(), [call(), call(), call()]
+    slots, three = CallSlots(), [call(), call(), call()]
     for one in three:
         slots.start(one, 1.0)
     assert [one.began for one in three] == [1.0, None, None]

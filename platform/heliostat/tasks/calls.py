@@ -112,7 +112,7 @@ class CallTimes:
         return [call for excess, call in sorted(beyond, key=lambda one: -one[0]) if excess > 0 and call.can_repeat]
 
 
-class Slots:
+class CallSlots:
     """Estimates when each call began. A cluster starts the calls in their order as CPUs become free."""
 
     def __init__(self) -> None:

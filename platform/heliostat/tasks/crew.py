@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
-from heliostat.tasks.calls import Call, CallTimes, Slots, Started
+from heliostat.tasks.calls import Call, CallSlots, CallTimes, Started
 from heliostat.tasks.clusters import Cluster, Executor, TaskKind
 from heliostat.tasks.ray_cluster import END_S, is_lost
 from heliostat.tasks.shipping import NotHereError, Shipment
@@ -67,7 +67,7 @@ class Crew:
         self.alone = self.several = False
         self.memory: int | None = None  # bytes that each task requests
         self.crashed = 0  # documents that the tasks under way leave out; a look at each task would take too long
-        self.times, self.slots = CallTimes(), Slots()
+        self.times, self.slots = CallTimes(), CallSlots()
 
     @property
     def full(self) -> bool:

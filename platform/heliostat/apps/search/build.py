@@ -135,6 +135,7 @@ def build(
     fragments = [fragment for record in records for fragment in record["fragments"]]
     if not fragments:
         raise DataError(f"{prepared.location}: the dataset's documents contain no text. Pass another dataset")
+    flow.close()
     before_commit()
     columns = table.schema(embedder["dims"] if embedder else None)
     version = table.build_indices(table.commit(place, columns, fragments), place)
@@ -177,7 +178,7 @@ def _passages(
     follows = key(definition, plan.end, settings.model_dump(), known.get("digest"), *rearranged)
 
     def task(unit: IndexUnit) -> Task:
-        return Task(key("passages", follows, unit.identity), {"unit": unit}, shared, unit.bytes)
+        return Task(key("passages", follows, unit.identity), {"unit": unit}, shared, unit.bytes, can_repeat=False)
 
     present = {name for name, _ in place.join(table.NAME).files()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from heliostat.curation.images.sources import FILES_PER_TASK
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.simulation.requests import named
 from heliostat.curation.web import lists
+from heliostat.data.row_groups import RowGroupColumns
 from heliostat.tasks import spill
 from heliostat.tasks.clusters import Task
 
@@ -39,16 +40,24 @@ def lists_record(record: dict[str, Any], key: str, growth: float) -> dict[str, A
 
 
 def shard_record(measured: dict[str, Any], task: Task, growth: float) -> dict[str, Any]:
-    """Returns the record of a task that writes a shard of images. Each row group is a value of its own, because the driver keeps
-    them all."""
-    images, chunks = round(measured["images"] * growth), measured["chunks"]
-    count = max(1, round(images / task.arguments["chunk_images"])) if chunks else 0
+    """Returns the record of a task that writes a shard of images."""
+    images, groups = round(measured["images"] * growth), measured.get("row_groups")
+    count = max(1, round(images / task.arguments["chunk_images"]))
     path = f"{task.arguments['prefix']}{task.key[:16]}.parquet"
     size = round(measured["file_bytes"] * growth)
     ends = [named(f"{task.key} {name}", round((spill.size_of(name) or 0) * growth)) for name in measured["ends"]]
-    same = chunks[0] | {"path": path, "file_bytes": size, "rows": images // max(1, count)} if chunks else {}
-    return {**measured, "path": path if chunks else "", "file_bytes": size, "images": images, "ends": ends, "files": ends,
-            "chunks": [same | {"row_group": number} for number in range(count)]}  # fmt: skip
+    record = {**measured, "file_bytes": size, "images": images, "ends": ends, "files": ends}
+    return (
+        record | {"path": path, "row_groups": like_first(groups, count) | {"rows": [images // count] * count}}
+        if groups
+        else record
+    )
+
+
+def like_first(measured: RowGroupColumns, count: int) -> dict[str, list[Any]]:
+    """Returns `count` row groups like the first measured one."""
+    columns = cast("dict[str, list[Any]]", measured)
+    return {name: values[:1] * count for name, values in columns.items()}
 
 
 def metadata_record(task: Task, listed: list[tuple[Any, ...]]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from heliostat.curation.simulation.requests import input_parts, named
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
 from heliostat.curation.web.lists import NAMES
-from heliostat.data.row_groups import RowGroupColumns
 from heliostat.errors import ConfigError
 from heliostat.tasks import merging, spill
 from heliostat.tasks.clusters import Cluster, Executor, Task, TaskKind
@@ -261,22 +260,11 @@ def _shards(measured: list[dict[str, Any]], task: Task, read: int, chunk_tokens:
     growth = read / (stop - first) / max(1, one["bytes"])
     same = {name: value for name, value in one.items() if isinstance(value, str)}
     scaled = Scaling(task.key, growth).of({k: v for k, v in one.items() if k not in same and k not in ("ends", "row_groups")})
-    groups, paths = _row_groups(one["row_groups"], growth, chunk_tokens), [
-        f"shards/{shard:05d}/{task.key[:16]}.parquet" for shard in range(first, stop)]  # fmt: skip
+    expected = growth * sum(one["row_groups"]["tokens"])
+    count = max(1, round(expected / chunk_tokens))
+    groups = images.like_first(one["row_groups"], count) | {"tokens": [round(expected / count)] * count}
+    paths = [f"shards/{shard:05d}/{task.key[:16]}.parquet" for shard in range(first, stop)]
     return [scaled | same | {"path": path, "row_groups": groups} for path in paths]
-
-
-def _row_groups(measured: RowGroupColumns, growth: float, chunk_tokens: int) -> RowGroupColumns:
-    """Returns the row groups of a shard: one for each `chunk_tokens` tokens, all like the first measured row group."""
-    tokens = growth * sum(measured["tokens"])
-    count = max(1, round(tokens / chunk_tokens))
-    return {
-        "rows": measured["rows"][:1] * count,
-        "tokens": [round(tokens / count)] * count,
-        "bytes": measured["bytes"][:1] * count,
-        "place": measured["place"][:1] * count,
-        "content": measured["content"][:1] * count,
-    }
 
 
 class MeasuringCluster:

@@ -94,8 +94,8 @@ def flow_on_ray(place: Location, title: str, workers: int, gpus: int, quiet: boo
     from heliostat.cluster.connect import connect
 
     connect(cpus=workers, gpus=gpus)
-    with PipelineWatch(console, title, quiet) as watch:
-        yield Flow(Work(place.join(WORK)), progress=Progress(watch.show))
+    with PipelineWatch(console, title, quiet) as watch, Flow(Work(place.join(WORK)), progress=Progress(watch.show)) as flow:
+        yield flow
 
 
 def answer(
