@@ -277,7 +277,7 @@ def test_the_report_has_times_requests_and_failures(tmp_path):
     report = simulate.report(cluster, [InputFile("a", 400_000, 1)], 5_000_000) | {"name": "n", "cost": 1.0, "currency": "USD"}
     report |= {"sample": {"bytes": 10}, "rows": 3}
     (kind,) = report["kinds"]
-    assert kind["tasks"] == FEW and report["times_bound"] > 1 and report["failures"]["backups"] == cluster.backups
+    assert kind["tasks"] == FEW and report["times_bound"] > 1 and report["failures"]["repeated"] == cluster.backups
     assert report["requests"]["work/done/read"]["total"] == cluster.kinds[0].starts
     assert len(tables.of_kinds(report)) == 2 and len(tables.of_requests(report)) == 1 + len(report["requests"])
     assert any(f"{FEW} tasks have a record" in line for line in tables.explain(report))

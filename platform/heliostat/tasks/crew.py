@@ -168,14 +168,19 @@ class Crew:
         """Ends a call that failed, unless another call with the same tasks still runs. Decides which of its tasks run again."""
         call.references.remove(reference)
         if call.references:
-            log.debug("%s: one of two calls with the same tasks failed (%s)", self.kind, care.last_line(error))
+            log.debug("%s: one of two copies of a Ray task failed (%s)", self.kind, care.last_line(error))
             return
         self.slots.end(call, self.cluster.now())
         cause = innermost(error)
         if len(call.tasks) == 1 or self.stopped or (cause is not None and cause.exit_code == 2):
             self._judge(call.tasks[0], error)
             return
-        log.info("%s: one of %d tasks failed (%s). Running each alone", self.kind, len(call.tasks), care.last_line(error))
+        log.info(
+            "%s: one of the %d tasks of a Ray task failed (%s). Running each task alone",
+            self.kind,
+            len(call.tasks),
+            care.last_line(error),
+        )
         self.later += call.tasks
 
     def conclude(self) -> None:
@@ -192,7 +197,7 @@ class Crew:
         """Ends the executor, and cancels the tasks that are still running."""
         if left := self.executor.end(list(self.under_way)):
             log.warning(
-                "%d canceled calls didn't end within %.0f s, and may still run. List them with: ray list tasks", left, END_S
+                "%d canceled Ray tasks didn't end within %.0f s, and may still run. List them with: ray list tasks", left, END_S
             )
 
     def _start_backups(self) -> None:
@@ -204,7 +209,7 @@ class Crew:
         if idle <= 0:
             return
         for call in self.times.late(list(self.under_way.values()), now)[:idle]:
-            log.info("%s: a call takes long. Starting a backup on another node", self.kind)
+            log.info("%s: a Ray task is late. Starting a copy on another node if possible", self.kind)
             self._call(call)
 
     def _start_due(self) -> float:

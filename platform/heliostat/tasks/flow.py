@@ -166,7 +166,7 @@ class Flow:
         left = sum(one.end([reference for executor, reference in self.repeated if executor is one]) for one in executors.values())
         self.repeated.clear()
         if left:
-            log.warning("%d canceled calls may still write to %s. List them with: ray list tasks", left, self.work.location)
+            log.warning("%d canceled Ray tasks may still write to %s. List them with: ray list tasks", left, self.work.location)
 
     def __enter__(self) -> Flow:
         return self

@@ -145,7 +145,7 @@ def report(cluster: VirtualCluster, files: list[InputFile], memory: int) -> dict
         "requests": {prefix: {"total": round(total * (SPILLS if prefix == SPILL else 1)), "per_second": round(busiest[prefix], 1)}
                      for prefix, total in cluster.requests.total.items()},
         "fetching": _fetching(cluster),
-        "failures": {"lost": cluster.lost, "poisoned": cluster.poisoned, "slow": cluster.stretched, "backups": cluster.backups,
+        "failures": {"lost": cluster.lost, "poisoned": cluster.poisoned, "slow": cluster.stretched, "repeated": cluster.backups,
                      "recorded": sum(kind.tasks for kind in cluster.kinds)},
     }  # fmt: skip
 

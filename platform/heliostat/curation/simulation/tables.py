@@ -33,11 +33,11 @@ def explain(report: dict[str, Any]) -> list[str]:
         f"time: {wall}, {report['times_bound']:.2f} times the {bound} that the CPUs need; "
         f"{report['cost']:,.0f} {report['currency']} by the plan's price table",
         *_fetching(report["fetching"]),
-        f"driver: busy {driver['busy']:.0%} of the time, {driver['seconds_per_task'] * 1e6:,.0f} microseconds per task; "
+        f"driver: busy {driver['busy']:.0%} of the time, {driver['seconds_per_task'] * 1e6:,.0f} microseconds per Ray task; "
         f"{driver['memory_bytes'] / 1e6:,.0f} MB of memory",
         f"dataset: {report['rows']:,} row groups, which the driver and each reader of the dataset keep in memory",
         f"failures: {failures['lost']:,} tasks lost with their node, {failures['poisoned']:,} ended by a document, "
-        f"{failures['slow']:,} slow, {failures['backups']:,} of them repeated on another node; "
+        f"{failures['slow']:,} slow, and {failures['repeated']:,} Ray tasks repeated on another node; "
         f"{failures['recorded']:,} tasks have a record",
     ]
 
@@ -50,6 +50,6 @@ def _fetching(web: dict[str, Any] | None) -> list[str]:
     return [
         f"URLs: {web['urls']:,} of about {web['hosts']:,} hosts, {web['bytes']:,} bytes of images; the largest host has about "
         f"{web['largest_host']:,} URLs",
-        f"hosts: with {web['per_second']:g} requests per second to each host, and no other limit, heliostat would have {times}",
+        f"URLs fetched at {web['per_second']:g} requests per second to each host, without other limits: {times}",
         f"limits of fetching tasks, by their time: {limits}",
     ]
