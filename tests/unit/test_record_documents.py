@@ -89,7 +89,7 @@ def test_commands_say_that_a_dataset_has_only_a_sample(texts, whole):
     recorded = {row["id"] for row in record(dataset)}
     lacking = next(row["id"] for row in record(complete) if row["id"] not in recorded)
     only = r"The dataset records only one document in 7 \(record_documents: sample\)"
-    with pytest.raises(ConfigError, match=rf"no document has this id.*{only}.*Prepare it with record_documents: all"):
+    with pytest.raises(ConfigError, match=rf"no document has this id.*{only}.*Prepare the dataset with record_documents: all"):
         trace.find(dataset, id=lacking)
     unknown = next(id for id in map(str, range(1000)) if recording.key_of(id) % EVERY == 0)
     with pytest.raises(ConfigError) as failed:

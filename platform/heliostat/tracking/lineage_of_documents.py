@@ -121,7 +121,7 @@ class TrainedOnDocument:
             ends = reasons.end_of(whole, self.id) if "curation" in whole.meta else []
             if not ends and recording.may_lack(whole, self.id):
                 limits = recording.limits(recording.every_of(whole))
-                raise DataError(f"{whole.location}, version {whole.digest[:12]}: {limits}, and not {self.id}")
+                raise DataError(f"{whole.location}, version {whole.digest[:12]}: {limits}. {self.id} isn't recorded")
             kept = [row["detail"].removeprefix(folder) for row in ends
                     if row["reason"] == "kept" and row["detail"].startswith(folder)]  # fmt: skip
             path = documents.current(version, kept[0]) if kept else None

@@ -49,8 +49,8 @@ def find(dataset: Manifest, id: str | None = None, url: str | None = None, text:
         what = f"--text: no document has this text, neither as given nor after the stages{fate}"
     if not rows:
         limits = recording.limits(recording.every_of(dataset)) if id is None or recording.may_lack(dataset, id) else ""
-        unsure = f". {limits}, so the dataset may have the document. Prepare it with record_documents: all" if limits else ""
-        raise ConfigError(f"{what} ({dataset.location}){unsure}")
+        fix = "so the dataset may have the document. Prepare the dataset with record_documents: all"
+        raise ConfigError(f"{what} ({dataset.location})" + (f". {limits}, {fix}" if limits else ""))
     return sorted(rows, key=lambda row: row["id"])
 
 
