@@ -112,7 +112,7 @@ def page(report: PageData) -> str:
     ]
     for name, part in funnel.items():
         parts += _stage(name, part)
-    parts += _columns(report["columns"])
+    parts += _columns(report["columns"], report["recorded_every"])
     return document(report["name"], parts)
 
 
@@ -215,7 +215,7 @@ def _examples(rule: str, examples: list[Any]) -> str:
     return f"<details><summary>{len(shown)} {_cut(title)}</summary>{''.join(shown)}</details>"
 
 
-def _columns(report: PageData) -> list[str]:
+def _columns(report: PageData, every: int) -> list[str]:
     drawn = []
     for what, counts in sorted(report["counts"].items()):
         most = sorted(counts.items(), key=lambda kv: (-kv[1][0], -kv[1][1], kv[0]))[:TOP]
@@ -226,7 +226,7 @@ def _columns(report: PageData) -> list[str]:
     if not drawn:
         return []
     note = f"Counted in {report['sampled']:,} documents" + (
-        ", a random sample." if report["sampled"] >= SAMPLED or report["recorded_every"] != 1 else "."
+        ", a random sample." if report["sampled"] >= SAMPLED or every != 1 else "."
     )
     return ["<h2>Contents of the dataset</h2>", f"<p class='muted'>{note}</p>", side_by_side(drawn)]
 
