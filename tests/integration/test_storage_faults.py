@@ -100,7 +100,7 @@ def test_spilled_tables_are_read_while_requests_fail(root, proxy, monkeypatch):
 
 
 def test_a_spilled_table_is_asked_for_in_few_requests(root, proxy):
-    """A store answers in tens of milliseconds. Row groups of 2 MiB with all their columns cost one request, not one per column."""
+    """A store answers in tens of milliseconds. 2 MiB of row groups with all columns cost one request, not one per column."""
     values = np.random.default_rng(0).integers(0, 1 << 63, (4, 200_000), np.uint64)
     name = spill.write(root.join("spill"), pa.table(dict(zip(("key", "a", "b", "c"), values, strict=True))))
     before = proxy.requests
