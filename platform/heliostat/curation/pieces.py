@@ -116,6 +116,15 @@ def cut(files: Iterable[FilePart], target: int, ranged: Callable[[str], bool]) -
         yield piece
 
 
+def largest_first(made: list[list[FilePart]], target: int) -> Iterator[list[FilePart]]:
+    """Yields pieces in order, but first those above twice the target size, the largest first: files that can't be divided. So no
+    task of hours starts last."""
+    sizes = [sum(part.length for part in piece) for piece in made]
+    large = sorted((number for number, size in enumerate(sizes) if size > 2 * target), key=lambda number: -sizes[number])
+    yield from (made[number] for number in large)
+    yield from (piece for piece, size in zip(made, sizes, strict=True) if size <= 2 * target)
+
+
 def ranges(bytes: int, target: int) -> list[tuple[int, int]]:
     """Splits a file into ranges of the target size. The last range may be up to 1.5 times as large. If the file grows, the other
     ranges stay the same."""

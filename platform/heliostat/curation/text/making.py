@@ -6,7 +6,7 @@ import base64
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from math import ceil
 from typing import Any, ClassVar
@@ -310,10 +310,10 @@ def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int, limit
     unknown = [p[0] for p in cut if p[0].stop is not None and readers.numbered(p[0].path or input) == "line" and not p[0].packed]
     count = (Task(key("lines", input, part.identity), {"input": input, "part": part}) for part in unknown)
     lines = dict(zip(unknown, (r["lines"] for r in flow.all("lines", tasks.count_lines, count)), strict=True))
-    return numbered(cut, lines)
+    return numbered(pieces.largest_first(cut, target), lines)
 
 
-def numbered(cut: list[list[FilePart]], lines: dict[FilePart, int]) -> Iterator[list[FilePart]]:
+def numbered(cut: Iterable[list[FilePart]], lines: dict[FilePart, int]) -> Iterator[list[FilePart]]:
     """Yields the pieces, and sets the number of the first record in each range of lines. `lines`: the number of lines in each
     range."""
     path, first = None, 1
