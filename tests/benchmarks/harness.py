@@ -109,12 +109,13 @@ def sets(settings: Mapping[str, Any]) -> list[str]:
 APART = "import json, sys; from {module} import {name}; json.dump({name}(*json.loads(sys.argv[2])), open(sys.argv[1], 'w'))"
 
 
-def apart(function: Callable[..., Any], *given: Any, python: str = sys.executable, **environment: str) -> tuple[Any, float]:
+def apart(function: Callable[..., Any], *given: Any, python: str = sys.executable, **environment: Any) -> tuple[Any, float]:
     """Calls a function of a benchmark in a separate process, with another Python if one is named.
 
     Arguments and result are JSON values. Returns the result, and the CPU seconds of the process. Its output is printed.
     """
-    module = function.__module__ if function.__module__ != "__main__" else str(sys.modules["__main__"].__spec__.name)
+    spec = sys.modules["__main__"].__spec__
+    module = spec.name if spec is not None and function.__module__ == "__main__" else function.__module__
     with tempfile.NamedTemporaryFile() as result:
         code = APART.format(module=module, name=function.__name__)
         ended = process([python, "-c", code, result.name, json.dumps(given)], **environment)

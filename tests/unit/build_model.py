@@ -3,6 +3,7 @@
 import random
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -16,7 +17,7 @@ def make_model(folder: Path, labels: tuple[str, ...] = ("bad", "good"), **keys) 
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=128, initializer_range=0.5,
                         id2label=dict(enumerate(labels)), **sizes, **keys)  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(folder)
