@@ -116,13 +116,13 @@ def cut(files: Iterable[FilePart], target: int, ranged: Callable[[str], bool]) -
         yield piece
 
 
-def largest_first(made: list[list[FilePart]], target: int) -> Iterator[list[FilePart]]:
+def largest_first(cut_pieces: list[list[FilePart]], target: int) -> Iterator[list[FilePart]]:
     """Yields pieces in order, but first those above twice the target size, the largest first: files that can't be divided. So no
     task of hours starts last."""
-    sizes = [sum(part.length for part in piece) for piece in made]
+    sizes = [sum(part.length for part in piece) for piece in cut_pieces]
     large = sorted((number for number, size in enumerate(sizes) if size > 2 * target), key=lambda number: -sizes[number])
-    yield from (made[number] for number in large)
-    yield from (piece for piece, size in zip(made, sizes, strict=True) if size <= 2 * target)
+    yield from (cut_pieces[number] for number in large)
+    yield from (piece for piece, size in zip(cut_pieces, sizes, strict=True) if size <= 2 * target)
 
 
 def ranges(bytes: int, target: int) -> list[tuple[int, int]]:
