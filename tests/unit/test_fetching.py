@@ -24,6 +24,7 @@ from heliostat.curation.web.polite import Fetcher
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
 
+from tests.unit.build_clock import Clock
 from tests.unit.build_curation import KilledError
 from tests.unit.build_images import Here, image, prepared
 
@@ -154,20 +155,6 @@ def test_a_private_address_is_not_asked_by_any_way(server):
         found = fault(f"http://{host}:{port}/", Bounds(1000, 5.0))
         assert found.reason in ("private_address", "unreachable") and (host != "127.0.0.1" or found.reason == "private_address")
     assert server.asked == []
-
-
-class Clock:
-    """Provides a clock that advances only during a sleep."""
-
-    def __init__(self) -> None:
-        self.now, self.slept = 0.0, list[float]()
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
 
 
 def test_robots_txt_is_followed_and_asked_once(server):

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def awaited(flow: Flow, stages: list[str], wait_s: float = WAIT_S) -> int:
     """Returns the number of GPUs that the pipeline's nodes have, or may have later. Waits up to `wait_s` seconds for the first
-    GPU if the cluster's autoscaler can add one. Logs that the `stages` run on CPUs if there is no GPU.
+    GPU if the cluster's autoscaler can add one. Logs that the `stages` run on CPUs if the cluster has none.
     """
     names, later = ", ".join(stages), _later()
     if not flow.devices() and later:
