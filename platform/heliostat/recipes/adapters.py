@@ -120,6 +120,10 @@ class Adapts(ABC):
     def reload(self, folder: Path, adapter: bool) -> torch.nn.Module:
         """Loads an export in fp32 with only peft, transformers, and diffusers: the merged model, or the base with an adapter."""
 
+    def plainly(self) -> Any:
+        """Returns a recipe that computes the same without GPU kernels."""
+        return self
+
     @abstractmethod
     def answer(self, model: torch.nn.Module) -> torch.Tensor:
         """Computes the outputs of a model for a fixed small batch, to compare an export with the trained model."""
@@ -218,7 +222,6 @@ def add(adapter: Adapter, model: torch.nn.Module, seed: int, precision: str) -> 
         weightless.starts_as(down, partial(first_down, seed, name, tuple(down.shape)))
         weightless.starts_as(up, partial(_zeros, tuple(up.shape)))
         if adapter.method == "dora":
-            layer.gathered_whole = True  # the layer computes with the base's weight itself
             magnitude = layer.lora_magnitude_vector[NAME].weight
             weightless.starts_as(magnitude, partial(_norms, precision), layer.get_base_layer().weight)
     for parameter in model.parameters():
@@ -229,6 +232,12 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
+
+
+def switch_off(model: torch.nn.Module) -> None:
+    """Makes a model compute as its base."""
+    for _, layer in _layers(model):
+        layer.enable_adapters(False)
 
 
 def first_down(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
