@@ -24,7 +24,7 @@ from heliostat.storage.hub import files
 log = logging.getLogger(__name__)
 
 RECORD = "heliostat_adapter.json"
-BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of differences, relative to the largest output
+BOUNDS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of differences, relative to the largest output
 
 
 class Agreement(NamedTuple):
@@ -106,10 +106,11 @@ def require_same(checkpoint: SavedCheckpoint, recipe: Adapts, folder: Path, adap
         exported = recipe.answer(recipe.reload(folder, adapter).eval())
     largest = float(right.abs().max()) or 1.0
     found = Agreement(float((exported - right).abs().max()) / largest, float((plain - right).abs().max()) / largest)
-    if not found.difference <= BOUNDS[dtype]:
+    limit = BOUNDS[dtype] * (1 + found.effect)  # large adapters have large rounding errors
+    if not found.difference <= limit:
         raise CheckpointError(
-            f"{folder}: the exported outputs differ from the trained model's by {found.difference:.1e} of the largest output (limit "
-            f"{BOUNDS[dtype]:.0e}). Delete the folder, and report this as a bug of heliostat"
+            f"{folder}: not exported, because the outputs of the files differ from the trained model's by {found.difference:.1e} of "
+            f"the largest output (limit {limit:.0e}). Report this as a bug of heliostat"
         )
     log.info(
         "the export differs from base + adapter by %.1e of the largest output; the adapter changes the output by %.1e",

@@ -86,12 +86,12 @@ class Adapter(Strict):
         return self.rank if self.alpha is None else int(self.alpha) if self.alpha.is_integer() else self.alpha
 
 
-def read(model: Mapping[str, Any], pretrained: object) -> Adapter | None:
-    """Reads `model.adapter`. Raises ConfigError without a pretrained model, or without peft."""
+def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrained") -> Adapter | None:
+    """Reads `model.adapter`. `key`: of the base. Raises ConfigError without a pretrained model, or without peft."""
     if KEY not in model:
         return None
     if not pretrained:
-        raise ConfigError(f"model.{KEY}: needs a pretrained model as its base. Set model.pretrained, or remove this key")
+        raise ConfigError(f"model.{KEY}: needs a pretrained model as its base. Set {key}, or remove this key")
     extras.require("adapters", "peft", what=f"model.{KEY}")
     return validate(Adapter, model[KEY], f"model.{KEY}")
 

@@ -25,6 +25,7 @@ from transformers import (
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning, weightless
+from heliostat.recipes.adapters import Adapter
 from heliostat.recipes.exported import using
 from heliostat.recipes.folder_digests import digest_of, sha256
 from heliostat.recipes.folder_digests import folder_digest as folder_digest
@@ -123,6 +124,8 @@ class Model(Strict):
     backbone: Keys
     """`arch: unet`, `pixart` or `sd3` with the keys of that class in diffusers, or `pretrained: FOLDER`. If you don't set
     channels, sizes, and the text width, they follow from the data."""
+    adapter: Adapter | None = None
+    """Adapter to train on a pretrained backbone, which stays frozen (docs/adapters.md). Unset: all weights are trained."""
     text: Text = Text()
     """The text encoder."""
     autoencoder: Folder | None = None

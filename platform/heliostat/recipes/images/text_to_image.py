@@ -35,7 +35,9 @@ from heliostat import extras
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.recipes import adapters
 from heliostat.recipes.images import diffusers_folder, rows
+from heliostat.recipes.images.adapted import AdaptedImages
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import PromptGallery, Say
 from heliostat.recipes.images.noising import Process
@@ -52,14 +54,15 @@ QUARTERS = 4
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
 
-class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
+class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
     kind = "rows"
     terms_per_sample = 1
 
     def __init__(self, job: Job) -> None:
         if job.data.sequence_length:
             raise ConfigError("data.sequence_length: not used for images. Remove this key")
-        self.model = validate(Model, job.model, "model")
+        self.job, self.model = job, validate(Model, job.model, "model")
+        self.adapter = adapters.read(job.model, self.model.backbone.get("pretrained"), "model.backbone.pretrained")
         self.version, bf16 = job.train.rules, job.train.precision == "bf16"
         frozen_type = torch.bfloat16 if self.version > 1 and bf16 else torch.float32
         self.parts = Parts(self.model, bool(job.train.activation_checkpointing), frozen_type)
@@ -88,7 +91,10 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return None if hasattr(self, "sources") else self.parts.presume(rows)
 
     def build(self) -> nn.Module:
-        return self.parts.build()
+        model = self.parts.build()
+        if self.adapter:
+            adapters.add(self.adapter, model.get_submodule(self.parts.name), self.seed, self.job.train.precision)
+        return model
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -233,7 +239,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     @staticmethod
     def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
         part = "unet" if (folder / "unet").is_dir() else "transformer"
-        out = {**model, "backbone": {"pretrained": str(folder / part)}}
+        out = {**{key: value for key, value in model.items() if key != adapters.KEY}, "backbone": {"pretrained": str(folder / part)}}
         if model.get("autoencoder"):
             out["autoencoder"] = {"pretrained": str(folder / "vae")}
         if model.get("text", {}).get("pretrained"):
