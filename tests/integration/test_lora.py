@@ -3,28 +3,35 @@ checkpoints contain only the adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import heliostat
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
+import yaml
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.data.manifest import read as read_manifest
-from heliostat.engine import deepspeed_engine
 from heliostat.errors import CheckpointError
 from heliostat.numerics import play
 from heliostat.recipes import adapters
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage.locations import Location
+from heliostat.tracking.models import resolve
+from heliostat.training.run import train
+from peft import PeftModel
 
 from tests.golden import data
 from tests.integration import layouts, ranks, selection
+from tests.integration.conftest import curve
 from tests.unit.build_job import job
+from tests.unit.page import client, opened
 
 
 @dataclass(frozen=True)
@@ -161,3 +168,51 @@ def test_gradients_equal_those_of_a_plain_loop_with_peft(tmp_path: Path) -> None
     told = ranks.run(f"{__name__}:against_peft", (1, 2), str(tmp_path))
     assert len(told) == 3 * 4 * 3
     assert [row for row in told if not row["worst"] < 1e-6 or row["zero"]] == []
+
+
+# a run ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ci
+def test_a_run_resumes_in_another_configuration_exports_and_is_served(
+    ray_session: None, corpus: str, job_file: Callable[..., Path], tracking: str, tmp_path: Path
+) -> None:
+    """The registered model is merged, plain peft computes the same from the exported adapter, and another base is rejected."""
+    sources = [read_manifest(Location(corpus))]
+    recipe = CausalLM(job(**{"data.sequence_length": 64, "model.vocab_size": None}))
+    recipe.bind(sources)
+    recipe.build().save_pretrained(tmp_path / "base")
+    recipe.save_config(tmp_path / "base")
+    path = job_file("lora")
+    made = yaml.safe_load(path.read_text())
+    made |= {
+        "model": {"pretrained": str(tmp_path / "base"), "adapter": {"rank": 4}},
+        "mlflow": {**made["mlflow"], "register": "lora-lm"},
+    }
+    path.write_text(yaml.safe_dump(made))
+    train(path, ["train.zero.stage=3", "train.stop_after=10", "mlflow.register=null"])
+    weights, kept = tmp_path / "base/model.safetensors", (tmp_path / "base/model.safetensors").read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="this adapter was trained on another base than"):
+        train(path, ["workers.count=1"], resume=True)
+    weights.write_bytes(kept)
+    result = train(path, ["workers.count=1", "train.zero.stage=1"], resume=True)
+    losses = curve(tracking, result["run_id"])
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    run = tmp_path / "runs/lora"
+    sizes = [sum(f.stat().st_size for f in (run / "checkpoints" / step).iterdir()) for step in ("step-00000010", "step-00000020")]
+    assert max(sizes) < len(kept), "master weights and moments of the adapter are smaller than the base"
+    merged = transformers.AutoModelForCausalLM.from_pretrained(resolve(result["model_uri"], tracking))
+    heliostat.Run(run).export(tmp_path / "adapter", adapter=True)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    tokens = torch.arange(32).view(2, 16)
+    with torch.no_grad():
+        before = plain(input_ids=tokens).logits
+        right = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(input_ids=tokens).logits
+        torch.testing.assert_close(merged(input_ids=tokens).logits, right, atol=2e-5, rtol=1e-4)
+    assert (before - right).abs().max() > 1e-3
+    greedy = {"max_tokens": 8, "temperature": 0}
+    with opened(tmp_path / "base", adapters=[f"mine={tmp_path / 'adapter'}"]) as url:
+        text = client(url).completions.create(model="mine", prompt="def f", **greedy).choices[0].text
+    answer = heliostat.generate(resolve(result["model_uri"], tracking), "def f", **greedy)
+    assert answer.facts["text"] == text

@@ -129,7 +129,9 @@ class Run:
     def export(self, to: str | os.PathLike[str], step: int | None = None, adapter: bool = False) -> Path:
         """Writes a checkpoint (by default the newest) to a folder for `from_pretrained`; returns the folder.
 
-        `adapter`: whether to write only the adapter that the run trained, instead of merging it into its base. Raises ConfigError if the folder isn't empty, CheckpointError if the checkpoint doesn't exist.
+        `adapter`: whether to write only the adapter that the run trained, instead of merging it into its base.
+
+        Raises ConfigError if the folder isn't empty, CheckpointError if the checkpoint doesn't exist.
         """
         from heliostat.inference.export import export
 

@@ -26,7 +26,7 @@ def compare(target: Location, part: WrittenPart, tensors: Mapping[str, torch.Ten
     for name, tensor in tensors.items():
         local = (tensor.local if isinstance(tensor, FlatShard) else tensor).reshape(-1)
         read = torch.empty_like(local, device="cpu")
-        saved.fill([piece for piece in saved.slices(name, getattr(tensor, "start", 0), read)])
+        saved.fill(saved.slices(name, getattr(tensor, "start", 0), read))
         if not torch.equal(read.view(torch.uint8), local.view(torch.uint8)):
             raise CheckpointError(f"{target}: {name!r} differs from the tensor that was saved. Check the storage, and save again")
         if read.any():
@@ -39,6 +39,6 @@ def require(target: Location, started: frozenset[str], seen: list[str]) -> None:
     on some rank."""
     if lost := sorted(started.difference(seen)):
         raise CheckpointError(
-            f"{target}: can't save {lost[0]!r}: all its values are zero or missing, which training can't cause ({len(lost)} tensors). "
-            "Report this as a bug of heliostat"
+            f"{target}: can't save {lost[0]!r}: all its values are zero or missing ({len(lost)} tensors), which training can't "
+            "cause. Report this as a bug of heliostat"
         )

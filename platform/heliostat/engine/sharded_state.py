@@ -171,8 +171,8 @@ class ShardedState(ABC):
         return {name: shard for name, _, key, shard in self._views() if key == kind}
 
     def frozen(self, whole: bool = False) -> dict[str, FlatShard]:
-        """Returns views of this worker's slices of the parameters that aren't trained, by name, except those of an adapter's base.
-        Raises ConfigError if such a parameter is in a file.
+        """Returns views of this worker's slices of the parameters that aren't trained, by name. Leaves out the base of an
+        adapter. Raises ConfigError if such a parameter is in a file.
 
         If several workers have the same slice, each worker saves a part of it. `whole`: returns complete slices, to load into.
         """

@@ -1,7 +1,7 @@
 """Exports the adapter of a run (`recipes.adapters`): in the format of peft or diffusers, or merged into its base.
 
-After an export, `require_same` loads the exported files with only peft, transformers, and diffusers, and compares the outputs for a
-small batch with those of the trained model. This needs memory for one complete model in fp32.
+After an export, `require_same` loads the exported files with only peft, transformers, and diffusers, and compares the outputs
+for a small batch with those of the trained model. This needs memory for one complete model in fp32.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from heliostat.recipes import adapters, building, folder_weights, weightless
 from heliostat.recipes.adapters import Adapts
 from heliostat.recipes.protocol import Recipe
 from heliostat.storage.hub import files
+from heliostat.terminal import console
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,9 @@ def require(checkpoint: SavedCheckpoint, recipe: Recipe) -> Adapts:
     kind = EMA if checkpoint.names(EMA) else "master"
     ups = [name for name in checkpoint.names(kind) if name.endswith(adapters.UP)]
     if not any(bool(piece.any()) for name in ups for piece in checkpoint.stream(f"{kind}.{name}")):
-        raise CheckpointError(f"{checkpoint.location}: the adapter is empty or zero, so it changes nothing. Use a later checkpoint")
+        raise CheckpointError(
+            f"{checkpoint.location}: the adapter is empty or zero, so it changes nothing. Use a later checkpoint"
+        )
     return recipe
 
 
@@ -89,8 +92,8 @@ def write_record(folder: Path, checkpoint: SavedCheckpoint, recipe: Adapts, run_
 
 
 def require_same(checkpoint: SavedCheckpoint, recipe: Adapts, folder: Path, adapter: bool, dtype: torch.dtype) -> Agreement:
-    """Compares an export with the trained model. `dtype`: of the exported weights. Raises CheckpointError if the outputs differ by
-    more than rounding to this type explains."""
+    """Compares an export with the trained model, and prints the difference. `dtype`: of the exported weights. Raises
+    CheckpointError if the outputs differ by more than rounding to this type explains."""
     model = building.build(recipe.plainly())
     kind = EMA if checkpoint.names(EMA) else "master"
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -109,16 +112,13 @@ def require_same(checkpoint: SavedCheckpoint, recipe: Adapts, folder: Path, adap
     limit = BOUNDS[dtype] * (1 + found.effect)  # large adapters have large rounding errors
     if not found.difference <= limit:
         raise CheckpointError(
-            f"{folder}: not exported, because the outputs of the files differ from the trained model's by {found.difference:.1e} of "
-            f"the largest output (limit {limit:.0e}). Report this as a bug of heliostat"
+            f"{folder}: not exported, because the outputs of the files differ from the trained model's by {found.difference:.1e} "
+            f"of the largest output (limit {limit:.0e}). Report this as a bug of heliostat"
         )
-    log.info(
-        "the export differs from base + adapter by %.1e of the largest output; the adapter changes the output by %.1e",
-        found.difference, found.effect,
-    )  # fmt: skip
+    console.print(
+        f"the exported outputs differ from base + adapter by {found.difference:.1e} of the largest output. "
+        f"The adapter changes the outputs by {found.effect:.1e}"
+    )
     if found.difference > found.effect / 2:
-        log.warning(
-            "rounding to %s changes the outputs by %.1e of the largest output, and the adapter by only %.1e. Export with --adapter, "
-            "or train in fp32", dtype, found.difference, found.effect,
-        )  # fmt: skip
+        log.warning("rounding to %s hides most of the adapter's effect. Export with --adapter, or train in fp32", dtype)
     return found

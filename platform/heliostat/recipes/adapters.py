@@ -10,8 +10,8 @@ For a linear layer with weight W [out, in], an adapter trains A [rank, in] and B
 - `rslora` computes W x + alpha / sqrt(rank) B A x (Kalajdzievski 2023, arXiv 2312.03732);
 - `dora` also trains the norm of each row of W + alpha / rank B A (Liu et al. 2024, arXiv 2402.09353).
 
-The base (all other parameters) is in no gradient, optimizer state, average, or checkpoint. A checkpoint records the base's digest.
-The first A depends only on `train.seed` and the layer's name, so it is the same at every ZeRO stage. The first B is zero.
+The base (all other parameters) is in no gradient, optimizer state, average, or checkpoint. A checkpoint records the base's
+digest. The first A depends only on `train.seed` and the layer's name, so it is the same at every ZeRO stage. The first B is zero.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Adapter(Strict):
     """Describes the adapter to train on a pretrained model. Only the adapter is trained."""
 
     method: Literal["lora", "rslora", "dora"] = "lora"
-    """`lora`; `rslora`: scales by alpha / sqrt(rank), so that large ranks don't train more slowly; `dora`: also trains the norm of
-    each row of the weights."""
+    """`lora`; `rslora`: scales by alpha / sqrt(rank), so that large ranks don't train more slowly; `dora`: also trains the norm
+    of each row of the weights."""
     rank: int = Field(default=16, gt=0)
     """Rank of the trained matrices."""
     alpha: Float | None = Field(default=None, gt=0)
@@ -65,13 +65,15 @@ class Adapter(Strict):
     @classmethod
     def _is_zero(cls, value: float) -> float:
         if value:
-            raise ValueError(f"dropout in adapters isn't supported, because samples must not depend on workers ({value}). Set it to 0")
+            raise ValueError(
+                f"dropout in adapters isn't supported, because samples must not depend on workers ({value}). Set it to 0"
+            )
         return value
 
     @field_validator("targets")
     @classmethod
     def _names_layers(cls, value: str | list[str]) -> str | list[str]:
-        if not value or len(set(value)) < len(value) and isinstance(value, list):
+        if value != ALL and (not value or len(set(value)) < len(value)):
             raise ValueError(f"expected different names of layers, got {value}. Write {ALL}, or names such as [q_proj, v_proj]")
         return value
 
@@ -113,8 +115,8 @@ class Adapts(ABC):
 
     @abstractmethod
     def save_adapter_config(self, folder: Path, layers: list[str]) -> dict[str, str]:
-        """Writes the configuration of an exported adapter. Returns the metadata of the file of weights. `layers`: the names of the
-        layers with an adapter."""
+        """Writes the configuration of an exported adapter. Returns the metadata of the file of weights. `layers`: the names of
+        the layers with an adapter."""
 
     @abstractmethod
     def reload(self, folder: Path, adapter: bool) -> torch.nn.Module:

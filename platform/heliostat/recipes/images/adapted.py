@@ -36,7 +36,9 @@ class AdaptedImages(Adapts, Exports):
             return
         folder = self.base()
         if not any(folder.glob("*.safetensors")) and not files.absent_weights(folder):
-            raise ConfigError(f"model.backbone.pretrained: {str(folder)!r} has no safetensors weights. Save the model with save_pretrained")
+            raise ConfigError(
+                f"model.backbone.pretrained: {str(folder)!r} has no safetensors weights. Save the model with save_pretrained"
+            )
         if not self.model.text.pretrained:
             raise ConfigError("model.text: the text encoder must be frozen with model.adapter. Set model.text.pretrained")
         adapters.chosen(self.adapter, self._plain_backbone())

@@ -172,8 +172,8 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         return {n: sums[n] / max(1.0, sums[n.replace("loss", "samples")]) for n in names}
 
     def flops_per_sample(self, model: nn.Module) -> float:
-        """Counts the FLOPs of one sample: three times the FLOPs of the forward pass. Counts these operator by operator on the
-        meta device."""
+        """Counts the FLOPs of one sample: three times the FLOPs of the forward pass, or twice if only an adapter is trained.
+        Counts these operator by operator on the meta device."""
         return self._flops
 
     @cached_property
@@ -187,7 +187,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
                 text = torch.zeros((1, self.model.text.length, self.parts.text_width()))
             with FlopCounterMode(display=False) as counter:
                 model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text)
-        return 3.0 * counter.get_total_flops()
+        return (2.0 if self.adapter else 3.0) * counter.get_total_flops()
 
     def companions(self) -> dict[str, Companion]:
         return self.parts.companions()
@@ -239,7 +239,10 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
     @staticmethod
     def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
         part = "unet" if (folder / "unet").is_dir() else "transformer"
-        out = {**{key: value for key, value in model.items() if key != adapters.KEY}, "backbone": {"pretrained": str(folder / part)}}
+        out = {
+            **{key: value for key, value in model.items() if key != adapters.KEY},
+            "backbone": {"pretrained": str(folder / part)},
+        }
         if model.get("autoencoder"):
             out["autoencoder"] = {"pretrained": str(folder / "vae")}
         if model.get("text", {}).get("pretrained"):

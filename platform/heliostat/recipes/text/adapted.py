@@ -76,7 +76,9 @@ def require(recipe: ProbedModel) -> None:
     assert recipe.adapter
     job, folder, changed = recipe.job, recipe.base(), "Remove this key, or remove model.adapter"
     if not any(folder.glob("*.safetensors")) and not files.absent_weights(folder):
-        raise ConfigError(f"model.pretrained: {files.shown(folder)!r} has no safetensors weights. Save the model with save_pretrained")
+        raise ConfigError(
+            f"model.pretrained: {files.shown(folder)!r} has no safetensors weights. Save the model with save_pretrained"
+        )
     for key, used in {
         "train.fp8": job.train.fp8,
         "train.tiled_mlp": job.train.tiled_mlp,

@@ -79,7 +79,8 @@ class TrainingState(Hook):
             context.run_folder, context.job.checkpoint, context.control, context.fence, context.progressed,
             context.posts.notice_of_any,
         )  # fmt: skip
-        self.saver.started = frozenset(f"{MASTER}.{name}" for name in self.sharded.base.started) if self.sharded.base else frozenset()
+        if self.sharded.base:
+            self.saver.started = frozenset(f"{MASTER}.{name}" for name in self.sharded.base.started)
         self.copies = memory is not None
         self.failed = self._in_a_row = 0  # failed saves: in this attempt, and in a row
         self._sealing: tuple[UnsealedPart, int] | None = None  # samples and number of events in the current save
@@ -297,6 +298,6 @@ class TrainingState(Hook):
             raise CheckpointError(f"{saved.location}: contains no adapter. Remove model.adapter, or use another name for the run")
         if (digest := base.digest()) != saved.index.base:
             raise CheckpointError(
-                f"{saved.location}: this adapter was trained on another base than {base.folder} (digest {saved.index.base}, found "
-                f"{digest}). Set model.pretrained to the base that the run began with"
+                f"{saved.location}: this adapter was trained on another base than {base.folder} (digest {saved.index.base}, "
+                f"found {digest}). Set model.pretrained to the base that the run began with"
             )
