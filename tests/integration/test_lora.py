@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import heliostat
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from peft import PeftModel
 from tests.golden import data
 from tests.integration import layouts, ranks, selection
 from tests.integration.conftest import curve
+from tests.unit import build_images, build_text_to_image
 from tests.unit.build_job import job
 from tests.unit.page import client, opened
 
@@ -41,9 +43,10 @@ class Case:
     method: str = "lora"
     precision: str = "fp32"
     thrifty: bool = False  # tiled loss, checkpointed activations, an average of the weights
+    images: bool = False  # a U-Net on digits, with a frozen text encoder
 
     def __str__(self) -> str:
-        more = f"-{self.precision}" * (self.precision != "fp32") + "-thrifty" * self.thrifty
+        more = f"-{self.precision}" * (self.precision != "fp32") + "-thrifty" * self.thrifty + "-images" * self.images
         return f"{self.method}-zero{self.stage}-{self.workers}{more}"
 
 
@@ -53,12 +56,14 @@ SAVED_BY = layouts.in_rings((
     [Case(0, 1, "rslora"), Case(3, 2, "rslora")],
     [Case(1, 1, precision="bf16"), Case(3, 2, precision="bf16"), Case(2, 2, precision="bf16")],
     [Case(1, 1, thrifty=True), Case(3, 2, thrifty=True)],
+    [Case(0, 1, images=True), Case(3, 2, images=True), Case(2, 2, images=True)],
+    [Case(0, 1, "dora", images=True), Case(3, 2, "dora", images=True)],
 ))  # fmt: skip
 FEW = Case(3, 2), Case(3, 2, "dora")
 
 
 def _first(case: Case) -> Case:
-    return Case(1 if case.precision == "bf16" or case.thrifty else 0, 1, case.method, case.precision, case.thrifty)
+    return Case(1 if case.precision == "bf16" or case.thrifty else 0, 1, case.method, case.precision, case.thrifty, case.images)
 
 
 def _base(folder: Path) -> Path:
@@ -75,9 +80,28 @@ def _job(case: Case, folder: Path) -> Job:
     model = {"pretrained": str(folder / "base"), "adapter": {"method": case.method, "rank": 4, "alpha": 6.0}}
     changes: dict[str, Any] = {"model": model, "workers.count": case.workers, "train.zero.stage": case.stage}
     changes |= {"train.precision": case.precision, "train.deepspeed": layouts.SMALL_STAYS_DIVIDED}
+    if case.images:
+        changes |= {"recipe": "heliostat.recipes:TextToImage", "data.sequence_length": None, "model": _image_model(case, folder)}
+        changes |= {"data.sources": [{"path": str(folder / "text_to_image")}]}
     if case.thrifty:
         changes |= {"train.tiled_loss": True, "train.activation_checkpointing": True, "train.ema": {"decay": 0.9}}
     return layouts.described(case, folder, **{**changes, "train.optimizer.lr": 0.02, "train.optimizer.eps": 1e-8})
+
+
+def _image_model(case: Case, folder: Path) -> dict[str, Any]:
+    adapter = {"method": case.method, "rank": 2, "targets": ["to_q", "to_v", "ff.net.2"]}
+    text = {"pretrained": str(folder / "clip"), "length": 8}
+    return {"backbone": {"pretrained": str(folder / "unet")}, "text": text, "adapter": adapter}
+
+
+def _image_base(folder: Path) -> None:
+    """Writes a U-Net with random weights, and a text encoder."""
+    build_images.digits(folder / "text_to_image", 120)
+    build_text_to_image.clip(folder / "clip", folder / "text_to_image")
+    keys = {**{key: value for key, value in build_images.UNET.items() if key != "arch"}, "cross_attention_dim": 16}
+    torch.manual_seed(1)
+    made = diffusers.UNet2DConditionModel(in_channels=1, out_channels=1, sample_size=8, **keys)
+    build_text_to_image.woken(made).save_pretrained(folder / "unet")
 
 
 def _saved(player: play.Player) -> dict[str, Any]:
@@ -93,6 +117,9 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("adapters")
     data.tokens(folder / "made" / "causal_lm")
     _base(folder / "made").rename(folder / "base")
+    _image_base(folder / "made")
+    for name in ("clip", "unet"):
+        (folder / "made" / name).rename(folder / name)
     return GRID.played(request, folder)
 
 

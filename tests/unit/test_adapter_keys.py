@@ -117,7 +117,7 @@ def test_a_save_is_compared_with_storage_and_must_not_lose_a_matrix(tmp_path):
     with pytest.raises(CheckpointError, match=r"can't save 'master.b': all its values are zero or missing \(1 tensors\)"):
         read_back.require(target, frozenset(["master.a", "master.b"]), ["buffer.c", "master.a"])
     changed = {**tensors, "master.a": FlatShard(torch.randn(6), 6, 12)}
-    with pytest.raises(CheckpointError, match="'master.a' differs from the tensor that was saved"):
+    with pytest.raises(CheckpointError, match=r"'master\.a' differs from the tensor that was saved"):
         read_back.compare(target, part, changed)
     file = tmp_path / "step" / part.shards[0].file
     data = file.read_bytes()
