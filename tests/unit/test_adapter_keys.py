@@ -31,12 +31,12 @@ def recipe(base: Path, seed: int = 1, changes: dict[str, object] | None = None, 
 @pytest.mark.parametrize(
     ("adapter", "said"),
     [
-        ({"method": "loha"}, "model.adapter.method"),
-        ({"rank": 0}, "model.adapter.rank"),
+        ({"method": "loha"}, "^model.adapter: method: 'loha' isn't a choice"),
+        ({"rank": 0}, "^model.adapter: rank: 0 is too small"),
         ({"dropout": 0.1}, "dropout in adapters isn't supported"),
-        ({"targets": []}, "expected different names of layers"),
-        ({"targets": ["q_proj", "q_proj"]}, "expected different names of layers"),
-        ({"ranks": 4}, "model.adapter.ranks"),
+        ({"targets": []}, "expected a list of different names"),
+        ({"targets": "q_proj"}, "expected a list of different names, got q_proj. Write all-linear"),
+        ({"ranks": 4}, "^model.adapter: ranks: unknown key. Did you mean 'rank'"),
     ],
 )
 def test_wrong_keys_are_rejected_in_one_line(base, adapter, said):

@@ -42,7 +42,7 @@ from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN
 from heliostat.errors import ConfigError, TrainingError
 from heliostat.parallel import division
-from heliostat.recipes.adapters import Base, is_base
+from heliostat.recipes.adapters import AdapterBase, is_base
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -78,7 +78,7 @@ class ShardedState(ABC):
     - `base`: the base of a model that trains an adapter, which checkpoints name by its digest.
     """
 
-    base: Base | None = None
+    base: AdapterBase | None = None
     optimizer: torch.optim.Optimizer
     replicas: Replica = (0, 1)
     weight_replicas: Replica = (0, 1)

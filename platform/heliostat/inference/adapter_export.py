@@ -74,7 +74,7 @@ def require(checkpoint: SavedCheckpoint, recipe: Recipe) -> Adapts:
     if (digest := adapters.weights_digest(base)) != checkpoint.index.base:
         raise ConfigError(
             f"{checkpoint.location}: the adapter was trained on another base than {files.shown(base)!r} (digest "
-            f"{checkpoint.index.base}, found {digest}). Restore the base's folder"
+            f"{checkpoint.index.base}, agreement {digest}). Restore the base's folder"
         )
     kind = EMA if checkpoint.names(EMA) else "master"
     ups = [name for name in checkpoint.names(kind) if name.endswith(adapters.UP)]
@@ -108,17 +108,17 @@ def require_same(checkpoint: SavedCheckpoint, recipe: Adapts, folder: Path, adap
         del model, trained
         exported = recipe.answer(recipe.reload(folder, adapter).eval())
     largest = float(right.abs().max()) or 1.0
-    found = Agreement(float((exported - right).abs().max()) / largest, float((plain - right).abs().max()) / largest)
-    limit = BOUNDS[dtype] * (1 + found.effect)  # large adapters have large rounding errors
-    if not found.difference <= limit:
+    agreement = Agreement(float((exported - right).abs().max()) / largest, float((plain - right).abs().max()) / largest)
+    limit = BOUNDS[dtype] * (1 + agreement.effect)  # large adapters have large rounding errors
+    if not agreement.difference <= limit:
         raise CheckpointError(
-            f"{folder}: not exported, because the outputs of the files differ from the trained model's by {found.difference:.1e} "
+            f"{folder}: not exported, because the outputs of the files differ from the trained model's by {agreement.difference:.1e} "
             f"of the largest output (limit {limit:.0e}). Report this as a bug of heliostat"
         )
     console.print(
-        f"the exported outputs differ from base + adapter by {found.difference:.1e} of the largest output. "
-        f"The adapter changes the outputs by {found.effect:.1e}"
+        f"the exported outputs differ from base + adapter by {agreement.difference:.1e} of the largest output. "
+        f"The adapter changes the outputs by {agreement.effect:.1e}"
     )
-    if found.difference > found.effect / 2:
+    if agreement.difference > agreement.effect / 2:
         log.warning("rounding to %s hides most of the adapter's effect. Export with --adapter, or train in fp32", dtype)
-    return found
+    return agreement

@@ -57,7 +57,7 @@ class Adapter(Strict):
     """Scale of the adapter before the division by the rank. Unset: the rank, so that the scale of `lora` is 1."""
     dropout: Float = 0.0
     """Only 0 is supported, because a dropped value would depend on the number of workers."""
-    targets: Literal["all-linear"] | list[str] = ALL
+    targets: str | list[str] = ALL
     """Linear layers that get an adapter: `all-linear` (all except the output head), or the ends of layer names, such as
     `[q_proj, v_proj]`."""
 
@@ -73,8 +73,8 @@ class Adapter(Strict):
     @field_validator("targets")
     @classmethod
     def _names_layers(cls, value: str | list[str]) -> str | list[str]:
-        if value != ALL and (not value or len(set(value)) < len(value)):
-            raise ValueError(f"expected different names of layers, got {value}. Write {ALL}, or names such as [q_proj, v_proj]")
+        if value != ALL and (isinstance(value, str) or not value or len(set(value)) < len(value)):
+            raise ValueError(f"expected a list of different names, got {value}. Write {ALL}, or names such as [q_proj, v_proj]")
         return value
 
     @property
@@ -132,7 +132,7 @@ class Adapts(ABC):
 
 
 @dataclass(frozen=True)
-class Base:
+class AdapterBase:
     """Describes the frozen base of a run: its folder. `started`: names of the trained parameters that are never all zero."""
 
     folder: Path
@@ -143,11 +143,11 @@ class Base:
         return weights_digest(self.folder)
 
 
-def base_of(recipe: Recipe, model: torch.nn.Module) -> Base | None:
+def base_of(recipe: Recipe, model: torch.nn.Module) -> AdapterBase | None:
     """Returns the base of a model that trains an adapter; None if the model trains all its weights."""
     if not isinstance(recipe, Adapts) or recipe.adapter is None:
         return None
-    return Base(recipe.base(), frozenset(n for n, p in model.named_parameters() if p.requires_grad and not n.endswith(UP)))
+    return AdapterBase(recipe.base(), frozenset(n for n, p in model.named_parameters() if p.requires_grad and not n.endswith(UP)))
 
 
 def is_base(parameter: torch.Tensor) -> bool:

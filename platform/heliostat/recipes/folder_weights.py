@@ -52,7 +52,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Made:
+class ComputedWeight:
     """Describes a tensor that is computed when it is read: from a stored tensor (`source`), or from nothing."""
 
     make: Callable[..., torch.Tensor]
@@ -62,7 +62,7 @@ class Made:
         return self.make(*([self.source.read()] if self.source else []))
 
 
-def find(model: torch.nn.Module, noted: list[Pretrained | Computed]) -> dict[int, Stored | Made]:
+def find(model: torch.nn.Module, noted: list[Pretrained | Computed]) -> dict[int, Stored | ComputedWeight]:
     """Finds the file and offset of each parameter's stored values, and of each buffer in the folders. The keys are the `id`s of
     the model's tensors. Raises UnreadableError if a parameter has neither stored nor computed values."""
     folders = [one for one in noted if isinstance(one, Pretrained)]
@@ -75,7 +75,7 @@ def find(model: torch.nn.Module, noted: list[Pretrained | Computed]) -> dict[int
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UnreadableError(f"{pretrained.folder}: {type(e).__name__}: {e}") from e
     computed = [one for one in noted if isinstance(one, Computed)]
-    made = {id(one.tensor): Made(one.make, None if one.source is None else stored[id(one.source)]) for one in computed}
+    made = {id(one.tensor): ComputedWeight(one.make, None if one.source is None else stored[id(one.source)]) for one in computed}
     for name, parameter in model.named_parameters():
         if id(parameter) not in stored and id(parameter) not in made:
             raise UnreadableError(f"the parameter {name!r} isn't in a pretrained folder")

@@ -15,8 +15,6 @@ from heliostat.storage.hub import files
 if TYPE_CHECKING:
     import torch
 
-    from heliostat.recipes.text.probing import ProbedModel
-
 WEIGHTS = "adapter_model"
 ROWS, LENGTH, STRIDE = 2, 16, 7919  # of the batch that compares an export with the trained model
 
@@ -26,9 +24,35 @@ class AdaptedText(Adapts, Exports):
 
     pretrained: Any
     config: Any
+    balances: bool
 
     def base(self) -> Path:
         return Path(self.pretrained)
+
+    def require_adapter(self) -> None:
+        """Raises ConfigError if the model or another key of the job doesn't support `model.adapter`."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        assert self.adapter
+        train, folder = self.job.train, self.base()
+        if not any(folder.glob("*.safetensors")) and not files.absent_weights(folder):
+            name = files.shown(folder)
+            raise ConfigError(f"model.pretrained: {name!r} has no safetensors weights. Save the model with save_pretrained")
+        for key, used in {
+            "train.fp8": train.fp8,
+            "train.tiled_mlp": train.tiled_mlp,
+            "train.parallel.tensor": train.parallel.tensor > 1,
+            "train.parallel.expert": train.parallel.expert > 1,
+            "model.router_bias_update_rate": self.balances,
+        }.items():
+            if used:
+                raise ConfigError(
+                    f"{key}: not supported with model.adapter, because it changes layers of the base. Remove this key, or remove "
+                    "model.adapter"
+                )
+        with torch.device("meta"):
+            adapters.chosen(self.adapter, AutoModelForCausalLM.from_config(self.config))
 
     def tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
         return super().tensors(shapes) if self.adapter is None else {"model": adapters.merged(self.adapter, shapes)}
@@ -66,27 +90,3 @@ class AdaptedText(Adapts, Exports):
 
         tokens = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) * STRIDE % self.config.get_text_config(decoder=True).vocab_size
         return model(input_ids=tokens, use_cache=False).logits.float()
-
-
-def require(recipe: ProbedModel) -> None:
-    """Raises ConfigError if the model or another key of the job doesn't support `model.adapter`."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    assert recipe.adapter
-    job, folder, changed = recipe.job, recipe.base(), "Remove this key, or remove model.adapter"
-    if not any(folder.glob("*.safetensors")) and not files.absent_weights(folder):
-        raise ConfigError(
-            f"model.pretrained: {files.shown(folder)!r} has no safetensors weights. Save the model with save_pretrained"
-        )
-    for key, used in {
-        "train.fp8": job.train.fp8,
-        "train.tiled_mlp": job.train.tiled_mlp,
-        "train.parallel.tensor": job.train.parallel.tensor > 1,
-        "train.parallel.expert": job.train.parallel.expert > 1,
-        "model.router_bias_update_rate": recipe.balances,
-    }.items():
-        if used:
-            raise ConfigError(f"{key}: not supported with model.adapter, because it changes layers of the base. {changed}")
-    with torch.device("meta"):
-        adapters.chosen(recipe.adapter, AutoModelForCausalLM.from_config(recipe.config))

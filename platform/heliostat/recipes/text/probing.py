@@ -6,7 +6,6 @@ Importing torch takes seconds, and most jobs need no torch for these tests. So e
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from heliostat.errors import ConfigError
@@ -31,7 +30,7 @@ class ProbedModel(MixtureModel, Protocol):
 
     @property
     def plain(self) -> object: ...
-    def base(self) -> Path: ...
+    def require_adapter(self) -> None: ...
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]: ...
     def require_cut(self, parts: int) -> None: ...
     def require_divided(self, parts: int) -> None: ...
@@ -53,9 +52,7 @@ def probe(recipe: ProbedModel) -> None:
     if recipe.pretrained:
         _require_weights(recipe)
     if recipe.adapter:
-        from heliostat.recipes.text import adapted
-
-        adapted.require(recipe)
+        recipe.require_adapter()
     if configured:
         expert_keys.require(recipe)
         expert_keys.require_router_loss(recipe, recipe.unbalanced)
