@@ -74,7 +74,7 @@ def require(checkpoint: SavedCheckpoint, recipe: Recipe) -> Adapts:
     if (digest := adapters.weights_digest(base)) != checkpoint.index.base:
         raise ConfigError(
             f"{checkpoint.location}: the adapter was trained on another base than {files.shown(base)!r} (digest "
-            f"{checkpoint.index.base}, agreement {digest}). Restore the base's folder"
+            f"{checkpoint.index.base}, found {digest}). Restore the base's folder"
         )
     kind = EMA if checkpoint.names(EMA) else "master"
     ups = [name for name in checkpoint.names(kind) if name.endswith(adapters.UP)]
@@ -112,8 +112,8 @@ def require_same(checkpoint: SavedCheckpoint, recipe: Adapts, folder: Path, adap
     limit = BOUNDS[dtype] * (1 + agreement.effect)  # large adapters have large rounding errors
     if not agreement.difference <= limit:
         raise CheckpointError(
-            f"{folder}: not exported, because the outputs of the files differ from the trained model's by {agreement.difference:.1e} "
-            f"of the largest output (limit {limit:.0e}). Report this as a bug of heliostat"
+            f"{folder}: not exported, because the outputs of the files differ from the trained model's by "
+            f"{agreement.difference:.1e} of the largest output (limit {limit:.0e}). Report this as a bug of heliostat"
         )
     console.print(
         f"the exported outputs differ from base + adapter by {agreement.difference:.1e} of the largest output. "
