@@ -74,12 +74,15 @@ def find(model: torch.nn.Module, noted: list[Pretrained | Computed]) -> dict[int
             stored |= _of_folder(pretrained)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UnreadableError(f"{pretrained.folder}: {type(e).__name__}: {e}") from e
-    computed = [one for one in noted if isinstance(one, Computed)]
-    made = {id(one.tensor): ComputedWeight(one.make, None if one.source is None else stored[id(one.source)]) for one in computed}
+    by_tensor = {
+        id(one.tensor): ComputedWeight(one.make, None if one.source is None else stored[id(one.source)])
+        for one in noted
+        if isinstance(one, Computed)
+    }
     for name, parameter in model.named_parameters():
-        if id(parameter) not in stored and id(parameter) not in made:
+        if id(parameter) not in stored and id(parameter) not in by_tensor:
             raise UnreadableError(f"the parameter {name!r} isn't in a pretrained folder")
-    return {**stored, **made}
+    return {**stored, **by_tensor}
 
 
 def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
