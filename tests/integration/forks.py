@@ -19,7 +19,7 @@ DRIVERS = (
 )  # fmt: skip
 RANKS = (
     "pytest", "boto3", "safetensors.torch", "heliostat.training.worker.build", "heliostat.training.worker.preload",
-    "heliostat.recipes.text.causal_lm", "heliostat.recipes.images.text_to_image",
+    "heliostat.recipes.text.causal_lm", "heliostat.recipes.images.text_to_image", "peft",
     "transformers.models.llama.modeling_llama", "transformers.integrations.deepspeed", "diffusers.models.unets",
     "diffusers.models.transformers",
 )  # fmt: skip

@@ -51,15 +51,14 @@ class Case:
 
 
 SAVED_BY = layouts.in_rings((
-    [Case(0, 1), Case(3, 2), Case(1, 2), Case(3, 1), Case(2, 2), Case(0, 2)],
-    [Case(0, 1, "dora"), Case(3, 2, "dora"), Case(2, 2, "dora"), Case(3, 1, "dora")],
-    [Case(0, 1, "rslora"), Case(3, 2, "rslora")],
-    [Case(1, 1, precision="bf16"), Case(3, 2, precision="bf16"), Case(2, 2, precision="bf16")],
+    [Case(0, 1), Case(3, 2), Case(1, 2), Case(3, 1), Case(2, 2)],
+    [Case(0, 1, "dora"), Case(3, 2, "dora")],
+    [Case(1, 1, precision="bf16"), Case(3, 2, precision="bf16")],
     [Case(1, 1, thrifty=True), Case(3, 2, thrifty=True)],
-    [Case(0, 1, images=True), Case(3, 2, images=True), Case(2, 2, images=True)],
-    [Case(0, 1, "dora", images=True), Case(3, 2, "dora", images=True)],
+    [Case(0, 1, images=True), Case(3, 2, images=True)],
 ))  # fmt: skip
 FEW = Case(3, 2), Case(3, 2, "dora")
+PLAIN = {"lora": (0, 1, 2, 3), "dora": (0, 3), "rslora": (1,)}  # stages whose gradients are compared with a plain loop
 
 
 def _first(case: Case) -> Case:
@@ -163,8 +162,8 @@ def plain(made: Job, recipe: CausalLM, content: np.ndarray) -> dict[str, torch.T
 
 def against_peft(group: Any, everyone: Any, place: str) -> Iterator[dict[str, Any]]:
     """Yields the largest relative difference between an engine's gradient and that of a plain loop."""
-    for method in ("lora", "dora", "rslora"):
-        for stage in (0, 1, 2, 3):
+    for method, stages in PLAIN.items():
+        for stage in stages:
             made = _job(Case(stage, dist.get_world_size(), method), Path(place))
             with layouts._alone(GRID, Case(stage, dist.get_world_size(), method), Path(place)) as one:
                 content = one.dataset.read(one.dataset.order.locate(one.dataset.order.step(0).ravel()))
@@ -189,11 +188,11 @@ def against_peft(group: Any, everyone: Any, place: str) -> Iterator[dict[str, An
 
 @pytest.mark.ci
 def test_gradients_equal_those_of_a_plain_loop_with_peft(tmp_path: Path) -> None:
-    """In fp32, with one and two workers, at every stage."""
+    """In fp32, with one and two workers."""
     data.tokens(tmp_path / "causal_lm")
     _base(tmp_path)
     told = ranks.run(f"{__name__}:against_peft", (1, 2), str(tmp_path))
-    assert len(told) == 3 * 4 * 3
+    assert len(told) == 3 * sum(map(len, PLAIN.values()))
     assert [row for row in told if not row["worst"] < 1e-6 or row["zero"]] == []
 
 
