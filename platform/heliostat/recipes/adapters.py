@@ -197,8 +197,9 @@ def peft_config(adapter: Adapter, layers: list[str], **options: Any) -> Any:
     """Makes the configuration that peft needs for an adapter of these layers."""
     from peft import LoraConfig
 
+    alpha: Any = adapter.strength  # peft declares an integer, and computes with any number
     return LoraConfig(
-        r=adapter.rank, lora_alpha=adapter.strength, use_rslora=adapter.method == "rslora", use_dora=adapter.method == "dora",
+        r=adapter.rank, lora_alpha=alpha, use_rslora=adapter.method == "rslora", use_dora=adapter.method == "dora",
         target_modules=layers, **options,
     )  # fmt: skip
 
