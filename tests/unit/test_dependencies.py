@@ -75,6 +75,7 @@ LATE = {  # modules of the core that import what an extra brings, once `extras.r
     **{f"evaluation/{name}.py": "benchmark" for name in ("run", "sandbox", "scoring", "tasks")},
     **{f"apps/search/{name}.py": "retrieval" for name in ("build", "search", "table")},
     "inference/vllm_engine.py": "vllm",
+    **{f"recipes/{name}.py": "adapters" for name in ("adapters", "text/adapted")},
 }  # fmt: skip
 
 
