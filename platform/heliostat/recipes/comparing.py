@@ -41,6 +41,7 @@ class ComparesImages(ABC):
     `sets`. Without sets, the gallery compares nothing."""
 
     sets: tuple[str, ...] = ()
+    scored: bool = True  # whether the images get any scores
 
     @abstractmethod
     def real(self, name: str, dataset: Dataset, worker: WorkerPart) -> list[Numbered]:

@@ -53,6 +53,7 @@ class PromptGallery(ComparesImages):
         self.labels = [p.label for p in self.samples.prompts]
         self.count = len(self.prompts) * self.samples.per_prompt
         self.sets = quality.sets(self.samples)
+        self.scored = bool(self.sets) or self.samples.judge
         self._judge: Judge | None = None
 
     def item(self, number: int) -> tuple[str, int]:

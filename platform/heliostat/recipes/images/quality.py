@@ -18,6 +18,7 @@ from PIL import Image
 
 from heliostat.data.dataset import Dataset
 from heliostat.data.order import SamplePlaces
+from heliostat.errors import ConfigError
 from heliostat.recipes import intervals
 from heliostat.recipes.comparing import Arrays, Numbered, WorkerPart
 from heliostat.recipes.images import distances, extractors, neighbors
@@ -42,6 +43,22 @@ def require(samples: Samples) -> None:
         extractors.require(samples.features.extractor)
     if samples.clip:
         extractors.require_clip(samples.clip.pretrained)
+
+
+def without_missing(samples: dict[str, Any]) -> dict[str, Any]:
+    """Removes `features` and `clip` from the keys of `samples` if this machine doesn't have their models, with a warning.
+
+    An exported model doesn't contain these models, and has other scores without them.
+    """
+    out = dict(samples)
+    for key in ("features", "clip"):
+        if out.get(key):
+            try:
+                require(Samples.model_validate({key: out[key]}))
+            except ConfigError as e:
+                log.warning("%s. The scores of model.samples.%s are left out", e, key)
+                del out[key]
+    return out
 
 
 def sets(samples: Samples) -> tuple[str, ...]:

@@ -253,6 +253,8 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
             out["autoencoder"] = {"pretrained": str(folder / "vae")}
         if model.get("text", {}).get("pretrained"):
             out["text"] = {**model["text"], "pretrained": str(folder / "text_encoder")}
+        if model.get("samples"):
+            out["samples"] = quality.without_missing(model["samples"])
         return out
 
     @staticmethod
