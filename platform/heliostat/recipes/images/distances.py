@@ -75,7 +75,9 @@ def cmmd(a: np.ndarray, b: np.ndarray) -> Estimate:
 
 def scaled(mmd: Estimate) -> Estimate:
     """Multiplies an MMD and its bounds by 1000, as CMMD does."""
-    return Estimate(*(None if v is None else SCALE * v for v in mmd))
+    if mmd.low is None or mmd.high is None:
+        return Estimate(SCALE * mmd.value)
+    return Estimate(SCALE * mmd.value, SCALE * mmd.low, SCALE * mmd.high)
 
 
 def _weights(count: int, seed: int) -> np.ndarray:

@@ -11,7 +11,7 @@ this distance of generated images with the same distance of held-out images.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -70,7 +70,8 @@ def manifold(real: np.ndarray, drawn: np.ndarray, progressed: Progressed = lambd
     return out
 
 
-class Nearest(NamedTuple):
+@dataclass(frozen=True)
+class Nearest:
     """Contains the nearest training image of each image: its distance, fp64 [n], and its index, int64 [n]."""
 
     distance: np.ndarray
