@@ -66,9 +66,9 @@ def scored(
     gallery = recipe.gallery()
     assert gallery
     each = [WorkerPart(number, workers, "cpu", lambda: None) for number in range(workers)]
-    real = {name: in_order([gallery.real(name, data, one) for one in each]) for name in gallery.sets}
+    real = {name: in_order([gallery.real_features(name, data, one) for one in each]) for name in gallery.sets}
     parts = [{n: pictures[n] for n in range(one.number, len(pictures), workers)} for one in each]
-    drawn = in_order([gallery.features(part, one) for part, one in zip(parts, each, strict=True)])
+    drawn = in_order([gallery.drawn_features(part, one) for part, one in zip(parts, each, strict=True)])
     return *gallery.compare(pictures, drawn, real, data, each[0]), real
 
 

@@ -44,11 +44,11 @@ class ComparesImages(ABC):
     scored: bool = True  # whether the images get any scores
 
     @abstractmethod
-    def real(self, name: str, dataset: Dataset, worker: WorkerPart) -> list[Numbered]:
+    def real_features(self, name: str, dataset: Dataset, worker: WorkerPart) -> list[Numbered]:
         """Computes features of a worker's part of the real images of the set `name`."""
 
     @abstractmethod
-    def features(self, drawn: Mapping[int, np.ndarray], worker: WorkerPart) -> list[Numbered]:
+    def drawn_features(self, drawn: Mapping[int, np.ndarray], worker: WorkerPart) -> list[Numbered]:
         """Computes features of a worker's generated images. `drawn`: uint8 images by number."""
 
     @abstractmethod
@@ -75,8 +75,8 @@ class Comparing:
             return {}
         for name in self.gallery.sets:
             if name not in self.real:
-                self.real[name] = _joined(merge(lambda n=name: self.gallery.real(n, self.dataset, worker)))  # type: ignore[misc]
-        return _joined(merge(lambda: self.gallery.features(drawn, worker)))
+                self.real[name] = _joined(merge(lambda n=name: self.gallery.real_features(n, self.dataset, worker)))  # type: ignore[misc]
+        return _joined(merge(lambda: self.gallery.drawn_features(drawn, worker)))
 
     def scores(self, pictures: list[np.ndarray], drawn: Arrays, worker: WorkerPart) -> tuple[dict[str, float], dict[str, bytes]]:
         """Computes the scores, and PNG images for the log, both by name. Runs on the first worker."""

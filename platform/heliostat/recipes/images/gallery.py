@@ -92,13 +92,13 @@ class PromptGallery(ComparesImages):
 
     @cached_property
     def _quality(self) -> quality.ImageQuality:
-        return quality.ImageQuality(self.samples, self.recipe.pictures_of)
+        return quality.ImageQuality(self.samples, lambda number: self.item(number)[0], self.recipe.pictures_of)
 
-    def real(self, name: str, dataset: Dataset, worker: WorkerPart) -> list[Numbered]:
-        return self._quality.real(name, dataset, worker)
+    def real_features(self, name: str, dataset: Dataset, worker: WorkerPart) -> list[Numbered]:
+        return self._quality.real_features(name, dataset, worker)
 
-    def features(self, drawn: Mapping[int, np.ndarray], worker: WorkerPart) -> list[Numbered]:
-        return self._quality.features(drawn, worker)
+    def drawn_features(self, drawn: Mapping[int, np.ndarray], worker: WorkerPart) -> list[Numbered]:
+        return self._quality.drawn_features(drawn, worker)
 
     def compare(
         self, pictures: list[np.ndarray], drawn: Arrays, real: Mapping[str, Arrays], dataset: Dataset, worker: WorkerPart

@@ -88,9 +88,12 @@ def _enough(samples: Samples) -> bool:
 
 
 class ImageQuality:
-    def __init__(self, samples: Samples, decode: Decode) -> None:
-        """Prepares the comparison. The first use loads the models. `decode`: converts rows of a dataset to images."""
-        self.samples, self.decode = samples, decode
+    def __init__(self, samples: Samples, prompt_of: Callable[[int], str], decode: Decode) -> None:
+        """Prepares the comparison. The first use loads the models.
+
+        `prompt_of`: returns the prompt of a generated image. `decode`: converts rows of a dataset to images.
+        """
+        self.samples, self.prompt_of, self.decode = samples, prompt_of, decode
         self.limits = [part.images for part in (samples.features, samples.clip) if part]
         self._sides: dict[str, distances.RealSide] = {}
         self._warned = set[str]()
@@ -105,7 +108,7 @@ class ImageQuality:
 
     # features, on every worker ---------------------------------------------------------------------------------------
 
-    def real(self, name: str, dataset: Dataset, worker: WorkerPart) -> list[Numbered]:
+    def real_features(self, name: str, dataset: Dataset, worker: WorkerPart) -> list[Numbered]:
         """Computes the features of a worker's part of the held-out or training images. Leaves out images that can't be read."""
         places = self.places(dataset, name)
         mine = np.array_split(np.arange(len(places)), worker.parts)[worker.number]
@@ -121,13 +124,13 @@ class ImageQuality:
                     worker.progressed()
         return out
 
-    def features(self, drawn: Mapping[int, np.ndarray], worker: WorkerPart) -> list[Numbered]:
+    def drawn_features(self, drawn: Mapping[int, np.ndarray], worker: WorkerPart) -> list[Numbered]:
         """Computes the features of a worker's generated images."""
         numbers, out = sorted(drawn), list[Numbered]()
         with extractors.on(worker.device, *self._models()):
             for first in range(0, len(numbers), extractors.AT_ONCE):
                 some = numbers[first : first + extractors.AT_ONCE]
-                prompts = [self.samples.prompts[n // self.samples.per_prompt].text for n in some]
+                prompts = [self.prompt_of(n) for n in some]
                 out.append((np.array(some), self._arrays([drawn[n] for n in some], prompts, with_clip=True)))
                 worker.progressed()
         return out
