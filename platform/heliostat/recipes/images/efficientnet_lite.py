@@ -100,8 +100,8 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 def weights_of_package() -> Path | None:
     """Finds the file of weights in the installed package. Returns None if the package isn't installed."""
-    found = find_spec(PACKAGE)
-    return Path(found.origin).parent / FILE if found and found.origin else None
+    spec = find_spec(PACKAGE)
+    return Path(spec.origin).parent / FILE if spec and spec.origin else None
 
 
 def load(key: str, file: Path | None = None) -> EfficientNetLite0:

@@ -243,8 +243,8 @@ class ImageQuality:
         closest = np.argsort(near["features"].distance, kind="stable")[:SHOWN]
         chosen = np.unique([numbers[near[space].index[n]] for space in near for n in closest])
         places, training = self.places(dataset, TRAINING), dict[int, np.ndarray]()
-        for found, content in _read(dataset, places, chosen):
-            training |= dict(zip(found.tolist(), self.decode(content, worker.device), strict=True))
+        for places_read, content in _read(dataset, places, chosen):
+            training |= dict(zip(places_read.tolist(), self.decode(content, worker.device), strict=True))
         shown = []
         for n in closest:
             shown.append(pictures[n])
