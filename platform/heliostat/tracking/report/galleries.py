@@ -84,11 +84,11 @@ def thumbnail(data: bytes) -> tuple[str, bytes]:
     from PIL import Image
 
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
+        opened = Image.open(io.BytesIO(data))
+        opened.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"not a readable image of at most {FILE_BYTES >> 20} MB: {e}") from e
-    image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    image = opened.convert(opened.mode if opened.mode in ("L", "RGB") else "RGB")
     side = THUMBNAIL_SIDE
     while True:
         image.thumbnail((side, side))
