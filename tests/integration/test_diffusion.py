@@ -35,7 +35,7 @@ from PIL import Image
 from tests.integration import ranks
 from tests.integration.conftest import curve
 from tests.integration.reference import plain_losses
-from tests.unit import build_images
+from tests.unit import build_extractors, build_images
 from tests.unit.build_images import TEXT, UNET
 from tests.unit.build_text_to_image import clip
 
@@ -111,6 +111,9 @@ def finished(ray_session: None, digits: Path, tracking: str, tmp_path_factory: p
     folder = tmp_path_factory.mktemp("finished")
     job = tiny_job(digits, tracking, folder)
     job["mlflow"]["register"] = "digits"
+    extractor = build_extractors.image_model(folder / "vit")
+    clip_folder = build_extractors.clip_model(folder / "clip-model", digits)
+    job["model"]["samples"] |= {"features": {"extractor": str(extractor)}, "clip": {"pretrained": str(clip_folder)}}
     path = write(folder / "whole.yaml", job)
     return folder, path, train(path)
 
@@ -126,7 +129,13 @@ def test_a_whole_run_gives_the_plain_loops_losses_and_shows_what_it_draws(finish
     assert [Path(g.path).name for g in grids] == ["step-00000006.png", "step-00000012.png"]
     shown = Image.open(client.download_artifacts(result["run_id"], grids[0].path, str(tmp_path)))
     assert shown.size == (2 * 68, 3 * 68)
+    nearest = client.list_artifacts(result["run_id"], "images/nearest")
+    assert [Path(g.path).name for g in nearest] == [Path(g.path).name for g in grids]
+    report = Path(client.download_artifacts(result["run_id"], "report.html", str(tmp_path))).read_text()
+    assert report.count("class='series'") == 2 and report.count("class='shot'") == 4
     scores = result["eval"]
+    assert scores["real_images"] + scores["training_images"] == 400 and scores["generated_images"] == 6
+    assert scores["kid_low"] < scores["kid"] < scores["kid_high"] and 0 <= scores["memorized"] <= 1 and "fid" not in scores
     assert scores["chance"] == 0.1 and scores["classifier_accuracy"] > 0.85 and 0 <= scores["conditional_accuracy"] <= 1
     assert scores["loss"] < 1.2 and all(f"loss_t{i}" in scores for i in range(4)) and result["unit"] == "samples"
     report = verify(Location(str(folder / "runs" / "whole")))
@@ -178,6 +187,8 @@ def test_the_registered_model_draws_scores_and_loads_with_plain_diffusers(finish
     assert Image.open(tmp_path / "grid.png").size == (272, 68)
     scores = evaluate(model, str(digits), 16, None, None)
     assert scores["loss"] == pytest.approx(result["eval"]["loss"], abs=1e-5)
+    trained = {name: value for name, value in result["eval"].items() if name in ("kid", "cmmd", "clip_score", "real_images")}
+    assert len(trained) == 4 and {name: scores[name] for name in trained} == pytest.approx(trained, rel=1e-2, abs=1e-3)
 
     prompts = ["the digit two"] * 3 + ["zero, handwritten"] * 2
     assert generate_many(model, prompts, {"steps": 4}, 5, str(tmp_path / "many"), 2) == 5

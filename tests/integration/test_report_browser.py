@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from heliostat.recipes.images.grids import png
 from heliostat.runs import goodput
 from heliostat.tracking.report import curation, page
+from heliostat.tracking.report.galleries import Series, Shot
 
 from tests.integration.browser import MISSING, loaded, picture, screen, shots
 from tests.unit.test_curation_page import told
@@ -30,6 +33,9 @@ CURVES = {
     "train/data/a-source-of-a-rather-long-name/epochs": [(s, s / 1e4) for s in range(100, STEPS + 1, 100)],
     "train/data/bad_samples": [(s, 0.0) for s in range(100, STEPS + 1, 100)],
 }
+GRAYS = [("png", png(np.full((136, 272, 1), gray, np.uint8))) for gray in (40, 120, 200)]
+SERIES = [Series("samples", [Shot(500 * (i + 1), *shot) for i, shot in enumerate(GRAYS)], 9),
+          Series("nearest", [Shot(500, *GRAYS[0])], 1, 2)]  # fmt: skip
 PARTS = {part: 10.0 + 7 * i for i, part in enumerate(goodput.PARTS)}
 
 
@@ -38,7 +44,8 @@ def open_(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Opens the page on a screen of this width, light or dark, and takes a picture of the whole page."""
     opened = list[Any]()
     file = tmp_path / "report.html"
-    file.write_text(page.page({**FACTS, "curves": CURVES, "goodput": {**FACTS["goodput"], "parts": PARTS}}), encoding="utf-8")
+    facts = {**FACTS, "curves": CURVES, "goodput": {**FACTS["goodput"], "parts": PARTS}, "pictures": SERIES}
+    file.write_text(page.page(facts), encoding="utf-8")
 
     def look(width: int, scheme: str) -> Any:
         opened.append(driver := screen(width, scheme))
@@ -103,6 +110,28 @@ def test_the_page_of_a_datasets_making_is_readable_too(open_, width, scheme, tmp
     shown.click()
     assert hidden.is_displayed() and "<script>alert(1)</script>" in hidden.text
     assert not browser.get_log("browser")
+
+
+def test_a_slider_selects_the_step_of_the_images_and_without_javascript_all_are_shown(open_):
+    """The newest step comes first. The arrow keys move the slider too."""
+    from selenium.webdriver.common.keys import Keys
+
+    browser = open_(400, "light")
+
+    def shown() -> list[str]:
+        return [p.text for p in browser.find_elements("css selector", ".shot p") if p.is_displayed()]
+
+    assert shown() == ["step 1,500", "step 500"]
+    (slider,) = browser.find_elements("css selector", "figure.series input")  # one image needs no slider
+    slider.send_keys(Keys.ARROW_LEFT)
+    assert shown() == ["step 1,000", "step 500"] and slider.get_attribute("aria-valuetext") == "step 1,000"
+    slider.send_keys(Keys.HOME)
+    assert shown() == ["step 500", "step 500"]
+    sizes = browser.execute_script("return [...document.querySelectorAll('.shot img')].map(i => i.complete && i.naturalWidth)")
+    assert sizes == [272] * 4 and not browser.get_log("browser")
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    browser.refresh()
+    assert shown() == ["step 500", "step 1,000", "step 1,500", "step 500"]
 
 
 def test_the_values_below_the_pointer_are_shown(open_):

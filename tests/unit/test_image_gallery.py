@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,11 @@ from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.inference.generate import read_prompts
 from heliostat.recipes import exported
-from heliostat.recipes.images.gallery import PromptGallery, grid, png
+from heliostat.recipes.images.distances import fid, kid
+from heliostat.recipes.images.gallery import PromptGallery
 from heliostat.recipes.images.generator import ImageGenerator
+from heliostat.recipes.images.grids import grid, png
 from heliostat.recipes.images.judge import Judge, real_images
-from heliostat.recipes.images.quality import fid, kid
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage.locations import Location
@@ -97,54 +97,7 @@ def test_fid_and_kid_of_gaussians_are_what_theory_says():
     one, two, shifted = (rng.normal(m, s, (40_000, 4)) for m, s in ((0, 1), (0, 1), (0.5, 2)))
     assert fid(one, two) < 0.01 and fid(one, shifted) == pytest.approx(4 * (0.25 + 1), rel=0.03)
     few = [a[:2000] for a in (one, two, shifted)]
-    assert abs(kid(few[0], few[1])) < 0.02 < kid(few[0], few[2])
-
-
-def test_fid_and_kid_compare_with_all_real_images_or_a_stated_number_and_look_at_them_once(dataset, tmp_path, monkeypatch):
-    """They don't use only as many real images as generated ones, which makes both scores too large. Every dataset contributes its
-    share."""
-    from heliostat.recipes.images import quality
-
-    looked: list[int] = []
-
-    def mean_and_ink(folder: str, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None) -> np.ndarray:
-        progressed()
-        looked.append(len(pictures))
-        return np.array([[p.mean() / 255, (p > 128).mean(), p.std() / 255] for p in pictures])
-
-    monkeypatch.setattr(quality, "extract", mean_and_ink)  # stands for a network, which takes minutes on this many
-    folder, given = str(tmp_path), {"prompts": PROMPTS, "per_prompt": 2}
-    source = manifest.read(Location(str(dataset)))
-
-    def scores(sources: list[manifest.Manifest], **features: int) -> dict[str, float]:
-        made = TextToImage(job(**build_images.job(dataset, samples={**given, "features": {"pretrained": folder, **features}})))
-        made.sources = sources
-        gallery = PromptGallery(made)
-        images = real_images([source])[0]
-        first = gallery.judge(images[:6])[0]
-        assert gallery.judge(images[:6])[0] == first
-        return first
-
-    all_of_them = scores([source])
-    assert all_of_them["real_images"] == 600 and looked == [600, 6, 6]
-    known, drawn = (mean_and_ink("", i) for i in (real_images([source])[0], real_images([source])[0][:6]))
-    assert all_of_them["fid"] == pytest.approx(fid(drawn, known)) and all_of_them["kid"] == pytest.approx(kid(drawn, known))
-    assert scores([source], images=100)["real_images"] == 100
-    assert scores([source, source], images=100)["real_images"] == 100
-    assert quality.shares([600, 200, 0], 100) == [75, 25, 0] and quality.shares([3, 3, 3], 5) == [3, 1, 1]
-    assert quality.shares([3, 4], 100) == [3, 4]
-
-
-def test_kid_is_the_same_however_its_matrices_are_cut(monkeypatch):
-    from heliostat.recipes.images import quality
-
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(0, 1, (57, 5)), rng.normal(0.2, 1, (83, 5))
-    whole = kid(a, b)
-    aa, bb, ab = ((x @ y.T / 5 + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    plain = (aa.sum() - np.trace(aa)) / (57 * 56) + (bb.sum() - np.trace(bb)) / (83 * 82) - 2 * ab.mean()
-    monkeypatch.setattr(quality, "ROWS", 10)
-    assert whole == pytest.approx(plain) == pytest.approx(kid(a, b))
+    assert abs(kid(few[0], few[1]).value) < 0.02 < kid(few[0], few[2]).value
 
 
 def test_a_folder_of_a_language_model_needs_no_record_and_a_damaged_one_is_an_error(tmp_path):

@@ -17,6 +17,7 @@ from heliostat.runs.events import Steps
 from heliostat.tracking import metrics as points
 from heliostat.tracking.metrics import METRICS, Metric
 from heliostat.tracking.report import page, svg
+from heliostat.tracking.report.galleries import Series, Shot
 from heliostat.tracking.report.svg import Curve
 
 
@@ -132,7 +133,7 @@ FACTS = {
                 "attempts": [{"started": 0.0, "seconds": 9.0, "start_step": 0, "reached": 12, "workers": 2, "outcome": "failed",
                               "reason": "<gone>"}]},
     "samples": [("say <b>", "1 < 2 & 3")],
-    "pictures": [("images/x/step-1.png", b"\x89PNG")],
+    "pictures": [Series("<img>", [Shot(1, "png", b"\x89PNG"), Shot(20, "png", b"\x89PNG")], 30, 1)],
 }  # fmt: skip
 
 

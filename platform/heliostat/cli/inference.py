@@ -157,11 +157,12 @@ def evaluate(
     ] = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Score a model on a dataset's held-out split."""
+    """Score a model on a dataset's held-out split. For image models, also score generated images."""
+    from heliostat.evaluation import pictures
     from heliostat.evaluation.losses import evaluate as run
 
     scores = run(model_folder(model, mlflow), data, samples, sequence_length, fraction)
-    out.print("  ".join(f"{k.replace('_', ' ')} {v:.6g}" for k, v in scores.items()))
+    out.print(pictures.line(scores))
     finish(scores)
 
 

@@ -16,6 +16,7 @@ from heliostat.data import collection, content
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import read
 from heliostat.errors import ConfigError
+from heliostat.evaluation import pictures
 from heliostat.recipes import exported as exports
 from heliostat.recipes.batches import taken
 from heliostat.recipes.protocol import GUIDE, Evaluates, Exports, Recipe
@@ -80,7 +81,8 @@ def _evaluate(
             for name in scores.keys() - kept[-1].keys():
                 sums[name] = sums.get(name, 0.0) + float(scores[name].double().sum())
     arrays = {name: np.concatenate([part[name] for part in kept]) for name in recipe.gathered}
-    return recipe.metrics(sums) | (recipe.measure(arrays) if arrays else {})
+    metrics = recipe.metrics(sums) | (recipe.measure(arrays) if arrays else {})
+    return metrics | pictures.scores(recipe, model, dataset, device)
 
 
 def _batches(source: np.ndarray) -> list[slice]:

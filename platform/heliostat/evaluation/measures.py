@@ -8,17 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Z = 1.959964  # half of a 95 % interval, in standard errors
+from heliostat.recipes.intervals import Z, wilson
+
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 BY_GUESSING_NONE = ("acc", "exact_match")  # metrics of tasks without choices: guessing scores 0
-
-
-def wilson(score: float, count: int) -> tuple[float, float]:
-    """Computes the 95 % interval of a share of `count` examples (Wilson 1927). This interval is also valid near 0 and 1."""
-    share = Z * Z / count
-    middle = (score + share / 2) / (1 + share)
-    half = Z / (1 + share) * math.sqrt(score * (1 - score) / count + share / (4 * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def interval(score: float, stderr: float | None, values: Sequence[object]) -> tuple[float, float] | None:

@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.evaluation import measures
 from heliostat.evaluation.suite import Row
+from heliostat.recipes.intervals import wilson
 from heliostat.tasks import sandbox
 from heliostat.text import brief
 
@@ -96,7 +96,7 @@ def row(facts: Row, ended: Sequence[str]) -> Row:
     end (`passed`, `failed`, ...)."""
     values, counts = passed(ended), Counter(ended)
     score = sum(values) / len(values)
-    low, high = measures.wilson(score, len(values))
+    low, high = wilson(score, len(values))
     return facts | {
         "kind": KIND, "metric": METRIC, "higher_is_better": True, "score": score,
         "stderr": math.sqrt(score * (1 - score) / max(1, len(values) - 1)), "low": low, "high": high, "chance": 0.0,

@@ -84,12 +84,19 @@ def _of_experts(key: str) -> Callable[[Steps], Values]:
     return lambda event: event.experts.get(key)
 
 
+def _bounds(end: str) -> Callable[[Evaluation], Values]:
+    """Extracts the bounds of scores that have an interval. The report draws a score's bounds in the score's chart."""
+    return lambda event: {score: event.scores[f"{score}{end}"] for score in event.scores if f"{score}{end}" in event.scores}
+
+
 # the report shows charts, and the curves in them, in this order
 METRICS = (
     Metric("train/loss", Steps, _of("loss"), "Loss"),
     Metric("eval/loss", Evaluation, lambda e: e.scores.get("loss"), "Loss"),
     Metric(SPIKE, LossSpike, _of("loss"), "Loss", mark=True),
     Metric(SPIKE_LIMIT, LossSpike, _of("limit")),
+    Metric("eval/*_low", Evaluation, _bounds("_low"), "{}"),
+    Metric("eval/*_high", Evaluation, _bounds("_high"), "{}"),
     Metric("eval/*", Evaluation, _of("scores"), "{}"),
     Metric("train/lr", Steps, _of("lr"), "Learning rate", section="Optimizer"),
     Metric("train/grad_norm", Steps, _of("grad_norm"), "Gradient norm", section="Optimizer"),

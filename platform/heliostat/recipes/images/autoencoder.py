@@ -34,7 +34,7 @@ from heliostat.recipes import partitioning
 from heliostat.recipes.images import rows
 from heliostat.recipes.images.config import folder_config, load_or_build
 from heliostat.recipes.images.diffusers_folder import REQUIREMENTS
-from heliostat.recipes.images.gallery import grid, png
+from heliostat.recipes.images.grids import grid, png
 from heliostat.recipes.images.judge import real_images
 from heliostat.recipes.protocol import Batch, Draws, Evaluates, Loss, Recipe, Serves, Serving
 from heliostat.schema import nearest

@@ -31,6 +31,7 @@ from heliostat.recipes.folder_digests import digest_of, sha256
 from heliostat.recipes.folder_digests import folder_digest as folder_digest
 from heliostat.recipes.images.initial import initialise
 from heliostat.recipes.images.noising import NoiseObjective
+from heliostat.recipes.images.quality_config import ClipScore, Features
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.schema import Float, Strict, nearest
 from heliostat.storage.hub import files
@@ -86,11 +87,6 @@ class Folder(Strict):
     """Folder of a frozen model."""
 
 
-class Features(Folder):
-    images: int = Field(default=5000, gt=1)
-    """Maximum number of real images to compare generated images with."""
-
-
 class Prompt(Strict):
     text: str = Field(min_length=1)
     """Prompt to generate images for after every evaluation."""
@@ -117,7 +113,10 @@ class Samples(Strict):
     judge: bool = False
     """Scores samples of labeled prompts with a classifier trained on the real images, see docs/diffusion.md#scores-and-samples"""
     features: Features | None = None
-    """Folder of an image model of `transformers` whose features FID and KID use. Unset: FID and KID aren't computed."""
+    """Image model whose features FID, KID, precision, recall, density, coverage, and memorization use. Unset: these scores aren't
+    computed, see docs/image-quality.md"""
+    clip: ClipScore | None = None
+    """CLIP model for the CLIP score and CMMD. Unset: these scores aren't computed, see docs/image-quality.md"""
 
 
 class Model(Strict):

@@ -8,30 +8,28 @@ images, and the chance level.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
-from PIL import Image
 from torch import nn
 
+from heliostat.data.dataset import Dataset
 from heliostat.data.manifest import Manifest
-from heliostat.recipes.images import diffusers_folder
-from heliostat.recipes.images.config import Features, Model, Sampler
-from heliostat.recipes.images.judge import Judge, real_images
+from heliostat.recipes.comparing import Arrays, ComparesImages, Numbered, WorkerPart
+from heliostat.recipes.images import diffusers_folder, quality
+from heliostat.recipes.images.config import Model, Sampler
+from heliostat.recipes.images.grids import grid, png
+from heliostat.recipes.images.judge import Judge, real_images, small
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Parts
 from heliostat.recipes.images.pipeline import denoise, generators
 
-if TYPE_CHECKING:
-    from heliostat.recipes.images.quality import Reference
-
 Say = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (noisy tensors, times) -> predictions
-SHOWN_SIDE = 64  # pixels; smaller pictures are enlarged in the grid
-GAP = 4  # gray pixels after each picture
 
 
 class DrawingRecipe(Protocol):
@@ -45,16 +43,18 @@ class DrawingRecipe(Protocol):
 
     def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Say]: ...
     def pixels_of(self, sampled: torch.Tensor) -> np.ndarray: ...
+    def pictures_of(self, content: pa.Table, device: torch.device | str) -> list[np.ndarray]: ...
 
 
-class PromptGallery:
+class PromptGallery(ComparesImages):
     def __init__(self, recipe: DrawingRecipe) -> None:
         self.recipe, self.samples = recipe, recipe.model.samples
         self.prompts = [p.text for p in self.samples.prompts]
         self.labels = [p.label for p in self.samples.prompts]
         self.count = len(self.prompts) * self.samples.per_prompt
+        self.sets = quality.sets(self.samples)
+        self.scored = bool(self.sets) or self.samples.judge
         self._judge: Judge | None = None
-        self._reference: Reference | None = None  # features of real images, for FID and KID
 
     def item(self, number: int) -> tuple[str, int]:
         """Returns an image's prompt and seed."""
@@ -88,20 +88,26 @@ class PromptGallery:
             scores["conditional_accuracy"] = float(np.mean([s == wanted[i] for s, i in zip(said, labeled, strict=True)]))
             scores["classifier_accuracy"] = self.judge_of().accuracy
             scores["chance"] = 1 / len(self.judge_of().labels)
-        if self.samples.features:
-            scores |= self._reference_of(self.samples.features, progressed).distances(pictures, progressed)
         return scores, {"samples": png(grid(pictures, self.samples.per_prompt))}
 
-    def _reference_of(self, features: Features, progressed: Callable[[], None]) -> Reference:
-        if self._reference is None:
-            from heliostat.recipes.images.quality import Reference
+    @cached_property
+    def _quality(self) -> quality.ImageQuality:
+        return quality.ImageQuality(self.samples, lambda number: self.item(number)[0], self.recipe.pictures_of)
 
-            self._reference = Reference(features.pretrained, self.recipe.sources, features.images, progressed)
-        return self._reference
+    def real_features(self, name: str, dataset: Dataset, worker: WorkerPart) -> list[Numbered]:
+        return self._quality.real_features(name, dataset, worker)
+
+    def drawn_features(self, drawn: Mapping[int, np.ndarray], worker: WorkerPart) -> list[Numbered]:
+        return self._quality.drawn_features(drawn, worker)
+
+    def compare(
+        self, pictures: list[np.ndarray], drawn: Arrays, real: Mapping[str, Arrays], dataset: Dataset, worker: WorkerPart
+    ) -> tuple[dict[str, float], dict[str, bytes]]:
+        return self._quality.compare(pictures, drawn, real, dataset, worker)
 
     def judge_of(self) -> Judge:
         if self._judge is None:
-            self._judge = Judge(*real_images(self.recipe.sources))
+            self._judge = Judge(*real_images(self.recipe.sources, shrink=small))
         return self._judge
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
@@ -118,27 +124,3 @@ class PromptGallery:
             return [(p, f"  ({image.size[0]}x{image.size[1]})") for p, image in zip(self.prompts, pictures.images, strict=True)]
         said = self.judge_of().says([np.asarray(image) for image in pictures.images])
         return [(p, f"  (the classifier sees: {s})") for p, s in zip(self.prompts, said, strict=True)]
-
-
-def grid(pictures: list[np.ndarray], columns: int) -> np.ndarray:
-    """Arranges images of the same size in rows, and enlarges small images. Returns uint8 [height, width, channels]. A single
-    image stays unchanged."""
-    pictures = [p if p.ndim == 3 else p[:, :, None] for p in pictures]
-    if len(pictures) == 1:
-        return pictures[0]
-    height, width, channels = pictures[0].shape
-    scale = max(1, SHOWN_SIDE // max(height, width))
-    height, width = height * scale + GAP, width * scale + GAP
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    out = np.full((rows * height, columns * width, channels), 128, np.uint8)
-    for i, picture in enumerate(pictures):
-        y, x = i // columns * height, i % columns * width
-        out[y : y + height - GAP, x : x + width - GAP] = picture.repeat(scale, 0).repeat(scale, 1)
-    return out
-
-
-def png(picture: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(out, "PNG")
-    return out.getvalue()

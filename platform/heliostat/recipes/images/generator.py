@@ -15,7 +15,7 @@ from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.recipes.images import diffusers_folder
 from heliostat.recipes.images.config import Model
-from heliostat.recipes.images.gallery import grid, png
+from heliostat.recipes.images.grids import grid, png
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.pipeline import generators
 from heliostat.recipes.protocol import Generated, Request

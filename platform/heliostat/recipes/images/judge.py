@@ -50,19 +50,23 @@ class Judge:
 def features(pictures: list[np.ndarray]) -> np.ndarray:
     """Flattens images to [n, pixels], with the same scale for all pixels. A scale per pixel doesn't work: pixels that are white
     in every real image are never exactly white in a generated image."""
-    return np.stack([_small(p).ravel() for p in pictures]).astype(np.float32) / 255
+    return np.stack([small(p).ravel() for p in pictures]).astype(np.float32) / 255
 
 
-def _small(picture: np.ndarray) -> np.ndarray:
+def small(picture: np.ndarray) -> np.ndarray:
+    """Scales an image to at most 16 x 16 pixels, uint8 [height, width, channels], or [height, width] if it is gray."""
     image = Image.fromarray(picture.squeeze(2) if picture.ndim == 3 and picture.shape[2] == 1 else picture)
     return np.asarray(image if max(image.size) <= SIDE else image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 
 def real_images(
-    sources: list[Manifest], limit: int = LIMIT, progressed: Callable[[], None] = lambda: None
+    sources: list[Manifest],
+    limit: int = LIMIT,
+    progressed: Callable[[], None] = lambda: None,
+    shrink: Callable[[np.ndarray], np.ndarray] = lambda image: image,
 ) -> tuple[list[np.ndarray], list[str]]:
     """Reads at most `limit` images of the datasets, with their labels. The images are in the order of the shards, which is by
-    hash. Calls `progressed` for every row group that it reads."""
+    hash. Calls `progressed` for every row group that it reads. `shrink`: scales each image, so that less memory is needed."""
     from heliostat.recipes.images.rows import decode
 
     images: list[np.ndarray] = []
@@ -80,9 +84,7 @@ def real_images(
             finally:
                 progressed()
             if isinstance(table, np.ndarray) or "image" not in table.column_names:
-                raise ConfigError(
-                    "model.samples: the datasets contain no images. Remove model.samples.judge and model.samples.features"
-                )
-            images += [decode(data) for data in table["image"].to_pylist()]
+                raise ConfigError("model.samples: the datasets contain no images. Remove model.samples.judge")
+            images += [shrink(decode(data)) for data in table["image"].to_pylist()]
             labels += table["label"].to_pylist()
     return images[:limit], labels[:limit]

@@ -36,7 +36,7 @@ from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import adapters
-from heliostat.recipes.images import diffusers_folder, rows
+from heliostat.recipes.images import diffusers_folder, quality, rows
 from heliostat.recipes.images.adapted import AdaptedImages
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import PromptGallery, Say
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {"TextToImage": ("diffusers",)}
 QUARTERS = 4
+DECODED = 4  # stored latents that the autoencoder decodes at a time
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
 
@@ -80,11 +81,12 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
             extras.require("images", "sklearn", what="model.samples.judge")
         drawn = self.model.samples if self.model.samples.prompts else None
         judged = ("conditional_accuracy", "classifier_accuracy", "chance") if drawn and drawn.judge else ()
-        compared = ("fid", "kid", "real_images") if drawn and drawn.features else ()
-        self.scores = ("loss", *(f"loss_t{i}" for i in range(QUARTERS)), *judged, *compared)
+        self.scores = ("loss", *(f"loss_t{i}" for i in range(QUARTERS)), *judged, *(quality.names(drawn) if drawn else ()))
 
     def bind(self, sources: list[Manifest]) -> None:
         self.sources = sources
+        if self.model.samples.prompts:
+            quality.require(self.model.samples)
         self.parts.bind(sources, self.one_source)
 
     def presume(self, rows: int) -> pa.Table | None:
@@ -222,6 +224,19 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         pixels = decode(vae, sampled).float().cpu()
         return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
+    @torch.no_grad()
+    def pictures_of(self, content: pa.Table, device: torch.device | str) -> list[np.ndarray]:
+        """Decodes the images of rows, or their stored latents, to uint8 [height, width, channels]. The rows have one size."""
+        assert self.parts.facts
+        if self.parts.facts.content == "images":
+            return list(rows.DECODERS.map(rows.decode, content["image"].to_pylist()))
+        size, out = (content["width"][0].as_py(), content["height"][0].as_py()), list[np.ndarray]()
+        latents = rows.halves(content, "latent", (2 * self.parts.shape()[0], *self.parts.shape(size)[1:]))
+        for part in latents.to(device).split(DECODED):
+            out += list(self.pixels_of(self.parts.clean(part, torch.zeros_like(part.chunk(2, dim=1)[0]))))
+        self.parts.rest()
+        return out
+
     # the export ------------------------------------------------------------------------------------------------------
 
     def save_config(self, folder: Path) -> None:
@@ -247,6 +262,8 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
             out["autoencoder"] = {"pretrained": str(folder / "vae")}
         if model.get("text", {}).get("pretrained"):
             out["text"] = {**model["text"], "pretrained": str(folder / "text_encoder")}
+        if model.get("samples"):
+            out["samples"] = quality.without_missing(model["samples"])
         return out
 
     @staticmethod

@@ -16,7 +16,7 @@ from heliostat.text import printable
 
 def document(title: str, parts: list[str]) -> str:
     """Renders a complete page from its parts, which are HTML text. Escapes the title."""
-    body = f"{''.join(parts)}<script>{_file('hover.js')}</script>"
+    body = f"{''.join(parts)}<script>{_script()}</script>"
     return f"<!doctype html><html lang='en'>{_head(title)}<body>{body}</body></html>"
 
 
@@ -36,13 +36,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _head(title: str) -> str:
-    script = base64.b64encode(hashlib.sha256(_file("hover.js").encode()).digest()).decode()
+    script = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script}'; base-uri 'none'; "
     return (
         f"<head><meta charset='utf-8'><meta http-equiv='Content-Security-Policy' content=\"{policy}form-action 'none'\">"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{escape(printable(title))}</title><style>{_file('style.css')}</style></head>"
     )
+
+
+def _script() -> str:
+    return _file("hover.js") + _file("slider.js")
 
 
 @cache

@@ -8,19 +8,16 @@ the page. `metrics.METRICS` declares the page's curves and charts. All text from
 
 from __future__ import annotations
 
-import base64
 import math
-import tempfile
 from datetime import datetime
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from heliostat.runs import goodput
 from heliostat.tracking import lineage, run_table
 from heliostat.tracking.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed
 from heliostat.tracking.mlflow_client import read_json
-from heliostat.tracking.report import svg
+from heliostat.tracking.report import galleries, svg
 from heliostat.tracking.report.frame import boxes, document, side_by_side, table
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
@@ -29,7 +26,6 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
 FILE = "report.html"
 SPIKES = 20  # maximum number of spikes in the list (the newest)
-PICTURES, PICTURE_BYTES = 6, 2 << 20  # maximum number of images (the newest), and maximum bytes of one image
 OUTCOMES = {"finished": "#31a354", "failed": "#de2d26", "interrupted": "#fd8d3c", "preempted": "#fdae6b", "resize": "#6baed6"}
 Curves = dict[str, svg.Points]
 
@@ -43,7 +39,7 @@ class PageFacts(TypedDict):
     curves: Curves
     goodput: goodput.GoodputReport | None
     samples: list[tuple[str, str]]  # prompt, text
-    pictures: list[tuple[str, bytes]]  # name, PNG
+    pictures: list[galleries.Series]
 
 
 def gather(client: MlflowClient, run: Run) -> PageFacts:
@@ -57,7 +53,7 @@ def gather(client: MlflowClient, run: Run) -> PageFacts:
         "curves": _curves(client, run),
         "goodput": lineage.goodput_of(client, run),
         "samples": [(row[0], row[1]) for row in samples],
-        "pictures": _pictures(client, run_id),
+        "pictures": galleries.gather(client, run_id),
     }
 
 
@@ -75,16 +71,6 @@ def _curves(client: MlflowClient, run: Run) -> Curves:
 def _spikes(client: MlflowClient, run_id: str) -> list[tuple[int, float, float]]:
     loss, limit = ({m.step: m.value for m in client.get_metric_history(run_id, key)} for key in (SPIKE, SPIKE_LIMIT))
     return [(step, loss[step], limit.get(step, math.nan)) for step in sorted(loss)]
-
-
-def _pictures(client: MlflowClient, run_id: str) -> list[tuple[str, bytes]]:
-    """Downloads the newest image of each kind as (name, PNG). Skips images of more than PICTURE_BYTES."""
-    newest = []
-    for kind in client.list_artifacts(run_id, "images"):
-        small = [f.path for f in client.list_artifacts(run_id, kind.path) if (f.file_size or 0) <= PICTURE_BYTES]
-        newest += sorted(small)[-1:]
-    with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
-        return [(path, Path(client.download_artifacts(run_id, path, folder)).read_bytes()) for path in newest[:PICTURES]]
 
 
 def page(facts: PageFacts) -> str:
@@ -169,12 +155,8 @@ def _span(number: int, a: goodput.AttemptStart) -> tuple[float, float, str, str]
     return a["started"], a["started"] + a["seconds"], OUTCOMES.get(a["outcome"] or "", "#969696"), text
 
 
-def _samples(texts: list[tuple[str, str]], pictures: list[tuple[str, bytes]]) -> list[str]:
+def _samples(texts: list[tuple[str, str]], pictures: list[galleries.Series]) -> list[str]:
     if not texts and not pictures:
         return []
     parts = [f"<p><b>{escape(prompt)}</b></p><pre>{escape(text)}</pre>" for prompt, text in texts]
-    shown = []
-    for name, png in pictures:
-        image = f"<img alt='{escape(name)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
-        shown.append(f"<figure><figcaption>{escape(name)}</figcaption>{image}</figure>")
-    return ["<h2>Samples</h2>", *parts, side_by_side(shown) if shown else ""]
+    return ["<h2>Samples</h2>", *parts, side_by_side(galleries.figures(pictures)) if pictures else ""]

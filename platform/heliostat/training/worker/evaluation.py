@@ -27,6 +27,7 @@ from heliostat.engine.sample_group import SampleGroup
 from heliostat.errors import DataError
 from heliostat.recipes import building
 from heliostat.recipes.batches import in_order, taken
+from heliostat.recipes.comparing import ComparesImages, Comparing, WorkerPart
 from heliostat.recipes.protocol import Draws, Evaluates, Gallery, Recipe
 from heliostat.runs.events import Evaluation
 from heliostat.training.worker.context import Context, Due, Hook
@@ -47,6 +48,7 @@ class Evaluations(Hook):
         self.context, self.state, self.engine, self.recipe = context, state, state.engine, recipe
         self.held_out = HeldOut(context.job, dataset, recipe, sharing)
         self.gallery = recipe.gallery() if isinstance(recipe, Draws) else None
+        self.comparing = Comparing(self.gallery, dataset) if isinstance(self.gallery, ComparesImages) else None
 
     def on_save(self, done: int, due: Due) -> None:
         """Evaluates the model if an evaluation is due, and stores the scores as the latest scores."""
@@ -60,7 +62,7 @@ class Evaluations(Hook):
                 scores = self.held_out.scores(engine, device, context.control, context.progressed)
                 context.latest.scored_at = done
                 if self.gallery:
-                    judged, images = show(self.gallery, engine, device, context.control, context.progressed)
+                    judged, images = show(self.gallery, engine, device, context.control, context.progressed, self.comparing)
                     scores |= judged
             engine.train()
             building.rest(self.recipe, engine.module)
@@ -193,26 +195,40 @@ def dealt_whole(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple
 
 @torch.no_grad()
 def show(
-    gallery: Gallery, model: DeepSpeedEngine, device: torch.device, group: dist.ProcessGroup, progressed: Callable[[], None]
+    gallery: Gallery,
+    model: DeepSpeedEngine,
+    device: torch.device,
+    group: dist.ProcessGroup,
+    progressed: Callable[[], None],
+    comparing: Comparing | None = None,
 ) -> tuple[dict[str, float], dict[str, bytes]]:
     """Draws the pictures of a recipe's gallery. Returns the scores, on every rank, and the PNG images by name, on rank 0.
 
     All ranks call this function together. Every rank draws the same number of pictures, because all ranks must take part in
-    ZeRO-3's all-gathers. Calls `progressed` regularly.
+    ZeRO-3's all-gathers. Calls `progressed` regularly. `comparing`: compares the pictures with real images.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     each = -(-gallery.count // world)
     mine = [min(rank + i * world, gallery.count - 1) for i in range(each)]
-    drawn = []
+    drawn: list[np.ndarray] = []
     for first in range(0, each, AT_ONCE):
         drawn += gallery.draw(model, device, mine[first : first + AT_ONCE])
         progressed()
-    pictures = agreement.merged(group, lambda: dict(zip(mine, drawn, strict=True)), operator.or_) or {}
-    images: dict[str, bytes] = {}
+    own = dict(zip(mine, drawn, strict=True))
+    pictures = agreement.merged(group, lambda: own, operator.or_) or {}
+    worker, arrays, images = WorkerPart(rank, world, device, progressed), dict[str, np.ndarray](), dict[str, bytes]()
+    if comparing:
+        without_padding = {n: own[n] for n in own if n % world == rank}
+        arrays = comparing.features(without_padding, worker, lambda work: agreement.merged(group, work, operator.add))
 
     def judge() -> dict[str, float]:
-        scores, pngs = gallery.judge([pictures[n] for n in range(gallery.count)], progressed)
+        shown = [pictures[n] for n in range(gallery.count)]
+        scores, pngs = gallery.judge(shown, progressed)
         images.update(pngs)
+        if comparing:
+            compared, pngs = comparing.scores(shown, arrays, worker)
+            images.update(pngs)
+            scores |= compared
         return scores
 
     return agreement.first(group, judge), images
