@@ -72,6 +72,8 @@ class PromptGallery:
             self.samples.guidance,
             generators([s for _, s in items]),
             device,
+            recipe.process.predicts_image,
+            clip=recipe.parts.vae_config is None,
         )
         pictures = list(recipe.pixels_of(sampled))
         recipe.parts.rest()

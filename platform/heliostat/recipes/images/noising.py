@@ -4,8 +4,9 @@ Diffusion (Ho et al. 2020, arXiv 2006.11239): q(x_t | x_0) is normal with mean s
 the product of 1 - beta up to t. The network predicts the noise (`epsilon`) or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans
 and Ho 2022, arXiv 2202.00512).
 
-Flow matching (`flow`; Liu et al. 2022, arXiv 2209.03003): x_s = (1 - s) x_0 + s noise, with s in [0, 1]. The network predicts
-noise - x_0.
+Flow matching (Liu et al. 2022, arXiv 2209.03003): x_s = (1 - s) x_0 + s noise, with s in [0, 1]. The network predicts the
+velocity noise - x_0 (`flow`), or the image x_0 (`x`; Li and He 2025, arXiv 2511.13720). The velocity of a predicted image is
+(x_s - x_0) / s. So with `x`, the loss is the velocity's: the squared error of the image, divided by max(s, time_floor)^2.
 
 `zero_terminal_snr` (Lin et al. 2023, arXiv 2305.08891) makes the last step pure noise. `min_snr` weights the loss (Hang et al.
 2023, arXiv 2303.09556). With both options, the weight of the last step would be 0, so the network would never learn this step. So
@@ -27,11 +28,15 @@ from heliostat.schema import Float, Strict
 
 SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
 FLOW_STEPS = 1000  # the network gets s x 1000 as its timestep
+FLOWS = ("flow", "x")
 
 
 class NoiseObjective(Strict):
-    prediction: Literal["epsilon", "v", "flow"] = "epsilon"
-    """Target that the network predicts: the noise, the velocity, or the flow from image to noise (rectified flow)."""
+    prediction: Literal["epsilon", "v", "flow", "x"] = "epsilon"
+    """Target that the network predicts. `epsilon`: the noise. `v`: the velocity of diffusion. `flow`: the velocity of flow
+    matching, which is noise minus image. `x`: the image, trained by flow matching."""
+    time_floor: Float = Field(default=0.05, gt=0, le=1)
+    """Smallest time that divides the error of a predicted image. Needs `prediction: x`."""
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     """Noise schedule: how the noise grows over the steps. Not used with flow."""
     beta_start: Float = Field(default=1e-4, gt=0, lt=1)
@@ -55,15 +60,17 @@ class NoiseObjective(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> NoiseObjective:
-        flow = self.prediction == "flow"
+        flow = self.prediction in FLOWS
         if flow and (self.zero_terminal_snr or self.min_snr or self.noise_offset):
             raise ValueError(
-                "zero_terminal_snr, min_snr, and noise_offset aren't supported with prediction 'flow'. Remove these keys"
+                "zero_terminal_snr, min_snr, and noise_offset aren't supported with flow matching. Remove these keys"
             )
         if not flow and (self.timesteps != "uniform" or self.shift != 1.0):
             raise ValueError(
                 "timesteps 'logit_normal' and shift need prediction 'flow'. Remove timesteps and shift, or set prediction: flow"
             )
+        if self.prediction != "x" and "time_floor" in self.model_fields_set:
+            raise ValueError("time_floor needs prediction 'x'. Remove time_floor, or set prediction: x")
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError(
                 "zero_terminal_snr needs prediction 'v', because the last step is pure noise, and a network that "
@@ -77,7 +84,8 @@ class Process:
 
     def __init__(self, objective: NoiseObjective) -> None:
         self.objective = objective
-        self.flow = objective.prediction == "flow"
+        self.flow = objective.prediction in FLOWS
+        self.predicts_image = objective.prediction == "x"
         self._alphas = None if self.flow else Constant(self.scheduler("ddpm").alphas_cumprod.double())
 
     def scheduler(self, name: str, clip: bool = False) -> Any:
@@ -132,13 +140,21 @@ class Process:
         return image * clean + part * noise
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Computes the network's target: the noise, v, or, for flow matching, noise - image."""
+        """Computes the network's target: the noise, v, noise - image, or the image."""
+        if self.predicts_image:
+            return clean
         if self.flow:
             return noise - clean
         if self.objective.prediction == "epsilon":
             return noise
         image, part = (c.view(-1, *[1] * (clean.dim() - 1)) for c in self.coefficients(t))
         return image * noise - part * clean
+
+    def errors(self, prediction: torch.Tensor, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Computes each sample's mean squared error, fp32 [n]. The error of a predicted image becomes the error of the velocity
+        that follows from the image."""
+        errors = (prediction.float() - self.target(clean, noise, t)).square().flatten(1).mean(1)
+        return errors / t.clamp(min=self.objective.time_floor).square() if self.predicts_image else errors
 
     def weights(self, t: torch.Tensor) -> torch.Tensor:
         """Computes the weight of each sample's squared error in the loss, fp32 [n]. `t`: the samples' times [n]."""

@@ -60,10 +60,15 @@ def denoise(
     guidance: float,
     draws: list[torch.Generator],
     device: Any,
+    predicts_image: bool = False,
+    clip: bool = False,
 ) -> torch.Tensor:
     """Denoises random samples of the given shape, in fp32.
 
     `say(noisy, t)` returns 2n predictions for n samples: first n predictions without text, then n predictions with text.
+
+    `predicts_image`: whether predictions are images, for flow matching. A predicted image x_0 at time s gives the velocity
+    (x_s - x_0) / s. `clip`: clips predicted images to [-1, 1].
 
     Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598). A guidance of 1 turns guidance off.
     """
@@ -75,7 +80,11 @@ def denoise(
         if hasattr(scheduler, "scale_model_input"):
             both = scheduler.scale_model_input(both, t)
         without, having = say(both, t.expand(len(both))).float().chunk(2)
-        x = scheduler.step(without + guidance * (having - without), t, x, generator=draws, return_dict=False)[0]
+        prediction = without + guidance * (having - without)
+        if predicts_image:
+            s = t / scheduler.config.num_train_timesteps
+            prediction = (x - (prediction.clamp(-1, 1) if clip else prediction)) / s
+        x = scheduler.step(prediction, t, x, generator=draws, return_dict=False)[0]
     return x
 
 
@@ -92,11 +101,12 @@ class TextToImagePipeline(DiffusionPipeline):
     _optional_components = ["unet", "transformer", "vae"]
 
     def __init__(self, scheduler: Any, text_encoder: Any, tokenizer: Any, unet: Any = None, transformer: Any = None,
-                 vae: Any = None) -> None:  # fmt: skip
+                 vae: Any = None, predicts_image: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(
             scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, transformer=transformer, vae=vae
         )
+        self.register_to_config(predicts_image=predicts_image)
         self.processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
     @property
@@ -133,6 +143,7 @@ class TextToImagePipeline(DiffusionPipeline):
         x = denoise(
             lambda noisy, t: predict(backbone, noisy.to(dtype), t, text),
             self.scheduler, shape, num_inference_steps, guidance_scale, draws, device,
+            self.config.predicts_image, clip=self.vae is None,
         )  # fmt: skip
         pixels = decode(self.vae, x)
         images: Any = self.processor.postprocess(pixels.float().cpu(), output_type=output_type)

@@ -146,10 +146,10 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return Loss((self._errors(model, batch, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
-        """Computes the mean squared error of each sample of a completed batch, fp32 [samples]. `t`: the samples' times."""
+        """Computes the error (`Process.errors`) of each sample of a completed batch, fp32 [samples]. `t`: the samples' times."""
         image, noise, dtype = batch["image"], batch["noise"], next(model.parameters()).dtype
         said = model(self.process.noisy(image, noise, t).to(dtype), self.process.told(t), batch["caption"])
-        return (said.float() - self.process.target(image, noise, t)).square().flatten(1).mean(1)
+        return self.process.errors(said, image, noise, t)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = self._completed(batch, dropping=False)
@@ -293,6 +293,7 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
         "text_encoder": ["transformers", kind],
         "tokenizer": ["transformers", type(recipe.parts.tokenizer).__name__],
         "vae": ["diffusers", "AutoencoderKL"] if recipe.parts.vae_config else [None, None],
+        **({"predicts_image": True} if recipe.process.predicts_image else {}),
     }
     if standard:
         nothing: dict[str, object] = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
