@@ -69,10 +69,10 @@ def test_an_exported_folder_loads_with_plain_diffusers_and_draws_the_same(arch, 
     from heliostat.recipes.images.pipeline import denoise
 
     with torch.no_grad():  # as it is drawn while it is trained
-        say = made.sampler_of(model, "cpu")(prompts)
+        predictor = made.sampler_of(model, "cpu")(prompts)
         scheduler = made.process.scheduler(made.sampler, clip=True)
         trained = made.pixels_of(
-            denoise(say, scheduler, (2, 1, 8, 8), 5, 2.0, generators([5, 6]), "cpu", prediction == "x", True)
+            denoise(predictor, scheduler, (2, 1, 8, 8), 5, 2.0, generators([5, 6]), "cpu", prediction == "x", True)
         )
     assert all(np.abs(trained[i][:, :, 0].astype(int) - np.asarray(theirs[i]).astype(int)).max() <= 1 for i in range(2))
 

@@ -48,9 +48,8 @@ class NoiseObjective(Strict):
     zero_terminal_snr: bool = False
     """Rescales the schedule so that the last step is pure noise. Needs `prediction: v`."""
     min_snr: Float | None = Field(default=None, gt=0)
-    """Gamma of the min-SNR loss weight. With `zero_terminal_snr`, the signal-to-noise ratio counts as at least 1. Not used "
-      "with flow. Unset: all
-    steps have the same weight."""
+    """Gamma of the min-SNR loss weight. With `zero_terminal_snr`, the signal-to-noise ratio counts as at least 1. Not used with
+    flow. Unset: all steps have the same weight."""
     noise_offset: Float = Field(default=0.0, ge=0)
     """Fraction of the noise that is constant over each channel. Not used with flow."""
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
@@ -122,7 +121,7 @@ class Process:
             s = torch.sigmoid(math.sqrt(2) * torch.erfinv((2 * s - 1).clamp(-1 + 1e-6, 1 - 1e-6)))
         return self.objective.shift * s / (1 + (self.objective.shift - 1) * s)
 
-    def told(self, t: torch.Tensor) -> torch.Tensor:
+    def network_time(self, t: torch.Tensor) -> torch.Tensor:
         """Converts times to the timesteps that the network gets as input: 1000 s for flow matching, the steps themselves for
         diffusion."""
         return t * FLOW_STEPS if self.flow else t

@@ -53,7 +53,7 @@ def generators(seeds: list[int]) -> list[torch.Generator]:
 
 
 def denoise(
-    say: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    predictor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     scheduler: Any,
     shape: tuple[int, ...],
     steps: int,
@@ -65,7 +65,7 @@ def denoise(
 ) -> torch.Tensor:
     """Denoises random samples of the given shape, in fp32.
 
-    `say(noisy, t)` returns 2n predictions for n samples: first n predictions without text, then n predictions with text.
+    `predictor(noisy, t)` returns 2n predictions for n samples: first n predictions without text, then n predictions with text.
 
     `predicts_image`: whether predictions are images, for flow matching. A predicted image x_0 at time s gives the velocity
     (x_s - x_0) / s. `clip`: clips predicted images to [-1, 1].
@@ -79,7 +79,7 @@ def denoise(
         both = torch.cat([x, x])
         if hasattr(scheduler, "scale_model_input"):
             both = scheduler.scale_model_input(both, t)
-        without, having = say(both, t.expand(len(both))).float().chunk(2)
+        without, having = predictor(both, t.expand(len(both))).float().chunk(2)
         prediction = without + guidance * (having - without)
         if predicts_image:
             s = t / scheduler.config.num_train_timesteps
