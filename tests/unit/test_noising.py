@@ -88,6 +88,27 @@ def test_noise_and_targets_are_those_of_diffusers(keys):
     assert torch.allclose(made.target(clean, noise, t), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow", "x"])
+def test_min_snr_weights_the_error_of_the_image(prediction):
+    """In fp64: the paper's loss, min(SNR, gamma) times the squared error of the image that follows from the prediction."""
+    made, generator = process(prediction=prediction, min_snr=5.0), torch.Generator().manual_seed(6)
+    clean, noise, guess = (torch.randn((256, 1, 2, 2), generator=generator) for _ in range(3))
+    t = made.times((torch.arange(256) + 0.5) / 256)
+    mine = (made.errors(guess, clean, noise, t) * made.weights(t)).double()
+    if prediction in ("flow", "x"):
+        image, part = 1 - t.double(), t.double()
+    else:
+        steps = torch.arange(1001, dtype=torch.float64) / 1000
+        level = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2) ** 2
+        kept = torch.cumprod(1 - (1 - level[1:] / level[:-1]).clamp(max=0.999), 0)[t]
+        image, part = kept.sqrt(), (1 - kept).sqrt()
+    i, p, x, e, g = image.view(-1, 1, 1, 1), part.view(-1, 1, 1, 1), clean.double(), noise.double(), guess.double()
+    noisy = i * x + p * e
+    back = {"epsilon": (noisy - p * g) / i, "v": i * noisy - p * g, "flow": noisy - p * g, "x": g}[prediction]
+    expected = ((image / part) ** 2).clamp(max=5.0) * (back - x).square().mean((1, 2, 3))
+    assert torch.allclose(mine, expected, rtol=5e-4 if prediction in ("epsilon", "v") else 1e-6), "diffusers has fp32 betas"
+
+
 def test_min_snr_weights_are_the_papers():
     """w = min(snr, gamma), divided by snr (epsilon) or by snr + 1 (v). Without min-SNR, every weight is 1."""
     t = torch.arange(1000)
@@ -130,9 +151,16 @@ def test_times_cover_the_process_evenly():
     [
         ({"prediction": "eps"}, "Did you mean 'epsilon'?"),
         ({"zero_terminal_snr": True}, "zero_terminal_snr needs prediction 'v'"),
-        ({"prediction": "flow", "min_snr": 5.0}, "Remove these keys"),
+        ({"prediction": "flow", "noise_offset": 0.1}, "Remove these keys"),
         ({"time_floor": 0.1}, "time_floor needs prediction 'x'"),
-        ({"shift": 2.0}, "need prediction 'flow'. Remove timesteps and shift"),
+        ({"shift": 2.0}, "timesteps and shift need flow matching. Remove timesteps and shift"),
+        ({"timesteps": "cosmap"}, "timesteps and shift need flow matching"),
+        ({"prediction": "x", "timestep_mean": 0.5}, "timestep_mean needs timesteps 'logit_normal'. Remove timestep_mean"),
+        ({"prediction": "x", "mode_scale": 0.5}, "mode_scale needs timesteps 'mode'"),
+        ({"prediction": "x", "timesteps": "mode", "mode_scale": 2.0}, "mode_scale"),
+        ({"prediction": "x", "shift": "auto"}, "Set base_size to the side of an image that needs no shift"),
+        ({"prediction": "x", "base_size": 32}, "shift 'auto' and base_size need each other"),
+        ({"prediction": "x", "shift": 0.0}, "shift must be above 0, not 0"),
     ],
 )
 def test_objectives_that_make_no_sense_are_refused(keys, says):

@@ -8,6 +8,7 @@ Each image of a call is drawn from its own generator, so a seed gives the same i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,7 @@ def denoise(
 
     Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598). A guidance of 1 turns guidance off.
     """
-    scheduler.set_timesteps(steps, device=device)
+    scheduler.set_timesteps(steps, device=device, **_shift(scheduler, shape))
     x = randn_tensor(shape, generator=draws, device=torch.device(device), dtype=torch.float32)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
@@ -86,6 +87,13 @@ def denoise(
             prediction = (x - (prediction.clamp(-1, 1) if clip else prediction)) / s
         x = scheduler.step(prediction, t, x, generator=draws, return_dict=False)[0]
     return x
+
+
+def _shift(scheduler: Any, shape: tuple[int, ...]) -> dict[str, float]:
+    """Returns the options of `set_timesteps` for a schedule that follows the size of the samples: the logarithm of the shift."""
+    if not scheduler.config.get("use_dynamic_shifting"):
+        return {}
+    return {"mu": math.log(shape[-2] * shape[-1] / scheduler.config.base_image_seq_len) / 2}
 
 
 class TextToImagePipeline(DiffusionPipeline):

@@ -142,7 +142,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         batch = self.complete(batch)
-        t = self.process.times(batch["time"])
+        t = self.process.times(batch["time"], batch["image"].shape[2:])
         return Loss((self._errors(model, batch, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = self._completed(batch, dropping=False)
         place = torch.remainder((batch["key"] + 0.5) * GOLDEN, 1.0).float()
-        errors = self._errors(model, batch, self.process.times(place))
+        errors = self._errors(model, batch, self.process.times(place, batch["image"].shape[2:]))
         out = {"loss": errors, "samples": torch.ones_like(errors)}
         quarter = (place * QUARTERS).long()
         for i in range(QUARTERS):
