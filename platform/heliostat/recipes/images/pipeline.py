@@ -8,6 +8,7 @@ Each image of a call is drawn from its own generator, so a seed gives the same i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,30 +57,46 @@ def generators(seeds: list[int]) -> list[torch.Generator]:
 
 
 def denoise(
-    say: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    predictor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     scheduler: Any,
     shape: tuple[int, ...],
     steps: int,
     guidance: float,
     draws: list[torch.Generator],
     device: Any,
+    predicts_image: bool = False,
+    clip: bool = False,
 ) -> torch.Tensor:
     """Denoises random samples of the given shape, in fp32.
 
-    `say(noisy, t)` returns 2n predictions for n samples: first n predictions without text, then n predictions with text.
+    `predictor(noisy, t)` returns 2n predictions for n samples: first n predictions without text, then n predictions with text.
+
+    `predicts_image`: whether predictions are images, for flow matching. A predicted image x_0 at time s gives the velocity
+    (x_s - x_0) / s. `clip`: clips predicted images to [-1, 1].
 
     Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598). A guidance of 1 turns guidance off.
     """
-    scheduler.set_timesteps(steps, device=device)
+    scheduler.set_timesteps(steps, device=device, **_shift(scheduler, shape))
     x = randn_tensor(shape, generator=draws, device=torch.device(device), dtype=torch.float32)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         both = torch.cat([x, x])
         if hasattr(scheduler, "scale_model_input"):
             both = scheduler.scale_model_input(both, t)
-        without, having = say(both, t.expand(len(both))).float().chunk(2)
-        x = scheduler.step(without + guidance * (having - without), t, x, generator=draws, return_dict=False)[0]
+        without, having = predictor(both, t.expand(len(both))).float().chunk(2)
+        prediction = without + guidance * (having - without)
+        if predicts_image:
+            s = t / scheduler.config.num_train_timesteps
+            prediction = (x - (prediction.clamp(-1, 1) if clip else prediction)) / s
+        x = scheduler.step(prediction, t, x, generator=draws, return_dict=False)[0]
     return x
+
+
+def _shift(scheduler: Any, shape: tuple[int, ...]) -> dict[str, float]:
+    """Returns the options of `set_timesteps` for a schedule that follows the size of the samples: the logarithm of the shift."""
+    if not scheduler.config.get("use_dynamic_shifting"):
+        return {}
+    return {"mu": math.log(shape[-2] * shape[-1] / scheduler.config.base_image_seq_len) / 2}
 
 
 class TextToImagePipeline(DiffusionPipeline):
@@ -95,12 +112,12 @@ class TextToImagePipeline(DiffusionPipeline):
     _optional_components = ["unet", "transformer", "vae"]
 
     def __init__(self, scheduler: Any, text_encoder: Any, tokenizer: Any, unet: Any = None, transformer: Any = None,
-                 vae: Any = None, pooling: str | None = None) -> None:  # fmt: skip
+                 vae: Any = None, pooling: str | None = None, predicts_image: bool = False) -> None:  # fmt: skip
         super().__init__()
-        self.register_to_config(pooling=pooling)
         self.register_modules(
             scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, transformer=transformer, vae=vae
         )
+        self.register_to_config(pooling=pooling, predicts_image=predicts_image)
         self.processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
     @property
@@ -138,6 +155,7 @@ class TextToImagePipeline(DiffusionPipeline):
         x = denoise(
             lambda noisy, t: predict(backbone, noisy.to(dtype), t, text),
             self.scheduler, shape, num_inference_steps, guidance_scale, draws, device,
+            self.config.predicts_image, clip=self.vae is None,
         )  # fmt: skip
         pixels = decode(self.vae, x)
         images: Any = self.processor.postprocess(pixels.float().cpu(), output_type=output_type)
