@@ -299,6 +299,8 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
         index |= {**nothing, "requires_safety_checker": False}
     else:
         index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.parts.name}
+        if "sample_size" not in backbone.config:
+            index["sample_size"] = max(recipe.parts.shape()[1:])
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
