@@ -48,6 +48,7 @@ def load(folder: Path) -> Any:
         return cls.from_pretrained(folder / name, **options)
 
     names = ("scheduler", "text_encoder", "tokenizer", "unet", "transformer", "vae")
-    pipeline: Any = TextToImagePipeline(**{name: part(name) for name in names}, sample_size=index.get("sample_size"))
+    settings = {name: index.get(name) for name in ("pooling", "sample_size")}
+    pipeline: Any = TextToImagePipeline(**{name: part(name) for name in names}, **settings)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
