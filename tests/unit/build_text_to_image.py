@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.unit import build_images
-from tests.unit.build_images import PIXART, SD3, UNET
+from tests.unit.build_images import FLUX, LUMINA, PIXART, PRX, SANA, SD3, UNET
 from tests.unit.build_job import job
 
-BACKBONES = {"unet": UNET, "pixart": PIXART, "sd3": SD3}
+BACKBONES = {"unet": UNET, "pixart": PIXART, "sd3": SD3, "flux": FLUX, "lumina": LUMINA, "sana": SANA, "prx": PRX}
 
 
 def recipe(dataset: Path, **model: Any) -> TextToImage:

@@ -8,13 +8,12 @@ text's width) are optional. Frozen encoders come from folders. ZeRO never shards
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from pydantic import Field, model_validator
 from transformers import (
     AutoConfig,
@@ -28,7 +27,8 @@ from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.exported import using
 from heliostat.recipes.images import text_encoders
-from heliostat.recipes.images.initial import initialise
+from heliostat.recipes.images.backbones.family import SIZE, Family
+from heliostat.recipes.images.backbones.table import FAMILIES, named
 from heliostat.recipes.images.noising import NoiseObjective
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.schema import Float, Strict, nearest
@@ -38,16 +38,7 @@ from heliostat.text import brief
 
 Keys = dict[str, Any]  # of a diffusers configuration
 CONFIG = Format(Keys, "model's configuration", ConfigError)
-BACKBONES: dict[str, Any] = {
-    "unet": UNet2DConditionModel,
-    "pixart": PixArtTransformer2DModel,
-    "sd3": SD3Transformer2DModel,
-}
-TEXT_WIDTHS = {
-    "unet": ("cross_attention_dim",),
-    "pixart": ("caption_channels",),
-    "sd3": ("joint_attention_dim", "pooled_projection_dim"),
-}
+PRETRAINED = "model.backbone.pretrained"
 VOCABULARIES = (".txt", ".model", ".tiktoken")  # suffixes of tokenizer files other than JSON: merges.txt, vocab.txt, spiece.model
 
 Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
@@ -131,8 +122,8 @@ class Samples(Strict):
 
 class Model(Strict):
     backbone: Keys
-    """`arch: unet`, `pixart` or `sd3` with the keys of that class in diffusers, or `pretrained: FOLDER`. If you don't set
-    channels, sizes, and the text width, they follow from the data."""
+    """`arch: unet`, `pixart`, `sd3`, `flux`, `lumina`, `sana`, or `prx` with the keys of that class in diffusers, or
+    `pretrained: FOLDER`. If you don't set channels, sizes, and the text width, they follow from the data."""
     text: Text = Text()
     """The text encoder."""
     autoencoder: Folder | None = None
@@ -145,29 +136,27 @@ class Model(Strict):
     """Samples to generate after every evaluation, and the defaults of `heliostat model generate`."""
 
 
-def backbone_class(keys: Keys) -> tuple[str, Any]:
-    """Returns the name and the class of `model.backbone`. Raises ConfigError for an unknown backbone, or for keys that the class
-    doesn't have."""
+def backbone_family(keys: Keys) -> tuple[str, Family]:
+    """Returns the name and the family of `model.backbone`. Raises ConfigError for an unknown backbone, for keys that the class
+    doesn't have, or for a configuration that heliostat doesn't train."""
     if "pretrained" in keys:
-        if extra := sorted(set(keys) - {"pretrained"}):
+        kind = None if set(keys) - {"pretrained", SIZE} else folder_config(PRETRAINED, keys["pretrained"]).get("_class_name")
+        known = named(kind)
+        allowed = {"pretrained", *(() if known is None or SIZE in known[1].own({SIZE: 0}) else (SIZE,))}
+        if extra := sorted(set(keys) - allowed):
             raise ConfigError(
                 f"model.backbone.{extra[0]}: a pretrained backbone takes its configuration from its folder. Remove this key"
             )
-        kind = folder_config("model.backbone.pretrained", keys["pretrained"]).get("_class_name")
-        for name, cls in BACKBONES.items():
-            if cls.__name__ == kind:
-                return name, cls
-        raise ConfigError(
-            f"model.backbone.pretrained: {keys['pretrained']!r} contains a {kind!r}, which isn't a supported backbone"
-        )
+        if known is None:
+            raise ConfigError(f"{PRETRAINED}: {keys['pretrained']!r} contains a {kind!r}, which isn't a supported backbone")
+        return known
     name = str(keys.get("arch"))
-    if name not in BACKBONES:
-        raise ConfigError(f"model.backbone.arch: {name!r} isn't a backbone{nearest(name, list(BACKBONES))}")
-    known = list(inspect.signature(BACKBONES[name].__init__).parameters)[1:]
+    if name not in FAMILIES:
+        raise ConfigError(f"model.backbone.arch: {name!r} isn't a backbone{nearest(name, list(FAMILIES))}")
     for key in keys:
-        if key != "arch" and key not in known:
-            raise ConfigError(f"model.backbone.{key}: unknown key for arch {name!r}{nearest(key, known)}")
-    return name, BACKBONES[name]
+        if key != "arch" and key not in FAMILIES[name].known:
+            raise ConfigError(f"model.backbone.{key}: unknown key for arch {name!r}{nearest(key, FAMILIES[name].known)}")
+    return name, FAMILIES[name]
 
 
 def folder_config(key: str, folder: str) -> Keys:
@@ -191,16 +180,16 @@ def load_or_build(cls: Any, folder: str | Path) -> Any:
 def build_backbone(keys: Keys, defaults: dict[str, object]) -> Any:
     """Builds the backbone from `keys`, with `defaults` for missing keys. With the key `pretrained`, loads the backbone from its
     folder."""
-    name, cls = backbone_class(keys)
+    _, family = backbone_family(keys)
     if "pretrained" in keys:
-        return load_or_build(cls, keys["pretrained"])
-    config = {**defaults, **{k: v for k, v in keys.items() if k != "arch"}}
+        return load_or_build(family.cls, keys["pretrained"])
+    config = family.own({**defaults, **keys})
     try:
         with partitioning.constructing():
-            backbone = cls(**config)
+            backbone = family.cls(**config)
     except (ValueError, TypeError, NotImplementedError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as e:
         raise ConfigError(f"model.backbone: {brief(e)}") from e
-    initialise(name, backbone)
+    family.initialize(backbone)
     return backbone
 
 

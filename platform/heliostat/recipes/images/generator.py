@@ -65,8 +65,7 @@ class ImageCanvas:
 
     @property
     def size(self) -> tuple[int, int]:
-        side = self.pipeline.backbone.config.sample_size * self.factor
-        return side, side
+        return self.pipeline.side, self.pipeline.side
 
     def scheduler(self, options: PictureOptions) -> Any:
         """Makes the scheduler of the requested sampler. Returns None if no sampler is requested; the caller then uses the

@@ -49,8 +49,8 @@ class Parts:
         """Prepares the models without weights. `frozen_type`: the dtype of the frozen encoders."""
         self.model, self.checkpointing, self.frozen_type = model, checkpointing, frozen_type
         self._places: dict[str, tuple[torch.device, Arrival]] = {}  # devices of the frozen encoders
-        self.arch, _ = config.backbone_class(model.backbone)
-        self.name = "unet" if self.arch == "unet" else "transformer"  # a pipeline's name for the backbone
+        self.arch, self.family = config.backbone_family(model.backbone)
+        self.name = self.family.part  # a pipeline's name for the backbone
         self.facts: rows.DatasetFacts | None = None
 
     def bind(self, sources: list[Manifest], one_source: bool) -> None:
@@ -82,10 +82,10 @@ class Parts:
                 "model.text: the datasets have no tokenizer. Prepare the datasets with a tokenizer, or set model.text.pretrained"
             )
         keys, channels = self._given(), self.shape()[0]
-        if keys.get("in_channels", channels) != channels:
+        if self.family.channels(keys, channels) != channels:
             raise ConfigError(
                 f"model.backbone.in_channels: {keys['in_channels']} given, but the data has {channels} channels. "
-                f"Set this key to {channels}, or use another backbone"
+                f"Set this key to {channels * self.family.packed}, or use another backbone"
             )
         if (said := self._answers(keys)) != channels:
             more = ". The backbone also predicts the variance, which heliostat doesn't train" if said == 2 * channels else ""
@@ -93,24 +93,34 @@ class Parts:
                 f"model.backbone.out_channels: {said} given, but the prediction target has {channels} channels{more}. "
                 f"Set this key to {channels}, or use another backbone"
             )
-        if self._conditioned(keys):
-            raise ConfigError(
-                "model.backbone.use_additional_conditions: not supported: the model expects each image's "
-                "resolution and aspect ratio. Use a model with use_additional_conditions: false"
-            )
-        for key in config.TEXT_WIDTHS[self.arch]:
+        if fault := self.family.fault(keys, "pretrained" in self.model.backbone):
+            raise ConfigError(f"model.backbone.{fault}")
+        for key in self.family.widths:
             if keys.get(key, self.width) != self.width:
                 raise ConfigError(
                     f"model.backbone.{key}: {keys[key]} given, but the text encoder's width is {self.width}. "
                     f"Set this key to {self.width}, or use another text encoder"
                 )
+        self._divide(keys)
         for name, weights in folders.items():
             if weights:
                 config.require_weights(f"model.{name}.pretrained", str(weights.pretrained))
         with torch.device("meta"):
             self.build()  # fails if the keys don't fit together
             if "pretrained" in self.model.backbone:
-                self._try(config.BACKBONES[self.arch].from_config(keys))
+                self._try(self.family.cls.from_config(keys))
+
+    def _divide(self, keys: config.Keys) -> None:
+        """Raises ConfigError if the backbone can't cut the images of a dataset into patches."""
+        step = self.family.step(keys)
+        for size in {(m.meta["size"][0], m.meta["size"][1]) for m in self.sources}:
+            _, height, width = self.shape(size)
+            if height % step or width % step:
+                pixels = step * size[0] // width
+                raise ConfigError(
+                    f"data.sources: images of {size[0]}x{size[1]} pixels given, but the backbone needs sides that are multiples "
+                    f"of {pixels} pixels. Change `resolution` in the pipeline, or use another backbone"
+                )
 
     def presume(self, count: int) -> pa.Table | None:
         """Returns placeholder samples for datasets that don't exist yet, in sizes from the backbone. The samples are latents if
@@ -147,30 +157,19 @@ class Parts:
         Without datasets, uses the backbone's key for this width if the job sets this key, because the encoder's folder may be
         missing.
         """
-        width = self._given().get(config.TEXT_WIDTHS[self.arch][0])
+        width = self._given().get(self.family.width)
         return width if self.facts is None and width else self.width
 
     def _given(self) -> config.Keys:
         """Returns the backbone's keys from the job, or the configuration in the pretrained backbone's folder."""
         keys = self.model.backbone
-        return config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
+        return config.folder_config(config.PRETRAINED, keys["pretrained"]) | keys if "pretrained" in keys else keys
 
     def _answers(self, keys: config.Keys) -> int:
         """Returns the number of channels of the backbone's output, from the backbone's keys."""
         written = "pretrained" in self.model.backbone or "out_channels" in keys
-        default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # the classes' defaults; None means the number of input channels
-        said = keys.get("out_channels", default) if written else None
+        said = self.family.answers(keys) if written else None
         return self.shape()[0] if said is None else said
-
-    def _conditioned(self, keys: config.Keys) -> bool:
-        """Checks whether a PixArt model needs resolutions and aspect ratios as inputs.
-
-        The model's key `use_additional_conditions` decides this. If the key is None, a model with a side of 128 latents needs
-        these inputs, as in diffusers' class.
-        """
-        said = keys.get("use_additional_conditions")
-        known = "pretrained" in self.model.backbone or "use_additional_conditions" in keys
-        return self.arch == "pixart" and known and bool(keys.get("sample_size", 128) == 128 if said is None else said)
 
     @torch.no_grad()
     def _try(self, backbone: nn.Module) -> None:
@@ -196,7 +195,7 @@ class Parts:
         returns the backbone's values."""
         if self.facts is None:
             keys = self._given()
-            return keys.get("in_channels", 4), keys.get("sample_size", 64), keys.get("sample_size", 64)
+            return self.family.channels(keys), keys.get("sample_size", 64), keys.get("sample_size", 64)
         width, height = size or self.facts.size
         if self.vae_config is None:
             return self.facts.channels, height, width
@@ -206,17 +205,12 @@ class Parts:
     def _defaults(self) -> dict[str, object]:
         """Derives the backbone's keys that follow from the data and the text encoder."""
         out: dict[str, object] = {}
-        keys = self.model.backbone
         if self.facts:
-            out |= dict.fromkeys(config.TEXT_WIDTHS[self.arch], self.width)
+            out |= dict.fromkeys(self.family.widths, self.width)
             channels, height, width = self.shape()
-            out |= {"in_channels": channels, "out_channels": channels, "sample_size": max(height, width)}
-        if self.arch == "pixart":
-            out |= {"cross_attention_dim": keys.get("num_attention_heads", 16) * keys.get("attention_head_dim", 72)}
-            out |= {"use_additional_conditions": False}
-        if self.arch == "sd3":
-            out |= {"caption_projection_dim": keys.get("num_attention_heads", 18) * keys.get("attention_head_dim", 64)}
-        return out
+            inputs = channels * self.family.packed
+            out |= {"in_channels": inputs, "out_channels": inputs, "sample_size": max(height, width)}
+        return out | self.family.derived(self.model.backbone)
 
     def build(self) -> nn.Module:
         trained, end = not self.model.text.pretrained, self.facts.end if self.facts else 0

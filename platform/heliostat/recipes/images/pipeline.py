@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -18,18 +18,127 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 
-def predict(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Computes the backbone's prediction. `t`: [n]. `text`: [n, tokens, width]. Raises TypeError for a class that isn't a
-    backbone."""
+def predict(
+    backbone: Any,
+    noisy: torch.Tensor,
+    t: torch.Tensor,
+    text: torch.Tensor,
+    pooled: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    guidance: float = 1.0,
+) -> torch.Tensor:
+    """Computes the backbone's prediction. `t`: [n], from 0 to 1000. `text`: [n, tokens, width].
+
+    `pooled`: [n, width], the embedding of the complete caption; None: the mean of the tokens. `mask`: [n, tokens], 0 for padding
+    that the backbone ignores; None: the backbone ignores no token. `guidance`: the guidance scale that a distilled model gets as
+    input. Raises TypeError for a class that isn't a backbone.
+    """
     kind = type(backbone).__name__
-    if kind == "UNet2DConditionModel":
-        return backbone(noisy, t, encoder_hidden_states=text).sample
-    if kind == "PixArtTransformer2DModel":
-        sizes = {"resolution": None, "aspect_ratio": None}
-        return backbone(noisy, encoder_hidden_states=text, timestep=t, added_cond_kwargs=sizes).sample
-    if kind == "SD3Transformer2DModel":
-        return backbone(noisy, encoder_hidden_states=text, pooled_projections=text.mean(dim=1), timestep=t).sample
-    raise TypeError(f"{kind} isn't a backbone of this pipeline")
+    if kind not in CALLS:
+        raise TypeError(f"{kind} isn't a backbone of this pipeline")
+    caption = Caption(text, text.mean(dim=1) if pooled is None else pooled, mask, guidance)
+    prediction: torch.Tensor = CALLS[kind](backbone, noisy, t, caption)
+    return prediction
+
+
+class Caption(NamedTuple):
+    """Describes the text inputs of a backbone. The fields are the arguments of `predict`."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor
+    mask: torch.Tensor | None
+    guidance: float
+
+
+def _unet(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
+    return backbone(noisy, t, encoder_hidden_states=text.tokens, encoder_attention_mask=text.mask).sample
+
+
+def _pixart(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
+    sizes = {"resolution": None, "aspect_ratio": None}
+    return backbone(
+        noisy, encoder_hidden_states=text.tokens, timestep=t, added_cond_kwargs=sizes, encoder_attention_mask=text.mask
+    ).sample
+
+
+def _sd3(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
+    return backbone(noisy, encoder_hidden_states=text.tokens, pooled_projections=text.pooled, timestep=t).sample
+
+
+def _flux(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
+    """Calls FLUX, whose tokens are squares of 2 x 2 latents, and whose time is between 0 and 1."""
+    n, channels, height, width = noisy.shape
+    rows, columns = height // 2, width // 2
+    packed = noisy.view(n, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).reshape(n, rows * columns, 4 * channels)
+    places = torch.zeros(rows, columns, 3, device=noisy.device)
+    places[..., 1] += torch.arange(rows, device=noisy.device)[:, None]
+    places[..., 2] += torch.arange(columns, device=noisy.device)[None, :]
+    strength = torch.full((n,), text.guidance, device=noisy.device) if distilled(backbone) else None
+    said = backbone(
+        packed, encoder_hidden_states=text.tokens, pooled_projections=text.pooled, timestep=t / 1000, guidance=strength,
+        img_ids=places.view(-1, 3), txt_ids=torch.zeros(text.tokens.shape[1], 3, device=noisy.device),
+    ).sample  # fmt: skip
+    return said.view(n, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(noisy.shape)
+
+
+def _lumina(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
+    """Calls Lumina, whose time goes from noise (0) to image (1), so that its prediction has the other sign."""
+    mask: Any = EveryToken(text.tokens.shape[0], text.tokens.shape[1]) if text.mask is None else text.mask
+    return -backbone(noisy, 1 - t / 1000, text.tokens, mask).sample
+
+
+def _sana(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
+    scaled = t * backbone.config.timestep_scale
+    return backbone(noisy, encoder_hidden_states=text.tokens, timestep=scaled, encoder_attention_mask=text.mask).sample
+
+
+def _prx(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
+    return backbone(noisy, timestep=t / 1000, encoder_hidden_states=text.tokens, attention_mask=text.mask).sample
+
+
+CALLS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor, Caption], Any]] = {
+    "UNet2DConditionModel": _unet,
+    "PixArtTransformer2DModel": _pixart,
+    "SD3Transformer2DModel": _sd3,
+    "FluxTransformer2DModel": _flux,
+    "Lumina2Transformer2DModel": _lumina,
+    "SanaTransformer2DModel": _sana,
+    "PRXTransformer2DModel": _prx,
+}
+
+
+class EveryToken:
+    """Replaces the mask that Lumina's class requires, if no token is ignored.
+
+    The class reads the lengths of captions from the mask. On a GPU, this waits for the device; without values, as in a plan, it's
+    impossible. The lengths of this mask are known without a tensor, and attention gets no mask.
+    """
+
+    def __init__(self, captions: int, tokens: int) -> None:
+        self.shape = (captions, tokens)
+
+    def sum(self, dim: int) -> EveryToken:
+        return self
+
+    def tolist(self) -> list[int]:
+        return [self.shape[1]] * self.shape[0]
+
+    def bool(self) -> EveryToken:
+        return self
+
+    def view(self, *shape: int) -> None:
+        return None
+
+
+def channels(backbone: Any) -> int:
+    """Returns the channels of the noised tensor."""
+    inputs: int = backbone.config.in_channels
+    return inputs // 4 if type(backbone).__name__ == "FluxTransformer2DModel" else inputs
+
+
+def distilled(backbone: Any) -> bool:
+    """Returns whether a model gets the guidance scale as input, so that it needs no prediction without text."""
+    return bool(getattr(backbone.config, "guidance_embeds", False))
 
 
 def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
@@ -108,16 +217,21 @@ class TextToImagePipeline(DiffusionPipeline):
     scheduler: Any
     _execution_device: Any
     register_modules: Any
+    register_to_config: Any
+    config: Any
     model_cpu_offload_seq = "text_encoder->unet->transformer->vae"
     _optional_components = ["unet", "transformer", "vae"]
 
     def __init__(self, scheduler: Any, text_encoder: Any, tokenizer: Any, unet: Any = None, transformer: Any = None,
-                 vae: Any = None, pooling: str | None = None, predicts_image: bool = False) -> None:  # fmt: skip
+                 vae: Any = None, pooling: str | None = None, predicts_image: bool = False,
+                 sample_size: int | None = None) -> None:  # fmt: skip
+        """Puts the models of an export together. `predicts_image`: see `denoise`. `sample_size`: the side of the noised tensor in
+        training; None: the side in the backbone's configuration."""
         super().__init__()
         self.register_modules(
             scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, transformer=transformer, vae=vae
         )
-        self.register_to_config(pooling=pooling, predicts_image=predicts_image)
+        self.register_to_config(pooling=pooling, predicts_image=predicts_image, sample_size=sample_size)
         self.processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
     @property
@@ -128,6 +242,11 @@ class TextToImagePipeline(DiffusionPipeline):
     def factor(self) -> int:
         """Returns the side, in pixels, of the image square that one latent encodes. Returns 1 without an autoencoder."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+
+    @property
+    def side(self) -> int:
+        """Returns the side of an image in training, in pixels."""
+        return int(self.config.sample_size or self.backbone.config.sample_size) * self.factor
 
     @torch.no_grad()
     def __call__(
@@ -149,8 +268,8 @@ class TextToImagePipeline(DiffusionPipeline):
         tokens = tokenize(self.tokenizer, [*[""] * len(prompts), *prompts])
         ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
         text = embed(self.text_encoder, ids, mask, self.config.pooling).to(dtype)
-        side = backbone.config.sample_size * self.factor
-        shape = (len(prompts), backbone.config.in_channels, (height or side) // self.factor, (width or side) // self.factor)
+        side = self.side
+        shape = (len(prompts), channels(backbone), (height or side) // self.factor, (width or side) // self.factor)
         draws = generator if isinstance(generator, list) else [generator or torch.Generator("cpu")] * len(prompts)
         x = denoise(
             lambda noisy, t: predict(backbone, noisy.to(dtype), t, text),

@@ -300,6 +300,8 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
     else:
         index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.parts.name}
         index |= {"pooling": text.pooling} if text.pooling else {}
+        if "sample_size" not in backbone.config:
+            index["sample_size"] = max(recipe.parts.shape()[1:])
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
