@@ -13,25 +13,13 @@ from diffusers import DiffusionPipeline
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.images.pipeline import embed, tokenize
-from transformers import BertConfig, BertModel
 
 from tests.unit import build_images
 from tests.unit.build_images import folder_of, image, prepared
-from tests.unit.build_text_to_image import clip, export, recipe, woken
+from tests.unit.build_text_to_image import bert, clip, export, recipe, woken
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH, WIDTH = 12, 24
-
-
-def bert(folder: Path, dataset: Path) -> Path:
-    from heliostat.recipes.images import diffusers_folder
-
-    torch.manual_seed(6)
-    config = BertConfig(vocab_size=320, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                        max_position_embeddings=16)  # fmt: skip
-    BertModel(config).save_pretrained(folder)
-    diffusers_folder.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, LENGTH).save_pretrained(folder)
-    return folder
 
 
 def dataset_of(place: Path, latents: dict[str, Any]) -> manifest.Manifest:
@@ -45,7 +33,7 @@ def dataset_of(place: Path, latents: dict[str, Any]) -> manifest.Manifest:
 @pytest.mark.parametrize("pooling", [None, "mean"])
 def test_stored_embeddings_train_as_the_encoder_itself_does_and_draw_the_same_after_the_export(pooling, digits, tmp_path):
     """Of BERT, with pixels. Training gets what it gets if the encoder embeds the captions in every step, within float16."""
-    folder = bert(tmp_path / "bert", digits)
+    folder = bert(tmp_path / "bert", digits, LENGTH, WIDTH)
     text: dict[str, Any] = {"pretrained": str(folder), "length": LENGTH} | ({"pooling": pooling} if pooling else {})
     made = dataset_of(tmp_path, {"text_encoder": str(folder), "length": LENGTH, "pooling": pooling})
     place = tmp_path / "out"
@@ -76,7 +64,7 @@ def test_stored_embeddings_train_as_the_encoder_itself_does_and_draw_the_same_af
 
 def test_the_rows_of_berts_padding_are_zero_and_no_other_row_is(digits, tmp_path):
     """So a reader of the dataset knows the padding without the captions."""
-    folder = bert(tmp_path / "bert", digits)
+    folder = bert(tmp_path / "bert", digits, LENGTH, WIDTH)
     made = dataset_of(tmp_path, {"text_encoder": str(folder), "length": LENGTH})
     from heliostat.recipes.images import config
 
@@ -104,7 +92,7 @@ def test_wrong_keys_are_rejected_before_anything_is_computed(digits, tmp_path):
         dataset_of(tmp_path / "c", {"text_encoder": str(folder), "length": 8})
     with pytest.raises(ConfigError, match=r"pooling needs a pretrained encoder"):
         recipe(digits, text={**build_images.TEXT, "pooling": "mean"})
-    folder = bert(tmp_path / "bert", digits)
+    folder = bert(tmp_path / "bert", digits, LENGTH, WIDTH)
     dataset_of(tmp_path / "d", {"text_encoder": str(folder), "length": LENGTH, "pooling": "mean"})
     with pytest.raises(ConfigError, match=r"^model\.text\.pooling: captions have 12 embeddings of width 24, but 1 of width 24"):
         recipe(tmp_path / "d/out", text={"pretrained": str(folder), "length": LENGTH})

@@ -177,7 +177,7 @@ class ImageMaking(Making):
         ranges = self.ranges(dealt, total, lambda first, stop: (first, stop))
         plan = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
         plan |= recording.arguments(self.every)
-        stored = dict.fromkeys(name for stage in self.stages for name in stage.stored())
+        stored = dict.fromkeys([*self.source.stored, *(name for stage in self.stages for name in stage.stored())])
         plan |= {"stored": tuple(stored)} if stored else {}
         places = [(bucket, i) for bucket, (_, number) in shards.items() for i in range(number)]
 

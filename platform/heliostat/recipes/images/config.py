@@ -54,6 +54,9 @@ class Text(Strict):
     pooling: Literal["mean"] | None = None
     """`mean`: the model gets one embedding per caption, the mean over the caption's tokens. Needs `pretrained`. Unset: the model
     gets one embedding per token."""
+    whiten: bool = False
+    """Initializes the backbone's projection of captions so that the datasets' captions have mean zero and unit covariance. Needs
+    `pooling`, and a U-Net with `encoder_hid_dim_type: text_proj`."""
     length: int = Field(default=77, gt=1)
     """Maximum tokens of a caption; longer captions are truncated."""
     hidden_size: int = Field(default=256, gt=0)
@@ -69,8 +72,10 @@ class Text(Strict):
     def _fits(self) -> Text:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"num_attention_heads: {self.num_attention_heads} doesn't divide hidden_size {self.hidden_size}")
-        if self.pretrained and self.model_fields_set - {"pretrained", "length", "pooling"}:
-            raise ValueError("a pretrained encoder takes its shape from its folder. Set only pretrained, length, and pooling")
+        if self.pretrained and self.model_fields_set - {"pretrained", "length", "pooling", "whiten"}:
+            raise ValueError(
+                "a pretrained encoder takes its shape from its folder. Set only pretrained, length, pooling, and whiten"
+            )
         if self.pooling and not self.pretrained:
             raise ValueError("pooling needs a pretrained encoder. Set pretrained, or remove pooling")
         return self
@@ -116,8 +121,24 @@ class Samples(Strict):
     """Images per prompt."""
     judge: bool = False
     """Scores samples of labeled prompts with a classifier trained on the real images, see docs/diffusion.md#scores-and-samples"""
+    held_out: str | None = Field(default=None, min_length=1)
+    """Held-out dataset whose captions are the prompts, see docs/diffusion.md#held-out-pictures. Unset: `prompts` are the
+    prompts."""
     features: Features | None = None
     """Folder of an image model of `transformers` whose features FID and KID use. Unset: FID and KID aren't computed."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Samples:
+        if self.held_out and (self.prompts or self.judge or self.features):
+            raise ValueError(
+                "held_out brings its own prompts and scores. Remove held_out, or remove prompts, judge, and features"
+            )
+        return self
+
+    @property
+    def draws(self) -> bool:
+        """Returns whether the run generates images after every evaluation."""
+        return bool(self.prompts or self.held_out)
 
 
 class Model(Strict):
@@ -128,6 +149,12 @@ class Model(Strict):
     """The text encoder."""
     autoencoder: Folder | None = None
     """Frozen autoencoder in whose latent space the model works. Unset: the model works on pixels."""
+    patch: int = Field(default=1, gt=0)
+    """Side of a patch in pixels: the model works on patches as channels (docs/diffusion.md#patches). 1: no patches. Must be 1
+    with an autoencoder."""
+    orthogonal_filters: bool = False
+    """Muon also optimizes the filters of hidden convolutions, as matrices with a row per output. Needs `train.optimizer.name:
+    muon`."""
     objective: NoiseObjective = NoiseObjective()
     """Noise schedule, prediction target, and loss weights."""
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from heliostat.recipes.images.pipeline import TextToImagePipeline
 
-SETTINGS = ("pooling", "predicts_image", "sample_size")  # of the pipeline, in model_index.json
+SETTINGS = ("patch", "pooling", "predicts_image", "sample_size")  # of the pipeline, in model_index.json
 REQUIREMENTS = ("mlflow", "torch", "transformers", "accelerate", "diffusers", "pillow")
 
 

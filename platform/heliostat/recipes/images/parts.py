@@ -19,7 +19,7 @@ from heliostat.data.device_streams import Arrival
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.constants import Constant
-from heliostat.recipes.images import config, diffusers_folder, rows
+from heliostat.recipes.images import config, diffusers_folder, patches, rows, whitening
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.pipeline import embed, predict, tokenize
 from heliostat.recipes.protocol import Companion
@@ -81,6 +81,8 @@ class Parts:
             raise ConfigError(
                 "model.text: the datasets have no tokenizer. Prepare the datasets with a tokenizer, or set model.text.pretrained"
             )
+        sizes = [(m.meta["size"][0], m.meta["size"][1]) for m in sources]
+        patches.check(self.model.patch, sizes, self.vae_config is not None)
         keys, channels = self._given(), self.shape()[0]
         if self.family.channels(keys, channels) != channels:
             raise ConfigError(
@@ -95,13 +97,15 @@ class Parts:
             )
         if fault := self.family.fault(keys, "pretrained" in self.model.backbone):
             raise ConfigError(f"model.backbone.{fault}")
-        for key in self.family.widths:
+        for key in self.family.widths(keys):
             if keys.get(key, self.width) != self.width:
                 raise ConfigError(
                     f"model.backbone.{key}: {keys[key]} given, but the text encoder's width is {self.width}. "
                     f"Set this key to {self.width}, or use another text encoder"
                 )
         self._divide(keys)
+        if self.model.text.whiten:
+            whitening.check(keys, self.model.text.pooling, f.text is not None)
         for name, weights in folders.items():
             if weights:
                 config.require_weights(f"model.{name}.pretrained", str(weights.pretrained))
@@ -134,9 +138,9 @@ class Parts:
         if self.facts is None:
             channels, height, width = self.shape()
             latents, text = self.vae_config is not None, (self.model.text.embeddings, self.width)
-            factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1) if self.vae_config else 1
+            factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1) if self.vae_config else self.model.patch
             size = width * factor, height * factor
-            content, of_image = ("latents", 3) if latents else ("images", channels)
+            content, of_image = ("latents", 3) if latents else ("images", channels // self.model.patch**2)
             self.facts = rows.DatasetFacts(content, of_image, size, None, 0, 0, text, {})
             self.empty = {"text": torch.zeros(text)}
         return rows.blank(self.facts, self.shape(), count)
@@ -157,7 +161,7 @@ class Parts:
         Without datasets, uses the backbone's key for this width if the job sets this key, because the encoder's folder may be
         missing.
         """
-        width = self._given().get(self.family.width)
+        width = self._given().get(self.family.widths(self._given())[0])
         return width if self.facts is None and width else self.width
 
     def _given(self) -> config.Keys:
@@ -198,7 +202,7 @@ class Parts:
             return self.family.channels(keys), keys.get("sample_size", 64), keys.get("sample_size", 64)
         width, height = size or self.facts.size
         if self.vae_config is None:
-            return self.facts.channels, height, width
+            return patches.shape(self.model.patch, self.facts.channels, (width, height))
         factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         return self.vae_config["latent_channels"], height // factor, width // factor
 
@@ -206,7 +210,7 @@ class Parts:
         """Derives the backbone's keys that follow from the data and the text encoder."""
         out: dict[str, object] = {}
         if self.facts:
-            out |= dict.fromkeys(self.family.widths, self.width)
+            out |= dict.fromkeys(self.family.widths(self.model.backbone), self.width)
             channels, height, width = self.shape()
             inputs = channels * self.family.packed
             out |= {"in_channels": inputs, "out_channels": inputs, "sample_size": max(height, width)}
@@ -219,6 +223,8 @@ class Parts:
             vocabulary = -(-self.facts.vocabulary // 64) * 64 if self.facts else 64
             encoder = config.build_text_encoder(self.model.text, vocabulary, end)
         backbone = config.build_backbone(self.model.backbone, self._defaults())
+        if self.model.text.whiten and "pretrained" not in self.model.backbone:
+            whitening.whiten(backbone.encoder_hid_proj, self.sources)
         if self.checkpointing:
             backbone.enable_gradient_checkpointing()
             if encoder is not None:
@@ -258,7 +264,7 @@ class Parts:
             parts["text_encoder"] = Companion(size, self.facts.text is None)
         if self.vae_config:
             parts["vae"] = Companion(config.frozen_bytes(self.vae_config, self.frozen_type), self.facts.content == "images")
-        return {name: c for name, c in parts.items() if c.every_step or self.model.samples.prompts}
+        return {name: c for name, c in parts.items() if c.every_step or self.model.samples.draws}
 
     def rest(self) -> None:
         """Moves an encoder off the device if the datasets contain its outputs, because then only image generation needs the
@@ -310,10 +316,10 @@ class Parts:
 
     @torch.no_grad()
     def clean(self, content: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
-        """Returns the tensor to which noise is added: pixels, or latents drawn from their distribution (stored, or computed from
-        pixels)."""
+        """Returns the tensor to which noise is added: pixels or their patches, or latents drawn from their distribution (stored,
+        or computed from pixels)."""
         if self.vae_config is None:
-            return content
+            return patches.cut(content, self.model.patch)
         if self.facts and self.facts.content == "images":
             encoder = self.frozen_on("vae", content.device)
             content = encoder.encode(content.to(self.frozen_type)).latent_dist.parameters.float()

@@ -224,14 +224,14 @@ class TextToImagePipeline(DiffusionPipeline):
 
     def __init__(self, scheduler: Any, text_encoder: Any, tokenizer: Any, unet: Any = None, transformer: Any = None,
                  vae: Any = None, pooling: str | None = None, predicts_image: bool = False,
-                 sample_size: int | None = None) -> None:  # fmt: skip
+                 sample_size: int | None = None, patch: int = 1) -> None:  # fmt: skip
         """Puts the models of an export together. `predicts_image`: see `denoise`. `sample_size`: the side of the noised tensor in
-        training; None: the side in the backbone's configuration."""
+        training; None: the side in the backbone's configuration. `patch`: see `decode`."""
         super().__init__()
         self.register_modules(
             scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, transformer=transformer, vae=vae
         )
-        self.register_to_config(pooling=pooling, predicts_image=predicts_image, sample_size=sample_size)
+        self.register_to_config(pooling=pooling, predicts_image=predicts_image, sample_size=sample_size, patch=patch)
         self.processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
     @property
@@ -240,8 +240,9 @@ class TextToImagePipeline(DiffusionPipeline):
 
     @property
     def factor(self) -> int:
-        """Returns the side, in pixels, of the image square that one latent encodes. Returns 1 without an autoencoder."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+        """Returns the side, in pixels, of the image square that one latent encodes. Without an autoencoder, returns the side of a
+        patch."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else self.config.patch
 
     @property
     def side(self) -> int:
@@ -276,16 +277,16 @@ class TextToImagePipeline(DiffusionPipeline):
             self.scheduler, shape, num_inference_steps, guidance_scale, draws, device,
             self.config.predicts_image, clip=self.vae is None,
         )  # fmt: skip
-        pixels = decode(self.vae, x)
+        pixels = decode(self.vae, x, self.config.patch)
         images: Any = self.processor.postprocess(pixels.float().cpu(), output_type=output_type)
         if output_type == "pil" and pixels.shape[1] == 1:
             images = [image.convert("L") for image in images]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def decode(vae: Any, x: torch.Tensor) -> torch.Tensor:
-    """Decodes samples to pixels in [-1, 1]."""
+def decode(vae: Any, x: torch.Tensor, patch: int = 1) -> torch.Tensor:
+    """Decodes samples to pixels in [-1, 1]. `patch`: without an autoencoder, the side of a patch of pixels."""
     if vae is None:
-        return x.clamp(-1, 1)
+        return torch.nn.functional.pixel_shuffle(x.clamp(-1, 1), patch)
     dtype = next(vae.parameters()).dtype
     return vae.decode((x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(dtype)).sample.clamp(-1, 1)

@@ -35,13 +35,26 @@ from heliostat import extras
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes.images import diffusers_folder, rows
+from heliostat.optim.matrix_shapes import FILTERS
+from heliostat.recipes.images import diffusers_folder, held_out, rows
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import Predictor, PromptGallery
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
 from heliostat.recipes.images.pipeline import TextToImagePipeline, decode, tokenize
-from heliostat.recipes.protocol import Batch, Companion, Draws, Evaluates, Generated, Loss, Paints, Recipe, Serves, Serving
+from heliostat.recipes.protocol import (
+    Batch,
+    Companion,
+    Draws,
+    Evaluates,
+    Generated,
+    Group,
+    Loss,
+    Paints,
+    Recipe,
+    Serves,
+    Serving,
+)
 from heliostat.schema import validate
 
 if TYPE_CHECKING:
@@ -49,6 +62,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {"TextToImage": ("diffusers",)}
 QUARTERS = 4
+ENDS = ("conv_in", "conv_out", "proj")  # convolutions at the ends of a backbone
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
 
@@ -68,6 +82,11 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         self.process = Process(self.model.objective)
         self.sampler = self.model.samples.sampler or ("euler" if self.process.flow else "ddim")
         self.process.scheduler(self.sampler)
+        if self.model.orthogonal_filters and not job.train.optimizer.orthogonalizes:
+            raise ConfigError(
+                f"model.orthogonal_filters: not supported by train.optimizer.name {job.train.optimizer.name!r}. "
+                "Set the optimizer to muon, or remove this key"
+            )
         self.seed, self.one_source = job.train.seed, job.data.one_source_batches
         if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
             raise ConfigError(
@@ -77,6 +96,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
             extras.require("images", "sklearn", what="model.samples.judge")
         drawn = self.model.samples if self.model.samples.prompts else None
         judged = ("conditional_accuracy", "classifier_accuracy", "chance") if drawn and drawn.judge else ()
+        judged += tuple(f"{prefix}{name}" for prefix in ("", "real_") for name in held_out.SCORES if self.model.samples.held_out)
         compared = ("fid", "kid", "real_images") if drawn and drawn.features else ()
         self.scores = ("loss", *(f"loss_t{i}" for i in range(QUARTERS)), *judged, *compared)
 
@@ -89,6 +109,12 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
     def build(self) -> nn.Module:
         return self.parts.build()
+
+    def group(self, name: str, shape: tuple[int, ...]) -> Group:
+        """Returns the parameter's group. With `model.orthogonal_filters`, filters between hidden convolutions are hidden
+        matrices."""
+        hidden = self.model.orthogonal_filters and len(shape) == FILTERS and name.split(".")[-2] not in ENDS
+        return Group(hidden=True) if hidden else super().group(name, shape)
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -194,6 +220,8 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
     def gallery(self) -> PromptGallery | None:
         """Returns the gallery to generate after every evaluation; None if the job has no prompts."""
+        if self.model.samples.held_out:
+            return held_out.HeldOutGallery(self)
         return PromptGallery(self) if self.model.samples.prompts else None
 
     def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Predictor]:
@@ -213,7 +241,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def pixels_of(self, sampled: torch.Tensor) -> np.ndarray:
         """Decodes samples to pixels, uint8 [n, height, width, channels]."""
         vae = self.parts.frozen_on("vae", sampled.device) if self.parts.vae_config is not None else None
-        pixels = decode(vae, sampled).float().cpu()
+        pixels = decode(vae, sampled, self.model.patch).float().cpu()
         return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
     # the export ------------------------------------------------------------------------------------------------------
@@ -300,6 +328,7 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
     else:
         index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.parts.name}
         index |= {"pooling": text.pooling} if text.pooling else {}
+        index |= {"patch": recipe.model.patch} if recipe.model.patch > 1 else {}
         if "sample_size" not in backbone.config:
             index["sample_size"] = max(recipe.parts.shape()[1:])
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))

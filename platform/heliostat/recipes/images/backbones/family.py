@@ -57,8 +57,10 @@ class Family:
         own = list(inspect.signature(self.cls.__init__).parameters)[1:]
         return own if SIZE in own else [*own, SIZE]
 
-    @property
-    def widths(self) -> tuple[str, ...]:
+    def widths(self, keys: Keys) -> tuple[str, ...]:
+        """Returns the keys that must be the text's width."""
+        if keys.get("encoder_hid_dim_type") == "text_proj":  # the U-Net projects the text to its own width
+            return ("encoder_hid_dim",)
         return (self.width, self.pooled) if self.pooled else (self.width,)
 
     def own(self, keys: Keys) -> Keys:
