@@ -122,7 +122,7 @@ class Samples(Strict):
     judge: bool = False
     """Scores samples of labeled prompts with a classifier trained on the real images, see docs/diffusion.md#scores-and-samples"""
     held_out: str | None = Field(default=None, min_length=1)
-    """Held-out dataset whose captions are the prompts, see docs/diffusion.md#held-out-pictures. Unset: `prompts` are the
+    """Held-out dataset whose captions are the prompts, see docs/pictures.md#held-out-pictures. Unset: `prompts` are the
     prompts."""
     features: Features | None = None
     """Folder of an image model of `transformers` whose features FID and KID use. Unset: FID and KID aren't computed."""
@@ -150,7 +150,7 @@ class Model(Strict):
     autoencoder: Folder | None = None
     """Frozen autoencoder in whose latent space the model works. Unset: the model works on pixels."""
     patch: int = Field(default=1, gt=0)
-    """Side of a patch in pixels: the model works on patches as channels (docs/diffusion.md#patches). 1: no patches. Must be 1
+    """Side of a patch in pixels: the model works on patches as channels (docs/pictures.md#patches). 1: no patches. Must be 1
     with an autoencoder."""
     orthogonal_filters: bool = False
     """Muon also optimizes the filters of hidden convolutions, as matrices with a row per output. Needs `train.optimizer.name:
