@@ -156,3 +156,13 @@ def test_held_out_captions_are_drawn_and_compared_with_their_real_pictures(place
         recipe(places[2], **model_keys(places, samples=samples)).gallery()
     with pytest.raises(ConfigError, match=r"held_out brings its own prompts and scores"):
         recipe(places[1], **model_keys(places, samples={**samples, "prompts": [{"text": "a key"}]}))
+
+
+def test_the_job_is_planned_before_its_dataset_exists(places, tmp_path):
+    from heliostat.plan import planner
+
+    backbone = {**BACKBONE, "sample_size": 8, "in_channels": 12, "out_channels": 12, "encoder_hid_dim": WIDTH}
+    wanted = job(**build_images.job(tmp_path / "nowhere", **model_keys(places, backbone=backbone)))
+    j, made, _ = planner.bound(wanted, TextToImage(wanted))
+    found = planner.plan(j, made)
+    assert made.parts.facts.size == (16, 16) and made.parts.facts.channels == 3 and found["memory"]["activations"] > 0

@@ -52,6 +52,7 @@ class Parts:
         self.arch, self.family = config.backbone_family(model.backbone)
         self.name = self.family.part  # a pipeline's name for the backbone
         self.facts: rows.DatasetFacts | None = None
+        self.sources: list[Manifest] = []
 
     def bind(self, sources: list[Manifest], one_source: bool) -> None:
         """Reads channels, sizes, and tokenizer from the datasets. Raises ConfigError if the datasets don't fit the models, or if
