@@ -105,7 +105,8 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     """Averages each value with its eight neighbors, float32 [n, height, width]. Values outside are those of the border."""
     padded = np.pad(values, ((0, 0), (1, 1), (1, 1)), "edge")
     height, width = values.shape[1:]
-    return sum(padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)) / 9
+    windows = [padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return np.asarray(np.mean(windows, axis=0))
 
 
 def shifted(pictures: np.ndarray, rows: int, columns: int) -> np.ndarray:
