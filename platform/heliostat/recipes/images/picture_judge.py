@@ -62,8 +62,8 @@ class PictureJudge:
 
     def styles(self, pictures: np.ndarray) -> list[str]:
         """Recognizes the style of each picture."""
-        found: list[str] = self._styles.predict(histograms(pictures)).tolist()
-        return found
+        predicted: list[str] = self._styles.predict(histograms(pictures)).tolist()
+        return predicted
 
     def accuracy(self, wanted: LabeledPictures, pictures: np.ndarray) -> dict[str, float]:
         """Returns the shares of pictures whose subject is the most likely (`top1`) or one of the five most likely (`top5`), and
