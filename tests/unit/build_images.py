@@ -42,6 +42,19 @@ PIXART: dict[str, Any] = {"arch": "pixart", "num_layers": 2, "num_attention_head
 SD3: dict[str, Any] = {
     "arch": "sd3", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2, "pos_embed_max_size": 8
 }  # fmt: skip
+FLUX: dict[str, Any] = {
+    "arch": "flux", "num_layers": 1, "num_single_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12,
+    "axes_dims_rope": [4, 4, 4],
+}  # fmt: skip
+LUMINA: dict[str, Any] = {
+    "arch": "lumina", "hidden_size": 24, "num_layers": 2, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1,
+    "multiple_of": 8, "axes_dim_rope": [4, 4, 4],
+}  # fmt: skip
+SANA: dict[str, Any] = {
+    "arch": "sana", "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 8,
+}  # fmt: skip
+PRX: dict[str, Any] = {"arch": "prx", "hidden_size": 16, "num_heads": 2, "depth": 2, "axes_dim": [4, 4]}
 TEXT: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "length": 8}
 
 

@@ -14,13 +14,13 @@ from heliostat.recipes.images import diffusers_folder
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.storage.locations import Location
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
 
 from tests.unit import build_images
-from tests.unit.build_images import PIXART, SD3, UNET
+from tests.unit.build_images import FLUX, LUMINA, PIXART, PRX, SANA, SD3, UNET
 from tests.unit.build_job import job
 
-BACKBONES = {"unet": UNET, "pixart": PIXART, "sd3": SD3}
+BACKBONES = {"unet": UNET, "pixart": PIXART, "sd3": SD3, "flux": FLUX, "lumina": LUMINA, "sana": SANA, "prx": PRX}
 
 
 def recipe(dataset: Path, **model: Any) -> TextToImage:
@@ -43,7 +43,8 @@ def export(made: TextToImage, model: torch.nn.Module, folder: Path) -> Path:
     made.save_config(folder)
     for prefix, file in made.layout.items():
         mine = {n.removeprefix(prefix): t.contiguous() for n, t in model.state_dict().items() if n.startswith(prefix)}
-        save_file(mine, folder / f"{file}.safetensors", {"format": "pt"})
+        if mine:  # a frozen encoder's weights are those of its folder
+            save_file(mine, folder / f"{file}.safetensors", {"format": "pt"})
     return folder
 
 
@@ -70,4 +71,13 @@ def clip(folder: Path, dataset: Path, width: int = 16) -> Path:
                             max_position_embeddings=8)  # fmt: skip
     CLIPTextModel(config).save_pretrained(folder)
     diffusers_folder.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, 8).save_pretrained(folder)
+    return folder
+
+
+def bert(folder: Path, dataset: Path, length: int, width: int) -> Path:
+    torch.manual_seed(6)
+    config = BertConfig(vocab_size=320, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                        max_position_embeddings=16)  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    diffusers_folder.tokenizer((dataset / "tokenizer.json").read_bytes(), 0, length).save_pretrained(folder)
     return folder

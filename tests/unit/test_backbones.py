@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from heliostat.errors import ConfigError
+from heliostat.recipes.images.backbones.table import FAMILIES
 
 from tests.unit.build_images import PIXART, UNET
 from tests.unit.build_text_to_image import BACKBONES, recipe, rows
@@ -75,11 +76,10 @@ def test_a_pretrained_pixart_that_can_be_trained_is(digits, tmp_path):
     assert loss.isfinite()
 
 
-def test_sizes_that_a_pixart_takes_none_for_are_wanted_where_its_side_is_128(digits):
-    made = recipe(digits, backbone=PIXART).parts
-    made.model = made.model.model_copy(update={"backbone": {"pretrained": "x"}})
-    said = [made._conditioned(given) for given in ({}, {"sample_size": 64}, {"use_additional_conditions": False})]
-    assert said == [True, False, False]
+def test_sizes_that_a_pixart_takes_none_for_are_wanted_where_its_side_is_128():
+    family = FAMILIES["pixart"]
+    said = [bool(family.fault(given, True)) for given in ({}, {"sample_size": 64}, {"use_additional_conditions": False})]
+    assert said == [True, False, False] and not family.fault({}, False)
 
 
 def test_another_pretrained_backbone_that_wants_more_than_images_and_captions_is_refused_too(digits, tmp_path):

@@ -290,7 +290,7 @@ def test_the_report_has_times_requests_and_failures(tmp_path):
     (["--simulate", "1TB", "--sample", "1%", "--cluster", "5"], "--cluster: '5' isn't NODESxCPUS"),
     (["--simulate", "1TB", "--sample", "1%", "--force"], "--force: not with --sample"),
     (["--simulate", "1TB", "--sample", "1%", "--set", "input=sklearn:digits"],
-     "--simulate: input sklearn:digits has only 1,797 images. Use an input with files"),
+     "--simulate: input sklearn:digits has fewer than 2,000 images. Use an input with files"),
 ])  # fmt: skip
 def test_a_mistake_is_found_before_ray_starts(tmp_path, monkeypatch, capsys, options, says):
     monkeypatch.setattr(prepare, "_start_ray", lambda _: pytest.fail("Ray starts"))

@@ -339,6 +339,8 @@ def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
     if job.evaluate and job.evaluate.benchmarks:
         raw["evaluate"]["benchmarks"]["suite"] = str(root / job.evaluate.benchmarks.suite)
     raw["model"] = _pretrained(raw["model"], root)
+    if isinstance(samples := raw["model"].get("samples"), dict) and isinstance(samples.get("held_out"), str):
+        samples["held_out"] = _absolute("model.samples.held_out", samples["held_out"], root)
     uri = job.mlflow.uri
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raw["mlflow"]["uri"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"

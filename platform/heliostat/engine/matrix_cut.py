@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 
 from heliostat.checkpoint.agreement import together
 from heliostat.engine.sharded_state import ShardedState, SlicePlace
+from heliostat.optim.matrix_shapes import sides
 from heliostat.optim.whole_matrices import Matrix
 from heliostat.recipes import building
 
@@ -39,12 +39,12 @@ def _slice(place: SlicePlace | None) -> Slice:
 
 
 def _matrices(group: list[torch.nn.Parameter], slices: list[Slice], everyones: list[list[tuple[int, int]]]) -> Iterator[Matrix]:
-    """Yields the matrices of a flat tensor. A parameter of experts is a stack of several matrices."""
+    """Yields the matrices of a flat tensor. A parameter can contain several matrices (`matrix_shapes.sides`)."""
     for i, p in enumerate(group):
-        *stacked, rows, columns = building.shape(p)
+        count, rows, columns = sides(building.shape(p))
         (begin, _), offset = slices[i]
-        for expert in range(math.prod(stacked)):
-            first, size = expert * rows * columns, rows * columns
+        for number in range(count):
+            first, size = number * rows * columns, rows * columns
             spans = tuple(_within(theirs[i], first, size) for theirs in everyones)
             mine = spans[dist.get_rank()]
             yield Matrix(rows, columns, spans, offset + first + mine[0] - begin if mine[1] else 0)

@@ -13,6 +13,7 @@ from typing import NotRequired, TypedDict, cast
 
 import torch
 
+from heliostat.optim.matrix_shapes import sides
 from heliostat.optim.whole_matrices import Matrix, on_whole
 
 
@@ -80,7 +81,7 @@ class WithAdamW(torch.optim.Optimizer):
         if p in self.cut:
             on_whole(orthogonal, change, self.cut[p], self.device)
         else:  # complete: a single process, or ZeRO stage 0
-            whole = change.view(-1, *p.shape[-2:])
+            whole = change.view(*sides(tuple(p.shape)))
             for i, matrix in enumerate(whole):
                 whole[i] = orthogonal(matrix)
         p.mul_(1 - lr * group["weight_decay"]).add_(change.view(p.shape), alpha=-lr)

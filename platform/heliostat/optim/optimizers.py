@@ -183,7 +183,8 @@ class ScheduleFree(Optimizer):
 
 class Muon(Optimizer):
     """Optimizes hidden matrices along their orthogonalized momentum (Jordan et al. 2024). AdamW optimizes embeddings, output
-    heads, convolutions, norms, and biases. Complete matrices are orthogonalized at every ZeRO stage."""
+    heads, convolutions (unless `model.orthogonal_filters` is set), norms, and biases. Complete matrices are orthogonalized at
+    every ZeRO stage."""
 
     name: Literal["muon"] = "muon"
     """Algorithm of the optimizer."""

@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from heliostat.optim.matrix_shapes import sides
 from heliostat.plan.counts import ALWAYS, AT_STAGE_3, MATMUL, MEMORY, ModelStats, OperationWork
 from heliostat.plan.hardware import Device, Network
 from heliostat.plan.traffic import Traffic, rate
@@ -181,10 +182,10 @@ def step(
 
 
 def hidden_sides(model: ModelStats) -> Iterator[tuple[int, int]]:
-    """Yields (rows, columns) of all hidden matrices. A stack of experts has one matrix per expert."""
+    """Yields (rows, columns) of all hidden matrices. A parameter can contain several matrices (`matrix_shapes.sides`)."""
     for name in model.hidden:
-        *stacked, rows, columns = model.shapes[name]
-        yield from ((rows, columns) for _ in range(math.prod(stacked)))
+        count, rows, columns = sides(model.shapes[name])
+        yield from ((rows, columns) for _ in range(count))
 
 
 def momenta_sent(elements: int, workers: int, stage: int) -> int:

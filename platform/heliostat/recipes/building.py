@@ -84,7 +84,7 @@ def parameter_groups(
 
 def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
     """Lists the names of the trained matrices between hidden layers: 2-D parameters, and the stacked matrices of experts.
-    Embeddings, output heads, and convolutions aren't included.
+    Embeddings, output heads, and convolutions aren't included, unless the recipe sets `hidden` for them.
 
     A recipe can override this choice with `Group.hidden`. Raises ConfigError if the recipe sets `hidden` for a parameter that
     isn't a matrix.
@@ -94,7 +94,7 @@ def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
     for name, p in model.named_parameters():
         if p.requires_grad:
             dimensions, said = len(shape(p)), recipe.group(name, shape(p)).hidden
-            if said and dimensions not in (2, 3):
+            if said and dimensions not in (2, 3, 4):
                 raise ConfigError(
                     f"recipe: {type(recipe).__name__}.group sets `hidden` for {name!r}, but this parameter isn't a matrix. "
                     f"Return a Group without `hidden` for {name!r} ({GUIDE})"

@@ -84,7 +84,7 @@ class ImageMaking(Making):
             return WrittenShards(manifest.SCHEMA.empty_table(), {})
         folders = [self.output, *(self.output.join(bucket) for bucket in counts if self.buckets)]
         facts: dict[str, Any] = {"documents": sum(counts.values()), "channels": self.channels,
-                                 "content": "latents" if self.latents else "images"}  # fmt: skip
+                                 "content": "latents" if self.latents and self.latents.autoencoder else "images"}  # fmt: skip
         if self.latents:
             facts |= self._empty_caption(self.latents, folders)
         shards, images, ends = ShardCollector(), 0, list[str]()
@@ -177,7 +177,7 @@ class ImageMaking(Making):
         ranges = self.ranges(dealt, total, lambda first, stop: (first, stop))
         plan = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
         plan |= recording.arguments(self.every)
-        stored = dict.fromkeys(name for stage in self.stages for name in stage.stored())
+        stored = dict.fromkeys([*self.source.stored, *(name for stage in self.stages for name in stage.stored())])
         plan |= {"stored": tuple(stored)} if stored else {}
         places = [(bucket, i) for bucket, (_, number) in shards.items() for i in range(number)]
 

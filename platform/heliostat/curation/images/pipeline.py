@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from heliostat import extras
-from heliostat.curation.images import pictures
+from heliostat.curation.images import drawings, pictures
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.fetching import Fetching, FetchSettings
 from heliostat.curation.images.latents import Latents
@@ -77,8 +77,8 @@ class ImagePipeline(StagedPipeline):
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
-    """Input: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset), or a dataset of the Hugging
-    Face Hub (`hf://datasets/ORG/NAME`, docs/guides/hub.md). See docs/data/images.md"""
+    """Input: `sklearn:digits`, `drawings:openmoji`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset), or a
+    dataset of the Hugging Face Hub (`hf://datasets/ORG/NAME`, docs/guides/hub.md). See docs/data/images.md"""
     fetch: FetchSettings | None = None
     """Settings for an input of URL lists (`.jsonl`, `.csv`, `.parquet`): heliostat fetches the images by HTTP. Unset: the input
     contains the images."""
@@ -158,10 +158,11 @@ class ImagePipeline(StagedPipeline):
             )
         self._check_stages()
         self.check_columns({LABEL, *self.columns.others}, "columns.others")
-        digits = self.input == image_sources.DIGITS
-        if digits:
+        if self.input == image_sources.DIGITS:
             extras.require("images", "sklearn", what=f"input: {self.input}")
-        self.check_places(self.input, None if digits else sources.root(self.input).path)
+        if self.input.startswith(drawings.SCHEME):
+            drawings.check(self.input)
+        self.check_places(self.input, None if image_sources.is_made(self.input) else sources.root(self.input).path)
 
     def _check_stages(self) -> None:
         stored, known = "", {LABEL, *STORED, *self.columns.others}

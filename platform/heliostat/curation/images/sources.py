@@ -1,5 +1,6 @@
 """Reads images and captions from scikit-learn's digits, folders with a metadata file, Parquet, or WebDataset tars.
 
+    drawings:openmoji   captioned drawings in eight styles, see `drawings`
     sklearn:digits      1,797 handwritten digits of 8 x 8 pixels, which every machine has without a download: the default
     FOLDER              metadata.jsonl, metadata.csv or metadata.parquet with a column `file_name`, and the files in this column
     FOLDER or GLOB      *.parquet: a column of encoded images (bytes, or {bytes, path} as Hugging Face writes them)
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from heliostat.curation import pieces
+from heliostat.curation.images import drawings
 from heliostat.curation.images.pictures import Dropped, Raw, encode
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
@@ -79,6 +81,11 @@ def digit_caption(number: int, digit: int) -> str:
     return used[number % len(used)].format(WORDS[digit])
 
 
+def is_made(uri: str) -> bool:
+    """Returns whether heliostat makes the images of this input from an installed package, instead of reading files."""
+    return uri == DIGITS or uri.startswith(drawings.SCHEME)
+
+
 # finding -------------------------------------------------------------------------------------------------------------
 
 
@@ -90,6 +97,8 @@ def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
     """
     if uri == DIGITS:
         return [InputFile("digits", 1797 * 64, 0)]
+    if uri.startswith(drawings.SCHEME):
+        return drawings.listing(uri)
     base, listed = sources.find(uri)
     tables = {p for p, _ in listed if p.rsplit("/", 1)[-1] in METADATA}
     wanted = (*METADATA, *IMAGES) if tables else ARCHIVES
@@ -115,8 +124,8 @@ def tasks(
     For files from a metadata file, the task's `state` contains the size and modification time of each file. So a changed file
     changes the task. `target`: bytes of input per task; the default depends on the input's total size.
     """
-    if uri == DIGITS:
-        yield {"kind": "digits", "path": ""}
+    if is_made(uri):
+        yield {"kind": uri.partition(":")[2], "path": ""}
         return
     tables = metadata_files(files)
     if not tables:
@@ -185,8 +194,8 @@ def _label(row: dict[str, Any], columns: ImageColumns) -> str:
 
 def read(uri: str, task: dict[str, Any], columns: ImageColumns, limits: ImageLimits = ImageLimits()) -> Iterator[Raw | Dropped]:
     """Yields the images of a task, and a `Dropped` with the reason for each image or file that can't be read."""
-    if task["kind"] == "digits":
-        yield from digits()
+    if is_made(uri):
+        yield from digits() if uri == DIGITS else drawings.read(uri)
     elif task["kind"] == "files":
         yield from _files(sources.root(uri), task["entries"], task.get("state") or [], limits)
     else:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation import recording, segment
-from heliostat.curation.images import pictures, planning, sources
+from heliostat.curation.images import drawings, pictures, planning, sources
 from heliostat.curation.images.fetching import Fetching
 from heliostat.curation.images.pictures import ImageRules, Raw
 from heliostat.curation.images.sources import ImageColumns, ImageLimits
@@ -57,6 +57,11 @@ class ImageSource:
     limits: ImageLimits
     spill: Location
     fetching: Fetching | None = None
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Returns the names of columns that the input adds to every shard."""
+        return drawings.COLUMNS if self.input.startswith(drawings.SCHEME) else ()
 
     def _raw(self, task: dict[str, Any]) -> Iterator[Raw | Dropped]:
         if self.fetching:

@@ -16,7 +16,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from heliostat.curation import pieces, segment
 from heliostat.curation.images.fetching import FetchSettings
 from heliostat.curation.images.pipeline import ImagePipeline
-from heliostat.curation.images.sources import DIGITS
+from heliostat.curation.images.sources import is_made
 from heliostat.curation.prepare import InputFile, load, sampling
 from heliostat.curation.simulation.hosts import WebModel, counted
 from heliostat.curation.simulation.profile import MeasuringCluster, Profile
@@ -68,8 +68,8 @@ def simulate(path: Path, settings: list[str], size: int, nodes: tuple[int, int],
     _, pipeline = load(path, settings)
     if not isinstance(pipeline, TextPipeline | ImagePipeline):
         raise ConfigError(f"--simulate: {type(pipeline).__name__} doesn't support simulations. Use a text or image pipeline")
-    if pipeline.input == DIGITS:
-        raise ConfigError(f"--simulate: input {DIGITS} has only 1,797 images. Use an input with files")
+    if isinstance(pipeline, ImagePipeline) and is_made(pipeline.input):
+        raise ConfigError(f"--simulate: input {pipeline.input} has fewer than 2,000 images. Use an input with files")
     with sampling(pipeline, quiet) as (folder, inputs):
         return simulated(pipeline, folder, inputs, size, nodes, fraction, RayCluster(), faults)
 

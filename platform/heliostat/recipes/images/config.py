@@ -7,12 +7,11 @@ text's width) are optional. Frozen encoders come from folders. ZeRO never shards
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from pydantic import Field, model_validator
 from transformers import (
     AutoConfig,
@@ -20,7 +19,6 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     PreTrainedTokenizerBase,
-    T5EncoderModel,
 )
 
 from heliostat.errors import ConfigError
@@ -29,7 +27,9 @@ from heliostat.recipes.adapters import Adapter
 from heliostat.recipes.exported import using
 from heliostat.recipes.folder_digests import digest_of, sha256
 from heliostat.recipes.folder_digests import folder_digest as folder_digest
-from heliostat.recipes.images.initial import initialise
+from heliostat.recipes.images import text_encoders
+from heliostat.recipes.images.backbones.family import SIZE, Family
+from heliostat.recipes.images.backbones.table import FAMILIES, named
 from heliostat.recipes.images.noising import NoiseObjective
 from heliostat.recipes.images.quality_config import ClipScore, Features
 from heliostat.recipes.pretrained import from_config, from_folder
@@ -40,28 +40,25 @@ from heliostat.text import brief
 
 Keys = dict[str, Any]  # of a diffusers configuration
 CONFIG = Format(Keys, "model's configuration", ConfigError)
-BACKBONES: dict[str, Any] = {
-    "unet": UNet2DConditionModel,
-    "pixart": PixArtTransformer2DModel,
-    "sd3": SD3Transformer2DModel,
-}
-TEXT_WIDTHS = {
-    "unet": ("cross_attention_dim",),
-    "pixart": ("caption_channels",),
-    "sd3": ("joint_attention_dim", "pooled_projection_dim"),
-}
+PRETRAINED = "model.backbone.pretrained"
 VOCABULARIES = (".txt", ".model", ".tiktoken")  # suffixes of tokenizer files other than JSON: merges.txt, vocab.txt, spiece.model
 
 Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
 
 
 class Text(Strict):
-    """Describes the text encoder. With `pretrained`, the encoder is a frozen CLIP or T5 text encoder from a folder. Without
-    `pretrained`, the encoder is a CLIP text encoder with these keys, and trains with the model."""
+    """Describes the text encoder. With `pretrained`, the encoder is a frozen CLIP, T5, or BERT text encoder from a folder.
+    Without `pretrained`, the encoder is a CLIP text encoder with these keys, and trains with the model."""
 
     pretrained: str | None = None
-    """Folder with a CLIP or T5 text encoder, which stays frozen. You can combine `pretrained` only with `length`. Unset: a CLIP
-    text encoder with the keys below, which is trained with the model."""
+    """Folder with a CLIP, T5, or BERT text encoder, which stays frozen. You can combine `pretrained` only with `length` and
+    `pooling`. Unset: a CLIP text encoder with the keys below, which is trained with the model."""
+    pooling: Literal["mean"] | None = None
+    """`mean`: the model gets one embedding per caption, the mean over the caption's tokens. Needs `pretrained`. Unset: the model
+    gets one embedding per token."""
+    whiten: bool = False
+    """Initializes the backbone's projection of captions so that the datasets' captions have mean zero and unit covariance. Needs
+    `pooling`, and a U-Net with `encoder_hid_dim_type: text_proj`."""
     length: int = Field(default=77, gt=1)
     """Maximum tokens of a caption; longer captions are truncated."""
     hidden_size: int = Field(default=256, gt=0)
@@ -77,9 +74,18 @@ class Text(Strict):
     def _fits(self) -> Text:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"num_attention_heads: {self.num_attention_heads} doesn't divide hidden_size {self.hidden_size}")
-        if self.pretrained and self.model_fields_set - {"pretrained", "length"}:
-            raise ValueError("a pretrained encoder takes its shape from its folder. Set only pretrained and length")
+        if self.pretrained and self.model_fields_set - {"pretrained", "length", "pooling", "whiten"}:
+            raise ValueError(
+                "a pretrained encoder takes its shape from its folder. Set only pretrained, length, pooling, and whiten"
+            )
+        if self.pooling and not self.pretrained:
+            raise ValueError("pooling needs a pretrained encoder. Set pretrained, or remove pooling")
         return self
+
+    @property
+    def embeddings(self) -> int:
+        """Returns the number of embeddings of a caption."""
+        return 1 if self.pooling else self.length
 
 
 class Folder(Strict):
@@ -112,23 +118,45 @@ class Samples(Strict):
     """Images per prompt."""
     judge: bool = False
     """Scores samples of labeled prompts with a classifier trained on the real images, see docs/diffusion.md#scores-and-samples"""
+    held_out: str | None = Field(default=None, min_length=1)
+    """Held-out dataset whose captions are the prompts, see docs/pictures.md#held-out-pictures. Unset: `prompts` are the
+    prompts."""
     features: Features | None = None
     """Image model whose features FID, KID, precision, recall, density, coverage, and memorization use. Unset: these scores aren't
     computed, see docs/image-quality.md"""
     clip: ClipScore | None = None
     """CLIP model for the CLIP score and CMMD. Unset: these scores aren't computed, see docs/image-quality.md"""
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Samples:
+        if self.held_out and (self.prompts or self.judge or self.features):
+            raise ValueError(
+                "held_out brings its own prompts and scores. Remove held_out, or remove prompts, judge, and features"
+            )
+        return self
+
+    @property
+    def draws(self) -> bool:
+        """Returns whether the run generates images after every evaluation."""
+        return bool(self.prompts or self.held_out)
+
 
 class Model(Strict):
     backbone: Keys
-    """`arch: unet`, `pixart` or `sd3` with the keys of that class in diffusers, or `pretrained: FOLDER`. If you don't set
-    channels, sizes, and the text width, they follow from the data."""
+    """`arch: unet`, `pixart`, `sd3`, `flux`, `lumina`, `sana`, or `prx` with the keys of that class in diffusers, or
+    `pretrained: FOLDER`. If you don't set channels, sizes, and the text width, they follow from the data."""
     adapter: Adapter | None = None
     """Adapter to train on a pretrained backbone, which stays frozen (docs/adapters.md). Unset: all weights are trained."""
     text: Text = Text()
     """The text encoder."""
     autoencoder: Folder | None = None
     """Frozen autoencoder in whose latent space the model works. Unset: the model works on pixels."""
+    patch: int = Field(default=1, gt=0)
+    """Side of a patch in pixels: the model works on patches as channels (docs/pictures.md#patches). 1: no patches. Must be 1
+    with an autoencoder."""
+    orthogonal_filters: bool = False
+    """Muon also optimizes the filters of hidden convolutions, as matrices with a row per output. Needs `train.optimizer.name:
+    muon`."""
     objective: NoiseObjective = NoiseObjective()
     """Noise schedule, prediction target, and loss weights."""
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
@@ -137,29 +165,27 @@ class Model(Strict):
     """Samples to generate after every evaluation, and the defaults of `heliostat model generate`."""
 
 
-def backbone_class(keys: Keys) -> tuple[str, Any]:
-    """Returns the name and the class of `model.backbone`. Raises ConfigError for an unknown backbone, or for keys that the class
-    doesn't have."""
+def backbone_family(keys: Keys) -> tuple[str, Family]:
+    """Returns the name and the family of `model.backbone`. Raises ConfigError for an unknown backbone, for keys that the class
+    doesn't have, or for a configuration that heliostat doesn't train."""
     if "pretrained" in keys:
-        if extra := sorted(set(keys) - {"pretrained"}):
+        kind = None if set(keys) - {"pretrained", SIZE} else folder_config(PRETRAINED, keys["pretrained"]).get("_class_name")
+        known = named(kind)
+        allowed = {"pretrained", *(() if known is None or SIZE in known[1].own({SIZE: 0}) else (SIZE,))}
+        if extra := sorted(set(keys) - allowed):
             raise ConfigError(
                 f"model.backbone.{extra[0]}: a pretrained backbone takes its configuration from its folder. Remove this key"
             )
-        kind = folder_config("model.backbone.pretrained", keys["pretrained"]).get("_class_name")
-        for name, cls in BACKBONES.items():
-            if cls.__name__ == kind:
-                return name, cls
-        raise ConfigError(
-            f"model.backbone.pretrained: {keys['pretrained']!r} contains a {kind!r}, which isn't a supported backbone"
-        )
+        if known is None:
+            raise ConfigError(f"{PRETRAINED}: {keys['pretrained']!r} contains a {kind!r}, which isn't a supported backbone")
+        return known
     name = str(keys.get("arch"))
-    if name not in BACKBONES:
-        raise ConfigError(f"model.backbone.arch: {name!r} isn't a backbone{nearest(name, list(BACKBONES))}")
-    known = list(inspect.signature(BACKBONES[name].__init__).parameters)[1:]
+    if name not in FAMILIES:
+        raise ConfigError(f"model.backbone.arch: {name!r} isn't a backbone{nearest(name, list(FAMILIES))}")
     for key in keys:
-        if key != "arch" and key not in known:
-            raise ConfigError(f"model.backbone.{key}: unknown key for arch {name!r}{nearest(key, known)}")
-    return name, BACKBONES[name]
+        if key != "arch" and key not in FAMILIES[name].known:
+            raise ConfigError(f"model.backbone.{key}: unknown key for arch {name!r}{nearest(key, FAMILIES[name].known)}")
+    return name, FAMILIES[name]
 
 
 def folder_config(key: str, folder: str) -> Keys:
@@ -183,16 +209,16 @@ def load_or_build(cls: Any, folder: str | Path) -> Any:
 def build_backbone(keys: Keys, defaults: dict[str, object]) -> Any:
     """Builds the backbone from `keys`, with `defaults` for missing keys. With the key `pretrained`, loads the backbone from its
     folder."""
-    name, cls = backbone_class(keys)
+    _, family = backbone_family(keys)
     if "pretrained" in keys:
-        return load_or_build(cls, keys["pretrained"])
-    config = {**defaults, **{k: v for k, v in keys.items() if k != "arch"}}
+        return load_or_build(family.cls, keys["pretrained"])
+    config = family.own({**defaults, **keys})
     try:
         with partitioning.constructing():
-            backbone = cls(**config)
+            backbone = family.cls(**config)
     except (ValueError, TypeError, NotImplementedError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as e:
         raise ConfigError(f"model.backbone: {brief(e)}") from e
-    initialise(name, backbone)
+    family.initialize(backbone)
     return backbone
 
 
@@ -221,7 +247,7 @@ def require_weights(key: str, folder: str) -> None:
 
 def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     require_weights("model.text.pretrained", folder)
-    kind = T5EncoderModel if "t5" in from_folder("model.text.pretrained", AutoConfig, folder).model_type else CLIPTextModel
+    kind = text_encoders.kind("model.text.pretrained", from_folder("model.text.pretrained", AutoConfig, folder))
     return kind.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval().requires_grad_(False)
 
 
@@ -232,9 +258,7 @@ def frozen_bytes(config: Keys | str, dtype: torch.dtype) -> int:
         if isinstance(config, dict):
             model: torch.nn.Module = AutoencoderKL.from_config(config)
         else:
-            text = from_folder("model.text.pretrained", AutoConfig, config)
-            kind = T5EncoderModel if "t5" in text.model_type else CLIPTextModel
-            model = kind(text if "t5" in text.model_type else getattr(text, "text_config", text))
+            model = text_encoders.build("model.text.pretrained", from_folder("model.text.pretrained", AutoConfig, config))
     return dtype.itemsize * sum(p.numel() for p in model.parameters())
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from heliostat.recipes.images.pipeline import TextToImagePipeline
 
+SETTINGS = ("patch", "pooling", "predicts_image", "sample_size")  # of the pipeline, in model_index.json
 REQUIREMENTS = ("mlflow", "torch", "transformers", "accelerate", "diffusers", "pillow")
 
 
@@ -48,6 +49,7 @@ def load(folder: Path) -> Any:
         return cls.from_pretrained(folder / name, **options)
 
     names = ("scheduler", "text_encoder", "tokenizer", "unet", "transformer", "vae")
-    pipeline: Any = TextToImagePipeline(**{name: part(name) for name in names})
+    settings = {name: index[name] for name in SETTINGS if name in index}
+    pipeline: Any = TextToImagePipeline(**{name: part(name) for name in names}, **settings)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -51,7 +51,7 @@ class ImageCanvas:
         self.model = validate(Model, job["model"], str(folder / exported.RECORD))
         self.latent = (folder / "vae").is_dir()
         blocks = json.loads((folder / "vae/config.json").read_text())["block_out_channels"] if self.latent else [0]
-        self.factor = 2 ** (len(blocks) - 1)
+        self.factor = 2 ** (len(blocks) - 1) if self.latent else self.model.patch
         samples = self.model.samples
         self.defaults: dict[str, object] = {"steps": samples.steps, "guidance": samples.guidance}
 
@@ -65,8 +65,7 @@ class ImageCanvas:
 
     @property
     def size(self) -> tuple[int, int]:
-        side = self.pipeline.backbone.config.sample_size * self.factor
-        return side, side
+        return self.pipeline.side, self.pipeline.side
 
     def scheduler(self, options: PictureOptions) -> Any:
         """Makes the scheduler of the requested sampler. Returns None if no sampler is requested; the caller then uses the
@@ -74,7 +73,7 @@ class ImageCanvas:
         for side in ("width", "height"):
             if (value := getattr(options, side)) and value % self.factor:
                 raise ConfigError(
-                    f"generate: {side}: {value} isn't a multiple of {self.factor} pixels, the side of a latent. "
+                    f"generate: {side}: {value} isn't a multiple of {self.factor} pixels, the side of a latent or a patch. "
                     f"Use a multiple of {self.factor}"
                 )
         if options.sampler is None:

@@ -19,7 +19,7 @@ from heliostat.data.device_streams import Arrival
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.constants import Constant
-from heliostat.recipes.images import config, diffusers_folder, rows
+from heliostat.recipes.images import config, diffusers_folder, patches, rows, whitening
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.pipeline import embed, predict, tokenize
 from heliostat.recipes.protocol import Companion
@@ -49,9 +49,10 @@ class Parts:
         """Prepares the models without weights. `frozen_type`: the dtype of the frozen encoders."""
         self.model, self.checkpointing, self.frozen_type = model, checkpointing, frozen_type
         self._places: dict[str, tuple[torch.device, Arrival]] = {}  # devices of the frozen encoders
-        self.arch, _ = config.backbone_class(model.backbone)
-        self.name = "unet" if self.arch == "unet" else "transformer"  # a pipeline's name for the backbone
+        self.arch, self.family = config.backbone_family(model.backbone)
+        self.name = self.family.part  # a pipeline's name for the backbone
         self.facts: rows.DatasetFacts | None = None
+        self.sources: list[Manifest] = []
 
     def bind(self, sources: list[Manifest], one_source: bool) -> None:
         """Reads channels, sizes, and tokenizer from the datasets. Raises ConfigError if the datasets don't fit the models, or if
@@ -71,20 +72,23 @@ class Parts:
                     f"model.{name}.pretrained: the datasets were prepared with another model. Set this key to the "
                     "other model's folder"
                 )
-        if f.text and f.text != (self.model.text.length, self.width):
+        if f.text and f.text != (self.model.text.embeddings, self.width):
+            key = "pooling" if 1 in (f.text[0], self.model.text.embeddings) else "length"
             raise ConfigError(
-                f"model.text.length: {self.model.text.length} given, but the datasets' captions have {f.text[0]} "
-                f"tokens. Set this key to {f.text[0]}"
+                f"model.text.{key}: captions have {self.model.text.embeddings} embeddings of width {self.width}, but "
+                f"{f.text[0]} of width {f.text[1]} in the datasets. Set this key as in the pipeline's latents.{key}"
             )
         if not self.model.text.pretrained and f.tokenizer is None:
             raise ConfigError(
                 "model.text: the datasets have no tokenizer. Prepare the datasets with a tokenizer, or set model.text.pretrained"
             )
+        sizes = [(m.meta["size"][0], m.meta["size"][1]) for m in sources]
+        patches.check(self.model.patch, sizes, self.vae_config is not None)
         keys, channels = self._given(), self.shape()[0]
-        if keys.get("in_channels", channels) != channels:
+        if self.family.channels(keys, channels) != channels:
             raise ConfigError(
                 f"model.backbone.in_channels: {keys['in_channels']} given, but the data has {channels} channels. "
-                f"Set this key to {channels}, or use another backbone"
+                f"Set this key to {channels * self.family.packed}, or use another backbone"
             )
         if (said := self._answers(keys)) != channels:
             more = ". The backbone also predicts the variance, which heliostat doesn't train" if said == 2 * channels else ""
@@ -92,24 +96,36 @@ class Parts:
                 f"model.backbone.out_channels: {said} given, but the prediction target has {channels} channels{more}. "
                 f"Set this key to {channels}, or use another backbone"
             )
-        if self._conditioned(keys):
-            raise ConfigError(
-                "model.backbone.use_additional_conditions: not supported: the model expects each image's "
-                "resolution and aspect ratio. Use a model with use_additional_conditions: false"
-            )
-        for key in config.TEXT_WIDTHS[self.arch]:
+        if fault := self.family.fault(keys, "pretrained" in self.model.backbone):
+            raise ConfigError(f"model.backbone.{fault}")
+        for key in self.family.widths(keys):
             if keys.get(key, self.width) != self.width:
                 raise ConfigError(
                     f"model.backbone.{key}: {keys[key]} given, but the text encoder's width is {self.width}. "
                     f"Set this key to {self.width}, or use another text encoder"
                 )
+        self._divide(keys)
+        if self.model.text.whiten:
+            whitening.check(keys, self.model.text.pooling, f.text is not None)
         for name, weights in folders.items():
             if weights:
                 config.require_weights(f"model.{name}.pretrained", str(weights.pretrained))
         with torch.device("meta"):
             self.build()  # fails if the keys don't fit together
             if "pretrained" in self.model.backbone:
-                self._try(config.BACKBONES[self.arch].from_config(keys))
+                self._try(self.family.cls.from_config(keys))
+
+    def _divide(self, keys: config.Keys) -> None:
+        """Raises ConfigError if the backbone can't cut the images of a dataset into patches."""
+        step = self.family.step(keys)
+        for size in {(m.meta["size"][0], m.meta["size"][1]) for m in self.sources}:
+            _, height, width = self.shape(size)
+            if height % step or width % step:
+                pixels = step * size[0] // width
+                raise ConfigError(
+                    f"data.sources: images of {size[0]}x{size[1]} pixels given, but the backbone needs sides that are multiples "
+                    f"of {pixels} pixels. Change `resolution` in the pipeline, or use another backbone"
+                )
 
     def presume(self, count: int) -> pa.Table | None:
         """Returns placeholder samples for datasets that don't exist yet, in sizes from the backbone. The samples are latents if
@@ -122,10 +138,10 @@ class Parts:
             return None
         if self.facts is None:
             channels, height, width = self.shape()
-            latents, text = self.vae_config is not None, (self.model.text.length, self.width)
-            factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1) if self.vae_config else 1
+            latents, text = self.vae_config is not None, (self.model.text.embeddings, self.width)
+            factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1) if self.vae_config else self.model.patch
             size = width * factor, height * factor
-            content, of_image = ("latents", 3) if latents else ("images", channels)
+            content, of_image = ("latents", 3) if latents else ("images", channels // self.model.patch**2)
             self.facts = rows.DatasetFacts(content, of_image, size, None, 0, 0, text, {})
             self.empty = {"text": torch.zeros(text)}
         return rows.blank(self.facts, self.shape(), count)
@@ -146,30 +162,19 @@ class Parts:
         Without datasets, uses the backbone's key for this width if the job sets this key, because the encoder's folder may be
         missing.
         """
-        width = self._given().get(config.TEXT_WIDTHS[self.arch][0])
+        width = self._given().get(self.family.widths(self._given())[0])
         return width if self.facts is None and width else self.width
 
     def _given(self) -> config.Keys:
         """Returns the backbone's keys from the job, or the configuration in the pretrained backbone's folder."""
         keys = self.model.backbone
-        return config.folder_config("model.backbone.pretrained", keys["pretrained"]) if "pretrained" in keys else keys
+        return config.folder_config(config.PRETRAINED, keys["pretrained"]) | keys if "pretrained" in keys else keys
 
     def _answers(self, keys: config.Keys) -> int:
         """Returns the number of channels of the backbone's output, from the backbone's keys."""
         written = "pretrained" in self.model.backbone or "out_channels" in keys
-        default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # the classes' defaults; None means the number of input channels
-        said = keys.get("out_channels", default) if written else None
+        said = self.family.answers(keys) if written else None
         return self.shape()[0] if said is None else said
-
-    def _conditioned(self, keys: config.Keys) -> bool:
-        """Checks whether a PixArt model needs resolutions and aspect ratios as inputs.
-
-        The model's key `use_additional_conditions` decides this. If the key is None, a model with a side of 128 latents needs
-        these inputs, as in diffusers' class.
-        """
-        said = keys.get("use_additional_conditions")
-        known = "pretrained" in self.model.backbone or "use_additional_conditions" in keys
-        return self.arch == "pixart" and known and bool(keys.get("sample_size", 128) == 128 if said is None else said)
 
     @torch.no_grad()
     def _try(self, backbone: nn.Module) -> None:
@@ -177,7 +182,7 @@ class Parts:
         differs from the input's shape."""
         shape = (1, *self.shape())
         try:
-            said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.length, self.width)))
+            said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.embeddings, self.width)))
         except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
             why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
             raise ConfigError(
@@ -195,27 +200,22 @@ class Parts:
         returns the backbone's values."""
         if self.facts is None:
             keys = self._given()
-            return keys.get("in_channels", 4), keys.get("sample_size", 64), keys.get("sample_size", 64)
+            return self.family.channels(keys), keys.get("sample_size", 64), keys.get("sample_size", 64)
         width, height = size or self.facts.size
         if self.vae_config is None:
-            return self.facts.channels, height, width
+            return patches.shape(self.model.patch, self.facts.channels, (width, height))
         factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
         return self.vae_config["latent_channels"], height // factor, width // factor
 
     def _defaults(self) -> dict[str, object]:
         """Derives the backbone's keys that follow from the data and the text encoder."""
         out: dict[str, object] = {}
-        keys = self.model.backbone
         if self.facts:
-            out |= dict.fromkeys(config.TEXT_WIDTHS[self.arch], self.width)
+            out |= dict.fromkeys(self.family.widths(self.model.backbone), self.width)
             channels, height, width = self.shape()
-            out |= {"in_channels": channels, "out_channels": channels, "sample_size": max(height, width)}
-        if self.arch == "pixart":
-            out |= {"cross_attention_dim": keys.get("num_attention_heads", 16) * keys.get("attention_head_dim", 72)}
-            out |= {"use_additional_conditions": False}
-        if self.arch == "sd3":
-            out |= {"caption_projection_dim": keys.get("num_attention_heads", 18) * keys.get("attention_head_dim", 64)}
-        return out
+            inputs = channels * self.family.packed
+            out |= {"in_channels": inputs, "out_channels": inputs, "sample_size": max(height, width)}
+        return out | self.family.derived(self.model.backbone)
 
     def build(self) -> nn.Module:
         trained, end = not self.model.text.pretrained, self.facts.end if self.facts else 0
@@ -224,6 +224,8 @@ class Parts:
             vocabulary = -(-self.facts.vocabulary // 64) * 64 if self.facts else 64
             encoder = config.build_text_encoder(self.model.text, vocabulary, end)
         backbone = config.build_backbone(self.model.backbone, self._defaults())
+        if self.model.text.whiten and "pretrained" not in self.model.backbone:
+            whitening.whiten(backbone.encoder_hid_proj, self.sources)
         if self.checkpointing:
             backbone.enable_gradient_checkpointing()
             if encoder is not None:
@@ -263,7 +265,7 @@ class Parts:
             parts["text_encoder"] = Companion(size, self.facts.text is None)
         if self.vae_config:
             parts["vae"] = Companion(config.frozen_bytes(self.vae_config, self.frozen_type), self.facts.content == "images")
-        return {name: c for name, c in parts.items() if c.every_step or self.model.samples.prompts}
+        return {name: c for name, c in parts.items() if c.every_step or self.model.samples.draws}
 
     def rest(self) -> None:
         """Moves an encoder off the device if the datasets contain its outputs, because then only image generation needs the
@@ -311,14 +313,14 @@ class Parts:
             return text
         assert mask is not None
         with masks.unread(whole=True):
-            return embed(self.frozen_on("text_encoder", text.device), text, mask)
+            return embed(self.frozen_on("text_encoder", text.device), text, mask, self.model.text.pooling)
 
     @torch.no_grad()
     def clean(self, content: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
-        """Returns the tensor to which noise is added: pixels, or latents drawn from their distribution (stored, or computed from
-        pixels)."""
+        """Returns the tensor to which noise is added: pixels or their patches, or latents drawn from their distribution (stored,
+        or computed from pixels)."""
         if self.vae_config is None:
-            return content
+            return patches.cut(content, self.model.patch)
         if self.facts and self.facts.content == "images":
             encoder = self.frozen_on("vae", content.device)
             content = encoder.encode(content.to(self.frozen_type)).latent_dist.parameters.float()

@@ -35,15 +35,28 @@ from heliostat import extras
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.optim.matrix_shapes import FILTERS
 from heliostat.recipes import adapters
-from heliostat.recipes.images import diffusers_folder, quality, rows
+from heliostat.recipes.images import diffusers_folder, held_out, quality, rows
 from heliostat.recipes.images.adapted import AdaptedImages
 from heliostat.recipes.images.config import Model
-from heliostat.recipes.images.gallery import PromptGallery, Say
+from heliostat.recipes.images.gallery import Predictor, PromptGallery
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
 from heliostat.recipes.images.pipeline import TextToImagePipeline, decode, tokenize
-from heliostat.recipes.protocol import Batch, Companion, Draws, Evaluates, Generated, Loss, Paints, Recipe, Serves, Serving
+from heliostat.recipes.protocol import (
+    Batch,
+    Companion,
+    Draws,
+    Evaluates,
+    Generated,
+    Group,
+    Loss,
+    Paints,
+    Recipe,
+    Serves,
+    Serving,
+)
 from heliostat.schema import validate
 
 if TYPE_CHECKING:
@@ -52,6 +65,7 @@ if TYPE_CHECKING:
 BUILT_IN = {"TextToImage": ("diffusers",)}
 QUARTERS = 4
 DECODED = 4  # stored latents that the autoencoder decodes at a time
+ENDS = ("conv_in", "conv_out", "proj")  # convolutions at the ends of a backbone
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
 
@@ -72,6 +86,11 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         self.process = Process(self.model.objective)
         self.sampler = self.model.samples.sampler or ("euler" if self.process.flow else "ddim")
         self.process.scheduler(self.sampler)
+        if self.model.orthogonal_filters and not job.train.optimizer.orthogonalizes:
+            raise ConfigError(
+                f"model.orthogonal_filters: not supported by train.optimizer.name {job.train.optimizer.name!r}. "
+                "Set the optimizer to muon, or remove this key"
+            )
         self.seed, self.one_source = job.train.seed, job.data.one_source_batches
         if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
             raise ConfigError(
@@ -79,8 +98,11 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
             )
         if self.model.samples.judge:
             extras.require("images", "sklearn", what="model.samples.judge")
+        if self.model.samples.held_out:
+            extras.require("images", "sklearn", what="model.samples.held_out")
         drawn = self.model.samples if self.model.samples.prompts else None
         judged = ("conditional_accuracy", "classifier_accuracy", "chance") if drawn and drawn.judge else ()
+        judged += tuple(f"{prefix}{name}" for prefix in ("", "real_") for name in held_out.SCORES if self.model.samples.held_out)
         self.scores = ("loss", *(f"loss_t{i}" for i in range(QUARTERS)), *judged, *(quality.names(drawn) if drawn else ()))
 
     def bind(self, sources: list[Manifest]) -> None:
@@ -97,6 +119,12 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         if self.adapter:
             adapters.add(self.adapter, model.get_submodule(self.parts.name), self.seed, self.job.train.precision)
         return model
+
+    def group(self, name: str, shape: tuple[int, ...]) -> Group:
+        """Returns the parameter's group. With `model.orthogonal_filters`, filters between hidden convolutions are hidden
+        matrices."""
+        hidden = self.model.orthogonal_filters and len(shape) == FILTERS and name.split(".")[-2] not in ENDS
+        return Group(hidden=True) if hidden else super().group(name, shape)
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -150,19 +178,19 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         batch = self.complete(batch)
-        t = self.process.times(batch["time"])
+        t = self.process.times(batch["time"], batch["image"].shape[2:])
         return Loss((self._errors(model, batch, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
-        """Computes the mean squared error of each sample of a completed batch, fp32 [samples]. `t`: the samples' times."""
+        """Computes the error (`Process.errors`) of each sample of a completed batch, fp32 [samples]. `t`: the samples' times."""
         image, noise, dtype = batch["image"], batch["noise"], next(model.parameters()).dtype
-        said = model(self.process.noisy(image, noise, t).to(dtype), self.process.told(t), batch["caption"])
-        return (said.float() - self.process.target(image, noise, t)).square().flatten(1).mean(1)
+        prediction = model(self.process.noisy(image, noise, t).to(dtype), self.process.network_time(t), batch["caption"])
+        return self.process.errors(prediction, image, noise, t)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = self._completed(batch, dropping=False)
         place = torch.remainder((batch["key"] + 0.5) * GOLDEN, 1.0).float()
-        errors = self._errors(model, batch, self.process.times(place))
+        errors = self._errors(model, batch, self.process.times(place, batch["image"].shape[2:]))
         out = {"loss": errors, "samples": torch.ones_like(errors)}
         quarter = (place * QUARTERS).long()
         for i in range(QUARTERS):
@@ -186,7 +214,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
             model = self.build()
             text = torch.zeros((1, self.model.text.length), dtype=torch.long)
             if self.model.text.pretrained:
-                text = torch.zeros((1, self.model.text.length, self.parts.text_width()))
+                text = torch.zeros((1, self.model.text.embeddings, self.parts.text_width()))
             with FlopCounterMode(display=False) as counter:
                 model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text)
         return (2.0 if self.adapter else 3.0) * counter.get_total_flops()
@@ -202,16 +230,18 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
 
     def gallery(self) -> PromptGallery | None:
         """Returns the gallery to generate after every evaluation; None if the job has no prompts."""
+        if self.model.samples.held_out:
+            return held_out.HeldOutGallery(self)
         return PromptGallery(self) if self.model.samples.prompts else None
 
-    def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Say]:
-        """Returns a function that makes the `say(noisy, t)` of `pipeline.denoise` for given prompts.
+    def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Predictor]:
+        """Returns a function that makes the `predictor(noisy, t)` of `pipeline.denoise` for given prompts.
 
         The returned function uses the model that is in training, on `device`.
         """
         dtype = next(model.parameters()).dtype
 
-        def of(prompts: list[str]) -> Say:
+        def of(prompts: list[str]) -> Predictor:
             tokens = tokenize(self.parts.tokenizer, [*[""] * len(prompts), *prompts])
             text = self.parts.conditioning(tokens.input_ids.to(device), tokens.attention_mask.to(device))
             return lambda noisy, t: model(noisy.to(dtype), t, text)
@@ -221,7 +251,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
     def pixels_of(self, sampled: torch.Tensor) -> np.ndarray:
         """Decodes samples to pixels, uint8 [n, height, width, channels]."""
         vae = self.parts.frozen_on("vae", sampled.device) if self.parts.vae_config is not None else None
-        pixels = decode(vae, sampled).float().cpu()
+        pixels = decode(vae, sampled, self.model.patch).float().cpu()
         return ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
     @torch.no_grad()
@@ -308,9 +338,8 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
         shutil.copytree(recipe.model.autoencoder.pretrained, folder / "vae", dirs_exist_ok=True)
     scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
     scheduler.save_pretrained(folder / "scheduler")
-    standard = (
-        recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and kind == "CLIPTextModel" and not recipe.process.flow
-    )
+    clip = kind == "CLIPTextModel" and not text.pooling
+    standard = recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and clip and not recipe.process.flow
     index: dict[str, object] = {
         "_class_name": "StableDiffusionPipeline" if standard else ["pipeline", TextToImagePipeline.__name__],
         "_diffusers_version": diffusers.__version__,
@@ -319,12 +348,17 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
         "text_encoder": ["transformers", kind],
         "tokenizer": ["transformers", type(recipe.parts.tokenizer).__name__],
         "vae": ["diffusers", "AutoencoderKL"] if recipe.parts.vae_config else [None, None],
+        **({"predicts_image": True} if recipe.process.predicts_image else {}),
     }
     if standard:
         nothing: dict[str, object] = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
         index |= {**nothing, "requires_safety_checker": False}
     else:
         index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.parts.name}
+        index |= {"pooling": text.pooling} if text.pooling else {}
+        index |= {"patch": recipe.model.patch} if recipe.model.patch > 1 else {}
+        if "sample_size" not in backbone.config:
+            index["sample_size"] = max(recipe.parts.shape()[1:])
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 

@@ -1,0 +1,102 @@
+"""Draws the pictures of a held-out dataset from their captions, and compares them with the real pictures.
+
+`model.samples.held_out` names a dataset that isn't in the job's `data`. Its captions are the prompts. `PictureJudge` learns from
+the training pictures, and recognizes the subject and the style of each drawn picture. Scores of the real held-out pictures show
+what the judge itself can reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from heliostat.data import manifest
+from heliostat.data.chunks import Chunks
+from heliostat.data.manifest import Manifest
+from heliostat.errors import ConfigError
+from heliostat.recipes.images import diffusers_folder
+from heliostat.recipes.images.gallery import DrawingRecipe, PromptGallery, grid, png
+from heliostat.recipes.images.picture_judge import LabeledPictures, PictureJudge
+from heliostat.recipes.images.pipeline import generators
+from heliostat.storage.locations import Location
+
+SCORES = ("top1", "top5", "style")
+COLUMNS = 16  # pictures per row of the grid
+SHOWN = 4  # pictures that the exported model draws
+
+
+class HeldOutGallery(PromptGallery):
+    def __init__(self, recipe: DrawingRecipe) -> None:
+        super().__init__(recipe)
+        self.real = labeled([held_out(str(self.samples.held_out), recipe.sources)])
+        self.prompts = self.real.captions
+        self.count = len(self.prompts)
+        self._known: PictureJudge | None = None
+
+    def item(self, number: int) -> tuple[str, int]:
+        """Returns an image's prompt and seed."""
+        return self.prompts[number], self.samples.seed + number
+
+    def judge(
+        self, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, float], dict[str, bytes]]:
+        """Scores the drawn pictures, and the real ones (`real_`). The grid has each row of real pictures above the row that the
+        model drew."""
+        if self._known is None:
+            self._known = PictureJudge(labeled(self.recipe.sources, progressed))
+        drawn, real = (self._known.accuracy(self.real, one) for one in (np.stack(pictures), self.real.pictures))
+        scores = {name: drawn[name] for name in SCORES} | {f"real_{name}": real[name] for name in SCORES}
+        return scores, {"held_out": png(paired(list(self.real.pictures), pictures))}
+
+    def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
+        """Draws the first SHOWN captions with the exported model. Returns each caption with the subject that the judge
+        recognizes."""
+        pipeline, samples, prompts = diffusers_folder.load(folder), self.samples, self.prompts[:SHOWN]
+        draws = generators([samples.seed + i for i in range(len(prompts))])
+        drawn = pipeline(prompts, num_inference_steps=samples.steps, guidance_scale=samples.guidance, generator=draws).images
+        known = self._known or PictureJudge(labeled(self.recipe.sources))
+        ranked = known.ranked(np.stack([np.asarray(image) for image in drawn]))
+        return [(prompt, f"  (the judge sees: {one[0]})") for prompt, one in zip(prompts, ranked, strict=True)]
+
+
+def held_out(folder: str, sources: list[Manifest]) -> Manifest:
+    """Opens the held-out dataset. Raises ConfigError if the job trains on it, or if its images have another size."""
+    opened = manifest.read(Location(folder))
+    if opened.digest in {source.digest for source in sources}:
+        raise ConfigError(f"model.samples.held_out: the job trains on this dataset ({folder}). Use another dataset")
+    if opened.meta.get("content") != "images" or opened.meta["size"] != sources[0].meta["size"]:
+        raise ConfigError(
+            f"model.samples.held_out: needs images of {sources[0].meta['size']} pixels ({folder}). "
+            "Prepare it with the same pipeline as the training dataset"
+        )
+    return opened
+
+
+def labeled(sources: list[Manifest], progressed: Callable[[], None] = lambda: None) -> LabeledPictures:
+    """Reads all pictures of datasets, in the order of the shards. Calls `progressed` for every row group."""
+    from heliostat.recipes.images.rows import decoded
+
+    chunks, tables = Chunks(sources, None), []
+    for number, source in enumerate(sources):
+        for chunk in range(source.chunks.num_rows):
+            tables.append(chunks.read(number, chunk))
+            progressed()
+
+    def column(name: str) -> list[str]:
+        return [one for table in tables for one in (table[name].to_pylist() if name in table.column_names else [""] * len(table))]
+
+    pictures = decoded([image for table in tables for image in table["image"].to_pylist()])
+    return LabeledPictures(pictures, column("caption"), column("label"), column("style"))
+
+
+def paired(real: list[np.ndarray], drawn: list[np.ndarray]) -> np.ndarray:
+    """Arranges real pictures in rows, each above the row of drawn pictures with the same captions. Returns uint8 [height, width,
+    channels]."""
+    white = np.full_like(real[0], 255)
+    filled: list[np.ndarray] = []
+    for first in range(0, len(real), COLUMNS):
+        for part in (real[first : first + COLUMNS], drawn[first : first + COLUMNS]):
+            filled += [*part, *[white] * (COLUMNS - len(part))]
+    return grid(filled, COLUMNS)

@@ -1,0 +1,168 @@
+"""Tests models in pixels that get one embedding per caption: patches, white captions, Muon for filters, held-out pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from heliostat.curation.images import drawings
+from heliostat.data import manifest
+from heliostat.errors import ConfigError
+from heliostat.optim.optimizers import Muon
+from heliostat.recipes import building
+from heliostat.recipes.images import held_out, patches, whitening
+from heliostat.recipes.images.gallery import png
+from heliostat.recipes.images.pipeline import decode, denoise, generators
+from heliostat.recipes.images.text_to_image import TextToImage
+from heliostat.storage.locations import Location
+
+from tests.unit import build_images
+from tests.unit.build_images import prepared
+from tests.unit.build_job import job
+from tests.unit.build_text_to_image import bert, export, recipe, woken
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SUBJECTS = "🐜 ant, 🐻 bear, 🚗 automobile, 🍎 apple, 🔑 key, ⭐ star"
+WIDTH, OUTPUTS = 24, 8
+BACKBONE: dict[str, Any] = {
+    "arch": "unet", "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
+    "mid_block_type": "UNetMidBlock2D", "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 4,
+    "cross_attention_dim": OUTPUTS, "encoder_hid_dim_type": "text_proj", "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, digits):
+    """Returns the folder of a text encoder, and the folders of six drawings in eight styles, for training and held out."""
+    place = tmp_path_factory.mktemp("drawings")
+    folder = bert(place / "bert", digits, 12, WIDTH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawings, "SUBJECTS", SUBJECTS)
+        for part in ("train", "held-out"):
+            prepared({"name": part, "input": f"drawings:openmoji/{part}", "output": str(place / part), "resolution": 16,
+                      "latents": {"text_encoder": str(folder), "length": 12, "pooling": "mean"}})  # fmt: skip
+    return folder, place / "train", place / "held-out"
+
+
+def model_keys(places: tuple[Path, Path, Path], **changes: Any) -> dict[str, Any]:
+    text = {"pretrained": str(places[0]), "length": 12, "pooling": "mean", "whiten": True}
+    return {"backbone": BACKBONE, "text": text, "patch": 2, "objective": {"prediction": "x"}, **changes}
+
+
+def test_white_captions_have_mean_zero_and_unit_covariance(places):
+    """In fp64, for correlated vectors and for the projection of a new model. Too few directions are an error."""
+    rng = np.random.default_rng(3)
+    vectors = (rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)) + rng.normal(size=6)).astype(np.float32)
+    matrix, bias = whitening.whitening(vectors, 4)
+    white = vectors.astype(np.float64) @ matrix.T.astype(np.float64) + bias
+    assert np.abs(white.mean(0)).max() < 1e-5 and np.abs(white.T @ white / len(white) - np.eye(4)).max() < 1e-5
+    again = whitening.whitening(vectors[::-1], 4)[0]
+    assert np.abs(again - matrix).max() < 1e-4  # the order of the captions doesn't matter
+    flat = np.repeat(vectors[:, :2], 3, axis=1)
+    with pytest.raises(ConfigError, match=r"^model\.backbone\.cross_attention_dim: .* fewer than 4 directions\. Lower"):
+        whitening.whitening(flat, 4)
+
+    made = recipe(places[1], **model_keys(places))
+    projection: Any = made.build().unet.encoder_hid_proj
+    stored = torch.from_numpy(whitening.embeddings(made.sources))
+    white = projection(stored).detach().double().numpy()
+    assert white.shape == (len(stored), OUTPUTS) and np.abs(white.T @ white / len(white) - np.eye(OUTPUTS)).max() < 1e-3
+
+
+def test_patches_lose_nothing_and_noise_is_added_to_them(places):
+    pixels = torch.randn(3, 3, 16, 8).clamp(-1, 1)
+    cut = patches.cut(pixels, 4)
+    assert tuple(cut.shape[1:]) == patches.shape(4, 3, (8, 16)) and torch.equal(decode(None, cut, 4), pixels)
+    made = recipe(places[1], **model_keys(places))
+    assert made.parts.shape() == (12, 8, 8)
+    table = held_out.Chunks(made.sources, None).read(0, 0).slice(0, 2)
+    completed = made.complete(made.batch(table, np.arange(2)))
+    assert completed["image"].shape == completed["noise"].shape == (2, 12, 8, 8)
+    with pytest.raises(ConfigError, match=r"^model\.patch: 3 doesn't divide the image side of 16x16 pixels"):
+        recipe(places[1], **model_keys(places, patch=3))
+
+
+def test_an_export_with_patches_and_white_captions_draws_the_same_with_plain_diffusers(places, tmp_path):
+    made = recipe(places[1], **model_keys(places))
+    torch.manual_seed(0)
+    model = woken(made.build()).eval()
+    plain: Any = DiffusionPipeline.from_pretrained(export(made, model, tmp_path), trust_remote_code=True)
+    plain.set_progress_bar_config(disable=True)
+    theirs = plain("a key on yellow", num_inference_steps=4, guidance_scale=2.0, generator=generators([5])).images[0]
+    with torch.no_grad():
+        sampled = denoise(made.sampler_of(model, "cpu")(["a key on yellow"]), made.process.scheduler("euler"), (1, 12, 8, 8), 4,
+                          2.0, generators([5]), "cpu", True, clip=True)  # fmt: skip
+    ours = made.pixels_of(sampled)[0]
+    assert theirs.size == (16, 16) and np.abs(np.asarray(theirs).astype(int) - ours.astype(int)).max() <= 1
+
+
+def test_muon_orthogonalizes_filters_as_matrices_with_a_row_per_output(places):
+    """Only filters between hidden layers, and only if the job asks for it. The update is the reference's, in fp64."""
+    made = recipe(places[1], **model_keys(places))
+    before = building.hidden_matrices(made, made.build())
+    muon = {"train.optimizer": {"name": "muon", "lr": 0.02}}
+    wanted = job(**{**build_images.job(places[1], **model_keys(places, orthogonal_filters=True)), **muon})
+    filters = TextToImage(wanted)
+    filters.bind(made.sources)
+    model = filters.build()
+    new = building.hidden_matrices(filters, model) - before
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert new == {n for n, s in shapes.items() if len(s) == 4 and "conv_in" not in n and "conv_out" not in n} and len(new) > 8
+    with pytest.raises(ConfigError, match=r"^model\.orthogonal_filters: not supported by train\.optimizer\.name 'adamw'"):
+        recipe(places[1], **model_keys(places, orthogonal_filters=True))
+
+    torch.manual_seed(1)
+    weight, grad = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
+    parameter = torch.nn.Parameter(weight.clone())
+    parameter.grad = grad.clone()
+    optimizer = Muon(name="muon", lr=0.1, scale="spectral", weight_decay=0.0).build(
+        [{"params": [parameter], "weight_decay": 0.0, "lr_scale": 1.0, "orthogonal": True}]
+    )
+    optimizer.step()
+    direction = (grad * (1 - 0.95) * 0.95 + grad * (1 - 0.95)).double().view(6, 36)
+    direction = direction / direction.norm()
+    for _ in range(5):
+        gram = direction @ direction.T
+        direction = 3.4445 * direction + (-4.775 * gram + 2.0315 * gram @ gram) @ direction
+    expected = weight.double() - 0.1 * direction.view(6, 4, 3, 3)
+    assert (parameter.double() - expected).abs().max() < 1e-4
+
+
+def test_held_out_captions_are_drawn_and_compared_with_their_real_pictures(places, tmp_path):
+    """Real pictures in place of drawn ones score what the judge can reach. A job that trains on the held-out dataset is
+    rejected."""
+    samples = {"held_out": str(places[2]), "steps": 2}
+    made = recipe(places[1], **model_keys(places, samples=samples))
+    gallery = made.gallery()
+    assert isinstance(gallery, held_out.HeldOutGallery) and gallery.count == manifest.read(Location(str(places[2]))).rows
+    drawn = gallery.draw(woken(made.build()).eval(), "cpu", [0, 1])
+    assert drawn[0].shape == (16, 16, 3) and not np.array_equal(drawn[0], drawn[1])
+    scores, images = gallery.judge(list(gallery.real.pictures))
+    assert {name for name in made.scores if not name.startswith("loss")} == set(scores)
+    assert all(scores[name] == scores[f"real_{name}"] for name in held_out.SCORES) and scores["top5"] == 1.0
+    noise = list(np.random.default_rng(0).integers(0, 256, gallery.real.pictures.shape).astype(np.uint8))
+    assert gallery.judge(noise)[0]["top1"] < 0.6
+    assert images["held_out"] == png(held_out.paired(list(gallery.real.pictures), list(gallery.real.pictures)))
+    torch.manual_seed(0)
+    shown = gallery.demonstrate(export(made, woken(made.build()), tmp_path))
+    assert [prompt for prompt, _ in shown] == gallery.prompts[: held_out.SHOWN]
+
+    with pytest.raises(ConfigError, match=r"^model\.samples\.held_out: the job trains on this dataset"):
+        recipe(places[2], **model_keys(places, samples=samples)).gallery()
+    with pytest.raises(ConfigError, match=r"held_out brings its own prompts and scores"):
+        recipe(places[1], **model_keys(places, samples={**samples, "prompts": [{"text": "a key"}]}))
+
+
+def test_the_job_is_planned_before_its_dataset_exists(places, tmp_path):
+    from heliostat.plan import planner
+
+    backbone = {**BACKBONE, "sample_size": 8, "in_channels": 12, "out_channels": 12, "encoder_hid_dim": WIDTH}
+    wanted = job(**build_images.job(tmp_path / "nowhere", **model_keys(places, backbone=backbone)))
+    j, made, _ = planner.bound(wanted, TextToImage(wanted))
+    found = planner.plan(j, made)
+    assert made.parts.facts.size == (16, 16) and made.parts.facts.channels == 3 and found["memory"]["activations"] > 0
