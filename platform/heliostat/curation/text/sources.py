@@ -29,7 +29,7 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.readers.streams import CODECS
 from heliostat.curation.readers.streams import LeftOutError as LeftOutError
-from heliostat.errors import ConfigError, DataError, StorageError
+from heliostat.errors import AccessError, ConfigError, DataError
 from heliostat.storage.hub import names
 from heliostat.storage.locations import Location
 from heliostat.storage.s3_client import Listed, RewrittenError
@@ -215,14 +215,15 @@ def rows(base: Location, path: str, limit: int, part: FilePart | None = None) ->
 @contextmanager
 def _readable(base: Location, path: str) -> Iterator[Location]:
     """Provides the location of a file of the input. Downloads the file first if the input is on the Hugging Face Hub. Raises
-    LeftOutError if the file is outside the input, or if a local file can't be opened."""
+    LeftOutError if the file is outside the input, or if a local file is missing or its permissions don't allow reading. Other
+    faults of a disk raise StorageError after their retries, because they may be temporary, and no document may be lost."""
     if not hub.fetch(base, path) and not inside(base, path):
         raise LeftOutError("outside", f"leads out of {base}")
     try:
         yield base.join(path) if path else base
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         raise LeftOutError("unreadable") from e
-    except StorageError as e:
+    except AccessError as e:
         if base.is_s3:
             raise
         raise LeftOutError("unreadable", str(e)) from e
