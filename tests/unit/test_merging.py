@@ -147,9 +147,9 @@ def test_the_number_of_reads_grows_with_the_bytes(tmp_path, monkeypatch, files):
     reads, passes, widths = [0], [0], dict[str, float]()
 
     class Counting(HereFlow):
-        def all(self, kind, function, tasks, **more):
+        def taken(self, kind, function, tasks, take, **more):
             passes[0] += 1
-            return [self.record(task.arguments, task.key) for task in tasks]
+            return [take(self.record(task.arguments, task.key)) for task in tasks]
 
         def record(self, arguments, key):
             runs, share = arguments["runs"], (arguments["high"] - arguments["low"]) / spill.ALL

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -33,6 +33,7 @@ UNKNOWN = 1 << 40  # tasks that follow, if there may be any number
 MIB = 1 << 20
 LEAST_MEMORY = 64 * MIB  # minimum of `memory_limit`
 log = logging.getLogger(__name__)
+Taken = TypeVar("Taken")
 
 
 @dataclass
@@ -157,8 +158,14 @@ class Flow:
 
     def all(self, kind: str, function: TaskFunction, tasks: Iterator[Task], **more: Any) -> list[dict[str, Any]]:
         """Runs the tasks and returns their records in the tasks' order."""
-        records = dict(self.run(kind, function, tasks, **more))
-        return [records[number] for number in range(len(records))]
+        return self.taken(kind, function, tasks, lambda record: record, **more)
+
+    def taken(self, kind: str, function: TaskFunction, tasks: Iterator[Task], take: Callable[[dict[str, Any]], Taken],
+              **more: Any) -> list[Taken]:  # fmt: skip
+        """Runs the tasks and returns what `take` returns for each record, in the tasks' order. For kinds with one task per piece
+        of the input: complete records of millions of tasks don't fit into the driver's memory."""
+        values = {number: take(record) for number, record in self.run(kind, function, tasks, **more)}
+        return [values.pop(number) for number in range(len(values))]
 
     def close(self) -> None:
         """Waits for the calls that still run although their tasks are finished, and cancels them after some seconds. A call that

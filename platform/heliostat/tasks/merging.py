@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -29,7 +30,7 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.pool import TaskFunction
-from heliostat.tasks.spill import SpilledRun, survivors
+from heliostat.tasks.spill import SpilledRun, survivors_of
 from heliostat.tasks.work import key
 
 LEAST = spill.GROUP_BYTES // 4
@@ -70,10 +71,10 @@ def _passes(flow: Flow, kind: str, function: TaskFunction, ranges: list[ShardRan
     while any(thin(one, many) for one in ranges):
         cut = [part for one in ranges if thin(one, many) for part in divided(one, run_bytes)]
         work = (merge_of(one, group, part, bounds, run_bytes) for one, size, part in cut for group in groups(one.runs, size))
-        records = iter(flow.all(kind, function, work))
+        made = iter(flow.taken(kind, function, work, itemgetter("runs")))
         whole = [one for one in ranges if not thin(one, many)]
         for one, size, _ in cut:
-            merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(records)["runs"]]
+            merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(made)]
             whole.append(ShardRange(one.first, one.stop, merged_runs))
         ranges = sorted(whole, key=lambda one: one.first)
     return ranges
@@ -145,13 +146,12 @@ def merge_spills(folder: Location, runs: list[SpilledRun], low: int, high: int, 
 def _tables(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> Iterator[pa.Table]:
     """Yields the rows of some temporary files in a range of keys, in tables of little more than twice `run_bytes` at most."""
     tables, size = list[pa.Table](), 0
-    for run in runs:
-        for table in survivors(folder, run, low, high):
-            tables.append(table)
-            size += table.nbytes
-            if size > 2 * run_bytes:
-                yield _joined(tables)
-                size = 0
+    for table in survivors_of(folder, runs, low, high):
+        tables.append(table)
+        size += table.nbytes
+        if size > 2 * run_bytes:
+            yield _joined(tables)
+            size = 0
     if tables:
         yield _joined(tables)
 

@@ -117,7 +117,8 @@ class Sizes:
         if description := images.fetched(task):
             return len(description["names"]) if isinstance(description["names"], list) else NAMES
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
-        lists = [value for value in [*shared, *task.arguments.values()] if isinstance(value, list)]
+        values = [[value] if isinstance(value, SpilledRun) else value for value in [*shared, *task.arguments.values()]]
+        lists = [value for value in values if isinstance(value, list)]
         return sum(len(value) for value in lists if value and isinstance(value[0], str | SpilledRun))
 
 
