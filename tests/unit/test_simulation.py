@@ -318,7 +318,7 @@ def test_a_shard_has_a_row_group_for_each_chunk_of_tokens(tmp_path):
     flow.cluster = VirtualCluster(1, 1, GB, profile, NONE)
     plan = flow.share(TextSharding("out", 2, "{}", 0, 1000, False))
     runs = flow.share([SpilledRun("00/" + "0" * 32 + "-10.parquet", 5, 20_000)])
-    tasks = (Task(key("shards", i), {"first": i, "stop": i + 1}, {"runs": runs, "plan": plan}) for i in range(2))
+    tasks = (Task(key("shards", i), {"first": i, "stop": i + 1}, {"runs": runs, "plan": plan}, 10_000) for i in range(2))
     shards = ShardCollector()
     for record in flow.all("shards", print, tasks):
         for one in record["shards"]:

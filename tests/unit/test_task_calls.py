@@ -25,6 +25,7 @@ def forked(monkeypatch) -> ForkedRay:
     made = ForkedRay([1, 1])
     monkeypatch.setattr(ray_cluster, "ray", made)
     monkeypatch.setattr(crew, "PAUSE", Backoff(0.01, 0.01))
+    monkeypatch.setattr(calls, "LATE_S", 60.0)  # on a busy machine, a short call may take seconds
     return made
 
 
@@ -217,7 +218,7 @@ def test_a_call_is_late_by_its_size_and_only_if_most_have_ended():
         times.add(call(100), [20.0])
     small, large = call(100), call(1000)
     small.began = large.began = 0.0
-    assert times.late([small, large], 29.0) == [] and times.late([small, large], 31.0) == [small]
+    assert times.late([small, large], 24.0) == [] and times.late([small, large], 26.0) == [small]
     assert times.late([large, small], 500.0) == [small, large]
     assert times.late([small, large, call()], 500.0) == [], "most calls are still running"
     large.tasks[0] = Started(0, Task("k", {}, bytes=1000, can_repeat=False))

@@ -31,7 +31,7 @@ from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.spill import SpilledRun, survivors_of
-from heliostat.tasks.work import key
+from heliostat.tasks.work import key, keys
 
 LEAST = spill.GROUP_BYTES // 4
 """Bytes of a shard in a temporary file of documents, below which a merge is less work than reading the rest of the row groups."""
@@ -70,7 +70,7 @@ def _passes(flow: Flow, kind: str, function: TaskFunction, ranges: list[ShardRan
             many: int) -> list[ShardRange]:  # fmt: skip
     while any(thin(one, many) for one in ranges):
         cut = [part for one in ranges if thin(one, many) for part in divided(one, run_bytes)]
-        work = (merge_of(one, group, part, bounds, run_bytes) for one, size, part in cut for group in groups(one.runs, size))
+        work = _merges(flow, cut, bounds, run_bytes)
         made = iter(flow.taken(kind, function, work, itemgetter("runs")))
         whole = [one for one in ranges if not thin(one, many)]
         for one, size, _ in cut:
@@ -120,12 +120,23 @@ def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
         yield items[at : at + size]
 
 
-def merge_of(one: ShardRange, runs: list[SpilledRun], part: float, bounds: Bounds, run_bytes: int) -> Task:
-    """Builds the task that merges a range of shards from some temporary files. `part`: mean bytes of a shard in a file."""
-    low, high = bounds(one.first, one.stop)
-    arguments = {"runs": runs, "low": low, "high": high, "run_bytes": run_bytes}
-    bytes = int(part * (one.stop - one.first) * len(runs))
-    return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), arguments, bytes=bytes)
+def _merges(flow: Flow, cut: list[tuple[ShardRange, int, float]], bounds: Bounds, run_bytes: int) -> Iterator[Task]:
+    """Yields the tasks that merge ranges of shards, from some temporary files each. `cut`: see `divided`.
+
+    Consecutive ranges have the same files. So the list of a task's files is digested once for these ranges, and sent to a node
+    once: with hundreds of names per task, this decides how many tasks per second the driver can start.
+    """
+    runs, merges = list[SpilledRun](), list[tuple[int, object, Callable[..., str]]]()
+    for one, size, part in cut:
+        if one.runs is not runs:
+            runs = one.runs
+            merges = [(len(group), flow.share(group), keys("merge", [[run.name, run.decided] for run in group]))
+                      for group in groups(runs, size)]  # fmt: skip
+        low, high = bounds(one.first, one.stop)
+        for count, shared, key_of in merges:
+            arguments = {"low": low, "high": high, "run_bytes": run_bytes}
+            bytes = int(part * (one.stop - one.first) * count)
+            yield Task(key_of(low, high, run_bytes), arguments, {"runs": shared}, bytes)
 
 
 def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +39,19 @@ SIZES = 16  # factor by which the input may grow before its pieces become larger
 def key(*parts: object) -> str:
     """Computes the key of a task: 32 hex digits of the SHA-256 of JSON values and of the code's version."""
     return hashlib.sha256(json.dumps([CODE, *parts], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def keys(*parts: object) -> Callable[..., str]:
+    """Returns a function that computes `key(*parts, *more)` from `more`. The digest of `parts` is computed once, for many keys
+    with the same large parts."""
+    begun = hashlib.sha256(json.dumps([CODE, *parts], sort_keys=True)[:-1].encode())
+
+    def finished(*more: object) -> str:
+        digest = begun.copy()
+        digest.update(f", {json.dumps(more, sort_keys=True)[1:]}".encode())
+        return digest.hexdigest()[:32]
+
+    return finished
 
 
 def _is_own(path: str) -> bool:
