@@ -38,7 +38,7 @@ SAMPLES = 64  # maximum files with the tokenizer's training text
 SAMPLED_RUNS = 256  # maximum runs from which a task selects training text: about half a minute in an object store
 SPARE = 1.5  # bytes of the documents that tasks select / `train_bytes`
 SHARD_SHARE = 6  # a shard's task has its texts, its tokens, and its file in memory
-ALONE = 256  # maximum number of shards with a task each
+ALONE = 4096  # maximum number of shards with a task each
 
 
 @dataclass
