@@ -71,10 +71,10 @@ def _passes(flow: Flow, kind: str, function: TaskFunction, ranges: list[ShardRan
     while any(thin(one, many) for one in ranges):
         cut = [part for one in ranges if thin(one, many) for part in divided(one, run_bytes)]
         work = _merges(flow, cut, bounds, run_bytes)
-        made = iter(flow.taken(kind, function, work, itemgetter("runs")))
+        merged_files = iter(flow.taken(kind, function, work, itemgetter("runs")))
         whole = [one for one in ranges if not thin(one, many)]
         for one, size, _ in cut:
-            merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(made)]
+            merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(merged_files)]
             whole.append(ShardRange(one.first, one.stop, merged_runs))
         ranges = sorted(whole, key=lambda one: one.first)
     return ranges
