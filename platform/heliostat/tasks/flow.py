@@ -261,7 +261,8 @@ def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, a
     start, cpu = time.monotonic(), cpu_time.now()
     pa.set_memory_pool(pa.system_memory_pool())  # other pools keep freed memory, several times as much as a task needs
     result = function(work.spill, **arguments, **shared)
-    record = {**result, "seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3), "run": run}
+    record: dict[str, Any] = {**result, "seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3)}
+    record["run"] = run
     pa.default_memory_pool().release_unused()
     if record["wall"] > LATE_S and work.is_removed:  # a shorter task has no second call
         work.remove(record.get("files", []))
