@@ -11,7 +11,7 @@ from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging, spill
 from heliostat.tasks.merging import ShardRange, exchanged, merged
-from heliostat.tasks.work import Work
+from heliostat.tasks.work import Work, key
 
 from tests.unit.build_curation import HereFlow, curate, left, left_out
 from tests.unit.build_making import STAGES, make, make_input
@@ -46,14 +46,18 @@ def ids(folder: Location, runs: list[SpilledRun], low: int = 0, high: int = spil
 SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.ci) for seed in range(3, 12))]
 
 
-def test_the_tasks_of_a_merge_read_each_byte_once():
+def test_the_tasks_of_a_merge_read_each_byte_once(tmp_path):
     """Together, they have the bytes of all runs. The number of tasks is that of the runs, so each is made when it starts."""
     runs = [SpilledRun(f"00/{i:032}-10.parquet", 10, 50 * spill.GROUP_BYTES) for i in range(40)]
     whole, most = ShardRange(0, 5000, runs), 100 * spill.GROUP_BYTES
-    cut = [(*part, some) for part in merging.divided(whole, most) for some in merging.groups(runs, part[1])]
-    tasks = [merging.merge_of(one, some, part, bounds(5000), most) for one, _, part, some in cut]
+    cut = list(merging.divided(whole, most))
+    tasks = list(merging._merges(HereFlow(Work(Location(str(tmp_path)))), cut, bounds(5000), most))
     assert sum(task.bytes for task in tasks) == pytest.approx(sum(run.bytes for run in runs), rel=0.01)
     assert max(task.bytes for task in tasks) <= 1.1 * most
+    assert len({id(task.shared["runs"]) for task in tasks}) == len(tasks) // len(cut) < len(tasks), "each list is sent once"
+    for task in tasks[:: len(tasks) // 5]:  # records of earlier versions have this key
+        named = [[run.name, run.decided] for run in task.shared["runs"]]
+        assert task.key == key("merge", named, task.arguments["low"], task.arguments["high"], most)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -147,12 +151,12 @@ def test_the_number_of_reads_grows_with_the_bytes(tmp_path, monkeypatch, files):
     reads, passes, widths = [0], [0], dict[str, float]()
 
     class Counting(HereFlow):
-        def all(self, kind, function, tasks, **more):
+        def taken(self, kind, function, tasks, take, **more):
             passes[0] += 1
-            return [self.record(task.arguments, task.key) for task in tasks]
+            return [take(self.record(task.arguments, task.shared["runs"], task.key)) for task in tasks]
 
-        def record(self, arguments, key):
-            runs, share = arguments["runs"], (arguments["high"] - arguments["low"]) / spill.ALL
+        def record(self, arguments, runs, key):
+            share = (arguments["high"] - arguments["low"]) / spill.ALL
             assert len(runs) <= merging.MOST_FILES
             reads[0] += len(runs)
             width = widths.get(runs[0].name, 1.0)

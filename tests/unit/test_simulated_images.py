@@ -83,7 +83,7 @@ def test_an_image_shard_has_a_row_group_for_each_chunk(tmp_path):
     (shards,) = (kind for kind in report["kinds"] if kind["kind"] == "shards")
     (count,) = (kind for kind in report["kinds"] if kind["kind"] == "count")
     assert report["rows"] == pytest.approx(10 * shards["tasks"], rel=0.05) and count["tasks"] > 0
-    assert report["fetching"] is None and report["requests"]["output/shards"]["total"] >= shards["tasks"]
+    assert report["fetching"] is None and report["requests"]["output/shards/00"]["total"] >= shards["tasks"]
 
 
 def test_urls_are_fetched_as_fast_as_their_hosts_allow(tmp_path):

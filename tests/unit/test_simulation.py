@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from heliostat.curation import prepare
+from heliostat.curation import making, prepare
+from heliostat.curation.minhash import components
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.simulation import simulate, tables
 from heliostat.curation.simulation.profile import SURVEY_BYTES_PER_S, MeasuringCluster, Profile, Scaling, Sizes
 from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFaults, VirtualCluster
-from heliostat.curation.text import packing
+from heliostat.curation.text import packing, sources
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
 from heliostat.data.row_groups import ShardCollector
@@ -197,7 +199,7 @@ def test_lines_are_counted_in_the_time_of_their_bytes(tmp_path):
     flow.cluster = cluster
     part = FilePart("a.jsonl", 10**10, 1, stop=10**9)
     (record,) = flow.all("lines", print, iter([Task("k", {"input": "in", "part": part})]))
-    assert record["seconds"] == 2.0 and cluster.requests.total["input"] == 120
+    assert record["seconds"] == 2.0 and cluster.requests.total["input"] == 1 + sources.reads(10**9)
 
 
 def test_a_large_compressed_file_is_read_in_parts(tmp_path):
@@ -278,7 +280,7 @@ def test_the_report_has_times_requests_and_failures(tmp_path):
     report |= {"sample": {"bytes": 10}, "rows": 3}
     (kind,) = report["kinds"]
     assert kind["tasks"] == FEW and report["times_bound"] > 1 and report["failures"]["repeated"] == cluster.backups
-    assert report["requests"]["work/done/read"]["total"] == cluster.kinds[0].starts
+    assert report["requests"]["work/done/read/00*"]["total"] == cluster.kinds[0].starts
     assert len(tables.of_kinds(report)) == 2 and len(tables.of_requests(report)) == 1 + len(report["requests"])
     assert any(f"{FEW} tasks have a record" in line for line in tables.explain(report))
 
@@ -316,7 +318,7 @@ def test_a_shard_has_a_row_group_for_each_chunk_of_tokens(tmp_path):
     flow.cluster = VirtualCluster(1, 1, GB, profile, NONE)
     plan = flow.share(TextSharding("out", 2, "{}", 0, 1000, False))
     runs = flow.share([SpilledRun("00/" + "0" * 32 + "-10.parquet", 5, 20_000)])
-    tasks = (Task(key("shards", i), {"first": i, "stop": i + 1}, {"runs": runs, "plan": plan}) for i in range(2))
+    tasks = (Task(key("shards", i), {"first": i, "stop": i + 1}, {"runs": runs, "plan": plan}, 10_000) for i in range(2))
     shards = ShardCollector()
     for record in flow.all("shards", print, tasks):
         for one in record["shards"]:
@@ -324,3 +326,22 @@ def test_a_shard_has_a_row_group_for_each_chunk_of_tokens(tmp_path):
     groups = shards.table()
     assert len(groups) == 2 * 6 and set(groups["tokens"].to_pylist()) == {1000} and set(groups["rows"].to_pylist()) == {9}
     assert len(set(groups["path"].to_pylist())) == 2
+
+
+@pytest.mark.parametrize(("files", "size"), [(1, 10), (1041, 600 << 20), (225, 152 << 20), (10_410, 6 << 30), (10**6, 10**13)])
+def test_rounds_of_stars_need_no_merge_unless_their_tasks_would_be_long(files, size):
+    """Merges of few edges took longer than the rounds."""
+    names, most = [f"00/{number:032x}-{size // files}.parquet" for number in range(files)], 5000
+    parts = components.parts_of(names, most)
+    assert 1 <= parts <= most and (parts == most or size / parts <= components.MOST_PART)
+    assert parts * files <= merging.MANY_RANGES or parts == 1 or size / (parts - 1) > components.MOST_PART
+
+
+@pytest.mark.parametrize("shards", [1, 3, 100, 9265, 92_650])
+def test_shards_that_are_written_at_the_same_time_have_many_prefixes(shards):
+    """A store divides its keys by prefix, and neighbors share it. At most twice the mean is in one prefix at a time."""
+    numbers = making.spread(range(shards))
+    assert sorted(numbers) == list(range(shards)) == sorted(making.spread(list(range(shards))))
+    prefixes = 1 + (shards - 1) // 1000
+    for at in range(0, shards - 2000, 1000):
+        assert max(Counter(number // 1000 for number in numbers[at : at + 2000]).values()) <= 2 * 2000 / prefixes + 30

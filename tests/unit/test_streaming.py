@@ -100,10 +100,12 @@ def test_a_pipeline_waits_for_gpus_that_can_join_and_logs_if_its_stages_run_on_c
     flow, clock = GpuFlow(Work(Location(str(tmp_path)))), [0.0]
     flow.since = since
     monkeypatch.setattr(gpus, "_later", lambda: later)
-    monkeypatch.setattr(gpus, "request", lambda count: None)
+    requests = list[object]()
+    monkeypatch.setattr(gpus, "placement_group", lambda bundles, **more: requests.append(bundles) or len(requests))
+    monkeypatch.setattr(gpus, "remove_placement_group", lambda number: requests.pop(number - 1))
     monkeypatch.setattr(gpus.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(gpus.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
-    assert gpus.awaited(flow, ["perplexity"], 9.0) == count
+    assert gpus.awaited(flow, ["perplexity"], 9.0) == count and not requests
     assert (f"perplexity: {line}" in caplog.text) if line else not caplog.text
 
 

@@ -1,5 +1,6 @@
 """Tests the text pipeline's pure functions: listing, extraction, drop reasons, duplicates, and row groups."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -15,7 +16,7 @@ from heliostat.curation import readers
 from heliostat.curation.text import documents, gathering, sources, tasks, tokens
 from heliostat.curation.text.documents import Document, Dropped, TextRules
 from heliostat.data import manifest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, StorageError
 from heliostat.storage.locations import Location
 
 END = "<|endoftext|>"
@@ -328,3 +329,19 @@ def test_entropy():
 def test_a_vanished_file_is_counted(tmp_path):
     found = list(tasks.read_file(Location(str(tmp_path)), "gone.txt", TextRules()))
     assert found == [Dropped("gone.txt", "unreadable")]
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_a_fault_of_the_disk_loses_no_document(tmp_path, monkeypatch, error):
+    """After the retries, the task fails, so that the next start of the command reads the file."""
+    (tmp_path / "a.txt").write_text("a text")
+    monkeypatch.setenv("HELIOSTAT_RETRY_BUDGET_S", "0.01")
+
+    def fail() -> None:
+        raise OSError(error, "fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Location, "open", lambda self: self.attempt(fail))
+        with pytest.raises(StorageError):
+            list(tasks.read_file(Location(str(tmp_path)), "a.txt", TextRules()))
+    assert [item.text for item in tasks.read_file(Location(str(tmp_path)), "a.txt", TextRules())] == ["a text"]

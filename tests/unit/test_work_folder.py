@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import making, prepare, reasons, segment
-from heliostat.errors import DataError
+from heliostat.errors import ConfigError, DataError
 from heliostat.storage import locations as storage
 from heliostat.storage.locations import Location
-from heliostat.tasks import spill
+from heliostat.tasks import flow, spill
+from heliostat.tasks.work import Work
 
 from tests.unit.build_curation import HereFlow, curate, left
 from tests.unit.test_curation_engine import texts
@@ -133,3 +134,34 @@ def test_ids_of_more_than_two_gib_are_listed(tmp_path):
     names = out.record({})["left_out"]
     listed = making.tasks.list_left_out(out.folder, 0, 1, str(tmp_path / "out"), names)
     assert listed["rows"] == 2300
+
+
+def leave(folder: Location, gone: Path) -> dict[str, object]:
+    """Writes a temporary file after the run has removed its work folder."""
+    Work(Location(str(gone))).clear()
+    return {"files": [spill.put(folder, b"late", ".json")]}
+
+
+@pytest.mark.parametrize("late_s", [-1.0, 1000.0])
+def test_a_task_that_outlives_its_run_does_not_block_the_next_run(tmp_path, monkeypatch, late_s):
+    """A call that has been repeated may still run when the run ends. It leaves no file, or only files that the next run knows
+    (if it was killed before it looked)."""
+    monkeypatch.setattr(flow, "LATE_S", late_s)
+    place = Location(str(tmp_path / "work"))
+    Work(place).begin(1 << 20)
+    arguments = {"gone": tmp_path / "work"}
+    if late_s > 0:
+        flow.execute(Work(place).of_tasks(), "run", "some", "0" * 32, leave, arguments)
+    else:
+        with pytest.raises(DataError, match=r"^work: \S+: the run has ended and removed this folder"):
+            flow.execute(Work(place).of_tasks(), "run", "some", "0" * 32, leave, arguments)
+    assert len(place.files()) == (2 if late_s > 0 else 0)
+    assert Work(place).begin(1 << 20) == 1 << 20 and place.join("work.json").exists()
+
+
+@pytest.mark.parametrize("name", ["spill/notes.txt", "done/read/key.json", "done/a/b/" + "0" * 32 + ".json", "other", "spill"])
+def test_a_folder_with_other_files_is_not_taken(tmp_path, name):
+    Location(str(tmp_path)).join(name).write(b"mine")
+    with pytest.raises(ConfigError, match="isn't a work folder of heliostat"):
+        Work(Location(str(tmp_path))).begin(1 << 20)
+    assert Location(str(tmp_path)).join(name).read() == b"mine"

@@ -26,7 +26,7 @@ from heliostat.tasks.work import key
 
 LARGEST = 20  # largest clusters to list
 DOCUMENT_BYTES = 4000  # bytes of memory per document in a task: both ids and the columns, some of them several times
-RUNS = 16  # runs per task, approximately
+RUNS = 8  # runs per task, approximately
 JUDGED = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("reason", "detail", "measures"))])
 """Schema of the dropped documents. `key`: the document's position, (number of a temporary file) << 32 | row in this file."""
 

@@ -6,6 +6,7 @@ import logging
 import time
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from heliostat.cluster import ray_internals
 from heliostat.tasks.flow import Flow
@@ -40,18 +41,14 @@ def _later() -> int:
 
 
 def _wait(flow: Flow, wait_s: float) -> None:
-    """Requests a GPU from the autoscaler, and waits for the GPU."""
-    until = time.monotonic() + wait_s
-    request(1)
+    """Requests a GPU from the autoscaler, and waits for the GPU.
+
+    The request is a placement group, because `request_resources` would replace the requests of all other programs.
+    """
+    labels = [dict(flow.labels)] if flow.labels else None
+    until, group = time.monotonic() + wait_s, placement_group([{"GPU": 1}], bundle_label_selector=labels)
     try:
         while not flow.devices() and time.monotonic() < until:
             time.sleep(LOOK_S)
     finally:
-        request(0)
-
-
-def request(count: int) -> None:
-    """Requests GPUs from the autoscaler, instead of the GPUs that this process requested before."""
-    from ray.autoscaler.sdk import request_resources
-
-    request_resources(bundles=[{"GPU": 1}] * count)
+        remove_placement_group(group)

@@ -13,10 +13,11 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from heliostat.curation import reasons, recording, segment, tally
@@ -40,6 +41,7 @@ from heliostat.tasks.work import key
 
 SELECTED = 1024  # temporary files of dropped documents from which a task selects the rows to list
 log = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -245,6 +247,12 @@ def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: ob
     work = by_parts(flow, "listed", reasons.parts(rows), names, {}, output=output.uri, **also)
     records = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
     return [record["listed"] for record in records]
+
+
+def spread(items: Sequence[Item]) -> list[Item]:
+    """Returns the items in a fixed order in which neighbors are far apart. So the folders of the shards that tasks write at the
+    same time have different prefixes, which a store serves in parallel."""
+    return [items[place] for place in np.argsort(spill.mixed(np.arange(len(items)))).tolist()]
 
 
 def log_dropped(dropped: Counter[str], examples: dict[str, list[str]], meanings: dict[str, str], stages: list[Stage]) -> None:

@@ -86,7 +86,7 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 
     The key of a row is the document's position: (number of the file) << 32 | row in the file.
     """
-    tables = [t for name in names for t in spill.read(folder, name, first << 32, (first + count) << 32)]
+    tables = list(spill.read_all(folder, names, first << 32, (first + count) << 32))
     if tables:
         table = pa.concat_tables(tables).sort_by("key")
         tables.clear()

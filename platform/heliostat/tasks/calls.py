@@ -18,11 +18,12 @@ from heliostat.tasks.clusters import Task
 from heliostat.tasks.shipping import Shipment
 
 CALL_S = 15.0  # seconds that the tasks of a call take together, if one task is shorter
+SLOT_S = 4e-3  # seconds added for each call that can run at the same time, because the driver starts one call per millisecond
 MOST_TASKS = 64  # tasks of a call
 MEASURED = 16  # tasks that have ended before tasks are grouped
 ROUNDS = 2  # calls for each free CPU that must remain, so that the last calls end at about the same time
 KEPT = 256  # calls from whose times the usual time is computed
-LATE, LATE_S = 1.5, 10.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
+LATE, LATE_S = 1.25, 5.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
 ENDED = 3  # calls that have ended, for each running one, before a call can be late
 
 
@@ -101,7 +102,7 @@ class CallTimes:
         that can run at the same time."""
         if self.tasks < MEASURED or len(group) + 1 > min(MOST_TASKS, left // (ROUNDS * max(1, slots))):
             return False
-        return sum(one.size for one in [*group, more]) * self.seconds <= CALL_S * self.size
+        return sum(one.size for one in [*group, more]) * self.seconds <= (CALL_S + SLOT_S * slots) * self.size
 
     def late(self, calls: list[Call], now: float) -> list[Call]:
         """Lists the running calls that are late, the latest first."""

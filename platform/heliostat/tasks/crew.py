@@ -55,7 +55,7 @@ class Crew:
 
     def __init__(self, flow: Flowing, kind: TaskKind) -> None:
         self.flow, self.kind, self.cpus, self.size = flow, kind.name, kind.cpus, kind.actors
-        self.work = Work(flow.work.location)  # without the cached list of files
+        self.work = flow.work.of_tasks()
         self.cluster, self.executor = flow.cluster, flow.cluster.executor(kind)
         self.under_way: dict[Any, Call] = {}
         self.group: list[Started] = []

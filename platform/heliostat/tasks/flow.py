@@ -13,12 +13,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from heliostat.errors import DataError
 from heliostat.tasks import cpu_time
-from heliostat.tasks.calls import Started
+from heliostat.tasks.calls import LATE_S, Started
 from heliostat.tasks.care import CRASHED, UNREAD
 from heliostat.tasks.clusters import Cluster, Executor, Task, TaskKind
 from heliostat.tasks.crew import Crew
@@ -32,6 +33,7 @@ UNKNOWN = 1 << 40  # tasks that follow, if there may be any number
 MIB = 1 << 20
 LEAST_MEMORY = 64 * MIB  # minimum of `memory_limit`
 log = logging.getLogger(__name__)
+Taken = TypeVar("Taken")
 
 
 @dataclass
@@ -156,17 +158,22 @@ class Flow:
 
     def all(self, kind: str, function: TaskFunction, tasks: Iterator[Task], **more: Any) -> list[dict[str, Any]]:
         """Runs the tasks and returns their records in the tasks' order."""
-        records = dict(self.run(kind, function, tasks, **more))
-        return [records[number] for number in range(len(records))]
+        return self.taken(kind, function, tasks, lambda record: record, **more)
+
+    def taken(self, kind: str, function: TaskFunction, tasks: Iterator[Task], take: Callable[[dict[str, Any]], Taken],
+              **more: Any) -> list[Taken]:  # fmt: skip
+        """Runs the tasks and returns what `take` returns for each record, in the tasks' order. For kinds with one task per piece
+        of the input: complete records of millions of tasks don't fit into the driver's memory."""
+        values = {number: take(record) for number, record in self.run(kind, function, tasks, **more)}
+        return [values.pop(number) for number in range(len(values))]
 
     def close(self) -> None:
-        """Waits for the calls that still run although their tasks are finished, and cancels them after some seconds. Call this
-        before the work folder is removed, because these calls write to this folder."""
-        executors = {id(executor): executor for executor, _ in self.repeated}
-        left = sum(one.end([reference for executor, reference in self.repeated if executor is one]) for one in executors.values())
+        """Waits for the calls that still run although their tasks are finished, and cancels them after some seconds. A call that
+        continues writes no record after the work folder is removed (`execute`)."""
+        left = self.repeated[0][0].end([reference for _, reference in self.repeated]) if self.repeated else 0
         self.repeated.clear()
         if left:
-            log.warning("%d canceled Ray tasks may still write to %s. List them with: ray list tasks", left, self.work.location)
+            log.warning("%d canceled Ray tasks still run. List them with: ray list tasks", left)
 
     def __enter__(self) -> Flow:
         return self
@@ -245,7 +252,8 @@ def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, a
             **shared: object) -> dict[str, Any]:  # fmt: skip
     """Runs a task in this process, and writes and returns its record.
 
-    If this run has already recorded the task, only returns the task's record.
+    If this run has already recorded the task, only returns the task's record. If the run has ended and removed the work folder
+    meanwhile, because another call finished the task earlier, deletes the task's files, and raises DataError.
     """
     known = work.read(kind, key)
     if known is not None and known.get("run") == run:
@@ -253,7 +261,11 @@ def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, a
     start, cpu = time.monotonic(), cpu_time.now()
     pa.set_memory_pool(pa.system_memory_pool())  # other pools keep freed memory, several times as much as a task needs
     result = function(work.spill, **arguments, **shared)
-    record = {**result, "seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3), "run": run}
+    record: dict[str, Any] = {**result, "seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3)}
+    record["run"] = run
     pa.default_memory_pool().release_unused()
+    if record["wall"] > LATE_S and work.is_removed:  # a shorter task has no second call
+        work.remove(record.get("files", []))
+        raise DataError(f"work: {work.location}: the run has ended and removed this folder, so the task's files were removed too")
     work.finish(kind, key, record)
     return record

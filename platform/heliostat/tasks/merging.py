@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -29,8 +30,8 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.pool import TaskFunction
-from heliostat.tasks.spill import SpilledRun, survivors
-from heliostat.tasks.work import key
+from heliostat.tasks.spill import SpilledRun, survivors_of
+from heliostat.tasks.work import key, keys
 
 LEAST = spill.GROUP_BYTES // 4
 """Bytes of a shard in a temporary file of documents, below which a merge is less work than reading the rest of the row groups."""
@@ -69,11 +70,11 @@ def _passes(flow: Flow, kind: str, function: TaskFunction, ranges: list[ShardRan
             many: int) -> list[ShardRange]:  # fmt: skip
     while any(thin(one, many) for one in ranges):
         cut = [part for one in ranges if thin(one, many) for part in divided(one, run_bytes)]
-        work = (merge_of(one, group, part, bounds, run_bytes) for one, size, part in cut for group in groups(one.runs, size))
-        records = iter(flow.all(kind, function, work))
+        work = _merges(flow, cut, bounds, run_bytes)
+        merged_files = iter(flow.taken(kind, function, work, itemgetter("runs")))
         whole = [one for one in ranges if not thin(one, many)]
         for one, size, _ in cut:
-            merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(records)["runs"]]
+            merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(merged_files)]
             whole.append(ShardRange(one.first, one.stop, merged_runs))
         ranges = sorted(whole, key=lambda one: one.first)
     return ranges
@@ -119,12 +120,23 @@ def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
         yield items[at : at + size]
 
 
-def merge_of(one: ShardRange, runs: list[SpilledRun], part: float, bounds: Bounds, run_bytes: int) -> Task:
-    """Builds the task that merges a range of shards from some temporary files. `part`: mean bytes of a shard in a file."""
-    low, high = bounds(one.first, one.stop)
-    arguments = {"runs": runs, "low": low, "high": high, "run_bytes": run_bytes}
-    bytes = int(part * (one.stop - one.first) * len(runs))
-    return Task(key("merge", [[run.name, run.decided] for run in runs], low, high, run_bytes), arguments, bytes=bytes)
+def _merges(flow: Flow, cut: list[tuple[ShardRange, int, float]], bounds: Bounds, run_bytes: int) -> Iterator[Task]:
+    """Yields the tasks that merge ranges of shards, from some temporary files each. `cut`: see `divided`.
+
+    Consecutive ranges have the same files. So the list of a task's files is digested once for these ranges, and sent to a node
+    once: with hundreds of names per task, this decides how many tasks per second the driver can start.
+    """
+    runs, merges = list[SpilledRun](), list[tuple[int, object, Callable[..., str]]]()
+    for one, size, part in cut:
+        if one.runs is not runs:
+            runs = one.runs
+            merges = [(len(group), flow.share(group), keys("merge", [[run.name, run.decided] for run in group]))
+                      for group in groups(runs, size)]  # fmt: skip
+        low, high = bounds(one.first, one.stop)
+        for count, shared, key_of in merges:
+            arguments = {"low": low, "high": high, "run_bytes": run_bytes}
+            bytes = int(part * (one.stop - one.first) * count)
+            yield Task(key_of(low, high, run_bytes), arguments, {"runs": shared}, bytes)
 
 
 def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
@@ -145,13 +157,12 @@ def merge_spills(folder: Location, runs: list[SpilledRun], low: int, high: int, 
 def _tables(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> Iterator[pa.Table]:
     """Yields the rows of some temporary files in a range of keys, in tables of little more than twice `run_bytes` at most."""
     tables, size = list[pa.Table](), 0
-    for run in runs:
-        for table in survivors(folder, run, low, high):
-            tables.append(table)
-            size += table.nbytes
-            if size > 2 * run_bytes:
-                yield _joined(tables)
-                size = 0
+    for table in survivors_of(folder, runs, low, high):
+        tables.append(table)
+        size += table.nbytes
+        if size > 2 * run_bytes:
+            yield _joined(tables)
+            size = 0
     if tables:
         yield _joined(tables)
 

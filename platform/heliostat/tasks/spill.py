@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
+from heliostat.tasks.advance import in_advance
 
 GROUP_BYTES = 512 << 10  # bytes of a row group, before compression
 READ_BYTES = 4 * GROUP_BYTES  # bytes of row groups, uncompressed, per read from an object store
@@ -123,6 +125,18 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
                 yield _part(table, start, stop)
 
 
+def read_all(
+    folder: Location, names: Iterable[str], low: int = 0, high: int = ALL, columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """Yields the rows of several files with low <= key < high, one file after another, like `read`. Reads several files of an
+    object store at the same time, because each has several requests that wait for answers."""
+    return _together(folder, (read(folder, name, low, high, columns) for name in names))
+
+
+def _together(folder: Location, reads: Iterable[Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    return in_advance(reads) if folder.is_s3 else chain.from_iterable(reads)
+
+
 def _reads(metadata: pq.FileMetaData, low: int, high: int, bytes: int) -> Iterator[list[int]]:
     """Yields the row groups of each read: as many consecutive row groups as have at most `bytes` bytes, and at least one."""
     waiting, size = list[int](), 0
@@ -164,12 +178,12 @@ def _overlapping(metadata: pq.FileMetaData, low: int, high: int) -> Iterator[int
 
 def joined(folder: Location, names: Iterable[str], low: int, high: int, schema: pa.Schema) -> pa.Table:
     """Reads a range of keys from several files of this schema as one table, which may be empty."""
-    return pa.concat_tables([schema.empty_table(), *(t for name in names for t in read(folder, name, low, high))])
+    return pa.concat_tables([schema.empty_table(), *read_all(folder, names, low, high)])
 
 
 def arrays(folder: Location, names: list[str], low: int, high: int, **columns: type[np.generic]) -> list[np.ndarray]:
     """Reads numeric columns of a range of keys from several files: an array [rows] per column, with its type."""
-    tables = [table.select(list(columns)) for name in names for table in read(folder, name, low, high)]
+    tables = [table.select(list(columns)) for table in read_all(folder, names, low, high)]
     return [np.concatenate([np.zeros(0, kind), *(t[column].to_numpy() for t in tables)]) for column, kind in columns.items()]
 
 
@@ -202,7 +216,7 @@ def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["row"], value_set=pa.array(dropped, table.schema.field("row").type))))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SpilledRun:
     """Describes a temporary file of documents (a run). `decided`: the temporary files that list which of these documents were
     dropped later."""
@@ -217,6 +231,17 @@ def survivors(
     folder: Location, run: SpilledRun, low: int = 0, high: int = ALL, columns: list[str] | None = None
 ) -> Iterator[pa.Table]:
     """Yields the documents of a temporary file in a range of keys, as tables, without the documents that were dropped later."""
+    return survivors_of(folder, [run], low, high, columns)
+
+
+def survivors_of(
+    folder: Location, runs: Iterable[SpilledRun], low: int = 0, high: int = ALL, columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """Yields the documents of several temporary files, one file after another, like `survivors`."""
+    return _together(folder, (_survivors(folder, run, low, high, columns) for run in runs))
+
+
+def _survivors(folder: Location, run: SpilledRun, low: int, high: int, columns: list[str] | None) -> Iterator[pa.Table]:
     decided = [t["row"].to_numpy() for name in run.decided for t in read(folder, name, low, high)]
     gone = np.unique(np.concatenate(decided)) if decided else np.zeros(0, np.uint32)
     for table in read(folder, run.name, low, high, None if columns is None else ["row", *columns]):

@@ -16,7 +16,8 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,11 +41,37 @@ def key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([CODE, *parts], sort_keys=True).encode()).hexdigest()[:32]
 
 
+def keys(*parts: object) -> Callable[..., str]:
+    """Returns a function that computes `key(*parts, *more)` from `more`. The digest of `parts` is computed once, for many keys
+    with the same large parts."""
+    begun = hashlib.sha256(json.dumps([CODE, *parts], sort_keys=True)[:-1].encode())
+
+    def finished(*more: object) -> str:
+        digest = begun.copy()
+        digest.update(f", {json.dumps(more, sort_keys=True)[1:]}".encode())
+        return digest.hexdigest()[:32]
+
+    return finished
+
+
+def _is_own(path: str) -> bool:
+    """Checks whether a path in a work folder has the form of a temporary file, a record, or a note."""
+    folder, _, name = path.partition("/")
+    if folder == SPILL:
+        return spill.size_of(name) is not None
+    return folder == NOTES or (folder == DONE and re.fullmatch(r"[^/]+/[0-9a-f]{32}\.json", name) is not None)
+
+
 @dataclass(frozen=True)
 class Work:
-    """Reads and writes the records in a pipeline's work folder."""
+    """Reads and writes the records in a pipeline's work folder.
+
+    `marked`: whether the folder had its mark when the tasks began. If the mark is missing later, the run has ended, and has
+    removed the folder.
+    """
 
     location: Location
+    marked: bool = False
 
     @property
     def spill(self) -> Location:
@@ -57,6 +84,20 @@ class Work:
     def finish(self, kind: str, key: str, record: Mapping[str, object]) -> None:
         """Writes the record of a finished task. The task's files must already be complete."""
         self.location.join(DONE, kind, f"{key}.json").write(json.dumps(record).encode())
+
+    def of_tasks(self) -> Work:
+        """Returns the folder for tasks: without the cached list of files, and with `marked` as it is now."""
+        return Work(self.location, self.location.join(MARK).exists())
+
+    @property
+    def is_removed(self) -> bool:
+        """Checks whether the run has removed this folder."""
+        return self.marked and not self.location.join(MARK).exists()
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Deletes temporary files."""
+        for name in names:
+            self.spill.join(name).delete()
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
@@ -108,7 +149,7 @@ class Work:
         try:
             known = json.loads(self.location.join(MARK).read())["piece"]
         except FileNotFoundError:
-            if self._sizes:
+            if not all(map(_is_own, self._sizes)):  # a task that outlived its run may have written files after the mark's end
                 fault = "isn't empty, and isn't a work folder of heliostat. Set work to another folder"
                 raise ConfigError(f"work: {self.location}: {fault}") from None
             known = 0

@@ -16,7 +16,7 @@ from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.fetching import REASONS, Fetching
 from heliostat.curation.images.latents import EMPTY, Latents
 from heliostat.curation.images.tasks import END, ImageSource, Shards
-from heliostat.curation.making import Making, WrittenShards
+from heliostat.curation.making import Making, WrittenShards, spread
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import Prediction
 from heliostat.curation.prepare import InputFile
@@ -173,7 +173,7 @@ class ImageMaking(Making):
         dealing = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **arguments}, bytes=run.bytes)
                    for run in curated.runs)  # fmt: skip
         actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
-        dealt = [SpilledRun(*record["dealt"]) for record in self.flow.all("deal", tasks.deal, dealing, **actors)]
+        dealt = self.flow.taken("deal", tasks.deal, dealing, lambda record: SpilledRun(*record["dealt"]), **actors)
         ranges = self.ranges(dealt, total, lambda first, stop: (first, stop))
         plan = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
         plan |= recording.arguments(self.every)
@@ -182,10 +182,10 @@ class ImageMaking(Making):
         places = [(bucket, i) for bucket, (_, number) in shards.items() for i in range(number)]
 
         def work() -> Iterator[Task]:
-            for part in ranges:
+            for part in spread(ranges):
                 names = [run.name for run in part.runs]
                 shared, base = {"names": self.flow.share(names)}, key("shards", names, plan)
-                for number in range(part.first, part.stop):
+                for number in spread(range(part.first, part.stop)):
                     prefix = tasks.folder_of(*places[number], self.buckets)
                     yield Task(key(base, number), {"number": number, "prefix": prefix, **plan}, shared, each)
 

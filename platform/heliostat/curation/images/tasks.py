@@ -33,6 +33,7 @@ from heliostat.data.manifest import SHARDS
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.shipping import Shipment
+from heliostat.tasks.spill import survivors_of
 
 # images of a run, distributed to shards: `key` is the number of the image's shard among all shards
 DEALT = pa.schema(
@@ -109,7 +110,7 @@ def _label(columns: str | None) -> str:
 def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str, object]:
     """Trains a tokenizer on all captions. The tokenizer doesn't depend on the order of the captions. Returns the name of the
     tokenizer's temporary file."""
-    tables = (table for run in runs for table in survivors(folder, run, columns=["text"]))
+    tables = survivors_of(folder, runs, columns=["text"])
     texts = (text for table in tables for text in table["text"].to_pylist())
     name = segment.store(folder, tokens.train(texts, vocab_size, END))
     return {"definition": name, "files": [name]}
@@ -176,7 +177,7 @@ def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, o
 
     `stored`: names of columns that stages add to the columns of every image shard. `every`: see `recording`.
     """
-    tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]
+    tables = list(spill.read_all(folder, names, number, number + 1))
     if not tables:  # the dataset has few images, and no image has a hash that selects this shard
         return {"path": "", "file_bytes": 0, "images": 0, "ends": []}
     table = pa.concat_tables(tables)

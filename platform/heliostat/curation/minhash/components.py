@@ -22,10 +22,11 @@ from heliostat.errors import HeliostatError
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
-from heliostat.tasks.merging import by_parts
+from heliostat.tasks.merging import MANY_RANGES, by_parts
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
+LEAST_PART, MOST_PART = 1 << 20, 64 << 20  # bytes of the edges' temporary files that a task reads: about a second to a minute
 ROUNDS = 100  # maximum rounds: more than log^2 of any number of documents
 Edges = tuple[np.ndarray, np.ndarray]
 NONE: Edges = (np.zeros(0, np.uint64), np.zeros(0, np.uint64))
@@ -115,20 +116,29 @@ def small_star(folder: Location, part: int, parts: int, names: list[str], room: 
 
 
 def stars(flow: Flow, kind: str, names: list[str], parts: int, room: int) -> tuple[list[str], int]:
-    """Runs rounds of large star and small star until no edge changes. `room`: edges in a task's memory, approximately. Returns
-    the temporary files of the edges, which then form stars, and the number of rounds."""
+    """Runs rounds of large star and small star until no edge changes, with at most `parts` tasks each. `room`: edges in a task's
+    memory, approximately. Returns the temporary files of the edges, which then form stars, and the number of rounds."""
     before: tuple[int, int] | None = None
     for rounds in range(ROUNDS):
-        large = flow.all(f"{kind}-large", large_star, by_parts(flow, kind, parts, names, room=room))
+        large = flow.all(f"{kind}-large", large_star, by_parts(flow, kind, parts_of(names, parts), names, room=room))
         now = (sum(r["edges"] for r in large), sum(int(r["check"]) for r in large) % (1 << 64))
         if now == before:
             return names, rounds
-        small = flow.all(f"{kind}-small", small_star, by_parts(flow, kind, parts, edges_of(large), room=room))
+        names = edges_of(large)
+        small = flow.all(f"{kind}-small", small_star, by_parts(flow, kind, parts_of(names, parts), names, room=room))
         before, names = now, edges_of(small)
     raise HeliostatError(
         f"{kind}: the clusters didn't converge within {ROUNDS} rounds. This is a bug in heliostat. "
         "Report the bug with the pipeline's YAML file"
     )
+
+
+def parts_of(names: list[str], most: int) -> int:
+    """Computes the number of tasks that read edges from these temporary files. With so many tasks, no files need merging, unless
+    a task would read more than MOST_PART bytes."""
+    bytes = sum(spill.size_of(name) or 0 for name in names)
+    fit = min(MANY_RANGES // max(1, len(names)), -(-bytes // LEAST_PART))
+    return max(1, min(most, max(fit, -(-bytes // MOST_PART))))
 
 
 def edges_of(records: list[dict[str, Any]]) -> list[str]:
@@ -158,13 +168,12 @@ def _neighbors(folder: Location, part: int, parts: int, names: list[str], room: 
 
 def _batches(folder: Location, part: int, parts: int, names: list[str], room: int) -> Iterator[Edges]:
     waiting, size = list[Edges](), 0
-    for name in names:
-        for table in spill.read(folder, name, *spill.share(part, parts)):
-            waiting.append((table["u"].to_numpy(), table["v"].to_numpy()))
-            size += len(table)
-            if size >= room:
-                yield _joined(waiting)
-                waiting, size = [], 0
+    for table in spill.read_all(folder, names, *spill.share(part, parts)):
+        waiting.append((table["u"].to_numpy(), table["v"].to_numpy()))
+        size += len(table)
+        if size >= room:
+            yield _joined(waiting)
+            waiting, size = [], 0
     if waiting:
         yield _joined(waiting)
 

@@ -39,12 +39,11 @@ def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[s
     """Writes pairs (node, root of the node's star) to a temporary file, sorted by node. For the root of a star, both values are
     the root."""
     nodes, roots = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
-    for name in names:
-        for table in spill.read(folder, name, *spill.share(part, parts)):
-            u, v = table["u"].to_numpy(), table["v"].to_numpy()
-            centre = np.unique(u[u < v])
-            nodes += [u[u > v], centre]
-            roots += [v[u > v], centre]
+    for table in spill.read_all(folder, names, *spill.share(part, parts)):
+        u, v = table["u"].to_numpy(), table["v"].to_numpy()
+        centre = np.unique(u[u < v])
+        nodes += [u[u > v], centre]
+        roots += [v[u > v], centre]
     table = pa.table({"key": np.concatenate(nodes), "root": np.concatenate(roots)})
     name = spill.write(folder, table.group_by(["key", "root"], use_threads=False).aggregate([]), ("root",))
     return {"members": name, "rows": len(table), "files": [name]}

@@ -19,7 +19,7 @@ from heliostat.curation.engine import Curated
 from heliostat.curation.making import WrittenShards
 from heliostat.curation.pairs import extracting, reading
 from heliostat.curation.pairs.reading import KIND, QUERY, PairSource
-from heliostat.curation.segment import SpilledRun, survivors
+from heliostat.curation.segment import SpilledRun
 from heliostat.curation.text import documents, tokens
 from heliostat.curation.text.making import Reading, identities
 from heliostat.curation.text.tasks import bounds
@@ -28,6 +28,7 @@ from heliostat.data.manifest import PLACES_KEY, SHARDS
 from heliostat.data.row_groups import ShardCollector
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Task
+from heliostat.tasks.spill import survivors_of
 from heliostat.tasks.work import key
 
 SCHEMA = pa.schema([("id", pa.string()), ("kind", pa.string()), ("query", pa.large_string()), ("text", pa.large_string())])
@@ -94,7 +95,7 @@ def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun]
 
 def _write_shard(folder: Location, runs: list[SpilledRun], number: int, plan: PairSharding) -> dict[str, object] | None:
     low, high = bounds(number, plan.shards)
-    survived = [row for run in runs for t in survivors(folder, run, low, high, ["hash", "id", "columns", "text"])
+    survived = [row for t in survivors_of(folder, runs, low, high, ["hash", "id", "columns", "text"])
              for row in t.to_pylist()]  # fmt: skip
     if not survived:
         return None

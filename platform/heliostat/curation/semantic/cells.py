@@ -100,7 +100,7 @@ def centres(folder: Location, names: list[str], limit: int, cells: int, seed: in
 
     If no text has a hash below `limit`, because most texts are equal, there is only one cell.
     """
-    samples = [_once(t) for name in names for t in spill.read(folder, name, 0, limit, ["vector"])]
+    samples = [_once(t) for t in spill.read_all(folder, names, 0, limit, ["vector"])]
     if not samples:
         samples = [next(spill.read(folder, names[0], columns=["vector"])).slice(0, 1)]
         cells = 1
@@ -204,7 +204,7 @@ class Dealt:
 
     @classmethod
     def read(cls, folder: Location, names: list[str], low: int, high: int) -> Dealt:
-        tables = [t.select(ABOUT.names) for name in names for t in spill.read(folder, name, low, high, ABOUT.names)]
+        tables = [t.select(ABOUT.names) for t in spill.read_all(folder, names, low, high, ABOUT.names)]
         order = [(name, "ascending") for name in ABOUT.names]
         return cls(folder, names, pa.concat_tables([ABOUT.empty_table(), *tables]).sort_by(order).combine_chunks())
 

@@ -56,7 +56,7 @@ class HostCounts:
 
 def counted(folder: Location, names: Iterable[str]) -> HostCounts:
     """Counts the URLs of each host in temporary files of `lists.listed`."""
-    tables = [table["key"].to_numpy() for name in names for table in spill.read(folder, name, columns=["key"])]
+    tables = [table["key"].to_numpy() for table in spill.read_all(folder, names, columns=["key"])]
     return HostCounts(*np.unique(np.concatenate(tables), return_counts=True))
 
 

@@ -99,13 +99,19 @@ class Sizes:
             source = task.arguments.get("source")
             rate = source.rate if isinstance(source, SampledTexts | SampledImages) else _whole
             return int(sum(part.length * rate(part) for part in parts))
-        if task.bytes and task.arguments.keys() & {"run_bytes", "chunk_images"}:  # merges, and shards of images
+        if task.bytes and (task.arguments.keys() & {"run_bytes", "chunk_images"} or self.plan(task)):  # merges, and shards
             return task.bytes
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
-        share = _share_of_keys(task.arguments, self.plan(task))
+        share = _share_of_keys(task.arguments)
         spilled = sum(self.lists[id(value)] if id(value) in self.lists else spilled_bytes(value) for value in shared)
         own = spilled_bytes(list(task.arguments.values()))
         return int((spilled + own) * share) or task.bytes
+
+    def runs(self, task: Task) -> list[SpilledRun]:
+        """Returns the temporary files of documents that a task reads."""
+        shared = task.shared.get("runs")
+        runs: Any = task.arguments.get("runs") or self.values.get(id(shared), shared)
+        return list(runs)
 
     def plan(self, task: Task) -> TextSharding | None:
         """Returns the shared configuration of a task that writes shards; None for other tasks."""
@@ -117,7 +123,8 @@ class Sizes:
         if description := images.fetched(task):
             return len(description["names"]) if isinstance(description["names"], list) else NAMES
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
-        lists = [value for value in [*shared, *task.arguments.values()] if isinstance(value, list)]
+        values = [[value] if isinstance(value, SpilledRun) else value for value in [*shared, *task.arguments.values()]]
+        lists = [value for value in values if isinstance(value, list)]
         return sum(len(value) for value in lists if value and isinstance(value[0], str | SpilledRun))
 
 
@@ -135,12 +142,12 @@ def spilled_bytes(value: object) -> int:
     return sum(map(spilled_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
-def _share_of_keys(arguments: Mapping[str, Any], plan: TextSharding | None = None) -> float:
+def _share_of_keys(arguments: Mapping[str, Any]) -> float:
     if "parts" in arguments:
         return 1 / arguments["parts"]
     if "high" in arguments:
         return (arguments["high"] - arguments.get("low", 0)) / spill.ALL
-    return (arguments["stop"] - arguments["first"]) / plan.shards if plan is not None else 1.0
+    return 1.0
 
 
 def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: Sizes) -> dict[str, Any]:
@@ -150,7 +157,7 @@ def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: 
         listed: Any = sizes.values[id(task.shared["listed"])]
         return images.metadata_record(task, listed) | {"seconds": read / LINES_BYTES_PER_S}
     if like is None:
-        return _merged(kind, task, read, profile)
+        return _merged(kind, task, read, profile, sizes)
     growth = read / like.bytes if read and like.bytes else 1.0
     if kind.name in SAME_SIZE:
         return like.record | {"seconds": like.record["seconds"] * growth}
@@ -206,12 +213,12 @@ class Scaling:
         return value if size is None or value.endswith(".json") else named(f"{self.key} {value}", round(size * self.growth))
 
 
-def _merged(kind: TaskKind, task: Task, read: int, profile: Profile) -> dict[str, Any]:
+def _merged(kind: TaskKind, task: Task, read: int, profile: Profile, sizes: Sizes) -> dict[str, Any]:
     """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, counting lines,
     surveying compressed files, or listing dropped documents. Raises ConfigError for other kinds."""
     seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
     if kind.function in (merging.merge, merging.merge_spills):
-        runs = task.arguments["runs"]
+        runs = sizes.runs(task)
         rows = sum(run.rows for run in runs) * read // max(1, sum(run.bytes for run in runs))
         return {"runs": _cut([[name, rows, read]], task.arguments["run_bytes"], task.key), "files": [name], "seconds": seconds}
     if kind.name == "tally":

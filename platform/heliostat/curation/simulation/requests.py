@@ -10,13 +10,15 @@ from typing import Any
 
 from heliostat.curation.images.sources import FILES_PER_TASK
 from heliostat.curation.pieces import FilePart
+from heliostat.curation.text import sources
 from heliostat.tasks import spill
 from heliostat.tasks.clusters import Task
 
-READ_BYTES = 8 << 20  # of an input file per request
 PART_BYTES = 10 << 20  # of an upload in parts
 PLAIN_BYTES = 5 << 20  # a file below this size is written with one request
-SPILLS = 256  # prefixes of spilled files: the first two hex digits of their digests
+SPREAD = 256  # prefixes that a store can separate where names begin with a digest: its first two hex digits
+FIRST = "/00*"  # one of these prefixes, which stands for all
+DIGITS = 3  # last digits of a shard's number: a store can separate prefixes by the digits before
 BUCKET_S = 10.0  # seconds over which a rate is averaged
 MOST_BUCKETS = 60  # of a task's requests
 
@@ -38,14 +40,18 @@ class Requests:
         for bucket in range(first, first + count):
             buckets[bucket] += requests / count
 
+    def totals(self) -> dict[str, float]:
+        """Returns the requests of each prefix, and of all SPREAD prefixes where one stands for all."""
+        return {prefix: total * (SPREAD if prefix.endswith(FIRST) else 1) for prefix, total in self.total.items()}
+
     def busiest(self) -> dict[str, float]:
         return {prefix: max(buckets.values()) / BUCKET_S for prefix, buckets in self.buckets.items()}
 
     def of_task(self, kind: str, task: Task, record: dict[str, Any], files: int, read: int, at: float) -> int:
-        """Counts the requests of a task that begins at `at` (virtual seconds), and returns their number. Spilled files are spread
-        evenly over their prefixes, so one of SPILLS prefixes stands for all."""
+        """Counts the requests of a task that begins at `at` (virtual seconds), and returns their number. Files whose names begin
+        with a digest are spread evenly over their prefixes, so one of SPREAD prefixes stands for all."""
         piece = input_parts(task)
-        inputs = sum(part_files(part) + part.length // READ_BYTES for part in piece)
+        inputs = sum(map(part_reads, piece))
         ranges = 2 * files + read // spill.READ_BYTES if files else 0
         sizes = [spill.size_of(name) or 0 for name in record.get("files", [])]
         writes = sum(map(puts, sizes))
@@ -53,11 +59,18 @@ class Requests:
         shards = [shard["file_bytes"] for shard in written]
         if inputs:
             self.add("input", inputs, sum(part.length for part in piece), at, record["seconds"])  # read block by block
-        self.add("work/spill/00", (ranges + writes) / SPILLS, (read if files else 0) + sum(sizes), at)
-        self.add(f"work/done/{kind}", 1, 0, at)
-        if shards:
-            self.add("output/shards", sum(map(puts, shards)), sum(shards), at)
+        self.add(f"work/spill{FIRST}", (ranges + writes) / SPREAD, (read if files else 0) + sum(sizes), at)
+        self.add(f"work/done/{kind}{FIRST}", 1 / SPREAD, 0, at)
+        for shard in written:  # in a folder for each shard, such as shards/01234
+            folder = shard["path"].rpartition("/")[0]
+            self.add(f"output/{folder[:-DIGITS]}", puts(shard["file_bytes"]), shard["file_bytes"], at)
         return inputs + ranges + writes + 1 + sum(map(puts, shards))
+
+
+def part_reads(part: FilePart) -> int:
+    """Returns the number of requests that read a part: one for each of many small files, or the reads of one file."""
+    files = part_files(part)
+    return files + (sources.reads(part.length) if files == 1 else part.length // sources.MOST_AHEAD)
 
 
 def part_files(part: FilePart) -> int:

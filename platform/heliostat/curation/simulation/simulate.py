@@ -20,7 +20,6 @@ from heliostat.curation.images.sources import is_made
 from heliostat.curation.prepare import InputFile, load, sampling
 from heliostat.curation.simulation.hosts import WebModel, counted
 from heliostat.curation.simulation.profile import MeasuringCluster, Profile
-from heliostat.curation.simulation.requests import SPILLS
 from heliostat.curation.simulation.virtual_cluster import KindTimes, SimulatedFaults, VirtualCluster
 from heliostat.curation.tally import merge
 from heliostat.curation.text import sources
@@ -36,7 +35,6 @@ MOST_BYTES = 10**15  # of a simulated input: the driver of a larger one would ru
 MOST_CPUS = 1_000_000
 MEMORY_EACH = 4 << 30  # bytes of memory per CPU of a simulated node
 HOUR_S = 3600.0
-SPILL = "work/spill/00"
 
 
 def nodes_of(value: str) -> tuple[int, int]:
@@ -142,8 +140,8 @@ def report(cluster: VirtualCluster, files: list[InputFile], memory: int) -> dict
                    "seconds_per_task": (cluster.driver_seconds + cluster.ray_seconds)
                    / max(1, sum(kind.starts for kind in cluster.kinds))},
         "kinds": [_kind(kind, cpus) for kind in cluster.kinds if kind.tasks],
-        "requests": {prefix: {"total": round(total * (SPILLS if prefix == SPILL else 1)), "per_second": round(busiest[prefix], 1)}
-                     for prefix, total in cluster.requests.total.items()},
+        "requests": {prefix: {"total": round(total), "per_second": round(busiest[prefix], 1)}
+                     for prefix, total in cluster.requests.totals().items()},
         "fetching": _fetching(cluster),
         "failures": {"lost": cluster.lost, "poisoned": cluster.poisoned, "slow": cluster.stretched, "repeated": cluster.backups,
                      "recorded": sum(kind.tasks for kind in cluster.kinds)},

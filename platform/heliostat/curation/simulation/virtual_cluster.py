@@ -23,6 +23,7 @@ from heliostat.curation.simulation.images import fetched
 from heliostat.curation.simulation.profile import Profile, Sizes, synthesized
 from heliostat.curation.simulation.requests import Requests
 from heliostat.tasks import care
+from heliostat.tasks.advance import FILES
 from heliostat.tasks.care import Care, TaskPlace
 from heliostat.tasks.clusters import Executor, Task, TaskKind
 from heliostat.tasks.ray_cluster import GATHER_S, MANY
@@ -205,7 +206,9 @@ class VirtualExecutor:
             read, files = cluster.sizes.read(task), cluster.sizes.files(task)
             record = synthesized(self.kind, self.call, task, cluster.profile, cluster.sizes)
             requests = cluster.requests.of_task(self.kind.name, task, record, files, read, at)
-            seconds = record["seconds"] / cpus + requests * REQUEST_S / 8 + read / NODE_BYTES_PER_S
+            storing = requests * REQUEST_S / FILES + read / NODE_BYTES_PER_S
+            of_cpus = record["seconds"] / cpus
+            seconds = REQUEST_S + max(of_cpus, storing) if files else of_cpus + storing  # reads spilled files in advance
             end = at + self._on_web(task, self._stretched(at, seconds * slow))
             fault = self._poison(task, shared, record)
             if (gone := cluster.failure(node, at, at + (end - at) / 2 if fault else end)) is not None:

@@ -12,6 +12,7 @@ of documents.
 from __future__ import annotations
 
 from itertools import islice
+from operator import itemgetter
 from typing import ClassVar
 
 from pydantic import Field, model_validator
@@ -72,9 +73,9 @@ class MinHash(GlobalStage):
         follows = [self.version, vars(parameters), self.library_versions()]
         signing = (Task(key(run.name, run.decided, follows), {"run": run, "parameters": parameters}, bytes=run.bytes)
                    for run in runs)  # fmt: skip
-        signed = flow.all(f"{kind}-sign", sign, signing)
-        parts = parts_of(sum(r["rows"] for r in signed) * ROW_BYTES, memory_limit)
-        keys = [(r["keys"], r["rows"]) for r in signed]
+        signed = flow.taken(f"{kind}-sign", sign, signing, itemgetter("keys", "rows", "copies"))
+        parts = parts_of(sum(rows for _, rows, _ in signed) * ROW_BYTES, memory_limit)
+        keys = [(name, rows) for name, rows, _ in signed]
         met = components.gathered(flow, f"{kind}-meet", keys, parts, components.meet)
         names = [r["met"] for r in met if r["met"]]
         paired = flow.all(f"{kind}-edges", components.pairs, by_parts(flow, kind, parts, names))
@@ -83,7 +84,7 @@ class MinHash(GlobalStage):
         belonging = flow.all(f"{kind}-members", members, by_parts(flow, kind, parts, edges))
         names = [r["members"] for r in belonging]
         rule = {"rule": self.keep, "column": self.column}
-        copies = iter([r["copies"] for r in signed])
+        copies = (name for _, _, name in signed)
         naming = (adding(task, copies=list(islice(copies, len(task.arguments["runs"]))))
                   for task in by_runs(flow, kind, runs, names, memory_limit, **rule))  # fmt: skip
         named = flow.all(f"{kind}-candidates", candidates, naming)

@@ -22,10 +22,11 @@ from pydantic import Field, model_validator
 
 from heliostat.curation import segment
 from heliostat.curation.recording import key_of, recorded
-from heliostat.curation.segment import SpilledRun, survivors
+from heliostat.curation.segment import SpilledRun
 from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
+from heliostat.tasks.spill import survivors_of
 
 
 class Together(Strict):
@@ -98,7 +99,7 @@ def group(value: object, digest: bytes) -> bytes:
 def grouped(folder: Location, runs: list[SpilledRun], low: int, high: int) -> pa.Table | None:
     """Reads the documents in a range of keys from the temporary files of `regroup`. Related documents are next to each other.
     Returns None if there are no documents."""
-    tables = [table for run in runs for table in survivors(folder, run, low, high, TOLD)]
+    tables = list(survivors_of(folder, runs, low, high, TOLD))
     if not tables:
         return None
     return pa.concat_tables(tables).sort_by([(name, "ascending") for name in ("group", "order", "id")])
@@ -108,10 +109,9 @@ def largest(folder: Location, runs: list[SpilledRun], low: int, high: int, colum
     """Finds the value of `column` whose documents together have the most bytes, in a range of keys of the temporary files of
     `regroup`. Returns the value and the bytes."""
     sizes = Counter[bytes]()
-    for run in runs:
-        for table in survivors(folder, run, low, high, ["hash", "group", "bytes"]):
-            summed = _in_groups(table).group_by("group").aggregate([("bytes", "sum")])
-            sizes.update(dict(zip(summed["group"].to_pylist(), summed["bytes_sum"].to_pylist(), strict=True)))
+    for table in survivors_of(folder, runs, low, high, ["hash", "group", "bytes"]):
+        summed = _in_groups(table).group_by("group").aggregate([("bytes", "sum")])
+        sizes.update(dict(zip(summed["group"].to_pylist(), summed["bytes_sum"].to_pylist(), strict=True)))
     if not sizes:
         return {"bytes": 0, "value": None}
     most, digest = max((size, digest) for digest, size in sizes.items())
@@ -120,7 +120,7 @@ def largest(folder: Location, runs: list[SpilledRun], low: int, high: int, colum
 
 def _value(folder: Location, runs: list[SpilledRun], digest: bytes, column: str) -> str:
     first = int.from_bytes(digest[:8], "big")
-    tables = (table for run in runs for table in survivors(folder, run, first, first + 1, ["group", "columns"]))
+    tables = survivors_of(folder, runs, first, first + 1, ["group", "columns"])
     texts = (text for t in tables for text in t.filter(pc.equal(t["group"], pa.scalar(digest, t["group"].type)))["columns"])
     return _plain(json.loads(next(texts).as_py())[column])[:SHOWN]
 
@@ -188,10 +188,9 @@ def gather(folder: Location, runs: list[SpilledRun], low: int, high: int, column
     waiting, kept_bytes, new_bytes = list[pa.Table](), HELD_BYTES, 0
     wanted = ["hash", "id", *(["columns"] if columns else [])]
     duplicates = Duplicates(folder, columns)
-    for run in runs:
-        for table in survivors(folder, run, low, high, [*wanted, "bytes", "text"]):
-            waiting.append(table)
-            new_bytes += table.nbytes
+    for table in survivors_of(folder, runs, low, high, [*wanted, "bytes", "text"]):
+        waiting.append(table)
+        new_bytes += table.nbytes
         if new_bytes > kept_bytes:
             table, gone = unique(waiting)
             duplicates.add(gone)

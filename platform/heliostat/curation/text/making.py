@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from heliostat.curation import pieces, readers, recording, segment
 from heliostat.curation.engine import RUN_SHARE, Curated, filled, groups
-from heliostat.curation.making import Making, WrittenShards
+from heliostat.curation.making import Making, WrittenShards, spread
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import SHARD, TOKENIZER, Prediction, Rate
 from heliostat.curation.prepare import InputFile
@@ -38,7 +38,7 @@ SAMPLES = 64  # maximum files with the tokenizer's training text
 SAMPLED_RUNS = 256  # maximum runs from which a task selects training text: about half a minute in an object store
 SPARE = 1.5  # bytes of the documents that tasks select / `train_bytes`
 SHARD_SHARE = 6  # a shard's task has its texts, its tokens, and its file in memory
-ALONE = 256  # maximum number of shards with a task each
+ALONE = 4096  # maximum number of shards with a task each
 
 
 @dataclass
@@ -222,10 +222,10 @@ class TextMaking(Reading):
         reads, shared = curated.bytes * each // shards, self.flow.share(plan)
 
         def work() -> Iterator[Task]:
-            for part in self.ranges(curated.runs, shards):
+            for part in spread(self.ranges(curated.runs, shards)):
                 follows = key("shards", identities(part.runs), described, libraries.versions(["tokenizers"]))
                 shared_run = {"runs": self.flow.share(part.runs), "plan": shared}
-                for first in range(part.first, part.stop, each):
+                for first in spread(range(part.first, part.stop, each)):
                     stop = min(first + each, part.stop)
                     yield Task(key(follows, first, stop), {"first": first, "stop": stop}, shared_run, reads)
 

@@ -29,7 +29,7 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.readers.streams import CODECS
 from heliostat.curation.readers.streams import LeftOutError as LeftOutError
-from heliostat.errors import ConfigError, DataError, StorageError
+from heliostat.errors import AccessError, ConfigError, DataError
 from heliostat.storage.hub import names
 from heliostat.storage.locations import Location
 from heliostat.storage.s3_client import Listed, RewrittenError
@@ -41,6 +41,7 @@ STDLIB = "python:stdlib"
 FIELD = 1 << 17  # maximum characters of a value in a .csv with images or URLs; the limit is global, so it is set before each file
 BYTES = {"extract": "pages or web archives", "pdf": "PDFs"}  # the inputs that each stage turns into text
 AHEAD = 4 << 20  # bytes of a file per read
+MOST_AHEAD = 32 << 20  # maximum bytes of an object per read, because a store limits the requests per second
 # folders that don't belong to the library: installed packages, tests (with intentionally invalid data), compiled files
 STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -215,25 +216,27 @@ def rows(base: Location, path: str, limit: int, part: FilePart | None = None) ->
 @contextmanager
 def _readable(base: Location, path: str) -> Iterator[Location]:
     """Provides the location of a file of the input. Downloads the file first if the input is on the Hugging Face Hub. Raises
-    LeftOutError if the file is outside the input, or if a local file can't be opened."""
+    LeftOutError if the file is outside the input, or if a local file is missing or its permissions don't allow reading. Other
+    faults of a disk raise StorageError after their retries, because they may be temporary, and no document may be lost."""
     if not hub.fetch(base, path) and not inside(base, path):
         raise LeftOutError("outside", f"leads out of {base}")
     try:
         yield base.join(path) if path else base
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         raise LeftOutError("unreadable") from e
-    except StorageError as e:
+    except AccessError as e:
         if base.is_s3:
             raise
         raise LeftOutError("unreadable", str(e)) from e
 
 
 class _ReadAhead(io.RawIOBase):
-    """Wraps an input file, on disk or in an object store, as a Python file object that reads a few megabytes ahead."""
+    """Wraps an input file, on disk or in an object store, as a Python file object that reads a few megabytes ahead. Each read of
+    an object that follows the one before reads twice as much, up to MOST_AHEAD."""
 
     def __init__(self, place: Location, file: pa.NativeFile | None, size: int, part: FilePart | None) -> None:
         self.place, self.file, self.part, self.length, self.at = place, file, part, size, 0
-        self.block, self.begin = b"", 0
+        self.block, self.begin, self.ahead = b"", 0, AHEAD
 
     def readable(self) -> bool:
         return True
@@ -261,7 +264,9 @@ class _ReadAhead(io.RawIOBase):
         if size <= 0:
             return b""
         if not (self.begin <= self.at and self.at + size <= self.begin + len(self.block)):
-            self.begin, self.block = self.at, self._fetched(self.at, min(max(size, AHEAD), self.length - self.at))
+            follows = self.place.is_s3 and self.begin < self.at <= self.begin + len(self.block)
+            self.ahead = min(MOST_AHEAD, 2 * self.ahead) if follows else AHEAD
+            self.begin, self.block = self.at, self._fetched(self.at, min(max(size, self.ahead), self.length - self.at))
         start = self.at - self.begin
         content = self.block[start : start + size]
         self.at += len(content)
@@ -273,6 +278,14 @@ class _ReadAhead(io.RawIOBase):
             return _of_object(self.place, self.part, begin, begin + size)
         file = self.file
         return self.place.attempt(lambda: file.read_at(size, begin))
+
+
+def reads(bytes: int) -> int:
+    """Returns the number of reads of `bytes` bytes of an object, in order."""
+    count, ahead = 0, AHEAD
+    while bytes > 0 and ahead < MOST_AHEAD:
+        bytes, ahead, count = bytes - ahead, 2 * ahead, count + 1
+    return count + max(0, -(-bytes // MOST_AHEAD))
 
 
 def _as_listed(place: Location, part: FilePart) -> int:

@@ -23,7 +23,7 @@ from heliostat.curation.pdf import is_pdf
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers import archives, clones
 from heliostat.curation.readers.streams import BLOCK
-from heliostat.curation.segment import SpilledRun, survivors
+from heliostat.curation.segment import SpilledRun
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import documents, gathering, infilling, repositories, sources, tokens
 from heliostat.data import manifest, row_groups, versions
@@ -32,6 +32,7 @@ from heliostat.data.manifest import FILES, SHARDS
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks import care, spill
+from heliostat.tasks.spill import survivors_of
 
 PREFIXES = 1 << 16  # number of hash prefixes (16 bits), by which the tokenizer's training text is measured
 PREFIX_SHIFT = 48  # bits of a key after the prefix
@@ -131,7 +132,7 @@ def survey(folder: Location, input: str, part: FilePart, target: int, limit: int
 def lowest(folder: Location, runs: list[SpilledRun], high: int) -> dict[str, object]:
     """Writes the distinct documents whose key (the first 64 bits of the text's hash) is below `high` to a temporary file, as
     training text for the tokenizer. `bytes` in the record: the UTF-8 bytes of these documents, with all their copies."""
-    read = (table for run in runs for table in survivors(folder, run, 0, high, ["hash", "id", "bytes", "text"]))
+    read = (table for table in survivors_of(folder, runs, 0, high, ["hash", "id", "bytes", "text"]))
     tables = [_once(table) for table in read if len(table)]  # a table is empty if later stages dropped all its documents
     if not tables:
         return {"sample": [], "bytes": 0, "files": []}
@@ -171,7 +172,7 @@ def selected(folder: Location, samples: list[str], high: int, bytes: int, train_
     parts, taken, with_copies, last = max(1, bytes // SELECTED_BYTES), 0, 0, PREFIXES
     for part in range(parts):
         low, stop = part * high // parts, (part + 1) * high // parts
-        tables = [t for name in samples for t in spill.read(folder, name, low, stop)]
+        tables = list(spill.read_all(folder, samples, low, stop))
         if not tables:
             continue
         table = distinct(tables)
@@ -296,7 +297,7 @@ def list_left_out(folder: Location, part: int, parts: int, output: str, names: l
     """Writes a Parquet file that lists the documents that reading and the stages in `also` dropped, sorted by reason and id.
     Covers one of `parts` equal ranges of keys."""
     low, high = spill.share(part, parts)
-    tables = [_listed(t, also).select(LISTED.names) for name in names for t in spill.read(folder, name, low, high)]
+    tables = [_listed(t, also).select(LISTED.names) for t in spill.read_all(folder, names, low, high)]
     table = pa.concat_tables([LISTED.empty_table(), *tables]).sort_by([("reason", "ascending"), ("id", "ascending")])
     sink = io.BytesIO()
     pq.write_table(spill.narrowed(table), sink, compression="zstd")
@@ -306,7 +307,7 @@ def list_left_out(folder: Location, part: int, parts: int, output: str, names: l
 def select_left_out(folder: Location, names: list[str], also: list[str] | None = None) -> dict[str, object]:
     """Writes the rows that `list_left_out` lists from many temporary files to one temporary file. So a task that lists them
     doesn't read the rows of other stages, or very many files."""
-    tables = [_listed(t, also) for name in names for t in spill.read(folder, name)]
+    tables = [_listed(t, also) for t in spill.read_all(folder, names)]
     files = [spill.write(folder, pa.concat_tables(tables))] if any(map(len, tables)) else []
     return {"files": files}
 

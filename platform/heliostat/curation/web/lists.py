@@ -184,21 +184,19 @@ def rows(folder: Location, task: dict[str, Any]) -> Iterator[tuple[dict[str, Any
 def _large(folder: Location, task: dict[str, Any], names: list[str]) -> np.ndarray:
     """Returns the keys of the large hosts in the task's range of groups, as uint64 [hosts]. They have more than `large` rows."""
     counts = dict[int, int]()
-    for name in names:
-        for table in spill.read(folder, name, task["low"], task["high"], ["key"]):
-            for one in pc.value_counts(table["key"]).to_pylist():
-                counts[one["values"]] = counts.get(one["values"], 0) + one["counts"]
+    for table in spill.read_all(folder, names, task["low"], task["high"], ["key"]):
+        for one in pc.value_counts(table["key"]).to_pylist():
+            counts[one["values"]] = counts.get(one["values"], 0) + one["counts"]
     return np.array([host for host, number in counts.items() if number > task["large"]], np.uint64)
 
 
 def _dealt(folder: Location, task: dict[str, Any], names: list[str], large: np.ndarray) -> Iterator[pa.Table]:
     """Yields the rows of one task: all rows of the hosts whose hash selects the task, and the rows of the large hosts whose id's
     hash selects the task. So a task has the same rows however its files were merged, and the merge depends on memory_limit."""
-    for name in names:
-        for table in spill.read(folder, name, task["low"], task["high"]):
-            selecting = table["key"].to_numpy().copy()
-            spread = np.flatnonzero(np.isin(selecting, large))
-            ids = table["id"].take(pa.array(spread)).to_pylist()
-            selecting[spread] = np.fromiter(map(recording.key_of, ids), np.uint64, len(ids))
-            mine = spill.mixed(selecting) % np.uint64(task["of"]) == task["part"]
-            yield table.take(pa.array(np.flatnonzero(mine)))
+    for table in spill.read_all(folder, names, task["low"], task["high"]):
+        selecting = table["key"].to_numpy().copy()
+        spread = np.flatnonzero(np.isin(selecting, large))
+        ids = table["id"].take(pa.array(spread)).to_pylist()
+        selecting[spread] = np.fromiter(map(recording.key_of, ids), np.uint64, len(ids))
+        mine = spill.mixed(selecting) % np.uint64(task["of"]) == task["part"]
+        yield table.take(pa.array(np.flatnonzero(mine)))
