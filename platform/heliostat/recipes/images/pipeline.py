@@ -38,14 +38,17 @@ def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
     return tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
 
 
-def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Embeds token ids as [n, tokens, width].
+def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str | None = None) -> torch.Tensor:
+    """Embeds token ids as [n, tokens, width]. With `pooling`, returns the mean over each text's tokens, [n, 1, width].
 
-    T5 masks padding. CLIP doesn't mask padding, because its training didn't mask padding.
+    T5 and BERT mask padding. CLIP doesn't mask padding, because its training didn't mask padding. BERT's embeddings of padding
+    are zero, so they show which tokens are padding: the embedding of another token is never zero.
     """
-    if "t5" in text_encoder.config.model_type:
-        return text_encoder(input_ids=ids, attention_mask=mask)[0]
-    return text_encoder(input_ids=ids)[0]
+    kind, read = text_encoder.config.model_type, mask[..., None]
+    hidden = text_encoder(input_ids=ids, **({} if "clip" in kind else {"attention_mask": mask}))[0]
+    if pooling:
+        return (hidden * read).sum(1, keepdim=True) / read.sum(1, keepdim=True)
+    return hidden if "clip" in kind or "t5" in kind else hidden * read
 
 
 def generators(seeds: list[int]) -> list[torch.Generator]:
@@ -109,12 +112,12 @@ class TextToImagePipeline(DiffusionPipeline):
     _optional_components = ["unet", "transformer", "vae"]
 
     def __init__(self, scheduler: Any, text_encoder: Any, tokenizer: Any, unet: Any = None, transformer: Any = None,
-                 vae: Any = None, predicts_image: bool = False) -> None:  # fmt: skip
+                 vae: Any = None, pooling: str | None = None, predicts_image: bool = False) -> None:  # fmt: skip
         super().__init__()
+        self.register_to_config(pooling=pooling, predicts_image=predicts_image)
         self.register_modules(
             scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, transformer=transformer, vae=vae
         )
-        self.register_to_config(predicts_image=predicts_image)
         self.processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
     @property
@@ -144,7 +147,8 @@ class TextToImagePipeline(DiffusionPipeline):
         device, backbone = self._execution_device, self.backbone
         dtype = next(backbone.parameters()).dtype
         tokens = tokenize(self.tokenizer, [*[""] * len(prompts), *prompts])
-        text = embed(self.text_encoder, tokens.input_ids.to(device), tokens.attention_mask.to(device)).to(dtype)
+        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        text = embed(self.text_encoder, ids, mask, self.config.pooling).to(dtype)
         side = backbone.config.sample_size * self.factor
         shape = (len(prompts), backbone.config.in_channels, (height or side) // self.factor, (width or side) // self.factor)
         draws = generator if isinstance(generator, list) else [generator or torch.Generator("cpu")] * len(prompts)

@@ -178,7 +178,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
             model = self.build()
             text = torch.zeros((1, self.model.text.length), dtype=torch.long)
             if self.model.text.pretrained:
-                text = torch.zeros((1, self.model.text.length, self.parts.text_width()))
+                text = torch.zeros((1, self.model.text.embeddings, self.parts.text_width()))
             with FlopCounterMode(display=False) as counter:
                 model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text)
         return 3.0 * counter.get_total_flops()
@@ -282,9 +282,8 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
         shutil.copytree(recipe.model.autoencoder.pretrained, folder / "vae", dirs_exist_ok=True)
     scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
     scheduler.save_pretrained(folder / "scheduler")
-    standard = (
-        recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and kind == "CLIPTextModel" and not recipe.process.flow
-    )
+    clip = kind == "CLIPTextModel" and not text.pooling
+    standard = recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and clip and not recipe.process.flow
     index: dict[str, object] = {
         "_class_name": "StableDiffusionPipeline" if standard else ["pipeline", TextToImagePipeline.__name__],
         "_diffusers_version": diffusers.__version__,
@@ -300,6 +299,7 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
         index |= {**nothing, "requires_safety_checker": False}
     else:
         index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.parts.name}
+        index |= {"pooling": text.pooling} if text.pooling else {}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
