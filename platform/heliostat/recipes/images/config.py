@@ -28,6 +28,9 @@ from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.exported import using
 from heliostat.recipes.images import text_encoders
+from heliostat.recipes.images.captions import CaptionText
+from heliostat.recipes.images.contrastive import Contrastive
+from heliostat.recipes.images.immiscible import Immiscible
 from heliostat.recipes.images.initial import initialise
 from heliostat.recipes.images.noising import NoiseObjective
 from heliostat.recipes.pretrained import from_config, from_folder
@@ -139,6 +142,12 @@ class Model(Strict):
     """Frozen autoencoder in whose latent space the model works. Unset: the model works on pixels."""
     objective: NoiseObjective = NoiseObjective()
     """Noise schedule, prediction target, and loss weights."""
+    captions: list[CaptionText] = []
+    """Texts to choose from as the caption of an image, with weights. Unset: the column `caption`."""
+    contrastive: Contrastive | None = None
+    """Contrastive flow matching: pushes predictions away from those of another caption. Unset: off."""
+    immiscible: Immiscible | None = None
+    """Immiscible diffusion: pairs images with near noise. Unset: noise doesn't depend on the image."""
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
     """Fraction of captions that are dropped in training, so that the model learns unconditional generation for guidance."""
     samples: Samples = Samples()

@@ -35,7 +35,7 @@ from heliostat import extras
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes.images import diffusers_folder, rows
+from heliostat.recipes.images import captions, contrastive, diffusers_folder, rows
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import Predictor, PromptGallery
 from heliostat.recipes.images.noising import Process
@@ -68,6 +68,10 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         self.process = Process(self.model.objective)
         self.sampler = self.model.samples.sampler or ("euler" if self.process.flow else "ddim")
         self.process.scheduler(self.sampler)
+        if self.model.contrastive:
+            self.model.contrastive.require(job, self.process)
+        if self.model.immiscible:
+            self.model.immiscible.require(job, self.model.objective.noise_offset)
         self.seed, self.one_source = job.train.seed, job.data.one_source_batches
         if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
             raise ConfigError(
@@ -83,6 +87,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def bind(self, sources: list[Manifest]) -> None:
         self.sources = sources
         self.parts.bind(sources, self.one_source)
+        captions.require_columns(self.model.captions, sources)
 
     def presume(self, rows: int) -> pa.Table | None:
         return None if hasattr(self, "sources") else self.parts.presume(rows)
@@ -95,6 +100,8 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
         facts = self.parts.facts
         assert facts
+        if self.model.captions and hasattr(self, "sources"):  # placeholder samples have one caption
+            content = captions.chosen(content, self.model.captions, self.seed, keys)
         if facts.content == "latents":
             channels = self.parts.shape()[0]
             (size,) = set(zip(content["width"].to_pylist(), content["height"].to_pylist(), strict=True))
@@ -123,38 +130,46 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
     def complete(self, batch: Batch) -> Batch:
         """Draws random numbers, encodes images and captions, and drops some captions. Returns `noise`, `image`, and `caption`."""
-        return self._completed(batch, dropping=True)
+        return self._completed(batch, training=True)
 
     @torch.no_grad()
-    def _completed(self, batch: Batch, dropping: bool) -> Batch:
+    def _completed(self, batch: Batch, training: bool) -> Batch:
         if "image" in batch:
             return batch
         if "noise" not in batch:
             batch = batch | rows.draw(self.seed, batch["key"], *self._drawn(batch["clean"])).named()
-        captions: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
-        for key, empty in self.parts.empty_on(batch["key"].device).items() if dropping else ():
-            dropped = batch["dropped"].view(-1, *[1] * (captions[key].dim() - 1))
-            captions[key] = torch.where(dropped, empty, captions[key])
-        return {key: batch[key] for key in ("key", "time", "noise")} | {
+        caption: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
+        for key, empty in self.parts.empty_on(batch["key"].device).items() if training else ():
+            dropped = batch["dropped"].view(-1, *[1] * (caption[key].dim() - 1))
+            caption[key] = torch.where(dropped, empty, caption[key])
+        out = {key: batch[key] for key in ("key", "time", "noise")} | {
             "image": self.parts.clean(batch["clean"], batch.get("posterior")),
-            "caption": self.parts.conditioning(captions["text"], captions.get("mask")),
+            "caption": self.parts.conditioning(caption["text"], caption.get("mask")),
         }
+        if training and self.model.immiscible:
+            out["noise"] = self.model.immiscible.choose(self.seed, out["key"], out["image"], out["noise"])
+        if training and self.model.contrastive:
+            out["contrasted"] = contrastive.contrasted(caption["text"])
+        return out
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         batch = self.complete(batch)
         t = self.process.times(batch["time"], batch["image"].shape[2:])
-        return Loss((self._errors(model, batch, t) * self.process.weights(t)).sum())
+        prediction = self._predicted(model, batch, t)
+        errors = self.process.errors(prediction, batch["image"], batch["noise"], t)
+        contrast = self.model.contrastive.part(self.process, prediction, batch, t) if self.model.contrastive else {}
+        return Loss((errors * self.process.weights(t)).sum(), contrast)
 
-    def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
-        """Computes the error (`Process.errors`) of each sample of a completed batch, fp32 [samples]. `t`: the samples' times."""
-        image, noise, dtype = batch["image"], batch["noise"], next(model.parameters()).dtype
-        prediction = model(self.process.noisy(image, noise, t).to(dtype), self.process.network_time(t), batch["caption"])
-        return self.process.errors(prediction, image, noise, t)
+    def _predicted(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
+        """Computes the network's prediction for a completed batch. `t`: the samples' times."""
+        noisy = self.process.noisy(batch["image"], batch["noise"], t)
+        return model(noisy.to(next(model.parameters()).dtype), self.process.network_time(t), batch["caption"])
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        batch = self._completed(batch, dropping=False)
+        batch = self._completed(batch, training=False)
         place = torch.remainder((batch["key"] + 0.5) * GOLDEN, 1.0).float()
-        errors = self._errors(model, batch, self.process.times(place, batch["image"].shape[2:]))
+        t = self.process.times(place, batch["image"].shape[2:])
+        errors = self.process.errors(self._predicted(model, batch, t), batch["image"], batch["noise"], t)
         out = {"loss": errors, "samples": torch.ones_like(errors)}
         quarter = (place * QUARTERS).long()
         for i in range(QUARTERS):
