@@ -32,7 +32,9 @@ from heliostat.recipes.images.captions import CaptionText
 from heliostat.recipes.images.contrastive import Contrastive
 from heliostat.recipes.images.immiscible import Immiscible
 from heliostat.recipes.images.initial import initialise
+from heliostat.recipes.images.interval import Interval
 from heliostat.recipes.images.noising import NoiseObjective
+from heliostat.recipes.images.pipeline import Guidance
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.schema import Float, Strict, nearest
 from heliostat.storage.hub import files
@@ -121,6 +123,10 @@ class Samples(Strict):
     """Number of sampling steps."""
     guidance: Float = Field(default=4.0, ge=0)
     """Classifier-free guidance scale: how strictly images follow the prompt; 1 turns guidance off."""
+    guidance_interval: Interval = (0.0, 1.0)
+    """Lowest and highest time with guidance, from 0 (image) to 1 (noise). Outside this interval, sampling takes half the time."""
+    guidance_rescale: Float = Field(default=0.0, ge=0, le=1)
+    """How much of the contrast that guidance adds to undo, from 0 to 1. The paper uses 0.7."""
     sampler: Sampler | None = None
     """Sampler. With prediction `flow`, only `euler` is supported. With other predictions, `euler` isn't supported. Unset: `euler`
     for `flow`, else `ddim`."""
@@ -130,6 +136,11 @@ class Samples(Strict):
     """Scores samples of labeled prompts with a classifier trained on the real images, see docs/diffusion.md#scores-and-samples"""
     features: Features | None = None
     """Folder of an image model of `transformers` whose features FID and KID use. Unset: FID and KID aren't computed."""
+
+    @property
+    def guided(self) -> Guidance:
+        """Returns the guidance as the sampler's argument."""
+        return Guidance(self.guidance, self.guidance_interval, self.guidance_rescale)
 
 
 class Model(Strict):

@@ -221,7 +221,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         def of(prompts: list[str]) -> Predictor:
             tokens = tokenize(self.parts.tokenizer, [*[""] * len(prompts), *prompts])
             text = self.parts.conditioning(tokens.input_ids.to(device), tokens.attention_mask.to(device))
-            return lambda noisy, t: model(noisy.to(dtype), t, text)
+            return lambda noisy, t: model(noisy.to(dtype), t, text[-len(noisy) :])
 
         return of
 
@@ -271,10 +271,21 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         from mlflow.models import infer_signature
 
         samples = self.model.samples
-        params = {"steps": samples.steps, "guidance": samples.guidance, "seed": 0}
+        params: dict[str, object] = {"steps": samples.steps, "guidance": samples.guidance, "seed": 0}
+        params["guidance_rescale"] = samples.guidance_rescale
+        if not _standard(self):  # diffusers' own pipelines have no such parameter
+            params["guidance_interval"] = list(samples.guidance_interval)
         prompts = [*(p.text for p in samples.prompts), "an image"][:1]
         signature = infer_signature(prompts, ["base64"], params)
         return Serving(Path(__file__).with_name("server.py"), prompts, signature, diffusers_folder.REQUIREMENTS)
+
+
+def _standard(recipe: TextToImage) -> bool:
+    """Checks whether the export is a StableDiffusionPipeline. This class has no interval of guidance."""
+    parts, text, interval = recipe.parts, recipe.model.text, recipe.model.samples.guidance_interval
+    clip = not text.pretrained or type(parts.text_encoder).__name__ == CLIPTextModel.__name__
+    latent_unet = parts.arch == "unet" and bool(parts.vae_config)
+    return latent_unet and clip and not text.pooling and not recipe.process.flow and tuple(interval) == (0.0, 1.0)
 
 
 def _save_parts(recipe: TextToImage, folder: Path) -> None:
@@ -297,8 +308,7 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
         shutil.copytree(recipe.model.autoencoder.pretrained, folder / "vae", dirs_exist_ok=True)
     scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
     scheduler.save_pretrained(folder / "scheduler")
-    clip = kind == "CLIPTextModel" and not text.pooling
-    standard = recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and clip and not recipe.process.flow
+    standard = _standard(recipe)
     index: dict[str, object] = {
         "_class_name": "StableDiffusionPipeline" if standard else ["pipeline", TextToImagePipeline.__name__],
         "_diffusers_version": diffusers.__version__,
