@@ -27,7 +27,7 @@ from transformers import (
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.exported import using
-from heliostat.recipes.images import text_encoders
+from heliostat.recipes.images import attention_norms, text_encoders
 from heliostat.recipes.images.captions import CaptionText
 from heliostat.recipes.images.contrastive import Contrastive
 from heliostat.recipes.images.immiscible import Immiscible
@@ -184,6 +184,7 @@ def backbone_class(keys: Keys) -> tuple[str, Any]:
     if name not in BACKBONES:
         raise ConfigError(f"model.backbone.arch: {name!r} isn't a backbone{nearest(name, list(BACKBONES))}")
     known = list(inspect.signature(BACKBONES[name].__init__).parameters)[1:]
+    attention_norms.require_supported(name, keys, known)
     for key in keys:
         if key != "arch" and key not in known:
             raise ConfigError(f"model.backbone.{key}: unknown key for arch {name!r}{nearest(key, known)}")
@@ -220,6 +221,7 @@ def build_backbone(keys: Keys, defaults: dict[str, object]) -> Any:
             backbone = cls(**config)
     except (ValueError, TypeError, NotImplementedError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as e:
         raise ConfigError(f"model.backbone: {brief(e)}") from e
+    attention_norms.require_used(keys, backbone)
     initialise(name, backbone)
     return backbone
 
