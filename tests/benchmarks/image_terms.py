@@ -12,6 +12,7 @@ images. The seconds are CPU seconds per step.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -44,7 +45,13 @@ def checked(options: Any, variant: str, seed: int) -> Any:
         f"data.seed={seed}",
         "model.objective={prediction: flow}",
     ]
-    usual += ["evaluate.every=100", f"evaluate.samples={options.held_out}", "model.samples={}", "mlflow.register=null"]
+    usual += [
+        f"train.schedule.warmup_steps={options.steps // 20}",
+        "evaluate.every=100",
+        f"evaluate.samples={options.held_out}",
+        "model.samples={}",
+        "mlflow.register=null",
+    ]
     usual += [f"data.path={options.dataset}"] if options.dataset else []
     return check.check(check.load_job(options.job, usual + VARIANTS[variant]))
 
@@ -63,8 +70,8 @@ def velocity_error(made: Any, usual: Any, dataset: Any, model: Any, count: int) 
 
 
 def main() -> None:
-    options = harness.arguments(__doc__, job=str(image_init.JOB), dataset="", steps=600, batch=32, held_out=128, seeds=[1, 2, 3],
-                                variants=[*VARIANTS])  # fmt: skip
+    options = harness.arguments(__doc__, job={"type": Path, "default": image_init.JOB}, dataset="", steps=600, batch=32,
+                                held_out=128, seeds=[1, 2, 3], variants=[*VARIANTS])  # fmt: skip
     torch.set_num_threads(1)
     errors: dict[str, list[float]] = {name: [] for name in options.variants}
     seconds: dict[str, list[float]] = {name: [] for name in options.variants}

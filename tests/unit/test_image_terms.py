@@ -230,6 +230,15 @@ def test_pairs_need_complete_virtual_ranks(digits):
         TextToImage(job(**described, **{"train.micro_batch_size": 2, "train.global_batch_size": 8, "data.virtual_ranks": 8}))
 
 
+def test_an_exported_model_is_scored_in_batches_of_any_size(digits, tmp_path):
+    """`model evaluate` has micro-batches of 8, which needn't contain the groups of the training."""
+    model = build_images.job(digits, immiscible={"group": 16}, objective={"prediction": "x"}, contrastive={})["model"]
+    exported = TextToImage.exported(tmp_path, model)
+    assert not {"immiscible", "contrastive"} & set(exported) and exported["objective"] == {"prediction": "x"}
+    described = {**build_images.job(digits), "model": {**exported, "backbone": build_images.UNET}}
+    TextToImage(job(**described, **{"train.micro_batch_size": 1, "train.global_batch_size": 1}))
+
+
 def test_jobs_with_terms_are_planned(digits):
     """The plan runs the loss on fake tensors, with 1 to 3 samples."""
     from heliostat.plan.model_stats import activations, build, work

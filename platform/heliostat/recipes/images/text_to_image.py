@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {"TextToImage": ("diffusers",)}
 QUARTERS = 4
+TRAINING_KEYS = ("contrastive", "immiscible")  # keys of `model` that don't matter for scores, but need certain micro-batches
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
 
@@ -248,7 +249,8 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     @staticmethod
     def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
         part = "unet" if (folder / "unet").is_dir() else "transformer"
-        out = {**model, "backbone": {"pretrained": str(folder / part)}}
+        scored = {key: value for key, value in model.items() if key not in TRAINING_KEYS}
+        out = {**scored, "backbone": {"pretrained": str(folder / part)}}
         if model.get("autoencoder"):
             out["autoencoder"] = {"pretrained": str(folder / "vae")}
         if model.get("text", {}).get("pretrained"):
