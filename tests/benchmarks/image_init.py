@@ -60,9 +60,14 @@ def held_out_loss(checked: Any, dataset: Any, model: Any) -> float:
 
 def losses(checked: Any, start: str, marks: int) -> Iterator[float]:
     """Trains; yields the average's held-out loss `marks` times, the last time after the last step."""
-    job, recipe, dataset = checked.job, checked.recipe, open_dataset(checked.plan)
-    train, given = job.train, job.train.optimizer
-    model = begin(recipe, start, train.seed)
+    dataset = open_dataset(checked.plan)
+    for average in averages(checked, begin(checked.recipe, start, checked.job.train.seed), dataset, marks):
+        yield held_out_loss(checked, dataset, average)
+
+
+def averages(checked: Any, model: Any, dataset: Any, marks: int) -> Iterator[Any]:
+    """Trains; yields the average of the weights `marks` times, the last time after the last step."""
+    recipe, train, given = checked.recipe, checked.job.train, checked.job.train.optimizer
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), given.lr, given.betas, weight_decay=given.weight_decay)
     for step in range(train.steps):
@@ -72,14 +77,15 @@ def losses(checked: Any, start: str, marks: int) -> Iterator[float]:
         batch = recipe.batch(
             dataset.read(dataset.order.locate(samples)), step * train.global_batch_size + np.arange(len(samples))
         )
-        (recipe.loss(model, batch).sum / len(samples)).backward()
+        loss = recipe.loss(model, batch)
+        sum((part.weight * part.value for part in loss.parts.values()), loss.sum / len(samples)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         rate = 1 - min(train.ema.decay, (2 + step) / (11 + step))
         torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in model.parameters()], rate)
         if (step + 1) % (train.steps // marks) == 0:
-            yield held_out_loss(checked, dataset, average)
+            yield average
 
 
 def main() -> None:

@@ -17,6 +17,10 @@ from tests.unit.build_text_to_image import autoencoder, clip
 
 EXPERTS = {**BASE["model"], "arch": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "router_z_loss_coef": 1e-3}
 FLOW = {"backbone": build_images.SD3, "objective": {"prediction": "flow", "timesteps": "logit_normal"}}
+TERMS = {
+    "objective": {"prediction": "x", "timesteps": "mode"}, "contrastive": {}, "immiscible": {"candidates": 2},
+    "captions": [{"text": "{caption}"}, {"text": "a {label}"}],
+}  # fmt: skip
 PROMPTS = {"prompts": [{"text": "a digit"}], "per_prompt": 1, "steps": 2, "judge": False}
 
 
@@ -73,6 +77,7 @@ CASES: dict[str, Case] = {
     "frozen encoders in bf16": lambda folder, **c: _frozen(folder, **{**c, "train.precision": "bf16", "train.zero.stage": 1}),
     "autoencoder": _autoencoder,
     "flow matching": lambda folder, **c: _images(folder, FLOW, **c),
+    "image terms": lambda folder, **c: _images(folder, TERMS, **c),
 }
 
 

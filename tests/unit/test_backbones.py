@@ -11,8 +11,8 @@ import torch
 from heliostat.errors import ConfigError
 from heliostat.recipes.images.backbones.table import FAMILIES
 
-from tests.unit.build_images import PIXART, UNET
-from tests.unit.build_text_to_image import BACKBONES, recipe, rows
+from tests.unit.build_images import PIXART, SD3, UNET
+from tests.unit.build_text_to_image import BACKBONES, recipe, rows, woken
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,6 +32,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"text": {"hidden_size": 30, "num_attention_heads": 4}}, "num_attention_heads: 4 doesn't divide hidden_size 30"),
         ({"autoencoder": {"pretrained": "/nowhere"}}, "model.autoencoder.pretrained: '/nowhere' isn't a model folder"),
         ({"objective": {"prediction": "flow"}, "samples": {"sampler": "ddim"}}, "Use euler"),
+        ({"backbone": {**PIXART, "qk_norm": "rms_norm"}}, "model.backbone.qk_norm: arch 'pixart' of diffusers has no QK norm."),
+        ({"backbone": {**UNET, "qk_norm": "rms_norm"}}, "or use arch: sd3 with qk_norm: rms_norm"),
+        ({"backbone": {**SD3, "qk_norm": "rms"}}, "model.backbone: "),
+        (
+            {"backbone": {**UNET, "cross_attention_norm": "layer_norm"}},
+            "model.backbone.cross_attention_norm: only the blocks Simple",
+        ),
         ({"objectives": {}}, "objectives: unknown key. Did you mean 'objective'?"),
     ],
 )
@@ -39,6 +46,34 @@ def test_models_that_make_no_sense_are_one_line_that_names_the_key(model, says, 
     with pytest.raises(ConfigError) as e:
         recipe(digits, **model)
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_sd3_normalizes_queries_and_keys(digits):
+    """Scaling the weights of queries and keys doesn't change the prediction, which it does without QK norm."""
+    for norm in ({"qk_norm": "rms_norm"}, {}):
+        made = recipe(digits, backbone={**SD3, **norm})
+        torch.manual_seed(0)
+        model = woken(made.build()).eval()
+        batch = made.complete(made.batch(rows(digits), np.arange(12)))
+        with torch.no_grad():
+            before = made.evaluate(model, batch)["loss"]
+            for name, parameter in model.named_parameters():
+                if (
+                    name.endswith(("to_q.weight", "to_q.bias", "to_k.weight", "to_k.bias"))
+                    or "add_q_" in name
+                    or "add_k_" in name
+                ):
+                    parameter.mul_(4.0)
+            after = made.evaluate(model, batch)["loss"]
+        assert torch.allclose(before, after, rtol=1e-3) == bool(norm)
+
+
+def test_a_unet_of_other_blocks_normalizes_captions(digits):
+    blocks = {"down_block_types": ["DownBlock2D", "SimpleCrossAttnDownBlock2D"], "cross_attention_norm": "layer_norm",
+              "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+              "up_block_types": ["SimpleCrossAttnUpBlock2D", "UpBlock2D"]}  # fmt: skip
+    made = recipe(digits, backbone={**UNET, **blocks})
+    assert any("norm_cross" in name for name, _ in made.build().named_parameters())
 
 
 PIXARTS = {

@@ -10,6 +10,7 @@ The last bits of latents and embeddings depend on the machine and the batch. So 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,7 +143,8 @@ class Encoder:
             self.text = diffusion_config.frozen_text_encoder(self.config.text_encoder).to(self.device)
             self.tokenizer = diffusion_config.frozen_tokenizer(self.config.text_encoder, self.config.length)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table, captions: tuple[str, ...] = ()) -> pa.Table:
+        """Encodes a table. `captions`: names of further captions in the column `columns`. An empty caption has no embedding."""
         latents: list[bytes | None] = [None] * len(table)
         embeddings: list[bytes | None] = [None] * len(table)
         sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
@@ -160,7 +162,22 @@ class Encoder:
         out = table
         if self.vae is not None:
             out = table.drop_columns(["image"]).append_column("latent", pa.array(latents, pa.large_binary()))
-        return out if self.text is None else out.append_column("embedding", pa.array(embeddings, pa.large_binary()))
+        if self.text is None:
+            return out
+        out = out.append_column("embedding", pa.array(embeddings, pa.large_binary()))
+        for name in captions:
+            texts = [str(json.loads(columns).get(name, "")) if columns else "" for columns in table["columns"].to_pylist()]
+            out = out.append_column(f"embedding_{name}", pa.array(self._each_embedding(texts), pa.large_binary()))
+        return out
+
+    def _each_embedding(self, texts: list[str]) -> list[bytes]:
+        """Embeds texts in batches; b"" for an empty text."""
+        out, filled = [b""] * len(texts), [i for i, text in enumerate(texts) if text]
+        for first in range(0, len(filled), self.config.batch):
+            rows = filled[first : first + self.config.batch]
+            for i, embedding in zip(rows, self.embeddings([texts[i] for i in rows]), strict=True):
+                out[i] = embedding.tobytes()
+        return out
 
     def latents(self, table: pa.Table) -> np.ndarray:
         import torch

@@ -27,10 +27,15 @@ from heliostat.recipes.adapters import Adapter
 from heliostat.recipes.exported import using
 from heliostat.recipes.folder_digests import digest_of, sha256
 from heliostat.recipes.folder_digests import folder_digest as folder_digest
-from heliostat.recipes.images import text_encoders
+from heliostat.recipes.images import attention_norms, text_encoders
 from heliostat.recipes.images.backbones.family import SIZE, Family
 from heliostat.recipes.images.backbones.table import FAMILIES, named
+from heliostat.recipes.images.captions import CaptionText
+from heliostat.recipes.images.contrastive import Contrastive
+from heliostat.recipes.images.immiscible import Immiscible
+from heliostat.recipes.images.interval import Interval
 from heliostat.recipes.images.noising import NoiseObjective
+from heliostat.recipes.images.pipeline import Guidance
 from heliostat.recipes.images.quality_config import ClipScore, Features
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.schema import Float, Strict, nearest
@@ -111,6 +116,10 @@ class Samples(Strict):
     """Number of sampling steps."""
     guidance: Float = Field(default=4.0, ge=0)
     """Classifier-free guidance scale: how strictly images follow the prompt; 1 turns guidance off."""
+    guidance_interval: Interval = (0.0, 1.0)
+    """Lowest and highest time with guidance, from 0 (image) to 1 (noise). Outside this interval, sampling takes half the time."""
+    guidance_rescale: Float = Field(default=0.0, ge=0, le=1)
+    """How much of the contrast that guidance adds to undo, from 0 to 1. The paper uses 0.7."""
     sampler: Sampler | None = None
     """Sampler. With prediction `flow`, only `euler` is supported. With other predictions, `euler` isn't supported. Unset: `euler`
     for `flow`, else `ddim`."""
@@ -140,6 +149,11 @@ class Samples(Strict):
         """Returns whether the run generates images after every evaluation."""
         return bool(self.prompts or self.held_out)
 
+    @property
+    def guided(self) -> Guidance:
+        """Returns the guidance as the sampler's argument."""
+        return Guidance(self.guidance, self.guidance_interval, self.guidance_rescale)
+
 
 class Model(Strict):
     backbone: Keys
@@ -159,6 +173,12 @@ class Model(Strict):
     muon`."""
     objective: NoiseObjective = NoiseObjective()
     """Noise schedule, prediction target, and loss weights."""
+    captions: list[CaptionText] = []
+    """Texts to choose from as the caption of an image, with weights. Unset: the column `caption`."""
+    contrastive: Contrastive | None = None
+    """Contrastive flow matching: pushes predictions away from those of another caption. Unset: off."""
+    immiscible: Immiscible | None = None
+    """Immiscible diffusion: pairs images with near noise. Unset: noise doesn't depend on the image."""
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
     """Fraction of captions that are dropped in training, so that the model learns unconditional generation for guidance."""
     samples: Samples = Samples()
@@ -182,6 +202,7 @@ def backbone_family(keys: Keys) -> tuple[str, Family]:
     name = str(keys.get("arch"))
     if name not in FAMILIES:
         raise ConfigError(f"model.backbone.arch: {name!r} isn't a backbone{nearest(name, list(FAMILIES))}")
+    attention_norms.require_supported(name, keys, FAMILIES[name].known)
     for key in keys:
         if key != "arch" and key not in FAMILIES[name].known:
             raise ConfigError(f"model.backbone.{key}: unknown key for arch {name!r}{nearest(key, FAMILIES[name].known)}")
@@ -218,6 +239,7 @@ def build_backbone(keys: Keys, defaults: dict[str, object]) -> Any:
             backbone = family.cls(**config)
     except (ValueError, TypeError, NotImplementedError, IndexError, KeyError, ZeroDivisionError, RuntimeError) as e:
         raise ConfigError(f"model.backbone: {brief(e)}") from e
+    attention_norms.require_used(keys, backbone)
     family.initialize(backbone)
     return backbone
 

@@ -50,7 +50,7 @@ class TimestepLaw(Strict):
         for key, law in LAW_KEYS.items():
             if key in self.model_fields_set and self.timesteps != law:
                 raise ValueError(f"{key} needs timesteps {law!r}. Remove {key}, or set timesteps: {law}")
-        if self.shift != "auto" and self.shift <= 0:
+        if not isinstance(self.shift, str) and self.shift <= 0:
             raise ValueError(f"shift must be above 0, not {self.shift:g}. Use 1 for no shift, or auto")
         if (self.shift == "auto") != (self.base_size is not None):
             raise ValueError(
@@ -78,7 +78,7 @@ class TimestepLaw(Strict):
 
     def shift_of(self, size: Sequence[int] | None) -> float:
         """Computes the shift for a tensor of this height and width. Only `shift: auto` needs `size`."""
-        if self.shift != "auto":
+        if not isinstance(self.shift, str):
             return self.shift
         assert size and self.base_size
         return math.sqrt(size[0] * size[1]) / self.base_size
