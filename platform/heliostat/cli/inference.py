@@ -172,11 +172,16 @@ def export(
         Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; it must be empty or missing", show_default=False)
     ],
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint", show_default="the newest")] = None,
+    ema_length: Annotated[
+        float | None,
+        typer.Option(help="Length of the average, for example 0.07 (docs/post-hoc-ema.md)", show_default="the run's average"),
+    ] = None,
     mlflow: TrackingUri = None,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder."""
     from heliostat.checkpoint import layout
     from heliostat.inference import export as exporting
+    from heliostat.inference import post_hoc
     from heliostat.tracking.logger import record
 
     place = run_folder(run, mlflow)
@@ -186,6 +191,12 @@ def export(
     checkpoint = layout.open_checkpoint(place, step) if step is not None else layout.latest(place)
     if checkpoint is None:
         raise ConfigError(f"{place}: has no complete checkpoint. Run: heliostat run checkpoints {place}")
-    exporting.export(checkpoint, to, record(place).get("run_id"))
+    average = post_hoc.average(place, checkpoint, ema_length) if ema_length is not None else None
+    exporting.export(checkpoint, to, record(place).get("run_id"), average)
     out.print(f"step {checkpoint.step} of {checkpoint.index.name} is in {to}")
-    finish({"folder": str(to), "step": checkpoint.step})
+    facts: dict[str, object] = {}
+    if average:
+        facts = {"ema_length": average.length, "ema_error": average.error, "snapshots": average.steps}
+        count = len(average.steps)
+        out.print(f"average of length {average.length:g} from {count} snapshots, error of its profile {average.error:.2%}")
+    finish({"folder": str(to), "step": checkpoint.step, **facts})
