@@ -43,7 +43,8 @@ def export(made: TextToImage, model: torch.nn.Module, folder: Path) -> Path:
     made.save_config(folder)
     for prefix, file in made.layout.items():
         mine = {n.removeprefix(prefix): t.contiguous() for n, t in model.state_dict().items() if n.startswith(prefix)}
-        save_file(mine, folder / f"{file}.safetensors", {"format": "pt"})
+        if mine:  # a frozen encoder's weights are those of its folder
+            save_file(mine, folder / f"{file}.safetensors", {"format": "pt"})
     return folder
 
 

@@ -48,7 +48,7 @@ def test_latents_are_sampled_as_stable_diffusions_own_pipeline_does(prediction, 
 
 
 @pytest.mark.parametrize("arch", sorted(BACKBONES))
-@pytest.mark.parametrize("prediction", ["v", "flow"])
+@pytest.mark.parametrize("prediction", ["v", "flow", "x"])
 def test_an_exported_folder_loads_with_plain_diffusers_and_draws_the_same(arch, prediction, digits, tmp_path):
     """Weights as `export` stores them, and everything else as the recipe saves it. Then DiffusionPipeline alone loads the
     folder."""
@@ -69,9 +69,11 @@ def test_an_exported_folder_loads_with_plain_diffusers_and_draws_the_same(arch, 
     from heliostat.recipes.images.pipeline import denoise
 
     with torch.no_grad():  # as it is drawn while it is trained
-        say = made.sampler_of(model, "cpu")(prompts)
+        predictor = made.sampler_of(model, "cpu")(prompts)
         scheduler = made.process.scheduler(made.sampler, clip=True)
-        trained = made.pixels_of(denoise(say, scheduler, (2, 1, 8, 8), 5, 2.0, generators([5, 6]), "cpu"))
+        trained = made.pixels_of(
+            denoise(predictor, scheduler, (2, 1, 8, 8), 5, 2.0, generators([5, 6]), "cpu", prediction == "x", True)
+        )
     assert all(np.abs(trained[i][:, :, 0].astype(int) - np.asarray(theirs[i]).astype(int)).max() <= 1 for i in range(2))
 
 

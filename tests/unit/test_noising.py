@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from heliostat.errors import ConfigError
 from heliostat.recipes.images.noising import NoiseObjective, Process
+from heliostat.recipes.images.pipeline import denoise, generators
 from heliostat.schema import validate
 
 DIFFUSION = [
@@ -55,9 +56,11 @@ def test_noised_samples_have_the_closed_forms_distribution():
             assert abs(float(x.var()) - part**2) < 4 * part**2 * (2 / n) ** 0.5
 
 
-@pytest.mark.parametrize("keys", [*DIFFUSION, {"prediction": "flow"}, {"prediction": "flow", "shift": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [*DIFFUSION, {"prediction": "flow"}, {"prediction": "flow", "shift": 3.0}, {"prediction": "x"}], ids=str
+)
 def test_what_the_network_is_taught_gives_back_the_image(keys):
-    """A perfect prediction and the noisy image determine the image: x_0 from each of the three predictions."""
+    """A perfect prediction and the noisy image determine the image: x_0 from each of the predictions."""
     made = process(**keys)
     generator = torch.Generator().manual_seed(1)
     clean, noise = (torch.randn((32, 2, 4, 4), generator=generator) for _ in range(2))
@@ -68,6 +71,7 @@ def test_what_the_network_is_taught_gives_back_the_image(keys):
         "epsilon": (noisy - part * target) / image,
         "v": image * noisy - part * target,
         "flow": noisy - part * target,
+        "x": target,
     }[keys["prediction"]]
     assert torch.allclose(back, clean, atol=2e-4)
 
@@ -82,6 +86,27 @@ def test_noise_and_targets_are_those_of_diffusers(keys):
     assert torch.allclose(made.noisy(clean, noise, t), theirs.add_noise(clean, noise, t), atol=1e-5)
     expected = theirs.get_velocity(clean, noise, t) if keys["prediction"] == "v" else noise
     assert torch.allclose(made.target(clean, noise, t), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow", "x"])
+def test_min_snr_weights_the_error_of_the_image(prediction):
+    """In fp64: the paper's loss, min(SNR, gamma) times the squared error of the image that follows from the prediction."""
+    made, generator = process(prediction=prediction, min_snr=5.0), torch.Generator().manual_seed(6)
+    clean, noise, guess = (torch.randn((256, 1, 2, 2), generator=generator) for _ in range(3))
+    t = made.times((torch.arange(256) + 0.5) / 256)
+    mine = (made.errors(guess, clean, noise, t) * made.weights(t)).double()
+    if prediction in ("flow", "x"):
+        image, part = 1 - t.double(), t.double()
+    else:
+        steps = torch.arange(1001, dtype=torch.float64) / 1000
+        level = torch.cos((steps + 0.008) / 1.008 * torch.pi / 2) ** 2
+        kept = torch.cumprod(1 - (1 - level[1:] / level[:-1]).clamp(max=0.999), 0)[t]
+        image, part = kept.sqrt(), (1 - kept).sqrt()
+    i, p, x, e, g = image.view(-1, 1, 1, 1), part.view(-1, 1, 1, 1), clean.double(), noise.double(), guess.double()
+    noisy = i * x + p * e
+    back = {"epsilon": (noisy - p * g) / i, "v": i * noisy - p * g, "flow": noisy - p * g, "x": g}[prediction]
+    expected = ((image / part) ** 2).clamp(max=5.0) * (back - x).square().mean((1, 2, 3))
+    assert torch.allclose(mine, expected, rtol=5e-4 if prediction in ("epsilon", "v") else 1e-6), "diffusers has fp32 betas"
 
 
 def test_min_snr_weights_are_the_papers():
@@ -126,8 +151,16 @@ def test_times_cover_the_process_evenly():
     [
         ({"prediction": "eps"}, "Did you mean 'epsilon'?"),
         ({"zero_terminal_snr": True}, "zero_terminal_snr needs prediction 'v'"),
-        ({"prediction": "flow", "min_snr": 5.0}, "Remove these keys"),
-        ({"shift": 2.0}, "need prediction 'flow'. Remove timesteps and shift"),
+        ({"prediction": "flow", "noise_offset": 0.1}, "Remove these keys"),
+        ({"time_floor": 0.1}, "time_floor needs prediction 'x'"),
+        ({"shift": 2.0}, "timesteps and shift need flow matching. Remove timesteps and shift"),
+        ({"timesteps": "cosmap"}, "timesteps and shift need flow matching"),
+        ({"prediction": "x", "timestep_mean": 0.5}, "timestep_mean needs timesteps 'logit_normal'. Remove timestep_mean"),
+        ({"prediction": "x", "mode_scale": 0.5}, "mode_scale needs timesteps 'mode'"),
+        ({"prediction": "x", "timesteps": "mode", "mode_scale": 2.0}, "mode_scale"),
+        ({"prediction": "x", "shift": "auto"}, "Set base_size to the side of an image that needs no shift"),
+        ({"prediction": "x", "base_size": 32}, "shift 'auto' and base_size need each other"),
+        ({"prediction": "x", "shift": 0.0}, "shift must be above 0, not 0"),
     ],
 )
 def test_objectives_that_make_no_sense_are_refused(keys, says):
@@ -140,6 +173,23 @@ def test_a_sampler_that_cannot_sample_the_objective_is_refused():
         process().scheduler("euler")
     with pytest.raises(ConfigError, match="Use euler"):
         process(prediction="flow").scheduler("ddim")
+
+
+@pytest.mark.parametrize("floor", [0.05, 0.3])
+def test_the_error_of_a_predicted_image_is_that_of_its_velocity(floor):
+    """In fp64, from the definition: the velocity (x_s - x_0) / s of the prediction, and noise - x_0. Below the floor, the time in
+    both denominators is the floor."""
+    generator = torch.Generator().manual_seed(4)
+    clean, noise, guess = (torch.randn((64, 2, 3, 3), generator=generator) for _ in range(3))
+    t = torch.rand(64, generator=generator)
+    mine = process(prediction="x", time_floor=floor).errors(guess, clean, noise, t).double()
+    s = t.double().view(-1, 1, 1, 1)
+    noisy = (1 - s) * clean.double() + s * noise.double()
+    velocity = (noisy - guess.double()) / s
+    expected = (velocity - (noise.double() - clean.double())).square().mean((1, 2, 3))
+    low = t < floor
+    assert torch.allclose(mine[~low], expected[~low], rtol=1e-6) and 0 < int(low.sum()) < 64
+    assert torch.allclose(mine[low], (expected * (t.double() / floor) ** 2)[low], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "ddpm"])
@@ -160,13 +210,15 @@ def test_a_sampler_with_the_exact_score_of_a_gaussian_samples_that_gaussian(name
     assert float(x.mean()) == pytest.approx(0.5, abs=0.02) and float(x.std()) == pytest.approx(0.2, abs=0.02)
 
 
-def test_euler_with_the_exact_velocity_of_a_gaussian_samples_that_gaussian():
-    made = process(prediction="flow")
-    scheduler = made.scheduler("euler")
-    scheduler.set_timesteps(100)
-    x = torch.randn((4000, 1), generator=torch.Generator().manual_seed(3))
-    for t in scheduler.timesteps:
-        s = float(t) / 1000
-        clean = 0.5 + ((1 - s) * 0.04 / ((1 - s) ** 2 * 0.04 + s**2)) * (x - (1 - s) * 0.5)
-        x = scheduler.step((x - clean) / s, t, x).prev_sample
+@pytest.mark.parametrize("prediction", ["flow", "x"])
+def test_euler_with_the_exact_prediction_of_a_gaussian_samples_that_gaussian(prediction):
+    """With the best prediction of normal data (mean 0.5, deviation 0.2), `denoise` samples them within 0.02 in 100 steps."""
+    made = process(prediction=prediction)
+
+    def best(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        s = (t / 1000)[:, None]
+        clean = 0.5 + ((1 - s) * 0.04 / ((1 - s) ** 2 * 0.04 + s**2)) * (noisy - (1 - s) * 0.5)
+        return clean if prediction == "x" else (noisy - clean) / s
+
+    x = denoise(best, made.scheduler("euler"), (4000, 1), 100, 2.0, generators(list(range(4000))), "cpu", made.predicts_image)
     assert float(x.mean()) == pytest.approx(0.5, abs=0.02) and float(x.std()) == pytest.approx(0.2, abs=0.02)

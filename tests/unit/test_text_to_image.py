@@ -22,7 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
-    "objective", [{"prediction": "epsilon"}, {"prediction": "v", "min_snr": 5.0}, {"prediction": "flow"}], ids=str
+    "objective",
+    [{"prediction": "epsilon"}, {"prediction": "v", "min_snr": 5.0}, {"prediction": "flow"}, {"prediction": "x"}],
+    ids=str,
 )
 @pytest.mark.parametrize("arch", sorted(BACKBONES))
 def test_a_batchs_loss_is_the_sum_of_its_samples_whatever_the_cut(arch, objective, digits):

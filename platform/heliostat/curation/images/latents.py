@@ -2,15 +2,16 @@
 ZeRO would shard.
 
 Each actor loads the encoders once, on a GPU if the actor has one. For each image, the dataset stores the distribution of the
-latents (mean and log variance, float16). In every epoch, training draws new latents from this distribution. For each caption, the
-dataset stores the last layer of the text encoder. `empty_caption.bin` contains the text encoder's output for the empty caption.
+latents (mean and log variance, float16). In every epoch, training draws new latents from this distribution. Without an
+autoencoder, the dataset stores the image. For each caption, the dataset stores the last layer of the text encoder, or this
+layer's mean over the caption's tokens. `empty_caption.bin` contains the text encoder's output for the empty caption.
 The last bits of latents and embeddings depend on the machine and the batch. So the dataset's digest may differ on other hardware.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,13 +28,14 @@ EMPTY = "empty_caption.bin"
 
 
 class Latents(Strict):
-    """Configures the frozen encoders: their folders, their batch size, and their actors. Without `text_encoder`, captions stay
-    text."""
+    """Configures the frozen encoders: their folders, their batch size, and their actors. At least one encoder is required."""
 
-    autoencoder: str
-    """Frozen `AutoencoderKL`: a folder, or a name on the Hugging Face Hub (docs/guides/hub.md)."""
+    autoencoder: str | None = None
+    """Frozen `AutoencoderKL`: a folder, or a name on the Hugging Face Hub (docs/guides/hub.md). Unset: images stay pixels."""
     text_encoder: str | None = None
-    """Frozen text encoder (CLIP, T5): a folder, or a name on the Hugging Face Hub. Unset: captions stay text."""
+    """Frozen text encoder (CLIP, T5, BERT): a folder, or a name on the Hugging Face Hub. Unset: captions stay text."""
+    pooling: Literal["mean"] | None = None
+    """`mean`: stores one embedding per caption, the mean over the caption's tokens. Unset: stores one embedding per token."""
     length: int = Field(77, gt=1)
     """Maximum tokens of a caption."""
     workers: int = Field(1, gt=0)
@@ -44,10 +46,27 @@ class Latents(Strict):
     """Batch size of an actor, in images."""
 
     def check(self, sizes: tuple[Size, ...], channels: int) -> None:
-        from heliostat.recipes.images import config as diffusion_config
+        """Raises ConfigError if an encoder can't be loaded, or if the autoencoder doesn't fit the images."""
+        from transformers import AutoConfig
 
-        config = diffusion_config.folder_config("latents.autoencoder", self.autoencoder)
-        diffusion_config.require_weights("latents.autoencoder", self.autoencoder)
+        from heliostat.recipes.images import config as diffusion_config
+        from heliostat.recipes.images import text_encoders
+        from heliostat.recipes.pretrained import from_folder
+
+        if not self.folders():
+            raise ConfigError("latents: has no encoder. Set latents.autoencoder, latents.text_encoder, or both")
+        if self.pooling and not self.text_encoder:
+            raise ConfigError("latents.pooling: needs a text encoder. Set latents.text_encoder, or remove this key")
+        for name, folder in self.folders().items():
+            config = diffusion_config.folder_config(name, folder)
+            diffusion_config.require_weights(name, folder)
+            if name == "latents.autoencoder":
+                self._check_sizes(config, sizes, channels)
+            else:
+                text_encoders.kind(name, from_folder(name, AutoConfig, folder))
+
+    @staticmethod
+    def _check_sizes(config: dict[str, Any], sizes: tuple[Size, ...], channels: int) -> None:
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         for size in sizes:
             if size[0] % factor or size[1] % factor:
@@ -60,9 +79,11 @@ class Latents(Strict):
                 f"channels: is {channels}, but latents.autoencoder has {config['in_channels']} input channels (in_channels). "
                 "Set channels to in_channels"
             )
-        if self.text_encoder:
-            diffusion_config.folder_config("latents.text_encoder", self.text_encoder)
-            diffusion_config.require_weights("latents.text_encoder", self.text_encoder)
+
+    def folders(self) -> dict[str, str]:
+        """Returns the folder of each encoder, by the name of its key."""
+        named = {"latents.autoencoder": self.autoencoder, "latents.text_encoder": self.text_encoder}
+        return {name: folder for name, folder in named.items() if folder}
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings and file digests that determine the latents and embeddings.
@@ -72,13 +93,14 @@ class Latents(Strict):
         from heliostat.recipes.images import config as diffusion_config
 
         tokenizer = diffusion_config.tokenizer_digest(self.text_encoder) if self.text_encoder else None
-        return {"models": self.models(), "length": self.length, **({"tokenizer": tokenizer} if tokenizer else {})}
+        pooled = {"pooling": self.pooling} if self.pooling else {}
+        return {"models": self.models(), "length": self.length, **pooled, **({"tokenizer": tokenizer} if tokenizer else {})}
 
     def shipments(self) -> list[Shipment]:
         """Lists the files that heliostat sends to the tasks: the models, and the text encoder's tokenizer."""
         from heliostat.recipes.images import config as diffusion_config
 
-        described = [shipping.describe("latents.autoencoder", self.autoencoder)]
+        described = [shipping.describe("latents.autoencoder", self.autoencoder)] if self.autoencoder else []
         if self.text_encoder:
             folder, tokenizer = Path(self.text_encoder), diffusion_config.tokenizer_folder(self.text_encoder)
             apart = tokenizer != folder and tokenizer.is_dir()
@@ -88,19 +110,22 @@ class Latents(Strict):
 
     def located(self, folder: Location, shipments: list[Shipment]) -> Latents:
         """Returns a copy of the settings in which the models' paths are this node's paths to the files in `shipments`."""
-        autoencoder, *text = [shipping.here(folder, one) for one in shipments]
-        parts = [Path(self.text_encoder or "").name] if text and shipments[1].within else []
-        return self.model_copy(update={"autoencoder": autoencoder, "text_encoder": str(Path(text[0], *parts)) if text else None})
+        places = dict(zip(self.folders(), [shipping.here(folder, one) for one in shipments], strict=True))
+        text = places.get("latents.text_encoder")
+        if text and self.text_encoder and shipments[-1].within:
+            text = str(Path(text, Path(self.text_encoder).name))
+        return self.model_copy(update={"autoencoder": places.get("latents.autoencoder"), "text_encoder": text})
 
     def models(self) -> dict[str, str]:
         from heliostat.recipes.images import config as diffusion_config
 
-        folders = {"autoencoder": self.autoencoder, **({"text": self.text_encoder} if self.text_encoder else {})}
-        return {name: diffusion_config.folder_digest(folder) for name, folder in folders.items()}
+        folders = {"autoencoder": self.autoencoder, "text": self.text_encoder}
+        return {name: diffusion_config.folder_digest(folder) for name, folder in folders.items() if folder}
 
 
 class Encoder:
-    """Encodes images and captions in an actor. Input: tables with images; output: tables with latents and embeddings."""
+    """Encodes images and captions in an actor. Input: tables with images. Output: tables with latents, embeddings, or both. With
+    latents, the output has no images."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         import torch
@@ -110,8 +135,9 @@ class Encoder:
         torch.set_num_threads(1)
         self.config = Latents(**config)
         self.device = "cuda" if self.config.gpus else "cpu"
-        self.vae = diffusion_config.frozen_autoencoder(self.config.autoencoder).to(self.device)
-        self.text = self.tokenizer = None
+        self.vae = self.text = self.tokenizer = None
+        if self.config.autoencoder:
+            self.vae = diffusion_config.frozen_autoencoder(self.config.autoencoder).to(self.device)
         if self.config.text_encoder:
             self.text = diffusion_config.frozen_text_encoder(self.config.text_encoder).to(self.device)
             self.tokenizer = diffusion_config.frozen_tokenizer(self.config.text_encoder, self.config.length)
@@ -125,12 +151,15 @@ class Encoder:
             for first in range(0, len(mine), self.config.batch):
                 rows = mine[first : first + self.config.batch]
                 part = table.take(pa.array(rows))
-                for i, latent in zip(rows, self.latents(part), strict=True):
-                    latents[i] = latent.tobytes()
+                if self.vae is not None:
+                    for i, latent in zip(rows, self.latents(part), strict=True):
+                        latents[i] = latent.tobytes()
                 if self.text is not None:
                     for i, embedding in zip(rows, self.embeddings(part["caption"].to_pylist()), strict=True):
                         embeddings[i] = embedding.tobytes()
-        out = table.drop_columns(["image"]).append_column("latent", pa.array(latents, pa.large_binary()))
+        out = table
+        if self.vae is not None:
+            out = table.drop_columns(["image"]).append_column("latent", pa.array(latents, pa.large_binary()))
         return out if self.text is None else out.append_column("embedding", pa.array(embeddings, pa.large_binary()))
 
     def latents(self, table: pa.Table) -> np.ndarray:
@@ -148,5 +177,6 @@ class Encoder:
 
         tokens = tokenize(self.tokenizer, captions)
         with torch.no_grad():
-            vectors = embed(self.text, tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device))
+            ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+            vectors = embed(self.text, ids, mask, self.config.pooling)
         return vectors.cpu().numpy().astype(np.float16)

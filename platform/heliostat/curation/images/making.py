@@ -84,7 +84,7 @@ class ImageMaking(Making):
             return WrittenShards(manifest.SCHEMA.empty_table(), {})
         folders = [self.output, *(self.output.join(bucket) for bucket in counts if self.buckets)]
         facts: dict[str, Any] = {"documents": sum(counts.values()), "channels": self.channels,
-                                 "content": "latents" if self.latents else "images"}  # fmt: skip
+                                 "content": "latents" if self.latents and self.latents.autoencoder else "images"}  # fmt: skip
         if self.latents:
             facts |= self._empty_caption(self.latents, folders)
         shards, images, ends = ShardCollector(), 0, list[str]()

@@ -22,12 +22,12 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     PreTrainedTokenizerBase,
-    T5EncoderModel,
 )
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.exported import using
+from heliostat.recipes.images import text_encoders
 from heliostat.recipes.images.initial import initialise
 from heliostat.recipes.images.noising import NoiseObjective
 from heliostat.recipes.pretrained import from_config, from_folder
@@ -54,12 +54,15 @@ Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
 
 
 class Text(Strict):
-    """Describes the text encoder. With `pretrained`, the encoder is a frozen CLIP or T5 text encoder from a folder. Without
-    `pretrained`, the encoder is a CLIP text encoder with these keys, and trains with the model."""
+    """Describes the text encoder. With `pretrained`, the encoder is a frozen CLIP, T5, or BERT text encoder from a folder.
+    Without `pretrained`, the encoder is a CLIP text encoder with these keys, and trains with the model."""
 
     pretrained: str | None = None
-    """Folder with a CLIP or T5 text encoder, which stays frozen. You can combine `pretrained` only with `length`. Unset: a CLIP
-    text encoder with the keys below, which is trained with the model."""
+    """Folder with a CLIP, T5, or BERT text encoder, which stays frozen. You can combine `pretrained` only with `length` and
+    `pooling`. Unset: a CLIP text encoder with the keys below, which is trained with the model."""
+    pooling: Literal["mean"] | None = None
+    """`mean`: the model gets one embedding per caption, the mean over the caption's tokens. Needs `pretrained`. Unset: the model
+    gets one embedding per token."""
     length: int = Field(default=77, gt=1)
     """Maximum tokens of a caption; longer captions are truncated."""
     hidden_size: int = Field(default=256, gt=0)
@@ -75,9 +78,16 @@ class Text(Strict):
     def _fits(self) -> Text:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"num_attention_heads: {self.num_attention_heads} doesn't divide hidden_size {self.hidden_size}")
-        if self.pretrained and self.model_fields_set - {"pretrained", "length"}:
-            raise ValueError("a pretrained encoder takes its shape from its folder. Set only pretrained and length")
+        if self.pretrained and self.model_fields_set - {"pretrained", "length", "pooling"}:
+            raise ValueError("a pretrained encoder takes its shape from its folder. Set only pretrained, length, and pooling")
+        if self.pooling and not self.pretrained:
+            raise ValueError("pooling needs a pretrained encoder. Set pretrained, or remove pooling")
         return self
+
+    @property
+    def embeddings(self) -> int:
+        """Returns the number of embeddings of a caption."""
+        return 1 if self.pooling else self.length
 
 
 class Folder(Strict):
@@ -219,7 +229,7 @@ def require_weights(key: str, folder: str) -> None:
 
 def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     require_weights("model.text.pretrained", folder)
-    kind = T5EncoderModel if "t5" in from_folder("model.text.pretrained", AutoConfig, folder).model_type else CLIPTextModel
+    kind = text_encoders.kind("model.text.pretrained", from_folder("model.text.pretrained", AutoConfig, folder))
     return kind.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval().requires_grad_(False)
 
 
@@ -230,9 +240,7 @@ def frozen_bytes(config: Keys | str, dtype: torch.dtype) -> int:
         if isinstance(config, dict):
             model: torch.nn.Module = AutoencoderKL.from_config(config)
         else:
-            text = from_folder("model.text.pretrained", AutoConfig, config)
-            kind = T5EncoderModel if "t5" in text.model_type else CLIPTextModel
-            model = kind(text if "t5" in text.model_type else getattr(text, "text_config", text))
+            model = text_encoders.build("model.text.pretrained", from_folder("model.text.pretrained", AutoConfig, config))
     return dtype.itemsize * sum(p.numel() for p in model.parameters())
 
 

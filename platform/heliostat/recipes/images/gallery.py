@@ -29,7 +29,7 @@ from heliostat.recipes.images.pipeline import denoise, generators
 if TYPE_CHECKING:
     from heliostat.recipes.images.quality import Reference
 
-Say = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (noisy tensors, times) -> predictions
+Predictor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (noisy tensors, times) -> predictions
 SHOWN_SIDE = 64  # pixels; smaller pictures are enlarged in the grid
 GAP = 4  # gray pixels after each picture
 
@@ -43,7 +43,7 @@ class DrawingRecipe(Protocol):
     sampler: Sampler
     sources: list[Manifest]
 
-    def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Say]: ...
+    def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Predictor]: ...
     def pixels_of(self, sampled: torch.Tensor) -> np.ndarray: ...
 
 
@@ -62,16 +62,18 @@ class PromptGallery:
 
     def draw(self, model: nn.Module, device: torch.device | str, numbers: list[int]) -> list[np.ndarray]:
         recipe, items = self.recipe, [self.item(n) for n in numbers]
-        say = recipe.sampler_of(model, device)
+        predictor_of = recipe.sampler_of(model, device)
         scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
         sampled = denoise(
-            say([p for p, _ in items]),
+            predictor_of([p for p, _ in items]),
             scheduler,
             (len(items), *recipe.parts.shape()),
             self.samples.steps,
             self.samples.guidance,
             generators([s for _, s in items]),
             device,
+            recipe.process.predicts_image,
+            clip=recipe.parts.vae_config is None,
         )
         pictures = list(recipe.pixels_of(sampled))
         recipe.parts.rest()

@@ -71,10 +71,11 @@ class Parts:
                     f"model.{name}.pretrained: the datasets were prepared with another model. Set this key to the "
                     "other model's folder"
                 )
-        if f.text and f.text != (self.model.text.length, self.width):
+        if f.text and f.text != (self.model.text.embeddings, self.width):
+            key = "pooling" if 1 in (f.text[0], self.model.text.embeddings) else "length"
             raise ConfigError(
-                f"model.text.length: {self.model.text.length} given, but the datasets' captions have {f.text[0]} "
-                f"tokens. Set this key to {f.text[0]}"
+                f"model.text.{key}: captions have {self.model.text.embeddings} embeddings of width {self.width}, but "
+                f"{f.text[0]} of width {f.text[1]} in the datasets. Set this key as in the pipeline's latents.{key}"
             )
         if not self.model.text.pretrained and f.tokenizer is None:
             raise ConfigError(
@@ -122,7 +123,7 @@ class Parts:
             return None
         if self.facts is None:
             channels, height, width = self.shape()
-            latents, text = self.vae_config is not None, (self.model.text.length, self.width)
+            latents, text = self.vae_config is not None, (self.model.text.embeddings, self.width)
             factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1) if self.vae_config else 1
             size = width * factor, height * factor
             content, of_image = ("latents", 3) if latents else ("images", channels)
@@ -177,7 +178,7 @@ class Parts:
         differs from the input's shape."""
         shape = (1, *self.shape())
         try:
-            said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.length, self.width)))
+            said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.embeddings, self.width)))
         except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
             why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
             raise ConfigError(
@@ -311,7 +312,7 @@ class Parts:
             return text
         assert mask is not None
         with masks.unread(whole=True):
-            return embed(self.frozen_on("text_encoder", text.device), text, mask)
+            return embed(self.frozen_on("text_encoder", text.device), text, mask, self.model.text.pooling)
 
     @torch.no_grad()
     def clean(self, content: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:

@@ -8,6 +8,7 @@ Each image of a call is drawn from its own generator, so a seed gives the same i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,14 +38,17 @@ def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
     return tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
 
 
-def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Embeds token ids as [n, tokens, width].
+def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str | None = None) -> torch.Tensor:
+    """Embeds token ids as [n, tokens, width]. With `pooling`, returns the mean over each text's tokens, [n, 1, width].
 
-    T5 masks padding. CLIP doesn't mask padding, because its training didn't mask padding.
+    T5 and BERT mask padding. CLIP doesn't mask padding, because its training didn't mask padding. BERT's embeddings of padding
+    are zero, so they show which tokens are padding: the embedding of another token is never zero.
     """
-    if "t5" in text_encoder.config.model_type:
-        return text_encoder(input_ids=ids, attention_mask=mask)[0]
-    return text_encoder(input_ids=ids)[0]
+    kind, read = text_encoder.config.model_type, mask[..., None]
+    hidden = text_encoder(input_ids=ids, **({} if "clip" in kind else {"attention_mask": mask}))[0]
+    if pooling:
+        return (hidden * read).sum(1, keepdim=True) / read.sum(1, keepdim=True)
+    return hidden if "clip" in kind or "t5" in kind else hidden * read
 
 
 def generators(seeds: list[int]) -> list[torch.Generator]:
@@ -53,30 +57,46 @@ def generators(seeds: list[int]) -> list[torch.Generator]:
 
 
 def denoise(
-    say: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    predictor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     scheduler: Any,
     shape: tuple[int, ...],
     steps: int,
     guidance: float,
     draws: list[torch.Generator],
     device: Any,
+    predicts_image: bool = False,
+    clip: bool = False,
 ) -> torch.Tensor:
     """Denoises random samples of the given shape, in fp32.
 
-    `say(noisy, t)` returns 2n predictions for n samples: first n predictions without text, then n predictions with text.
+    `predictor(noisy, t)` returns 2n predictions for n samples: first n predictions without text, then n predictions with text.
+
+    `predicts_image`: whether predictions are images, for flow matching. A predicted image x_0 at time s gives the velocity
+    (x_s - x_0) / s. `clip`: clips predicted images to [-1, 1].
 
     Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598). A guidance of 1 turns guidance off.
     """
-    scheduler.set_timesteps(steps, device=device)
+    scheduler.set_timesteps(steps, device=device, **_shift(scheduler, shape))
     x = randn_tensor(shape, generator=draws, device=torch.device(device), dtype=torch.float32)
     x = x * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         both = torch.cat([x, x])
         if hasattr(scheduler, "scale_model_input"):
             both = scheduler.scale_model_input(both, t)
-        without, having = say(both, t.expand(len(both))).float().chunk(2)
-        x = scheduler.step(without + guidance * (having - without), t, x, generator=draws, return_dict=False)[0]
+        without, having = predictor(both, t.expand(len(both))).float().chunk(2)
+        prediction = without + guidance * (having - without)
+        if predicts_image:
+            s = t / scheduler.config.num_train_timesteps
+            prediction = (x - (prediction.clamp(-1, 1) if clip else prediction)) / s
+        x = scheduler.step(prediction, t, x, generator=draws, return_dict=False)[0]
     return x
+
+
+def _shift(scheduler: Any, shape: tuple[int, ...]) -> dict[str, float]:
+    """Returns the options of `set_timesteps` for a schedule that follows the size of the samples: the logarithm of the shift."""
+    if not scheduler.config.get("use_dynamic_shifting"):
+        return {}
+    return {"mu": math.log(shape[-2] * shape[-1] / scheduler.config.base_image_seq_len) / 2}
 
 
 class TextToImagePipeline(DiffusionPipeline):
@@ -92,11 +112,12 @@ class TextToImagePipeline(DiffusionPipeline):
     _optional_components = ["unet", "transformer", "vae"]
 
     def __init__(self, scheduler: Any, text_encoder: Any, tokenizer: Any, unet: Any = None, transformer: Any = None,
-                 vae: Any = None) -> None:  # fmt: skip
+                 vae: Any = None, pooling: str | None = None, predicts_image: bool = False) -> None:  # fmt: skip
         super().__init__()
         self.register_modules(
             scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, transformer=transformer, vae=vae
         )
+        self.register_to_config(pooling=pooling, predicts_image=predicts_image)
         self.processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
     @property
@@ -126,13 +147,15 @@ class TextToImagePipeline(DiffusionPipeline):
         device, backbone = self._execution_device, self.backbone
         dtype = next(backbone.parameters()).dtype
         tokens = tokenize(self.tokenizer, [*[""] * len(prompts), *prompts])
-        text = embed(self.text_encoder, tokens.input_ids.to(device), tokens.attention_mask.to(device)).to(dtype)
+        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        text = embed(self.text_encoder, ids, mask, self.config.pooling).to(dtype)
         side = backbone.config.sample_size * self.factor
         shape = (len(prompts), backbone.config.in_channels, (height or side) // self.factor, (width or side) // self.factor)
         draws = generator if isinstance(generator, list) else [generator or torch.Generator("cpu")] * len(prompts)
         x = denoise(
             lambda noisy, t: predict(backbone, noisy.to(dtype), t, text),
             self.scheduler, shape, num_inference_steps, guidance_scale, draws, device,
+            self.config.predicts_image, clip=self.vae is None,
         )  # fmt: skip
         pixels = decode(self.vae, x)
         images: Any = self.processor.postprocess(pixels.float().cpu(), output_type=output_type)

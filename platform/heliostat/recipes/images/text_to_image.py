@@ -37,7 +37,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.images import diffusers_folder, rows
 from heliostat.recipes.images.config import Model
-from heliostat.recipes.images.gallery import PromptGallery, Say
+from heliostat.recipes.images.gallery import Predictor, PromptGallery
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
 from heliostat.recipes.images.pipeline import TextToImagePipeline, decode, tokenize
@@ -142,19 +142,19 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         batch = self.complete(batch)
-        t = self.process.times(batch["time"])
+        t = self.process.times(batch["time"], batch["image"].shape[2:])
         return Loss((self._errors(model, batch, t) * self.process.weights(t)).sum())
 
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
-        """Computes the mean squared error of each sample of a completed batch, fp32 [samples]. `t`: the samples' times."""
+        """Computes the error (`Process.errors`) of each sample of a completed batch, fp32 [samples]. `t`: the samples' times."""
         image, noise, dtype = batch["image"], batch["noise"], next(model.parameters()).dtype
-        said = model(self.process.noisy(image, noise, t).to(dtype), self.process.told(t), batch["caption"])
-        return (said.float() - self.process.target(image, noise, t)).square().flatten(1).mean(1)
+        prediction = model(self.process.noisy(image, noise, t).to(dtype), self.process.network_time(t), batch["caption"])
+        return self.process.errors(prediction, image, noise, t)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = self._completed(batch, dropping=False)
         place = torch.remainder((batch["key"] + 0.5) * GOLDEN, 1.0).float()
-        errors = self._errors(model, batch, self.process.times(place))
+        errors = self._errors(model, batch, self.process.times(place, batch["image"].shape[2:]))
         out = {"loss": errors, "samples": torch.ones_like(errors)}
         quarter = (place * QUARTERS).long()
         for i in range(QUARTERS):
@@ -178,7 +178,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
             model = self.build()
             text = torch.zeros((1, self.model.text.length), dtype=torch.long)
             if self.model.text.pretrained:
-                text = torch.zeros((1, self.model.text.length, self.parts.text_width()))
+                text = torch.zeros((1, self.model.text.embeddings, self.parts.text_width()))
             with FlopCounterMode(display=False) as counter:
                 model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text)
         return 3.0 * counter.get_total_flops()
@@ -196,14 +196,14 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         """Returns the gallery to generate after every evaluation; None if the job has no prompts."""
         return PromptGallery(self) if self.model.samples.prompts else None
 
-    def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Say]:
-        """Returns a function that makes the `say(noisy, t)` of `pipeline.denoise` for given prompts.
+    def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Predictor]:
+        """Returns a function that makes the `predictor(noisy, t)` of `pipeline.denoise` for given prompts.
 
         The returned function uses the model that is in training, on `device`.
         """
         dtype = next(model.parameters()).dtype
 
-        def of(prompts: list[str]) -> Say:
+        def of(prompts: list[str]) -> Predictor:
             tokens = tokenize(self.parts.tokenizer, [*[""] * len(prompts), *prompts])
             text = self.parts.conditioning(tokens.input_ids.to(device), tokens.attention_mask.to(device))
             return lambda noisy, t: model(noisy.to(dtype), t, text)
@@ -282,9 +282,8 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
         shutil.copytree(recipe.model.autoencoder.pretrained, folder / "vae", dirs_exist_ok=True)
     scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
     scheduler.save_pretrained(folder / "scheduler")
-    standard = (
-        recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and kind == "CLIPTextModel" and not recipe.process.flow
-    )
+    clip = kind == "CLIPTextModel" and not text.pooling
+    standard = recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and clip and not recipe.process.flow
     index: dict[str, object] = {
         "_class_name": "StableDiffusionPipeline" if standard else ["pipeline", TextToImagePipeline.__name__],
         "_diffusers_version": diffusers.__version__,
@@ -293,12 +292,14 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
         "text_encoder": ["transformers", kind],
         "tokenizer": ["transformers", type(recipe.parts.tokenizer).__name__],
         "vae": ["diffusers", "AutoencoderKL"] if recipe.parts.vae_config else [None, None],
+        **({"predicts_image": True} if recipe.process.predicts_image else {}),
     }
     if standard:
         nothing: dict[str, object] = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
         index |= {**nothing, "requires_safety_checker": False}
     else:
         index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.parts.name}
+        index |= {"pooling": text.pooling} if text.pooling else {}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
