@@ -45,7 +45,7 @@ def average(run: Location, checkpoint: SavedCheckpoint, length: float) -> PostHo
     kinds = settings.by_length if settings else {}
     if not kinds:
         raise ConfigError(
-            f"--ema-length: {run} keeps no averages with lengths. Train with train.ema.lengths, or omit the option ({GUIDE})"
+            f"--ema-length: {run} keeps no averages with lengths. Train with train.ema.lengths, or omit this option ({GUIDE})"
         )
     saved = {one.step: one for one in snapshots.up_to(run, checkpoint.step)} | {checkpoint.step: checkpoint}
     held = [(one, kind) for one in saved.values() for kind in one.averages if kind in kinds]

@@ -28,8 +28,10 @@ from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.exported import using
 from heliostat.recipes.images import text_encoders
+from heliostat.recipes.images.alignment import Repa
 from heliostat.recipes.images.initial import initialise
 from heliostat.recipes.images.noising import NoiseObjective
+from heliostat.recipes.images.token_routing import Tread
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.schema import Float, Strict, nearest
 from heliostat.storage.hub import files
@@ -139,6 +141,10 @@ class Model(Strict):
     """Frozen autoencoder in whose latent space the model works. Unset: the model works on pixels."""
     objective: NoiseObjective = NoiseObjective()
     """Noise schedule, prediction target, and loss weights."""
+    repa: Repa | None = None
+    """Aligns hidden states with stored features of an image model, see docs/diffusion-algorithms.md#repa. Unset: no alignment."""
+    tread: Tread | None = None
+    """Lets some tokens skip blocks in training, see docs/diffusion-algorithms.md#tread. Unset: all tokens use all blocks."""
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
     """Fraction of captions that are dropped in training, so that the model learns unconditional generation for guidance."""
     samples: Samples = Samples()

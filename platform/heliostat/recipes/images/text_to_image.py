@@ -35,7 +35,7 @@ from heliostat import extras
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes.images import diffusers_folder, rows
+from heliostat.recipes.images import alignment, diffusers_folder, rows, stored_features, training_aids
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import Predictor, PromptGallery
 from heliostat.recipes.images.noising import Process
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from heliostat.recipes.images.generator import ImageCanvas, ImageGenerator
 
 BUILT_IN = {"TextToImage": ("diffusers",)}
+NO_AIDS: Batch = {}
 QUARTERS = 4
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
@@ -62,7 +63,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         self.model = validate(Model, job.model, "model")
         self.version, bf16 = job.train.rules, job.train.precision == "bf16"
         frozen_type = torch.bfloat16 if self.version > 1 and bf16 else torch.float32
-        self.parts = Parts(self.model, bool(job.train.activation_checkpointing), frozen_type)
+        self.parts = Parts(self.model, bool(job.train.activation_checkpointing), frozen_type, job.train.seed)
+        training_aids.require_uncompiled(self.model, bool(job.train.compile))
+        self.global_batch = job.train.global_batch_size
         name = self.parts.name
         self.layout = {f"{name}.": f"{name}/diffusion_pytorch_model", "text_encoder.": "text_encoder/model"}
         self.process = Process(self.model.objective)
@@ -109,6 +112,8 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         else:
             tokens = tokenize(self.parts.tokenizer, content["caption"].to_pylist())
             out |= {"text": tokens.input_ids, "mask": tokens.attention_mask}
+        if self.model.repa and facts.features:
+            out |= facts.features.unpack(content["features"].to_pylist())
         return out
 
     def _drawn(self, clean: torch.Tensor) -> tuple[tuple[int, ...], float, float, bool]:
@@ -138,23 +143,36 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return {key: batch[key] for key in ("key", "time", "noise")} | {
             "image": self.parts.clean(batch["clean"], batch.get("posterior")),
             "caption": self.parts.conditioning(captions["text"], captions.get("mask")),
+            **({"features": stored_features.values(batch)} if "features" in batch else {}),
         }
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         batch = self.complete(batch)
         t = self.process.times(batch["time"], batch["image"].shape[2:])
-        return Loss((self._errors(model, batch, t) * self.process.weights(t)).sum())
+        errors, similarity = self._errors(model, batch, t, training_aids.arguments(self.model, batch))
+        parts = {}
+        if self.model.repa and similarity is not None:
+            parts["repa"] = alignment.part(self.model.repa, similarity, batch["key"], self.global_batch)
+        return Loss((errors * self.process.weights(t)).sum(), parts)
 
-    def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
-        """Computes the error (`Process.errors`) of each sample of a completed batch, fp32 [samples]. `t`: the samples' times."""
+    def _errors(
+        self, model: nn.Module, batch: Batch, t: torch.Tensor, aids: Batch = NO_AIDS
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes the error (`Process.errors`) of each sample of a completed batch, fp32 [samples]. `t`: the samples' times.
+
+        `aids`: arguments of the model that only training uses. Also returns each sample's similarity to its features, if `aids`
+        has features.
+        """
         image, noise, dtype = batch["image"], batch["noise"], next(model.parameters()).dtype
-        prediction = model(self.process.noisy(image, noise, t).to(dtype), self.process.network_time(t), batch["caption"])
-        return self.process.errors(prediction, image, noise, t)
+        noisy = self.process.noisy(image, noise, t).to(dtype)
+        answer = model(noisy, self.process.network_time(t), batch["caption"], **aids)
+        prediction, similarity = answer if isinstance(answer, tuple) else (answer, None)
+        return self.process.errors(prediction, image, noise, t), similarity
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = self._completed(batch, dropping=False)
         place = torch.remainder((batch["key"] + 0.5) * GOLDEN, 1.0).float()
-        errors = self._errors(model, batch, self.process.times(place, batch["image"].shape[2:]))
+        errors, _ = self._errors(model, batch, self.process.times(place, batch["image"].shape[2:]))
         out = {"loss": errors, "samples": torch.ones_like(errors)}
         quarter = (place * QUARTERS).long()
         for i in range(QUARTERS):
@@ -179,8 +197,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
             text = torch.zeros((1, self.model.text.length), dtype=torch.long)
             if self.model.text.pretrained:
                 text = torch.zeros((1, self.model.text.embeddings, self.parts.text_width()))
+            aids = training_aids.blank(self.model, self.parts.facts.features if self.parts.facts else None)
             with FlopCounterMode(display=False) as counter:
-                model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text)
+                model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text, **aids)
         return 3.0 * counter.get_total_flops()
 
     def companions(self) -> dict[str, Companion]:
