@@ -37,7 +37,8 @@ def test_latents_are_sampled_as_stable_diffusions_own_pipeline_does(prediction, 
     for pipe in (ours, theirs):
         pipe.set_progress_bar_config(disable=True)
     prompts = ["the digit one", "seven, handwritten"]
-    call = {"num_inference_steps": 6, "guidance_scale": 3.0, "output_type": "np"}
+    rescale = 0.6 if sampler == "ddim" else 0.0
+    call = {"num_inference_steps": 6, "guidance_scale": 3.0, "guidance_rescale": rescale, "output_type": "np"}
     a = ours(prompts, generator=generators([1, 2]), **call).images
     b = theirs(prompts, generator=generators([1, 2]), **call).images
     assert a.shape == b.shape == (2, 16, 16, 3) and float(np.abs(a - b).max()) < 2e-3
@@ -60,19 +61,28 @@ def test_an_exported_folder_loads_with_plain_diffusers_and_draws_the_same(arch, 
     plain: Any = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
     plain.set_progress_bar_config(disable=True)
     draws = [torch.Generator("cpu").manual_seed(s) for s in (5, 6)]
-    theirs = plain(prompts, num_inference_steps=5, guidance_scale=2.0, generator=draws).images
-    ours = diffusers_folder.load(tmp_path)(
-        prompts, num_inference_steps=5, guidance_scale=2.0, generator=generators([5, 6])
-    ).images
+    guidance = {"guidance_scale": 2.0, "guidance_interval": (0.1, 0.9), "guidance_rescale": 0.7}
+    theirs = plain(prompts, num_inference_steps=5, generator=draws, **guidance).images
+    ours = diffusers_folder.load(tmp_path)(prompts, num_inference_steps=5, generator=generators([5, 6]), **guidance).images
     assert [np.asarray(i).tolist() for i in theirs] == [np.asarray(i).tolist() for i in ours]
     assert theirs[0].size == (8, 8) and theirs[0].mode == "L"
-    from heliostat.recipes.images.pipeline import denoise
+    from heliostat.recipes.images.pipeline import Guidance, denoise
 
     with torch.no_grad():  # as it is drawn while it is trained
         predictor = made.sampler_of(model, "cpu")(prompts)
         scheduler = made.process.scheduler(made.sampler, clip=True)
         trained = made.pixels_of(
-            denoise(predictor, scheduler, (2, 1, 8, 8), 5, 2.0, generators([5, 6]), "cpu", prediction == "x", True)
+            denoise(
+                predictor,
+                scheduler,
+                (2, 1, 8, 8),
+                5,
+                Guidance(2.0, (0.1, 0.9), 0.7),
+                generators([5, 6]),
+                "cpu",
+                prediction == "x",
+                True,
+            )
         )
     assert all(np.abs(trained[i][:, :, 0].astype(int) - np.asarray(theirs[i]).astype(int)).max() <= 1 for i in range(2))
 
@@ -86,3 +96,8 @@ def test_latents_with_clip_and_a_unet_are_exported_as_stable_diffusion(digits, t
     assert not any("text_encoder" in n or "vae" in n for n, _ in model.named_parameters()), "frozen parts are not trained"
     plain: Any = DiffusionPipeline.from_pretrained(export(made, model, tmp_path / "out"))
     assert type(plain) is StableDiffusionPipeline
+    limited = recipe(
+        digits, text=text, autoencoder={"pretrained": str(tmp_path / "vae")}, samples={"guidance_interval": [0, 0.8]}
+    )
+    plain = DiffusionPipeline.from_pretrained(export(limited, model, tmp_path / "limited"), trust_remote_code=True)
+    assert type(plain).__name__ == "TextToImagePipeline", "Stable Diffusion's own pipeline has no interval"

@@ -163,7 +163,9 @@ def test_options_of_the_other_kind_of_model_are_refused_by_name(dataset, tmp_pat
     exported.write(tmp_path, made, {"run_id": "f" * 32, "step": 1, "data_digest": "d"})
     assert exported.read(tmp_path).recipe is TextToImage
     with pytest.raises(
-        ConfigError, match=r"generate: temperature: unknown key\. Use one of: grid, guidance, height, sampler, steps, width"
+        ConfigError,
+        match=r"generate: temperature: unknown key\. Use one of: grid, guidance, guidance_interval, guidance_rescale, height, "
+        "sampler, steps, width",
     ):
         ImageGenerator(tmp_path, {"temperature": 0.5})
     with pytest.raises(

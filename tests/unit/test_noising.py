@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from heliostat.errors import ConfigError
 from heliostat.recipes.images.noising import NoiseObjective, Process
-from heliostat.recipes.images.pipeline import denoise, generators
+from heliostat.recipes.images.pipeline import Guidance, denoise, generators
 from heliostat.schema import validate
 
 DIFFUSION = [
@@ -220,5 +220,7 @@ def test_euler_with_the_exact_prediction_of_a_gaussian_samples_that_gaussian(pre
         clean = 0.5 + ((1 - s) * 0.04 / ((1 - s) ** 2 * 0.04 + s**2)) * (noisy - (1 - s) * 0.5)
         return clean if prediction == "x" else (noisy - clean) / s
 
-    x = denoise(best, made.scheduler("euler"), (4000, 1), 100, 2.0, generators(list(range(4000))), "cpu", made.predicts_image)
+    x = denoise(
+        best, made.scheduler("euler"), (4000, 1), 100, Guidance(2.0), generators(list(range(4000))), "cpu", made.predicts_image
+    )
     assert float(x.mean()) == pytest.approx(0.5, abs=0.02) and float(x.std()) == pytest.approx(0.2, abs=0.02)

@@ -17,6 +17,7 @@ from heliostat.optim import power_averages
 from heliostat.optim.power_averages import PowerProfile
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
+from heliostat.tune.trial import clone
 from safetensors.torch import load_file
 
 from tests.unit import build_checkpoint, build_power_average
@@ -108,6 +109,15 @@ def test_later_snapshots_and_damaged_ones_are_left_out(tmp_path: Path, caplog: p
     after = post_hoc.average(run, layout.open_checkpoint(run, 160), 0.07)
     assert before.steps == list(range(20, 161, 20)) and after.steps == [s for s in before.steps if s != 40]
     assert "step-00000040" in caplog.text and "leaves out" in caplog.text
+
+
+def test_a_clone_of_a_trial_has_its_donors_snapshots_and_no_other(tmp_path: Path) -> None:
+    """Its own snapshots are of weights that it left."""
+    (donor, _), (run, _) = run_of(tmp_path / "donor", steps=80), run_of(tmp_path / "run", steps=120, every=30)
+    assert clone({"id": "1", "folder": str(donor), "step": 80}, run)
+    averages = [post_hoc.average(place, layout.open_checkpoint(place, 80), 0.07) for place in (donor, run)]
+    assert averages[0].steps == averages[1].steps == [20, 40, 60, 80]
+    assert torch.equal(averages[0].read("w"), averages[1].read("w"))
 
 
 def test_few_snapshots_give_a_warning_with_the_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -89,7 +89,7 @@ def test_the_automatic_shift_is_the_root_of_the_ratio_of_the_positions():
 
 def test_the_sampler_has_the_shift_of_the_images_size():
     """The pipeline samples at even times from 1 to 1/1000, shifted as in training."""
-    from heliostat.recipes.images.pipeline import denoise, generators
+    from heliostat.recipes.images.pipeline import Guidance, denoise, generators
 
     def times(made: Process, side: int) -> list[float]:
         drawn: list[float] = []
@@ -98,7 +98,7 @@ def test_the_sampler_has_the_shift_of_the_images_size():
             drawn.append(float(t[0]))
             return torch.zeros_like(noisy)
 
-        denoise(predictor, made.scheduler("euler"), (1, 1, side, side), 10, 1.0, generators([0]), "cpu")
+        denoise(predictor, made.scheduler("euler"), (1, 1, side, side), 10, Guidance(1.0), generators([0]), "cpu")
         return drawn
 
     auto, even = process(shift="auto", base_size=8), np.linspace(1, 0.001, 10)

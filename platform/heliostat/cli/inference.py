@@ -39,6 +39,13 @@ def generate(
     top_p: TopP = None,
     steps: Annotated[int | None, typer.Option(help="Images: sampler steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="Images: classifier-free guidance scale; 1 turns guidance off")] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Images: lowest and highest time with guidance, from 0 (image) to 1 (noise)", metavar="LOW HIGH"),
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="Images: how much of the contrast that guidance adds to undo, from 0 to 1")
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="Images: ddpm, ddim, dpm++, or euler")] = None,
     grid: Annotated[int | None, typer.Option(help="Images: number of images, in one row")] = None,
     width: Annotated[int | None, typer.Option(help="Images: width in pixels")] = None,
@@ -49,7 +56,8 @@ def generate(
     import heliostat.inference.generate as generating
 
     flags = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "steps": steps, "guidance": guidance,
-             "sampler": sampler, "grid": grid, "width": width, "height": height}  # fmt: skip
+             "guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale, "sampler": sampler, "grid": grid,
+             "width": width, "height": height}  # fmt: skip
     options: dict[str, object] = {name: value for name, value in flags.items() if value is not None}
     if [prompt, prompts, prefix].count(None) != 2:
         raise ConfigError(

@@ -10,6 +10,7 @@ The last bits of latents and embeddings depend on the machine and the batch. So 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -162,8 +163,9 @@ class Encoder:
             self.text = diffusion_config.frozen_text_encoder(self.config.text_encoder).to(self.device)
             self.tokenizer = diffusion_config.frozen_tokenizer(self.config.text_encoder, self.config.length)
 
-    def __call__(self, table: pa.Table) -> Encoded:
-        """Encodes a table. Also returns the facts about its features, if the settings have features."""
+    def __call__(self, table: pa.Table, captions: tuple[str, ...] = ()) -> Encoded:
+        """Encodes a table. Also returns the facts about its features, if the settings have features. `captions`: names of further
+        captions in the column `columns`. An empty caption has no embedding."""
         from heliostat.recipes.images.rows import pixels
         from heliostat.recipes.images.stored_features import FeatureError
 
@@ -193,10 +195,22 @@ class Encoder:
             out = table.drop_columns(["image"]).append_column("latent", pa.array(latents, pa.large_binary()))
         if self.text is not None:
             out = out.append_column("embedding", pa.array(embeddings, pa.large_binary()))
+        for name in captions if self.text is not None else ():
+            texts = [str(json.loads(columns).get(name, "")) if columns else "" for columns in table["columns"].to_pylist()]
+            out = out.append_column(f"embedding_{name}", pa.array(self._each_embedding(texts), pa.large_binary()))
         if self.features is None:
             return Encoded(out, None)
         out = out.append_column("features", pa.array(features, pa.large_binary()))
         return Encoded(out, {"format": self.features.format.named(), "error": vars(error)})
+
+    def _each_embedding(self, texts: list[str]) -> list[bytes]:
+        """Embeds texts in batches; b"" for an empty text."""
+        out, filled = [b""] * len(texts), [i for i, text in enumerate(texts) if text]
+        for first in range(0, len(filled), self.config.batch):
+            rows = filled[first : first + self.config.batch]
+            for i, embedding in zip(rows, self.embeddings([texts[i] for i in rows]), strict=True):
+                out[i] = embedding.tobytes()
+        return out
 
     def latents(self, table: pa.Table) -> np.ndarray:
         import torch

@@ -55,6 +55,8 @@ class ImageMaking(Making):
     tokenizer: int | None
     """Size of the tokenizer's vocabulary; None without a tokenizer."""
     latents: Latents | None
+    captions: tuple[str, ...]
+    """Columns with further captions, which the shards contain."""
 
     @property
     def can_repeat(self) -> bool:
@@ -174,7 +176,9 @@ class ImageMaking(Making):
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None
         shipments = self.latents.shipments() if self.latents else []
-        arguments = {"shards": shards, "latents": latents, "shipments": shipments}
+        arguments: dict[str, Any] = {"shards": shards, "latents": latents, "shipments": shipments}
+        if self.captions and latents:
+            arguments["captions"], follows = self.captions, [follows, self.captions]
         uses = libraries.versions(("diffusers", *libraries.MODELS) if self.latents else ())
         dealing = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **arguments}, bytes=run.bytes)
                    for run in curated.runs)  # fmt: skip
@@ -189,7 +193,7 @@ class ImageMaking(Making):
         ranges = self.ranges(dealt, total, lambda first, stop: (first, stop))
         plan = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
         plan |= recording.arguments(self.every)
-        stored = dict.fromkeys(name for stage in self.stages for name in stage.stored())
+        stored = dict.fromkeys([*(name for stage in self.stages for name in stage.stored()), *self.captions])
         plan |= {"stored": tuple(stored)} if stored else {}
         places = [(bucket, i) for bucket, (_, number) in shards.items() for i in range(number)]
 

@@ -61,6 +61,9 @@ class ColumnNames(Strict):
     """Column with the class name. `samples.judge` compares generated images with this class. Unset: no labels."""
     others: list[str] = []
     """Further columns, such as `url` and `license`. Stages can read these columns, and the record of each image contains them."""
+    captions: list[str] = []
+    """Columns of `others` or of stages with further captions. The shards contain these captions, and also their embeddings if
+    `latents` has a text encoder. `model.captions` of a job chooses among the captions."""
 
 
 class Tokenizer(Strict):
@@ -157,11 +160,22 @@ class ImagePipeline(StagedPipeline):
                 f"columns.others: {LABEL!r} is the name of the label column. Remove this entry, and set columns.label"
             )
         self._check_stages()
+        self._check_captions()
         self.check_columns({LABEL, *self.columns.others}, "columns.others")
         digits = self.input == image_sources.DIGITS
         if digits:
             extras.require("images", "sklearn", what=f"input: {self.input}")
         self.check_places(self.input, None if digits else sources.root(self.input).path)
+
+    def _check_captions(self) -> None:
+        """Raises ConfigError for a further caption that isn't a column of the images, or that every image has."""
+        known = [*self.columns.others, *(name for stage in self.stages for name in stage.stored())]
+        for name in self.columns.captions:
+            if name not in known:
+                raise ConfigError(
+                    f"columns.captions: {name!r} isn't in columns.others, and no stage stores it. "
+                    "Add this column to columns.others"
+                )
 
     def _check_stages(self) -> None:
         stored, known = "", {LABEL, *STORED, *self.columns.others}
@@ -186,6 +200,8 @@ class ImagePipeline(StagedPipeline):
         config = super().identity()
         if not self.columns.others:
             del config["columns"]["others"]
+        if not self.columns.captions:
+            del config["columns"]["captions"]
         if self.fetch:
             config["fetch"] = self.fetch.identity()
         if self.stages:
@@ -207,7 +223,7 @@ class ImagePipeline(StagedPipeline):
             stages=self.stages, last=self.last, memory_limit=self.memory_limit, sample=sample,
             shard_images=self.shard_images, chunk_images=self.chunk_images, channels=self.channels,
             buckets=self.buckets is not None, tokenizer=self.tokenizer.vocab_size if self.tokenizer else None,
-            latents=self.latents, every=self.every(sample),
+            latents=self.latents, captions=tuple(self.columns.captions), every=self.every(sample),
         )  # fmt: skip
 
     @property

@@ -115,17 +115,19 @@ def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str
 
 
 def deal(
-    folder: Location, run: SpilledRun, shards: Shards, latents: dict[str, Any] | None, shipments: list[Shipment]
-) -> dict[str, object]:
+    folder: Location, run: SpilledRun, shards: Shards, latents: dict[str, Any] | None, shipments: list[Shipment],
+    captions: tuple[str, ...] = ()
+) -> dict[str, object]:  # fmt: skip
     """Writes images to a temporary file, sorted by shard. An image's pixel hash selects one of the shards of the image's bucket.
 
-    With `latents`, also encodes the images. `shipments`: the files of the encoders.
+    With `latents`, also encodes the images. `shipments`: the files of the encoders. `captions`: columns with further captions to
+    encode.
     """
     tables = [_dealt(table, shards) for table in survivors(folder, run)]
     table = pa.concat_tables([DEALT.empty_table(), *tables])
     features = {}
     if latents is not None:
-        table, facts = _encoder(_located(folder, latents, shipments), tuple(shipments))(table)
+        table, facts = _encoder(_located(folder, latents, shipments), tuple(shipments))(table, captions)
         features = {"features": facts} if facts else {}
     name = spill.write(folder, table, ("hash", "id"))
     return {"dealt": [name, len(table), table.nbytes], **features, "files": [name]}
@@ -178,7 +180,7 @@ def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, o
     if not tables:  # the dataset has few images, and no image has a hash that selects this shard
         return {"path": "", "file_bytes": 0, "images": 0, "ends": []}
     table = pa.concat_tables(tables)
-    data = shard(_with(table, stored), chunk_images, (*STORED, *stored))
+    data = shard(_with(table, stored), chunk_images, (*STORED, *stored, *(f"embedding_{name}" for name in stored)))
     path = versions.store(Location(output), prefix, data, ".parquet")
     kept = recording.recorded(table, every)
     ends = [_ends(folder, path, kept)] if explained and len(kept) else []

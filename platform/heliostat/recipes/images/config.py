@@ -29,8 +29,13 @@ from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.exported import using
 from heliostat.recipes.images import text_encoders
 from heliostat.recipes.images.alignment import Repa
+from heliostat.recipes.images.captions import CaptionText
+from heliostat.recipes.images.contrastive import Contrastive
+from heliostat.recipes.images.immiscible import Immiscible
 from heliostat.recipes.images.initial import initialise
+from heliostat.recipes.images.interval import Interval
 from heliostat.recipes.images.noising import NoiseObjective
+from heliostat.recipes.images.pipeline import Guidance
 from heliostat.recipes.images.token_routing import Tread
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.schema import Float, Strict, nearest
@@ -120,6 +125,10 @@ class Samples(Strict):
     """Number of sampling steps."""
     guidance: Float = Field(default=4.0, ge=0)
     """Classifier-free guidance scale: how strictly images follow the prompt; 1 turns guidance off."""
+    guidance_interval: Interval = (0.0, 1.0)
+    """Lowest and highest time with guidance, from 0 (image) to 1 (noise). Outside this interval, sampling takes half the time."""
+    guidance_rescale: Float = Field(default=0.0, ge=0, le=1)
+    """How much of the contrast that guidance adds to undo, from 0 to 1. The paper uses 0.7."""
     sampler: Sampler | None = None
     """Sampler. With prediction `flow`, only `euler` is supported. With other predictions, `euler` isn't supported. Unset: `euler`
     for `flow`, else `ddim`."""
@@ -129,6 +138,11 @@ class Samples(Strict):
     """Scores samples of labeled prompts with a classifier trained on the real images, see docs/diffusion.md#scores-and-samples"""
     features: Features | None = None
     """Folder of an image model of `transformers` whose features FID and KID use. Unset: FID and KID aren't computed."""
+
+    @property
+    def guided(self) -> Guidance:
+        """Returns the guidance as the sampler's argument."""
+        return Guidance(self.guidance, self.guidance_interval, self.guidance_rescale)
 
 
 class Model(Strict):
@@ -145,6 +159,12 @@ class Model(Strict):
     """Aligns hidden states with stored features of an image model, see docs/diffusion-algorithms.md#repa. Unset: no alignment."""
     tread: Tread | None = None
     """Lets some tokens skip blocks in training, see docs/diffusion-algorithms.md#tread. Unset: all tokens use all blocks."""
+    captions: list[CaptionText] = []
+    """Texts to choose from as the caption of an image, with weights. Unset: the column `caption`."""
+    contrastive: Contrastive | None = None
+    """Contrastive flow matching: pushes predictions away from those of another caption. Unset: off."""
+    immiscible: Immiscible | None = None
+    """Immiscible diffusion: pairs images with near noise. Unset: noise doesn't depend on the image."""
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
     """Fraction of captions that are dropped in training, so that the model learns unconditional generation for guidance."""
     samples: Samples = Samples()

@@ -48,7 +48,7 @@ def load(folder: Path) -> Any:
         return cls.from_pretrained(folder / name, **options)
 
     names = ("scheduler", "text_encoder", "tokenizer", "unet", "transformer", "vae")
-    options = {"pooling": index.get("pooling"), "predicts_image": index.get("predicts_image", False)}
-    pipeline: Any = TextToImagePipeline(**{name: part(name) for name in names}, **options)
+    settings = {name: index[name] for name in ("pooling", "predicts_image") if name in index}
+    pipeline: Any = TextToImagePipeline(**{name: part(name) for name in names}, **settings)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

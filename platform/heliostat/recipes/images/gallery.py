@@ -69,7 +69,7 @@ class PromptGallery:
             scheduler,
             (len(items), *recipe.parts.shape()),
             self.samples.steps,
-            self.samples.guidance,
+            self.samples.guided,
             generators([s for _, s in items]),
             device,
             recipe.process.predicts_image,
@@ -114,8 +114,8 @@ class PromptGallery:
         """
         pipeline = diffusers_folder.load(folder)
         draws = generators([self.samples.seed + i for i in range(len(self.prompts))])
-        steps, guidance = self.samples.steps, self.samples.guidance
-        pictures = pipeline(self.prompts, num_inference_steps=steps, guidance_scale=guidance, generator=draws)
+        guidance = {f"guidance_{name}": value for name, value in self.samples.guided._asdict().items()}
+        pictures = pipeline(self.prompts, num_inference_steps=self.samples.steps, generator=draws, **guidance)
         if not self.samples.judge:
             return [(p, f"  ({image.size[0]}x{image.size[1]})") for p, image in zip(self.prompts, pictures.images, strict=True)]
         said = self.judge_of().says([np.asarray(image) for image in pictures.images])

@@ -16,6 +16,7 @@ from heliostat.recipes import exported
 from heliostat.recipes.images import diffusers_folder
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import grid, png
+from heliostat.recipes.images.interval import Interval
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.pipeline import generators
 from heliostat.recipes.protocol import Generated, Request
@@ -30,6 +31,8 @@ class PictureOptions(Strict):
 
     steps: int | None = Field(None, ge=1)
     guidance: Float | None = Field(None, ge=0)
+    guidance_interval: Interval | None = None
+    guidance_rescale: Float | None = Field(None, ge=0, le=1)
     sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None
     width: int | None = Field(None, ge=1)
     height: int | None = Field(None, ge=1)
@@ -53,7 +56,9 @@ class ImageCanvas:
         blocks = json.loads((folder / "vae/config.json").read_text())["block_out_channels"] if self.latent else [0]
         self.factor = 2 ** (len(blocks) - 1)
         samples = self.model.samples
-        self.defaults: dict[str, object] = {"steps": samples.steps, "guidance": samples.guidance}
+        self.defaults: dict[str, object] = {"steps": samples.steps, "guidance": samples.guidance,
+                                            "guidance_interval": list(samples.guidance_interval),
+                                            "guidance_rescale": samples.guidance_rescale}  # fmt: skip
 
     @cached_property
     def pipeline(self) -> Any:
@@ -87,14 +92,13 @@ class ImageCanvas:
 
     def pictures(self, prompts: list[str], seeds: list[int], options: PictureOptions) -> list[np.ndarray]:
         """Generates an image for each prompt, each from its own seed."""
-        own = self.own
+        own, chosen = self.own, self.defaults | options.model_dump(include=set(self.defaults), exclude_none=True)
         self.pipeline.scheduler = self.scheduler(options) or own
         drawn: list[np.ndarray] = []
         for first in range(0, len(prompts), AT_ONCE):
             output = self.pipeline(
-                prompts[first : first + AT_ONCE], options.height, options.width, options.steps or self.defaults["steps"],
-                self.defaults["guidance"] if options.guidance is None else options.guidance,
-                generators(seeds[first : first + AT_ONCE]),
+                prompts[first : first + AT_ONCE], options.height, options.width, chosen["steps"], chosen["guidance"],
+                chosen["guidance_interval"], chosen["guidance_rescale"], generators(seeds[first : first + AT_ONCE]),
             )  # fmt: skip
             drawn += [np.asarray(image) for image in output.images]
         return drawn
@@ -118,6 +122,6 @@ class ImageGenerator:
     def _answer(self, request: Request, images: list[np.ndarray]) -> Generated:
         place = Location(str(request.out)).ending(".png")
         place.write(png(grid(images, 4)))
-        options = {name: getattr(self.options, name) for name in self.canvas.defaults if getattr(self.options, name) is not None}
+        options = self.options.model_dump(mode="json", include=set(self.canvas.defaults), exclude_none=True)
         facts = {"file": place.uri, "seed": request.seed, **self.canvas.defaults, **options, "images": len(images)}
         return Generated(request.prompt, f"{request.prompt!r}: saved to {place}", facts)

@@ -147,6 +147,12 @@ class Process:
         errors = (prediction.float() - self.target(clean, noise, t)).square().flatten(1).mean(1)
         return errors / t.clamp(min=self.objective.time_floor).square() if self.predicts_image else errors
 
+    def velocity(self, prediction: torch.Tensor, noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Converts predictions of flow matching to velocities, fp32."""
+        if not self.predicts_image:
+            return prediction.float()
+        return (noisy - prediction.float()) / t.clamp(min=self.objective.time_floor).view(-1, *[1] * (noisy.dim() - 1))
+
     def weights(self, t: torch.Tensor) -> torch.Tensor:
         """Computes the weight of each sample's squared error in the loss, fp32 [n]. `t`: the samples' times [n]."""
         if self.objective.min_snr is None:

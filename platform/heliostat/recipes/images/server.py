@@ -20,7 +20,8 @@ from mlflow.types.type_hints import TypeFromExample  # a list of strings; with l
 
 
 class ImageServer(PythonModel):
-    """Generates an image for each prompt. Parameters: steps, guidance, and seed. Image i, counted from 0, uses seed + i."""
+    """Generates an image for each prompt. Parameters: steps, guidance, guidance_rescale, guidance_interval,
+    and seed. A StableDiffusionPipeline has no guidance_interval. Image i, counted from 0, uses seed + i."""
 
     def load_context(self, context: Any) -> None:
         diffusers_logging.disable_progress_bar()
@@ -31,10 +32,11 @@ class ImageServer(PythonModel):
 
     def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
         p = {"steps": 30, "guidance": 4.0, "seed": 0, **(params or {})}
+        more = {name: p[name] for name in ("guidance_rescale", "guidance_interval") if name in p}
         prompts: Any = model_input
         draws = [torch.Generator("cpu").manual_seed(p["seed"] + i) for i in range(len(prompts))]
         images = self.pipeline(
-            list(prompts), num_inference_steps=p["steps"], guidance_scale=p["guidance"], generator=draws
+            list(prompts), num_inference_steps=p["steps"], guidance_scale=p["guidance"], generator=draws, **more
         ).images
         return [_png(image) for image in images]
 

@@ -35,7 +35,7 @@ from heliostat import extras
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes.images import alignment, diffusers_folder, rows, stored_features, training_aids
+from heliostat.recipes.images import alignment, captions, contrastive, diffusers_folder, rows, stored_features, training_aids
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import Predictor, PromptGallery
 from heliostat.recipes.images.noising import Process
@@ -71,6 +71,10 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         self.process = Process(self.model.objective)
         self.sampler = self.model.samples.sampler or ("euler" if self.process.flow else "ddim")
         self.process.scheduler(self.sampler)
+        if self.model.contrastive:
+            self.model.contrastive.require(job, self.process)
+        if self.model.immiscible:
+            self.model.immiscible.require(job, self.model.objective.noise_offset)
         self.seed, self.one_source = job.train.seed, job.data.one_source_batches
         if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
             raise ConfigError(
@@ -86,6 +90,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def bind(self, sources: list[Manifest]) -> None:
         self.sources = sources
         self.parts.bind(sources, self.one_source)
+        captions.require_columns(self.model.captions, sources)
 
     def presume(self, rows: int) -> pa.Table | None:
         return None if hasattr(self, "sources") else self.parts.presume(rows)
@@ -98,6 +103,8 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
         facts = self.parts.facts
         assert facts
+        if self.model.captions and hasattr(self, "sources"):  # placeholder samples have one caption
+            content = captions.chosen(content, self.model.captions, self.seed, keys)
         if facts.content == "latents":
             channels = self.parts.shape()[0]
             (size,) = set(zip(content["width"].to_pylist(), content["height"].to_pylist(), strict=True))
@@ -128,51 +135,53 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
     def complete(self, batch: Batch) -> Batch:
         """Draws random numbers, encodes images and captions, and drops some captions. Returns `noise`, `image`, and `caption`."""
-        return self._completed(batch, dropping=True)
+        return self._completed(batch, training=True)
 
     @torch.no_grad()
-    def _completed(self, batch: Batch, dropping: bool) -> Batch:
+    def _completed(self, batch: Batch, training: bool) -> Batch:
         if "image" in batch:
             return batch
         if "noise" not in batch:
             batch = batch | rows.draw(self.seed, batch["key"], *self._drawn(batch["clean"])).named()
-        captions: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
-        for key, empty in self.parts.empty_on(batch["key"].device).items() if dropping else ():
-            dropped = batch["dropped"].view(-1, *[1] * (captions[key].dim() - 1))
-            captions[key] = torch.where(dropped, empty, captions[key])
-        return {key: batch[key] for key in ("key", "time", "noise")} | {
+        caption: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
+        for key, empty in self.parts.empty_on(batch["key"].device).items() if training else ():
+            dropped = batch["dropped"].view(-1, *[1] * (caption[key].dim() - 1))
+            caption[key] = torch.where(dropped, empty, caption[key])
+        out = {key: batch[key] for key in ("key", "time", "noise")} | {
             "image": self.parts.clean(batch["clean"], batch.get("posterior")),
-            "caption": self.parts.conditioning(captions["text"], captions.get("mask")),
+            "caption": self.parts.conditioning(caption["text"], caption.get("mask")),
             **({"features": stored_features.values(batch)} if "features" in batch else {}),
         }
+        if training and self.model.immiscible:
+            out["noise"] = self.model.immiscible.choose(self.seed, out["key"], out["image"], out["noise"])
+        if training and self.model.contrastive:
+            out["contrasted"] = contrastive.contrasted(caption["text"])
+        return out
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         batch = self.complete(batch)
         t = self.process.times(batch["time"], batch["image"].shape[2:])
-        errors, similarity = self._errors(model, batch, t, training_aids.arguments(self.model, batch))
-        parts = {}
+        answer = self._predicted(model, batch, t, training_aids.arguments(self.model, batch))
+        prediction, similarity = answer if isinstance(answer, tuple) else (answer, None)
+        errors = self.process.errors(prediction, batch["image"], batch["noise"], t)
+        parts = self.model.contrastive.part(self.process, prediction, batch, t) if self.model.contrastive else {}
         if self.model.repa and similarity is not None:
-            parts["repa"] = alignment.part(self.model.repa, similarity, batch["key"], self.global_batch)
+            parts |= {"repa": alignment.part(self.model.repa, similarity, batch["key"], self.global_batch)}
         return Loss((errors * self.process.weights(t)).sum(), parts)
 
-    def _errors(
-        self, model: nn.Module, batch: Batch, t: torch.Tensor, aids: Batch = NO_AIDS
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Computes the error (`Process.errors`) of each sample of a completed batch, fp32 [samples]. `t`: the samples' times.
+    def _predicted(self, model: nn.Module, batch: Batch, t: torch.Tensor, aids: Batch = NO_AIDS) -> Any:
+        """Computes the network's prediction for a completed batch. `t`: the samples' times.
 
-        `aids`: arguments of the model that only training uses. Also returns each sample's similarity to its features, if `aids`
-        has features.
+        `aids`: arguments of the model that only training uses. With features, also returns each sample's similarity to them.
         """
-        image, noise, dtype = batch["image"], batch["noise"], next(model.parameters()).dtype
-        noisy = self.process.noisy(image, noise, t).to(dtype)
-        answer = model(noisy, self.process.network_time(t), batch["caption"], **aids)
-        prediction, similarity = answer if isinstance(answer, tuple) else (answer, None)
-        return self.process.errors(prediction, image, noise, t), similarity
+        noisy = self.process.noisy(batch["image"], batch["noise"], t)
+        return model(noisy.to(next(model.parameters()).dtype), self.process.network_time(t), batch["caption"], **aids)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        batch = self._completed(batch, dropping=False)
+        batch = self._completed(batch, training=False)
         place = torch.remainder((batch["key"] + 0.5) * GOLDEN, 1.0).float()
-        errors, _ = self._errors(model, batch, self.process.times(place, batch["image"].shape[2:]))
+        t = self.process.times(place, batch["image"].shape[2:])
+        errors = self.process.errors(self._predicted(model, batch, t), batch["image"], batch["noise"], t)
         out = {"loss": errors, "samples": torch.ones_like(errors)}
         quarter = (place * QUARTERS).long()
         for i in range(QUARTERS):
@@ -225,7 +234,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         def of(prompts: list[str]) -> Predictor:
             tokens = tokenize(self.parts.tokenizer, [*[""] * len(prompts), *prompts])
             text = self.parts.conditioning(tokens.input_ids.to(device), tokens.attention_mask.to(device))
-            return lambda noisy, t: model(noisy.to(dtype), t, text)
+            return lambda noisy, t: model(noisy.to(dtype), t, text[-len(noisy) :])
 
         return of
 
@@ -275,10 +284,21 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         from mlflow.models import infer_signature
 
         samples = self.model.samples
-        params = {"steps": samples.steps, "guidance": samples.guidance, "seed": 0}
+        params: dict[str, object] = {"steps": samples.steps, "guidance": samples.guidance, "seed": 0}
+        params["guidance_rescale"] = samples.guidance_rescale
+        if not _standard(self):  # diffusers' own pipelines have no such parameter
+            params["guidance_interval"] = list(samples.guidance_interval)
         prompts = [*(p.text for p in samples.prompts), "an image"][:1]
         signature = infer_signature(prompts, ["base64"], params)
         return Serving(Path(__file__).with_name("server.py"), prompts, signature, diffusers_folder.REQUIREMENTS)
+
+
+def _standard(recipe: TextToImage) -> bool:
+    """Checks whether the export is a StableDiffusionPipeline. This class has no interval of guidance."""
+    parts, text, interval = recipe.parts, recipe.model.text, recipe.model.samples.guidance_interval
+    clip = not text.pretrained or type(parts.text_encoder).__name__ == CLIPTextModel.__name__
+    latent_unet = parts.arch == "unet" and bool(parts.vae_config)
+    return latent_unet and clip and not text.pooling and not recipe.process.flow and tuple(interval) == (0.0, 1.0)
 
 
 def _save_parts(recipe: TextToImage, folder: Path) -> None:
@@ -301,8 +321,7 @@ def _save_parts(recipe: TextToImage, folder: Path) -> None:
         shutil.copytree(recipe.model.autoencoder.pretrained, folder / "vae", dirs_exist_ok=True)
     scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
     scheduler.save_pretrained(folder / "scheduler")
-    clip = kind == "CLIPTextModel" and not text.pooling
-    standard = recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and clip and not recipe.process.flow
+    standard = _standard(recipe)
     index: dict[str, object] = {
         "_class_name": "StableDiffusionPipeline" if standard else ["pipeline", TextToImagePipeline.__name__],
         "_diffusers_version": diffusers.__version__,

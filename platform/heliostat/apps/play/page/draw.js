@@ -15,13 +15,16 @@ function picture(drawn, prompt) {
 }
 
 export function draw(section, here) {
-  const { size, steps, guidance, most_steps: most } = here.images;
+  const { size, steps, guidance, guidance_interval: interval, guidance_rescale: rescale, most_steps: most } = here.images;
   const aside = find(section, "aside");
   const seed = seeds();
   find(aside, ".seed").replaceWith(seed.element);
   const set = (name, value) => (find(aside, `[name=${name}]`).value = value);
   set("steps", steps);
   set("guidance", guidance);
+  set("low", interval[0]);
+  set("high", interval[1]);
+  set("rescale", rescale);
   set("width", size[0]);
   set("height", size[1]);
   find(aside, "[name=steps]").max = most;
@@ -32,6 +35,8 @@ export function draw(section, here) {
     const first = seed.next();
     const began = performance.now();
     const options = { steps: Number(values.steps), guidance: Number(values.guidance), size: `${values.width}x${values.height}` };
+    options.guidance_interval = [Number(values.low), Number(values.high)];
+    options.guidance_rescale = Number(values.rescale);
     if (values.sampler) options.sampler = values.sampler;
     const frames = Array.from({ length: count }, () => make("figure", {}, make("div", { className: "waiting" })));
     grid.replaceChildren(...frames);

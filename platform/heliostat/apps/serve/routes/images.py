@@ -12,16 +12,18 @@ from heliostat.apps.serve.gateway import FrontSettings, Measures
 from heliostat.apps.serve.replica import Replica
 from heliostat.apps.serve.requests import Body, Whole
 from heliostat.apps.serve.route import Answer, Route, seed
+from heliostat.recipes.images.interval import Interval
 from heliostat.schema import Float
 
 MOST_IMAGES = 10  # maximum images per request, as in OpenAI's API
 MOST_STEPS = 1000
+OPTIONS = ("steps", "guidance", "guidance_interval", "guidance_rescale", "sampler")
 
 
 class Images(Body):
     """Holds a request for images. Missing parameters get the model's defaults.
 
-    heliostat adds `steps`, `guidance`, `sampler`, and `seed` to OpenAI's parameters.
+    heliostat adds `steps`, `guidance`, `guidance_interval`, `guidance_rescale`, `sampler`, and `seed` to OpenAI's parameters.
     """
 
     neutral = {
@@ -36,12 +38,14 @@ class Images(Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     guidance: Float | None = Field(None, ge=0)
+    guidance_interval: Interval | None = None
+    guidance_rescale: Float | None = Field(None, ge=0, le=1)
     sampler: Literal["ddpm", "ddim", "dpm++", "euler"] | None = None
 
     @property
     def options(self) -> dict[str, object]:
-        """Returns the options that the request sets: `steps`, `guidance`, `sampler`, `width`, and `height`."""
-        chosen = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
+        """Returns the options that the request sets, such as `steps`, `width`, and `height`."""
+        chosen = {name: getattr(self, name) for name in OPTIONS}
         if self.size != "auto":
             chosen["width"], chosen["height"] = map(int, self.size.split("x"))
         return {name: value for name, value in chosen.items() if value is not None}
