@@ -85,9 +85,16 @@ def run_of(folder: Path, steps: int = STEPS, every: int = EVERY, workers: int = 
     return run, weights
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Location, np.ndarray]:
+    return run_of(tmp_path_factory.mktemp("finished") / "run")
+
+
 @pytest.mark.parametrize("length", [0.05, 0.07, 0.1, 0.13, 0.2])
-def test_an_export_of_another_length_is_the_average_that_training_would_have_kept(tmp_path: Path, length: float) -> None:
-    run, weights = run_of(tmp_path / "run")
+def test_an_export_of_another_length_is_the_average_that_training_would_have_kept(
+    finished: tuple[Location, np.ndarray], tmp_path: Path, length: float
+) -> None:
+    run, weights = finished
     checkpoint = layout.open_checkpoint(run, STEPS)
     average = post_hoc.average(run, checkpoint, length)
     export.write_weights(checkpoint, {"w": (2, 3)}, torch.float32, tmp_path / "model", average=average)
