@@ -48,10 +48,10 @@ def average(run: Location, checkpoint: SavedCheckpoint, length: float) -> PostHo
             f"--ema-length: {run} keeps no averages with lengths. Train with train.ema.lengths, or omit this option ({GUIDE})"
         )
     saved = {one.step: one for one in snapshots.up_to(run, checkpoint.step)} | {checkpoint.step: checkpoint}
-    held = [(one, kind) for one in saved.values() for kind in one.averages if kind in kinds]
-    known = [PowerProfile(kinds[kind], _made(one)) for one, kind in held]
+    pairs = [(one, kind) for one in saved.values() for kind in one.averages if kind in kinds]
+    known = [PowerProfile(kinds[kind], _made(one)) for one, kind in pairs]
     factors, error = power_averages.combination(known, PowerProfile(length, _made(checkpoint)))
-    summands = [Summand(one, kind, float(factor)) for (one, kind), factor in zip(held, factors, strict=True)]
+    summands = [Summand(one, kind, float(factor)) for (one, kind), factor in zip(pairs, factors, strict=True)]
     combined = PostHocAverage(summands, length, error)
     if error > TOLERATED:
         log.warning(

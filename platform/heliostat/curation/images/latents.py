@@ -102,8 +102,8 @@ class Latents(Strict):
         tokenizer = diffusion_config.tokenizer_digest(self.text_encoder) if self.text_encoder else None
         pooled = {"pooling": self.pooling} if self.pooling else {}
         featured = {"features": self.features.identity()} if self.features else {}
-        told = {**pooled, **featured, **({"tokenizer": tokenizer} if tokenizer else {})}
-        return {"models": self.models(), "length": self.length, **told}
+        others = {**pooled, **featured, **({"tokenizer": tokenizer} if tokenizer else {})}
+        return {"models": self.models(), "length": self.length, **others}
 
     def shipments(self) -> list[Shipment]:
         """Lists the files that heliostat sends to the tasks: the models, and the text encoder's tokenizer."""

@@ -138,9 +138,11 @@ class TokenRouter:
         assert self._positions is not None
         if self._kept is None:
             return None
-        held = args[self._positions] if args else kwargs[POSITIONS]
-        index = self._kept.view(len(held), 1, -1, *[1] * (held.dim() - 3)).expand(-1, held.shape[1], -1, *held.shape[3:])
-        chosen = held.gather(2, index)
+        positions = args[self._positions] if args else kwargs[POSITIONS]
+        index = self._kept.view(len(positions), 1, -1, *[1] * (positions.dim() - 3)).expand(
+            -1, positions.shape[1], -1, *positions.shape[3:]
+        )
+        chosen = positions.gather(2, index)
         if args:
             return (*args[: self._positions], chosen, *args[self._positions + 1 :]), kwargs
         return args, {**kwargs, POSITIONS: chosen}
