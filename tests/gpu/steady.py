@@ -96,6 +96,7 @@ def _listed(places: list[str], limit: int) -> str:
 def ema() -> Iterator[Row]:
     """Compares the average of the weights, also of offloaded ones, with its definition; and the weights after an evaluation with
     it."""
+    from heliostat.config.averages import Ema
     from heliostat.engine.ema import AveragedWeights
     from heliostat.numerics import play
 
@@ -106,7 +107,7 @@ def ema() -> Iterator[Row]:
         made = setting.job(setting.TINY, **keys)
         its = setting.recipe(made)
         on = setting.engine(made, its)
-        average, right = AveragedWeights(on, 0.9), play.masters(on)
+        average, right = AveragedWeights(on, Ema(decay=0.9)), play.masters(on)
         for step in range(STEPS):
             setting.losses(made, its, on, step, 1)
             average.update(step + 1)

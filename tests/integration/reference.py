@@ -28,8 +28,9 @@ def plain_losses(path: Path, settings: list[str]) -> list[float]:
         batch = recipe.batch(content, keys)
         for group in optimizer.param_groups:
             group["lr"] = settings_.lr * factor(job.train.schedule, step, job.train.steps)
-        loss = recipe.loss(model, batch).sum / recipe.terms(batch)
-        loss.backward()
+        computed = recipe.loss(model, batch)
+        loss = computed.sum / recipe.terms(batch)
+        (loss + sum(part.weight * part.value for part in computed.parts.values() if part.weight)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), job.train.grad_clip)
         optimizer.step()
         optimizer.zero_grad()

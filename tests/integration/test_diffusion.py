@@ -22,6 +22,7 @@ from heliostat.data import manifest
 from heliostat.engine import deepspeed_engine
 from heliostat.errors import ConfigError
 from heliostat.evaluation.losses import evaluate
+from heliostat.inference import post_hoc
 from heliostat.inference.generate import generate
 from heliostat.inference.many import generate_many
 from heliostat.recipes import exported
@@ -51,7 +52,7 @@ def tiny_job(dataset: Path, tracking: str, folder: Path, **model: Any) -> dict[s
         "train": {
             "steps": 12, "global_batch_size": 8, "micro_batch_size": 2, "optimizer": {"lr": 3e-3}, "precision": "fp32",
             "zero": {"stage": 2},
-            "schedule": {"name": "cosine", "warmup_steps": 2}, "ema": {"decay": 0.9}, "seed": 1,
+            "schedule": {"name": "cosine", "warmup_steps": 2}, "ema": {"decay": 0.9, "lengths": [0.1, 0.2]}, "seed": 1,
             # tiny parameters would otherwise stay gathered, and hide faults of stage 3
             "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
         },
@@ -159,8 +160,15 @@ def test_it_resumes_on_another_worker_count_with_its_average(finished, tracking,
     assert [v for _, v in points[6:]] == pytest.approx(curve(tracking, result["run_id"])[6:], abs=1e-4)
     assert again["eval"]["loss"] == pytest.approx(result["eval"]["loss"], abs=1e-3)
     one, two = (checkpoint.open_checkpoint(Location(str(f / "runs/whole")), 12) for f in (folder, tmp_path))
-    for name in one.names("ema"):
-        assert torch.allclose(one.read(f"ema.{name}"), two.read(f"ema.{name}"), atol=1e-3)
+    for kind in ("ema", "ema-100", "ema-200"):
+        for name in one.names(kind):
+            assert torch.allclose(one.read(f"{kind}.{name}"), two.read(f"{kind}.{name}"), atol=1e-3)
+    name = one.names("ema")[0]
+    made = [post_hoc.average(Location(str(f / "runs/whole")), c, 0.15) for f, c in ((folder, one), (tmp_path, two))]
+    assert all(average.steps == [6, 12] for average in made)
+    assert torch.allclose(made[0].read(name), made[1].read(name), atol=1e-3)
+    kept = post_hoc.average(Location(str(folder / "runs/whole")), one, 0.2)
+    assert torch.allclose(kept.read(name), one.read(f"ema-200.{name}"), atol=1e-6) and kept.error < 1e-6
     assert verify(Location(str(tmp_path / "runs/whole")))["ok"]
 
 

@@ -13,6 +13,7 @@ import torch
 from heliostat.checkpoint import flat_copy
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.config.averages import Ema
 from heliostat.config.train_section import Offload
 from heliostat.engine import deepspeed_engine, ema, sharded_state
 from heliostat.errors import TrainingError
@@ -80,7 +81,7 @@ def copies(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         buffer = flat_copy.as_buffer(flat_copy.size(ranges), False)
         flat_copy.pack(state, ranges, buffer)
 
-        average = ema.AveragedWeights(engine, 0.5)
+        average = ema.AveragedWeights(engine, Ema(decay=0.5))
         before = average.state(whole=True)
         for shard in before.values():
             shard.local.mul_(0.5)

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from heliostat.checkpoint import saver as checkpoint
 from heliostat.config import spec
+from heliostat.config.averages import Ema
 from heliostat.engine import deepspeed_engine, ema, sharded_state
 from heliostat.numerics import play
-from heliostat.optim import whole_matrices
+from heliostat.optim import power_averages, whole_matrices
 from heliostat.optim.whole_matrices import Matrix
 from heliostat.plan import memory
 from heliostat.recipes import building
@@ -26,6 +27,7 @@ from torch import nn
 from tests.integration import ranks, selection
 from tests.unit import build_index
 from tests.unit.build_job import job
+from tests.unit.build_power_average import profile
 from tests.unit.build_recipe import Around
 
 WORKERS, BATCH, TRAINED, AFTER = (1, 2), 8, 3, 3
@@ -231,7 +233,7 @@ def test_an_average_that_the_optimizer_keeps_is_shown_to_evaluations_and_put_bac
 
 
 FP32 = [layout for layout in LAYOUTS if layout.precision == "fp32"]
-DECAY, LAST = 0.9, TRAINED + 1
+DECAY, LAST, LENGTHS = 0.9, TRAINED + 1, [0.2, 0.25]
 
 
 def averages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
@@ -241,7 +243,7 @@ def averages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
 
     def begin(layout: Layout) -> tuple[Any, ema.AveragedWeights]:
         engine = deepspeed_engine.build_engine(_job("adamw", layout), Around(Model))
-        return engine, ema.AveragedWeights(engine, DECAY)
+        return engine, ema.AveragedWeights(engine, Ema(decay=DECAY, lengths=LENGTHS))
 
     def save(name: str, step: int, engine: Any, average: ema.AveragedWeights) -> None:
         saver = checkpoint.Saver(Location(f"{folder}/{name}"), spec.Checkpoint(every=1), group)
@@ -272,30 +274,39 @@ def averages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
 
 @pytest.mark.ci
 def test_averages_are_those_of_torch_alone_at_every_stage_and_go_on_at_any_other(tmp_path) -> None:
-    """`train.ema`, on one and two workers. After a load at another stage and number of workers, it is the same to the last
-    bit."""
+    """`train.ema`, with `decay` and `lengths`, on one and two workers. After a load at another stage and number of workers, the
+    averages are the same to the last bit."""
     assert len(ranks.run(f"{__name__}:averages", WORKERS, str(tmp_path))) == sum(layout.workers for layout in FP32)
     made = _job("adamw", FP32[0])
     torch.manual_seed(made.train.seed)
     model = Model()
     optimizer = made.train.optimizer.build(building.parameter_groups(model, 0.5, Around(Model)))
     expected, right = {n: p.detach().clone() for n, p in model.named_parameters()}, {}
+    path: list[dict[str, torch.Tensor]] = []
     for step in range(1, LAST + 1):
         model(_data(step - 1)[:, :8], _data(step - 1)[:, 8:]).backward()
         optimizer.step()
         optimizer.zero_grad()
         for name, p in model.named_parameters():
             expected[name] += (p.detach() - expected[name]) * (1 - min(DECAY, (1 + step) / (10 + step)))
-        right[step] = {name: average.flatten().clone() for name, average in expected.items()}
+        path.append({name: p.detach().flatten().double() for name, p in model.named_parameters()})
+        right[step] = {f"ema.{name}": average.flatten().clone() for name, average in expected.items()}
+        for length in LENGTHS:
+            weights = profile(length, step)
+            for name in expected:
+                average = sum(w * weight[name] for w, weight in zip(weights, path, strict=True))
+                right[step][f"{power_averages.kind(length)}.{name}"] = torch.as_tensor(average).float()
     for number, layout in enumerate(FP32):
         kinds = {"first": TRAINED, "again": TRAINED, "last": LAST}
         first, again, last = (checkpoint.open_checkpoint(Location(f"{tmp_path}/{k}-{number}"), at) for k, at in kinds.items())
         assert sorted(first.names("ema")) == sorted(expected), layout
-        for name in expected:
-            assert torch.equal(first.read(f"ema.{name}"), again.read(f"ema.{name}")), (layout, name)
-            assert torch.allclose(first.read(f"ema.{name}"), right[TRAINED][name], atol=1e-5), (layout, name)
-            assert torch.allclose(last.read(f"ema.{name}"), right[LAST][name], atol=1e-5), (layout, name)
-    assert any(not torch.allclose(right[LAST][n], p.detach().flatten(), atol=1e-3) for n, p in model.named_parameters())
+        for name in right[LAST]:
+            assert torch.equal(first.read(name), again.read(name)), (layout, name)
+            assert torch.allclose(first.read(name), right[TRAINED][name], atol=1e-5), (layout, name)
+            assert torch.allclose(last.read(name), right[LAST][name], atol=1e-5), (layout, name)
+    for kind in ("ema", "ema-200", "ema-250"):
+        far = [(right[LAST][f"{kind}.{n}"] - p.detach().flatten()).abs().max() for n, p in model.named_parameters()]
+        assert max(far) > 1e-3, kind
 
 
 def exchange(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:

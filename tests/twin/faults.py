@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from heliostat.config.averages import Ema
 from heliostat.engine import deepspeed_engine, process_group, stream_patches
 from heliostat.engine.ema import AveragedWeights
 from heliostat.errors import PeerLostError
@@ -43,7 +44,7 @@ def fault(check: Callable[[play.Player], None]) -> Callable[[play.Player], None]
 @fault
 def weights_are_averaged_while_a_save_copies_them(one: play.Player) -> None:
     """Simulates a skipped fp16 step, without a following step that would wait for the copy. The host gets the copy afterwards."""
-    one.state.average = AveragedWeights(one.engine, 0.5)
+    one.state.average = AveragedWeights(one.engine, Ema(decay=0.5))
     for values in one.state.average.state(whole=True).values():
         values.local.zero_()
     before = play.state(one.engine)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from heliostat.config.averages import Ema
 from heliostat.engine import deepspeed_engine
 from heliostat.engine.ema import AveragedWeights
 from heliostat.numerics import play
@@ -79,7 +80,7 @@ def trained(setup: Setup, folder: Path, on_twin: bool) -> dict[str, Any]:
     step(one, 1)
     saved = play.state(one.engine)
     one.save(SAVED)
-    average = AveragedWeights(one.engine, 0.5)
+    average = AveragedWeights(one.engine, Ema(decay=0.5))
     with traffic.recorded() as seen:
         step(one, 2)
         average.update(STEPS)

@@ -50,6 +50,23 @@ def test_an_unknown_or_wrong_or_idle_key_is_refused(given, line):
     assert found.startswith(line)
 
 
+@pytest.mark.parametrize("settings", ["DeepSpeedBF16Config", "DeepSpeedFP16Config"])
+def test_every_key_of_deepspeed_that_stores_state_in_16_bits_is_rejected_with_the_reason(settings):
+    """Looks in DeepSpeed's own classes, so that a key of a newer version is not forgotten."""
+    from deepspeed.runtime import precision_config
+
+    names = [n for n in getattr(precision_config, settings).model_fields if "master" in n or "optimizer_state" in n]
+    assert names
+    for name in names:
+        for section in {"DeepSpeedBF16Config": ("bf16", "bfloat16"), "DeepSpeedFP16Config": ("fp16",)}[settings]:
+            with pytest.raises(ConfigError) as e:
+                check.check_job(job(**{"train.deepspeed": {section: {"enabled": True, name: True}}}))
+            lines = [line.strip() for line in str(e.value).splitlines()]
+            own = [line for line in lines if line.startswith(f"train.deepspeed.{section}.{name}: not supported.")]
+            assert len(own) == 1 and "always fp32, because 16 bits round small updates away" in own[0]
+            assert not any(line.startswith(f"train.deepspeed.{section}: not") for line in lines), "one error says it all"
+
+
 def test_the_check_refuses_them_before_anything_starts():
     """The check reports all of them at once."""
     with pytest.raises(ConfigError) as e:

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("in_repository")
 
 def test_an_average_of_the_weights_is_one_more_fp32_copy_in_memory_and_in_checkpoints():
     shapes = {"w": (1024, 64)}
-    plain, averaged = (memory.state(shapes, frozenset(), 4, 2, "bf16", ema=e) for e in (False, True))
+    plain, averaged = (memory.state(shapes, frozenset(), 4, 2, "bf16", averages=n) for n in (0, 1))
     assert averaged.device - plain.device == 4 * 1024 * 64 // 4
     j = job(**{"train.ema": {"decay": 0.99}})
     recipe = CausalLM(j)

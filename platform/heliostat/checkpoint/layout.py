@@ -28,6 +28,7 @@ from heliostat.checkpoint import index as indexes
 from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.index import CheckpointIndex, Places, TensorIndex
 from heliostat.checkpoint.placement import ChunkPlace, Tensor
+from heliostat.config.averages import EMA
 from heliostat.config.spec import Checkpoint as Policy
 from heliostat.config.spec import Job
 from heliostat.data import device_threads
@@ -48,7 +49,6 @@ FORMAT = 4
 IN_COLUMNS = 5  # like format 4, but tensors are in the order of their columns; readers of format 4 would misread them
 READABLE = (2, 3, 4, 5)  # 2 had no frozen parameters; 3 listed every chunk in `checkpoint.json`
 FROZEN: Final = "frozen"  # prefix of the names of frozen tensors
-EMA = "ema"  # prefix of the names of averaged weights
 READ_THREADS = 8
 PIECE = 64 * checksums.BLOCK  # maximum bytes in memory when a tensor is read as a stream
 
@@ -109,6 +109,11 @@ class SavedCheckpoint:
     def names(self, prefix: str) -> list[str]:
         """Lists the names of the tensors that begin with `prefix.`, without the prefix."""
         return [n.removeprefix(prefix + ".") for n in self.tensors if n.startswith(prefix + ".")]
+
+    @property
+    def averages(self) -> list[str]:
+        """Lists the kinds of the averages of the weights, such as `ema`. Evaluations and exports use the first kind."""
+        return sorted({n.partition(".")[0] for n in self.index.tensors if n.startswith((f"{EMA}.", f"{EMA}-"))})
 
     def order(self, name: str) -> Columns:
         """Returns the order of a tensor's elements in the shards."""
@@ -211,6 +216,10 @@ class SavedCheckpoint:
         entry = self.index.tensors[name]
         return math.prod(entry.shape), DTYPES[entry.dtype]
 
+    def numel(self, name: str) -> int:
+        """Returns the number of elements of a tensor in this folder."""
+        return self._size(name)[0]
+
     def stream(self, name: str) -> Iterator[torch.Tensor]:
         """Yields a flat tensor in its own order, assembled from the slices of all ranks, in pieces of at most 64 MiB."""
         if (holder := self.holder(name)) is not self:
@@ -286,14 +295,14 @@ def open_checkpoint(run: Location, step: int) -> SavedCheckpoint:
 
     Raises CorruptCheckpointError with the reason if the checkpoint is incomplete or damaged.
     """
-    checkpoint = _open(folder(run, step), step)
+    checkpoint = open_folder(folder(run, step), step)
     if name := checkpoint.index.frozen:
-        frozen = _open(run.join(run_folder.CHECKPOINTS, name), None)
+        frozen = open_folder(run.join(run_folder.CHECKPOINTS, name), None)
         return SavedCheckpoint(checkpoint.location, checkpoint.index, frozen, checkpoint.places)
     return checkpoint
 
 
-def _open(location: Location, step: int | None) -> SavedCheckpoint:
+def open_folder(location: Location, step: int | None) -> SavedCheckpoint:
     """Opens a folder of tensors and checks that it is complete. `step`: None for a folder of frozen parameters."""
     try:
         raw = decode(location.join(INDEX).read())

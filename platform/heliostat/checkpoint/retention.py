@@ -14,6 +14,7 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
+from heliostat.checkpoint import snapshots
 from heliostat.checkpoint.layout import FROZEN, INDEX, SavedCheckpoint, folder, open_checkpoint, steps
 from heliostat.config.sections import BENCHMARK
 from heliostat.config.spec import Checkpoint as Policy
@@ -108,6 +109,15 @@ class Pruner:
             location.join(INDEX).delete()  # deleted first, so that a half-deleted checkpoint counts as missing
             location.delete()
         self._prune_frozen({path.split("/")[0] for path in files if path.startswith(f"{FROZEN}-")}, list(kept))
+
+    def prune_snapshots(self, saved: int) -> None:
+        """Deletes the snapshots of steps after `saved`, which are from before the run returned to an earlier step."""
+        later = [run_folder.averages(self.run, step) for step in snapshots.steps(self.run) if step > saved]
+        if later and self.fence:
+            self.fence.check()
+        for location in later:
+            location.join(INDEX).delete()
+            location.delete()
 
     def _prune_frozen(self, names: set[str], kept: list[int]) -> None:
         """Deletes the folders of frozen parameters to which no checkpoint refers.

@@ -13,7 +13,7 @@ import operator
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent import futures
 from concurrent.futures import Future
 from datetime import timedelta
@@ -96,13 +96,14 @@ class Saver:
         facts: Mapping[str, object],
         frozen: dict[str, FlatShard] | None = None,
         seal: Callable[[Channel], dict[str, object]] = lambda channel: {},
+        snapshot: Collection[str] = (),
     ) -> None:
         """Saves the state of a step as a checkpoint.
 
         `state`: from `ShardedState.tensors`; `frozen`: from `ShardedState.frozen`; `facts`: entries of `checkpoint.json` from
         rank 0. `seal`: runs in the thread on all workers; writes the files that must exist before the checkpoint, and returns
-        more entries of `checkpoint.json`. Raises ConfigError if the best metric isn't one of the scores. If the previous save
-        failed, raises its error.
+        more entries of `checkpoint.json`. `snapshot`: kinds of averages to store as a snapshot, too (`checkpoint.snapshots`).
+        Raises ConfigError if the best metric isn't one of the scores. If the previous save failed, raises its error.
         """
         best, scores = self.policy.best, cast("Mapping[str, float]", facts["metrics"]).keys() - {"train_loss"}
         if best and scores and best.metric not in scores and not best.is_late:
@@ -115,7 +116,7 @@ class Saver:
         state = {n: t if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
         self._host.mark({n: t for n, t in state.items() if isinstance(t, FlatShard)})
         self._copied.clear()
-        self._pending = self._started = self._thread.submit(self._write, step, state, facts, frozen or {}, seal)
+        self._pending = self._started = self._thread.submit(self._write, step, state, facts, frozen or {}, seal, snapshot)
         self.blocked_s += time.perf_counter() - started
         if not self._follows:
             self.before_change()
@@ -186,6 +187,7 @@ class Saver:
         facts: Mapping[str, object],
         frozen: dict[str, FlatShard],
         seal: Callable[[Channel], dict[str, object]],
+        snapshot: Collection[str],
     ) -> None:
         try:
             copied = self._copy(state)
@@ -196,16 +198,25 @@ class Saver:
             self._copied.set()
         agreed(self.channel, partial(self._until_on_host, error))
         facts = {**facts, **seal(self.channel)}
+        if snapshot:  # before the checkpoint, so that a run that resumes from it has the snapshot
+            kinds = tuple(f"{kind}." for kind in snapshot)
+            averages = {n: t for n, t in copied.items() if n.startswith(kinds)}
+            self._store(run_folder.averages(self.run, step), step, averages, facts)
         if name := self.frozen.keep(frozen):
             facts = {**facts, FROZEN: name}
         self._store(folder(self.run, step), step, copied, facts, self.started)
         if dist.get_rank() == 0:
-            self._prune(step)
+            self._prune(step, bool(snapshot))
 
-    def _prune(self, step: int) -> None:
-        """Removes old checkpoints. If the store fails meanwhile, only logs a warning, because the new checkpoint is complete."""
+    def _prune(self, step: int, snapshots: bool) -> None:
+        """Removes old checkpoints, and snapshots of later steps if the run has `snapshots`.
+
+        If the store fails meanwhile, only logs a warning, because the new checkpoint is complete.
+        """
         try:
             self._pruner.prune(step)
+            if snapshots:
+                self._pruner.prune_snapshots(step)
             self._unpruned = 0
         except StorageError as e:
             self._unpruned += 1

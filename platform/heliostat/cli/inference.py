@@ -185,11 +185,16 @@ def export(
         bool,
         typer.Option("--adapter/--merge", help="Write only the adapter of a run with model.adapter, or merge it into its base"),
     ] = False,
+    ema_length: Annotated[
+        float | None,
+        typer.Option(help="Length of the average, for example 0.07 (docs/post-hoc-ema.md)", show_default="the run's average"),
+    ] = None,
     mlflow: TrackingUri = None,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder."""
     from heliostat.checkpoint import layout
     from heliostat.inference import export as exporting
+    from heliostat.inference import post_hoc
     from heliostat.tracking.logger import record
 
     place = run_folder(run, mlflow)
@@ -199,7 +204,13 @@ def export(
     checkpoint = layout.open_checkpoint(place, step) if step is not None else layout.latest(place)
     if checkpoint is None:
         raise ConfigError(f"{place}: has no complete checkpoint. Run: heliostat run checkpoints {place}")
-    exporting.export(checkpoint, to, record(place).get("run_id"), adapter)
+    average = post_hoc.average(place, checkpoint, ema_length) if ema_length is not None else None
+    exporting.export(checkpoint, to, record(place).get("run_id"), adapter, average)
     what = "the adapter of step" if adapter else "step"
     out.print(f"{what} {checkpoint.step} of {checkpoint.index.name} is in {to}")
-    finish({"folder": str(to), "step": checkpoint.step})
+    facts: dict[str, object] = {}
+    if average:
+        facts = {"ema_length": average.length, "ema_error": average.error, "snapshots": average.steps}
+        count = len(average.steps)
+        out.print(f"average of length {average.length:g} from {count} snapshots, error of its profile {average.error:.2%}")
+    finish({"folder": str(to), "step": checkpoint.step, **facts})

@@ -126,6 +126,10 @@ STAGES = "heliostat doesn't split models into pipeline stages. Use train.zero.st
 OFFLOAD = "Use train.zero.offload"
 MLFLOW = "Losses and rates are in MLflow (mlflow.uri). Remove this key"
 GOODPUT = "This timer waits for the GPU in every micro-batch. Use `heliostat run goodput`, which shows where the time goes"
+MASTERS = (
+    "Master weights and optimizer state are always fp32, because 16 bits round small updates away "
+    "(docs/training/precision.md#fp32-master-weights). Remove this key, and use train.precision"
+)
 INSTEAD = {
     "train_batch_size": "Use train.global_batch_size",
     "train_micro_batch_size_per_gpu": "Use train.micro_batch_size",
@@ -139,13 +143,17 @@ INSTEAD = {
     "gradient_allreduce_op": SET,
     "optimizer": "Use train.optimizer",
     "scheduler": "Use train.schedule",
+    "bf16.bf16_master_weights_and_grads": MASTERS,
+    "bf16.bf16_optimizer_states": MASTERS,
+    "bfloat16.bf16_master_weights_and_grads": MASTERS,
+    "bfloat16.bf16_optimizer_states": MASTERS,
+    "fp16.fp16_master_weights_and_grads": MASTERS,
     "bf16": "Use train.precision",
     "bfloat16": "Use train.precision",
     "torch_autocast": "Use train.precision",
     "amp": "Use train.precision",
     "fp16.enabled": "Use train.precision",
     "fp16.auto_cast": "Use train.precision",
-    "fp16.fp16_master_weights_and_grads": "Master weights are always fp32. Use train.precision",
     "data_types": "Use train.grad_accum_dtype (fp32 or same) and train.precision",
     "zero_optimization.stage": "Use train.zero.stage",
     "zero_optimization.offload_optimizer.device": "Use train.zero.offload.optimizer",
@@ -200,7 +208,9 @@ INSTEAD = {
 def faults(job: Job) -> list[str]:
     """Lists the faults of `train.deepspeed`, one line per fault. A fault is a key that isn't supported, or a wrong value."""
     section = job.train.deepspeed
-    lines = [f"train.deepspeed.{key}: not supported. {INSTEAD[key]}" for key in INSTEAD if _has(section, key)]
+    present = [key for key in INSTEAD if _has(section, key)]
+    nearest = [key for key in present if not any(other.startswith(f"{key}.") for other in present)]
+    lines = [f"train.deepspeed.{key}: not supported. {INSTEAD[key]}" for key in nearest]
     try:
         Allowed.model_validate(_without(section, list(INSTEAD)))
     except ValidationError as e:

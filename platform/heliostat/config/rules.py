@@ -365,7 +365,11 @@ def _mlflow_faults(job: Ruled) -> Iterator[str]:
 def _checkpoint_faults(job: Ruled) -> Iterator[str]:
     policy = job.checkpoint
     benchmarks = job.evaluate.benchmarks if job.evaluate else None
-    rare = {"checkpoint.keep_every": policy.keep_every, "evaluate.benchmarks.every": benchmarks.every if benchmarks else None}
+    rare = {
+        "checkpoint.keep_every": policy.keep_every,
+        "evaluate.benchmarks.every": benchmarks.every if benchmarks else None,
+        "train.ema.every": job.train.ema.every if job.train.ema else None,
+    }
     for key, every in rare.items():
         if every and every % policy.every:
             near = policy.every * max(1, round(every / policy.every))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from heliostat.config import schedules
+from heliostat.config.averages import Ema
 from heliostat.config.defaults import LENGTHS
 from heliostat.config.fields import LARGEST, Count, Filled, NonNegative, Positive, Seed, divisors
 from heliostat.config.schedules import Schedule
@@ -110,11 +111,6 @@ class Parallel(Strict):
         return value
 
 
-class Ema(Strict):
-    decay: Annotated[Float, Field(gt=0, lt=1)] = 0.9999
-    """Maximum decay of the average. The decay at step t is min(decay, (1 + t) / (10 + t))."""
-
-
 class SdcCheck(Strict):
     every: Positive
     """Steps between two corruption checks. heliostat also checks the first step after every start."""
@@ -181,8 +177,7 @@ class Train(Strict):
     grad_clip: NonNegative = 1.0
     """Maximum global norm of the gradient; 0 means no limit."""
     ema: Ema | None = None
-    """Exponential moving average of the weights. Evaluation, generation, and export use the average instead of the weights.
-    Unset: no average."""
+    """Averages of the weights. Evaluation, generation, and export use the average instead of the weights. Unset: no average."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Precision of weights and computation. Master weights and optimizer state are always fp32. `fp16` needs GPUs. See
     docs/training/precision.md"""
@@ -227,6 +222,11 @@ class Train(Strict):
     """Random seed for initial weights and dropout."""
     log_every: Positive = 10
     """Steps between two progress lines. heliostat records the loss of every step."""
+
+    @property
+    def averages(self) -> list[str]:
+        """Lists the kinds of tensors of the averages that the engine keeps. Evaluations and exports use the first kind."""
+        return self.ema.kinds if self.ema else []
 
     @property
     def rules(self) -> int:

@@ -29,7 +29,7 @@ from heliostat.text import brief, plural
 
 log = logging.getLogger(__name__)
 
-MODELS = ("model", "autoencoder", "text_encoder")  # pipeline keys whose value is a model's folder
+MODELS = ("model", "autoencoder", "text_encoder", "encoder")  # pipeline keys whose value is a model's folder
 CARD = "README.md"
 NO_DATA = (".md", ".py", ".rst")  # endings of a repository's card and scripts, which aren't read unless a path selects them
 RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")

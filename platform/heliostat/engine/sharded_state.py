@@ -237,7 +237,7 @@ class ShardedState(ABC):
         self.prove()
 
     def prove(self) -> None:
-        """Raises TrainingError unless the backend reads the values that are written into the slices.
+        """Raises TrainingError unless the backend reads the values that are written into the slices, and master weights are fp32.
 
         Restores and the EMA write into the slices. If a slice were a copy, training would continue with other weights, without an
         error. So this method writes a number into both ends of each slice, looks for this number in the backend's own tensor, and
@@ -248,6 +248,11 @@ class ShardedState(ABC):
             if numel := shard.local.numel():
                 original = self.original(p, None if key == MASTER else key)
                 ends.append((f"{key}.{name}", _ends(shard.local), _ends(original[:numel])))
+                if key == MASTER and shard.dtype != torch.float32:
+                    raise TrainingError(
+                        f"train.precision: the master weight of {name!r} is {shard.dtype}, not fp32, so small updates would be "
+                        "lost. Install the version of DeepSpeed that heliostat requires"
+                    )
         before = [mine.clone() for _, mine, _ in ends]
         try:
             for number, (_, mine, _) in enumerate(ends, 1):

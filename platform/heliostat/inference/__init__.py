@@ -1,5 +1,5 @@
 """Exports models, generates answers to prompts, and runs models over datasets.
 
 Start at `export`.
-May import: `checkpoint`, `cluster`, `config`, `curation`, `data`, `recipes`, `storage`, `tasks`.
+May import: `checkpoint`, `cluster`, `config`, `curation`, `data`, `optim`, `recipes`, `storage`, `tasks`.
 """

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from heliostat.checkpoint.layout import EMA, SavedCheckpoint
+from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.errors import CheckpointError, ConfigError
 from heliostat.recipes import adapters, building, folder_weights, weightless
 from heliostat.recipes.adapters import Adapts
@@ -76,7 +76,7 @@ def require(checkpoint: SavedCheckpoint, recipe: Recipe) -> Adapts:
             f"{checkpoint.location}: the adapter was trained on another base than {files.shown(base)!r} (digest "
             f"{checkpoint.index.base}, found {digest}). Restore the base's folder"
         )
-    kind = EMA if checkpoint.names(EMA) else "master"
+    kind = next(iter(checkpoint.averages), "master")
     ups = [name for name in checkpoint.names(kind) if name.endswith(adapters.UP)]
     if not any(bool(piece.any()) for name in ups for piece in checkpoint.stream(f"{kind}.{name}")):
         raise CheckpointError(
@@ -95,7 +95,7 @@ def require_same(checkpoint: SavedCheckpoint, recipe: Adapts, folder: Path, adap
     """Compares an export with the trained model, and prints the difference. `dtype`: of the exported weights. Raises
     CheckpointError if the outputs differ by more than rounding to this type explains."""
     model = building.build(recipe.plainly())
-    kind = EMA if checkpoint.names(EMA) else "master"
+    kind = next(iter(checkpoint.averages), "master")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, p in trained.items():

@@ -20,11 +20,12 @@ import torch
 
 from heliostat.checkpoint import safetensors_file
 from heliostat.checkpoint.checksums import as_bytes, cut
-from heliostat.checkpoint.layout import EMA, FROZEN, SavedCheckpoint
+from heliostat.checkpoint.layout import FROZEN, SavedCheckpoint
 from heliostat.config.spec import Job
 from heliostat.data.dataset import open_dataset
 from heliostat.errors import CheckpointError, ConfigError, naming
 from heliostat.inference import adapter_export
+from heliostat.inference.post_hoc import PostHocAverage
 from heliostat.recipes import adapters, building, exported
 from heliostat.recipes.loading import load
 from heliostat.recipes.protocol import GUIDE, Exports, Recipe, Weight
@@ -44,13 +45,19 @@ def recipe_of(checkpoint: SavedCheckpoint) -> tuple[Job, Recipe]:
         return job, load(job, open_dataset(checkpoint.plan).sources, None if place.is_s3 else Path(place.path).parents[1])
 
 
-def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None, adapter: bool = False) -> Recipe:
+def export(
+    checkpoint: SavedCheckpoint,
+    folder: Path,
+    run_id: str | None = None,
+    adapter: bool = False,
+    average: PostHocAverage | None = None,
+) -> Recipe:
     """Writes the checkpoint's model to `folder`, in a form that `from_pretrained` can load; returns the recipe.
 
     If the run trained an adapter, merges the adapter into its base; with `adapter`, writes only the adapter. Removes the folder
-    if its outputs differ from those of the trained model. `run_id`: id of the MLflow run, recorded in the folder. Raises
-    ConfigError if the recipe doesn't support export or the folder isn't empty; raises CheckpointError if the checkpoint lacks a
-    weight.
+    if its outputs differ from those of the trained model. `run_id`: id of the MLflow run, recorded in the folder. `average`: the
+    average of the weights to write, instead of the average in the checkpoint. Raises ConfigError if the recipe doesn't support
+    export or the folder isn't empty; raises CheckpointError if the checkpoint lacks a weight.
     """
     job, recipe = recipe_of(checkpoint)
     if not isinstance(recipe, Exports):
@@ -61,6 +68,8 @@ def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None,
         raise ConfigError(f"{folder}: not empty, and the model's files would mix with the other files. Pass another folder")
     Location(str(folder.absolute())).require_writable()
     adapted = adapter_export.require(checkpoint, recipe) if adapter or adapter_export.trains_adapter(recipe) else None
+    if adapted and average:
+        raise ConfigError("--ema-length: not supported for runs with model.adapter. Remove this option")
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = building.build(recipe)
@@ -74,9 +83,11 @@ def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None,
         frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
         initial = adapter_export.BaseWeights(recipe) if adapted else _initial(checkpoint, job, recipe, frozen)
         for file, tensors in _files(recipe, shapes, checkpoint).items():
-            write_weights(checkpoint, shapes, dtype, folder / file, tensors, initial)
+            write_weights(checkpoint, shapes, dtype, folder / file, tensors, initial, average=average)
         recipe.save_config(folder)
         origin = {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index.data_digest}
+        if average:
+            origin |= {"ema_length": average.length, "ema_error": average.error}
         exported.write(folder, job, {**origin, "data_version": checkpoint.plan.version})
     if adapted:
         try:
@@ -127,15 +138,17 @@ def write_weights(
     tensors: Mapping[str, Weight] | None = None,
     initial: Mapping[str, torch.Tensor] = MappingProxyType({}),
     metadata: Mapping[str, str] = MappingProxyType({}),
+    average: PostHocAverage | None = None,
 ) -> None:
     """Computes tensors from the model's parameters and the checkpoint's buffers, and writes them to STEM.safetensors.
 
     `shapes`: the shapes of the parameters. `tensors`: the tensors to write, by default all parameters and buffers. Parameters
-    get the type `dtype`; buffers that are written unchanged keep their type. If the run averaged its weights (EMA), the average
-    is written. Frozen parameters come from the checkpoint, or from `initial`. `metadata`: more entries of the files' headers.
+    get the type `dtype`; buffers that are written unchanged keep their type. If the run averaged its weights, the checkpoint's
+    first average is written, or `average`. Frozen parameters come from the checkpoint, or from `initial`. `metadata`: more
+    entries of the files' headers.
     """
     known = {**shapes, **_buffers(checkpoint)}
-    sources = _Sources(checkpoint, known, initial)
+    sources = _Sources(checkpoint, known, initial, average)
     if tensors is None:
         tensors = {name: Weight((name,), shape) for name, shape in known.items()}
     entries = {name: sources.entry(name, weight, dtype) for name, weight in tensors.items()}
@@ -154,9 +167,14 @@ class _Sources:
     """Provides a model's tensors by name, from the checkpoint or from initial values."""
 
     def __init__(
-        self, checkpoint: SavedCheckpoint, shapes: Mapping[str, tuple[int, ...]], initial: Mapping[str, torch.Tensor]
+        self,
+        checkpoint: SavedCheckpoint,
+        shapes: Mapping[str, tuple[int, ...]],
+        initial: Mapping[str, torch.Tensor],
+        average: PostHocAverage | None,
     ) -> None:
-        weights = EMA if checkpoint.names(EMA) else "master"
+        weights = next(iter(checkpoint.averages), "master")
+        self.averages = dict.fromkeys(checkpoint.names(weights), average) if average else {}
         kept = ("buffer", FROZEN, weights)  # if several kinds contain a name, the last kind counts
         self.places = {name: f"{kind}.{name}" for kind in kept for name in checkpoint.names(kind)}
         self.checkpoint, self.shapes, self.initial = checkpoint, shapes, initial
@@ -179,7 +197,9 @@ class _Sources:
         return _entry(name, partial(self._pieces, source), weight.shape, dtype)
 
     def _pieces(self, source: str) -> Iterator[torch.Tensor]:
-        if source in self.places:
+        if source in self.averages:
+            yield from self.averages[source].stream(source)
+        elif source in self.places:
             yield from self.checkpoint.stream(self.places[source])
         else:
             yield self.initial[source].reshape(-1)
@@ -196,6 +216,8 @@ class _Sources:
         yield computed.reshape(-1)
 
     def _whole(self, source: str) -> torch.Tensor:
+        if source in self.averages:
+            return self.averages[source].read(source)
         return self.checkpoint.read(self.places[source]) if source in self.places else self.initial[source].reshape(-1)
 
 

@@ -32,9 +32,9 @@ from heliostat.validation import check
 
 
 def kinds(job: Job, hidden: bool = False) -> list[str]:
-    """Lists the kinds of tensors that a checkpoint has per trained parameter: fp32 master weight, optimizer state, and the EMA if
-    the job uses it. `hidden`: whether the parameter is a hidden matrix, whose optimizer state differs."""
-    return ["master", *job.train.optimizer.kept(hidden), *([layout.EMA] if job.train.ema else [])]
+    """Lists the kinds of tensors that a checkpoint has per trained parameter: fp32 master weight, optimizer state, and the
+    averages that the job keeps. `hidden`: whether the parameter is a hidden matrix, whose optimizer state differs."""
+    return ["master", *job.train.optimizer.kept(hidden), *job.train.averages]
 
 
 def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict[str, Any]:

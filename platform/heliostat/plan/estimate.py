@@ -169,7 +169,7 @@ class Planner:
             layout.offload_param,
             self._zero.get("stage3_param_persistence_threshold", memory.BUCKETS["stage3_param_persistence_threshold"]),
             accumulation > 1,
-            bool(train.ema),
+            len(train.averages),
             self._sums_fp32,
             {name: len(kept) for name, kept in model.kept(train.optimizer).items()},
             train.zero.hpz_partition_size if layout.stage == 3 else None,
@@ -271,7 +271,7 @@ class Planner:
         rates, nodes = self.prices["storage"], -(-self.workers // self.device.per_node)
         trained = sum(math.prod(s) for s in self.model.trained.values())
         train = self.job.train
-        size = (4 + 4 * bool(train.ema)) * trained + STATE_BYTES * self._moments()  # master weights, EMA, and moments
+        size = 4 * (1 + len(train.averages)) * trained + STATE_BYTES * self._moments()  # master weights, averages, and moments
         blocked = size / self.workers / (rates["host_copy"] * 1e9) if self.gpu else 0.1
         upload = size / nodes / (rates["node"] * 1e9)
         between = self.between()

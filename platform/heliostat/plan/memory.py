@@ -27,7 +27,7 @@ BUCKETS = {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_0
 class StateBytes:
     """Holds the bytes of training state of one worker: on its device, and offloaded to its host or to NVMe.
 
-    `masters` includes the EMA of the weights, if the job has one.
+    `masters` includes the averages of the weights that the job keeps.
     """
 
     weights: int
@@ -57,7 +57,7 @@ def state(
     offload_param: str | None = None,
     persistence: int = BUCKETS["stage3_param_persistence_threshold"],
     accumulates: bool = True,
-    ema: bool = False,
+    averages: int = 0,
     sums_fp32: bool = True,
     moments: int | Mapping[str, int] = 2,
     copied: int | None = None,
@@ -66,7 +66,8 @@ def state(
 
     The bytes of gradients are the maximum, just before the optimizer's step. The gradients of several micro-batches are summed in
     fp32 (`sums_fp32`), or in the job's precision. `moments`: number of optimizer-state tensors per parameter: one number for all
-    parameters, or one for each parameter's name. `copied`: number of workers that shard a secondary copy of stage 3's weights.
+    parameters, or one for each parameter's name. `averages`: number of averages of the weights. `copied`: number of workers
+    that shard a secondary copy of stage 3's weights.
     """
     sizes = {n: math.prod(s) for n, s in shapes.items()}
     trained = sum(n for name, n in sizes.items() if name not in frozen)
@@ -78,7 +79,7 @@ def state(
     kept = STATE_BYTES * sum(k * n for k, n in shares.items())
     if stage == 0:
         return StateBytes(
-            weights=4 * sum(sizes.values()), gradients=4 * trained, masters=4 * trained * ema, moments=kept, host=0, disk=0
+            weights=4 * sum(sizes.values()), gradients=4 * trained, masters=4 * trained * averages, moments=kept, host=0, disk=0
         )
     if stage == 3:
         small = sum(n for n in sizes.values() if n <= persistence)  # small parameters stay gathered
@@ -92,7 +93,7 @@ def state(
         gradients = low * trained + summed if stage == 1 else summed  # stage 1 also keeps the gradients of the micro-batch
     elif stage == 2 and accumulates:
         gradients = low * _touched({n: s for n, s in shapes.items() if n not in frozen}, workers)
-    masters, host, disk = 4 * share * (1 + ema), 0, 0
+    masters, host, disk = 4 * share * (1 + averages), 0, 0
     if offload_optimizer:  # the host also gets the gradients, in fp32
         host, masters, kept = masters + kept + 4 * share, 0, 0
         gradients, summed = (gradients, summed) if stage == 1 else (0, 0)

@@ -2,6 +2,7 @@
 
 checkpoints/step-00000100/   shards, and `checkpoint.json`, written last (`checkpoint.layout`)
 checkpoints/frozen-DIGEST/   frozen parameters
+averages/step-00000100/      snapshots of averages of the weights, in the form of a checkpoint (`checkpoint.snapshots`)
 receipts/step-00000100.json  digests of the samples of the steps up to 100 (`data.receipt`)
 segments/step-00000000.json  the data plan that the run uses from this step on (`runs.segments`)
 quarantine/step-*.jsonl      samples that were replaced (`training.worker.unsealed`)
@@ -26,6 +27,7 @@ from heliostat.errors import ConfigError, DataError
 from heliostat.storage.locations import Location
 
 CHECKPOINTS, RECEIPTS, SEGMENTS, QUARANTINE, CURVES = "checkpoints", "receipts", "segments", "quarantine", "curves"
+AVERAGES = "averages"
 LEDGER, LEASE, LOGS, STACKS, BENCHMARKS, PROFILES = "ledger", "lease", "logs", "stacks", "benchmarks", "profiles"
 MLFLOW_RUN, ATTEMPTS, UNLOGGED, CLONE = "run.json", "attempts.json", "unlogged.jsonl", "clone.json"
 SUMMARY, RESULT, PROBE = "summary.json", "result.json", "probe"
@@ -40,6 +42,10 @@ def require_one_way(resume: bool, overwrite: bool) -> None:
 
 def checkpoint(run: Location, step: int) -> Location:
     return run.join(CHECKPOINTS, _name(step))
+
+
+def averages(run: Location, step: int) -> Location:
+    return run.join(AVERAGES, _name(step))
 
 
 def receipt(run: Location, step: int) -> Location:

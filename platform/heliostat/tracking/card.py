@@ -147,6 +147,7 @@ def text(
         f"| {name} | {source.weight:g} | {m.rows:,} | {m.tokens:,} | `{m.digest[:12]}` |"
         for name, source, m in zip(names, job.data.sources, manifests, strict=True)
     ]
+    lines += _features(job, manifests)
     if origins:
         lines += ["", "## Initialized from", ""]
         lines += [
@@ -155,6 +156,17 @@ def text(
     if scores:
         lines += ["", "## Held-out scores", "", *(f"- {key.replace('_', ' ')}: {value:.6g}" for key, value in scores.items())]
     return "\n".join(lines) + "\n"
+
+
+def _features(job: Job, manifests: list[Manifest]) -> list[str]:
+    """Describes the stored features that the model was aligned with (`model.repa`), and the error that storing added."""
+    stored = [(m, m.meta["features"]) for m in manifests if job.model.get("repa") and m.meta.get("features")]
+    lines = [
+        f"- {_name(m)}: features of the image model `{one['model'][:12]}`, stored as {one['dtype']}, with a relative error of "
+        f"{one['relative_error']:.2%} and a cosine error of {one['cosine_error']:.1e}"
+        for m, one in stored
+    ]
+    return ["", "## Aligned with", "", *lines] if lines else []
 
 
 def _name(manifest: Manifest) -> str:

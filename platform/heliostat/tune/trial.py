@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ray import tune
 
-from heliostat.checkpoint import layout
+from heliostat.checkpoint import layout, snapshots
 from heliostat.config.spec import Job
 from heliostat.errors import CheckpointError, ConfigError, HeliostatError, StoppedError
 from heliostat.runs.events import Event, Paused, Scores, Steps, Waiting
@@ -184,7 +184,7 @@ def clone(wanted: Clone, run: Location) -> bool:
 
     The checkpoint's step becomes the run's step, and all trials of a PBT sweep have the same data plan. So the clone continues
     with the samples that come after the donor's samples. The donor's receipts up to the step are copied, so `heliostat run
-    verify` succeeds for the clone.
+    verify` succeeds for the clone. Its snapshots of averages are copied, too.
     """
     if (read_json(run.join(run_folder.CLONE), CLONE) or {}).get("id") == wanted["id"]:
         return False
@@ -207,6 +207,11 @@ def clone(wanted: Clone, run: Location) -> bool:
         for name, _ in donor.join(folder).files():
             if run_folder.step_of(name) <= step:
                 copy(donor.join(folder, name), run.join(folder, name))
+    run.join(run_folder.AVERAGES).delete()
+    for snapshot in snapshots.up_to(donor, step):
+        place = run_folder.averages(run, snapshot.step)
+        for name in (*(file for file, _ in layout.files(snapshot.index)), layout.INDEX):
+            copy(snapshot.location.join(name), place.join(name))
     copy(cloned.location.join(layout.INDEX), target.join(layout.INDEX))
     if layout.open_checkpoint(run, step).index != cloned.index:
         raise CheckpointError(f"{target}: differs from {cloned.location}, from which it was cloned")

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from heliostat.curation.images.features import FEATURES, FeatureEncoder, StoredFeatures
 from heliostat.curation.images.pictures import Size
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict
@@ -37,6 +38,8 @@ class Latents(Strict):
     """Frozen text encoder (CLIP, T5, BERT): a folder, or a name on the Hugging Face Hub. Unset: captions stay text."""
     pooling: Literal["mean"] | None = None
     """`mean`: stores one embedding per caption, the mean over the caption's tokens. Unset: stores one embedding per token."""
+    features: StoredFeatures | None = None
+    """Features of a frozen image model, for `model.repa`. Unset: no features."""
     length: int = Field(77, gt=1)
     """Maximum tokens of a caption."""
     workers: int = Field(1, gt=0)
@@ -63,8 +66,10 @@ class Latents(Strict):
             diffusion_config.require_weights(name, folder)
             if name == "latents.autoencoder":
                 self._check_sizes(config, sizes, channels)
-            else:
+            elif name == "latents.text_encoder":
                 text_encoders.kind(name, from_folder(name, AutoConfig, folder))
+            elif self.features:
+                self.features.check()
 
     @staticmethod
     def _check_sizes(config: dict[str, Any], sizes: tuple[Size, ...], channels: int) -> None:
@@ -83,7 +88,8 @@ class Latents(Strict):
 
     def folders(self) -> dict[str, str]:
         """Returns the folder of each encoder, by the name of its key."""
-        named = {"latents.autoencoder": self.autoencoder, "latents.text_encoder": self.text_encoder}
+        features = self.features.encoder if self.features else None
+        named = {"latents.autoencoder": self.autoencoder, FEATURES: features, "latents.text_encoder": self.text_encoder}
         return {name: folder for name, folder in named.items() if folder}
 
     def identity(self) -> dict[str, Any]:
@@ -95,13 +101,16 @@ class Latents(Strict):
 
         tokenizer = diffusion_config.tokenizer_digest(self.text_encoder) if self.text_encoder else None
         pooled = {"pooling": self.pooling} if self.pooling else {}
-        return {"models": self.models(), "length": self.length, **pooled, **({"tokenizer": tokenizer} if tokenizer else {})}
+        featured = {"features": self.features.identity()} if self.features else {}
+        others = {**pooled, **featured, **({"tokenizer": tokenizer} if tokenizer else {})}
+        return {"models": self.models(), "length": self.length, **others}
 
     def shipments(self) -> list[Shipment]:
         """Lists the files that heliostat sends to the tasks: the models, and the text encoder's tokenizer."""
         from heliostat.recipes.images import config as diffusion_config
 
         described = [shipping.describe("latents.autoencoder", self.autoencoder)] if self.autoencoder else []
+        described += [shipping.describe(FEATURES, self.features.encoder)] if self.features else []
         if self.text_encoder:
             folder, tokenizer = Path(self.text_encoder), diffusion_config.tokenizer_folder(self.text_encoder)
             apart = tokenizer != folder and tokenizer.is_dir()
@@ -115,7 +124,10 @@ class Latents(Strict):
         text = places.get("latents.text_encoder")
         if text and self.text_encoder and shipments[-1].within:
             text = str(Path(text, Path(self.text_encoder).name))
-        return self.model_copy(update={"autoencoder": places.get("latents.autoencoder"), "text_encoder": text})
+        features = self.features.model_copy(update={"encoder": places[FEATURES]}) if self.features else None
+        return self.model_copy(
+            update={"autoencoder": places.get("latents.autoencoder"), "text_encoder": text, "features": features}
+        )
 
     def models(self) -> dict[str, str]:
         from heliostat.recipes.images import config as diffusion_config
@@ -124,9 +136,16 @@ class Latents(Strict):
         return {name: diffusion_config.folder_digest(folder) for name, folder in folders.items() if folder}
 
 
+class Encoded(NamedTuple):
+    """Holds an encoded table, and facts about its stored features; None without features."""
+
+    table: pa.Table
+    features: dict[str, Any] | None
+
+
 class Encoder:
-    """Encodes images and captions in an actor. Input: tables with images. Output: tables with latents, embeddings, or both. With
-    latents, the output has no images."""
+    """Encodes images and captions in an actor. Input: tables with images. Output: tables with latents, embeddings, or features.
+    With latents, the output has no images."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         import torch
@@ -137,16 +156,23 @@ class Encoder:
         self.config = Latents(**config)
         self.device = "cuda" if self.config.gpus else "cpu"
         self.vae = self.text = self.tokenizer = None
+        self.features = FeatureEncoder(self.config.features, self.device) if self.config.features else None
         if self.config.autoencoder:
             self.vae = diffusion_config.frozen_autoencoder(self.config.autoencoder).to(self.device)
         if self.config.text_encoder:
             self.text = diffusion_config.frozen_text_encoder(self.config.text_encoder).to(self.device)
             self.tokenizer = diffusion_config.frozen_tokenizer(self.config.text_encoder, self.config.length)
 
-    def __call__(self, table: pa.Table, captions: tuple[str, ...] = ()) -> pa.Table:
-        """Encodes a table. `captions`: names of further captions in the column `columns`. An empty caption has no embedding."""
+    def __call__(self, table: pa.Table, captions: tuple[str, ...] = ()) -> Encoded:
+        """Encodes a table. Also returns the facts about its features, if the settings have features. `captions`: names of further
+        captions in the column `columns`. An empty caption has no embedding."""
+        from heliostat.recipes.images.rows import pixels
+        from heliostat.recipes.images.stored_features import FeatureError
+
         latents: list[bytes | None] = [None] * len(table)
         embeddings: list[bytes | None] = [None] * len(table)
+        features: list[bytes | None] = [None] * len(table)
+        error = FeatureError()
         sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
         for size in sorted(set(sizes)):
             mine = [i for i, one in enumerate(sizes) if one == size]
@@ -156,19 +182,26 @@ class Encoder:
                 if self.vae is not None:
                     for i, latent in zip(rows, self.latents(part), strict=True):
                         latents[i] = latent.tobytes()
+                if self.features is not None:
+                    packed, lost = self.features(pixels(part))
+                    error += lost
+                    for i, one in zip(rows, packed, strict=True):
+                        features[i] = one
                 if self.text is not None:
                     for i, embedding in zip(rows, self.embeddings(part["caption"].to_pylist()), strict=True):
                         embeddings[i] = embedding.tobytes()
         out = table
         if self.vae is not None:
             out = table.drop_columns(["image"]).append_column("latent", pa.array(latents, pa.large_binary()))
-        if self.text is None:
-            return out
-        out = out.append_column("embedding", pa.array(embeddings, pa.large_binary()))
-        for name in captions:
+        if self.text is not None:
+            out = out.append_column("embedding", pa.array(embeddings, pa.large_binary()))
+        for name in captions if self.text is not None else ():
             texts = [str(json.loads(columns).get(name, "")) if columns else "" for columns in table["columns"].to_pylist()]
             out = out.append_column(f"embedding_{name}", pa.array(self._each_embedding(texts), pa.large_binary()))
-        return out
+        if self.features is None:
+            return Encoded(out, None)
+        out = out.append_column("features", pa.array(features, pa.large_binary()))
+        return Encoded(out, {"format": self.features.format.named(), "error": vars(error)})
 
     def _each_embedding(self, texts: list[str]) -> list[bytes]:
         """Embeds texts in batches; b"" for an empty text."""

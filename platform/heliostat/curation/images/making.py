@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from heliostat.curation import pieces, recording, segment, tally
 from heliostat.curation.engine import RUN_SHARE, Curated
-from heliostat.curation.images import pictures, planning, sampling, tasks
+from heliostat.curation.images import features, pictures, planning, sampling, tasks
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.fetching import REASONS, Fetching
 from heliostat.curation.images.latents import EMPTY, Latents
@@ -90,7 +90,10 @@ class ImageMaking(Making):
         if self.latents:
             facts |= self._empty_caption(self.latents, folders)
         shards, images, ends = ShardCollector(), 0, list[str]()
-        for shard in self._shards(curated, counts):
+        places = self._places(curated, counts)
+        dealt, encoded = self._dealt(curated, places)
+        facts |= features.described(encoded)
+        for shard in self._shards(curated, places, dealt):
             images += shard["images"]
             ends += shard["ends"]
             if shard["images"]:
@@ -156,17 +159,20 @@ class ImageMaking(Making):
             meta |= {"files": {EMPTY: path}, "text": record["shape"]}
         return meta
 
-    def _shards(self, curated: Curated, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-        """Distributes the kept images to the shards of their buckets, and writes the shards."""
+    def _places(self, curated: Curated, counts: dict[str, int]) -> Shards:
+        """Numbers the shards of each bucket. Warns if a shard needs more memory than the pipeline allows."""
         numbers = {bucket: max(1, round(count / self.shard_images)) for bucket, count in counts.items()}
-        firsts = accumulate(numbers.values(), initial=0)
-        shards: Shards = {bucket: (first, numbers[bucket]) for bucket, first in zip(numbers, firsts, strict=False)}
         total = sum(numbers.values())
-        each = curated.bytes // total
         if curated.bytes * SHARD_SHARE > self.memory_limit * total:
             log.warning("shard_images: a shard of %d bytes needs about %d bytes of memory, more than memory_limit (%d). "
                         "Lower shard_images, or raise memory_limit",
-                        each, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
+                        curated.bytes // total, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
+        firsts = accumulate(numbers.values(), initial=0)
+        return {bucket: (first, numbers[bucket]) for bucket, first in zip(numbers, firsts, strict=False)}
+
+    def _dealt(self, curated: Curated, shards: Shards) -> tuple[list[SpilledRun], list[dict[str, Any] | None]]:
+        """Distributes the kept images to the shards of their buckets, and encodes them. Also returns the facts about the features
+        of each run."""
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None
         shipments = self.latents.shipments() if self.latents else []
@@ -177,7 +183,13 @@ class ImageMaking(Making):
         dealing = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **arguments}, bytes=run.bytes)
                    for run in curated.runs)  # fmt: skip
         actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
-        dealt = self.flow.taken("deal", tasks.deal, dealing, lambda record: SpilledRun(*record["dealt"]), **actors)
+        dealt = self.flow.taken("deal", tasks.deal, dealing, _dealt_run, **actors)
+        return [run for run, _ in dealt], [described for _, described in dealt]
+
+    def _shards(self, curated: Curated, shards: Shards, dealt: list[SpilledRun]) -> Iterator[dict[str, Any]]:
+        """Writes the shards of all buckets."""
+        total = sum(number for _, number in shards.values())
+        each = curated.bytes // total
         ranges = self.ranges(dealt, total, lambda first, stop: (first, stop))
         plan = {"chunk_images": self.chunk_images, "output": self.output.uri, "explained": self.explained}
         plan |= recording.arguments(self.every)
@@ -205,3 +217,8 @@ class ImageMaking(Making):
         definition = segment.load(self.flow.work.spill, record["definition"])
         folders = [self.output, *(self.output.join(f"{w}x{h}") for w, h in self.source.rules.sizes if self.buckets)]
         return self.tokenizer_facts(definition, END, folders)
+
+
+def _dealt_run(record: dict[str, Any]) -> tuple[SpilledRun, dict[str, Any] | None]:
+    """Returns the run and the facts about its features from a task's record."""
+    return SpilledRun(*record["dealt"]), record.get("features")

@@ -40,7 +40,8 @@ DEALT = pa.schema(
     [("key", pa.uint64()), ("hash", pa.binary(32)), *((name, pa.large_string()) for name in ("id", "caption", "label")),
      ("width", pa.int32()), ("height", pa.int32()), ("image", pa.large_binary()), ("columns", pa.large_string())]
 )  # fmt: skip
-STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embedding")  # columns of a shard, if they exist
+# columns of a shard, if they exist
+STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embedding", "features")
 LABEL = "label"  # the column with an image's label
 CLASSES = 1000  # maximum labels in the manifest
 END = "<|endoftext|>"
@@ -130,10 +131,12 @@ def deal(
     """
     tables = [_dealt(table, shards) for table in survivors(folder, run)]
     table = pa.concat_tables([DEALT.empty_table(), *tables])
+    features = {}
     if latents is not None:
-        table = _encoder(_located(folder, latents, shipments), tuple(shipments))(table, captions)
+        table, facts = _encoder(_located(folder, latents, shipments), tuple(shipments))(table, captions)
+        features = {"features": facts} if facts else {}
     name = spill.write(folder, table, ("hash", "id"))
-    return {"dealt": [name, len(table), table.nbytes], "files": [name]}
+    return {"dealt": [name, len(table), table.nbytes], **features, "files": [name]}
 
 
 def _dealt(table: pa.Table, shards: Shards) -> pa.Table:

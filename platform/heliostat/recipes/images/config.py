@@ -28,6 +28,7 @@ from heliostat.recipes.exported import using
 from heliostat.recipes.folder_digests import digest_of, sha256
 from heliostat.recipes.folder_digests import folder_digest as folder_digest
 from heliostat.recipes.images import attention_norms, text_encoders
+from heliostat.recipes.images.alignment import Repa
 from heliostat.recipes.images.backbones.family import SIZE, Family
 from heliostat.recipes.images.backbones.table import FAMILIES, named
 from heliostat.recipes.images.captions import CaptionText
@@ -37,6 +38,7 @@ from heliostat.recipes.images.interval import Interval
 from heliostat.recipes.images.noising import NoiseObjective
 from heliostat.recipes.images.pipeline import Guidance
 from heliostat.recipes.images.quality_config import ClipScore, Features
+from heliostat.recipes.images.token_routing import Tread
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.schema import Float, Strict, nearest
 from heliostat.storage.hub import files
@@ -173,6 +175,10 @@ class Model(Strict):
     muon`."""
     objective: NoiseObjective = NoiseObjective()
     """Noise schedule, prediction target, and loss weights."""
+    repa: Repa | None = None
+    """Aligns hidden states with stored features of an image model, see docs/diffusion-algorithms.md#repa. Unset: no alignment."""
+    tread: Tread | None = None
+    """Lets some tokens skip blocks in training, see docs/diffusion-algorithms.md#tread. Unset: all tokens use all blocks."""
     captions: list[CaptionText] = []
     """Texts to choose from as the caption of an image, with weights. Unset: the column `caption`."""
     contrastive: Contrastive | None = None

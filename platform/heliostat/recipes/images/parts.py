@@ -19,35 +19,54 @@ from heliostat.data.device_streams import Arrival
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.constants import Constant
-from heliostat.recipes.images import config, diffusers_folder, patches, rows, whitening
+from heliostat.recipes.images import config, diffusers_folder, patches, rows, training_aids, whitening
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.pipeline import embed, predict, tokenize
+from heliostat.recipes.images.training_aids import TrainingAids
 from heliostat.recipes.protocol import Companion
 from heliostat.recipes.text import masks
 
 
 class Denoiser(nn.Module):
     """Contains all models that are trained: the backbone and, unless it is frozen, the text encoder. The models have the names
-    that a diffusers pipeline uses."""
+    that a diffusers pipeline uses. `aids`: what only training uses, such as the projector of `model.repa`."""
 
-    def __init__(self, part: str, backbone: nn.Module, text_encoder: nn.Module | None) -> None:
+    def __init__(self, part: str, backbone: nn.Module, text_encoder: nn.Module | None, aids: TrainingAids | None = None) -> None:
         super().__init__()
         self.part = part
         self.add_module(part, backbone)
         if text_encoder is not None:
             self.text_encoder = text_encoder
+        self._aids = aids or TrainingAids()
+        if self._aids.projector is not None:
+            self.projector = self._aids.projector
 
-    def forward(self, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Runs the backbone. `text`: token ids if the text encoder is also trained, else embeddings."""
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        t: torch.Tensor,
+        text: torch.Tensor,
+        keys: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+    ) -> Any:
+        """Runs the backbone. `text`: token ids if the text encoder is also trained, else embeddings.
+
+        `keys`: the samples' keys, with which tokens skip blocks (`model.tread`). `features`: stored features [n, rows, columns,
+        channels]; with features, returns the prediction and the samples' similarity to the features [n] (`model.repa`).
+        """
         if not text.is_floating_point():
             text = self.text_encoder(input_ids=text)[0]
-        return predict(getattr(self, self.part), noisy, t, text.to(noisy.dtype))
+        self._aids.begin(keys, features)
+        prediction = predict(getattr(self, self.part), noisy, t, text.to(noisy.dtype))
+        if features is None:
+            return prediction
+        return prediction, self.projector(self._aids.hidden(noisy.shape[2:]), features)
 
 
 class Parts:
-    def __init__(self, model: Model, checkpointing: bool, frozen_type: torch.dtype = torch.float32) -> None:
-        """Prepares the models without weights. `frozen_type`: the dtype of the frozen encoders."""
-        self.model, self.checkpointing, self.frozen_type = model, checkpointing, frozen_type
+    def __init__(self, model: Model, checkpointing: bool, frozen_type: torch.dtype = torch.float32, seed: int = 0) -> None:
+        """Prepares the models without weights. `frozen_type`: the dtype of the frozen encoders. `seed`: of `model.tread`."""
+        self.model, self.checkpointing, self.frozen_type, self.seed = model, checkpointing, frozen_type, seed
         self._places: dict[str, tuple[torch.device, Arrival]] = {}  # devices of the frozen encoders
         self.arch, self.family = config.backbone_family(model.backbone)
         self.name = self.family.part  # a pipeline's name for the backbone
@@ -107,6 +126,8 @@ class Parts:
         self._divide(keys)
         if self.model.text.whiten:
             whitening.check(keys, self.model.text.pooling, f.text is not None)
+        _, height, width = self.shape()
+        training_aids.require(self.model, f.features, height * width // int(keys.get("patch_size") or 2) ** 2)
         for name, weights in folders.items():
             if weights:
                 config.require_weights(f"model.{name}.pretrained", str(weights.pretrained))
@@ -134,7 +155,7 @@ class Parts:
         Returns None if the job doesn't set sizes, or if the job trains its own text encoder, because then the vocabulary comes
         from the dataset.
         """
-        if not self.model.text.pretrained or "sample_size" not in self._given():
+        if not self.model.text.pretrained or "sample_size" not in self._given() or (self.model.repa and not self.facts):
             return None
         if self.facts is None:
             channels, height, width = self.shape()
@@ -230,7 +251,10 @@ class Parts:
             backbone.enable_gradient_checkpointing()
             if encoder is not None:
                 encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return Denoiser(self.name, backbone, encoder).train()
+        aids = TrainingAids.of(
+            self.model, backbone, self.seed, self.facts.features.channels if self.facts and self.facts.features else 0
+        )
+        return Denoiser(self.name, backbone, encoder, aids).train()
 
     @cached_property
     def vae(self) -> Any:

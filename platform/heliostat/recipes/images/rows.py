@@ -23,6 +23,7 @@ from heliostat.data import device_threads
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.counter_random import WORD, normals, uniform, words
+from heliostat.recipes.images.stored_features import FeatureFormat
 
 SCALARS, NOISE, OFFSET, POSTERIOR = range(4)  # streams of a sample's random numbers
 DECODERS = device_threads.pool(4, "decode")  # Pillow releases the GIL while it decodes
@@ -40,6 +41,7 @@ class DatasetFacts:
     end: int
     text: tuple[int, int] | None  # tokens and width of stored embeddings
     models: dict[str, str]  # digests of the frozen models that computed latents and embeddings
+    features: FeatureFormat | None = None  # of stored features of an image model
 
 
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
@@ -48,7 +50,7 @@ def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
     each = [_facts(m) for m in sources]
     names = {"content": "contain different kinds of content", "channels": "have different numbers of channels",
              "tokenizer": "have different tokenizers",
-             "models": "were computed by different encoders"}  # fmt: skip
+             "models": "were computed by different encoders", "features": "have different stored features"}  # fmt: skip
     for key, what in names.items():
         if len({str(getattr(f, key)) for f in each}) > 1:
             raise ConfigError(f"data.sources: the datasets {what}. Prepare all of them with one pipeline")
@@ -68,7 +70,7 @@ def _facts(m: Manifest) -> DatasetFacts:
     return DatasetFacts(
         m.meta["content"], m.meta["channels"], (m.meta["size"][0], m.meta["size"][1]), m.meta.get("tokenizer"),
         m.meta.get("vocab_size", 0), m.meta.get("end_of_document", 0), (text[0], text[1]) if text else None,
-        m.meta.get("models", {}),
+        m.meta.get("models", {}), FeatureFormat.of(m.meta.get("features")),
     )  # fmt: skip
 
 
@@ -108,6 +110,8 @@ def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Ta
         columns["image"] = [file.getvalue()] * count
     if facts.text:
         columns["embedding"] = [bytes(2 * math.prod(facts.text))] * count
+    if facts.features:
+        columns["features"] = [bytes(facts.features.row_bytes)] * count
     return pa.table(columns)
 
 

@@ -37,7 +37,17 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.optim.matrix_shapes import FILTERS
 from heliostat.recipes import adapters
-from heliostat.recipes.images import captions, contrastive, diffusers_folder, held_out, quality, rows
+from heliostat.recipes.images import (
+    alignment,
+    captions,
+    contrastive,
+    diffusers_folder,
+    held_out,
+    quality,
+    rows,
+    stored_features,
+    training_aids,
+)
 from heliostat.recipes.images.adapted import AdaptedImages
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import Predictor, PromptGallery
@@ -63,6 +73,7 @@ if TYPE_CHECKING:
     from heliostat.recipes.images.generator import ImageCanvas, ImageGenerator
 
 BUILT_IN = {"TextToImage": ("diffusers",)}
+NO_AIDS: Batch = {}
 QUARTERS = 4
 DECODED = 4  # stored latents that the autoencoder decodes at a time
 ENDS = ("conv_in", "conv_out", "proj")  # convolutions at the ends of a backbone
@@ -81,7 +92,9 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         self.adapter = adapters.read(job.model, self.model.backbone.get("pretrained"), "model.backbone.pretrained")
         self.version, bf16 = job.train.rules, job.train.precision == "bf16"
         frozen_type = torch.bfloat16 if self.version > 1 and bf16 else torch.float32
-        self.parts = Parts(self.model, bool(job.train.activation_checkpointing), frozen_type)
+        self.parts = Parts(self.model, bool(job.train.activation_checkpointing), frozen_type, job.train.seed)
+        training_aids.require_uncompiled(self.model, bool(job.train.compile))
+        self.global_batch = job.train.global_batch_size
         name = self.parts.name
         self.layout = {f"{name}.": f"{name}/diffusion_pytorch_model", "text_encoder.": "text_encoder/model"}
         self.process = Process(self.model.objective)
@@ -153,6 +166,8 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         else:
             tokens = tokenize(self.parts.tokenizer, content["caption"].to_pylist())
             out |= {"text": tokens.input_ids, "mask": tokens.attention_mask}
+        if self.model.repa and facts.features:
+            out |= facts.features.unpack(content["features"].to_pylist())
         return out
 
     def _drawn(self, clean: torch.Tensor) -> tuple[tuple[int, ...], float, float, bool]:
@@ -182,6 +197,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         out = {key: batch[key] for key in ("key", "time", "noise")} | {
             "image": self.parts.clean(batch["clean"], batch.get("posterior")),
             "caption": self.parts.conditioning(caption["text"], caption.get("mask")),
+            **({"features": stored_features.values(batch)} if "features" in batch else {}),
         }
         if training and self.model.immiscible:
             out["noise"] = self.model.immiscible.choose(self.seed, out["key"], out["image"], out["noise"])
@@ -192,15 +208,21 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         batch = self.complete(batch)
         t = self.process.times(batch["time"], batch["image"].shape[2:])
-        prediction = self._predicted(model, batch, t)
+        answer = self._predicted(model, batch, t, training_aids.arguments(self.model, batch))
+        prediction, similarity = answer if isinstance(answer, tuple) else (answer, None)
         errors = self.process.errors(prediction, batch["image"], batch["noise"], t)
-        contrast = self.model.contrastive.part(self.process, prediction, batch, t) if self.model.contrastive else {}
-        return Loss((errors * self.process.weights(t)).sum(), contrast)
+        parts = self.model.contrastive.part(self.process, prediction, batch, t) if self.model.contrastive else {}
+        if self.model.repa and similarity is not None:
+            parts |= {"repa": alignment.part(self.model.repa, similarity, batch["key"], self.global_batch)}
+        return Loss((errors * self.process.weights(t)).sum(), parts)
 
-    def _predicted(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
-        """Computes the network's prediction for a completed batch. `t`: the samples' times."""
+    def _predicted(self, model: nn.Module, batch: Batch, t: torch.Tensor, aids: Batch = NO_AIDS) -> Any:
+        """Computes the network's prediction for a completed batch. `t`: the samples' times.
+
+        `aids`: arguments of the model that only training uses. With features, also returns each sample's similarity to them.
+        """
         noisy = self.process.noisy(batch["image"], batch["noise"], t)
-        return model(noisy.to(next(model.parameters()).dtype), self.process.network_time(t), batch["caption"])
+        return model(noisy.to(next(model.parameters()).dtype), self.process.network_time(t), batch["caption"], **aids)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = self._completed(batch, training=False)
@@ -231,8 +253,9 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
             text = torch.zeros((1, self.model.text.length), dtype=torch.long)
             if self.model.text.pretrained:
                 text = torch.zeros((1, self.model.text.embeddings, self.parts.text_width()))
+            aids = training_aids.blank(self.model, self.parts.facts.features if self.parts.facts else None)
             with FlopCounterMode(display=False) as counter:
-                model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text)
+                model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text, **aids)
         return (2.0 if self.adapter else 3.0) * counter.get_total_flops()
 
     def companions(self) -> dict[str, Companion]:

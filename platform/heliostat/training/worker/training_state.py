@@ -216,7 +216,9 @@ class TrainingState(Hook):
             "metrics": self._metrics(done),
             "written": time.time(),
         }
-        self.saver.save(done, self.tensors(), facts, self.sharded.frozen(), seal)
+        settings = context.job.train.ema
+        kinds = settings.by_length if settings and settings.snapshot_due(done, context.job.checkpoint.every) else ()
+        self.saver.save(done, self.tensors(), facts, self.sharded.frozen(), seal, kinds)
         self._sealing = part, len(events)
         context.progressed()
         posts.post(Saved(step=done, blocked_s=self.saver.blocked_s, failed=self.failed, ledger=context.ledger.totals()))
