@@ -169,11 +169,11 @@ def _split(bits: int, parts: int) -> list[int]:
     return [sum(ones[part::parts]) for part in range(parts)] if len(ones) >= parts else []
 
 
-def _batched(found: Iterator[Pairs], most: int) -> Iterator[Pairs]:
+def _batched(pairs_found: Iterator[Pairs], most: int) -> Iterator[Pairs]:
     """Joins pairs into batches of at least `most` pairs. The last batch may be smaller; there is at least one."""
     none = np.zeros(0, np.int64)
     waiting, size = [(none, none)], 0
-    for pair in found:
+    for pair in pairs_found:
         waiting.append(pair)
         size += len(pair[0])
         if size >= most:

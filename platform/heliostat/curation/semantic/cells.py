@@ -212,11 +212,11 @@ class Dealt:
     def read(cls, folder: Location, names: list[str], low: int, high: int, held: int) -> Iterator[Dealt]:
         """Yields the documents of a range of cells. Each item has complete cells, whose documents take at most as much memory as
         `held` vectors, or one larger cell."""
-        found = [np.unique(t["key"].to_numpy(), return_counts=True) for n in names for t in spill.read(folder, n, low, high, [])]
-        if not found:
+        counts = [np.unique(t["key"].to_numpy(), return_counts=True) for n in names for t in spill.read(folder, n, low, high, [])]
+        if not counts:
             return
-        keys, of = np.unique(np.concatenate([key for key, _ in found]), return_inverse=True)
-        sizes = np.bincount(of, np.concatenate([count for _, count in found])).astype(np.int64)
+        keys, of = np.unique(np.concatenate([key for key, _ in counts]), return_inverse=True)
+        sizes = np.bincount(of, np.concatenate([count for _, count in counts])).astype(np.int64)
         tables = (t for name in names for t in spill.read(folder, name, low, high, ["vector"]))
         room = max(1, held * NUMBER_BYTES * next(tables)["vector"].type.byte_width // ROW_BYTES)
         for cells in filled(zip(keys.tolist(), sizes.tolist(), strict=True), lambda cell: cell[1], room):

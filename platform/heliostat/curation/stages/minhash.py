@@ -105,8 +105,8 @@ class MinHash(GlobalStage):
         identified = flow.all(f"{kind}-identify", exact.identify, identifying)
         parts = parts_of(sum(r["rows"] for r in identified) * exact.ROW_BYTES, memory_limit)
         texts = by_parts(flow, f"{kind}-exact", parts, [r["texts"] for r in identified])
-        found = flow.all(f"{kind}-exact", exact.repeated, texts)
-        names = [r["repeated"] for r in found if r["rows"]]
+        shared = flow.all(f"{kind}-exact", exact.repeated, texts)
+        names = [r["repeated"] for r in shared if r["rows"]]
         if not names:
             return [None] * len(runs)
         copying = flow.all(f"{kind}-copies", exact.copies, by_runs(flow, f"{kind}-copies", runs, names, memory_limit))
