@@ -17,6 +17,7 @@ from heliostat.curation.semantic import cells, vectors
 from heliostat.curation.semantic.cells import centres, packed
 from heliostat.curation.stage import GlobalStage
 from heliostat.errors import ConfigError
+from heliostat.storage.locations import Location
 from heliostat.tasks import merging, spill
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -188,6 +189,53 @@ def test_of_several_cells_the_result_is_the_same_from_any_cut_and_other_borders_
         assert who in told[0][0] and who < id and cosine(made[id], made[who]) >= 0.9299
     twice, here = curate(tmp_path / "twice", given, [entry, {**entry, "seed": 2}], 3)
     assert len(left(twice, here)) < len(told[0][0]), "of other borders, other pairs meet"
+
+
+def hot(folder: Path, count: int, dims: int = 24) -> tuple[Location, list[str]]:
+    """Writes two cells, in four files: `count` documents around one direction with many equal ranks, and 50 others."""
+    rng, place = np.random.default_rng(count), Location(str(folder))
+    near = embedding.rounded(np.ones((count, dims)) + 0.3 * rng.normal(size=(count, dims)))
+    made, key = np.concatenate([near, groups(rng, 50, dims)]), np.repeat([7, 1 << 63], [count, 50]).astype(np.uint64)
+    ids, ranks = (
+        [f"https://example.org/pages/{'long/' * 15}{i:07d}" for i in rng.permutation(len(key))],
+        rng.integers(0, 9, len(key)),
+    )
+    table = pa.table({"key": key, "rank": -ranks.astype(np.float64), "value": pa.array([""] * len(key), pa.large_string()),
+                      "id": pa.array(ids, pa.large_string()), "node": np.arange(len(key)).astype(np.uint64),
+                      "vector": packed(made)})  # fmt: skip
+    return place, [spill.write(place, table.take(pa.array(np.arange(i, len(key), 4))), ("node",)) for i in range(4)]
+
+
+def judged(place: Location, names: list[str], held: int) -> tuple[dict, list[tuple]]:
+    """Returns the task's record without file names, and the dropped documents."""
+    record = cells.judge(place, 0, 1, names, 0.93, held)
+    rows = (row for name in record.pop("files") for table in spill.read(place, name) for row in table.to_pylist())
+    gone = sorted((row["key"], row["detail"], row["measures"]) for row in rows)
+    return {key: record[key] for key in ("clusters", "largest", "sizes", "bins")}, gone
+
+
+def test_a_cell_larger_than_memory_gives_the_same_documents_in_blocks(tmp_path, monkeypatch):
+    """Ids and vectors of at most about as many documents as have room are in memory at once."""
+    place, names = hot(tmp_path, 3000)
+    wanted = judged(place, names, 1 << 20)
+    sizes, ordered, read = list[int](), cells._ordered, cells.Dealt.vectors
+
+    def blocks(*arguments):
+        for block in ordered(*arguments):
+            sizes.append(len(block[0]))
+            yield block
+
+    def vectors_of(dealt, start, stop):
+        sizes.append(stop - start)
+        return read(dealt, start, stop)
+
+    monkeypatch.setattr(cells, "_ordered", blocks)
+    monkeypatch.setattr(cells.Dealt, "vectors", vectors_of)
+    monkeypatch.setattr(cells, "JUDGED_ROWS", 500)
+    for held in (700, 150):
+        sizes.clear()
+        assert judged(place, names, held) == wanted and len(wanted[1]) > 1000 and wanted[0]["clusters"] > 20
+        assert len(sizes) > 2 * 3000 // held and max(sizes) < 1.5 * held
 
 
 def test_many_equal_texts_are_one_cell_and_one_stays(tmp_path, model):

@@ -121,3 +121,24 @@ def test_the_funnel_names_the_largest_clusters(tmp_path):
     assert [size for size, _ in part["largest"]] == [9, 4] and part["counts"] == {"clusters": 2}
     assert {id for _, id in part["largest"]} == left(found, here).keys()
     assert all(detail.endswith(("(one of 9)", "(one of 4)")) for _, _, detail in left_out(found, here).values())
+
+
+def test_the_pairs_of_a_key_with_many_hashes_are_all_found_with_little_work(monkeypatch):
+    """Hashes differ in 24 bits, and some of them only in 6. The work is the number of compared pairs."""
+    rng, work, count = np.random.default_rng(0), [0], np.bitwise_count
+    spread = np.array([sum(1 << (b + 20) for b in range(24) if x >> b & 1) for x in rng.integers(0, 1 << 24, 5000)], np.uint64)
+    looks = np.unique(np.concatenate([spread, spread[:40, None].ravel() ^ np.uint64(1 << 21), np.arange(64, dtype=np.uint64)]))
+    keys = np.concatenate([np.zeros(len(looks) - 500, np.uint64), np.ones(500, np.uint64)])
+    xor = count(looks[:, None] ^ looks)
+    wanted = np.argwhere(np.triu((xor <= 3) & (xor > 0) & (keys[:, None] == keys)))
+
+    def counted(values):
+        work[0] += np.size(values)
+        return count(values)
+
+    monkeypatch.setattr(np, "bitwise_count", counted)
+    found = {
+        tuple(sorted(pair)) for a, b in alike.near_pairs(keys, looks, 3) for pair in zip(a.tolist(), b.tolist(), strict=True)
+    }
+    assert found == {tuple(pair) for pair in wanted.tolist()} and len(found) > 500
+    assert work[0] < len(looks) ** 2 // 2 / 10

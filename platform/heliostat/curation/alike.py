@@ -22,6 +22,7 @@ number of nodes (Blelloch, Fineman and Shun, Greedy Sequential Maximal Independe
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from itertools import combinations, pairwise
 from math import ceil, comb, log2
 
@@ -37,6 +38,8 @@ from heliostat.tasks import spill
 BITS = 64
 KEYS = 64  # maximum keys of a hash
 TOGETHER = 2  # keys that are spilled at once
+MANY = 1024  # hashes with the same key, above which their keys become longer
+LEAST_PAIRS = 1 << 16  # minimum of pairs in memory before they are spilled
 FACES = pa.schema(
     [("key", pa.uint64()), ("looks", pa.uint64()), ("hash", pa.binary(32)), ("id", pa.large_string()), ("node", pa.uint64())]
 )
@@ -116,24 +119,71 @@ def _keys(looks: np.ndarray, number: int, mask: int) -> np.ndarray:
 
 
 def pairs(folder: Location, part: int, parts: int, names: list[str], distance: int) -> dict[str, object]:
-    """Writes all pairs of near perceptual hashes that share a key in key range `part` to a temporary file. Each pair is written
+    """Writes all pairs of near perceptual hashes that share a key in key range `part` to temporary files. Each pair is written
     as two edges, one per direction."""
     keys, looks, ranks, images = spill.arrays(
         folder, names, *spill.share(part, parts), key=np.uint64, looks=np.uint64, rank=np.uint64, images=np.int64
     )
+    files, rows, most = list[str](), 0, max(LEAST_PAIRS, len(keys) // 4)
+    for a, b in _batched(near_pairs(keys, looks, distance), most):
+        u, v = np.concatenate([a, b]), np.concatenate([b, a])
+        name, count = spilled(folder, (looks[u], looks[v], ranks[u], ranks[v], images[u]))
+        files, rows = [*files, name], rows + count
+    return {"edges": files[0], "further": files[1:], "rows": rows, "files": files}
+
+
+Pairs = tuple[np.ndarray, np.ndarray]  # positions of the hashes
+
+
+def near_pairs(keys: np.ndarray, looks: np.ndarray, distance: int) -> Iterator[Pairs]:
+    """Finds the pairs of hashes that have the same key and differ in 1 to `distance` bits. Yields the positions of both hashes
+    [pairs]; a pair may come several times. `looks`: the hashes, uint64 [hashes].
+
+    The hashes of a key with more than `MANY` hashes get longer keys, by the same method: the bits in which the hashes differ are
+    split into `distance` + 1 blocks, and each near pair agrees in one block. So the work doesn't grow with the square of the
+    hashes of a key.
+    """
     order = np.lexsort((looks, keys))
     keys, seen = keys[order], looks[order]
-    here, others, step, place = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 1, np.arange(len(keys))
+    starts = np.flatnonzero(spill.starts(keys))
+    sizes = np.diff(starts, append=len(keys))
+    longer = np.zeros(len(keys), bool)
+    for start, size in zip(starts[sizes > MANY].tolist(), sizes[sizes > MANY].tolist(), strict=True):
+        some = slice(start, start + size)
+        if blocks_of := _split(int(np.bitwise_or.reduce(seen[some] ^ seen[start])), distance + 1):
+            longer[some] = True
+            for number, block in enumerate(blocks_of):
+                for a, b in near_pairs(_keys(seen[some], number, block), seen[some], distance):
+                    yield order[some][a], order[some][b]
+    step, place = 1, np.flatnonzero(~longer)
     while len(place := place[place + step < len(keys)]) and len(place := place[keys[place] == keys[place + step]]):
         apart = np.bitwise_count(seen[place] ^ seen[place + step])
         near = place[(apart <= distance) & (apart > 0)]
-        here.append(near)
-        others.append(near + step)
+        yield order[near], order[near + step]
         step += 1
-    a, b = order[np.concatenate(here)], order[np.concatenate(others)]
-    u, v = np.concatenate([a, b]), np.concatenate([b, a])
-    name, rows = spilled(folder, (looks[u], looks[v], ranks[u], ranks[v], images[u]))
-    return {"edges": name, "rows": rows, "files": [name]}
+
+
+def _split(bits: int, parts: int) -> list[int]:
+    """Splits a mask into `parts` masks of about as many bits. Returns an empty list if a part would have no bit."""
+    ones = [1 << bit for bit in range(BITS) if bits >> bit & 1]
+    return [sum(ones[part::parts]) for part in range(parts)] if len(ones) >= parts else []
+
+
+def _batched(pairs_found: Iterator[Pairs], most: int) -> Iterator[Pairs]:
+    """Joins pairs into batches of at least `most` pairs. The last batch may be smaller; there is at least one."""
+    none = np.zeros(0, np.int64)
+    waiting, size = [(none, none)], 0
+    for pair in pairs_found:
+        waiting.append(pair)
+        size += len(pair[0])
+        if size >= most:
+            yield _concatenated(waiting)
+            waiting, size = [(none, none)], 0
+    yield _concatenated(waiting)
+
+
+def _concatenated(some: list[Pairs]) -> Pairs:
+    return np.concatenate([a for a, _ in some]), np.concatenate([b for _, b in some])
 
 
 def spilled(folder: Location, edges: tuple[np.ndarray, ...]) -> tuple[str, int]:

@@ -104,6 +104,11 @@ def words(texts: Sequence[str]) -> ComparableWords:
     return ComparableWords(np.diff(first), joined_hashes, _joined(exact) if exact else joined_hashes, _joined(numbers))
 
 
+def has_word(text: str) -> bool:
+    """Checks whether a text has a word. Usually reads only the beginning."""
+    return any(words([part]).counts[0] for part in (text[:64], text))
+
+
 def edges(text: str) -> np.ndarray:
     """Returns the start and end of each word of a text, int [words, 2]. The number of words is the same as from `words`, also for
     a text that isn't in NFC."""

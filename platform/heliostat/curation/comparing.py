@@ -65,10 +65,11 @@ def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind
     """Drops the documents that a comparing stage chose to drop, and adds the stage's counts to `curated`. Returns the files of
     documents, without the dropped documents.
 
-    Each record in `judged` has the name of a file of JUDGED rows, and `clusters`, `largest`, and `sizes`. `more`: additional
-    fields for the stage's counts.
+    Each record in `judged` has the name of a file of JUDGED rows, perhaps the names of `further` files, and `clusters`,
+    `largest`, and `sizes`. `more`: additional fields for the stage's counts.
     """
-    label, runs, names = tally.label(number, stage), curated.runs, [r["judged"] for r in judged]
+    label, runs = tally.label(number, stage), curated.runs
+    names = [name for r in judged for name in (r["judged"], *r.get("further", ()))]
     work = by_runs(flow, kind, runs, names, memory_limit, stage=label, **recording.arguments(curated.every))
     decided, left = settled(flow, curated, kind, decide, work)
     part = stage_tally(flow, kind, runs, left, judged)

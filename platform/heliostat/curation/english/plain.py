@@ -1,13 +1,15 @@
 """Splits texts into parts at white space, and the plain parts into words, with NumPy.
 
-A plain part has letters, at most one mark before the letters, and at most one mark after the letters: `word`, `(word`, `word.`.
-Five of six parts are plain. `tokens` splits plain parts into the same words, and splits all other parts.
+A plain part has a core, at most one mark before the core, and at most one mark after the core: `word`, `(word`, `word.`. A core
+has only letters, or it is a number or a name such as `x86_64` and `to_list`. `tokens` splits plain parts into the same words, and
+splits all other parts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from string import ascii_lowercase, digits
 
 import numpy as np
 import regex
@@ -16,9 +18,9 @@ from heliostat.curation.comparable import hashed
 from heliostat.curation.english.tokens import EXCEPTIONS, ODD_CORES, PLAIN_MARKS
 
 CODES = 0x34000  # no later code point is a letter, a mark, a symbol, or white space
-LONGEST_PLAIN = 256  # maximum characters of the letters in a plain part
+LONGEST_PLAIN = 256  # maximum characters of the core of a plain part
 # kinds of characters, as bits; a character that has no bit makes a part not plain
-SPACE, LETTER, LOWER, MARK, PERIOD, SYMBOL = (1 << bit for bit in range(6))
+SPACE, LETTER, LOWER, MARK, PERIOD, SYMBOL, DIGIT, UNDERSCORE = (1 << bit for bit in range(8))
 # characters that end a sentence, in any script (Unicode's Sentence_Terminal)
 TERMINALS = frozenset(regex.findall(r"\p{Sentence_Terminal}", "".join(map(chr, range(0x20000)))))
 # CCNet's punctuation (Wenzek et al. 2019, arXiv 1911.00359); a word that has only such characters is a symbol
@@ -26,7 +28,7 @@ SYMBOLS = TERMINALS | frozenset(
     "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~«´»–—’“”„…∶━►、。〈〉《》「」【】！％（），．１：；？～"
     + "".join(map(chr, (*range(9), *range(11, 32), *range(127, 160))))
 )
-BARE, MARKED = 1, 2  # bits: the letters are special without marks, or with marks
+BARE, MARKED = 1, 2  # bits: the core is special without marks, or with marks
 _PLACES = 64 - 18  # a word's place in the table of special words is the first 18 bits of the word's hash
 
 
@@ -35,7 +37,8 @@ class TextParts:
     """Holds the parts of a text. All arrays have an entry for each part.
 
     `starts`, `stops`: positions in the text. `plain`: whether the part is plain. `before`, `after`: the number of marks before
-    and after the letters, 0 or 1. `hashes`: the hash of the letters. The last three are valid only for plain parts.
+    and after the core, 0 or 1. `hashes`: the hash of the core. `letters`: whether the core has a letter. The last four are valid
+    only for plain parts.
     """
 
     starts: np.ndarray
@@ -44,6 +47,7 @@ class TextParts:
     before: np.ndarray
     after: np.ndarray
     hashes: np.ndarray
+    letters: np.ndarray
 
 
 @lru_cache(maxsize=1)
@@ -52,7 +56,9 @@ def _kinds() -> np.ndarray:
     every = "".join(map(chr, range(CODES)))
     kinds = np.fromiter(map(str.isalpha, every), bool, CODES) * np.uint8(LETTER)
     kinds |= np.fromiter(map(str.isspace, every), bool, CODES) * np.uint8(SPACE)
-    for bit, characters in ((LOWER, map(chr, range(97, 123))), (MARK, PLAIN_MARKS), (PERIOD, "."), (SYMBOL, SYMBOLS)):
+    for bit, characters in (
+        (LOWER, ascii_lowercase), (MARK, PLAIN_MARKS), (PERIOD, "."), (SYMBOL, SYMBOLS), (DIGIT, digits), (UNDERSCORE, "_"),
+    ):  # fmt: skip
         kinds[[ord(character) for character in characters]] |= bit
     return kinds
 
@@ -77,7 +83,7 @@ def _special() -> np.ndarray:
     same place."""
     table = np.zeros(1 << (64 - _PLACES), np.uint8)
     for bit, words in ((BARE, EXCEPTIONS), (MARKED, ODD_CORES)):
-        letters = [word for word in words if word.isalpha()]
+        letters = [word for word in words if word.replace("_", "").isalnum()]
         stops = np.cumsum([len(word) for word in letters])
         starts = np.concatenate([[0], stops[:-1]])
         table[hashed(looked_up("".join(letters))[0], starts, stops) >> np.uint64(_PLACES)] |= bit
@@ -92,16 +98,28 @@ def parts(codes: np.ndarray, kinds: np.ndarray) -> TextParts:
     starts, stops = edges[::2], edges[1::2]
     first, last = kinds[starts], kinds[stops - 1]
     before = (first & MARK) != 0
-    after = ((last & MARK) != 0) | (((last & PERIOD) != 0) & ((kinds[stops - 2] & LOWER) != 0))
+    after = ((last & MARK) != 0) | (((last & PERIOD) != 0) & ((kinds[stops - 2] & (LOWER | DIGIT)) != 0))
     begins, ends = starts + before, stops - after
     letters = np.zeros(len(kinds) + 1, np.int32)
     np.cumsum((kinds & LETTER) != 0, out=letters[1:])
-    sizes = ends - begins
-    plain = (letters[ends] - letters[begins] == sizes) & (sizes > 0) & (sizes <= LONGEST_PLAIN)
+    sizes, of_core = ends - begins, letters[ends] - letters[begins]
+    plain = (of_core == sizes) & (sizes > 0) & (sizes <= LONGEST_PLAIN)
+    plain[_names(kinds, begins, ends, np.flatnonzero((of_core < sizes) & (sizes <= LONGEST_PLAIN)))] = True
     which = np.flatnonzero(plain)
     hashes = np.zeros(len(starts), np.uint64)
     hashes[which] = hashed(codes, begins[which], ends[which])
     marked = (before | after)[which]
     special = _special()[hashes[which] >> np.uint64(_PLACES)] & np.where(marked, MARKED, BARE).astype(np.uint8)
     plain[which[special != 0]] = False
-    return TextParts(starts, stops, plain, before, after, hashes)
+    return TextParts(starts, stops, plain, before, after, hashes, of_core > 0)
+
+
+def _names(kinds: np.ndarray, begins: np.ndarray, ends: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """Chooses, from the parts `which`, those whose core [begin, end) is a number or a name: letters, digits, and underscores, but
+    no underscore at the beginning. The core ends with a digit, or with an underscore and letters."""
+    which = which[(kinds[begins[which]] & (LETTER | DIGIT) != 0) & (kinds[ends[which] - 1] & (LETTER | DIGIT) != 0)]
+    others = np.flatnonzero(kinds & (LETTER | DIGIT | UNDERSCORE) == 0)
+    which = which[np.searchsorted(others, begins[which]) == np.searchsorted(others, ends[which])]
+    not_letters = np.flatnonzero(kinds & LETTER == 0)
+    last = not_letters[np.searchsorted(not_letters, ends[which]) - 1]
+    return which[(last == ends[which] - 1) | (kinds[last] & UNDERSCORE != 0)]

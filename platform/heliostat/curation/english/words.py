@@ -21,7 +21,7 @@ import xxhash
 from heliostat.curation.comparable import BLOCK, hashed
 from heliostat.curation.english import plain
 from heliostat.curation.english.plain import TERMINALS
-from heliostat.curation.english.tokens import tokens
+from heliostat.curation.english.tokens import LONGEST, ODD_CORES, tokens
 from heliostat.curation.slices import slices
 from heliostat.tasks import spill
 
@@ -97,8 +97,8 @@ class Words:
         counts[other] = others
         firsts = np.concatenate([[0], np.cumsum(counts)])  # index of each part's first word
         columns = _columns(firsts[-1])
-        letters = parts.stops - parts.starts - parts.before - parts.after
-        _put(columns, (firsts[:-1] + parts.before)[which], parts.hashes[which], letters[which], False, True)
+        sizes = parts.stops - parts.starts - parts.before - parts.after
+        _put(columns, (firsts[:-1] + parts.before)[which], parts.hashes[which], sizes[which], False, parts.letters[which])
         before, after = which[parts.before[which]], which[parts.after[which]]
         for places, marks in ((firsts[before], parts.starts[before]), (firsts[after + 1] - 1, parts.stops[after] - 1)):
             _put(columns, places, spill.mixed(codes[marks]), 1, (kinds[marks] & plain.SYMBOL) != 0, False)
@@ -164,6 +164,7 @@ shared = Words()  # one per process: a filter reuses the words that an earlier f
 # sentences: a sentence begins at the first word after a terminal that isn't punctuation
 MOST_PARTS, LONG_PART = 1 << 19, 64  # maximum cached parts, and characters of a part that isn't cached
 _PLAIN = (0, False, 1, False)  # the counts of a word
+_WORD_AND_TERMINAL = (0, True, 1, True)
 _TERMINAL = re.compile(f"[{re.escape(''.join(sorted(TERMINALS)))}]")
 _ASCII_TERMINAL = re.compile(f"[{re.escape(''.join(sorted(filter(str.isascii, TERMINALS))))}]")  # the same in ASCII text, faster
 _OTHER_SPACE = regex.compile(r"[^\S ]")
@@ -209,6 +210,9 @@ def _effect(part: str) -> tuple[int, bool, int, bool]:
     if _TERMINAL.search(part) is None:
         ended = is_punctuation(part)
         return 0, False, int(not ended), ended
+    core, mark = part[:-1], part[-1]
+    if core.isalpha() and core not in ODD_CORES and (mark in "!?" or (mark == "." and "a" <= core[-1] <= "z")):
+        return _WORD_AND_TERMINAL if len(part) <= LONGEST else _PLAIN
     words = tokens(part)
     begun, ended = _run(words, False)
     begun_behind, ended_behind = _run(words, True)

@@ -7,14 +7,13 @@ bands: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3.)
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 
-from heliostat.curation.comparable import FACTOR, words
+from heliostat.curation.comparable import FACTOR, has_word, words
+from heliostat.curation.minhash import exact
 from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
@@ -60,43 +59,50 @@ def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
     return bands
 
 
-def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str, object]:
-    """Writes pairs (key, row) to a temporary file, for the documents of `run` except copies. A copy is a document with the same
+def sign(folder: Location, run: SpilledRun, parameters: Parameters, repeated: str | None = None) -> dict[str, object]:
+    """Writes pairs (key, row) to a temporary file, for the documents of `run` except copies. A copy has the same text or the same
     keys as an earlier document. Writes the row of each copy, and the row of the earlier document, to a second temporary file.
 
-    A copy has the same candidates as the earlier document, so heliostat doesn't compare the copy again.
+    A copy has the same candidates as the earlier document, so heliostat doesn't compare the copy again. `repeated`: the file that
+    lists the documents whose text other runs have, too (`exact.copies`). Such a document gets one more key, which all documents
+    with the text share. If another run signs the text, this key is the document's only key.
     """
-    bands, rows = [np.zeros((0, parameters.bands), np.uint64)], [np.zeros(0, np.uint32)]
-    each = max(1, VALUES // (parameters.bands * parameters.rows))
+    rows, _, first = exact.in_run(folder, run, parameters.within)
+    shared, shared_keys, copied = exact.read(folder, repeated)
+    elsewhere, once = shared[copied], np.unique(first)
+    bands, row = [np.zeros((0, parameters.bands), np.uint64)], [np.zeros(0, np.uint32)]
+    stands = np.full(int(rows.max(initial=0)) + 1, -1, np.int64)  # the row that has the keys of a row, -1 for a row without words
     for whole in survivors(folder, run, columns=["text", *(["columns"] if parameters.within else [])]):
-        for table in (whole.slice(first, each) for first in range(0, len(whole), each)):
-            signatures, which = _keys_of(table, parameters)
+        table = whole.filter(pa.array(np.isin(whole["row"].to_numpy(), once)))
+        away = np.isin(table["row"].to_numpy(), elsewhere)
+        having = [has_word(text) for text in table["text"].filter(pa.array(away)).to_pylist()]
+        worded = table["row"].to_numpy()[away][having]
+        stands[worded] = worded
+        table = table.filter(pa.array(~away))
+        each = max(1, VALUES // (parameters.bands * parameters.rows))
+        for part in (table.slice(at, each) for at in range(0, len(table), each)):
+            signatures, which = _keys_of(part, parameters)
             bands.append(signatures)
-            rows.append(table["row"].to_numpy()[which])
-    signed, row = np.concatenate(bands), np.concatenate(rows)
-    first, group = np.unique(signed, axis=0, return_index=True, return_inverse=True)[1:]
-    copies = np.flatnonzero(first[group.ravel()] != np.arange(len(row)))
-    of = row[first[group.ravel()[copies]]]
-    keys = pa.table({"key": signed[first].ravel(), "row": np.repeat(row[first], parameters.bands)})
-    names = [spill.write(folder, keys, ("row",))]
-    if len(copies):
-        names.append(spill.write(folder, pa.table({"key": row[copies].astype(np.uint64), "first": of})))
-    return {"keys": names[0], "copies": names[1] if len(copies) else None, "rows": len(keys), "files": names}
+            row.append(part["row"].to_numpy()[which])
+    signed, having_keys = np.concatenate(bands), np.concatenate(row)
+    at, group = np.unique(signed, axis=0, return_index=True, return_inverse=True)[1:]
+    stands[having_keys] = having_keys[at[group.ravel()]]
+    of, of_shared = stands[first], stands[shared]
+    copies = (of >= 0) & (of != rows)
+    key = np.concatenate([signed[at].ravel(), shared_keys[of_shared >= 0]])
+    keyed = np.concatenate([np.repeat(having_keys[at], parameters.bands), of_shared[of_shared >= 0].astype(np.uint32)])
+    names = [spill.write(folder, pa.table({"key": key, "row": keyed}), ("row",))]
+    if copies.any():
+        of_copies = pa.table({"key": rows[copies].astype(np.uint64), "first": of[copies].astype(np.uint32)})
+        names.append(spill.write(folder, of_copies))
+    copies_name = names[1] if copies.any() else None
+    return {"keys": names[0], "copies": copies_name, "rows": len(key), "signed": len(once) - len(elsewhere), "files": names}
 
 
 def _keys_of(table: pa.Table, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the keys of a table's documents, once per distinct text. Documents with different values in the column `within`
-    have different keys. Returns uint64 [documents, bands], and the indexes of the documents that have words."""
-    texts = table["text"].to_pylist()
-    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    hashes, having = keys(list(numbers), parameters)
-    place = np.full(len(numbers), -1)
-    place[having] = np.arange(len(having))
-    places = place[[numbers[text] for text in texts]]
-    which = np.flatnonzero(places >= 0)
-    hashes = hashes[places[which]]
+    """Computes the keys of a table's documents. Documents with different values in the column `within` have different keys.
+    Returns uint64 [documents, bands], and the indexes of the documents that have words."""
+    hashes, which = keys(table["text"].to_pylist(), parameters)
     if parameters.within:
-        columns_of = table["columns"].take(pa.array(which)).to_pylist()
-        values = [json.dumps(json.loads(columns or "{}").get(parameters.within), sort_keys=True) for columns in columns_of]
-        hashes = spill.mixed(hashes ^ np.array([xxhash.xxh64_intdigest(value.encode()) for value in values], np.uint64)[:, None])
+        hashes = spill.mixed(hashes ^ exact.within_of(table, parameters.within)[which, None])
     return hashes, which

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import heapq
 import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from functools import lru_cache
+from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +22,8 @@ import pyarrow.compute as pc
 
 from heliostat.curation.comparing import JUDGED, LARGEST, counted
 from heliostat.curation.embedding import TextEmbedder
+from heliostat.curation.engine import filled
+from heliostat.curation.minhash.components import Edges
 from heliostat.curation.minhash.keep import Rule, ranked
 from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.semantic import vectors
@@ -33,6 +38,11 @@ REASON = "near_duplicate"
 ABOUT = pa.schema(
     [("key", pa.uint64()), ("rank", pa.float64()), ("value", pa.large_string()), ("id", pa.large_string()), ("node", pa.uint64())]
 )
+ORDER = [(name, "ascending") for name in ABOUT.names]  # the order of comparison
+OF_BLOCK = 64  # sampled documents per block of a large cell
+JUDGED_ROWS = 1 << 16  # dropped documents per temporary file
+ROW_BYTES = 400  # bytes of memory per document of a cell, in addition to its vector
+NUMBER_BYTES = 16  # bytes of memory per number of a compared vector, with copies
 
 
 @dataclass(frozen=True)
@@ -150,37 +160,32 @@ def judge(folder: Location, part: int, parts: int, names: list[str], least: floa
     of `parts` equal ranges of keys. A document is dropped if an earlier document in the order of the rule stays and has a cosine
     similarity of at least `least`.
 
-    `held`: the maximum number of vectors in memory. Don't rename this argument, because the keys of recorded tasks contain its
-    name.
+    `held`: the maximum number of vectors in memory. A cell with more documents is compared in blocks. Don't rename this argument,
+    because the keys of recorded tasks contain its name.
     """
-    all_ = Dealt.read(folder, names, *spill.share(part, parts))
-    judged, bins, largest, of_clusters = [JUDGED.empty_table()], dict[str, list[int]](), list[tuple[int, str]](), list[int]()
-    whole = all_.vectors(0, len(all_.nodes)) if 0 < len(all_.nodes) <= held else None
-    for begin, end in all_.cells():
-
-        def read(start: int, stop: int, begin: int = begin, end: int = end) -> np.ndarray:
-            first, last = begin + start, min(begin + stop, end)
-            return all_.vectors(first, last) if whole is None else whole[first:last]
-
-        near, best = vectors.sieve(read, end - begin, least, held)
+    files, bins, largest, of_clusters = list[str](), dict[str, list[int]](), list[tuple[int, str]](), Counter[int]()
+    for dealt in Dealt.read(folder, names, *spill.share(part, parts), held):
+        near, best = dealt.sieve(least, held)
         goes = best >= np.float32(least)
-        gone, by = np.flatnonzero(goes) + begin, near[goes] + begin
-        stayed, sizes = np.unique(by, return_counts=True)
-        cluster_of = dict(zip(stayed.tolist(), zip(all_.ids(stayed), (sizes + 1).tolist(), strict=True), strict=True))
-        judged.append(_judged(all_.nodes[gone], [cluster_of[place] for place in by.tolist()], best[goes]))
-        of_clusters += [size for _, size in cluster_of.values()]
-        largest = heapq.nsmallest(LARGEST, [*largest, *((-size, id) for id, size in cluster_of.values())])
+        gone, (stayed, of, sizes) = np.flatnonzero(goes), np.unique(near[goes], return_inverse=True, return_counts=True)
+        ids = dealt.ids(stayed)
+        details = pa.array([f"{id} (one of {size + 1})" for id, size in zip(ids, sizes.tolist(), strict=True)], pa.large_string())
+        for at in range(0, len(gone), JUDGED_ROWS):
+            some = slice(at, at + JUDGED_ROWS)
+            table = _judged(dealt.nodes[gone[some]], details.take(pa.array(of[some])), best[gone[some]])
+            files.append(spill.write(folder, table, ("reason",)))
+        of_clusters.update((sizes + 1).tolist())
+        largest = heapq.nsmallest(LARGEST, chain(largest, zip((-1 - sizes).tolist(), ids, strict=True)))
         _count(bins, best, goes)
-    name = spill.write(folder, pa.concat_tables(judged), ("reason",))
-    largest_rows = [[-size, id] for size, id in largest]
-    return {"judged": name, "clusters": len(of_clusters), "largest": largest_rows, "sizes": counted(of_clusters), "bins": bins,
-            "files": [name]}  # fmt: skip
+    first, *further = files or [spill.write(folder, JUDGED.empty_table())]
+    largest_rows, sizes_of = [[-size, id] for size, id in largest], counted(of_clusters.elements())
+    return {"judged": first, "further": further, "clusters": of_clusters.total(), "largest": largest_rows, "sizes": sizes_of,
+            "bins": bins, "files": [first, *further]}  # fmt: skip
 
 
-def _judged(nodes: np.ndarray, by: list[tuple[str, int]], cosines: np.ndarray) -> pa.Table:
-    details = [f"{id} (one of {size})" for id, size in by]
+def _judged(nodes: np.ndarray, details: pa.Array, cosines: np.ndarray) -> pa.Table:
     measures = [json.dumps({"similarity": round(cosine, 4)}) for cosine in cosines.tolist()]
-    columns = [pa.array(nodes), pa.array([REASON] * len(nodes), pa.large_string()), pa.array(details, pa.large_string())]
+    columns = [pa.array(nodes), pa.array([REASON] * len(nodes), pa.large_string()), details]
     return pa.Table.from_arrays([*columns, pa.array(measures, pa.large_string())], schema=JUDGED)
 
 
@@ -195,46 +200,114 @@ def _count(bins: dict[str, list[int]], best: np.ndarray, goes: np.ndarray) -> No
 
 @dataclass(frozen=True)
 class Dealt:
-    """Reads the documents of a range of cells, cell by cell, in the order in which heliostat compares them. Reads vectors on
-    request, and keeps none in memory."""
+    """Describes the documents of some cells in the order in which heliostat compares them, by the documents' keys and nodes.
+    Reads ids and vectors on request, and keeps none in memory."""
 
     folder: Location
     names: list[str]
-    table: pa.Table
+    keys: np.ndarray
+    nodes: np.ndarray
 
     @classmethod
-    def read(cls, folder: Location, names: list[str], low: int, high: int) -> Dealt:
-        tables = [t.select(ABOUT.names) for t in spill.read_all(folder, names, low, high, ABOUT.names)]
-        order = [(name, "ascending") for name in ABOUT.names]
-        return cls(folder, names, pa.concat_tables([ABOUT.empty_table(), *tables]).sort_by(order).combine_chunks())
-
-    @cached_property
-    def nodes(self) -> np.ndarray:
-        return self.table["node"].to_numpy()
-
-    @cached_property
-    def keys(self) -> np.ndarray:
-        return self.table["key"].to_numpy()
+    def read(cls, folder: Location, names: list[str], low: int, high: int, held: int) -> Iterator[Dealt]:
+        """Yields the documents of a range of cells. Each item has complete cells, whose documents take at most as much memory as
+        `held` vectors, or one larger cell."""
+        counts = [np.unique(t["key"].to_numpy(), return_counts=True) for t in spill.read_all(folder, names, low, high, [])]
+        if not counts:
+            return
+        keys, of = np.unique(np.concatenate([key for key, _ in counts]), return_inverse=True)
+        sizes = np.bincount(of, np.concatenate([count for _, count in counts])).astype(np.int64)
+        tables = spill.read_all(folder, names, low, high, ["vector"])
+        room = max(1, held * NUMBER_BYTES * next(tables)["vector"].type.byte_width // ROW_BYTES)
+        for cells in filled(zip(keys.tolist(), sizes.tolist(), strict=True), lambda cell: cell[1], room):
+            (first, _), (last, _), rows = cells[0], cells[-1], sum(size for _, size in cells)
+            yield cls(
+                folder, names, *map(np.concatenate, zip(*_ordered(folder, names, first, last + 1, rows, room), strict=True))
+            )
 
     def ids(self, places: np.ndarray) -> list[str]:
-        return self.table["id"].take(pa.array(places)).to_pylist()
+        """Reads the ids of the documents at these positions. `places`: in ascending order."""
+        wanted, ids = self.nodes[places], [""] * len(places)
+        order = np.argsort(wanted)
+        for table in self._tables(int(self.keys[0]), int(self.keys[-1]), ["node", "id"]) if len(places) else ():
+            at, which = _places(wanted, order, table["node"].to_numpy())
+            for place, id in zip(at.tolist(), table["id"].take(pa.array(which)).to_pylist(), strict=True):
+                ids[place] = id
+        return ids
 
     def cells(self) -> list[tuple[int, int]]:
         """Lists the first position of each cell's documents, and the position after the last."""
-        starts = np.unique(self.keys, return_index=True)[1].tolist()
-        return list(pairwise([*starts, len(self.nodes)]))
+        return list(pairwise([*np.flatnonzero(spill.starts(self.keys)).tolist(), len(self.nodes)]))
+
+    def sieve(self, least: float, held: int) -> tuple[np.ndarray, np.ndarray]:
+        """Compares the documents of each cell. Returns what `vectors.sieve` returns, with positions among all documents."""
+        near, best = np.full(len(self.nodes), -1, np.int64), np.zeros(len(self.nodes), np.float32)
+        whole = self.vectors(0, len(self.nodes)) if len(self.nodes) <= held else None
+        for begin, end in self.cells():
+
+            def read(start: int, stop: int, begin: int = begin, end: int = end) -> np.ndarray:
+                first, last = begin + start, min(begin + stop, end)
+                return self.vectors(first, last) if whole is None else whole[first:last]
+
+            place, best[begin:end] = vectors.sieve(read, end - begin, least, held)
+            near[begin:end] = np.where(place >= 0, place + begin, -1)
+        return near, best
 
     def vectors(self, start: int, stop: int) -> np.ndarray:
         """Reads the vectors of the documents at the positions `start` to `stop`, as an int8 array [documents, size]."""
         wanted = self.nodes[start:stop]
         order = np.argsort(wanted)
         out = None
-        for name in self.names:
-            for table in spill.read(self.folder, name, int(self.keys[start]), int(self.keys[stop - 1]) + 1, ["node", "vector"]):
-                node, values = table["node"].to_numpy(), unpacked(table["vector"])
-                at = np.minimum(np.searchsorted(wanted, node, sorter=order), len(wanted) - 1)
-                place, here = order[at], wanted[order[at]] == node
-                out = np.zeros((len(wanted), values.shape[1]), np.int8) if out is None else out
-                out[place[here]] = values[here]
+        for table in self._tables(int(self.keys[start]), int(self.keys[stop - 1]), ["node", "vector"]):
+            values = unpacked(table["vector"])
+            place, which = _places(wanted, order, table["node"].to_numpy())
+            out = np.zeros((len(wanted), values.shape[1]), np.int8) if out is None else out
+            out[place] = values[which]
         assert out is not None
         return out
+
+    def _tables(self, first: int, last: int, columns: list[str]) -> Iterator[pa.Table]:
+        return spill.read_all(self.folder, self.names, first, last + 1, columns)
+
+
+def _places(wanted: np.ndarray, order: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the `nodes` that are in `wanted`. Returns their positions in `wanted`, and in `nodes`. `order`: the positions of
+    `wanted` in ascending order of values."""
+    at = order[np.minimum(np.searchsorted(wanted, nodes, sorter=order), len(wanted) - 1)]
+    which = np.flatnonzero(wanted[at] == nodes)
+    return at[which], which
+
+
+def _ordered(folder: Location, names: list[str], low: int, high: int, rows: int, room: int) -> Iterator[Edges]:
+    """Yields the keys and nodes of the documents in a range of keys, in the order of comparison. Reads all `rows` documents at
+    once if they are at most `room`. Otherwise reads the files once for each block of about `room` documents."""
+    pivots = _pivots(folder, names, low, high, -(-rows // room), rows) if rows > room else []
+    for after, until in pairwise([None, *pivots, None]):
+        tables = [ABOUT.empty_table()]
+        for table in spill.read_all(folder, names, low, high, ABOUT.names):
+            which = np.ones(len(table), bool) if until is None else _before(table, until)
+            which &= True if after is None else ~_before(table, after)
+            tables.append(table.select(ABOUT.names).filter(pa.array(which)))
+        block = pa.concat_tables(tables).sort_by(ORDER)
+        tables.clear()
+        yield block["key"].to_numpy(), block["node"].to_numpy()
+
+
+def _pivots(folder: Location, names: list[str], low: int, high: int, blocks: int, rows: int) -> list[dict[str, Any]]:
+    """Chooses the documents at which `blocks` blocks of about the same size begin, from a sample of the `rows` documents in a
+    range of keys."""
+    limit, tables = min(spill.ALL - 1, spill.ALL * blocks * OF_BLOCK // rows), list[pa.Table]()
+    for table in spill.read_all(folder, names, low, high, ABOUT.names):
+        tables.append(table.select(ABOUT.names).filter(pa.array(spill.mixed(table["node"].to_numpy()) < np.uint64(limit))))
+    sample = pa.concat_tables(tables).sort_by(ORDER)
+    return sample.take(pa.array(np.arange(1, blocks) * len(sample) // blocks)).to_pylist() if len(sample) >= blocks else []
+
+
+def _before(table: pa.Table, pivot: dict[str, Any]) -> np.ndarray:
+    """Returns whether each document comes before the document `pivot` in the order of comparison, bool [documents]."""
+    before, equal = np.zeros(len(table), bool), np.ones(len(table), bool)
+    for name, _ in ORDER:
+        value = pa.scalar(pivot[name], table.schema.field(name).type)
+        before |= equal & pc.less(table[name], value).to_numpy()
+        equal &= pc.equal(table[name], value).to_numpy()
+    return before

@@ -100,19 +100,26 @@ def sieve(vectors: Vectors, count: int, least: float, capacity: int) -> tuple[np
     """Visits `count` rows in order. Drops a row if the cosine similarity with an earlier kept row is at least `least` (> 0).
 
     Returns two arrays [count]: the position of the nearest earlier kept row (-1: none), and the similarity with this row (0:
-    none). The dropped rows are those with a similarity of at least `least`. At most 2 * `capacity` rows are in memory.
+    none). The dropped rows are those with a similarity of at least `least`. At most 3 * `capacity` rows are in memory. Rows that
+    stay are read again only if they are more than `capacity`.
     """
     near, best = np.full(count, -1, np.int64), np.zeros(count, np.float32)
+    stayed = dict[int, Rows]()  # by the first row of a block
     for start in range(0, count, capacity):
         rows = Rows.of(vectors(start, min(start + capacity, count)), start)
         for before in range(0, start, capacity):
             stay = np.flatnonzero(best[before : before + capacity] < np.float32(least))
-            _closer(near, best, rows, Rows.of(vectors(before, before + capacity), before)[stay])
+            if len(stay):
+                kept = stayed.get(before)
+                _closer(near, best, rows, Rows.of(vectors(before, before + capacity), before)[stay] if kept is None else kept)
         for first in range(0, len(rows), TOGETHER):
             stay = np.flatnonzero(best[start : start + first] < np.float32(least))
             part = rows[first : first + TOGETHER]
             _closer(near, best, part, rows[stay])
             _beside(near, best, part, least)
+        stay = np.flatnonzero(best[start : start + len(rows)] < np.float32(least))
+        if sum(map(len, stayed.values())) + len(stay) <= capacity:
+            stayed[start] = rows[stay]
     return near, best
 
 
@@ -131,6 +138,8 @@ def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> Non
 def _beside(near: np.ndarray, best: np.ndarray, part: Rows, least: float) -> None:
     """Compares each row of `part` with the earlier kept rows of `part`, one row after another. If one of these is more similar
     than `best`, updates `best` (the similarity) and `near` (the position of the more similar row)."""
+    if (best[part.places] >= np.float32(least)).all():
+        return  # none of these rows stays
     cosines, stays = part.cosines(part), np.zeros(len(part), bool)
     for i, at in enumerate(part.places.tolist()):
         before = np.flatnonzero(stays[:i])

@@ -21,7 +21,7 @@ from heliostat.curation import comparing, recording, tally
 from heliostat.curation.comparing import adding, by_runs, settled
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated
-from heliostat.curation.minhash import components
+from heliostat.curation.minhash import components, exact
 from heliostat.curation.minhash.keep import Rule, candidates, choose, decide, members
 from heliostat.curation.minhash.signatures import Parameters, sign
 from heliostat.curation.segment import SpilledRun, store
@@ -71,8 +71,8 @@ class MinHash(GlobalStage):
         kind = f"minhash-{number}"
         parameters = Parameters(self.bands, self.rows, self.ngram, self.seed, self.within)
         follows = [self.version, vars(parameters), self.library_versions()]
-        signing = (Task(key(run.name, run.decided, follows), {"run": run, "parameters": parameters}, bytes=run.bytes)
-                   for run in runs)  # fmt: skip
+        repeated = self._repeated(flow, kind, runs, memory_limit)
+        signing = (_signing(run, parameters, follows, name) for run, name in zip(runs, repeated, strict=True))
         signed = flow.taken(f"{kind}-sign", sign, signing, itemgetter("keys", "rows", "copies"))
         parts = parts_of(sum(rows for _, rows, _ in signed) * ROW_BYTES, memory_limit)
         keys = [(name, rows) for name, rows, _ in signed]
@@ -96,3 +96,26 @@ class MinHash(GlobalStage):
         part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}
         curated.tallies.append(store(flow.work.spill, {name: part}))
         return left
+
+    def _repeated(self, flow: Flow, kind: str, runs: list[SpilledRun], memory_limit: int) -> list[str | None]:
+        """Finds the texts that several runs have. Returns, for each run, the temporary file that lists its documents with such
+        texts (`exact.copies`), or None if the run has none."""
+        identifying = (Task(key("identify", number, run.name, run.decided, self.within),
+                            {"number": number, "run": run, "within": self.within}, bytes=run.bytes)
+                       for number, run in enumerate(runs))  # fmt: skip
+        identified = flow.taken(f"{kind}-identify", exact.identify, identifying, itemgetter("rows", "texts"))
+        parts = parts_of(sum(rows for rows, _ in identified) * exact.ROW_BYTES, memory_limit)
+        texts = by_parts(flow, f"{kind}-exact", parts, [name for _, name in identified])
+        shared = flow.all(f"{kind}-exact", exact.repeated, texts)
+        names = [r["repeated"] for r in shared if r["rows"]]
+        if not names:
+            return [None] * len(runs)
+        copying = flow.all(f"{kind}-copies", exact.copies, by_runs(flow, f"{kind}-copies", runs, names, memory_limit))
+        return [name for r in copying for name in r["copies"]]
+
+
+def _signing(run: SpilledRun, parameters: Parameters, follows: list[object], repeated: str | None) -> Task:
+    """Builds the task that signs a run. A run that shares no text with another run has the same key as in earlier versions of
+    heliostat, so finished tasks of these versions count."""
+    task = Task(key(run.name, run.decided, follows), {"run": run, "parameters": parameters}, bytes=run.bytes)
+    return adding(task, repeated=repeated) if repeated else task

@@ -8,10 +8,11 @@ document that stays is `min_similarity` or more. So the documents that stay in a
 `min_similarity`. Each dropped document has a similarity of at least `min_similarity` to a document that stays, not only to
 another dropped document.
 
-The stage finds all pairs within a cell. A dataset of up to `cell_documents` documents has only one cell. If two similar documents
-are in different cells, both stay. A second `semantic` stage with another `seed` uses different cells, so this second stage
-compares other pairs. Vectors are rounded to 8 bits, so the results are the same on every machine. The model reads only the first
-`max_tokens` tokens of a document. Put this stage after `minhash`.
+The stage finds all pairs within a cell. A cell of any size is one task, with bounded memory: if a cell doesn't fit into
+`memory_limit`, the task reads the vectors in blocks, and keeps about 30 bytes per document. A dataset of up to `cell_documents`
+documents has only one cell. If two similar documents are in different cells, both stay. A second `semantic` stage with another
+`seed` uses different cells, so this second stage compares other pairs. Vectors are rounded to 8 bits, so the results are the same
+on every machine. The model reads only the first `max_tokens` tokens of a document. Put this stage after `minhash`.
 """
 
 from __future__ import annotations
@@ -33,9 +34,7 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
-ROW_BYTES = 400  # bytes of memory per document of a cell, in addition to its vector
 VECTORS = 16  # a file of vectors has up to `memory_limit` / VECTORS bytes: it is sorted, encoded, and read again
-NUMBER_BYTES = 16  # bytes of memory per number of a compared vector, with copies
 
 
 class Semantic(scoring.NamesModel, GlobalStage):
@@ -100,8 +99,8 @@ class Semantic(scoring.NamesModel, GlobalStage):
         dealing = (Task(key("deal", i, runs[i].name, runs[i].decided, name, rule),
                         {"number": i, "run": runs[i], "vectors_name": name, **rule}) for i, name in files)  # fmt: skip
         dealt = [r["dealt"] for r in flow.all(f"{kind}-deal", cells.deal, dealing)]
-        capacity = max(1, memory_limit // 2 // (NUMBER_BYTES * max(1, size)))
-        shares = min(many, parts(rows * (size * NUMBER_BYTES + ROW_BYTES), memory_limit))
+        capacity = max(1, memory_limit // 2 // (cells.NUMBER_BYTES * max(1, size)))
+        shares = min(many, parts(rows * (size * cells.NUMBER_BYTES + cells.ROW_BYTES), memory_limit))
         judging = by_parts(flow, kind, shares, dealt, least=self.min_similarity, held=capacity)
         judged = flow.all(f"{kind}-judge", cells.judge, judging)
         cut = sum(r["cut"] for r in embedded)

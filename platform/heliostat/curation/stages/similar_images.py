@@ -59,7 +59,8 @@ class SimilarImages(GlobalStage):
             parts_of(sum(r["rows"] for r in grouped) * KEY_BYTES, memory_limit),
         )
         paired = flow.all(f"{kind}-pairs", alike.pairs, by_parts(flow, kind, meeting, under, distance=distance)) if under else []
-        edges, messages, fates, waiting = [r["edges"] for r in paired], list[str](), list[str](), sum(r["rows"] for r in paired)
+        edges = [name for r in paired for name in (r["edges"], *r.get("further", ()))]
+        messages, fates, waiting = list[str](), list[str](), sum(r["rows"] for r in paired)
         shares = parts_of(waiting * KEY_BYTES, memory_limit)
         for _ in range(ROUNDS if waiting else 0):
             settled = flow.all(f"{kind}-settle", alike.settle, by_parts(flow, kind, shares, edges, {"messages": messages}))
