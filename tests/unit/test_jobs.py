@@ -32,6 +32,8 @@ def test_there_are_jobs():
         "quickstart-diffusion",
         "stable-diffusion-2",
         "dit-xl-2",
+        "prx-1b",
+        "sd3-medium",
         "masked-lm",
         "classifier",
     } <= {p.stem for p in FILES}
@@ -47,6 +49,8 @@ def test_there_are_jobs():
         ("qwen3-30b-a3b", 30_532_122_624),  # as published
         ("stable-diffusion-2", 865_910_724),  # as published
         ("dit-xl-2", 610_837_648),
+        ("prx-1b", 1_170_691_648),
+        ("sd3-medium", 2_028_328_000),
     ],
 )
 def test_a_full_scale_model_has_the_parameters_that_its_comment_says(name, parameters):
