@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes.images.pipeline import embed, tokenize
+from heliostat.recipes.images.pipeline import encode, tokenize
 from transformers import BertConfig, BertModel
 
 from tests.unit import build_images
@@ -87,7 +87,7 @@ def test_the_rows_of_berts_padding_are_zero_and_no_other_row_is(digits, tmp_path
     assert np.array_equal(found.any(-1), tokens.attention_mask.numpy().astype(bool)) and not found.any(-1).all()
     with torch.no_grad():  # padding changes no embedding of a token
         alone = [encoder(input_ids=ids[None, : int(mask.sum())])[0][0] for ids, mask in zip(*tokens.values(), strict=True)]
-        pooled = embed(encoder, tokens.input_ids, tokens.attention_mask, "mean")
+        pooled = encode(encoder, tokens.input_ids, tokens.attention_mask, "mean").tokens
     for row, mean, exact in zip(found, pooled, alone, strict=True):
         assert np.abs(row[: len(exact)] - exact.numpy()).max() < 2e-3
         assert torch.allclose(mean[0], exact.mean(0), atol=1e-5)

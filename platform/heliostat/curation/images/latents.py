@@ -27,17 +27,45 @@ from heliostat.tasks.shipping import Shipment
 EMPTY = "empty_caption.bin"
 
 
+class TextEncoding(Strict):
+    """Describes a frozen text encoder of a list, and the embeddings that it computes. The keys are those of `model.text` in a
+    job, where they must be the same."""
+
+    text_encoder: str
+    """Frozen text encoder (CLIP, T5, BERT, Gemma): a folder, or a name on the Hugging Face Hub."""
+    length: int = Field(77, gt=1)
+    """Maximum tokens of a caption."""
+    pooling: Literal["mean"] | None = None
+    """`mean`: stores one embedding per caption, the mean over the caption's tokens. Unset: stores one embedding per token."""
+    layer: Literal["last", "penultimate"] = "last"
+    """Layer that gives the embeddings. SD3 and U-Nets with two CLIP encoders take the `penultimate` layer of CLIP, and Lumina the
+    `penultimate` layer of Gemma."""
+    padding: Literal["seen", "kept", "zero"] | None = None
+    """Padding of short captions. `seen`: the text encoder attends to it, as in SD3 and FLUX. `kept`: the text encoder masks it,
+    but the dataset stores its embeddings. `zero`: these embeddings are zero, so that a job can mask them. Unset: `seen` for CLIP,
+    `kept` for T5, else `zero`."""
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """Returns the arguments of `pipeline.encode`."""
+        return {"pooling": self.pooling, "layer": self.layer, "padding": self.padding}
+
+
 class Latents(Strict):
     """Configures the frozen encoders: their folders, their batch size, and their actors. At least one encoder is required."""
 
     autoencoder: str | None = None
-    """Frozen `AutoencoderKL`: a folder, or a name on the Hugging Face Hub (docs/guides/hub.md). Unset: images stay pixels."""
+    """Frozen `AutoencoderKL` or `AutoencoderDC`: a folder, or a name on the Hugging Face Hub (docs/guides/hub.md). Unset: images
+    stay pixels."""
     text_encoder: str | None = None
     """Frozen text encoder (CLIP, T5, BERT): a folder, or a name on the Hugging Face Hub. Unset: captions stay text."""
     pooling: Literal["mean"] | None = None
     """`mean`: stores one embedding per caption, the mean over the caption's tokens. Unset: stores one embedding per token."""
     length: int = Field(77, gt=1)
     """Maximum tokens of a caption."""
+    text_encoders: list[TextEncoding] = Field([], max_length=3)
+    """Several frozen text encoders, for SD3, FLUX, or a U-Net with two CLIP encoders. Also for one text encoder with keys that
+    `text_encoder` doesn't have. Use either `text_encoder` or this key."""
     workers: int = Field(1, gt=0)
     """Number of encoding actors."""
     gpus: Float = Field(0.0, ge=0)
@@ -50,24 +78,29 @@ class Latents(Strict):
         from transformers import AutoConfig
 
         from heliostat.recipes.images import config as diffusion_config
-        from heliostat.recipes.images import text_encoders
+        from heliostat.recipes.images import frozen_autoencoders, text_encoders
         from heliostat.recipes.pretrained import from_folder
 
         if not self.folders():
             raise ConfigError("latents: has no encoder. Set latents.autoencoder, latents.text_encoder, or both")
+        if self.text_encoder and self.text_encoders:
+            raise ConfigError("latents.text_encoder: can't be combined with latents.text_encoders. Move it into the list")
         if self.pooling and not self.text_encoder:
             raise ConfigError("latents.pooling: needs a text encoder. Set latents.text_encoder, or remove this key")
         for name, folder in self.folders().items():
             config = diffusion_config.folder_config(name, folder)
             diffusion_config.require_weights(name, folder)
             if name == "latents.autoencoder":
+                frozen_autoencoders.kind(name, config)
                 self._check_sizes(config, sizes, channels)
             else:
                 text_encoders.kind(name, from_folder(name, AutoConfig, folder))
 
     @staticmethod
     def _check_sizes(config: dict[str, Any], sizes: tuple[Size, ...], channels: int) -> None:
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        from heliostat.recipes.images import frozen_autoencoders
+
+        factor = frozen_autoencoders.factor(config)
         for size in sizes:
             if size[0] % factor or size[1] % factor:
                 raise ConfigError(
@@ -83,7 +116,15 @@ class Latents(Strict):
     def folders(self) -> dict[str, str]:
         """Returns the folder of each encoder, by the name of its key."""
         named = {"latents.autoencoder": self.autoencoder, "latents.text_encoder": self.text_encoder}
-        return {name: folder for name, folder in named.items() if folder}
+        each = {f"latents.text_encoders.{n}.text_encoder": one.text_encoder for n, one in enumerate(self.text_encoders)}
+        return {name: folder for name, folder in {**named, **each}.items() if folder}
+
+    @property
+    def texts(self) -> list[TextEncoding]:
+        """Returns the text encoders of either key."""
+        if self.text_encoder:
+            return [TextEncoding(text_encoder=self.text_encoder, length=self.length, pooling=self.pooling)]
+        return self.text_encoders
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings and file digests that determine the latents and embeddings.
@@ -94,27 +135,39 @@ class Latents(Strict):
 
         tokenizer = diffusion_config.tokenizer_digest(self.text_encoder) if self.text_encoder else None
         pooled = {"pooling": self.pooling} if self.pooling else {}
-        return {"models": self.models(), "length": self.length, **pooled, **({"tokenizer": tokenizer} if tokenizer else {})}
+        several = [
+            {**one.model_dump(exclude={"text_encoder"}), "digest": diffusion_config.folder_digest(one.text_encoder),
+             "tokenizer": diffusion_config.tokenizer_digest(one.text_encoder)} for one in self.text_encoders
+        ]  # fmt: skip
+        more = {"tokenizer": tokenizer} if tokenizer else {"texts": several} if several else {}
+        return {"models": self.models(), "length": self.length, **pooled, **more}
 
     def shipments(self) -> list[Shipment]:
         """Lists the files that heliostat sends to the tasks: the models, and the text encoder's tokenizer."""
         from heliostat.recipes.images import config as diffusion_config
 
         described = [shipping.describe("latents.autoencoder", self.autoencoder)] if self.autoencoder else []
-        if self.text_encoder:
-            folder, tokenizer = Path(self.text_encoder), diffusion_config.tokenizer_folder(self.text_encoder)
+        for name, text_encoder in self.folders().items():
+            if name == "latents.autoencoder":
+                continue
+            folder, tokenizer = Path(text_encoder), diffusion_config.tokenizer_folder(text_encoder)
             apart = tokenizer != folder and tokenizer.is_dir()
             within = (folder.name, tokenizer.name) if apart else ()
-            described.append(shipping.describe("latents.text_encoder", str(folder.parent if apart else folder), within))
+            described.append(shipping.describe(name, str(folder.parent if apart else folder), within))
         return described
 
     def located(self, folder: Location, shipments: list[Shipment]) -> Latents:
         """Returns a copy of the settings in which the models' paths are this node's paths to the files in `shipments`."""
-        places = dict(zip(self.folders(), [shipping.here(folder, one) for one in shipments], strict=True))
-        text = places.get("latents.text_encoder")
-        if text and self.text_encoder and shipments[-1].within:
-            text = str(Path(text, Path(self.text_encoder).name))
-        return self.model_copy(update={"autoencoder": places.get("latents.autoencoder"), "text_encoder": text})
+        places = dict[str, str]()
+        for (name, model), one in zip(self.folders().items(), shipments, strict=True):
+            place = shipping.here(folder, one)
+            places[name] = str(Path(place, Path(model).name)) if one.within else place
+        each = [
+            one.model_copy(update={"text_encoder": places[f"latents.text_encoders.{n}.text_encoder"]})
+            for n, one in enumerate(self.text_encoders)
+        ]
+        single = {key: places.get(f"latents.{key}") for key in ("autoencoder", "text_encoder")}
+        return self.model_copy(update={**single, "text_encoders": each})
 
     def models(self) -> dict[str, str]:
         from heliostat.recipes.images import config as diffusion_config
@@ -135,48 +188,77 @@ class Encoder:
         torch.set_num_threads(1)
         self.config = Latents(**config)
         self.device = "cuda" if self.config.gpus else "cpu"
-        self.vae = self.text = self.tokenizer = None
+        self.vae, self.texts = None, list[tuple[TextEncoding, Any, Any]]()
         if self.config.autoencoder:
             self.vae = diffusion_config.frozen_autoencoder(self.config.autoencoder).to(self.device)
-        if self.config.text_encoder:
-            self.text = diffusion_config.frozen_text_encoder(self.config.text_encoder).to(self.device)
-            self.tokenizer = diffusion_config.frozen_tokenizer(self.config.text_encoder, self.config.length)
+        for one in self.config.texts:
+            encoder = diffusion_config.frozen_text_encoder(one.text_encoder).to(self.device)
+            self.texts.append((one, encoder, diffusion_config.frozen_tokenizer(one.text_encoder, one.length)))
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        latents: list[bytes | None] = [None] * len(table)
-        embeddings: list[bytes | None] = [None] * len(table)
+        columns: dict[str, list[bytes | None]] = {}
         sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
         for size in sorted(set(sizes)):
             mine = [i for i, one in enumerate(sizes) if one == size]
             for first in range(0, len(mine), self.config.batch):
                 rows = mine[first : first + self.config.batch]
                 part = table.take(pa.array(rows))
-                if self.vae is not None:
-                    for i, latent in zip(rows, self.latents(part), strict=True):
-                        latents[i] = latent.tobytes()
-                if self.text is not None:
-                    for i, embedding in zip(rows, self.embeddings(part["caption"].to_pylist()), strict=True):
-                        embeddings[i] = embedding.tobytes()
-        out = table
-        if self.vae is not None:
-            out = table.drop_columns(["image"]).append_column("latent", pa.array(latents, pa.large_binary()))
-        return out if self.text is None else out.append_column("embedding", pa.array(embeddings, pa.large_binary()))
+                made = {"latent": self.latents(part)} if self.vae is not None else {}
+                for name, values in {**made, **self.embeddings(part["caption"].to_pylist())}.items():
+                    column = columns.setdefault(name, [None] * len(table))
+                    for i, value in zip(rows, values, strict=True):
+                        column[i] = value.tobytes()
+        out = table if self.vae is None else table.drop_columns(["image"])
+        for name in columns or self.columns():
+            out = out.append_column(name, pa.array(columns.get(name, []), pa.large_binary()))
+        return out
+
+    def columns(self) -> list[str]:
+        """Returns the names of the columns with latents and embeddings."""
+        latent = ["latent"] if self.vae is not None else []
+        if self.config.text_encoder:
+            return [*latent, "embedding"]
+        return [*latent, *(column for one in self.stored() for column, _ in one.columns.values())]
+
+    def stored(self) -> list[Any]:
+        """Describes the stored embeddings of a list of text encoders (`rows.StoredText`)."""
+        from heliostat.recipes.images import config as diffusion_config
+        from heliostat.recipes.images import text_encoders
+        from heliostat.recipes.images.pipeline import padding_of
+        from heliostat.recipes.images.rows import StoredText
+
+        out = []
+        for one, encoder, _ in self.texts:
+            width, pooled = text_encoders.widths(encoder.config)
+            settings: dict[str, Any] = {**one.settings, "padding": one.padding or padding_of(encoder.config.model_type)}
+            tokens = 1 if one.pooling else one.length
+            out.append(StoredText(diffusion_config.folder_digest(one.text_encoder), tokens, width, pooled, **settings))
+        return out
 
     def latents(self, table: pa.Table) -> np.ndarray:
         import torch
 
+        from heliostat.recipes.images import frozen_autoencoders
         from heliostat.recipes.images.rows import pixels
 
         with torch.no_grad():
-            return self.vae.encode(pixels(table).to(self.device)).latent_dist.parameters.cpu().numpy().astype(np.float16)
+            return frozen_autoencoders.encode(self.vae, pixels(table).to(self.device)).cpu().numpy().astype(np.float16)
 
-    def embeddings(self, captions: list[str]) -> np.ndarray:
+    def embeddings(self, captions: list[str]) -> dict[str, np.ndarray]:
+        """Embeds captions with each text encoder. Returns the values of each column."""
         import torch
 
-        from heliostat.recipes.images.pipeline import embed, tokenize
+        from heliostat.recipes.images.pipeline import encode, tokenize
 
-        tokens = tokenize(self.tokenizer, captions)
-        with torch.no_grad():
-            ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
-            vectors = embed(self.text, ids, mask, self.config.pooling)
-        return vectors.cpu().numpy().astype(np.float16)
+        out: dict[str, np.ndarray] = {}
+        several = [] if self.config.text_encoder else self.stored()
+        for number, (one, encoder, tokenizer) in enumerate(self.texts):
+            tokens = tokenize(tokenizer, captions)
+            with torch.no_grad():
+                ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+                encoded = encode(encoder, ids, mask, **one.settings)
+            names = several[number].columns if several else {"text": ("embedding", ())}
+            for name, value in (("text", encoded.tokens), ("pooled", encoded.pooled)):
+                if name in names:
+                    out[names[name][0]] = value.cpu().numpy().astype(np.float16)
+        return out

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
-from heliostat.recipes.images import diffusers_folder
+from heliostat.recipes.images import diffusers_folder, frozen_autoencoders
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import grid, png
 from heliostat.recipes.images.noising import Process
@@ -50,8 +50,7 @@ class ImageCanvas:
         self.folder = folder
         self.model = validate(Model, job["model"], str(folder / exported.RECORD))
         self.latent = (folder / "vae").is_dir()
-        blocks = json.loads((folder / "vae/config.json").read_text())["block_out_channels"] if self.latent else [0]
-        self.factor = 2 ** (len(blocks) - 1)
+        self.factor = frozen_autoencoders.factor(json.loads((folder / "vae/config.json").read_text())) if self.latent else 1
         samples = self.model.samples
         self.defaults: dict[str, object] = {"steps": samples.steps, "guidance": samples.guidance}
 

@@ -9,6 +9,7 @@ Each image of a call is drawn from its own generator, so a seed gives the same i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -146,17 +147,67 @@ def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
     return tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
 
 
-def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str | None = None) -> torch.Tensor:
-    """Embeds token ids as [n, tokens, width]. With `pooling`, returns the mean over each text's tokens, [n, 1, width].
+class Encoded(NamedTuple):
+    """Holds what a text encoder returns. `tokens`: [n, tokens, width]. `pooled`: [n, width], of CLIP; None for other encoders."""
 
-    T5 and BERT mask padding. CLIP doesn't mask padding, because its training didn't mask padding. BERT's embeddings of padding
-    are zero, so they show which tokens are padding: the embedding of another token is never zero.
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None
+
+
+def encode(
+    text_encoder: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    pooling: str | None = None,
+    layer: str = "last",
+    padding: str | None = None,
+) -> Encoded:
+    """Embeds token ids. With `pooling`, returns the mean over each text's tokens, [n, 1, width]. `layer`: `last`, with the
+    encoder's final norm, or `penultimate`.
+
+    `padding`: `seen`, the encoder attends to padding; `kept`, the encoder masks padding, but returns its embeddings; `zero`,
+    these embeddings are zero, so they show which tokens are padding. The embedding of another token is never zero. None: `seen`
+    for CLIP, `kept` for T5, `zero` for other encoders.
     """
     kind, read = text_encoder.config.model_type, mask[..., None]
-    hidden = text_encoder(input_ids=ids, **({} if "clip" in kind else {"attention_mask": mask}))[0]
+    padding = padding or padding_of(kind)
+    deeper = {"output_hidden_states": True} if layer == "penultimate" else {}
+    out = text_encoder(input_ids=ids, **({} if padding == "seen" else {"attention_mask": mask}), **deeper)
+    hidden = out.hidden_states[-2] if deeper else out.last_hidden_state
+    pooled = getattr(out, "text_embeds", getattr(out, "pooler_output", None)) if "clip" in kind else None
     if pooling:
-        return (hidden * read).sum(1, keepdim=True) / read.sum(1, keepdim=True)
-    return hidden if "clip" in kind or "t5" in kind else hidden * read
+        return Encoded((hidden * read).sum(1, keepdim=True) / read.sum(1, keepdim=True), pooled)
+    return Encoded(hidden * read if padding == "zero" else hidden, pooled)
+
+
+def padding_of(kind: str) -> str:
+    """Returns what a text encoder of this model type does with padding by default. CLIP was trained on padding."""
+    return "seen" if "clip" in kind else "kept" if "t5" in kind and "gemma" not in kind else "zero"
+
+
+def join(backbone: str, encoded: list[Encoded]) -> Encoded:
+    """Joins the embeddings of several text encoders. `backbone`: the name of the backbone's class.
+
+    - U-Net and SD3 concatenate CLIP encoders by width. SD3 then pads the width with zeros, and appends the tokens of T5.
+    - FLUX takes the tokens of T5.
+    - The pooled embedding is the concatenation of the pooled embeddings of CLIP. With one text encoder, it's None.
+    """
+    if len(encoded) == 1:
+        return Encoded(encoded[0].tokens, None)
+    clips = [(one.tokens, one.pooled) for one in encoded if one.pooled is not None]
+    others = [one.tokens for one in encoded if one.pooled is None]
+    pooled = torch.cat([summary for _, summary in clips], dim=-1)
+    if backbone == "FluxTransformer2DModel":
+        return Encoded(torch.cat(others, dim=1), pooled)
+    tokens = torch.cat([each for each, _ in clips], dim=-1)
+    if others:
+        tokens = torch.nn.functional.pad(tokens, (0, others[0].shape[-1] - tokens.shape[-1]))
+    return Encoded(torch.cat([tokens, *others], dim=1), pooled)
+
+
+def unpadded(tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the mask [n, tokens] of embeddings that aren't padding, whose embeddings are zero."""
+    return (tokens != 0).any(dim=-1)
 
 
 def generators(seeds: list[int]) -> list[torch.Generator]:
@@ -191,6 +242,23 @@ def denoise(
     return x
 
 
+def say(
+    model: Callable[..., torch.Tensor], backbone: Any, dtype: torch.dtype, guidance: float
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Makes the `say(noisy, t)` of `denoise` from a model that predicts from noisy samples, times, and its captions.
+
+    A distilled model gets the guidance scale as input. Then the predictions with and without text are the same.
+    """
+    if not distilled(backbone):
+        return lambda noisy, t: model(noisy=noisy.to(dtype), t=t)
+
+    def once(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        having = model(noisy=noisy.to(dtype), t=t, guidance=guidance).chunk(2)[1]
+        return torch.cat([having, having])
+
+    return once
+
+
 class TextToImagePipeline(DiffusionPipeline):
     unet: Any
     transformer: Any
@@ -202,18 +270,22 @@ class TextToImagePipeline(DiffusionPipeline):
     register_modules: Any
     register_to_config: Any
     config: Any
-    model_cpu_offload_seq = "text_encoder->unet->transformer->vae"
-    _optional_components = ["unet", "transformer", "vae"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae"
+    _optional_components = ["unet", "transformer", "vae", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
 
     def __init__(self, scheduler: Any, text_encoder: Any, tokenizer: Any, unet: Any = None, transformer: Any = None,
-                 vae: Any = None, pooling: str | None = None, sample_size: int | None = None) -> None:  # fmt: skip
+                 vae: Any = None, text_encoder_2: Any = None, tokenizer_2: Any = None, text_encoder_3: Any = None,
+                 tokenizer_3: Any = None, sample_size: int | None = None, texts: list[dict[str, Any]] | None = None,
+                 masked: bool = False) -> None:  # fmt: skip
         """Puts the models of an export together. `sample_size`: the side of the noised tensor in training; None: the
-        side in the backbone's configuration."""
+        side in the backbone's configuration. `texts`: the arguments of `encode` for each text encoder; None: one encoder, without
+        arguments. `masked`: whether the backbone ignores padding."""
         super().__init__()
-        self.register_to_config(pooling=pooling, sample_size=sample_size)
+        self.register_to_config(sample_size=sample_size, texts=texts, masked=masked)
         self.register_modules(
-            scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, transformer=transformer, vae=vae
-        )
+            scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, transformer=transformer, vae=vae,
+            text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3,
+        )  # fmt: skip
         self.processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
     @property
@@ -223,12 +295,29 @@ class TextToImagePipeline(DiffusionPipeline):
     @property
     def factor(self) -> int:
         """Returns the side, in pixels, of the image square that one latent encodes. Returns 1 without an autoencoder."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
+        if self.vae is None:
+            return 1
+        config = self.vae.config
+        return int(2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1))
 
     @property
     def side(self) -> int:
         """Returns the side of an image in training, in pixels."""
         return int(self.config.sample_size or self.backbone.config.sample_size) * self.factor
+
+    def captions(
+        self, prompts: list[str], device: Any, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Embeds prompts as the text, pooled embedding, and mask of `predict`."""
+        encoded = []
+        for number, settings in enumerate(self.config.texts or [{}], start=1):
+            suffix = f"_{number}" if number > 1 else ""
+            tokens = tokenize(getattr(self, f"tokenizer{suffix}"), prompts)
+            ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+            encoded.append(encode(getattr(self, f"text_encoder{suffix}"), ids, mask, **settings))
+        joined = join(type(self.backbone).__name__, encoded)
+        pooled = None if joined.pooled is None else joined.pooled.to(dtype)
+        return joined.tokens.to(dtype), pooled, unpadded(joined.tokens) if self.config.masked else None
 
     @torch.no_grad()
     def __call__(
@@ -247,14 +336,12 @@ class TextToImagePipeline(DiffusionPipeline):
         prompts = [prompt] if isinstance(prompt, str) else prompt
         device, backbone = self._execution_device, self.backbone
         dtype = next(backbone.parameters()).dtype
-        tokens = tokenize(self.tokenizer, [*[""] * len(prompts), *prompts])
-        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-        text = embed(self.text_encoder, ids, mask, self.config.pooling).to(dtype)
+        text, pooled, mask = self.captions([*[""] * len(prompts), *prompts], device, dtype)
         side = self.side
         shape = (len(prompts), channels(backbone), (height or side) // self.factor, (width or side) // self.factor)
         draws = generator if isinstance(generator, list) else [generator or torch.Generator("cpu")] * len(prompts)
         x = denoise(
-            lambda noisy, t: predict(backbone, noisy.to(dtype), t, text),
+            say(partial(predict, backbone, text=text, pooled=pooled, mask=mask), backbone, dtype, guidance_scale),
             self.scheduler, shape, num_inference_steps, guidance_scale, draws, device,
         )  # fmt: skip
         pixels = decode(self.vae, x)
@@ -269,4 +356,4 @@ def decode(vae: Any, x: torch.Tensor) -> torch.Tensor:
     if vae is None:
         return x.clamp(-1, 1)
     dtype = next(vae.parameters()).dtype
-    return vae.decode((x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(dtype)).sample.clamp(-1, 1)
+    return vae.decode((x / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)).to(dtype)).sample.clamp(-1, 1)

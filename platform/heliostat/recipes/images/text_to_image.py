@@ -17,30 +17,26 @@ range of noise strengths.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
-from transformers import CLIPTextModel
 
 from heliostat import extras
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes.images import diffusers_folder, rows
+from heliostat.recipes.images import diffusers_folder, exporting, rows
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import PromptGallery, Say
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
-from heliostat.recipes.images.pipeline import TextToImagePipeline, decode, tokenize
+from heliostat.recipes.images.pipeline import decode, say
 from heliostat.recipes.protocol import Batch, Companion, Draws, Evaluates, Generated, Loss, Paints, Recipe, Serves, Serving
 from heliostat.schema import validate
 
@@ -96,30 +92,24 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         facts = self.parts.facts
         assert facts
         if facts.content == "latents":
-            channels = self.parts.shape()[0]
             (size,) = set(zip(content["width"].to_pylist(), content["height"].to_pylist(), strict=True))
-            out = {"clean": rows.halves(content, "latent", (2 * channels, *self.parts.shape(size)[1:]))}
+            out = {"clean": rows.halves(content, "latent", self.parts.stored_shape(size))}
         else:
             out = {"clean": rows.pixels(content)}
         out["key"] = torch.from_numpy(keys.astype(np.int64))
         if self.version == 1:
             out |= rows.draw_on_host(self.seed, keys, *self._drawn(out["clean"])).named()
-        if facts.text:
-            out["text"] = rows.halves(content, "embedding", facts.text)
-        else:
-            tokens = tokenize(self.parts.tokenizer, content["caption"].to_pylist())
-            out |= {"text": tokens.input_ids, "mask": tokens.attention_mask}
-        return out
+        return out | self.parts.captions(content)
 
     def _drawn(self, clean: torch.Tensor) -> tuple[tuple[int, ...], float, float, bool]:
         """Returns the arguments of `rows.draw` for images or stored latents: the shape of the noise, caption dropout, noise
         offset, and whether to sample latents from their distribution."""
         assert self.parts.facts
         height, width = clean.shape[2:]
-        shape = (
-            (clean.shape[1] // 2, height, width) if self.parts.facts.content == "latents" else self.parts.shape((width, height))
-        )
-        return shape, self.model.caption_dropout, self.model.objective.noise_offset, self.parts.vae_config is not None
+        shape = self.parts.shape((width, height))
+        if self.parts.facts.content == "latents":
+            shape = clean.shape[1] // self.parts.moments, height, width
+        return shape, self.model.caption_dropout, self.model.objective.noise_offset, self.parts.moments > 1
 
     def complete(self, batch: Batch) -> Batch:
         """Draws random numbers, encodes images and captions, and drops some captions. Returns `noise`, `image`, and `caption`."""
@@ -131,13 +121,13 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
             return batch
         if "noise" not in batch:
             batch = batch | rows.draw(self.seed, batch["key"], *self._drawn(batch["clean"])).named()
-        captions: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
+        captions: Batch = {key: batch[key] for key in self.parts.empty if key in batch}
         for key, empty in self.parts.empty_on(batch["key"].device).items() if dropping else ():
             dropped = batch["dropped"].view(-1, *[1] * (captions[key].dim() - 1))
             captions[key] = torch.where(dropped, empty, captions[key])
         return {key: batch[key] for key in ("key", "time", "noise")} | {
             "image": self.parts.clean(batch["clean"], batch.get("posterior")),
-            "caption": self.parts.conditioning(captions["text"], captions.get("mask")),
+            **self.parts.conditioning(captions),
         }
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
@@ -148,7 +138,9 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     def _errors(self, model: nn.Module, batch: Batch, t: torch.Tensor) -> torch.Tensor:
         """Computes the mean squared error of each sample of a completed batch, fp32 [samples]. `t`: the samples' times."""
         image, noise, dtype = batch["image"], batch["noise"], next(model.parameters()).dtype
-        said = model(self.process.noisy(image, noise, t).to(dtype), self.process.told(t), batch["caption"])
+        said = model(
+            self.process.noisy(image, noise, t).to(dtype), self.process.told(t), batch["caption"], **self.parts.beside(batch)
+        )
         return (said.float() - self.process.target(image, noise, t)).square().flatten(1).mean(1)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -176,11 +168,11 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
         with torch.device("meta"):
             model = self.build()
-            text = torch.zeros((1, self.model.text.length), dtype=torch.long)
-            if self.model.text.pretrained:
-                text = torch.zeros((1, self.model.text.embeddings, self.parts.text_width()))
+            text, pooled = self.parts.text_shape.blank(1)
+            if not self.model.frozen_text:
+                text = torch.zeros(text.shape[:2], dtype=torch.long)
             with FlopCounterMode(display=False) as counter:
-                model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text)
+                model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text, pooled)
         return 3.0 * counter.get_total_flops()
 
     def companions(self) -> dict[str, Companion]:
@@ -204,9 +196,10 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         dtype = next(model.parameters()).dtype
 
         def of(prompts: list[str]) -> Say:
-            tokens = tokenize(self.parts.tokenizer, [*[""] * len(prompts), *prompts])
-            text = self.parts.conditioning(tokens.input_ids.to(device), tokens.attention_mask.to(device))
-            return lambda noisy, t: model(noisy.to(dtype), t, text)
+            tokens = self.parts.tokens([*[""] * len(prompts), *prompts])
+            text = self.parts.conditioning({name: values.to(device) for name, values in tokens.items()})
+            captioned = partial(model, text=text.pop("caption"), **text)
+            return say(captioned, self.parts.backbone(model), dtype, self.model.samples.guidance)
 
         return of
 
@@ -219,12 +212,13 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     # the export ------------------------------------------------------------------------------------------------------
 
     def save_config(self, folder: Path) -> None:
-        _save_parts(self, folder)
-        shutil.copy(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
+        with torch.device("meta"):
+            model = self.build()
+        exporting.save(folder, self.parts, model, self.process, self.sampler)
 
     def load(self, folder: Path) -> nn.Module:
         pipeline = diffusers_folder.load(folder)
-        return Denoiser(self.parts.name, pipeline.backbone, None if self.model.text.pretrained else pipeline.text_encoder)
+        return Denoiser(self.parts.name, pipeline.backbone, None if self.model.frozen_text else pipeline.text_encoder)
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         gallery = self.gallery()
@@ -236,9 +230,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         out = {**model, "backbone": {"pretrained": str(folder / part)}}
         if model.get("autoencoder"):
             out["autoencoder"] = {"pretrained": str(folder / "vae")}
-        if model.get("text", {}).get("pretrained"):
-            out["text"] = {**model["text"], "pretrained": str(folder / "text_encoder")}
-        return out
+        return {**out, "text": exporting.text_folders(folder, model["text"])} if model.get("text") else out
 
     @staticmethod
     def generator(folder: Path, options: dict[str, object]) -> ImageGenerator:
@@ -260,48 +252,6 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         prompts = [*(p.text for p in samples.prompts), "an image"][:1]
         signature = infer_signature(prompts, ["base64"], params)
         return Serving(Path(__file__).with_name("server.py"), prompts, signature, diffusers_folder.REQUIREMENTS)
-
-
-def _save_parts(recipe: TextToImage, folder: Path) -> None:
-    """Writes everything in the export except the trained weights."""
-    with torch.device("meta"):
-        model: Any = recipe.build()
-    backbone = getattr(model, recipe.parts.name)
-    (folder / recipe.parts.name).mkdir(parents=True, exist_ok=True)
-    backbone.save_config(folder / recipe.parts.name)
-    text = recipe.model.text
-    if text.pretrained:
-        shutil.copytree(text.pretrained, folder / "text_encoder", dirs_exist_ok=True)
-        kind = type(recipe.parts.text_encoder).__name__
-    else:
-        kind = CLIPTextModel.__name__
-        model.text_encoder.config.architectures = [kind]
-        model.text_encoder.config.save_pretrained(folder / "text_encoder")
-    recipe.parts.tokenizer.save_pretrained(folder / "tokenizer")
-    if recipe.model.autoencoder:
-        shutil.copytree(recipe.model.autoencoder.pretrained, folder / "vae", dirs_exist_ok=True)
-    scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
-    scheduler.save_pretrained(folder / "scheduler")
-    clip = kind == "CLIPTextModel" and not text.pooling
-    standard = recipe.parts.arch == "unet" and bool(recipe.parts.vae_config) and clip and not recipe.process.flow
-    index: dict[str, object] = {
-        "_class_name": "StableDiffusionPipeline" if standard else ["pipeline", TextToImagePipeline.__name__],
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        recipe.parts.name: ["diffusers", type(backbone).__name__],
-        "text_encoder": ["transformers", kind],
-        "tokenizer": ["transformers", type(recipe.parts.tokenizer).__name__],
-        "vae": ["diffusers", "AutoencoderKL"] if recipe.parts.vae_config else [None, None],
-    }
-    if standard:
-        nothing: dict[str, object] = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
-        index |= {**nothing, "requires_safety_checker": False}
-    else:
-        index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.parts.name}
-        index |= {"pooling": text.pooling} if text.pooling else {}
-        if "sample_size" not in backbone.config:
-            index["sample_size"] = max(recipe.parts.shape()[1:])
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
 __all__ = ["Denoiser", "Generated", "TextToImage"]

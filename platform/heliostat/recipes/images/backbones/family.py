@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ class Family:
     - `outputs`: the class's default of `out_channels`; None: as many as inputs.
     - `packed`: input channels of the class per channel of the noised tensor.
     - `masks`: whether the class can ignore padding of the text. `masked`: whether jobs do so by default.
+    - `joins`: the text encoders that the family joins (`pipeline.join`): CLIP encoders; CLIP encoders and then another encoder;
+      CLIP for the pooled embedding and another encoder for the tokens. Empty: only one text encoder.
+    - `layer`: the layer of a single text encoder that gives the embeddings.
     - `derived`: the keys that follow from other keys of the job.
     - `fault`: the problem of a configuration that heliostat doesn't train; None without a problem. The second argument is
       whether the backbone is pretrained.
@@ -47,6 +50,8 @@ class Family:
     patch: int = 1  # the class's default of `patch_size`
     masks: bool = False
     masked: bool = False
+    joins: Literal["", "clips", "clips+text", "clip|text"] = ""
+    layer: Literal["last", "penultimate"] = "last"
     derived: Callable[[Keys], Keys] = lambda keys: {}
     fault: Callable[[Keys, bool], str | None] = lambda keys, pretrained: None
     initial: Callable[[Any], Weights] = lambda backbone: iter(())
