@@ -221,3 +221,20 @@ def test_latents_of_other_autoencoders_train_and_are_decoded_back(kind, digits, 
     plain: Any = DiffusionPipeline.from_pretrained(export(made, built(made), tmp_path / "out"), trust_remote_code=True)
     plain.set_progress_bar_config(disable=True)
     assert plain("one", num_inference_steps=2).images[0].size == (8, 8)
+
+
+def test_the_folders_of_a_list_are_found_like_those_of_a_mapping(tmp_path):
+    """Relative folders become absolute, and names of the Hub are found, changed, and described in the card's lineage."""
+    from heliostat.config import pretrained, spec
+
+    model = {
+        "text": [{"pretrained": "models/clip", "length": 8}, {"pretrained": "org/t5@0123456"}],
+        "autoencoder": {"pretrained": "x"},
+    }
+    (tmp_path / "models/clip").mkdir(parents=True)
+    made: Any = spec._pretrained(model, tmp_path)
+    assert made["text"][0] == {"pretrained": str(tmp_path / "models/clip"), "length": 8}
+    keys = ["model.text.0.pretrained", "model.text.1.pretrained", "model.autoencoder.pretrained"]
+    assert [key for key, _ in pretrained.named(made)] == keys
+    changed = pretrained._replaced(made, {keys[1]: "/cache/t5"})
+    assert changed == {**made, "text": [made["text"][0], {"pretrained": "/cache/t5"}]}
