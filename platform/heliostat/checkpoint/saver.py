@@ -68,6 +68,7 @@ class Saver:
         self.run, self.policy, self.group, self.fence = run, policy, group, fence
         self.channel = Channel(group, TAG, LONGEST)
         self.blocked_s = 0.0
+        self.started = frozenset[str]()  # names of tensors that are never all zero; if there are any, shards are read back
         self._progressed, self._written = progressed, 0
         self.frozen = Keeper(run, self.channel, lambda place, slices: self._store(place, None, slices, {}))
         self._pruner = Pruner(run, policy, fence)
@@ -197,7 +198,7 @@ class Saver:
         facts = {**facts, **seal(self.channel)}
         if name := self.frozen.keep(frozen):
             facts = {**facts, FROZEN: name}
-        self._store(folder(self.run, step), step, copied, facts)
+        self._store(folder(self.run, step), step, copied, facts, self.started)
         if dist.get_rank() == 0:
             self._prune(step)
 
@@ -224,9 +225,14 @@ class Saver:
         self._host.wait()
 
     def _store(
-        self, target: Location, step: int | None, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]
+        self,
+        target: Location,
+        step: int | None,
+        tensors: Mapping[str, torch.Tensor],
+        facts: Mapping[str, object],
+        started: frozenset[str] = frozenset(),
     ) -> None:
-        writing.write(target, step, tensors, facts, self.channel, self._wrote, self.fence)
+        writing.write(target, step, tensors, facts, self.channel, self._wrote, self.fence, started)
 
 
 class Keeper:

@@ -172,6 +172,10 @@ def export(
         Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; it must be empty or missing", show_default=False)
     ],
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint", show_default="the newest")] = None,
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter/--merge", help="Write only the adapter of a run with model.adapter, or merge it into its base"),
+    ] = False,
     mlflow: TrackingUri = None,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder."""
@@ -186,6 +190,7 @@ def export(
     checkpoint = layout.open_checkpoint(place, step) if step is not None else layout.latest(place)
     if checkpoint is None:
         raise ConfigError(f"{place}: has no complete checkpoint. Run: heliostat run checkpoints {place}")
-    exporting.export(checkpoint, to, record(place).get("run_id"))
-    out.print(f"step {checkpoint.step} of {checkpoint.index.name} is in {to}")
+    exporting.export(checkpoint, to, record(place).get("run_id"), adapter)
+    what = "the adapter of step" if adapter else "step"
+    out.print(f"{what} {checkpoint.step} of {checkpoint.index.name} is in {to}")
     finish({"folder": str(to), "step": checkpoint.step})

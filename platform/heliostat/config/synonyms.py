@@ -9,6 +9,10 @@ KEYS: dict[str, tuple[str, ...]] = {  # heliostat's key -> its names in other to
     "recipe": ("task", "trainer", "model_type"),
     "model.pretrained": ("model_name_or_path", "model_name", "pretrained_model_name_or_path", "base_model", "hf_model"),
     "model.arch": ("architecture",),
+    "model.adapter": ("lora", "peft", "adapter", "use_peft", "peft_config", "lora_config"),
+    "model.adapter.rank": ("lora_r", "lora_rank"),
+    "model.adapter.alpha": ("lora_alpha",),
+    "model.adapter.targets": ("lora_target_modules", "target_modules"),
     "model.init": ("initializer", "initialization"),
     "data.path": ("dataset", "dataset_name", "dataset_path", "train_file", "train_data", "data_path", "data_dir"),
     "data.sources": ("datasets", "mixture", "data_mix", "streams"),
@@ -70,9 +74,7 @@ KEYS: dict[str, tuple[str, ...]] = {  # heliostat's key -> its names in other to
     "retries.max": ("max_retries", "max_failures", "max_restarts"),
 }  # fmt: skip
 NOT_OFFERED = {  # keys of other tools without a key in heliostat, and the advice
-    **dict.fromkeys(("lora", "peft", "lora_r", "lora_alpha", "qlora", "adapter", "use_peft"),
-                    "Adapters such as LoRA are not supported: heliostat trains all weights. Remove this key"),
-    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization", "bnb_4bit"),
+    **dict.fromkeys(("qlora", "load_in_4bit", "load_in_8bit", "quantization", "bnb_4bit"),
                     "Training quantized weights is not supported. Remove this key"),
     **dict.fromkeys(("gradient_accumulation_steps", "grad_accum", "grad_accum_steps", "accumulate_grad_batches"),
                     "This number follows from train.global_batch_size, train.micro_batch_size, and workers.count. "

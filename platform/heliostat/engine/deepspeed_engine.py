@@ -26,7 +26,7 @@ from heliostat.engine.sample_group import SampleGroup
 from heliostat.engine.state_group import StateGroup
 from heliostat.errors import ConfigError
 from heliostat.parallel import division
-from heliostat.recipes import building, partitioning
+from heliostat.recipes import adapters, building, partitioning
 from heliostat.recipes.protocol import GUIDE, Recipe
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
         sharing.join(recipe, engine.module)
     replica = (group.number, group.count) if group else None
     engine.sharded_state = sharded = zero_state.adapter(engine, moments, settings.copies, replica)
+    sharded.base = adapters.base_of(recipe, engine.module)
     sharded.prepare()
     if settings.orthogonalizes and train.zero.stage:
         matrix_cut.announce(sharded, hidden, engine.device)

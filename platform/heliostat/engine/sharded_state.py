@@ -13,7 +13,8 @@ moments (the optimizer's state). If workers split the parameter (`division`), th
 - `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, ...: moments, as the optimizer's class in `heliostat.optim.optimizers` names
   them;
 - `buffer.<name>`: persistent buffers;
-- `frozen.<parameter>`: parameters that aren't trained, in the precision that the engine keeps them in.
+- `frozen.<parameter>`: parameters that aren't trained, in the precision that the engine keeps them in. The base of an adapter
+  isn't saved (`recipes.adapters`).
 
 `zero_state` is the backend for DeepSpeed's ZeRO. Another backend, such as FSDP2, is one file with one subclass of `ShardedState`:
 
@@ -41,6 +42,7 @@ from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.checkpoint.layout import FROZEN
 from heliostat.errors import ConfigError, TrainingError
 from heliostat.parallel import division
+from heliostat.recipes.adapters import Base, is_base
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -73,8 +75,10 @@ class ShardedState(ABC):
     - `replicas`: this worker's index among the workers that have the same slices, and the number of these workers.
     - `weight_replicas`: the same two numbers for workers that have the same parts of the parameters that aren't trained.
     - `matrix_part`: this worker's index among the workers that shard matrices together, and the number of these workers.
+    - `base`: the base of a model that trains an adapter, which checkpoints name by its digest.
     """
 
+    base: Base | None = None
     optimizer: torch.optim.Optimizer
     replicas: Replica = (0, 1)
     weight_replicas: Replica = (0, 1)
@@ -167,14 +171,14 @@ class ShardedState(ABC):
         return {name: shard for name, _, key, shard in self._views() if key == kind}
 
     def frozen(self, whole: bool = False) -> dict[str, FlatShard]:
-        """Returns views of this worker's slices of the parameters that aren't trained, by name. Raises ConfigError if such a
-        parameter is in a file.
+        """Returns views of this worker's slices of the parameters that aren't trained, by name. Leaves out the base of an
+        adapter. Raises ConfigError if such a parameter is in a file.
 
         If several workers have the same slice, each worker saves a part of it. `whole`: returns complete slices, to load into.
         """
         out: dict[str, FlatShard] = {}
         for name, p in self.module.named_parameters():
-            if not p.requires_grad:
+            if not p.requires_grad and not is_base(p):
                 if (part := self.weights(p)) is None:
                     raise ConfigError(
                         f"train.zero.offload.param: nvme offload doesn't support parameters that aren't trained, "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,8 @@ from heliostat.checkpoint.layout import EMA, FROZEN, SavedCheckpoint
 from heliostat.config.spec import Job
 from heliostat.data.dataset import open_dataset
 from heliostat.errors import CheckpointError, ConfigError, naming
-from heliostat.recipes import building, exported
+from heliostat.inference import adapter_export
+from heliostat.recipes import adapters, building, exported
 from heliostat.recipes.loading import load
 from heliostat.recipes.protocol import GUIDE, Exports, Recipe, Weight
 from heliostat.storage.locations import Location
@@ -42,11 +44,13 @@ def recipe_of(checkpoint: SavedCheckpoint) -> tuple[Job, Recipe]:
         return job, load(job, open_dataset(checkpoint.plan).sources, None if place.is_s3 else Path(place.path).parents[1])
 
 
-def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None) -> Recipe:
+def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None, adapter: bool = False) -> Recipe:
     """Writes the checkpoint's model to `folder`, in a form that `from_pretrained` can load; returns the recipe.
 
-    `run_id`: id of the MLflow run, recorded in the folder. Raises ConfigError if the recipe doesn't support export or the
-    folder isn't empty; raises CheckpointError if the checkpoint lacks a weight.
+    If the run trained an adapter, merges the adapter into its base; with `adapter`, writes only the adapter. Removes the folder
+    if its outputs differ from those of the trained model. `run_id`: id of the MLflow run, recorded in the folder. Raises
+    ConfigError if the recipe doesn't support export or the folder isn't empty; raises CheckpointError if the checkpoint lacks a
+    weight.
     """
     job, recipe = recipe_of(checkpoint)
     if not isinstance(recipe, Exports):
@@ -56,16 +60,30 @@ def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: not empty, and the model's files would mix with the other files. Pass another folder")
     Location(str(folder.absolute())).require_writable()
+    adapted = adapter_export.require(checkpoint, recipe) if adapter or adapter_export.trains_adapter(recipe) else None
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = building.build(recipe)
-    initial = _initial(checkpoint, job, recipe, [n for n, p in model.named_parameters() if not p.requires_grad])
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for file, tensors in _files(recipe, shapes, checkpoint).items():
-        write_weights(checkpoint, shapes, DTYPES[job.train.precision], folder / file, tensors, initial)
-    recipe.save_config(folder)
-    origin = {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index.data_digest}
-    exported.write(folder, job, {**origin, "data_version": checkpoint.plan.version})
+    shapes, dtype = {name: tuple(p.shape) for name, p in model.named_parameters()}, DTYPES[job.train.precision]
+    if adapted and adapter:
+        metadata = adapted.save_adapter_config(folder, adapters.layers_of(shapes))
+        for file, tensors in adapted.adapter_files(shapes).items():
+            write_weights(checkpoint, shapes, dtype, folder / file, tensors, metadata=metadata)
+        adapter_export.write_record(folder, checkpoint, adapted, run_id)
+    else:
+        frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+        initial = adapter_export.BaseWeights(recipe) if adapted else _initial(checkpoint, job, recipe, frozen)
+        for file, tensors in _files(recipe, shapes, checkpoint).items():
+            write_weights(checkpoint, shapes, dtype, folder / file, tensors, initial)
+        recipe.save_config(folder)
+        origin = {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index.data_digest}
+        exported.write(folder, job, {**origin, "data_version": checkpoint.plan.version})
+    if adapted:
+        try:
+            adapter_export.require_same(checkpoint, adapted, folder, adapter, dtype)
+        except CheckpointError:
+            shutil.rmtree(folder)
+            raise
     return recipe
 
 
@@ -108,12 +126,13 @@ def write_weights(
     stem: Path,
     tensors: Mapping[str, Weight] | None = None,
     initial: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Computes tensors from the model's parameters and the checkpoint's buffers, and writes them to STEM.safetensors.
 
     `shapes`: the shapes of the parameters. `tensors`: the tensors to write, by default all parameters and buffers. Parameters
     get the type `dtype`; buffers that are written unchanged keep their type. If the run averaged its weights (EMA), the average
-    is written. Frozen parameters come from the checkpoint, or from `initial`.
+    is written. Frozen parameters come from the checkpoint, or from `initial`. `metadata`: more entries of the files' headers.
     """
     known = {**shapes, **_buffers(checkpoint)}
     sources = _Sources(checkpoint, known, initial)
@@ -124,7 +143,7 @@ def write_weights(
     weight_map: dict[str, str] = {}
     for number, part in enumerate(files, 1):
         file = f"{stem.name}{'' if len(files) == 1 else f'-{number:05d}-of-{len(files):05d}'}.safetensors"
-        safetensors_file.write(stem.with_name(file), [entries[name] for name in part], {"format": "pt"})
+        safetensors_file.write(stem.with_name(file), [entries[name] for name in part], {"format": "pt", **metadata})
         weight_map |= dict.fromkeys(part, file)
     if len(files) > 1:
         index = {"metadata": {"total_size": sum(entry.size for entry in entries.values())}, "weight_map": weight_map}

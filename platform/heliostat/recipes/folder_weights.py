@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from heliostat.checkpoint.safetensors_file import DTYPES
-from heliostat.recipes.weightless import Pretrained
+from heliostat.recipes.weightless import Computed, Pretrained
 
 NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # file names of transformers and of diffusers
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
@@ -50,21 +51,35 @@ class Stored:
         return values.float() if values.dtype == torch.float64 else values  # the libraries load all weights in fp32
 
 
-def find(model: torch.nn.Module, noted: list[Pretrained]) -> dict[int, Stored]:
+@dataclass(frozen=True)
+class Made:
+    """Describes a tensor that is computed when it is read: from a stored tensor (`source`), or from nothing."""
+
+    make: Callable[..., torch.Tensor]
+    source: Stored | None
+
+    def read(self) -> torch.Tensor:
+        return self.make(*([self.source.read()] if self.source else []))
+
+
+def find(model: torch.nn.Module, noted: list[Pretrained | Computed]) -> dict[int, Stored | Made]:
     """Finds the file and offset of each parameter's stored values, and of each buffer in the folders. The keys are the `id`s of
-    the model's tensors. Raises UnreadableError if a parameter has no stored values."""
-    if not noted:
+    the model's tensors. Raises UnreadableError if a parameter has neither stored nor computed values."""
+    folders = [one for one in noted if isinstance(one, Pretrained)]
+    if not folders:
         raise UnreadableError("the model's weights are initialized at random")
     stored: dict[int, Stored] = {}
-    for pretrained in noted:
+    for pretrained in folders:
         try:
             stored |= _of_folder(pretrained)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UnreadableError(f"{pretrained.folder}: {type(e).__name__}: {e}") from e
+    computed = [one for one in noted if isinstance(one, Computed)]
+    made = {id(one.tensor): Made(one.make, None if one.source is None else stored[id(one.source)]) for one in computed}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in stored:
+        if id(parameter) not in stored and id(parameter) not in made:
             raise UnreadableError(f"the parameter {name!r} isn't in a pretrained folder")
-    return stored
+    return {**stored, **made}
 
 
 def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:

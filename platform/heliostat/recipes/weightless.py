@@ -7,13 +7,15 @@ optimizers) stay valid.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from heliostat.recipes import partitioning
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,16 @@ class Pretrained:
     tensors: dict[str, torch.Tensor]
 
 
-_building = ContextVar[list[Pretrained] | None]("weightless", default=None)
+@dataclass(frozen=True)
+class Computed:
+    """Describes a tensor whose first values `make` computes: from nothing, or from the values of another tensor (`source`)."""
+
+    tensor: torch.Tensor
+    make: Callable[..., torch.Tensor]
+    source: torch.Tensor | None = None
+
+
+_building = ContextVar[list[Pretrained | Computed] | None]("weightless", default=None)
 
 
 def wanted() -> bool:
@@ -40,10 +51,22 @@ def comes_from(module: torch.nn.Module, folder: str | Path) -> None:
         noted.append(Pretrained(module, Path(folder), dict(module.state_dict(keep_vars=True))))
 
 
+def starts_as(parameter: torch.Tensor, make: Callable[..., torch.Tensor], source: torch.Tensor | None = None) -> None:
+    """Sets a parameter's first values: those that `make()` returns, or `make(source)` with the complete values of `source`.
+
+    Inside `building`, only records the function, because the parameter has no memory yet.
+    """
+    if (noted := _building.get()) is not None:
+        noted.append(Computed(parameter, make, source))
+    elif not parameter.is_meta:
+        with torch.no_grad(), nullcontext() if source is None else partitioning.whole(source):
+            parameter.copy_(make(*([] if source is None else [source.detach()])))
+
+
 @contextmanager
-def building() -> Iterator[list[Pretrained]]:
+def building() -> Iterator[list[Pretrained | Computed]]:
     """Makes modules that are built inside the context register parameters without memory. Yields a list. Recipes add the folders
-    with the model's weights to this list."""
+    with the model's weights to this list, and functions that compute the values of other parameters."""
     register = torch.nn.Module.register_parameter
 
     def without(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
@@ -51,7 +74,7 @@ def building() -> Iterator[list[Pretrained]]:
         if type(param) is torch.nn.Parameter and not param.is_meta:
             empty(param)
 
-    noted: list[Pretrained] = []
+    noted: list[Pretrained | Computed] = []
     token = _building.set(noted)
     torch.nn.Module.register_parameter = without  # type: ignore[method-assign,assignment]
     try:

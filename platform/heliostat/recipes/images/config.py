@@ -7,8 +7,6 @@ text's width) are optional. Frozen encoders come from folders. ZeRO never shards
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +23,10 @@ from transformers import (
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning, weightless
+from heliostat.recipes.adapters import Adapter
 from heliostat.recipes.exported import using
+from heliostat.recipes.folder_digests import digest_of, sha256
+from heliostat.recipes.folder_digests import folder_digest as folder_digest
 from heliostat.recipes.images import frozen_autoencoders, text_encoders
 from heliostat.recipes.images.backbones.family import SIZE, Family
 from heliostat.recipes.images.backbones.table import FAMILIES, named
@@ -143,6 +144,8 @@ class Model(Strict):
     backbone: Keys
     """`arch: unet`, `pixart`, `sd3`, `flux`, `lumina`, `sana`, or `prx` with the keys of that class in diffusers, or
     `pretrained: FOLDER`. If you don't set channels, sizes, and the text width, they follow from the data."""
+    adapter: Adapter | None = None
+    """Adapter to train on a pretrained backbone, which stays frozen (docs/adapters.md). Unset: all weights are trained."""
     text: OneOrMore = Text()
     """The text encoder, or a list of pretrained text encoders, which SD3, FLUX, and U-Nets with two CLIP encoders join."""
     autoencoder: Folder | None = None
@@ -299,12 +302,6 @@ def frozen_autoencoder(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     return cls.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype).eval().requires_grad_(False)
 
 
-def folder_digest(folder: str) -> str:
-    """Computes a digest of a model folder's configuration and weights, which identifies the model at any path."""
-    listed = {p.name: _sha256(p) for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors")}
-    return _digest({**files.absent_weights(Path(folder)), **listed})
-
-
 def tokenizer_digest(folder: str) -> str | None:
     """Computes a digest of those tokenizer files of a frozen text encoder that the folder's digest doesn't cover. Returns None if
     the digest of the folder covers all tokenizer files.
@@ -313,19 +310,5 @@ def tokenizer_digest(folder: str) -> str | None:
     """
     place = tokenizer_folder(folder)
     suffixes = (*VOCABULARIES, *(() if place == Path(folder) else (".json",)))
-    listed = {p.name: _sha256(p) for p in place.iterdir() if p.suffix in suffixes} if place.is_dir() else {}
-    return _digest(listed) if listed else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _digest(listed: Mapping[str, str]) -> str:
-    """Computes the digest of files from their names and SHA-256 digests."""
-    digest = hashlib.sha256()
-    for name, content in sorted(listed.items()):
-        digest.update(name.encode())
-        digest.update(bytes.fromhex(content))
-    return digest.hexdigest()[:32]
+    listed = {p.name: sha256(p) for p in place.iterdir() if p.suffix in suffixes} if place.is_dir() else {}
+    return digest_of(listed) if listed else None

@@ -204,8 +204,7 @@ class Parts(CaptionParts):
         return out | self.family.derived(self.model.backbone)
 
     def backbone(self, model: nn.Module) -> Any:
-        """Returns the backbone of a model, which an engine may wrap."""
-        return getattr(getattr(model, "module", model), self.name)
+        return getattr(model, self.name)
 
     def build(self) -> nn.Module:
         trained, end = not self.model.frozen_text, self.facts.end if self.facts else 0

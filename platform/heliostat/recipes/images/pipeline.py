@@ -243,13 +243,13 @@ def denoise(
 
 
 def say(
-    model: Callable[..., torch.Tensor], backbone: Any, dtype: torch.dtype, guidance: float
+    model: Callable[..., torch.Tensor], distilled: bool, dtype: torch.dtype, guidance: float
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Makes the `say(noisy, t)` of `denoise` from a model that predicts from noisy samples, times, and its captions.
 
-    A distilled model gets the guidance scale as input. Then the predictions with and without text are the same.
+    A `distilled` model gets the guidance scale as input. Then the predictions with and without text are the same.
     """
-    if not distilled(backbone):
+    if not distilled:
         return lambda noisy, t: model(noisy=noisy.to(dtype), t=t)
 
     def once(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -341,7 +341,7 @@ class TextToImagePipeline(DiffusionPipeline):
         shape = (len(prompts), channels(backbone), (height or side) // self.factor, (width or side) // self.factor)
         draws = generator if isinstance(generator, list) else [generator or torch.Generator("cpu")] * len(prompts)
         x = denoise(
-            say(partial(predict, backbone, text=text, pooled=pooled, mask=mask), backbone, dtype, guidance_scale),
+            say(partial(predict, backbone, text=text, pooled=pooled, mask=mask), distilled(backbone), dtype, guidance_scale),
             self.scheduler, shape, num_inference_steps, guidance_scale, draws, device,
         )  # fmt: skip
         pixels = decode(self.vae, x)

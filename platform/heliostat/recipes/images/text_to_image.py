@@ -31,7 +31,9 @@ from heliostat import extras
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.recipes import adapters
 from heliostat.recipes.images import diffusers_folder, exporting, rows
+from heliostat.recipes.images.adapted import AdaptedImages
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import PromptGallery, Say
 from heliostat.recipes.images.noising import Process
@@ -48,14 +50,15 @@ QUARTERS = 4
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
 
-class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
+class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
     kind = "rows"
     terms_per_sample = 1
 
     def __init__(self, job: Job) -> None:
         if job.data.sequence_length:
             raise ConfigError("data.sequence_length: not used for images. Remove this key")
-        self.model = validate(Model, job.model, "model")
+        self.job, self.model = job, validate(Model, job.model, "model")
+        self.adapter = adapters.read(job.model, self.model.backbone.get("pretrained"), "model.backbone.pretrained")
         self.version, bf16 = job.train.rules, job.train.precision == "bf16"
         frozen_type = torch.bfloat16 if self.version > 1 and bf16 else torch.float32
         self.parts = Parts(self.model, bool(job.train.activation_checkpointing), frozen_type)
@@ -84,7 +87,10 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return None if hasattr(self, "sources") else self.parts.presume(rows)
 
     def build(self) -> nn.Module:
-        return self.parts.build()
+        model = self.parts.build()
+        if self.adapter:
+            adapters.add(self.adapter, model.get_submodule(self.parts.name), self.seed, self.job.train.precision)
+        return model
 
     # training --------------------------------------------------------------------------------------------------------
 
@@ -158,8 +164,8 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return {n: sums[n] / max(1.0, sums[n.replace("loss", "samples")]) for n in names}
 
     def flops_per_sample(self, model: nn.Module) -> float:
-        """Counts the FLOPs of one sample: three times the FLOPs of the forward pass. Counts these operator by operator on the
-        meta device."""
+        """Counts the FLOPs of one sample: three times the FLOPs of the forward pass, or twice if only an adapter is trained.
+        Counts these operator by operator on the meta device."""
         return self._flops
 
     @cached_property
@@ -173,7 +179,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
                 text = torch.zeros(text.shape[:2], dtype=torch.long)
             with FlopCounterMode(display=False) as counter:
                 model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text, pooled)
-        return 3.0 * counter.get_total_flops()
+        return (2.0 if self.adapter else 3.0) * counter.get_total_flops()
 
     def companions(self) -> dict[str, Companion]:
         return self.parts.companions()
@@ -199,7 +205,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
             tokens = self.parts.tokens([*[""] * len(prompts), *prompts])
             text = self.parts.conditioning({name: values.to(device) for name, values in tokens.items()})
             captioned = partial(model, text=text.pop("caption"), **text)
-            return say(captioned, self.parts.backbone(model), dtype, self.model.samples.guidance)
+            return say(captioned, bool(self.parts.given().get("guidance_embeds")), dtype, self.model.samples.guidance)
 
         return of
 
@@ -227,7 +233,10 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
     @staticmethod
     def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
         part = "unet" if (folder / "unet").is_dir() else "transformer"
-        out = {**model, "backbone": {"pretrained": str(folder / part)}}
+        out = {
+            **{key: value for key, value in model.items() if key != adapters.KEY},
+            "backbone": {"pretrained": str(folder / part)},
+        }
         if model.get("autoencoder"):
             out["autoencoder"] = {"pretrained": str(folder / "vae")}
         return {**out, "text": exporting.text_folders(folder, model["text"])} if model.get("text") else out

@@ -4,6 +4,7 @@
     model: {arch: llama, hidden_size: 256, ...}        # from a configuration: any key of that architecture's config class
     model: {..., init: {zero_output_projections: true}}   # other initial weights than the architecture's
     model: {pretrained: /models/llama-3-8b}            # from a folder in Hugging Face's format: weights and tokenizer must match
+    model: {pretrained: ..., adapter: {rank: 16}}      # trains only an adapter (`recipes.adapters`)
 
 A sample is `data.sequence_length` consecutive tokens of a row group, with documents packed end to end. The model predicts every
 token except the first of a sample. With `data.document_mask`, attention and positions restart at each document, and no document's
@@ -29,7 +30,7 @@ from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.parallel import language_model
-from heliostat.recipes import tokenizing
+from heliostat.recipes import adapters, tokenizing
 from heliostat.recipes.protocol import (
     Batch,
     CutsSamples,
@@ -44,6 +45,7 @@ from heliostat.recipes.protocol import (
     Serving,
 )
 from heliostat.recipes.text import expert_keys, initial, plain_keys
+from heliostat.recipes.text.adapted import AdaptedText
 from heliostat.storage.hub import files
 
 if TYPE_CHECKING:  # importing torch and transformers takes three seconds, and most jobs are checked without them
@@ -60,7 +62,7 @@ SHOWN: dict[str, object] = {
 }  # to show a finished run: a small model needs likely tokens
 
 
-class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
+class CausalLM(AdaptedText, Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
     kind = "tokens"
     tiles = selects = chooses = True
     scores = ("loss", "perplexity", "bits_per_byte")
@@ -81,6 +83,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         self.pretrained = job.model.get("pretrained")
         self.unbalanced = job.model.get("output_router_logits") is False  # the job turns off the router's loss explicitly
         self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
+        self.adapter = adapters.read(job.model, self.pretrained)
         self.init = initial.read(job.model)
         self._bound: dict[str, object] = {}  # keys of the configuration that the datasets determine
         self.experts = expert_keys.read(job.model)
@@ -132,7 +135,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         """Returns a copy of the recipe for a test with a small model: with another configuration, initial weights, and samples of
         `length` tokens."""
         small_recipe = self.plainly()
-        small_recipe.config, small_recipe.length, small_recipe.pretrained, small_recipe.end = config, length, None, end
+        small_recipe.config, small_recipe.length, small_recipe.end = config, length, end
+        small_recipe.pretrained = small_recipe.adapter = None
         return small_recipe
 
     def probe(self) -> None:
@@ -230,6 +234,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
             float8.use(model)
         if self.tiled_mlp:
             tiled_mlp.use(model, self.tile)
+        if self.adapter:
+            adapters.add(self.adapter, model, self.job.train.seed, self.job.train.precision)
         return model.train()
 
     def load(self, folder: Path) -> PreTrainedModel:

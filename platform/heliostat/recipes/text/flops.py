@@ -1,7 +1,8 @@
 """Counts the FLOPs of a language model's training step from the shapes of its modules' weights.
 
 Each weight that multiplies a token counts 6 FLOPs: 2 in the forward pass, and 4 in the backward pass (Kaplan et al. 2020, arXiv
-2001.08361). Embeddings (lookups), vectors (norms, biases), and experts that a token isn't routed to don't count.
+2001.08361). A weight that isn't trained counts 4 FLOPs, because the backward pass doesn't compute its gradient. Embeddings
+(lookups), vectors (norms, biases), and experts that a token isn't routed to don't count.
 
 Attention multiplies queries with keys, and weights with values: 6 x length x heads x (key width + value width) per token. As is
 customary, this counts all pairs of tokens: attention windows and the causal mask don't reduce the number. This module reads only
@@ -33,7 +34,8 @@ def per_sample(model: torch.nn.Module, config: PreTrainedConfig, length: int) ->
 
 
 def multiplied(model: torch.nn.Module, config: PreTrainedConfig) -> float:
-    """Counts the weights that each token is multiplied with, without embeddings, norms, biases, and unused experts."""
+    """Counts the weights that each token is multiplied with, without embeddings, norms, biases, and unused experts. A weight that
+    isn't trained counts 2/3."""
     total, share = 0.0, _routed_share(config)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding):
@@ -42,7 +44,8 @@ def multiplied(model: torch.nn.Module, config: PreTrainedConfig) -> float:
             shape: tuple[int, ...] = () if weight is None else building.shape(weight)
             if len(shape) < 2 or "bias" in kind:
                 continue
-            total += math.prod(shape) * (share if _routed(name, shape, config) else 1)
+            part = 1 if weight is not None and weight.requires_grad else 2 / 3
+            total += math.prod(shape) * (share if _routed(name, shape, config) else 1) * part
     return total
 
 

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from heliostat.config.fields import Count, divisors
 from heliostat.errors import ConfigError
-from heliostat.recipes import exported, pretrained
+from heliostat.recipes import adapters, exported, pretrained
 from heliostat.recipes.text import expert_keys, initial
 from heliostat.schema import Float, Strict, explain, nearest
 from heliostat.text import brief
@@ -105,15 +105,15 @@ def _divisor(number: int, near: int) -> str:
 ROUTER = "output_router_logits"  # allowed in addition to `pretrained`, like `expert_keys`: a setting of the training
 
 
-def changed(model: Mapping[str, object]) -> dict[str, object]:
-    """Returns the keys that change the configuration of a pretrained model."""
-    return {key: value for key, value in model.items() if key not in ("pretrained", ROUTER, *expert_keys.KEYS)}
+def changed(model: Mapping[str, object], *apart: str) -> dict[str, object]:
+    """Returns the keys that change the configuration of a pretrained model. `apart`: keys of the recipe itself."""
+    return {key: value for key, value in model.items() if key not in ("pretrained", ROUTER, *apart, *expert_keys.KEYS)}
 
 
 def from_folder(model: Mapping[str, object]) -> PreTrainedConfig:
     """Reads the configuration in a folder, and applies the job's keys. Raises ConfigError if the folder has no configuration, or
     if the keys don't fit this configuration."""
-    return _routing(applied(read(model), changed(model)), model)
+    return _routing(applied(read(model), changed(model, adapters.KEY)), model)
 
 
 def read(model: Mapping[str, object], wanted: ModelKind = CAUSAL_LM) -> PreTrainedConfig:

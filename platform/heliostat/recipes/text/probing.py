@@ -6,9 +6,12 @@ Importing torch takes seconds, and most jobs need no torch for these tests. So e
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from heliostat.errors import ConfigError
+from heliostat.recipes import adapters
+from heliostat.recipes.adapters import Adapter
 from heliostat.recipes.text import expert_keys, initial
 from heliostat.recipes.text.expert_keys import MixtureModel
 
@@ -20,12 +23,15 @@ class ProbedModel(MixtureModel, Protocol):
     """Lists the additional attributes of a language model's recipe that tests read (`causal_lm.CausalLM`)."""
 
     pretrained: str | None
+    adapter: Adapter | None
+    balances: bool
     unbalanced: bool
     fp8: bool
     init: initial.Init
 
     @property
     def plain(self) -> object: ...
+    def base(self) -> Path: ...
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]: ...
     def require_cut(self, parts: int) -> None: ...
     def require_divided(self, parts: int) -> None: ...
@@ -46,6 +52,10 @@ def probe(recipe: ProbedModel) -> None:
         packing.require_apart(recipe)
     if recipe.pretrained:
         _require_weights(recipe)
+    if recipe.adapter:
+        from heliostat.recipes.text import adapted
+
+        adapted.require(recipe)
     if configured:
         expert_keys.require(recipe)
         expert_keys.require_router_loss(recipe, recipe.unbalanced)
@@ -101,6 +111,6 @@ def _require_weights(recipe: ProbedModel) -> None:
 
     from heliostat.recipes.text import model_config
 
-    if changed_keys := model_config.changed(recipe.job.model):
+    if changed_keys := model_config.changed(recipe.job.model, adapters.KEY):
         with torch.device("meta"):
             model_config.require_same_weights(model_config.read(recipe.job.model), changed_keys, AutoModelForCausalLM.from_config)

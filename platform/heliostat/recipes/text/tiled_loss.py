@@ -75,15 +75,16 @@ class TiledCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> torch.Tensor:
         rows, flat = tile_rows(hidden, len(weight)), hidden.flatten(0, -2)
-        of_hidden, of_weight = torch.empty_like(flat), torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        of_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        of_hidden, of_bias = torch.empty_like(flat), None if bias is None else _sums(bias)
+        of_weight = _sums(weight) if ctx.needs_input_grad[1] else None  # not if an adapter is trained
         total = torch.zeros((), device=hidden.device)
         for tile, goal, out in zip(flat.split(rows), targets.flatten().split(rows), of_hidden.split(rows), strict=True):
             loss, gradient = cross_entropy(F.linear(tile, weight, bias), goal)
             total += loss
             gradient = gradient.to(weight.dtype)
             torch.mm(gradient, weight, out=out)
-            of_weight += gradient.t().mm(tile)
+            if of_weight is not None:
+                of_weight += gradient.t().mm(tile)
             if of_bias is not None:
                 of_bias += gradient.sum(0, dtype=torch.float32)
         ctx.save_for_backward(of_hidden.view(hidden.shape), of_weight, of_bias)
@@ -95,7 +96,12 @@ class TiledCrossEntropy(torch.autograd.Function):
         of_hidden, of_weight, of_bias = ctx.saved_tensors
         by = upstream[0]
         of_bias = None if of_bias is None else of_bias.mul_(by).to(ctx.type)
-        return of_hidden.mul_(by), of_weight.mul_(by).to(ctx.type), of_bias, None
+        of_weight = None if of_weight is None else of_weight.mul_(by).to(ctx.type)
+        return of_hidden.mul_(by), of_weight, of_bias, None
+
+
+def _sums(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

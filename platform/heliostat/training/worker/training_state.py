@@ -27,6 +27,7 @@ from heliostat.checkpoint.agreement import Channel
 from heliostat.checkpoint.layout import INDEX
 from heliostat.data import device_ranges
 from heliostat.engine import ema, sharded_state
+from heliostat.engine.sharded_state import MASTER
 from heliostat.errors import AccessError, CheckpointError, StorageError
 from heliostat.runs.events import Saved
 from heliostat.storage import wire
@@ -78,6 +79,8 @@ class TrainingState(Hook):
             context.run_folder, context.job.checkpoint, context.control, context.fence, context.progressed,
             context.posts.notice_of_any,
         )  # fmt: skip
+        if self.sharded.base:
+            self.saver.started = frozenset(f"{MASTER}.{name}" for name in self.sharded.base.started)
         self.copies = memory is not None
         self.failed = self._in_a_row = 0  # failed saves: in this attempt, and in a row
         self._sealing: tuple[UnsealedPart, int] | None = None  # samples and number of events in the current save
@@ -198,7 +201,9 @@ class TrainingState(Hook):
 
         def seal(channel: Channel) -> dict[str, object]:
             sealed = self.unsealed.write(part, channel, first)
-            return {"receipt": {"steps": done, "chain": sealed.chain}, "bad_samples": sealed.replaced}
+            entries = {"receipt": {"steps": done, "chain": sealed.chain}, "bad_samples": sealed.replaced}
+            base = self.sharded.base if context.rank == 0 else None
+            return {**entries, "base": base.digest()} if base else entries
 
         facts = {
             "name": context.job.name,
@@ -268,6 +273,7 @@ class TrainingState(Hook):
         context, notice = self.context, self.context.posts.notice
         saved = checkpoint.open_together(context.run_folder, context.start_step, context.control)
         facts = RESUME.build(saved.index.resume, saved.location.join(INDEX))
+        agreement.first(context.control, lambda: self._require_base(saved))
         state = self.tensors(whole=True)
         frozen = self.sharded.frozen(whole=True)
         if saved.frozen:
@@ -283,3 +289,15 @@ class TrainingState(Hook):
         notice(facts.apply(self.engine))
         self.unsealed.chain = saved.index.receipt.chain
         self.unsealed.replaced = saved.index.bad_samples if context.rank == 0 else 0
+
+    def _require_base(self, saved: checkpoint.SavedCheckpoint) -> None:
+        """Raises CheckpointError unless the checkpoint's adapter was trained on this run's base."""
+        if not (base := self.sharded.base):
+            return
+        if saved.index.base is None:
+            raise CheckpointError(f"{saved.location}: contains no adapter. Remove model.adapter, or use another name for the run")
+        if (digest := base.digest()) != saved.index.base:
+            raise CheckpointError(
+                f"{saved.location}: this adapter was trained on another base than {base.folder} (digest {saved.index.base}, "
+                f"found {digest}). Set model.pretrained to the base that the run began with"
+            )

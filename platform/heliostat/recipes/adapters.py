@@ -1,0 +1,310 @@
+"""Adds a trained adapter to a frozen pretrained model, with the layers of `peft`: the job's key `model.adapter`.
+
+    model:
+      pretrained: models/llama-3-8b
+      adapter: {method: lora, rank: 16, targets: all-linear}
+
+For a linear layer with weight W [out, in], an adapter trains A [rank, in] and B [out, rank]:
+
+- `lora` computes W x + alpha / rank B A x (Hu et al. 2021, arXiv 2106.09685);
+- `rslora` computes W x + alpha / sqrt(rank) B A x (Kalajdzievski 2023, arXiv 2312.03732);
+- `dora` also trains the norm of each row of W + alpha / rank B A (Liu et al. 2024, arXiv 2402.09353).
+
+The base (all other parameters) is in no gradient, optimizer state, average, or checkpoint. A checkpoint records the base's
+digest. The first A depends only on `train.seed` and the layer's name, so it is the same at every ZeRO stage. The first B is zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, field_validator
+
+from heliostat import extras
+from heliostat.errors import ConfigError
+from heliostat.recipes.folder_digests import weights_digest
+from heliostat.recipes.protocol import Recipe, Weight
+from heliostat.schema import Float, Strict, nearest, validate
+
+if TYPE_CHECKING:  # jobs are checked without torch
+    import torch
+
+KEY = "adapter"
+ALL = "all-linear"
+NAME = "default"  # peft's name of an adapter
+STREAM = 1 << 20  # of random numbers, apart from the streams of samples
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+BASE, DOWN, UP, MAGNITUDE = "base_layer", f"lora_A.{NAME}.weight", f"lora_B.{NAME}.weight", f"lora_magnitude_vector.{NAME}.weight"
+SHORT = {DOWN: "lora_A.weight", UP: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}  # as files name the matrices
+
+
+class Adapter(Strict):
+    """Describes the adapter to train on a pretrained model. Only the adapter is trained."""
+
+    method: Literal["lora", "rslora", "dora"] = "lora"
+    """`lora`; `rslora`: scales by alpha / sqrt(rank), so that large ranks don't train more slowly; `dora`: also trains the norm
+    of each row of the weights."""
+    rank: int = Field(default=16, gt=0)
+    """Rank of the trained matrices."""
+    alpha: Float | None = Field(default=None, gt=0)
+    """Scale of the adapter before the division by the rank. Unset: the rank, so that the scale of `lora` is 1."""
+    dropout: Float = 0.0
+    """Only 0 is supported, because a dropped value would depend on the number of workers."""
+    targets: Literal["all-linear"] | list[str] = ALL
+    """Linear layers that get an adapter: `all-linear` (all except the output head), or the ends of layer names, such as
+    `[q_proj, v_proj]`."""
+
+    @field_validator("dropout")
+    @classmethod
+    def _is_zero(cls, value: float) -> float:
+        if value:
+            raise ValueError(
+                f"dropout in adapters isn't supported, because samples must not depend on workers ({value}). Set it to 0"
+            )
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _names_layers(cls, value: str | list[str]) -> str | list[str]:
+        if value != ALL and (not value or len(set(value)) < len(value)):
+            raise ValueError(f"expected different names of layers, got {value}. Write {ALL}, or names such as [q_proj, v_proj]")
+        return value
+
+    @property
+    def scale(self) -> float:
+        """Returns the factor of B A."""
+        return self.strength / (math.sqrt(self.rank) if self.method == "rslora" else self.rank)
+
+    @property
+    def strength(self) -> int | float:
+        """Returns alpha, which is the rank if the job doesn't set it."""
+        return self.rank if self.alpha is None else int(self.alpha) if self.alpha.is_integer() else self.alpha
+
+
+def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrained") -> Adapter | None:
+    """Reads `model.adapter`. `key`: of the base. Raises ConfigError without a pretrained model, or without peft."""
+    if KEY not in model:
+        return None
+    if not pretrained:
+        raise ConfigError(f"model.{KEY}: needs a pretrained model as its base. Set {key}, or remove this key")
+    extras.require("adapters", "peft", what=f"model.{KEY}")
+    return validate(Adapter, model[KEY], f"model.{KEY}")
+
+
+class Adapts(ABC):
+    """Trains an adapter on a pretrained base if the job asks for one. `adapter`: None if all weights are trained."""
+
+    adapter: Adapter | None
+    job: Any
+
+    @abstractmethod
+    def base(self) -> Path:
+        """Returns the folder of the base's weights."""
+
+    @abstractmethod
+    def adapter_files(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
+        """Returns the tensors of an exported adapter by file, as `Exports.tensors` does for a model. `shapes`: the shapes of the
+        model's parameters."""
+
+    @abstractmethod
+    def save_adapter_config(self, folder: Path, layers: list[str]) -> dict[str, str]:
+        """Writes the configuration of an exported adapter. Returns the metadata of the file of weights. `layers`: the names of
+        the layers with an adapter."""
+
+    @abstractmethod
+    def reload(self, folder: Path, adapter: bool) -> torch.nn.Module:
+        """Loads an export in fp32 with only peft, transformers, and diffusers: the merged model, or the base with an adapter."""
+
+    def plainly(self) -> Any:
+        """Returns a recipe that computes the same without GPU kernels."""
+        return self
+
+    @abstractmethod
+    def answer(self, model: torch.nn.Module) -> torch.Tensor:
+        """Computes the outputs of a model for a fixed small batch, to compare an export with the trained model."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Describes the frozen base of a run: its folder. `started`: names of the trained parameters that are never all zero."""
+
+    folder: Path
+    started: frozenset[str]
+
+    def digest(self) -> str:
+        """Computes the digest of the base's weights and configuration."""
+        return weights_digest(self.folder)
+
+
+def base_of(recipe: Recipe, model: torch.nn.Module) -> Base | None:
+    """Returns the base of a model that trains an adapter; None if the model trains all its weights."""
+    if not isinstance(recipe, Adapts) or recipe.adapter is None:
+        return None
+    return Base(recipe.base(), frozenset(n for n, p in model.named_parameters() if p.requires_grad and not n.endswith(UP)))
+
+
+def is_base(parameter: torch.Tensor) -> bool:
+    """Checks whether a parameter belongs to the frozen base of an adapter, so that checkpoints leave it out."""
+    return getattr(parameter, "of_base", False)
+
+
+# choosing layers ------------------------------------------------------------------------------------------------------
+
+
+def linear_layers(model: torch.nn.Module) -> list[str]:
+    """Lists the names of a model's linear layers, except the output head."""
+    import torch
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+
+
+def chosen(adapter: Adapter, model: torch.nn.Module) -> list[str]:
+    """Lists the layers that get an adapter. Raises ConfigError if a name in `targets` names no linear layer."""
+    layers = linear_layers(model)
+    if not layers:
+        raise ConfigError(f"model.{KEY}: the model has no linear layers ({type(model).__name__}). Use another pretrained model")
+    if adapter.targets == ALL:
+        return layers
+    for name in adapter.targets:
+        if not any(_ends(layer, name) for layer in layers):
+            near = nearest(name, sorted({layer.rpartition(".")[2] for layer in layers}))
+            raise ConfigError(f"model.{KEY}.targets: {name!r} is the name of no linear layer{near}")
+    return [layer for layer in layers if any(_ends(layer, name) for name in adapter.targets)]
+
+
+def _ends(layer: str, name: str) -> bool:
+    return layer == name or layer.endswith(f".{name}")
+
+
+def shortest(layers: list[str], every: list[str]) -> list[str]:
+    """Returns the last parts of the layers' names if these parts name exactly these layers among `every`, else the full names."""
+    ends = sorted({layer.rpartition(".")[2] for layer in layers})
+    return ends if {n for n in every if any(_ends(n, end) for end in ends)} == set(layers) else layers
+
+
+# building -------------------------------------------------------------------------------------------------------------
+
+
+def peft_config(adapter: Adapter, layers: list[str], **options: Any) -> Any:
+    """Makes the configuration that peft needs for an adapter of these layers."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.strength, use_rslora=adapter.method == "rslora", use_dora=adapter.method == "dora",
+        target_modules=layers, **options,
+    )  # fmt: skip
+
+
+def add(adapter: Adapter, model: torch.nn.Module, seed: int, precision: str) -> None:
+    """Freezes a model, and adds an adapter to its linear layers, with the first weights of `seed`.
+
+    `precision`: of the training, in which the base is stored. Raises ConfigError if a name in `targets` names no layer.
+    """
+    from peft import inject_adapter_in_model
+
+    from heliostat.recipes import weightless
+
+    layers = chosen(adapter, model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.of_base = True  # type: ignore[attr-defined]
+    inject_adapter_in_model(peft_config(adapter, layers), model, adapter_name=NAME)
+    added = dict(_layers(model))
+    assert sorted(added) == sorted(layers), "peft adds the adapter to exactly these layers"
+    for name, layer in added.items():
+        down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+        weightless.starts_as(down, partial(first_down, seed, name, tuple(down.shape)))
+        weightless.starts_as(up, partial(_zeros, tuple(up.shape)))
+        if adapter.method == "dora":
+            magnitude = layer.lora_magnitude_vector[NAME].weight
+            weightless.starts_as(magnitude, partial(_norms, precision), layer.get_base_layer().weight)
+    for parameter in model.parameters():
+        parameter.requires_grad_(not is_base(parameter))
+
+
+def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
+
+
+def switch_off(model: torch.nn.Module) -> None:
+    """Makes a model compute as its base."""
+    for _, layer in _layers(model):
+        layer.enable_adapters(False)
+
+
+def first_down(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Draws the first A of a layer: uniform between -1 / sqrt(in) and 1 / sqrt(in), as peft does; fp32 [rank, in]."""
+    import torch
+
+    from heliostat.recipes.counter_random import uniform, words
+
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+    drawn = uniform(words(seed, torch.tensor([key], device="cpu"), STREAM, math.prod(shape)))
+    return drawn.view(shape).mul_(2).sub_(1).div_(math.sqrt(shape[1]))
+
+
+def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
+    import torch
+
+    return torch.zeros(shape, device="cpu")
+
+
+def _norms(precision: str, weight: torch.Tensor) -> torch.Tensor:
+    """Computes the norm of each row of a weight in the precision of training, fp32 [out]."""
+    import torch
+
+    return weight.to(getattr(torch, DTYPES[precision])).float().norm(dim=1)
+
+
+# exporting ------------------------------------------------------------------------------------------------------------
+
+
+def exported(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], rename: Callable[[str], str]) -> dict[str, Weight]:
+    """Returns the tensors of an adapter's file. `rename`: maps a layer's name in the model to its prefix in the file."""
+    tensors = {}
+    for name, shape in shapes.items():
+        for own, short in SHORT.items():
+            if name.endswith(f".{own}"):
+                tensors[f"{rename(name.removesuffix(f'.{own}'))}.{short}"] = Weight((name,), shape)
+    return tensors
+
+
+def layers_of(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Lists the layers with an adapter, from the names of a model's parameters."""
+    return [name.removesuffix(f".{DOWN}") for name in shapes if name.endswith(f".{DOWN}")]
+
+
+def merged(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
+    """Returns the tensors of a model without adapters that computes the same: W + scale B A in place of each W, and for `dora`
+    each row scaled to its trained norm."""
+    tensors = {}
+    for name, shape in shapes.items():
+        layer, inside, own = name.rpartition(f".{BASE}.")
+        if not inside:
+            if not any(name.endswith(f".{each}") for each in SHORT):
+                tensors[name] = Weight((name,), shape)
+        elif own == "weight":
+            parts = [DOWN, UP, MAGNITUDE][: 3 if adapter.method == "dora" else 2]
+            sources = (name, *(f"{layer}.{part}" for part in parts))
+            tensors[f"{layer}.weight"] = Weight(sources, shape, partial(merge, adapter.scale))
+        else:
+            tensors[f"{layer}.{own}"] = Weight((name,), shape)
+    return tensors
+
+
+def merge(
+    scale: float, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, magnitude: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Computes the weight of a layer with its adapter, fp32 [out, in]."""
+    changed = weight + scale * (up @ down)
+    return changed if magnitude is None else changed * (magnitude / changed.norm(dim=1)).unsqueeze(1)

@@ -1,0 +1,199 @@
+"""Tests exports of adapters: plain peft, transformers, and diffusers load them, and compute what the trained model computes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import transformers
+from heliostat.apps.serve.adapters import Adapters
+from heliostat.checkpoint import layout
+from heliostat.config.spec import Job
+from heliostat.data.dataset import plan
+from heliostat.data.manifest import read as read_manifest
+from heliostat.errors import CheckpointError, ConfigError
+from heliostat.inference import adapter_export
+from heliostat.inference.batch.engines import LoadedModel
+from heliostat.inference.export import export
+from heliostat.recipes import adapters, building
+from heliostat.recipes.images.text_to_image import TextToImage
+from heliostat.recipes.loading import load
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.storage.locations import Location
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from tests.golden import data
+from tests.unit import build_checkpoint, build_images, build_text_to_image
+from tests.unit.build_images import UNET
+from tests.unit.build_job import job
+
+METHODS = ("lora", "rslora", "dora")
+TOKENS = torch.arange(24).view(2, 12) * 5 % 96
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """Returns a folder with a small language model in bf16, and the text that it is trained on."""
+    folder = tmp_path_factory.mktemp("text")
+    recipe = CausalLM(job())
+    recipe.bind([read_manifest(Location(str(data.tokens(folder / "causal_lm"))))])
+    torch.manual_seed(0)
+    recipe.build().to(torch.bfloat16).save_pretrained(folder / "base")
+    recipe.save_config(folder / "base")
+    return folder / "base"
+
+
+def text_job(base: Path, method: str = "lora", **changes) -> Job:
+    model = {"pretrained": str(base), "adapter": {"method": method, "rank": 4, "alpha": 6.0}}
+    sources = [{"path": str(base.parent / "causal_lm")}]
+    return job(**{"model": model, "data.sources": sources, "train.precision": "fp32", "data.sequence_length": 32, **changes})
+
+
+def saved(made: Job, folder: Path, scale: float = 0.3, **facts) -> layout.SavedCheckpoint:
+    """Writes a checkpoint of two ranks, with a random adapter."""
+    sources = [read_manifest(location) for location in made.sources]
+    recipe = load(made, sources)
+    generator, masters = torch.Generator().manual_seed(1), {}
+    for name, p in building.build(recipe).named_parameters():
+        if p.requires_grad:
+            noise = torch.randn(p.shape, generator=generator) * scale
+            masters[f"master.{name}"] = (noise if p.dim() > 1 else p.detach() * (1 + noise)).flatten()
+    plan_of = plan(made, sources)
+    given = {"job": made.dump(), "data": plan_of.dump(), "data_digest": plan_of.digest}
+    given["base"] = adapters.weights_digest(recipe.base())
+    run, states = Location(str(folder)), [build_checkpoint.slices(masters, rank, 2) for rank in (0, 1)]
+    build_checkpoint.save(run, 3, states, **{**given, **facts})
+    return layout.open_checkpoint(run, 3)
+
+
+def trained(checkpoint: layout.SavedCheckpoint) -> torch.nn.Module:
+    """Returns the model of a checkpoint: the base with peft's layers."""
+    recipe = load(checkpoint.job, [read_manifest(location) for location in checkpoint.job.sources])
+    model = building.build(recipe)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.copy_(checkpoint.read(f"master.{name}").view(p.shape))
+    return model.eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plain_libraries_load_both_exports_of_a_language_model(base, tmp_path, method):
+    checkpoint = saved(text_job(base, method), tmp_path / "run")
+    right, plain = logits(trained(checkpoint)), transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert (logits(plain) - right).abs().max() > 0.05
+    export(checkpoint, tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), right, atol=2e-5, rtol=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").vocab_size == 96
+    export(checkpoint, tmp_path / "adapter", adapter=True)
+    told = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert len(told["target_modules"]) == 7, "short names of layers, not one name per layer"
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(adapted), right, atol=2e-5, rtol=1e-4)
+    size = (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
+    assert size < (tmp_path / "merged/model.safetensors").stat().st_size / 2
+
+
+def test_the_endpoint_serves_an_exported_adapter_on_the_base(base, tmp_path):
+    checkpoint = saved(text_job(base, "rslora", **{"model.adapter.targets": ["q_proj", "down_proj"]}), tmp_path / "run")
+    export(checkpoint, tmp_path / "adapter", adapter=True)
+    loaded = LoadedModel(base)
+    served = Adapters(loaded.model.float(), {"mine": str(tmp_path / "adapter")})
+    with served.using(["mine", None]):
+        both = logits(loaded.model)
+    torch.testing.assert_close(both[0], logits(trained(checkpoint))[0], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(both[1], logits(loaded.model)[1])
+
+
+def test_in_bf16_the_difference_is_that_of_rounding(base, tmp_path):
+    checkpoint = saved(text_job(base, **{"train.precision": "bf16"}), tmp_path / "run", 0.1)
+    export(checkpoint, tmp_path / "merged")
+    assert load_file(tmp_path / "merged/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    recipe = load(checkpoint.job, [read_manifest(location) for location in checkpoint.job.sources])
+    found = adapter_export.require_same(checkpoint, recipe, tmp_path / "merged", False, torch.bfloat16)
+    assert 0 < found.difference < 0.02 < found.effect
+
+
+def test_a_wrong_export_is_deleted(base, tmp_path, monkeypatch):
+    checkpoint = saved(text_job(base), tmp_path / "run")
+    monkeypatch.setattr(adapters, "merge", lambda scale, weight, down, up, magnitude=None: weight - scale * (up @ down))
+    with pytest.raises(CheckpointError, match=r"not exported, because the outputs of the files differ from the trained model's"):
+        export(checkpoint, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_another_base_an_adapter_of_zeros_and_a_run_without_an_adapter_are_rejected(base, tmp_path):
+    copied = shutil.copytree(base.parent, tmp_path / "copied") / "base"
+    checkpoint = saved(text_job(copied), tmp_path / "run")
+    zero = saved(text_job(base), tmp_path / "zero", scale=0.0)
+    tensors = load_file(copied / "model.safetensors")
+    save_file({n: t + 1 if n == "model.norm.weight" else t for n, t in tensors.items()}, copied / "model.safetensors")
+    with pytest.raises(ConfigError, match="the adapter was trained on another base than"):
+        export(checkpoint, tmp_path / "one")
+    with pytest.raises(CheckpointError, match="the adapter is empty or zero"):
+        export(zero, tmp_path / "two", adapter=True)
+    whole = job(**{"data.sources": [{"path": str(base.parent / "causal_lm")}], "train.precision": "fp32"})
+    recipe = load(whole, [read_manifest(location) for location in whole.sources])
+    with pytest.raises(ConfigError, match=r"^--adapter: .*the run has no adapter"):
+        adapter_export.require(checkpoint, recipe)
+    assert not any((tmp_path / name).exists() for name in ("one", "two"))
+
+
+# images ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Returns a folder with digits, and the parts of a pipeline of Stable Diffusion: `unet`, `text`, `vae`."""
+    folder = tmp_path_factory.mktemp("pictures")
+    build_images.digits(folder / "digits", 80)
+    build_text_to_image.clip(folder / "text", folder / "digits")
+    build_text_to_image.autoencoder(folder / "vae", 1)
+    torch.manual_seed(5)
+    keys = {**{key: value for key, value in UNET.items() if key != "arch"}, "cross_attention_dim": 16, "sample_size": 4}
+    backbone = diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, **keys)
+    build_text_to_image.woken(backbone).save_pretrained(folder / "unet")
+    return folder
+
+
+def image_job(folder: Path, method: str) -> Job:
+    model = {
+        "backbone": {"pretrained": str(folder / "unet")}, "text": {"pretrained": str(folder / "text"), "length": 8},
+        "autoencoder": {"pretrained": str(folder / "vae")},
+        "adapter": {"method": method, "rank": 2, "alpha": 5.0, "targets": ["to_q", "to_v", "to_out.0"]},
+    }  # fmt: skip
+    return job(**{**build_images.job(folder / "digits"), "model": model, "train.precision": "fp32"})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plain_diffusers_loads_both_exports_of_a_pipeline(pictures, tmp_path, method):
+    checkpoint = saved(image_job(pictures, method), tmp_path / "run", 2.0)
+    recipe = load(checkpoint.job, [read_manifest(location) for location in checkpoint.job.sources])
+    assert isinstance(recipe, TextToImage)
+    model = trained(checkpoint)
+    with torch.no_grad():
+        right = recipe.answer(model)
+        adapters.switch_off(model)
+        assert (recipe.answer(model) - right).abs().max() > 1e-2
+    export(checkpoint, tmp_path / "merged")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    export(checkpoint, tmp_path / "adapter", adapter=True)
+    plain = diffusers.StableDiffusionPipeline(
+        **{**pipeline.components, "unet": diffusers.UNet2DConditionModel.from_pretrained(pictures / "unet")}
+    )
+    plain.load_lora_weights(tmp_path / "adapter")
+    noisy, text = torch.randn(1, 4, 4, 4), torch.randn(1, 8, 16)
+    with torch.no_grad():
+        one, other = (p.unet(noisy, 7, encoder_hidden_states=text).sample for p in (pipeline, plain))
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert TextToImage.exported(tmp_path / "merged", checkpoint.job.model).keys() == {"backbone", "text", "autoencoder"}

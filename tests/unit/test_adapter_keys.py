@@ -1,0 +1,126 @@
+"""Tests `model.adapter` before training: its errors, the first weights, what the plan counts, and how a save reads back."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from heliostat.checkpoint import read_back, writing
+from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.errors import CheckpointError, ConfigError
+from heliostat.plan import model_stats
+from heliostat.recipes import adapters, building
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.storage.locations import Location
+
+from tests.unit.build_job import BASE, job
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    CausalLM(job()).build().save_pretrained(folder)
+    return folder
+
+
+def recipe(base: Path, seed: int = 1, changes: dict[str, object] | None = None, **adapter: object) -> CausalLM:
+    model = {"pretrained": str(base), "adapter": {"rank": 4, **adapter}}
+    return CausalLM(job(**{"model": model, "train.seed": seed, "train.precision": "fp32", **(changes or {})}))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"method": "loha"}, "model.adapter.method"),
+        ({"rank": 0}, "model.adapter.rank"),
+        ({"dropout": 0.1}, "dropout in adapters isn't supported"),
+        ({"targets": []}, "expected different names of layers"),
+        ({"targets": ["q_proj", "q_proj"]}, "expected different names of layers"),
+        ({"ranks": 4}, "model.adapter.ranks"),
+    ],
+)
+def test_wrong_keys_are_rejected_in_one_line(base, adapter, said):
+    with pytest.raises(ConfigError, match=said) as raised:
+        recipe(base, **adapter)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_name_without_a_layer_is_rejected_before_weights_are_read(base):
+    with pytest.raises(
+        ConfigError, match=r"model.adapter.targets: 'q_prj' is the name of no linear layer. Did you mean 'q_proj'\?"
+    ):
+        recipe(base, targets=["v_proj", "q_prj"]).probe()
+    with pytest.raises(ConfigError, match="'lm_head' is the name of no linear layer"):
+        recipe(base, targets=["lm_head"]).probe()
+    recipe(base, targets=["1.self_attn.q_proj", "down_proj"]).probe()
+
+
+@pytest.mark.parametrize("key", ["train.tiled_mlp", "train.parallel.tensor"])
+def test_a_key_that_changes_the_bases_layers_is_rejected(base, key):
+    changes = {key: 2 if key.endswith("tensor") else True, "workers.count": 2}
+    with pytest.raises(ConfigError, match=f"^{key}: not supported with model.adapter"):
+        recipe(base, changes=changes).probe()
+
+
+def test_an_adapter_needs_a_pretrained_model():
+    with pytest.raises(ConfigError, match=r"^model.adapter: needs a pretrained model as its base. Set model.pretrained"):
+        CausalLM(job(model={**BASE["model"], "adapter": {"rank": 4}}))
+
+
+def trained(made: CausalLM) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in building.build(made).named_parameters() if p.requires_grad}
+
+
+def test_the_first_weights_follow_from_the_seed_and_the_layer(base):
+    """They have the distribution of peft's own: uniform, with the bound 1 / sqrt(inputs); B is zero."""
+    torch.manual_seed(3)
+    one = trained(recipe(base))
+    torch.manual_seed(4)
+    same, other = trained(recipe(base)), trained(recipe(base, seed=2))
+    downs = [name for name in one if name.endswith(adapters.DOWN)]
+    assert len(downs) == 14 and all(torch.equal(one[name], same[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in downs)
+    assert not any(torch.equal(one[downs[0]], one[name]) for name in downs[1:] if one[name].shape == one[downs[0]].shape)
+    scaled = torch.cat([(one[name] * math.sqrt(one[name].shape[1])).flatten() for name in downs])
+    assert scaled.abs().max() <= 1 and scaled.std() == pytest.approx(1 / math.sqrt(3), rel=0.05)
+    assert not any(one[name].any() for name in one if name.endswith(adapters.UP))
+    dora = building.build(recipe(base, method="dora"))
+    layer = dora.get_submodule("model.layers.0.mlp.down_proj")
+    norms = layer.get_base_layer().weight.norm(dim=1)
+    torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight.detach(), norms.detach())
+
+
+def test_the_plan_counts_the_base_without_gradients_and_its_gradients_flops(base):
+    made, whole = recipe(base), CausalLM(job(model={"pretrained": str(base)}))
+    stats, all_of = (model_stats.stats_of(one, model_stats.build(one)) for one in (made, whole))
+    assert set(stats.trained) == set(trained(made)) and len(stats.frozen) == len(all_of.shapes)
+    weights = sum(math.prod(shape) for shape in stats.trained.values())
+    length = made.length
+    matrices = whole.flops_per_sample(model_stats.build(whole))
+    head = 96 * 32
+    layers = sum(math.prod(s) for n, s in all_of.shapes.items() if len(s) == 2 and "embed" not in n) - head
+    saved = 2 * length * (layers + head) - 6 * length * weights
+    assert stats.flops == pytest.approx(matrices - saved)
+
+
+def test_a_save_is_compared_with_storage_and_must_not_lose_a_matrix(tmp_path):
+    """A shard that changed in storage, and a matrix that is zero on all ranks, fail the save."""
+    tensors = {
+        "master.a": FlatShard(torch.randn(6), 6, 12),
+        "master.b": FlatShard(torch.zeros(4), 0, 4),
+        "buffer.c": torch.ones(2),
+    }
+    target = Location(str(tmp_path / "step"))
+    part = writing.write_shard(target, tensors, 0, lambda: None)
+    assert sorted(read_back.compare(target, part, tensors)) == ["buffer.c", "master.a"]
+    read_back.require(target, frozenset(["master.a"]), ["buffer.c", "master.a"])
+    with pytest.raises(CheckpointError, match=r"can't save 'master.b': all its values are zero or missing \(1 tensors\)"):
+        read_back.require(target, frozenset(["master.a", "master.b"]), ["buffer.c", "master.a"])
+    changed = {**tensors, "master.a": FlatShard(torch.randn(6), 6, 12)}
+    with pytest.raises(CheckpointError, match=r"'master\.a' differs from the tensor that was saved"):
+        read_back.compare(target, part, changed)
+    file = tmp_path / "step" / part.shards[0].file
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="have changed since they were written"):
+        read_back.compare(target, part, tensors)
