@@ -106,7 +106,7 @@ class CaptionParts:
     def frozen_texts(self) -> list[FrozenText]:
         return texts.frozen(self.model.texts, self.family)
 
-    @cached_property
+    @property
     def text_shape(self) -> TextShape:
         """Returns the shape of the embeddings that the backbone gets for a caption.
 
@@ -118,6 +118,10 @@ class CaptionParts:
         width = self.given().get(self.family.width)
         if self.facts is None and width and len(self.frozen_texts) == 1:
             return TextShape(self.model.texts[0].embeddings, width)
+        return self._joined
+
+    @cached_property
+    def _joined(self) -> TextShape:
         return texts.joined(self.frozen_texts, self.family)
 
     def given(self) -> config.Keys:
@@ -222,7 +226,7 @@ class CaptionParts:
                 encoded.append(encode(encoder, text, captions[f"mask{part.suffix}"], **part.settings))
         tokens, pooled = join(self.family.cls.__name__, encoded)
         out = {"caption": tokens} if pooled is None else {"caption": tokens, "pooled": pooled}
-        if any(part.masked for part in self.frozen_texts) and not isinstance(tokens, FakeTensor):  # a plan counts all tokens
+        if not isinstance(tokens, FakeTensor) and any(part.masked for part in self.frozen_texts):  # a plan counts all tokens
             out["mask"] = unpadded(tokens)
         return out
 

@@ -76,10 +76,11 @@ class Parts(CaptionParts):
                 "model.text: the datasets have no tokenizer. Prepare the datasets with a tokenizer, or set model.text.pretrained"
             )
         keys, channels = self.given(), self.shape()[0]
-        if self.family.channels(keys, channels) != channels:
+        inputs = channels * self.family.packed
+        if keys.get("in_channels", inputs) != inputs:
             raise ConfigError(
                 f"model.backbone.in_channels: {keys['in_channels']} given, but the data has {channels} channels. "
-                f"Set this key to {channels * self.family.packed}, or use another backbone"
+                f"Set this key to {inputs}, or use another backbone"
             )
         if (said := self._answers(keys)) != channels:
             more = ". The backbone also predicts the variance, which heliostat doesn't train" if said == 2 * channels else ""
@@ -103,7 +104,8 @@ class Parts(CaptionParts):
         with torch.device("meta"):
             self.build()  # fails if the keys don't fit together
             if "pretrained" in self.model.backbone:
-                self._try(self.family.cls.from_config(keys))
+                folder = self.model.backbone["pretrained"]
+                self._try(self.family.cls.from_config(config.folder_config(config.PRETRAINED, folder)))
 
     def _divide(self, keys: config.Keys) -> None:
         """Raises ConfigError if the backbone can't cut the images of a dataset into patches."""

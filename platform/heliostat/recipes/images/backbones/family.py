@@ -71,9 +71,9 @@ class Family:
         parameters = inspect.signature(self.cls.__init__).parameters
         return {key: value for key, value in keys.items() if key in parameters}
 
-    def channels(self, keys: Keys, default: int = 4) -> int:
-        """Returns the channels of the noised tensor."""
-        return int(keys.get("in_channels", default * self.packed)) // self.packed
+    def channels(self, keys: Keys) -> int:
+        """Returns the channels of the noised tensor; 4 if the keys don't have them."""
+        return int(keys.get("in_channels", 4 * self.packed)) // self.packed
 
     def answers(self, keys: Keys) -> int | None:
         """Returns the channels of a prediction, from the backbone's own keys; None: as many as the noised tensor has."""
