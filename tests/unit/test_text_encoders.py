@@ -238,3 +238,28 @@ def test_the_folders_of_a_list_are_found_like_those_of_a_mapping(tmp_path):
     assert [key for key, _ in pretrained.named(made)] == keys
     changed = pretrained._replaced(made, {keys[1]: "/cache/t5"})
     assert changed == {**made, "text": [made["text"][0], {"pretrained": "/cache/t5"}]}
+
+
+def test_a_t5gemma_is_its_encoder_alone(digits, tmp_path):
+    """The folder of a complete model is rejected with the call that saves its encoder, which then embeds captions."""
+    from heliostat.recipes.images import config, text_encoders
+    from heliostat.recipes.images.pipeline import encode
+    from transformers import T5GemmaConfig, T5GemmaEncoderModel
+
+    small = {"vocab_size": 320, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "head_dim": 8}  # fmt: skip
+    whole = T5GemmaConfig(encoder=small, decoder=small, vocab_size=320)
+    with pytest.raises(
+        ConfigError, match=r"^model\.text: the folder has a decoder, too\. Save only the encoder: T5GemmaEncoderModel"
+    ):
+        text_encoders.kind("model.text", whole)
+    torch.manual_seed(0)
+    made = T5GemmaEncoderModel(T5GemmaConfig(encoder=small, decoder=small, vocab_size=320, is_encoder_decoder=False))
+    made.save_pretrained(tmp_path)
+    encoder = config.frozen_text_encoder(str(tmp_path))
+    ids, mask = torch.tensor([[5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 0]])
+    tokens, pooled = encode(encoder, ids, mask)
+    with torch.no_grad():
+        alone = encode(encoder, ids[:, :3], mask[:, :3]).tokens
+    assert pooled is None and torch.allclose(tokens[:, :3], alone, atol=1e-5) and not tokens[0, 3].any()
+    assert text_encoders.widths(encoder.config) == (16, None) and config.frozen_bytes(str(tmp_path), torch.float32) > 0

@@ -27,7 +27,12 @@ CLASSES = {"t5": T5EncoderModel, "mt5": T5EncoderModel, "umt5": UMT5EncoderModel
 
 def kind(key: str, config: PreTrainedConfig) -> Any:
     """Returns the class that loads a text encoder with this configuration. Raises ConfigError, with `key` at its beginning, for
-    an unsupported type of model."""
+    an unsupported type of model, or for a T5Gemma with a decoder."""
+    if config.model_type == "t5gemma" and config.is_encoder_decoder:
+        raise ConfigError(
+            f"{key}: the folder has a decoder, too. Save only the encoder: "
+            "T5GemmaEncoderModel.from_pretrained(FOLDER, is_encoder_decoder=False).save_pretrained(NEW_FOLDER)"
+        )
     if config.model_type in CLASSES:
         return CLASSES[config.model_type]
     if "clip" in config.model_type:
