@@ -263,3 +263,15 @@ def test_a_t5gemma_is_its_encoder_alone(digits, tmp_path):
         alone = encode(encoder, ids[:, :3], mask[:, :3]).tokens
     assert pooled is None and torch.allclose(tokens[:, :3], alone, atol=1e-5) and not tokens[0, 3].any()
     assert text_encoders.widths(encoder.config) == (16, None) and config.frozen_bytes(str(tmp_path), torch.float32) > 0
+
+
+def test_a_job_with_several_encoders_is_planned_before_its_dataset_exists(digits, tmp_path):
+    """By placeholder embeddings of each text encoder, with the shapes that the dataset would store."""
+    text = texts(["clip+", "clip+", "t5"], tmp_path, digits, [8, 8, 12], [16, 16, 48])
+    made = TextToImage(
+        job(**build_images.job(tmp_path / "nowhere", backbone={**SD3, "sample_size": 8, "in_channels": 1}, text=text))
+    )
+    placeholders = made.presume(2)
+    assert placeholders is not None
+    batch = made.complete(made.batch(placeholders, np.arange(2)))
+    assert (batch["caption"].shape, batch["pooled"].shape) == ((2, 20, 48), (2, 24))

@@ -239,4 +239,4 @@ class CaptionParts:
 def presumed(part: FrozenText) -> rows.StoredText:
     """Describes the stored embeddings of a text encoder in a dataset that doesn't exist yet."""
     settings: dict[str, Any] = part.settings
-    return rows.StoredText(part.name, part.shape.tokens, part.shape.width, part.shape.pooled, **settings)
+    return rows.StoredText(f"presumed{part.suffix}", part.shape.tokens, part.shape.width, part.shape.pooled, **settings)

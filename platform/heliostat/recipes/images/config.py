@@ -205,8 +205,9 @@ def folder_config(key: str, folder: str) -> Keys:
 
 
 def load_or_build(cls: Any, folder: str | Path) -> Any:
-    """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, builds the model without weights instead."""
-    if weightless.wanted():
+    """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, and on the meta device, builds the model
+    without weights instead."""
+    if weightless.wanted() or torch.get_default_device().type == "meta":
         model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
         return model
