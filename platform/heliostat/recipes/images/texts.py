@@ -28,10 +28,6 @@ class TextShape:
     width: int
     pooled: int | None = None
 
-    @property
-    def elements(self) -> int:
-        return self.tokens * self.width + (self.pooled or 0)
-
     def blank(self, captions: int, device: str | torch.device = "meta") -> Encoded:
         """Returns zero embeddings of captions."""
         pooled = None if self.pooled is None else torch.zeros((captions, self.pooled), device=device)
