@@ -112,7 +112,7 @@ def test_latents_and_embeddings_are_what_the_frozen_models_give(tmp_path):
     latents = {r["id"]: r for p in (tmp_path / "out/shards").rglob("*.parquet") for r in pq.read_table(p).to_pylist()}
     assert set(images) == set(latents) and not any("image" in r for r in latents.values())
     from heliostat.recipes.images import config as diffusion_config
-    from heliostat.recipes.images.pipeline import embed, tokenize
+    from heliostat.recipes.images.pipeline import encode, tokenize
 
     vae = diffusion_config.frozen_autoencoder(folders["autoencoder"])
     encoder = diffusion_config.frozen_text_encoder(folders["text_encoder"])
@@ -122,7 +122,7 @@ def test_latents_and_embeddings_are_what_the_frozen_models_give(tmp_path):
         with torch.no_grad():
             expected = vae.encode(image_rows.pixels(table)).latent_dist.parameters[0].numpy()
             tokens = tokenize(tokenizer, [images[id]["caption"]])
-            text = embed(encoder, tokens.input_ids, tokens.attention_mask)[0].numpy()
+            text = encode(encoder, tokens.input_ids, tokens.attention_mask).tokens[0].numpy()
         got = np.frombuffer(latents[id]["latent"], np.float16).reshape(expected.shape)
         assert np.abs(got - expected).max() < 2e-3
         assert np.abs(np.frombuffer(latents[id]["embedding"], np.float16).reshape(8, 16) - text).max() < 2e-3

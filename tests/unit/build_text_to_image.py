@@ -54,14 +54,16 @@ def rows(dataset: Path, count: int = 12) -> Any:
     return data.read(data.order.locate(np.arange(count)))
 
 
-def autoencoder(folder: Path, channels: int = 3) -> Path:
+def autoencoder(folder: Path, channels: int = 3, **keys: Any) -> Path:
+    """Saves an AutoencoderKL with random weights, whose latents have half the image's sides. `keys`: of its configuration."""
     torch.manual_seed(3)
     blocks = {
         "block_out_channels": (8, 16),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
     }
-    AutoencoderKL(channels, channels, latent_channels=4, norm_num_groups=4, sample_size=16, **blocks).save_pretrained(folder)
+    usual = {"latent_channels": 4, "norm_num_groups": 4, "sample_size": 16, **blocks}
+    AutoencoderKL(channels, channels, **{**usual, **keys}).save_pretrained(folder)
     return folder
 
 

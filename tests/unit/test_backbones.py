@@ -11,7 +11,7 @@ import torch
 from heliostat.errors import ConfigError
 from heliostat.recipes.images.backbones.table import FAMILIES
 
-from tests.unit.build_images import PIXART, SD3, UNET
+from tests.unit.build_images import FLUX, LUMINA, PIXART, PRX, SANA, SD3, UNET
 from tests.unit.build_text_to_image import BACKBONES, recipe, rows, woken
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,3 +159,65 @@ def test_a_backbone_from_nothing_begins_as_its_authors_have_it(arch, digits):
     torch.manual_seed(0)
     again = made.build()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("arch", ["lumina", "sana", "prx"])
+def test_other_transformers_begin_as_their_training_code_has_it(arch, digits):
+    """By the rules that the family's file names: which matrices are zero, small, or Xavier-uniform."""
+    made = recipe(digits, backbone=BACKBONES[arch])
+    torch.manual_seed(0)
+    backbone = made.parts.backbone(made.build())
+    linear = {n: m for n, m in backbone.named_modules() if isinstance(m, torch.nn.Linear)}
+    zero = {n for n, m in linear.items() if not m.weight.any()}
+    ends = {"lumina": ("norm1.linear", "norm_out.linear_1", "norm_out.linear_2"), "sana": (),
+            "prx": ("modulation.lin", "adaLN_modulation.1", "final_layer.linear")}[arch]  # fmt: skip
+    assert zero == {n for n in linear if ends and n.endswith(ends)}
+    if arch != "prx":
+        assert not any(m.bias.any() for m in linear.values() if m.bias is not None)
+        small = ("timestep_embedder.linear_1", "caption_embedder.1", "caption_projection.linear_1", "time_embed.linear")
+        for name in (n for n in linear if n.endswith(small)):
+            assert 0.015 < float(linear[name].weight.detach().std()) < 0.025
+    if arch == "lumina":  # query, key, and value are one matrix there: 24 inputs, 24 + 12 + 12 outputs
+        bound = (6 / (24 + 48)) ** 0.5
+        assert 0.9 * bound < float(linear["layers.0.attn.to_k"].weight.detach().abs().max()) <= bound
+    if arch == "sana":
+        bound = (6 / (16 + 2 * 16)) ** 0.5
+        assert 0.9 * bound < float(linear["transformer_blocks.0.attn2.to_v"].weight.detach().abs().max()) <= bound
+
+
+@pytest.mark.parametrize(
+    ("backbone", "says"),
+    [
+        ({**FLUX, "guidance_embeds": True}, "model.backbone.guidance_embeds: needs a pretrained backbone"),
+        ({**FLUX, "axes_dims_rope": [2, 4, 4]}, "model.backbone.axes_dims_rope: [2, 4, 4] aren't even numbers with the sum 12"),
+        ({**LUMINA, "axes_dim_rope": [3, 5, 4]}, "model.backbone.axes_dim_rope: [3, 5, 4] aren't even numbers with the sum 12"),
+        ({**SANA, "guidance_embeds": True}, "model.backbone.guidance_embeds: not supported"),
+        (
+            {**PRX, "patch_size": 16},
+            "data.sources: images of 8x8 pixels given, but the backbone needs sides that are multiples of 16",
+        ),
+        ({**FLUX, "in_channels": 8}, "model.backbone.in_channels: 8 given, but the data has 1 channels. Set this key to 4"),
+    ],
+)
+def test_keys_that_a_family_does_not_train_with_are_one_line(backbone, says, digits):
+    with pytest.raises(ConfigError) as e:
+        recipe(digits, backbone=backbone)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_distilled_flux_is_trained_with_a_guidance_of_one_and_sampled_with_the_scale(digits, tmp_path):
+    """It gets the scale as input, so that one prediction per step is enough, and no prediction without text is used."""
+    from diffusers import FluxTransformer2DModel
+
+    keys = {k: v for k, v in FLUX.items() if k != "arch"} | {"in_channels": 4, "joint_attention_dim": 16}
+    FluxTransformer2DModel(**keys, pooled_projection_dim=16, guidance_embeds=True).save_pretrained(tmp_path)
+    made = recipe(digits, backbone={"pretrained": str(tmp_path), "sample_size": 8}, objective={"prediction": "flow"},
+                  samples={"guidance": 3.5})  # fmt: skip
+    model, seen = made.build(), list[torch.Tensor]()
+    made.parts.backbone(model).register_forward_pre_hook(lambda _, args, named: seen.append(named["guidance"]), with_kwargs=True)
+    with torch.no_grad():
+        made.loss(model, made.batch(rows(digits, 2), np.arange(2)))
+        said = made.sampler_of(model, "cpu")(["one"])(torch.zeros((2, 1, 8, 8)), torch.full((2,), 500.0))
+    assert [set(values.tolist()) for values in seen] == [{1.0}, {3.5}] and torch.equal(said[0], said[1])
+    with pytest.raises(ConfigError, match=r"^model\.backbone\.num_layers: a pretrained backbone takes its configuration"):
+        recipe(digits, backbone={"pretrained": str(tmp_path), "num_layers": 8})

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from heliostat.recipes.images import diffusers_folder
 from heliostat.recipes.images.pipeline import TextToImagePipeline, generators
 from transformers import CLIPTextModel
 
-from tests.unit.build_images import UNET
+from tests.unit.build_images import SD3, UNET
+from tests.unit.build_text_encoders import texts
 from tests.unit.build_text_to_image import BACKBONES, autoencoder, clip, export, recipe, woken
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,3 +102,20 @@ def test_latents_with_clip_and_a_unet_are_exported_as_stable_diffusion(digits, t
     )
     plain = DiffusionPipeline.from_pretrained(export(limited, model, tmp_path / "limited"), trust_remote_code=True)
     assert type(plain).__name__ == "TextToImagePipeline", "Stable Diffusion's own pipeline has no interval"
+
+
+def test_sd3_with_its_three_text_encoders_is_exported_as_stable_diffusion_3_and_draws_the_same(digits, tmp_path):
+    """T5 has the 256 tokens that the pipeline gives it, and the tokenizer of heliostat's export cuts them to its own length."""
+    text = texts(["clip+", "clip+", "t5"], tmp_path, digits, [8, 8, 256], [16, 16, 48])
+    vae = autoencoder(tmp_path / "vae", 1, latent_channels=16, scaling_factor=0.5, shift_factor=0.1)
+    made = recipe(digits, backbone=SD3, text=text, autoencoder={"pretrained": str(vae)}, objective={"prediction": "flow"})
+    torch.manual_seed(0)
+    model = woken(made.build()).eval()
+    plain: Any = DiffusionPipeline.from_pretrained(export(made, model, tmp_path / "out"))
+    assert type(plain) is StableDiffusion3Pipeline
+    plain.set_progress_bar_config(disable=True)
+    prompts = ["the digit one", "seven, handwritten"]
+    call = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np"}
+    theirs = plain(prompts, generator=generators([5, 6]), **call).images
+    ours = diffusers_folder.load(tmp_path / "out")(prompts, generator=generators([5, 6]), **call).images
+    assert np.asarray(theirs).shape == (2, 8, 8, 1) and float(np.abs(np.asarray(theirs) - np.asarray(ours)).max()) < 2e-3

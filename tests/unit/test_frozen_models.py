@@ -61,7 +61,7 @@ def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_
     made = recipe(digits, text=text, autoencoder={"pretrained": str(autoencoder(tmp_path / "vae", 1))},
                   samples={"prompts": [{"text": "the digit one"}], "per_prompt": 1, "steps": 2})  # fmt: skip
     parts = made.parts
-    sizes = {n: sum(4 * p.numel() for p in getattr(parts, n).parameters()) for n in ("text_encoder", "vae")}
+    sizes = {n: sum(4 * p.numel() for p in parts.frozen(n).parameters()) for n in ("text_encoder", "vae")}
     both = sum(sizes.values())
     assert stats_of(made, build(made)).frozen_models == (both, both)  # images and captions are encoded in every step
     state = memory.StateBytes(10, 10, 10, 10, 0, 0)
@@ -72,7 +72,7 @@ def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_
 
     moved = dict.fromkeys(sizes, "")
     for name in sizes:
-        module = getattr(parts, name)
+        module = parts.frozen(name)
         module.to = lambda device, n=name: moved.__setitem__(n, str(device))
     parts.rest()
     assert moved == {"text_encoder": "", "vae": ""}  # the next step needs them where they are
@@ -119,8 +119,8 @@ def test_a_frozen_encoder_conditions_and_is_not_trained(kind, digits, tmp_path):
     batch = made.batch(rows(digits), np.arange(12))
     loss = made.loss(model, batch).sum
     loss.backward()
-    assert made.parts.width == 24 and all(p.grad is None for p in made.parts.text_encoder.parameters())
-    text = made.parts.conditioning(batch["text"], batch["mask"])
+    assert made.parts.text_shape.width == 24 and all(p.grad is None for p in made.parts.frozen("text_encoder").parameters())
+    text = made.parts.conditioning({"text": batch["text"], "mask": batch["mask"]})["caption"]
     assert text.shape == (12, 8, 24) and text.std() > 0
 
 

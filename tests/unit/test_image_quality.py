@@ -222,12 +222,12 @@ def test_stored_latents_are_decoded_to_be_compared(dataset, model, tmp_path):
     recipe, data, _ = opened(dataset, autoencoder={"pretrained": str(vae)})
     content = data.read(data.order.held_out(6))
     images = torch.from_numpy(np.stack([rows.decode(i) for i in content["image"].to_pylist()])).permute(0, 3, 1, 2)
-    coded = recipe.parts.vae.encode(images.float() / 127.5 - 1).latent_dist
+    coded = recipe.parts.frozen("vae").encode(images.float() / 127.5 - 1).latent_dist
     stored = coded.parameters.half().numpy()
     table = pa.table({"width": [8] * 6, "height": [8] * 6, "latent": [one.tobytes() for one in stored]})
     recipe.parts.facts = dataclasses.replace(recipe.parts.facts, content="latents")
     decoded = np.stack(recipe.pictures_of(table, "cpu"))
-    plain = recipe.parts.vae.decode(torch.from_numpy(stored).float().chunk(2, 1)[0]).sample.clamp(-1, 1)
+    plain = recipe.parts.frozen("vae").decode(torch.from_numpy(stored).float().chunk(2, 1)[0]).sample.clamp(-1, 1)
     expected = ((plain.detach() + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
     assert decoded.shape == (6, 8, 8, 1) and np.abs(decoded - expected).max() <= 1
 

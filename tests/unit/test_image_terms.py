@@ -23,6 +23,7 @@ from heliostat.training.worker.micro_batches import BatchPlan
 from tests.unit import build_images
 from tests.unit.build_images import folder_of, image, prepared
 from tests.unit.build_job import job
+from tests.unit.build_text_encoders import texts
 from tests.unit.build_text_to_image import clip, recipe, rows, woken
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,6 +198,33 @@ def test_stored_embeddings_are_mixed_and_dropped_as_texts_are(digits, tmp_path):
         made_for(tmp_path / "stored", **model | {"captions": [{"text": "{label}"}]})
     with pytest.raises(ConfigError, match=r"columns\.captions: 'short' isn't in columns\.others, and no stage stores it"):
         prepared({**keys, "output": str(tmp_path / "none"), "columns": {"captions": ["short"]}})
+
+
+def test_captions_of_several_text_encoders_are_mixed_as_texts_are(digits, tmp_path):
+    """Each encoder embeds the caption that the key chooses, also the pooled embedding, within float16."""
+    described = [(f"{i}.png", image(8, 8, seed=i), {"caption": f"number {i}", **({"long": f"the image of {i}"} if i % 4 else {})})
+                 for i in range(12)]  # fmt: skip
+    text = texts(["clip", "t5"], tmp_path / "models", digits, [8, 12], [16, 24])
+    folder_of(tmp_path / "in", described)
+    keys = {"name": "test", "input": str(tmp_path / "in"), "resolution": 8, "columns": {"others": ["long"], "captions": ["long"]}}
+    prepared({**keys, "output": str(tmp_path / "texts")})
+    settings = ({"layer": "penultimate"}, {"padding": "seen"})
+    encoders = [{"text_encoder": t["pretrained"], "length": t["length"], **s} for t, s in zip(text, settings, strict=True)]
+    stored, _ = prepared({**keys, "output": str(tmp_path / "stored"), "latents": {"text_encoders": encoders}})
+    assert captions.embeddings(stored) and len(captions.embeddings(stored)) == 3
+    model = {"backbone": build_images.FLUX, "text": text, "caption_dropout": 0.4, "objective": {"prediction": "flow"},
+             "contrastive": {}, "captions": [{"text": "{caption}"}, {"text": "{long}", "weight": 2.0}]}  # fmt: skip
+    completed = {}
+    for name in ("texts", "stored"):
+        made = made_for(tmp_path / name, **model)
+        content = pq.read_table(next((tmp_path / name / "shards").rglob("*.parquet"))).sort_by("id")
+        completed[name] = [made.complete(made.batch(content, np.arange(i, i + 12))) for i in range(0, 60, 12)]
+    assert completed["stored"][0].keys() == completed["texts"][0].keys() >= {"caption", "pooled", "contrasted"}
+    for ours, theirs in zip(completed["stored"], completed["texts"], strict=True):
+        for name, values in theirs.items():
+            assert torch.allclose(ours[name].float(), values.float(), atol=5e-3, rtol=5e-3), name
+    with pytest.raises(ConfigError, match=r"stores no embeddings of the column 'label'"):
+        made_for(tmp_path / "stored", **model | {"captions": [{"text": "{label}"}]})
 
 
 @pytest.mark.parametrize(

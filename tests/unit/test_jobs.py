@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from heliostat.recipes import weightless
 from heliostat.validation import check
 
 ROOT = Path(__file__).parents[2]
@@ -12,10 +13,21 @@ FILES = sorted([*(ROOT / "jobs").glob("*.yaml"), *(ROOT / "jobs" / "examples").g
 pytestmark = pytest.mark.usefixtures("in_repository")
 
 
+def flux(folder: Path) -> str:
+    """Writes the configuration of FLUX.1-dev, and an empty file of weights, which the check doesn't read."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        FluxTransformer2DModel(guidance_embeds=True).save_config(folder)
+    (folder / "diffusion_pytorch_model.safetensors").touch()
+    return f"model.backbone.pretrained={folder}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_every_job_file_passes_the_check(path):
-    """Keys, rules, and model are valid. The job has its file's name, so no two jobs write to one run."""
-    job, recipe = check.check_file(path)
+def test_every_job_file_passes_the_check(path, tmp_path):
+    """Keys, rules, and model are valid. The job has its file's name, so no two jobs write to one run. The base of an adapter is a
+    folder, which a test must make."""
+    job, recipe = check.check_file(path, [flux(tmp_path)] if path.stem == "flux-lora" else None)
     assert job.name == path.stem
     assert recipe.kind in ("tokens", "rows")
 
@@ -32,6 +44,9 @@ def test_there_are_jobs():
         "quickstart-diffusion",
         "stable-diffusion-2",
         "dit-xl-2",
+        "prx-1b",
+        "sd3-medium",
+        "flux-lora",
         "masked-lm",
         "classifier",
     } <= {p.stem for p in FILES}
@@ -47,6 +62,8 @@ def test_there_are_jobs():
         ("qwen3-30b-a3b", 30_532_122_624),  # as published
         ("stable-diffusion-2", 865_910_724),  # as published
         ("dit-xl-2", 610_837_648),
+        ("prx-1b", 1_170_691_648),
+        ("sd3-medium", 2_028_328_000),
     ],
 )
 def test_a_full_scale_model_has_the_parameters_that_its_comment_says(name, parameters):
@@ -100,3 +117,15 @@ def test_stable_diffusion_2_is_the_published_recipe():
     _, dit = check.check_file(ROOT / "jobs" / "dit-xl-2.yaml")
     keys = dit.model.backbone
     assert (keys["num_layers"], keys["num_attention_heads"] * keys["attention_head_dim"], keys["patch_size"]) == (28, 1152, 2)
+
+
+def test_flux_lora_trains_a_small_part_of_the_published_model(tmp_path):
+    """The base has the published number of parameters, and only the adapter is trained."""
+    path = ROOT / "jobs" / "flux-lora.yaml"
+    _, recipe = check.check_file(path, [flux(tmp_path)])
+    with torch.device("meta"), weightless.building():
+        model = recipe.build()
+    trained = {p for p in model.parameters() if p.requires_grad}
+    base = sum(p.numel() for p in model.parameters() if p not in trained)
+    assert base == 11_901_408_320 and f"{base:,} parameters" in path.read_text()
+    assert 0 < sum(p.numel() for p in trained) < 0.02 * base

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes.images.pipeline import embed, tokenize
+from heliostat.recipes.images.pipeline import Guidance, denoise, encode, tokenize
 
 from tests.unit import build_images
 from tests.unit.build_images import folder_of, image, prepared
@@ -54,11 +54,9 @@ def test_stored_embeddings_train_as_the_encoder_itself_does_and_draw_the_same_af
     plain.set_progress_bar_config(disable=True)
     prompt, scheduler = "the digit three", trained.process.scheduler(trained.sampler, clip=True)
     drawn = plain(prompt, num_inference_steps=3, generator=torch.Generator().manual_seed(1)).images[0]
-    from heliostat.recipes.images.pipeline import denoise
-
     with torch.no_grad():
         say = trained.sampler_of(model, "cpu")([prompt])
-        sampled = denoise(say, scheduler, (1, 3, 8, 8), 3, 4.0, [torch.Generator().manual_seed(1)], "cpu")
+        sampled = denoise(say, scheduler, (1, 3, 8, 8), 3, Guidance(4.0), [torch.Generator().manual_seed(1)], "cpu")
     assert np.abs(trained.pixels_of(sampled)[0].astype(int) - np.asarray(drawn).astype(int)).max() <= 1
 
 
@@ -75,7 +73,7 @@ def test_the_rows_of_berts_padding_are_zero_and_no_other_row_is(digits, tmp_path
     assert np.array_equal(found.any(-1), tokens.attention_mask.numpy().astype(bool)) and not found.any(-1).all()
     with torch.no_grad():  # padding changes no embedding of a token
         alone = [encoder(input_ids=ids[None, : int(mask.sum())])[0][0] for ids, mask in zip(*tokens.values(), strict=True)]
-        pooled = embed(encoder, tokens.input_ids, tokens.attention_mask, "mean")
+        pooled = encode(encoder, tokens.input_ids, tokens.attention_mask, "mean").tokens
     for row, mean, exact in zip(found, pooled, alone, strict=True):
         assert np.abs(row[: len(exact)] - exact.numpy()).max() < 2e-3
         assert torch.allclose(mean[0], exact.mean(0), atol=1e-5)

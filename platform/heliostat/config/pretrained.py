@@ -19,12 +19,18 @@ KEY = "pretrained"
 
 
 def named(model: Mapping[str, Any], key: str = "model") -> Iterator[tuple[str, str]]:
-    """Yields each `pretrained` key at any depth, and its value."""
+    """Yields each `pretrained` key at any depth, also in lists, and its value."""
     for name, value in model.items():
         if name == KEY and isinstance(value, str):
             yield f"{key}.{name}", value
-        elif isinstance(value, Mapping):
-            yield from named(value, f"{key}.{name}")
+        for path, inner in _inner(value, f"{key}.{name}"):
+            yield from named(inner, path)
+
+
+def _inner(value: Any, path: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Lists the mappings of a value: the value itself, or the members of a list."""
+    members = [(f"{path}.{number}", one) for number, one in enumerate(value)] if isinstance(value, list) else [(path, value)]
+    return [(place, one) for place, one in members if isinstance(one, Mapping)]
 
 
 def on_hub(job: Job) -> list[tuple[str, HubName]]:
@@ -87,5 +93,9 @@ def _replaced(model: Mapping[str, Any], values: Mapping[str, str], key: str = "m
     out: dict[str, Any] = {}
     for name, value in model.items():
         path = f"{key}.{name}"
-        out[name] = _replaced(value, values, path) if isinstance(value, Mapping) else values.get(path, value)
+        inner = {place: _replaced(one, values, place) for place, one in _inner(value, path)}
+        if isinstance(value, list):
+            out[name] = [inner.get(f"{path}.{number}", one) for number, one in enumerate(value)]
+        else:
+            out[name] = inner.get(path, values.get(path, value))
     return out

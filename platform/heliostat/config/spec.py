@@ -355,8 +355,10 @@ def require_store(key: str, uri: str) -> None:
 
 
 def _pretrained(model: object, root: Path) -> object:
-    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, at any depth. The name of a Hub model stays unchanged,
-    unless there is a folder with this name."""
+    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, at any depth, also in lists. The name of a Hub model stays
+    unchanged, unless there is a folder with this name."""
+    if isinstance(model, list):
+        return [_pretrained(one, root) for one in model]
     if not isinstance(model, dict):
         return model
     return {k: _folder(v, root) if k == "pretrained" and isinstance(v, str) else _pretrained(v, root) for k, v in model.items()}

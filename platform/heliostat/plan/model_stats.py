@@ -7,11 +7,12 @@ architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from heliostat.recipes.text import checkpointing, next_token, selective, tiled_l
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_CHECKPOINTED = WeakKeyDictionary[torch.nn.Module, list[torch.nn.Module]]()  # of models of diffusers
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,7 +118,7 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Conte
     _as_it_trains(job, recipe, model)
     counter = FlopCounterMode(display=False)
     with _on_fakes(job, recipe, model, content) as batch:
-        meter = Meter(model)
+        meter = Meter(model, checkpointed(model, lambda: recipe.loss(model, batch)))
         with meter, counter if count else nullcontext():
             recipe.loss(model, batch)
         tile = _tile(model)
@@ -179,9 +181,11 @@ def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.n
 def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Content, Content]) -> tuple[OperationWork, ...]:
     operations = []
     for content in contents:
-        with _on_fakes(job, recipe, model, content) as batch, OperationRecorder(layers(model)) as recorder:
-            loss = recipe.loss(model, batch)
-            sum((p.weight * p.value for p in loss.parts.values() if p.weight), loss.sum).backward()
+        with _on_fakes(job, recipe, model, content) as batch:
+            inside = checkpointed(model, lambda batch=batch: recipe.loss(model, batch))
+            with OperationRecorder(inside) as recorder:
+                loss = recipe.loss(model, batch)
+                sum((p.weight * p.value for p in loss.parts.values() if p.weight), loss.sum).backward()
         operations.append(recorder.found)
         model.zero_grad(set_to_none=True)
     return grouped(*operations)
@@ -267,6 +271,31 @@ def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield from _listed(child)
 
 
+def checkpointed(model: torch.nn.Module, run: Callable[[], object]) -> list[torch.nn.Module]:
+    """Lists the modules that activation checkpointing wraps (`layers`). For the models of diffusers, whose classes choose these
+    modules in their code, calls `run`, which must run the model once. Remembers the list."""
+    parts: list[Any] = [m for m in model.modules() if hasattr(m, "disable_gradient_checkpointing")]  # diffusers' name
+    parts = [part for part in parts if part._supports_gradient_checkpointing]
+    if not parts:
+        return layers(model)
+    if model not in _CHECKPOINTED:
+        found: list[torch.nn.Module] = []
+
+        def note(layer: Callable[..., object], *inputs: object) -> object:
+            found.append(getattr(layer, "__self__", layer))
+            return layer(*inputs)
+
+        for part in parts:
+            part.enable_gradient_checkpointing(note)
+        try:
+            run()
+        finally:
+            for part in parts:
+                part.disable_gradient_checkpointing()
+        _CHECKPOINTED[model] = list(dict.fromkeys([*checkpointing.layers(model), *found]))
+    return _CHECKPOINTED[model]
+
+
 class Meter:
     """Counts the bytes that autograd keeps within the context, in total and per layer. The model's own tensors don't count. In
     addition, counts the bytes per layer that selective checkpointing would keep.
@@ -274,7 +303,8 @@ class Meter:
     The meter works on fake tensors and on real tensors. Tests compare the two results.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, inside: Sequence[torch.nn.Module] | None = None) -> None:
+        """Counts for a model. `inside`: the layers that activation checkpointing wraps; None: `layers`."""
         self.total = self.largest = 0
         self._keys = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
         self._alive: list[torch.Tensor] = []  # keeps tensors alive, because an address is unique only while its tensor exists
@@ -282,7 +312,8 @@ class Meter:
         self._inside: list[int] = []
         self._dear: list[int] = []
         self._keeping = selective.Keeping()
-        self._layers, self._singly = layers(model), bool(checkpointing.layers(model))
+        self._layers = layers(model) if inside is None else inside
+        self._singly = bool(checkpointing.layers(model))
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
 
     def __enter__(self) -> Meter:

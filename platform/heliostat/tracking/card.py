@@ -58,6 +58,10 @@ def _folders(tree: Mapping[str, Json], prefix: str) -> Iterator[tuple[str, str, 
             yield f"{prefix}.{key}", value, {name: other for name, other in tree.items() if name != key}
         elif isinstance(value, Mapping):
             yield from _folders(value, f"{prefix}.{key}")
+        elif isinstance(value, list):
+            for number, one in enumerate(value):
+                if isinstance(one, Mapping):
+                    yield from _folders(one, f"{prefix}.{key}.{number}")
 
 
 def _parent(key: str, named: str, changed: dict[str, Json]) -> ParentModel:

@@ -38,7 +38,7 @@ def main() -> None:
     for step in range(job.train.steps):
         content = dataset.read(dataset.order.locate(dataset.order.step(step).ravel()))
         mine = content.slice(accelerator.process_index * per_rank, per_rank)
-        batches.append((rows.pixels(mine), tokenize(recipe.parts.tokenizer, mine["caption"].to_pylist()).input_ids))
+        batches.append((rows.pixels(mine), tokenize(recipe.parts.tokenizers[0], mine["caption"].to_pylist()).input_ids))
     empty = recipe.parts.empty["text"]
     model, optimizer = accelerator.prepare(model, optimizer)
     micro = job.train.micro_batch_size

@@ -29,11 +29,36 @@ from heliostat.tasks.shipping import Shipment
 EMPTY = "empty_caption.bin"
 
 
+class TextEncoding(Strict):
+    """Describes a frozen text encoder of a list, and the embeddings that it computes. The keys are those of `model.text` in a
+    job, where they must be the same."""
+
+    text_encoder: str
+    """Frozen text encoder (CLIP, T5, BERT, Gemma): a folder, or a name on the Hugging Face Hub."""
+    length: int = Field(77, gt=1)
+    """Maximum tokens of a caption."""
+    pooling: Literal["mean"] | None = None
+    """`mean`: stores one embedding per caption, the mean over the caption's tokens. Unset: stores one embedding per token."""
+    layer: Literal["last", "penultimate"] = "last"
+    """Layer that gives the embeddings. SD3 and U-Nets with two CLIP encoders take the `penultimate` layer of CLIP, and Lumina the
+    `penultimate` layer of Gemma."""
+    padding: Literal["seen", "kept", "zero"] | None = None
+    """Padding of short captions. `seen`: the text encoder attends to it, as in SD3 and FLUX. `kept`: the text encoder masks it,
+    but the dataset stores its embeddings. `zero`: these embeddings are zero, so that a job can mask them. Unset: `seen` for CLIP,
+    `kept` for T5, else `zero`."""
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        """Returns the arguments of `pipeline.encode`."""
+        return {"pooling": self.pooling, "layer": self.layer, "padding": self.padding}
+
+
 class Latents(Strict):
     """Configures the frozen encoders: their folders, their batch size, and their actors. At least one encoder is required."""
 
     autoencoder: str | None = None
-    """Frozen `AutoencoderKL`: a folder, or a name on the Hugging Face Hub (docs/guides/hub.md). Unset: images stay pixels."""
+    """Frozen `AutoencoderKL` or `AutoencoderDC`: a folder, or a name on the Hugging Face Hub (docs/guides/hub.md). Unset: images
+    stay pixels."""
     text_encoder: str | None = None
     """Frozen text encoder (CLIP, T5, BERT): a folder, or a name on the Hugging Face Hub. Unset: captions stay text."""
     pooling: Literal["mean"] | None = None
@@ -42,6 +67,9 @@ class Latents(Strict):
     """Features of a frozen image model, for `model.repa`. Unset: no features."""
     length: int = Field(77, gt=1)
     """Maximum tokens of a caption."""
+    text_encoders: list[TextEncoding] = Field([], max_length=3)
+    """Several frozen text encoders, for SD3, FLUX, or a U-Net with two CLIP encoders. Also for one text encoder with keys that
+    `text_encoder` doesn't have. Use either `text_encoder` or this key."""
     workers: int = Field(1, gt=0)
     """Number of encoding actors."""
     gpus: Float = Field(0.0, ge=0)
@@ -54,26 +82,31 @@ class Latents(Strict):
         from transformers import AutoConfig
 
         from heliostat.recipes.images import config as diffusion_config
-        from heliostat.recipes.images import text_encoders
+        from heliostat.recipes.images import frozen_autoencoders, text_encoders
         from heliostat.recipes.pretrained import from_folder
 
         if not self.folders():
             raise ConfigError("latents: has no encoder. Set latents.autoencoder, latents.text_encoder, or both")
+        if self.text_encoder and self.text_encoders:
+            raise ConfigError("latents.text_encoder: can't be combined with latents.text_encoders. Move it into the list")
         if self.pooling and not self.text_encoder:
             raise ConfigError("latents.pooling: needs a text encoder. Set latents.text_encoder, or remove this key")
         for name, folder in self.folders().items():
             config = diffusion_config.folder_config(name, folder)
             diffusion_config.require_weights(name, folder)
             if name == "latents.autoencoder":
+                frozen_autoencoders.kind(name, config)
                 self._check_sizes(config, sizes, channels)
-            elif name == "latents.text_encoder":
+            elif name.endswith("text_encoder"):
                 text_encoders.kind(name, from_folder(name, AutoConfig, folder))
             elif self.features:
                 self.features.check()
 
     @staticmethod
     def _check_sizes(config: dict[str, Any], sizes: tuple[Size, ...], channels: int) -> None:
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        from heliostat.recipes.images import frozen_autoencoders
+
+        factor = frozen_autoencoders.factor(config)
         for size in sizes:
             if size[0] % factor or size[1] % factor:
                 raise ConfigError(
@@ -88,9 +121,17 @@ class Latents(Strict):
 
     def folders(self) -> dict[str, str]:
         """Returns the folder of each encoder, by the name of its key."""
-        features = self.features.encoder if self.features else None
-        named = {"latents.autoencoder": self.autoencoder, FEATURES: features, "latents.text_encoder": self.text_encoder}
-        return {name: folder for name, folder in named.items() if folder}
+        named = {"latents.autoencoder": self.autoencoder, FEATURES: self.features.encoder if self.features else None}
+        named["latents.text_encoder"] = self.text_encoder
+        each = {f"latents.text_encoders.{n}.text_encoder": one.text_encoder for n, one in enumerate(self.text_encoders)}
+        return {name: folder for name, folder in {**named, **each}.items() if folder}
+
+    @property
+    def texts(self) -> list[TextEncoding]:
+        """Returns the text encoders of either key."""
+        if self.text_encoder:
+            return [TextEncoding(text_encoder=self.text_encoder, length=self.length, pooling=self.pooling)]
+        return self.text_encoders
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings and file digests that determine the latents and embeddings.
@@ -101,9 +142,13 @@ class Latents(Strict):
 
         tokenizer = diffusion_config.tokenizer_digest(self.text_encoder) if self.text_encoder else None
         pooled = {"pooling": self.pooling} if self.pooling else {}
+        several = [
+            {**one.model_dump(exclude={"text_encoder"}), "digest": diffusion_config.folder_digest(one.text_encoder),
+             "tokenizer": diffusion_config.tokenizer_digest(one.text_encoder)} for one in self.text_encoders
+        ]  # fmt: skip
         featured = {"features": self.features.identity()} if self.features else {}
-        others = {**pooled, **featured, **({"tokenizer": tokenizer} if tokenizer else {})}
-        return {"models": self.models(), "length": self.length, **others}
+        more = {"tokenizer": tokenizer} if tokenizer else {"texts": several} if several else {}
+        return {"models": self.models(), "length": self.length, **pooled, **featured, **more}
 
     def shipments(self) -> list[Shipment]:
         """Lists the files that heliostat sends to the tasks: the models, and the text encoder's tokenizer."""
@@ -111,23 +156,28 @@ class Latents(Strict):
 
         described = [shipping.describe("latents.autoencoder", self.autoencoder)] if self.autoencoder else []
         described += [shipping.describe(FEATURES, self.features.encoder)] if self.features else []
-        if self.text_encoder:
-            folder, tokenizer = Path(self.text_encoder), diffusion_config.tokenizer_folder(self.text_encoder)
+        for name, text_encoder in self.folders().items():
+            if not name.endswith("text_encoder"):
+                continue
+            folder, tokenizer = Path(text_encoder), diffusion_config.tokenizer_folder(text_encoder)
             apart = tokenizer != folder and tokenizer.is_dir()
             within = (folder.name, tokenizer.name) if apart else ()
-            described.append(shipping.describe("latents.text_encoder", str(folder.parent if apart else folder), within))
+            described.append(shipping.describe(name, str(folder.parent if apart else folder), within))
         return described
 
     def located(self, folder: Location, shipments: list[Shipment]) -> Latents:
         """Returns a copy of the settings in which the models' paths are this node's paths to the files in `shipments`."""
-        places = dict(zip(self.folders(), [shipping.here(folder, one) for one in shipments], strict=True))
-        text = places.get("latents.text_encoder")
-        if text and self.text_encoder and shipments[-1].within:
-            text = str(Path(text, Path(self.text_encoder).name))
+        places = dict[str, str]()
+        for (name, model), one in zip(self.folders().items(), shipments, strict=True):
+            place = shipping.here(folder, one)
+            places[name] = str(Path(place, Path(model).name)) if one.within else place
+        each = [
+            one.model_copy(update={"text_encoder": places[f"latents.text_encoders.{n}.text_encoder"]})
+            for n, one in enumerate(self.text_encoders)
+        ]
         features = self.features.model_copy(update={"encoder": places[FEATURES]}) if self.features else None
-        return self.model_copy(
-            update={"autoencoder": places.get("latents.autoencoder"), "text_encoder": text, "features": features}
-        )
+        single = {key: places.get(f"latents.{key}") for key in ("autoencoder", "text_encoder")}
+        return self.model_copy(update={**single, "text_encoders": each, "features": features})
 
     def models(self) -> dict[str, str]:
         from heliostat.recipes.images import config as diffusion_config
@@ -155,23 +205,22 @@ class Encoder:
         torch.set_num_threads(1)
         self.config = Latents(**config)
         self.device = "cuda" if self.config.gpus else "cpu"
-        self.vae = self.text = self.tokenizer = None
+        self.vae, self.texts = None, list[tuple[TextEncoding, Any, Any]]()
         self.features = FeatureEncoder(self.config.features, self.device) if self.config.features else None
         if self.config.autoencoder:
             self.vae = diffusion_config.frozen_autoencoder(self.config.autoencoder).to(self.device)
-        if self.config.text_encoder:
-            self.text = diffusion_config.frozen_text_encoder(self.config.text_encoder).to(self.device)
-            self.tokenizer = diffusion_config.frozen_tokenizer(self.config.text_encoder, self.config.length)
+        for one in self.config.texts:
+            encoder = diffusion_config.frozen_text_encoder(one.text_encoder).to(self.device)
+            self.texts.append((one, encoder, diffusion_config.frozen_tokenizer(one.text_encoder, one.length)))
 
     def __call__(self, table: pa.Table, captions: tuple[str, ...] = ()) -> Encoded:
         """Encodes a table. Also returns the facts about its features, if the settings have features. `captions`: names of further
         captions in the column `columns`. An empty caption has no embedding."""
+        from heliostat.recipes.images.captions import embedding_column
         from heliostat.recipes.images.rows import pixels
         from heliostat.recipes.images.stored_features import FeatureError
 
-        latents: list[bytes | None] = [None] * len(table)
-        embeddings: list[bytes | None] = [None] * len(table)
-        features: list[bytes | None] = [None] * len(table)
+        columns: dict[str, list[bytes]] = {name: [b""] * len(table) for name in self.columns()}
         error = FeatureError()
         sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
         for size in sorted(set(sizes)):
@@ -179,54 +228,86 @@ class Encoder:
             for first in range(0, len(mine), self.config.batch):
                 rows = mine[first : first + self.config.batch]
                 part = table.take(pa.array(rows))
-                if self.vae is not None:
-                    for i, latent in zip(rows, self.latents(part), strict=True):
-                        latents[i] = latent.tobytes()
+                made = {"latent": self.latents(part)} if self.vae is not None else {}
+                for name, values in {**made, **self.embeddings(part["caption"].to_pylist())}.items():
+                    for i, value in zip(rows, values, strict=True):
+                        columns[name][i] = value.tobytes()
                 if self.features is not None:
                     packed, lost = self.features(pixels(part))
                     error += lost
                     for i, one in zip(rows, packed, strict=True):
-                        features[i] = one
-                if self.text is not None:
-                    for i, embedding in zip(rows, self.embeddings(part["caption"].to_pylist()), strict=True):
-                        embeddings[i] = embedding.tobytes()
-        out = table
-        if self.vae is not None:
-            out = table.drop_columns(["image"]).append_column("latent", pa.array(latents, pa.large_binary()))
-        if self.text is not None:
-            out = out.append_column("embedding", pa.array(embeddings, pa.large_binary()))
-        for name in captions if self.text is not None else ():
-            texts = [str(json.loads(columns).get(name, "")) if columns else "" for columns in table["columns"].to_pylist()]
-            out = out.append_column(f"embedding_{name}", pa.array(self._each_embedding(texts), pa.large_binary()))
+                        columns["features"][i] = one
+        for name in captions:
+            texts = [str(json.loads(packed).get(name, "")) if packed else "" for packed in table["columns"].to_pylist()]
+            columns |= {embedding_column(stored, name): values for stored, values in self._each_embedding(texts).items()}
+        out = table if self.vae is None else table.drop_columns(["image"])
+        for name, values in columns.items():
+            out = out.append_column(name, pa.array(values, pa.large_binary()))
         if self.features is None:
             return Encoded(out, None)
-        out = out.append_column("features", pa.array(features, pa.large_binary()))
         return Encoded(out, {"format": self.features.format.named(), "error": vars(error)})
 
-    def _each_embedding(self, texts: list[str]) -> list[bytes]:
-        """Embeds texts in batches; b"" for an empty text."""
-        out, filled = [b""] * len(texts), [i for i, text in enumerate(texts) if text]
+    def _each_embedding(self, texts: list[str]) -> dict[str, list[bytes]]:
+        """Embeds texts in batches with each text encoder. Returns the values of each column; b"" for an empty text."""
+        out = {name: [b""] * len(texts) for name in self.embedded()}
+        filled = [i for i, text in enumerate(texts) if text]
         for first in range(0, len(filled), self.config.batch):
             rows = filled[first : first + self.config.batch]
-            for i, embedding in zip(rows, self.embeddings([texts[i] for i in rows]), strict=True):
-                out[i] = embedding.tobytes()
+            for name, values in self.embeddings([texts[i] for i in rows]).items():
+                for i, value in zip(rows, values, strict=True):
+                    out[name][i] = value.tobytes()
+        return out
+
+    def columns(self) -> list[str]:
+        """Returns the names of the columns with latents, embeddings, and features."""
+        latent = ["latent"] if self.vae is not None else []
+        return [*latent, *self.embedded(), *(["features"] if self.features is not None else [])]
+
+    def embedded(self) -> list[str]:
+        """Returns the names of the columns with embeddings."""
+        if self.config.text_encoder:
+            return ["embedding"]
+        return [column for one in self.stored() for column, _ in one.columns.values()]
+
+    def stored(self) -> list[Any]:
+        """Describes the stored embeddings of a list of text encoders (`rows.StoredText`)."""
+        from heliostat.recipes.images import config as diffusion_config
+        from heliostat.recipes.images import text_encoders
+        from heliostat.recipes.images.pipeline import padding_of
+        from heliostat.recipes.images.rows import StoredText
+
+        out = []
+        for one, encoder, _ in self.texts:
+            width, pooled = text_encoders.widths(encoder.config)
+            settings: dict[str, Any] = {**one.settings, "padding": one.padding or padding_of(encoder.config.model_type)}
+            tokens = 1 if one.pooling else one.length
+            out.append(StoredText(diffusion_config.folder_digest(one.text_encoder), tokens, width, pooled, **settings))
         return out
 
     def latents(self, table: pa.Table) -> np.ndarray:
         import torch
 
+        from heliostat.recipes.images import frozen_autoencoders
         from heliostat.recipes.images.rows import pixels
 
         with torch.no_grad():
-            return self.vae.encode(pixels(table).to(self.device)).latent_dist.parameters.cpu().numpy().astype(np.float16)
+            return frozen_autoencoders.encode(self.vae, pixels(table).to(self.device)).cpu().numpy().astype(np.float16)
 
-    def embeddings(self, captions: list[str]) -> np.ndarray:
+    def embeddings(self, captions: list[str]) -> dict[str, np.ndarray]:
+        """Embeds captions with each text encoder. Returns the values of each column."""
         import torch
 
-        from heliostat.recipes.images.pipeline import embed, tokenize
+        from heliostat.recipes.images.pipeline import encode, tokenize
 
-        tokens = tokenize(self.tokenizer, captions)
-        with torch.no_grad():
-            ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
-            vectors = embed(self.text, ids, mask, self.config.pooling)
-        return vectors.cpu().numpy().astype(np.float16)
+        out: dict[str, np.ndarray] = {}
+        several = [] if self.config.text_encoder else self.stored()
+        for number, (one, encoder, tokenizer) in enumerate(self.texts):
+            tokens = tokenize(tokenizer, captions)
+            with torch.no_grad():
+                ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+                encoded = encode(encoder, ids, mask, **one.settings)
+            names = several[number].columns if several else {"text": ("embedding", ())}
+            for name, value in (("text", encoded.tokens), ("pooled", encoded.pooled)):
+                if name in names:
+                    out[names[name][0]] = value.cpu().numpy().astype(np.float16)
+        return out

@@ -150,13 +150,14 @@ class ImageMaking(Making):
 
     def _empty_caption(self, latents: Latents, folders: list[Location]) -> dict[str, Any]:
         meta: dict[str, Any] = {"models": latents.models()}
-        if latents.text_encoder:
+        if latents.texts:
             config, follows = latents.model_dump(), latents.identity()
             work = iter([Task(key("empty", follows), {"latents": config, "shipments": latents.shipments()})])
             (record,) = self.flow.all("empty-caption", tasks.encode_nothing, work)
             data = self.flow.work.spill.join(record["name"]).read()
             (path,) = {versions.store(folder, f"{FILES}/empty_caption-", data, ".bin") for folder in folders}
-            meta |= {"files": {EMPTY: path}, "text": record["shape"]}
+            meta |= {"files": {EMPTY: path}}
+            meta |= {"text": record["shape"]} if "shape" in record else {"texts": record["texts"]}
         return meta
 
     def _places(self, curated: Curated, counts: dict[str, int]) -> Shards:

@@ -10,7 +10,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -42,6 +42,7 @@ DEALT = pa.schema(
 )  # fmt: skip
 # columns of a shard, if they exist
 STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embedding", "features")
+ENCODED = ("embedding-", "pooled-")  # begins the names of the columns of a list of text encoders (`recipes.images.rows`)
 LABEL = "label"  # the column with an image's label
 CLASSES = 1000  # maximum labels in the manifest
 END = "<|endoftext|>"
@@ -168,12 +169,14 @@ def _encoder(config: str, shipments: tuple[Shipment, ...]) -> Any:
 
 
 def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> dict[str, object]:
-    """Writes the text encoder's output for the empty caption to a temporary file. Returns the file's name and the output's
-    shape."""
-    embedding = _encoder(_located(folder, {**latents, "gpus": 0.0}, shipments), tuple(shipments)).embeddings([""])[0]
-    data = embedding.tobytes()
-    name = spill.put(folder, data, ".bin")
-    return {"name": name, "shape": list(embedding.shape), "files": [name]}
+    """Writes the text encoders' outputs for the empty caption to a temporary file, one after the other. Returns the file's name,
+    and the output's shape. For a list of text encoders, returns what the dataset stores of each encoder (`texts`)."""
+    encoder = _encoder(_located(folder, {**latents, "gpus": 0.0}, shipments), tuple(shipments))
+    embeddings = encoder.embeddings([""])
+    name = spill.put(folder, b"".join(values[0].tobytes() for values in embeddings.values()), ".bin")
+    shapes = {"shape": list(embeddings["embedding"][0].shape)} if "embedding" in embeddings else {}
+    texts = {} if shapes else {"texts": [asdict(one) for one in encoder.stored()]}
+    return {"name": name, **shapes, **texts, "files": [name]}
 
 
 def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, output: str, explained: bool,
@@ -219,7 +222,9 @@ def folder_of(bucket: str, number: int, parts: bool) -> str:
 
 def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED) -> bytes:
     """Returns a shard as the bytes of a Parquet file. The order of the images in `table` doesn't change the bytes."""
-    table = table.sort_by([("hash", "ascending"), ("id", "ascending")]).select([c for c in columns if c in table.column_names])
+    encoded = sorted(c for c in table.column_names if c.startswith(ENCODED))
+    kept = [c for c in (*columns, *encoded) if c in table.column_names]
+    table = table.sort_by([("hash", "ascending"), ("id", "ascending")]).select(kept)
     table = spill.narrowed(table)
     groups = max(1, round(len(table) / chunk_images))
     edges = [len(table) * i // groups for i in range(groups + 1)]

@@ -39,15 +39,15 @@ class AdaptedImages(Adapts, Exports):
             raise ConfigError(
                 f"model.backbone.pretrained: {str(folder)!r} has no safetensors weights. Save the model with save_pretrained"
             )
-        if not self.model.text.pretrained:
+        if not self.model.frozen_text:
             raise ConfigError("model.text: the text encoder must be frozen with model.adapter. Set model.text.pretrained")
         adapters.chosen(self.adapter, self._plain_backbone())
 
     def _plain_backbone(self) -> Any:
         """Builds the backbone of the base, without adapters and weights."""
-        _, cls = config.backbone_class(self.model.backbone)
+        _, family = config.backbone_family(self.model.backbone)
         with torch.device("meta"):
-            return cls.from_config(config.folder_config("model.backbone.pretrained", str(self.base())))
+            return family.cls.from_config(config.folder_config("model.backbone.pretrained", str(self.base())))
 
     def base(self) -> Path:
         return Path(self.model.backbone["pretrained"])
@@ -72,14 +72,15 @@ class AdaptedImages(Adapts, Exports):
         return {METADATA: json.dumps({f"{part}.{key}": keys[key] for key in SHOWN})}
 
     def reload(self, folder: Path, adapter: bool) -> torch.nn.Module:
-        _, cls = config.backbone_class(self.model.backbone)
-        backbone = cls.from_pretrained(self.base() if adapter else folder / self.parts.name, torch_dtype=torch.float32)
+        _, family = config.backbone_family(self.model.backbone)
+        backbone = family.cls.from_pretrained(self.base() if adapter else folder / self.parts.name, torch_dtype=torch.float32)
         if adapter:
             backbone.load_lora_adapter(folder, prefix=self.parts.name, weight_name=f"{WEIGHTS}.safetensors")
         return Denoiser(self.parts.name, backbone, None)
 
     def answer(self, model: torch.nn.Module) -> torch.Tensor:
-        shape, text = self.parts.shape(), (self.model.text.length, self.parts.text_width())
+        shape, text = self.parts.shape(), self.parts.text_shape
         keys, times = torch.arange(len(TIMES)), torch.tensor(TIMES)
         noisy = normals(0, keys, 0, math.prod(shape)).view(len(keys), *shape)
-        return model(noisy, times, normals(0, keys, 1, math.prod(text)).view(len(keys), *text))
+        tokens = normals(0, keys, 1, text.tokens * text.width).view(len(keys), text.tokens, text.width)
+        return model(noisy, times, tokens, normals(0, keys, 2, text.pooled) if text.pooled else None)

@@ -41,7 +41,7 @@ from heliostat.schema import nearest
 from heliostat.text import brief
 
 BUILT_IN = {"Autoencoder": ("diffusers",)}
-SHOWN = 8  # images in the grid, each next to its reconstruction
+SHOWN = 8  # images in the grid, each above its reconstruction
 SCALED = 256  # images to measure the scaling factor
 
 
@@ -238,7 +238,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
 
 class Reconstructions:
-    """Generates reconstructions of some images. Each reconstruction is next to its original image."""
+    """Generates reconstructions of some images. Each reconstruction is below its original image."""
 
     def __init__(self, recipe: Autoencoder) -> None:
         self.recipe, self.count = recipe, SHOWN
@@ -251,9 +251,9 @@ class Reconstructions:
         shape = (len(numbers), self.recipe.config["latent_channels"], *(s // self.recipe.factor for s in pixels.shape[2:]))
         decoded, _ = model(pixels.to(device, dtype), torch.zeros(shape, device=device, dtype=dtype))
         after = ((decoded.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        return [np.concatenate([self.images[n], after[i]], axis=1) for i, n in enumerate(numbers)]
+        return [np.concatenate([self.images[n], after[i]], axis=0) for i, n in enumerate(numbers)]
 
     def judge(
         self, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None
     ) -> tuple[dict[str, float], dict[str, bytes]]:
-        return {}, {"reconstructions": png(grid(pictures, 2))}
+        return {}, {"reconstructions": png(grid(pictures, SHOWN))}

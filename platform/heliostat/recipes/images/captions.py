@@ -2,8 +2,9 @@
 
     captions: [{text: "{caption}", weight: 3}, {text: "{original_caption}"}, {text: "a photo of a {label}"}]
 
-A text contains the names of columns of the dataset in braces. In datasets that store text embeddings, a text is one column, whose
-embeddings the pipeline stored (`columns.captions`). If a column is empty for an image, the image has the text `{caption}`.
+A text contains the names of columns of the dataset in braces. In datasets that store text embeddings, a text is one column. The
+pipeline stored the embeddings of this column (`columns.captions`) by each text encoder. If a column is empty for an image, the
+image has the text `{caption}`.
 
 The choice depends only on train.seed and the sample's key. It is the same for captions as text and for stored embeddings.
 Held-out samples keep their choice in every evaluation.
@@ -23,6 +24,7 @@ from heliostat.data import shard
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.counter_random import uniform, words
+from heliostat.recipes.images.rows import StoredText
 from heliostat.schema import Float, Strict, nearest
 from heliostat.storage.locations import Location
 
@@ -50,12 +52,16 @@ class CaptionText(Strict):
         return [name for _, name, _, _ in string.Formatter().parse(self.text) if name]
 
 
-def chosen(content: pa.Table, captions: Sequence[CaptionText], seed: int, keys: np.ndarray) -> pa.Table:
-    """Replaces the column `embedding`, or `caption` in datasets without embeddings, by the chosen captions. `keys`: int64 [n]."""
-    choice, own = choose(captions, seed, keys), embedding_column(CAPTION)
-    column = own if own in content.column_names else CAPTION
-    values = _embeddings(content, captions, choice) if column == own else _texts(content, captions, choice)
-    return content.set_column(content.column_names.index(column), column, pa.array(values, content[column].type))
+def chosen(
+    content: pa.Table, captions: Sequence[CaptionText], seed: int, keys: np.ndarray, stored: Sequence[str] = ()
+) -> pa.Table:
+    """Replaces the column `caption` by the chosen captions, or the columns `stored` by their embeddings. `keys`: int64 [n].
+    `stored`: the columns with the embeddings of `caption`, if the dataset stores embeddings."""
+    choice = choose(captions, seed, keys)
+    for column in stored or (CAPTION,):
+        values = _embeddings(content, captions, choice, column) if stored else _texts(content, captions, choice)
+        content = content.set_column(content.column_names.index(column), column, pa.array(values, content[column].type))
+    return content
 
 
 def choose(captions: Sequence[CaptionText], seed: int, keys: np.ndarray) -> np.ndarray:
@@ -75,15 +81,15 @@ def _text(row: dict[str, str | None], caption: CaptionText) -> str:
     return caption.text.format_map(row) if filled else str(row[CAPTION])
 
 
-def _embeddings(content: pa.Table, captions: Sequence[CaptionText], choice: np.ndarray) -> list[bytes]:
-    columns = [content[embedding_column(caption.columns[0])].to_pylist() for caption in captions]
-    own = content[embedding_column(CAPTION)].to_pylist()
+def _embeddings(content: pa.Table, captions: Sequence[CaptionText], choice: np.ndarray, stored: str) -> list[bytes]:
+    columns = [content[embedding_column(stored, caption.columns[0])].to_pylist() for caption in captions]
+    own = content[stored].to_pylist()
     return [columns[i][row] or own[row] for row, i in enumerate(choice)]
 
 
-def embedding_column(column: str) -> str:
-    """Returns the name of the column with the embeddings of a column's texts."""
-    return "embedding" if column == CAPTION else f"embedding_{column}"
+def embedding_column(stored: str, column: str) -> str:
+    """Returns the name of the column with the embeddings of a column's texts. `stored`: the name for the column `caption`."""
+    return stored if column == CAPTION else f"{stored}_{column}"
 
 
 def require_columns(captions: Sequence[CaptionText], sources: Sequence[Manifest]) -> None:
@@ -94,19 +100,24 @@ def require_columns(captions: Sequence[CaptionText], sources: Sequence[Manifest]
 
 
 def _require(key: str, caption: CaptionText, source: Manifest) -> None:
-    stored = _columns(source.location.join(source.paths[0]))
-    embedded = source.meta.get("text") is not None
+    stored, embedded = _columns(source.location.join(source.paths[0])), embeddings(source)
     if embedded and caption.text != f"{{{''.join(caption.columns)}}}":
         raise ConfigError(
             f"{key}: {caption.text!r} isn't one column, but {source.location} stores embeddings of captions. Use the name of "
             "a column in braces, such as {caption}"
         )
     for name in caption.columns:
-        if embedded and embedding_column(name) not in stored:
+        if any(embedding_column(one, name) not in stored for one in embedded):
             problem = f"{source.location} stores no embeddings of the column {name!r}"
             raise ConfigError(f"{key}: {problem}. Add this column to the pipeline's columns.captions")
         if name not in stored:
             raise ConfigError(f"{key}: {source.location} has no column {name!r}{nearest(name, stored)}")
+
+
+def embeddings(source: Manifest) -> list[str]:
+    """Lists a dataset's columns with the embeddings of `caption`; empty without embeddings."""
+    single = ["embedding"] if source.meta.get("text") is not None else []
+    return single + [column for one in source.meta.get("texts", ()) for column, _ in StoredText(**one).columns.values()]
 
 
 def _columns(place: Location) -> list[str]:

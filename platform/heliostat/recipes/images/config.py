@@ -8,16 +8,16 @@ text's width) are optional. Frozen encoders come from folders. ZeRO never shards
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -27,7 +27,7 @@ from heliostat.recipes.adapters import Adapter
 from heliostat.recipes.exported import using
 from heliostat.recipes.folder_digests import digest_of, sha256
 from heliostat.recipes.folder_digests import folder_digest as folder_digest
-from heliostat.recipes.images import attention_norms, text_encoders
+from heliostat.recipes.images import attention_norms, frozen_autoencoders, text_encoders
 from heliostat.recipes.images.alignment import Repa
 from heliostat.recipes.images.backbones.family import SIZE, Family
 from heliostat.recipes.images.backbones.table import FAMILIES, named
@@ -50,19 +50,28 @@ CONFIG = Format(Keys, "model's configuration", ConfigError)
 PRETRAINED = "model.backbone.pretrained"
 VOCABULARIES = (".txt", ".model", ".tiktoken")  # suffixes of tokenizer files other than JSON: merges.txt, vocab.txt, spiece.model
 
+Padding = Literal["seen", "kept", "zero", "masked"]
 Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
 
 
 class Text(Strict):
-    """Describes the text encoder. With `pretrained`, the encoder is a frozen CLIP, T5, or BERT text encoder from a folder.
+    """Describes a text encoder. With `pretrained`, the encoder is a frozen text encoder (CLIP, T5, BERT, Gemma) from a folder.
     Without `pretrained`, the encoder is a CLIP text encoder with these keys, and trains with the model."""
 
     pretrained: str | None = None
-    """Folder with a CLIP, T5, or BERT text encoder, which stays frozen. You can combine `pretrained` only with `length` and
-    `pooling`. Unset: a CLIP text encoder with the keys below, which is trained with the model."""
+    """Folder with a CLIP, T5, BERT, or Gemma text encoder, which stays frozen. You can combine `pretrained` only with `length`,
+    `pooling`, `layer`, `padding`, and `whiten`. Unset: a CLIP text encoder with the keys below, trained with the model."""
     pooling: Literal["mean"] | None = None
     """`mean`: the model gets one embedding per caption, the mean over the caption's tokens. Needs `pretrained`. Unset: the model
     gets one embedding per token."""
+    layer: Literal["last", "penultimate"] | None = None
+    """Layer that gives the embeddings: the last layer with the final norm, or the layer before. Needs `pretrained`. Unset:
+    `penultimate` for `lumina` and for CLIP in a list of text encoders, else `last`."""
+    padding: Padding | None = None
+    """Padding of short captions. `seen`: the text encoder attends to it. `kept`: the text encoder masks it, but the backbone
+    attends to its embeddings. `zero`: as `kept`, but these embeddings are zero. `masked`: the backbone masks it, too. Needs
+    `pretrained`. Unset: `seen` for CLIP, and for T5 in a list of text encoders; `masked` for `lumina`, `sana`, and `prx`;
+    `kept` for T5; else `zero`."""
     whiten: bool = False
     """Initializes the backbone's projection of captions so that the datasets' captions have mean zero and unit covariance. Needs
     `pooling`, and a U-Net with `encoder_hid_dim_type: text_proj`."""
@@ -81,18 +90,26 @@ class Text(Strict):
     def _fits(self) -> Text:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"num_attention_heads: {self.num_attention_heads} doesn't divide hidden_size {self.hidden_size}")
-        if self.pretrained and self.model_fields_set - {"pretrained", "length", "pooling", "whiten"}:
-            raise ValueError(
-                "a pretrained encoder takes its shape from its folder. Set only pretrained, length, pooling, and whiten"
-            )
-        if self.pooling and not self.pretrained:
-            raise ValueError("pooling needs a pretrained encoder. Set pretrained, or remove pooling")
+        frozen = ("pooling", "layer", "padding")
+        if self.pretrained and self.model_fields_set - {"pretrained", "length", "whiten", *frozen}:
+            known = ", ".join(("pretrained", "length", "whiten", *frozen))
+            raise ValueError(f"a pretrained encoder takes its shape from its folder. Set only {known}")
+        for key in frozen:
+            if getattr(self, key) and not self.pretrained:
+                raise ValueError(f"{key} needs a pretrained encoder. Set pretrained, or remove {key}")
         return self
 
     @property
     def embeddings(self) -> int:
         """Returns the number of embeddings of a caption."""
         return 1 if self.pooling else self.length
+
+
+def _form(value: object) -> str:
+    return "list" if isinstance(value, list) else "one"
+
+
+OneOrMore = Annotated[Annotated[Text, Tag("one")] | Annotated[list[Text], Tag("list")], Discriminator(_form)]
 
 
 class Folder(Strict):
@@ -163,8 +180,8 @@ class Model(Strict):
     `pretrained: FOLDER`. If you don't set channels, sizes, and the text width, they follow from the data."""
     adapter: Adapter | None = None
     """Adapter to train on a pretrained backbone, which stays frozen (docs/adapters.md). Unset: all weights are trained."""
-    text: Text = Text()
-    """The text encoder."""
+    text: OneOrMore = Text()
+    """The text encoder, or a list of pretrained text encoders, which SD3, FLUX, and U-Nets with two CLIP encoders join."""
     autoencoder: Folder | None = None
     """Frozen autoencoder in whose latent space the model works. Unset: the model works on pixels."""
     patch: int = Field(default=1, gt=0)
@@ -189,6 +206,20 @@ class Model(Strict):
     """Fraction of captions that are dropped in training, so that the model learns unconditional generation for guidance."""
     samples: Samples = Samples()
     """Samples to generate after every evaluation, and the defaults of `heliostat model generate`."""
+
+    @property
+    def texts(self) -> list[Text]:
+        return self.text if isinstance(self.text, list) else [self.text]
+
+    @property
+    def frozen_text(self) -> bool:
+        return bool(self.texts[0].pretrained)
+
+    @model_validator(mode="after")
+    def _several(self) -> Model:
+        if isinstance(self.text, list) and not (1 <= len(self.text) <= 3 and all(text.pretrained for text in self.text)):
+            raise ValueError("text: a list has one to three text encoders, each with pretrained. Use a mapping for one encoder")
+        return self
 
 
 def backbone_family(keys: Keys) -> tuple[str, Family]:
@@ -225,8 +256,9 @@ def folder_config(key: str, folder: str) -> Keys:
 
 
 def load_or_build(cls: Any, folder: str | Path) -> Any:
-    """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, builds the model without weights instead."""
-    if weightless.wanted():
+    """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, and on the meta device, builds the model
+    without weights instead."""
+    if weightless.wanted() or torch.get_default_device().type == "meta":
         model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
         return model
@@ -276,7 +308,9 @@ def require_weights(key: str, folder: str) -> None:
 def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     require_weights("model.text.pretrained", folder)
     kind = text_encoders.kind("model.text.pretrained", from_folder("model.text.pretrained", AutoConfig, folder))
-    return kind.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval().requires_grad_(False)
+    model: torch.nn.Module = kind.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval().requires_grad_(False)
+    model.config.use_cache = False  # decoders would keep keys and values to generate text
+    return model
 
 
 def frozen_bytes(config: Keys | str, dtype: torch.dtype) -> int:
@@ -284,36 +318,41 @@ def frozen_bytes(config: Keys | str, dtype: torch.dtype) -> int:
     weights."""
     with torch.device("meta"):
         if isinstance(config, dict):
-            model: torch.nn.Module = AutoencoderKL.from_config(config)
+            model: torch.nn.Module = frozen_autoencoders.kind("model.autoencoder.pretrained", config).from_config(config)
         else:
             model = text_encoders.build("model.text.pretrained", from_folder("model.text.pretrained", AutoConfig, config))
     return dtype.itemsize * sum(p.numel() for p in model.parameters())
 
 
 def tokenizer_folder(folder: str) -> Path:
-    """Finds the tokenizer of a frozen text encoder: in the encoder's folder, or in `../tokenizer`, as in the pipelines of
-    diffusers."""
-    return Path(folder) if any(Path(folder).glob("tokenizer*")) else Path(folder).parent / "tokenizer"
+    """Finds the tokenizer of a frozen text encoder: in the encoder's folder, or next to it, as in the pipelines of diffusers
+    (`text_encoder_2` and `tokenizer_2`)."""
+    own = Path(folder)
+    if any(own.glob("tokenizer*")):
+        return own
+    named = own.name.replace("text_encoder", "tokenizer")
+    return own.parent / (named if named != own.name else "tokenizer")
 
 
 def frozen_tokenizer(folder: str, length: int) -> PreTrainedTokenizerBase:
     tokenizer = from_folder("model.text.pretrained", AutoTokenizer, tokenizer_folder(folder))
     tokenizer.model_max_length = length
+    tokenizer.padding_side = "right"  # decoders such as Gemma pad on the left to generate text
     return tokenizer
 
 
-def text_width(text: Text) -> int:
-    if not text.pretrained:
-        return text.hidden_size
-    folder_config("model.text.pretrained", text.pretrained)
-    with using(Path(text.pretrained)):
-        config = from_folder("model.text.pretrained", AutoConfig, text.pretrained)
-    return int(getattr(config, "d_model", None) or config.hidden_size)
+def text_config(folder: str) -> PreTrainedConfig:
+    """Reads the configuration of a frozen text encoder. Raises ConfigError if the folder has none."""
+    folder_config("model.text.pretrained", folder)
+    with using(Path(folder)):
+        config: PreTrainedConfig = from_folder("model.text.pretrained", AutoConfig, folder)
+    return config
 
 
 def frozen_autoencoder(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     require_weights("model.autoencoder.pretrained", folder)
-    return AutoencoderKL.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype).eval().requires_grad_(False)
+    cls = frozen_autoencoders.kind("model.autoencoder.pretrained", folder_config("model.autoencoder.pretrained", folder))
+    return cls.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype).eval().requires_grad_(False)
 
 
 def tokenizer_digest(folder: str) -> str | None:

@@ -56,6 +56,7 @@ def negatives(values: torch.Tensor) -> torch.Tensor:
     return values[(index ^ 1).clamp(max=len(values) - 1)]
 
 
-def contrasted(text: torch.Tensor) -> torch.Tensor:
-    """Checks which samples have another caption than their negatives, bool [n]. `text`: token ids or embeddings [n, ...]."""
-    return (text != negatives(text)).flatten(1).any(1)
+def contrasted(*texts: torch.Tensor) -> torch.Tensor:
+    """Checks which samples have another caption than their negatives, bool [n]. `texts`: token ids or embeddings [n, ...] of each
+    text encoder."""
+    return torch.stack([(text != negatives(text)).flatten(1).any(1) for text in texts]).any(0)

@@ -1,7 +1,6 @@
 """Loads an exported text-to-image model from the folder of a diffusers pipeline, which contains all parts of the model.
 
-A diffusion model with a U-Net, an AutoencoderKL, and a CLIP text encoder is a StableDiffusionPipeline. Any other model is the
-TextToImagePipeline of `pipeline.py`, and its folder contains a copy of that file.
+`exporting` writes these folders.
 """
 
 from __future__ import annotations
@@ -19,8 +18,13 @@ from transformers import PreTrainedTokenizerFast
 
 from heliostat.recipes.images.pipeline import TextToImagePipeline
 
-SETTINGS = ("patch", "pooling", "predicts_image", "sample_size")  # of the pipeline, in model_index.json
+SETTINGS = ("masked", "patch", "predicts_image", "sample_size", "texts")  # of the pipeline, in model_index.json
 REQUIREMENTS = ("mlflow", "torch", "transformers", "accelerate", "diffusers", "pillow")
+SD3_TEXTS = [  # arguments of `pipeline.encode` with which StableDiffusion3Pipeline calls its text encoders
+    {"layer": "penultimate", "padding": "seen"},
+    {"layer": "penultimate", "padding": "seen"},
+    {"padding": "seen"},
+]
 
 
 def tokenizer(definition: bytes, end: int, length: int) -> PreTrainedTokenizerFast:
@@ -44,12 +48,15 @@ def load(folder: Path) -> Any:
             return None
         cls = getattr(diffusers if library == "diffusers" else transformers, kind)
         options: dict[str, Any] = {} if library == "diffusers" else {"trust_remote_code": False}
-        if name not in ("tokenizer", "scheduler"):
+        if name != "scheduler" and not name.startswith("tokenizer"):
             options["torch_dtype" if library == "diffusers" else "dtype"] = torch.float32
         return cls.from_pretrained(folder / name, **options)
 
-    names = ("scheduler", "text_encoder", "tokenizer", "unet", "transformer", "vae")
+    texts = [f"{name}{suffix}" for suffix in ("", "_2", "_3") for name in ("text_encoder", "tokenizer")]
+    models = {name: part(name) for name in ("scheduler", *texts, "unet", "transformer", "vae")}
     settings = {name: index[name] for name in SETTINGS if name in index}
-    pipeline: Any = TextToImagePipeline(**{name: part(name) for name in names}, **settings)
+    if index["_class_name"] == "StableDiffusion3Pipeline":
+        settings["texts"] = SD3_TEXTS
+    pipeline: Any = TextToImagePipeline(**models, **settings)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

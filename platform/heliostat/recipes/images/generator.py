@@ -13,7 +13,7 @@ from pydantic import Field
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
-from heliostat.recipes.images import diffusers_folder
+from heliostat.recipes.images import diffusers_folder, frozen_autoencoders
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.grids import grid, png
 from heliostat.recipes.images.interval import Interval
@@ -53,8 +53,11 @@ class ImageCanvas:
         self.folder = folder
         self.model = validate(Model, job["model"], str(folder / exported.RECORD))
         self.latent = (folder / "vae").is_dir()
-        blocks = json.loads((folder / "vae/config.json").read_text())["block_out_channels"] if self.latent else [0]
-        self.factor = 2 ** (len(blocks) - 1) if self.latent else self.model.patch
+        self.factor = self.model.patch
+        if self.latent:
+            self.factor = frozen_autoencoders.factor(json.loads((folder / "vae/config.json").read_text()))
+        transformer = folder / "transformer/config.json"
+        self.distilled = transformer.exists() and bool(json.loads(transformer.read_text()).get("guidance_embeds"))
         samples = self.model.samples
         self.defaults: dict[str, object] = {"steps": samples.steps, "guidance": samples.guidance,
                                             "guidance_interval": list(samples.guidance_interval),
@@ -81,6 +84,9 @@ class ImageCanvas:
                     f"generate: {side}: {value} isn't a multiple of {self.factor} pixels, the side of a latent or a patch. "
                     f"Use a multiple of {self.factor}"
                 )
+        for key in ("guidance_interval", "guidance_rescale"):
+            if self.distilled and getattr(options, key):
+                raise ConfigError(f"generate: {key}: not supported by a distilled model. Remove this option")
         if options.sampler is None:
             return None
         return Process(self.model.objective).scheduler(options.sampler, clip=not self.latent)

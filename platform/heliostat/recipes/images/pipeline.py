@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +20,9 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def predict(
-    backbone: Any,
-    noisy: torch.Tensor,
-    t: torch.Tensor,
-    text: torch.Tensor,
-    pooled: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
-    guidance: float = 1.0,
-) -> torch.Tensor:
+    backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None, guidance: float = 1.0,
+) -> torch.Tensor:  # fmt: skip
     """Computes the backbone's prediction. `t`: [n], from 0 to 1000. `text`: [n, tokens, width].
 
     `pooled`: [n, width], the embedding of the complete caption; None: the mean of the tokens. `mask`: [n, tokens], 0 for padding
@@ -147,17 +143,67 @@ def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
     return tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
 
 
-def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor, pooling: str | None = None) -> torch.Tensor:
-    """Embeds token ids as [n, tokens, width]. With `pooling`, returns the mean over each text's tokens, [n, 1, width].
+class Encoded(NamedTuple):
+    """Holds what a text encoder returns. `tokens`: [n, tokens, width]. `pooled`: [n, width], of CLIP; None for other encoders."""
 
-    T5 and BERT mask padding. CLIP doesn't mask padding, because its training didn't mask padding. BERT's embeddings of padding
-    are zero, so they show which tokens are padding: the embedding of another token is never zero.
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None
+
+
+def encode(
+    text_encoder: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    pooling: str | None = None,
+    layer: str = "last",
+    padding: str | None = None,
+) -> Encoded:
+    """Embeds token ids. With `pooling`, returns the mean over each text's tokens, [n, 1, width]. `layer`: `last`, with the
+    encoder's final norm, or `penultimate`.
+
+    `padding`: `seen`, the encoder attends to padding; `kept`, the encoder masks padding, but returns its embeddings; `zero`,
+    these embeddings are zero, so they show which tokens are padding. The embedding of another token is never zero. None: `seen`
+    for CLIP, `kept` for T5, `zero` for other encoders.
     """
     kind, read = text_encoder.config.model_type, mask[..., None]
-    hidden = text_encoder(input_ids=ids, **({} if "clip" in kind else {"attention_mask": mask}))[0]
+    padding = padding or padding_of(kind)
+    deeper = {"output_hidden_states": True} if layer == "penultimate" else {}
+    out = text_encoder(input_ids=ids, **({} if padding == "seen" else {"attention_mask": mask}), **deeper)
+    hidden = out.hidden_states[-2] if deeper else out.last_hidden_state
+    pooled = getattr(out, "text_embeds", getattr(out, "pooler_output", None)) if "clip" in kind else None
     if pooling:
-        return (hidden * read).sum(1, keepdim=True) / read.sum(1, keepdim=True)
-    return hidden if "clip" in kind or "t5" in kind else hidden * read
+        return Encoded((hidden * read).sum(1, keepdim=True) / read.sum(1, keepdim=True), pooled)
+    return Encoded(hidden * read if padding == "zero" else hidden, pooled)
+
+
+def padding_of(kind: str) -> str:
+    """Returns what a text encoder of this model type does with padding by default. CLIP was trained on padding."""
+    return "seen" if "clip" in kind else "kept" if "t5" in kind and "gemma" not in kind else "zero"
+
+
+def join(backbone: str, encoded: list[Encoded]) -> Encoded:
+    """Joins the embeddings of several text encoders. `backbone`: the name of the backbone's class.
+
+    - U-Net and SD3 concatenate CLIP encoders by width. SD3 then pads the width with zeros, and appends the tokens of T5.
+    - FLUX takes the tokens of T5.
+    - The pooled embedding is the concatenation of the pooled embeddings of CLIP. With one text encoder, it's None.
+    """
+    if len(encoded) == 1:
+        return Encoded(encoded[0].tokens, None)
+    clips = [(one.tokens, one.pooled) for one in encoded if one.pooled is not None]
+    others = [one.tokens for one in encoded if one.pooled is None]
+    pooled = torch.cat([summary for _, summary in clips], dim=-1)
+    if backbone == "FluxTransformer2DModel":
+        return Encoded(torch.cat(others, dim=1), pooled)
+    tokens = torch.cat([each for each, _ in clips], dim=-1)
+    if others:
+        tokens = torch.nn.functional.pad(tokens, (0, others[0].shape[-1] - tokens.shape[-1]))
+    return Encoded(torch.cat([tokens, *others], dim=1), pooled)
+
+
+def unpadded(tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the mask [n, tokens] of embeddings that aren't padding, whose embeddings are zero."""
+    return (tokens != 0).any(dim=-1)
 
 
 def generators(seeds: list[int]) -> list[torch.Generator]:
@@ -177,6 +223,11 @@ class Guidance(NamedTuple):
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
 
+    @property
+    def plain(self) -> bool:
+        """Checks whether the guidance is the same at all times, and without rescaling."""
+        return self.interval == (0.0, 1.0) and not self.rescale
+
     def acts(self, time: float) -> bool:
         """Checks whether a step at this time needs predictions with and without text."""
         return self.scale != 1 and self.interval[0] <= time <= self.interval[1]
@@ -192,16 +243,9 @@ class Guidance(NamedTuple):
 
 
 def denoise(
-    predictor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    scheduler: Any,
-    shape: tuple[int, ...],
-    steps: int,
-    guidance: Guidance,
-    draws: list[torch.Generator],
-    device: Any,
-    predicts_image: bool = False,
-    clip: bool = False,
-) -> torch.Tensor:
+    predictor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], scheduler: Any, shape: tuple[int, ...], steps: int,
+    guidance: Guidance, draws: list[torch.Generator], device: Any, predicts_image: bool = False, clip: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Denoises random samples of the given shape, in fp32.
 
     `predictor(noisy, t)` returns predictions with text for n noisy samples. For 2n noisy samples, the first n predictions are
@@ -235,6 +279,27 @@ def _shift(scheduler: Any, shape: tuple[int, ...]) -> dict[str, float]:
     return {"mu": math.log(shape[-2] * shape[-1] / scheduler.config.base_image_seq_len) / 2}
 
 
+def captioned(
+    model: Callable[..., torch.Tensor], captions: dict[str, torch.Tensor], dtype: torch.dtype, scale: float | None = None
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Makes the `predictor(noisy, t)` of `denoise` from a model and its captions, the arguments of `predict` for 2n captions. The
+    first n captions are empty.
+
+    `scale`: the guidance scale that a distilled model gets as input; None for other models. A distilled model only predicts with
+    text, so its predictions with and without text are the same.
+    """
+
+    def plain(noisy: torch.Tensor, t: torch.Tensor, **more: float) -> torch.Tensor:
+        return model(noisy=noisy.to(dtype), t=t, **{name: values[-len(noisy) :] for name, values in captions.items()}, **more)
+
+    def distilled(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        count = len(captions["text"]) // 2
+        having = plain(noisy[-count:], t[-count:], guidance=scale)
+        return torch.cat([having, having]) if len(noisy) > count else having
+
+    return plain if scale is None else distilled
+
+
 class TextToImagePipeline(DiffusionPipeline):
     unet: Any
     transformer: Any
@@ -246,19 +311,22 @@ class TextToImagePipeline(DiffusionPipeline):
     register_modules: Any
     register_to_config: Any
     config: Any
-    model_cpu_offload_seq = "text_encoder->unet->transformer->vae"
-    _optional_components = ["unet", "transformer", "vae"]
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->unet->transformer->vae"
+    _optional_components = ["unet", "transformer", "vae", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3"]
 
     def __init__(self, scheduler: Any, text_encoder: Any, tokenizer: Any, unet: Any = None, transformer: Any = None,
-                 vae: Any = None, pooling: str | None = None, predicts_image: bool = False,
-                 sample_size: int | None = None, patch: int = 1) -> None:  # fmt: skip
-        """Puts the models of an export together. `predicts_image`: see `denoise`. `sample_size`: the side of the noised tensor in
-        training; None: the side in the backbone's configuration. `patch`: see `decode`."""
+                 vae: Any = None, text_encoder_2: Any = None, tokenizer_2: Any = None, text_encoder_3: Any = None,
+                 tokenizer_3: Any = None, texts: list[dict[str, Any]] | None = None, masked: bool = False,
+                 predicts_image: bool = False, sample_size: int | None = None, patch: int = 1) -> None:  # fmt: skip
+        """Puts the models of an export together. `texts`: the arguments of `encode` for each text encoder; None: one encoder,
+        without arguments. `masked`: whether the backbone ignores padding. `predicts_image`: see `denoise`. `sample_size`: the
+        side of the noised tensor in training; None: the side in the backbone's configuration. `patch`: see `decode`."""
         super().__init__()
+        self.register_to_config(texts=texts, masked=masked, predicts_image=predicts_image, sample_size=sample_size, patch=patch)
         self.register_modules(
-            scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, transformer=transformer, vae=vae
-        )
-        self.register_to_config(pooling=pooling, predicts_image=predicts_image, sample_size=sample_size, patch=patch)
+            scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, transformer=transformer, vae=vae,
+            text_encoder_2=text_encoder_2, tokenizer_2=tokenizer_2, text_encoder_3=text_encoder_3, tokenizer_3=tokenizer_3,
+        )  # fmt: skip
         self.processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
     @property
@@ -269,41 +337,50 @@ class TextToImagePipeline(DiffusionPipeline):
     def factor(self) -> int:
         """Returns the side, in pixels, of the image square that one latent encodes. Without an autoencoder, returns the side of a
         patch."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else self.config.patch
+        if self.vae is None:
+            return int(self.config.patch)
+        config = self.vae.config
+        return int(2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1))
 
     @property
     def side(self) -> int:
         """Returns the side of an image in training, in pixels."""
         return int(self.config.sample_size or self.backbone.config.sample_size) * self.factor
 
+    def captions(self, prompts: list[str], device: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Embeds prompts as arguments of `predict`: `text`, and `pooled` and `mask` if the backbone uses them."""
+        encoded = []
+        for number, settings in enumerate(self.config.texts or [{}], start=1):
+            suffix = f"_{number}" if number > 1 else ""
+            tokens = tokenize(getattr(self, f"tokenizer{suffix}"), prompts)
+            ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
+            encoded.append(encode(getattr(self, f"text_encoder{suffix}"), ids, mask, **settings))
+        joined = join(type(self.backbone).__name__, encoded)
+        pooled = {} if joined.pooled is None else {"pooled": joined.pooled.to(dtype)}
+        mask = {"mask": unpadded(joined.tokens)} if self.config.masked else {}
+        return {"text": joined.tokens.to(dtype), **pooled, **mask}
+
     @torch.no_grad()
     def __call__(
-        self,
-        prompt: str | list[str],
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 30,
-        guidance_scale: float = 4.0,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        guidance_rescale: float = 0.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> Any:
+        self, prompt: str | list[str], height: int | None = None, width: int | None = None, num_inference_steps: int = 30,
+        guidance_scale: float = 4.0, guidance_interval: tuple[float, float] = (0.0, 1.0), guidance_rescale: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None, output_type: str = "pil", return_dict: bool = True,
+    ) -> Any:  # fmt: skip
         """Generates an image for each prompt. `generator`: one for all prompts, or one per prompt. `height`, `width`: in pixels;
-        by default, the size in training. `guidance_scale`, `guidance_interval`, `guidance_rescale`: see `Guidance`."""
+        by default, the size in training. `guidance_scale`, `guidance_interval`, `guidance_rescale`: see `Guidance`. A distilled
+        model only has a scale."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         device, backbone = self._execution_device, self.backbone
         dtype = next(backbone.parameters()).dtype
-        tokens = tokenize(self.tokenizer, [*[""] * len(prompts), *prompts])
-        ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
-        text = embed(self.text_encoder, ids, mask, self.config.pooling).to(dtype)
+        captions = self.captions([*[""] * len(prompts), *prompts], device, dtype)
         side = self.side
         shape = (len(prompts), channels(backbone), (height or side) // self.factor, (width or side) // self.factor)
-        guidance = Guidance(guidance_scale, guidance_interval, guidance_rescale)
+        guidance = Guidance(guidance_scale, tuple(guidance_interval), guidance_rescale)
+        if distilled(backbone) and not guidance.plain:
+            raise ValueError("guidance_interval, guidance_rescale: not supported by a distilled model. Remove them")
         draws = generator if isinstance(generator, list) else [generator or torch.Generator("cpu")] * len(prompts)
         x = denoise(
-            lambda noisy, t: predict(backbone, noisy.to(dtype), t, text[-len(noisy) :]),
+            captioned(partial(predict, backbone), captions, dtype, guidance_scale if distilled(backbone) else None),
             self.scheduler, shape, num_inference_steps, guidance, draws, device,
             self.config.predicts_image, clip=self.vae is None,
         )  # fmt: skip
@@ -319,4 +396,4 @@ def decode(vae: Any, x: torch.Tensor, patch: int = 1) -> torch.Tensor:
     if vae is None:
         return torch.nn.functional.pixel_shuffle(x.clamp(-1, 1), patch)
     dtype = next(vae.parameters()).dtype
-    return vae.decode((x / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(dtype)).sample.clamp(-1, 1)
+    return vae.decode((x / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)).to(dtype)).sample.clamp(-1, 1)

@@ -30,6 +30,30 @@ DECODERS = device_threads.pool(4, "decode")  # Pillow releases the GIL while it 
 
 
 @dataclass(frozen=True)
+class StoredText:
+    """Describes the stored embeddings of one text encoder of a list: the digest of the encoder, its settings, and the shapes.
+    `pooled`: the width of the pooled embedding, or None."""
+
+    digest: str
+    tokens: int
+    width: int
+    pooled: int | None
+    pooling: str | None
+    layer: str
+    padding: str
+
+    @property
+    def settings(self) -> dict[str, str | None]:
+        return {"pooling": self.pooling, "layer": self.layer, "padding": self.padding}
+
+    @property
+    def columns(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Returns the dataset's column and the shape of a value, of the tokens (`text`) and the pooled embedding (`pooled`)."""
+        out: dict[str, tuple[str, tuple[int, ...]]] = {"text": (f"embedding-{self.digest[:12]}", (self.tokens, self.width))}
+        return out | ({"pooled": (f"pooled-{self.digest[:12]}", (self.pooled,))} if self.pooled else {})
+
+
+@dataclass(frozen=True)
 class DatasetFacts:
     """Contains the common properties of a job's datasets. `size`: the image size (width, height) of the first dataset."""
 
@@ -39,8 +63,9 @@ class DatasetFacts:
     tokenizer: str | None
     vocabulary: int
     end: int
-    text: tuple[int, int] | None  # tokens and width of stored embeddings
+    text: tuple[int, int] | None  # tokens and width of the stored embeddings of one text encoder
     models: dict[str, str]  # digests of the frozen models that computed latents and embeddings
+    texts: tuple[StoredText, ...] = ()  # stored embeddings of a list of text encoders
     features: FeatureFormat | None = None  # of stored features of an image model
 
 
@@ -50,7 +75,8 @@ def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
     each = [_facts(m) for m in sources]
     names = {"content": "contain different kinds of content", "channels": "have different numbers of channels",
              "tokenizer": "have different tokenizers",
-             "models": "were computed by different encoders", "features": "have different stored features"}  # fmt: skip
+             "texts": "contain embeddings of different text encoders", "models": "were computed by different encoders",
+             "features": "have different stored features"}  # fmt: skip
     for key, what in names.items():
         if len({str(getattr(f, key)) for f in each}) > 1:
             raise ConfigError(f"data.sources: the datasets {what}. Prepare all of them with one pipeline")
@@ -70,7 +96,8 @@ def _facts(m: Manifest) -> DatasetFacts:
     return DatasetFacts(
         m.meta["content"], m.meta["channels"], (m.meta["size"][0], m.meta["size"][1]), m.meta.get("tokenizer"),
         m.meta.get("vocab_size", 0), m.meta.get("end_of_document", 0), (text[0], text[1]) if text else None,
-        m.meta.get("models", {}), FeatureFormat.of(m.meta.get("features")),
+        m.meta.get("models", {}), tuple(StoredText(**one) for one in m.meta.get("texts", ())),
+        FeatureFormat.of(m.meta.get("features")),
     )  # fmt: skip
 
 
@@ -98,18 +125,20 @@ def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tens
 
 
 def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Table:
-    """Makes `count` placeholder rows of a dataset: black images, or zero latents of `shape` [channels, height, width]. Text
-    embeddings, if the dataset has any, are zero."""
+    """Makes `count` placeholder rows of a dataset: black images, or zero latents of the stored `shape` [channels, height, width].
+    Text embeddings, if the dataset has any, are zero."""
     width, height = facts.size
     columns: dict[str, list[object]] = {"width": [width] * count, "height": [height] * count}
     if facts.content == "latents":
-        columns["latent"] = [bytes(2 * 2 * math.prod(shape))] * count  # mean and variance of each latent, in float16
+        columns["latent"] = [bytes(2 * math.prod(shape))] * count  # in float16
     else:
         file = io.BytesIO()
         Image.new("L" if facts.channels == 1 else "RGB", (width, height)).save(file, "png")
         columns["image"] = [file.getvalue()] * count
     if facts.text:
         columns["embedding"] = [bytes(2 * math.prod(facts.text))] * count
+    for column, size in (column for one in facts.texts for column in one.columns.values()):
+        columns[column] = [bytes(2 * math.prod(size))] * count
     if facts.features:
         columns["features"] = [bytes(facts.features.row_bytes)] * count
     return pa.table(columns)

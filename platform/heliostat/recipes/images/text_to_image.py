@@ -17,19 +17,15 @@ range of noise strengths.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
-from transformers import CLIPTextModel
 
 from heliostat import extras
 from heliostat.config.spec import Job
@@ -42,6 +38,7 @@ from heliostat.recipes.images import (
     captions,
     contrastive,
     diffusers_folder,
+    exporting,
     held_out,
     quality,
     rows,
@@ -53,7 +50,7 @@ from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import Predictor, PromptGallery
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
-from heliostat.recipes.images.pipeline import TextToImagePipeline, decode, tokenize
+from heliostat.recipes.images.pipeline import captioned, decode
 from heliostat.recipes.protocol import (
     Batch,
     Companion,
@@ -151,21 +148,17 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         facts = self.parts.facts
         assert facts
         if self.model.captions and hasattr(self, "sources"):  # placeholder samples have one caption
-            content = captions.chosen(content, self.model.captions, self.seed, keys)
+            stored = [column for column, _ in self.parts.stored_columns().values()] if self.parts.embedded else []
+            content = captions.chosen(content, self.model.captions, self.seed, keys, stored)
         if facts.content == "latents":
-            channels = self.parts.shape()[0]
             (size,) = set(zip(content["width"].to_pylist(), content["height"].to_pylist(), strict=True))
-            out = {"clean": rows.halves(content, "latent", (2 * channels, *self.parts.shape(size)[1:]))}
+            out = {"clean": rows.halves(content, "latent", self.parts.stored_shape(size))}
         else:
             out = {"clean": rows.pixels(content)}
         out["key"] = torch.from_numpy(keys.astype(np.int64))
         if self.version == 1:
             out |= rows.draw_on_host(self.seed, keys, *self._drawn(out["clean"])).named()
-        if facts.text:
-            out["text"] = rows.halves(content, "embedding", facts.text)
-        else:
-            tokens = tokenize(self.parts.tokenizer, content["caption"].to_pylist())
-            out |= {"text": tokens.input_ids, "mask": tokens.attention_mask}
+        out |= self.parts.captions(content)
         if self.model.repa and facts.features:
             out |= facts.features.unpack(content["features"].to_pylist())
         return out
@@ -175,10 +168,10 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         offset, and whether to sample latents from their distribution."""
         assert self.parts.facts
         height, width = clean.shape[2:]
-        shape = (
-            (clean.shape[1] // 2, height, width) if self.parts.facts.content == "latents" else self.parts.shape((width, height))
-        )
-        return shape, self.model.caption_dropout, self.model.objective.noise_offset, self.parts.vae_config is not None
+        shape = self.parts.shape((width, height))
+        if self.parts.facts.content == "latents":
+            shape = clean.shape[1] // self.parts.moments, height, width
+        return shape, self.model.caption_dropout, self.model.objective.noise_offset, self.parts.moments > 1
 
     def complete(self, batch: Batch) -> Batch:
         """Draws random numbers, encodes images and captions, and drops some captions. Returns `noise`, `image`, and `caption`."""
@@ -190,19 +183,19 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
             return batch
         if "noise" not in batch:
             batch = batch | rows.draw(self.seed, batch["key"], *self._drawn(batch["clean"])).named()
-        caption: Batch = {key: batch[key] for key in ("text", "mask") if key in batch}
+        texts: Batch = {key: batch[key] for key in self.parts.empty if key in batch}
         for key, empty in self.parts.empty_on(batch["key"].device).items() if training else ():
-            dropped = batch["dropped"].view(-1, *[1] * (caption[key].dim() - 1))
-            caption[key] = torch.where(dropped, empty, caption[key])
+            dropped = batch["dropped"].view(-1, *[1] * (texts[key].dim() - 1))
+            texts[key] = torch.where(dropped, empty, texts[key])
         out = {key: batch[key] for key in ("key", "time", "noise")} | {
             "image": self.parts.clean(batch["clean"], batch.get("posterior")),
-            "caption": self.parts.conditioning(caption["text"], caption.get("mask")),
+            **self.parts.conditioning(texts),
             **({"features": stored_features.values(batch)} if "features" in batch else {}),
         }
         if training and self.model.immiscible:
             out["noise"] = self.model.immiscible.choose(self.seed, out["key"], out["image"], out["noise"])
         if training and self.model.contrastive:
-            out["contrasted"] = contrastive.contrasted(caption["text"])
+            out["contrasted"] = contrastive.contrasted(*(values for key, values in texts.items() if key.startswith("text")))
         return out
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
@@ -221,8 +214,8 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
 
         `aids`: arguments of the model that only training uses. With features, also returns each sample's similarity to them.
         """
-        noisy = self.process.noisy(batch["image"], batch["noise"], t)
-        return model(noisy.to(next(model.parameters()).dtype), self.process.network_time(t), batch["caption"], **aids)
+        noisy = self.process.noisy(batch["image"], batch["noise"], t).to(next(model.parameters()).dtype)
+        return model(noisy, self.process.network_time(t), batch["caption"], **self.parts.beside(batch), **aids)
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         batch = self._completed(batch, training=False)
@@ -250,12 +243,12 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
 
         with torch.device("meta"):
             model = self.build()
-            text = torch.zeros((1, self.model.text.length), dtype=torch.long)
-            if self.model.text.pretrained:
-                text = torch.zeros((1, self.model.text.embeddings, self.parts.text_width()))
+            text, pooled = self.parts.text_shape.blank(1)
+            if not self.model.frozen_text:
+                text = torch.zeros(text.shape[:2], dtype=torch.long)
             aids = training_aids.blank(self.model, self.parts.facts.features if self.parts.facts else None)
             with FlopCounterMode(display=False) as counter:
-                model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text, **aids)
+                model(torch.zeros((1, *self.parts.shape())), torch.zeros((1,), dtype=torch.long), text, pooled, **aids)
         return (2.0 if self.adapter else 3.0) * counter.get_total_flops()
 
     def companions(self) -> dict[str, Companion]:
@@ -281,9 +274,10 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         dtype = next(model.parameters()).dtype
 
         def of(prompts: list[str]) -> Predictor:
-            tokens = tokenize(self.parts.tokenizer, [*[""] * len(prompts), *prompts])
-            text = self.parts.conditioning(tokens.input_ids.to(device), tokens.attention_mask.to(device))
-            return lambda noisy, t: model(noisy.to(dtype), t, text[-len(noisy) :])
+            tokens = self.parts.tokens([*[""] * len(prompts), *prompts])
+            text = self.parts.conditioning({name: values.to(device) for name, values in tokens.items()})
+            scale = self.model.samples.guidance if self.parts.distilled else None
+            return captioned(model, {"text": text["caption"], **self.parts.beside(text)}, dtype, scale)
 
         return of
 
@@ -300,21 +294,23 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         if self.parts.facts.content == "images":
             return list(rows.DECODERS.map(rows.decode, content["image"].to_pylist()))
         size, out = (content["width"][0].as_py(), content["height"][0].as_py()), list[np.ndarray]()
-        latents = rows.halves(content, "latent", (2 * self.parts.shape()[0], *self.parts.shape(size)[1:]))
+        latents = rows.halves(content, "latent", self.parts.stored_shape(size))
         for part in latents.to(device).split(DECODED):
-            out += list(self.pixels_of(self.parts.clean(part, torch.zeros_like(part.chunk(2, dim=1)[0]))))
+            means = torch.zeros_like(part.chunk(self.parts.moments, dim=1)[0])
+            out += list(self.pixels_of(self.parts.clean(part, means)))
         self.parts.rest()
         return out
 
     # the export ------------------------------------------------------------------------------------------------------
 
     def save_config(self, folder: Path) -> None:
-        _save_parts(self, folder)
-        shutil.copy(Path(__file__).with_name("pipeline.py"), folder / "pipeline.py")
+        with torch.device("meta"):
+            model = self.build()
+        exporting.save(folder, self.parts, model, self.process, self.sampler)
 
     def load(self, folder: Path) -> nn.Module:
         pipeline = diffusers_folder.load(folder)
-        return Denoiser(self.parts.name, pipeline.backbone, None if self.model.text.pretrained else pipeline.text_encoder)
+        return Denoiser(self.parts.name, pipeline.backbone, None if self.model.frozen_text else pipeline.text_encoder)
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         gallery = self.gallery()
@@ -327,8 +323,8 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         out = {**scored, "backbone": {"pretrained": str(folder / part)}}
         if model.get("autoencoder"):
             out["autoencoder"] = {"pretrained": str(folder / "vae")}
-        if model.get("text", {}).get("pretrained"):
-            out["text"] = {**model["text"], "pretrained": str(folder / "text_encoder")}
+        if model.get("text"):
+            out["text"] = exporting.text_folders(folder, model["text"])
         if model.get("samples"):
             out["samples"] = quality.without_missing(model["samples"])
         return out
@@ -349,64 +345,10 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         from mlflow.models import infer_signature
 
         samples = self.model.samples
-        params: dict[str, object] = {"steps": samples.steps, "guidance": samples.guidance, "seed": 0}
-        params["guidance_rescale"] = samples.guidance_rescale
-        if not _standard(self):  # diffusers' own pipelines have no such parameter
-            params["guidance_interval"] = list(samples.guidance_interval)
+        params = {"steps": samples.steps, "seed": 0, **exporting.guidance(self.parts, self.process)}
         prompts = [*(p.text for p in samples.prompts), "an image"][:1]
         signature = infer_signature(prompts, ["base64"], params)
         return Serving(Path(__file__).with_name("server.py"), prompts, signature, diffusers_folder.REQUIREMENTS)
-
-
-def _standard(recipe: TextToImage) -> bool:
-    """Checks whether the export is a StableDiffusionPipeline. This class has no interval of guidance."""
-    parts, text, interval = recipe.parts, recipe.model.text, recipe.model.samples.guidance_interval
-    clip = not text.pretrained or type(parts.text_encoder).__name__ == CLIPTextModel.__name__
-    latent_unet = parts.arch == "unet" and bool(parts.vae_config)
-    return latent_unet and clip and not text.pooling and not recipe.process.flow and tuple(interval) == (0.0, 1.0)
-
-
-def _save_parts(recipe: TextToImage, folder: Path) -> None:
-    """Writes everything in the export except the trained weights."""
-    with torch.device("meta"):
-        model: Any = recipe.build()
-    backbone = getattr(model, recipe.parts.name)
-    (folder / recipe.parts.name).mkdir(parents=True, exist_ok=True)
-    backbone.save_config(folder / recipe.parts.name)
-    text = recipe.model.text
-    if text.pretrained:
-        shutil.copytree(text.pretrained, folder / "text_encoder", dirs_exist_ok=True)
-        kind = type(recipe.parts.text_encoder).__name__
-    else:
-        kind = CLIPTextModel.__name__
-        model.text_encoder.config.architectures = [kind]
-        model.text_encoder.config.save_pretrained(folder / "text_encoder")
-    recipe.parts.tokenizer.save_pretrained(folder / "tokenizer")
-    if recipe.model.autoencoder:
-        shutil.copytree(recipe.model.autoencoder.pretrained, folder / "vae", dirs_exist_ok=True)
-    scheduler = recipe.process.scheduler(recipe.sampler, clip=recipe.parts.vae_config is None)
-    scheduler.save_pretrained(folder / "scheduler")
-    standard = _standard(recipe)
-    index: dict[str, object] = {
-        "_class_name": "StableDiffusionPipeline" if standard else ["pipeline", TextToImagePipeline.__name__],
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", type(scheduler).__name__],
-        recipe.parts.name: ["diffusers", type(backbone).__name__],
-        "text_encoder": ["transformers", kind],
-        "tokenizer": ["transformers", type(recipe.parts.tokenizer).__name__],
-        "vae": ["diffusers", "AutoencoderKL"] if recipe.parts.vae_config else [None, None],
-        **({"predicts_image": True} if recipe.process.predicts_image else {}),
-    }
-    if standard:
-        nothing: dict[str, object] = {key: [None, None] for key in ("safety_checker", "feature_extractor", "image_encoder")}
-        index |= {**nothing, "requires_safety_checker": False}
-    else:
-        index |= {part: [None, None] for part in ("unet", "transformer") if part != recipe.parts.name}
-        index |= {"pooling": text.pooling} if text.pooling else {}
-        index |= {"patch": recipe.model.patch} if recipe.model.patch > 1 else {}
-        if "sample_size" not in backbone.config:
-            index["sample_size"] = max(recipe.parts.shape()[1:])
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
 
 
 __all__ = ["Denoiser", "Generated", "TextToImage"]

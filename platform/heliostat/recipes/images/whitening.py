@@ -20,9 +20,11 @@ LIMIT = 20_000  # captions
 KEY = "model.text.whiten"
 
 
-def check(keys: dict[str, object], pooling: str | None, is_stored: bool) -> None:
-    """Raises ConfigError if the backbone has no projection to initialize, or if the datasets store no pooled embeddings. `keys`:
-    the backbone's."""
+def check(keys: dict[str, object], pooling: str | None, encoders: int, is_stored: bool) -> None:
+    """Raises ConfigError if the backbone has no projection to initialize, or if the datasets don't store the pooled embeddings of
+    one text encoder. `keys`: the backbone's. `encoders`: the number of text encoders."""
+    if encoders > 1:
+        raise ConfigError(f"{KEY}: not supported with {encoders} text encoders. Use one text encoder, or remove this key")
     if keys.get("encoder_hid_dim_type") != "text_proj":
         raise ConfigError(
             f"{KEY}: the backbone has no projection of captions. Set model.backbone.encoder_hid_dim_type: text_proj"
@@ -31,11 +33,12 @@ def check(keys: dict[str, object], pooling: str | None, is_stored: bool) -> None
         raise ConfigError(f"{KEY}: the datasets store no pooled embeddings. Set pooling: mean in the pipeline's latents")
 
 
-def whiten(projection: torch.nn.Linear, sources: list[Manifest]) -> None:
-    """Initializes the projection [outputs, width] from the embeddings in the datasets. Does nothing on the meta device."""
+def whiten(projection: torch.nn.Linear, sources: list[Manifest], column: str) -> None:
+    """Initializes the projection [outputs, width] from a column of the datasets with embeddings. Does nothing on the meta
+    device."""
     if projection.weight.is_meta:
         return
-    weight, bias = whitening(embeddings(sources), projection.out_features)
+    weight, bias = whitening(embeddings(sources, column), projection.out_features)
     with torch.no_grad():
         partitioning.assign(projection.weight, torch.from_numpy(weight))
         partitioning.assign(projection.bias, torch.from_numpy(bias))
@@ -56,11 +59,12 @@ def whitening(vectors: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray
     return matrix.astype(np.float32), (-matrix @ center).astype(np.float32)
 
 
-def embeddings(sources: list[Manifest]) -> np.ndarray:
-    """Reads the pooled embeddings of at most LIMIT captions of datasets, fp32 [n, width], in the order of the shards."""
+def embeddings(sources: list[Manifest], column: str) -> np.ndarray:
+    """Reads the pooled embeddings of at most LIMIT captions from a column of datasets, fp32 [n, width], in the order of the
+    shards."""
     chunks, rows = Chunks(sources, None), list[np.ndarray]()
     for number, source in enumerate(sources):
         for chunk in range(source.chunks.num_rows):
             if len(rows) < LIMIT:
-                rows += [np.frombuffer(value, np.float16) for value in chunks.read(number, chunk)["embedding"].to_pylist()]
+                rows += [np.frombuffer(value, np.float16) for value in chunks.read(number, chunk)[column].to_pylist()]
     return np.stack(rows[:LIMIT]).astype(np.float32)

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ class Family:
     - `outputs`: the class's default of `out_channels`; None: as many as inputs.
     - `packed`: input channels of the class per channel of the noised tensor.
     - `masks`: whether the class can ignore padding of the text. `masked`: whether jobs do so by default.
+    - `joins`: the text encoders that the family joins (`pipeline.join`): CLIP encoders; CLIP encoders and then another encoder;
+      CLIP for the pooled embedding and another encoder for the tokens. Empty: only one text encoder.
+    - `layer`: the layer of a single text encoder that gives the embeddings.
     - `derived`: the keys that follow from other keys of the job.
     - `fault`: the problem of a configuration that heliostat doesn't train; None without a problem. The second argument is
       whether the backbone is pretrained.
@@ -47,6 +50,8 @@ class Family:
     patch: int = 1  # the class's default of `patch_size`
     masks: bool = False
     masked: bool = False
+    joins: Literal["", "clips", "clips+text", "clip|text"] = ""
+    layer: Literal["last", "penultimate"] = "last"
     derived: Callable[[Keys], Keys] = lambda keys: {}
     fault: Callable[[Keys, bool], str | None] = lambda keys, pretrained: None
     initial: Callable[[Any], Weights] = lambda backbone: iter(())
@@ -68,9 +73,9 @@ class Family:
         parameters = inspect.signature(self.cls.__init__).parameters
         return {key: value for key, value in keys.items() if key in parameters}
 
-    def channels(self, keys: Keys, default: int = 4) -> int:
-        """Returns the channels of the noised tensor."""
-        return int(keys.get("in_channels", default * self.packed)) // self.packed
+    def channels(self, keys: Keys) -> int:
+        """Returns the channels of the noised tensor; 4 if the keys don't have them."""
+        return int(keys.get("in_channels", 4 * self.packed)) // self.packed
 
     def answers(self, keys: Keys) -> int | None:
         """Returns the channels of a prediction, from the backbone's own keys; None: as many as the noised tensor has."""

@@ -23,4 +23,4 @@ def _fault(keys: Keys, pretrained: bool) -> str | None:
     return None
 
 
-FLUX = Family(FluxTransformer2DModel, "joint_attention_dim", "pooled_projection_dim", packed=4, fault=_fault)
+FLUX = Family(FluxTransformer2DModel, "joint_attention_dim", "pooled_projection_dim", packed=4, joins="clip|text", fault=_fault)

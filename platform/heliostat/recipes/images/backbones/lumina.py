@@ -40,4 +40,7 @@ def _initial(backbone: Any) -> Weights:
             yield from linear(module, fused.get(module), EMBEDDING_STD if module in small else None)
 
 
-LUMINA = Family(Lumina2Transformer2DModel, "cap_feat_dim", patch=2, masks=True, masked=True, fault=_fault, initial=_initial)
+LUMINA = Family(
+    Lumina2Transformer2DModel, "cap_feat_dim", patch=2, masks=True, masked=True, layer="penultimate",
+    fault=_fault, initial=_initial,
+)  # fmt: skip

@@ -14,4 +14,7 @@ def _derived(keys: Keys) -> Keys:
     return {"caption_projection_dim": keys.get("num_attention_heads", 18) * keys.get("attention_head_dim", 64)}
 
 
-SD3 = Family(SD3Transformer2DModel, "joint_attention_dim", "pooled_projection_dim", outputs=16, patch=2, derived=_derived)
+SD3 = Family(
+    SD3Transformer2DModel, "joint_attention_dim", "pooled_projection_dim", outputs=16, patch=2, joins="clips+text",
+    derived=_derived,
+)  # fmt: skip

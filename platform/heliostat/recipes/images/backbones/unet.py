@@ -29,4 +29,4 @@ def _initial(backbone: Any) -> Weights:
     yield from zero(backbone.conv_out)
 
 
-UNET = Family(UNet2DConditionModel, "cross_attention_dim", outputs=4, part="unet", masks=True, initial=_initial)
+UNET = Family(UNet2DConditionModel, "cross_attention_dim", outputs=4, part="unet", masks=True, joins="clips", initial=_initial)
