@@ -219,5 +219,9 @@ def test_a_distilled_flux_is_trained_with_a_guidance_of_one_and_sampled_with_the
         made.loss(model, made.batch(rows(digits, 2), np.arange(2)))
         said = made.sampler_of(model, "cpu")(["one"])(torch.zeros((2, 1, 8, 8)), torch.full((2,), 500.0))
     assert [set(values.tolist()) for values in seen] == [{1.0}, {3.5}] and torch.equal(said[0], said[1])
+    with pytest.raises(ConfigError, match=r"^model\.samples\.guidance_rescale: not supported by a distilled backbone"):
+        recipe(
+            digits, backbone={"pretrained": str(tmp_path)}, objective={"prediction": "flow"}, samples={"guidance_rescale": 0.7}
+        )
     with pytest.raises(ConfigError, match=r"^model\.backbone\.num_layers: a pretrained backbone takes its configuration"):
         recipe(digits, backbone={"pretrained": str(tmp_path), "num_layers": 8})

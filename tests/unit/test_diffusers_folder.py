@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
-from heliostat.recipes.images import diffusers_folder
+from heliostat.recipes.images import diffusers_folder, exporting
 from heliostat.recipes.images.pipeline import TextToImagePipeline, generators
 from transformers import CLIPTextModel
 
@@ -118,4 +118,9 @@ def test_sd3_with_its_three_text_encoders_is_exported_as_stable_diffusion_3_and_
     call = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np"}
     theirs = plain(prompts, generator=generators([5, 6]), **call).images
     ours = diffusers_folder.load(tmp_path / "out")(prompts, generator=generators([5, 6]), **call).images
+    assert exporting.guidance(made.parts, made.process) == {"guidance": 4.0}, "the pipeline has no other parameters"
+    for other in ({"samples": {"guidance_rescale": 0.7}}, {"objective": {"prediction": "flow", "shift": "auto", "base_size": 4}}):
+        keys = {"backbone": SD3, "text": text, "autoencoder": {"pretrained": str(vae)}, "objective": {"prediction": "flow"}}
+        changed = recipe(digits, **{**keys, **other})
+        assert exporting.standard(changed.parts, changed.process) is None
     assert np.asarray(theirs).shape == (2, 8, 8, 1) and float(np.abs(np.asarray(theirs) - np.asarray(ours)).max()) < 2e-3

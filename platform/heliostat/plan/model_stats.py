@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
@@ -182,7 +183,7 @@ def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Cont
     operations = []
     for content in contents:
         with _on_fakes(job, recipe, model, content) as batch:
-            inside = checkpointed(model, lambda batch=batch: recipe.loss(model, batch))
+            inside = checkpointed(model, partial(recipe.loss, model, batch))
             with OperationRecorder(inside) as recorder:
                 loss = recipe.loss(model, batch)
                 sum((p.weight * p.value for p in loss.parts.values() if p.weight), loss.sum).backward()
@@ -281,7 +282,7 @@ def checkpointed(model: torch.nn.Module, run: Callable[[], object]) -> list[torc
     if model not in _CHECKPOINTED:
         found: list[torch.nn.Module] = []
 
-        def note(layer: Callable[..., object], *inputs: object) -> object:
+        def note(layer: Any, *inputs: object) -> object:
             found.append(getattr(layer, "__self__", layer))
             return layer(*inputs)
 

@@ -241,8 +241,8 @@ class Encoder:
             texts = [str(json.loads(packed).get(name, "")) if packed else "" for packed in table["columns"].to_pylist()]
             columns |= {embedding_column(stored, name): values for stored, values in self._each_embedding(texts).items()}
         out = table if self.vae is None else table.drop_columns(["image"])
-        for name, values in columns.items():
-            out = out.append_column(name, pa.array(values, pa.large_binary()))
+        for name, column in columns.items():
+            out = out.append_column(name, pa.array(column, pa.large_binary()))
         if self.features is None:
             return Encoded(out, None)
         return Encoded(out, {"format": self.features.format.named(), "error": vars(error)})
@@ -305,9 +305,9 @@ class Encoder:
             tokens = tokenize(tokenizer, captions)
             with torch.no_grad():
                 ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
-                encoded = encode(encoder, ids, mask, **one.settings)
+                encoded = encode(encoder, ids, mask, one.pooling, one.layer, one.padding)
             names = several[number].columns if several else {"text": ("embedding", ())}
             for name, value in (("text", encoded.tokens), ("pooled", encoded.pooled)):
-                if name in names:
+                if value is not None and name in names:
                     out[names[name][0]] = value.cpu().numpy().astype(np.float16)
         return out

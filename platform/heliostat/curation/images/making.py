@@ -175,7 +175,7 @@ class ImageMaking(Making):
         """Distributes the kept images to the shards of their buckets, and encodes them. Also returns the facts about the features
         of each run."""
         latents = self.latents.model_dump() if self.latents else None
-        follows = self.latents.identity() if self.latents else None
+        follows: Any = self.latents.identity() if self.latents else None
         shipments = self.latents.shipments() if self.latents else []
         arguments: dict[str, Any] = {"shards": shards, "latents": latents, "shipments": shipments}
         if self.captions and latents:

@@ -173,7 +173,7 @@ class CaptionParts:
 
     def tokens(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """Tokenizes captions for each text encoder."""
-        out = {}
+        out: dict[str, torch.Tensor] = {}
         for number, tokenizer in enumerate(self.tokenizers, start=1):
             suffix, tokens = f"_{number}" if number > 1 else "", tokenize(tokenizer, captions)
             out |= {f"text{suffix}": tokens.input_ids, f"mask{suffix}": tokens.attention_mask}
@@ -194,7 +194,7 @@ class CaptionParts:
         if not self.embedded:
             return {name: values[0] for name, values in self.tokens([""]).items()}
         raw = np.frombuffer(self.sources[0].file("empty_caption.bin").read(), np.float16)
-        shapes = [("embedding", self.facts.text)] if self.facts.text else []
+        shapes: list[tuple[str, tuple[int, ...]]] = [("embedding", self.facts.text)] if self.facts.text else []
         shapes += [column for one in self.facts.texts for column in one.columns.values()]
         starts = np.cumsum([0, *(math.prod(shape) for _, shape in shapes)])
         of = {name: raw[at : at + math.prod(shape)] for (name, shape), at in zip(shapes, starts, strict=False)}

@@ -305,10 +305,10 @@ def require_weights(key: str, folder: str) -> None:
         raise ConfigError(f"{key}: {folder!r} has no safetensors weights. Save the model with save_pretrained")
 
 
-def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     require_weights("model.text.pretrained", folder)
     kind = text_encoders.kind("model.text.pretrained", from_folder("model.text.pretrained", AutoConfig, folder))
-    model: torch.nn.Module = kind.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval().requires_grad_(False)
+    model: Any = kind.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval().requires_grad_(False)
     model.config.use_cache = False  # decoders would keep keys and values to generate text
     return model
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def labeled(sources: list[Manifest], progressed: Callable[[], None] = lambda: No
     """Reads all pictures of datasets, in the order of the shards. Calls `progressed` for every row group."""
     from heliostat.recipes.images.rows import decoded
 
-    chunks, tables = Chunks(sources, None), []
+    chunks, tables = Chunks(sources, None), list[Any]()
     for number, source in enumerate(sources):
         for chunk in range(source.chunks.num_rows):
             tables.append(chunks.read(number, chunk))

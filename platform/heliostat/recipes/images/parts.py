@@ -78,7 +78,7 @@ class Parts(CaptionParts):
                 "model.autoencoder: required, because the datasets contain latents. Set this key to the autoencoder that "
                 "computed the latents"
             )
-        folder = self.model.autoencoder and self.model.autoencoder.pretrained
+        folder = self.model.autoencoder.pretrained if self.model.autoencoder else None
         if (digest := f.models.get("autoencoder")) and (folder is None or config.folder_digest(folder) != digest):
             raise ConfigError(
                 "model.autoencoder.pretrained: the datasets were prepared with another model. Set this key to the "
@@ -130,8 +130,7 @@ class Parts(CaptionParts):
         with torch.device("meta"):
             self.build()  # fails if the keys don't fit together
             if "pretrained" in self.model.backbone:
-                folder = self.model.backbone["pretrained"]
-                self._try(self.family.cls.from_config(config.folder_config(config.PRETRAINED, folder)))
+                self._try(self.family.cls.from_config(config.folder_config(config.PRETRAINED, self.model.backbone["pretrained"])))
 
     def _divide(self, keys: config.Keys) -> None:
         """Raises ConfigError if the backbone can't cut the images of a dataset into patches."""

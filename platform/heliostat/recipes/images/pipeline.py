@@ -289,7 +289,7 @@ def captioned(
     text, so its predictions with and without text are the same.
     """
 
-    def plain(noisy: torch.Tensor, t: torch.Tensor, **more: float) -> torch.Tensor:
+    def plain(noisy: torch.Tensor, t: torch.Tensor, **more: Any) -> torch.Tensor:
         return model(noisy=noisy.to(dtype), t=t, **{name: values[-len(noisy) :] for name, values in captions.items()}, **more)
 
     def distilled(noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -375,7 +375,7 @@ class TextToImagePipeline(DiffusionPipeline):
         captions = self.captions([*[""] * len(prompts), *prompts], device, dtype)
         side = self.side
         shape = (len(prompts), channels(backbone), (height or side) // self.factor, (width or side) // self.factor)
-        guidance = Guidance(guidance_scale, tuple(guidance_interval), guidance_rescale)
+        guidance = Guidance(guidance_scale, (guidance_interval[0], guidance_interval[1]), guidance_rescale)
         if distilled(backbone) and not guidance.plain:
             raise ValueError("guidance_interval, guidance_rescale: not supported by a distilled model. Remove them")
         draws = generator if isinstance(generator, list) else [generator or torch.Generator("cpu")] * len(prompts)

@@ -116,7 +116,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         if self.model.samples.held_out:
             extras.require("images", "sklearn", what="model.samples.held_out")
         drawn = self.model.samples if self.model.samples.prompts else None
-        judged = ("conditional_accuracy", "classifier_accuracy", "chance") if drawn and drawn.judge else ()
+        judged: tuple[str, ...] = ("conditional_accuracy", "classifier_accuracy", "chance") if drawn and drawn.judge else ()
         judged += tuple(f"{prefix}{name}" for prefix in ("", "real_") for name in held_out.SCORES if self.model.samples.held_out)
         self.scores = ("loss", *(f"loss_t{i}" for i in range(QUARTERS)), *judged, *(quality.names(drawn) if drawn else ()))
 

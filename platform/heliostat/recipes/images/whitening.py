@@ -8,6 +8,8 @@ trained with the model.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -63,8 +65,10 @@ def embeddings(sources: list[Manifest], column: str) -> np.ndarray:
     """Reads the pooled embeddings of at most LIMIT captions from a column of datasets, fp32 [n, width], in the order of the
     shards."""
     chunks, rows = Chunks(sources, None), list[np.ndarray]()
+    table: Any
     for number, source in enumerate(sources):
         for chunk in range(source.chunks.num_rows):
             if len(rows) < LIMIT:
-                rows += [np.frombuffer(value, np.float16) for value in chunks.read(number, chunk)[column].to_pylist()]
+                table = chunks.read(number, chunk)
+                rows += [np.frombuffer(value, np.float16) for value in table[column].to_pylist()]
     return np.stack(rows[:LIMIT]).astype(np.float32)
