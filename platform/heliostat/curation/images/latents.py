@@ -186,7 +186,7 @@ class Latents(Strict):
         return {name: diffusion_config.folder_digest(folder) for name, folder in folders.items() if folder}
 
 
-class Encoded(NamedTuple):
+class EncodedImages(NamedTuple):
     """Holds an encoded table, and facts about its stored features; None without features."""
 
     table: pa.Table
@@ -213,7 +213,7 @@ class Encoder:
             encoder = diffusion_config.frozen_text_encoder(one.text_encoder).to(self.device)
             self.texts.append((one, encoder, diffusion_config.frozen_tokenizer(one.text_encoder, one.length)))
 
-    def __call__(self, table: pa.Table, captions: tuple[str, ...] = ()) -> Encoded:
+    def __call__(self, table: pa.Table, captions: tuple[str, ...] = ()) -> EncodedImages:
         """Encodes a table. Also returns the facts about its features, if the settings have features. `captions`: names of further
         captions in the column `columns`. An empty caption has no embedding."""
         from heliostat.recipes.images.captions import embedding_column
@@ -244,8 +244,8 @@ class Encoder:
         for name, column in columns.items():
             out = out.append_column(name, pa.array(column, pa.large_binary()))
         if self.features is None:
-            return Encoded(out, None)
-        return Encoded(out, {"format": self.features.format.named(), "error": vars(error)})
+            return EncodedImages(out, None)
+        return EncodedImages(out, {"format": self.features.format.named(), "error": vars(error)})
 
     def _each_embedding(self, texts: list[str]) -> dict[str, list[bytes]]:
         """Embeds texts in batches with each text encoder. Returns the values of each column; b"" for an empty text."""
