@@ -280,10 +280,10 @@ def checkpointed(model: torch.nn.Module, run: Callable[[], object]) -> list[torc
     if not parts:
         return layers(model)
     if model not in _CHECKPOINTED:
-        found: list[torch.nn.Module] = []
+        checkpointed_layers: list[torch.nn.Module] = []
 
         def note(layer: Any, *inputs: object) -> object:
-            found.append(getattr(layer, "__self__", layer))
+            checkpointed_layers.append(getattr(layer, "__self__", layer))
             return layer(*inputs)
 
         for part in parts:
@@ -293,7 +293,7 @@ def checkpointed(model: torch.nn.Module, run: Callable[[], object]) -> list[torc
         finally:
             for part in parts:
                 part.disable_gradient_checkpointing()
-        _CHECKPOINTED[model] = list(dict.fromkeys([*checkpointing.layers(model), *found]))
+        _CHECKPOINTED[model] = list(dict.fromkeys([*checkpointing.layers(model), *checkpointed_layers]))
     return _CHECKPOINTED[model]
 
 

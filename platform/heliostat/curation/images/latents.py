@@ -228,8 +228,8 @@ class Encoder:
             for first in range(0, len(mine), self.config.batch):
                 rows = mine[first : first + self.config.batch]
                 part = table.take(pa.array(rows))
-                made = {"latent": self.latents(part)} if self.vae is not None else {}
-                for name, values in {**made, **self.embeddings(part["caption"].to_pylist())}.items():
+                image_values = {"latent": self.latents(part)} if self.vae is not None else {}
+                for name, values in {**image_values, **self.embeddings(part["caption"].to_pylist())}.items():
                     for i, value in zip(rows, values, strict=True):
                         columns[name][i] = value.tobytes()
                 if self.features is not None:

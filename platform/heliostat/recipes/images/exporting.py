@@ -60,8 +60,8 @@ def standard(parts: Parts, process: Process) -> str | None:
     clip = [(True, "penultimate", "seen", None)]
     fits = layers == [*clip, *clip, (False, "last", "seen", None)] and parts.frozen_texts[2].text.length == SD3_TOKENS
     projected = all(one.shape.pooled and "Projection" in str(one.config.architectures) for one in parts.frozen_texts[:2])
-    alike = process.flow and not process.predicts_image and not process.objective.base_size and not samples.guidance_rescale
-    return "StableDiffusion3Pipeline" if parts.arch == "sd3" and alike and fits and projected else None
+    same_steps = process.flow and not process.predicts_image and not process.objective.base_size and not samples.guidance_rescale
+    return "StableDiffusion3Pipeline" if parts.arch == "sd3" and same_steps and fits and projected else None
 
 
 def guidance(parts: Parts, process: Process) -> dict[str, object]:
