@@ -53,16 +53,18 @@ def with_first(tables: Iterator[pa.Table], within: str) -> Iterator[tuple[pa.Tab
         key, row, identity = key[last], row[last], identity[last]
 
 
-def identify(folder: Location, number: int, run: SpilledRun, within: str) -> dict[str, object]:
-    """Writes the different texts of a run to a temporary file, each with the number of its first document in the graph.
-    `number`: the number of `run` among all runs."""
-    rows, texts = [np.zeros(0, np.uint32)], [np.zeros((0, 2), np.uint64)]
-    for table, identity, first in with_first(survivors(folder, run, columns=["hash", *(["columns"] if within else [])]), within):
-        own = first == table["row"].to_numpy()
-        rows.append(first[own])
-        texts.append(identity[own])
-    node, text = (np.uint64(number) << np.uint64(32)) | np.concatenate(rows).astype(np.uint64), np.concatenate(texts)
-    name = spill.write(folder, pa.table({"key": text[:, 0], "rest": text[:, 1], "node": node}), ("rest",))
+def identify(folder: Location, first: int, runs: list[SpilledRun], within: str) -> dict[str, object]:
+    """Writes the different texts of each of `runs` to one temporary file, each with the number of its run's first document in the
+    graph. `first`: the number of the first of `runs` among all runs."""
+    nodes, texts = [np.zeros(0, np.uint64)], [np.zeros((0, 2), np.uint64)]
+    for number, run in enumerate(runs, first):
+        tables = survivors(folder, run, columns=["hash", *(["columns"] if within else [])])
+        for table, identity, first_rows in with_first(tables, within):
+            own = first_rows == table["row"].to_numpy()
+            nodes.append((np.uint64(number) << np.uint64(32)) | first_rows[own].astype(np.uint64))
+            texts.append(identity[own])
+    node, text = np.concatenate(nodes), np.concatenate(texts)
+    name = spill.write(folder, pa.table({"key": text[:, 0], "rest": text[:, 1], "node": node}), ("rest", "node"))
     return {"texts": name, "rows": len(node), "files": [name]}
 
 
