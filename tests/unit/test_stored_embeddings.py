@@ -54,11 +54,11 @@ def test_stored_embeddings_train_as_the_encoder_itself_does_and_draw_the_same_af
     plain.set_progress_bar_config(disable=True)
     prompt, scheduler = "the digit three", trained.process.scheduler(trained.sampler, clip=True)
     drawn = plain(prompt, num_inference_steps=3, generator=torch.Generator().manual_seed(1)).images[0]
-    from heliostat.recipes.images.pipeline import denoise
+    from heliostat.recipes.images.pipeline import Guidance, denoise
 
     with torch.no_grad():
         say = trained.sampler_of(model, "cpu")([prompt])
-        sampled = denoise(say, scheduler, (1, 3, 8, 8), 3, 4.0, [torch.Generator().manual_seed(1)], "cpu")
+        sampled = denoise(say, scheduler, (1, 3, 8, 8), 3, Guidance(4.0), [torch.Generator().manual_seed(1)], "cpu")
     assert np.abs(trained.pixels_of(sampled)[0].astype(int) - np.asarray(drawn).astype(int)).max() <= 1
 
 
