@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from heliostat.curation.comparable import has_word, words
-from heliostat.curation.minhash import components, signatures
+from heliostat.curation.minhash import components, exact, signatures
 from heliostat.curation.minhash.signatures import Parameters, keys
 from heliostat.curation.registry import parse
 from heliostat.curation.stages.minhash import MinHash
@@ -360,3 +360,21 @@ def test_thousands_of_copies_are_a_row_of_each_run_to_the_tasks_that_compare(tmp
 def test_what_is_wrong_is_said(keys, message):
     with pytest.raises(ValueError, match=message):
         parse({"stage": "minhash", **keys})
+
+
+@pytest.mark.parametrize(("within", "seed"), [(w, s) for w in ("", "dump") for s in range(8)])
+def test_the_first_document_of_each_text_does_not_depend_on_the_tables(within, seed):
+    """A run is read in tables. Equal texts have equal keys, and different texts may have equal keys too."""
+    rng = random.Random(seed)
+    digests = sorted(bytes([rng.randrange(4)]) * 8 + bytes([rng.randrange(3)]) * 24 for _ in range(60))
+    dumps = [rng.randrange(2) for _ in digests]
+    table = pa.table({
+        "key": np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64),
+        "row": np.arange(100, 160, dtype=np.uint32), "hash": pa.array(digests, pa.binary(32)),
+        "columns": [f'{{"dump": {dump}}}' for dump in dumps],
+    })  # fmt: skip
+    cuts = sorted({0, 60, *(rng.randrange(60) for _ in range(rng.randrange(20)))})
+    parts = list(exact.with_first((table.slice(a, b - a) for a, b in itertools.pairwise(cuts)), within))
+    texts = [(digest, dump if within else 0) for digest, dump in zip(digests, dumps, strict=True)]
+    assert np.concatenate([first for _, _, first in parts]).tolist() == [100 + texts.index(text) for text in texts]
+    assert len({tuple(text) for _, some, _ in parts for text in some.tolist()}) == len(set(texts))

@@ -16,7 +16,7 @@ from heliostat.optim.optimizers import Muon
 from heliostat.recipes import building
 from heliostat.recipes.images import held_out, patches, whitening
 from heliostat.recipes.images.gallery import png
-from heliostat.recipes.images.pipeline import decode, denoise, generators
+from heliostat.recipes.images.pipeline import Guidance, decode, denoise, generators
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.storage.locations import Location
 
@@ -96,7 +96,7 @@ def test_an_export_with_patches_and_white_captions_draws_the_same_with_plain_dif
     theirs = plain("a key on yellow", num_inference_steps=4, guidance_scale=2.0, generator=generators([5])).images[0]
     with torch.no_grad():
         sampled = denoise(made.sampler_of(model, "cpu")(["a key on yellow"]), made.process.scheduler("euler"), (1, 12, 8, 8), 4,
-                          2.0, generators([5]), "cpu", True, clip=True)  # fmt: skip
+                          Guidance(2.0), generators([5]), "cpu", True, clip=True)  # fmt: skip
     ours = made.pixels_of(sampled)[0]
     assert theirs.size == (16, 16) and np.abs(np.asarray(theirs).astype(int) - ours.astype(int)).max() <= 1
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -191,9 +192,9 @@ def test_of_several_cells_the_result_is_the_same_from_any_cut_and_other_borders_
     assert len(left(twice, here)) < len(told[0][0]), "of other borders, other pairs meet"
 
 
-def hot(folder: Path, count: int, dims: int = 24) -> tuple[Location, list[str]]:
+def hot(folder: Path | Location, count: int, dims: int = 24) -> tuple[Location, list[str]]:
     """Writes two cells, in four files: `count` documents around one direction with many equal ranks, and 50 others."""
-    rng, place = np.random.default_rng(count), Location(str(folder))
+    rng, place = np.random.default_rng(count), folder if isinstance(folder, Location) else Location(str(folder))
     near = embedding.rounded(np.ones((count, dims)) + 0.3 * rng.normal(size=(count, dims)))
     made, key = np.concatenate([near, groups(rng, 50, dims)]), np.repeat([7, 1 << 63], [count, 50]).astype(np.uint64)
     ids, ranks = (
@@ -236,6 +237,17 @@ def test_a_cell_larger_than_memory_gives_the_same_documents_in_blocks(tmp_path, 
         sizes.clear()
         assert judged(place, names, held) == wanted and len(wanted[1]) > 1000 and wanted[0]["clusters"] > 20
         assert len(sizes) > 2 * 3000 // held and max(sizes) < 1.5 * held
+
+
+def test_comparing_a_cell_leaves_no_thread_that_reads(place, monkeypatch):
+    """A thread that reads in advance holds vectors until a task takes them, or stops reading."""
+    monkeypatch.setattr(spill, "GROUP_BYTES", 8 << 10)
+    monkeypatch.setattr(spill, "READ_BYTES", 8 << 10)
+    before = set(threading.enumerate())
+    _, names = hot(place, 3000)
+    dealt = cells.Dealt.read(place, names, 0, spill.ALL, 1 << 20)
+    assert len(next(dealt).nodes) == 3050
+    assert not [thread for thread in set(threading.enumerate()) - before if "ThreadPoolExecutor" in thread.name]
 
 
 def test_many_equal_texts_are_one_cell_and_one_stays(tmp_path, model):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from heliostat.curation import making, prepare
-from heliostat.curation.minhash import components
+from heliostat.curation.minhash import components, exact
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.simulation import simulate, tables
-from heliostat.curation.simulation.profile import SURVEY_BYTES_PER_S, MeasuringCluster, Profile, Scaling, Sizes
+from heliostat.curation.simulation.profile import SURVEY_BYTES_PER_S, MeasuringCluster, Profile, Scaling, Sizes, synthesized
 from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFaults, VirtualCluster
 from heliostat.curation.text import packing, sources
 from heliostat.curation.text.sampling import SampledTexts
@@ -105,6 +105,19 @@ def test_records_are_scaled_and_files_get_new_names():
     assert scaled | {"files": []} == {"files": [], "rows": 6, "seconds": 1.0, "none": None, "yes": True, "why": "some words"}
     assert scaled["files"][0] != name and spill.size_of(scaled["files"][0]) == 200 and scaled["files"][1] == tally
     assert Scaling("other", 2.0).of(record)["files"][0] != scaled["files"][0]
+
+
+@pytest.mark.parametrize("sizes", [[], [100, 300]])
+def test_each_run_has_its_own_list_of_repeated_texts(sizes):
+    """A simulated task has another number of runs than the measured one. Without copies in the sample, no run has a list."""
+    names = [f"00/{i:032}-{size}.parquet" for i, size in enumerate(sizes)]
+    run, profile = SpilledRun("00/" + "0" * 32 + "-10.parquet", 5, 1000), Profile()
+    profile.begin("copies")
+    profile.add("copies", 0, 2000, {"copies": names or [None] * 2, "files": names, "seconds": 1.0})
+    task = Task("k", {"first": 0, "runs": [run] * 8})
+    record = synthesized(TaskKind("copies", print, exact.copies), 0, task, profile, Sizes())
+    assert len(set(record["copies"])) == (8 if sizes else 1) and len(record["copies"]) == 8
+    assert sum(spill.size_of(name) for name in record["files"]) == 4 * sum(sizes)
 
 
 def test_a_task_reads_its_share_of_the_keys():

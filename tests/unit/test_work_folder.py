@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import time
 from pathlib import Path
 
 import heliostat.curation
@@ -157,6 +158,25 @@ def test_a_task_that_outlives_its_run_does_not_block_the_next_run(tmp_path, monk
             flow.execute(Work(place).of_tasks(), "run", "some", "0" * 32, leave, arguments)
     assert len(place.files()) == (2 if late_s > 0 else 0)
     assert Work(place).begin(1 << 20) == 1 << 20 and place.join("work.json").exists()
+
+
+def outlive(folder: Location, seconds: float, gone: Path | None) -> dict[str, object]:
+    """Takes some seconds, and writes a temporary file. If `gone` is a work folder, the run removes this folder meanwhile."""
+    time.sleep(seconds)
+    if gone is not None:
+        Work(Location(str(gone))).clear()
+    return {"files": [spill.put(folder, b"late", ".json")]}
+
+
+def test_short_tasks_of_a_long_call_write_nothing_after_the_run(tmp_path, monkeypatch):
+    """A call of many short tasks is late as a whole, so it has a copy, which may finish the run."""
+    monkeypatch.setattr(flow, "LATE_S", 0.2)
+    place = Location(str(tmp_path / "work"))
+    Work(place).begin(1 << 20)
+    tasks = [("0" * 32, {"seconds": 0.3, "gone": None}), ("1" * 32, {"seconds": 0.0, "gone": tmp_path / "work"})]
+    with pytest.raises(DataError, match=r"^work: \S+: the run has ended and removed this folder"):
+        flow.execute_all(Work(place).of_tasks(), "run", "some", outlive, tasks)
+    assert not place.files()
 
 
 @pytest.mark.parametrize("name", ["spill/notes.txt", "done/read/key.json", "done/a/b/" + "0" * 32 + ".json", "other", "spill"])

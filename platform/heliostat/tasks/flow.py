@@ -245,12 +245,13 @@ def _at_once(rooms: list[tuple[int, int]], memory: int | None) -> int:
 def execute_all(work: Work, run: str, kind: str, function: TaskFunction, tasks: list[tuple[str, dict[str, Any]]],
                 **shared: object) -> list[dict[str, Any]]:  # fmt: skip
     """Runs the tasks of a call one after another in this process, and returns their records. `tasks`: (key, arguments)."""
-    return [execute(work, run, kind, key, function, arguments, **shared) for key, arguments in tasks]
+    begun = time.monotonic()
+    return [execute(work, run, kind, key, function, arguments, begun, **shared) for key, arguments in tasks]
 
 
 def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, arguments: dict[str, Any],
-            **shared: object) -> dict[str, Any]:  # fmt: skip
-    """Runs a task in this process, and writes and returns its record.
+            begun: float | None = None, **shared: object) -> dict[str, Any]:  # fmt: skip
+    """Runs a task in this process, and writes and returns its record. `begun`: when the call of the task began; None for now.
 
     If this run has already recorded the task, only returns the task's record. If the run has ended and removed the work folder
     meanwhile, because another call finished the task earlier, deletes the task's files, and raises DataError.
@@ -264,7 +265,7 @@ def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, a
     record: dict[str, Any] = {**result, "seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3)}
     record["run"] = run
     pa.default_memory_pool().release_unused()
-    if record["wall"] > LATE_S and work.is_removed:  # a shorter task has no second call
+    if time.monotonic() - (start if begun is None else begun) > LATE_S and work.is_removed:  # a shorter call has no copy
         work.remove(record.get("files", []))
         raise DataError(f"work: {work.location}: the run has ended and removed this folder, so the task's files were removed too")
     work.finish(kind, key, record)

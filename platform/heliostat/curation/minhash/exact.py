@@ -9,6 +9,7 @@ bits of their SHA-256 are.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -27,32 +28,43 @@ def within_of(table: pa.Table, within: str) -> np.ndarray:
     return np.fromiter((xxhash.xxh64_intdigest(value.encode()) for value in values), np.uint64, len(table))
 
 
-def in_run(folder: Location, run: SpilledRun, within: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reads the rows of a run's documents in ascending order, uint32 [documents], and 128 bits that identify each document's
-    text, uint64 [documents, 2]. Returns both, and the first row that has the text of each document, uint32 [documents].
+def with_first(tables: Iterator[pa.Table], within: str) -> Iterator[tuple[pa.Table, np.ndarray, np.ndarray]]:
+    """Yields each table of a run's documents with 128 bits that identify each document's text, uint64 [documents, 2], and the
+    run's first row that has this text, uint32 [documents]. `tables`: in the order of the run, with the columns `hash` and, with
+    `within`, `columns`.
 
-    With `within`, the same text with another value in this column is another text.
+    With `within`, the same text with another value in this column is another text. Equal texts have equal keys, so the texts of
+    only one key are remembered from one table to the next.
     """
-    rows, texts = [np.zeros(0, np.uint32)], [np.zeros((0, 2), np.uint64)]
-    for table in survivors(folder, run, columns=["hash", *(["columns"] if within else [])]):
+    key, row, identity = np.zeros(0, np.uint64), np.zeros(0, np.uint32), np.zeros((0, 2), np.uint64)
+    for table in tables:
+        if not len(table):
+            continue
         text = np.frombuffer(b"".join(table["hash"].to_pylist()), ">u8").astype(np.uint64).reshape(-1, 4)[:, :2]
-        rows.append(table["row"].to_numpy())
-        texts.append(text ^ within_of(table, within)[:, None] if within else text)
-    row, identity = np.concatenate(rows), np.concatenate(texts)
-    order = np.lexsort((row, identity[:, 1], identity[:, 0]))
-    starts = np.flatnonzero(spill.starts(*identity[order].T))
-    first = np.empty_like(row)
-    first[order] = np.repeat(row[order[starts]], np.diff(starts, append=len(row)))
-    return row, identity, first
+        text = text ^ within_of(table, within)[:, None] if within else text
+        key, row = np.concatenate([key, table["key"].to_numpy()]), np.concatenate([row, table["row"].to_numpy()])
+        identity = np.concatenate([identity, text])
+        order = np.lexsort((row, identity[:, 1], identity[:, 0]))
+        starts = np.flatnonzero(spill.starts(*identity[order].T))
+        first = np.empty_like(row)
+        first[order] = np.repeat(row[order[starts]], np.diff(starts, append=len(row)))
+        yield table, text, first[-len(table) :]
+        last = (key == key[-1]) & (first == row)
+        key, row, identity = key[last], row[last], identity[last]
 
 
-def identify(folder: Location, number: int, run: SpilledRun, within: str) -> dict[str, object]:
-    """Writes the different texts of a run to a temporary file, each with the number of its first document in the graph.
-    `number`: the number of `run` among all runs."""
-    row, identity, first = in_run(folder, run, within)
-    own = first == row
-    node = (np.uint64(number) << np.uint64(32)) | row[own].astype(np.uint64)
-    name = spill.write(folder, pa.table({"key": identity[own, 0], "rest": identity[own, 1], "node": node}), ("rest",))
+def identify(folder: Location, first: int, runs: list[SpilledRun], within: str) -> dict[str, object]:
+    """Writes the different texts of each of `runs` to one temporary file, each with the number of its run's first document in the
+    graph. `first`: the number of the first of `runs` among all runs."""
+    nodes, texts = [np.zeros(0, np.uint64)], [np.zeros((0, 2), np.uint64)]
+    for number, run in enumerate(runs, first):
+        tables = survivors(folder, run, columns=["hash", *(["columns"] if within else [])])
+        for table, identity, first_rows in with_first(tables, within):
+            own = first_rows == table["row"].to_numpy()
+            nodes.append((np.uint64(number) << np.uint64(32)) | first_rows[own].astype(np.uint64))
+            texts.append(identity[own])
+    node, text = np.concatenate(nodes), np.concatenate(texts)
+    name = spill.write(folder, pa.table({"key": text[:, 0], "rest": text[:, 1], "node": node}), ("rest", "node"))
     return {"texts": name, "rows": len(node), "files": [name]}
 
 

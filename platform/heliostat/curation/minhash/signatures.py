@@ -67,25 +67,28 @@ def sign(folder: Location, run: SpilledRun, parameters: Parameters, repeated: st
     lists the documents whose text other runs have, too (`exact.copies`). Such a document gets one more key, which all documents
     with the text share. If another run signs the text, this key is the document's only key.
     """
-    rows, _, first = exact.in_run(folder, run, parameters.within)
     shared, shared_keys, copied = exact.read(folder, repeated)
-    elsewhere, once = shared[copied], np.unique(first)
-    bands, row = [np.zeros((0, parameters.bands), np.uint64)], [np.zeros(0, np.uint32)]
-    stands = np.full(int(rows.max(initial=0)) + 1, -1, np.int64)  # the row that has the keys of a row, -1 for a row without words
-    for whole in survivors(folder, run, columns=["text", *(["columns"] if parameters.within else [])]):
-        table = whole.filter(pa.array(np.isin(whole["row"].to_numpy(), once)))
+    none = np.zeros(0, np.uint32)
+    elsewhere, all_rows, firsts, worded, signed_rows = shared[copied], [none], [none], [none], [none]
+    bands, each = [np.zeros((0, parameters.bands), np.uint64)], max(1, VALUES // (parameters.bands * parameters.rows))
+    tables = survivors(folder, run, columns=["hash", "text", *(["columns"] if parameters.within else [])])
+    for whole, _, first_rows in exact.with_first(tables, parameters.within):
+        all_rows.append(whole["row"].to_numpy())
+        firsts.append(first_rows)
+        table = whole.filter(pa.array(first_rows == all_rows[-1]))
         away = np.isin(table["row"].to_numpy(), elsewhere)
         having = [has_word(text) for text in table["text"].filter(pa.array(away)).to_pylist()]
-        worded = table["row"].to_numpy()[away][having]
-        stands[worded] = worded
+        worded.append(table["row"].to_numpy()[away][having])
         table = table.filter(pa.array(~away))
-        each = max(1, VALUES // (parameters.bands * parameters.rows))
         for part in (table.slice(at, each) for at in range(0, len(table), each)):
             signatures, which = _keys_of(part, parameters)
             bands.append(signatures)
-            row.append(part["row"].to_numpy()[which])
-    signed, having_keys = np.concatenate(bands), np.concatenate(row)
+            signed_rows.append(part["row"].to_numpy()[which])
+    rows, first, signed, having_keys = (np.concatenate(parts) for parts in (all_rows, firsts, bands, signed_rows))
     at, group = np.unique(signed, axis=0, return_index=True, return_inverse=True)[1:]
+    stands = np.full(int(rows.max(initial=0)) + 1, -1, np.int64)  # the row that has the keys of a row, -1 for a row without words
+    for words_elsewhere in worded:
+        stands[words_elsewhere] = words_elsewhere
     stands[having_keys] = having_keys[at[group.ravel()]]
     of, of_shared = stands[first], stands[shared]
     copies = (of >= 0) & (of != rows)
@@ -96,7 +99,13 @@ def sign(folder: Location, run: SpilledRun, parameters: Parameters, repeated: st
         of_copies = pa.table({"key": rows[copies].astype(np.uint64), "first": of[copies].astype(np.uint32)})
         names.append(spill.write(folder, of_copies))
     copies_name = names[1] if copies.any() else None
-    return {"keys": names[0], "copies": copies_name, "rows": len(key), "signed": len(once) - len(elsewhere), "files": names}
+    return {
+        "keys": names[0],
+        "copies": copies_name,
+        "rows": len(key),
+        "signed": int((first == rows).sum()) - len(elsewhere),
+        "files": names,
+    }
 
 
 def _keys_of(table: pa.Table, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:

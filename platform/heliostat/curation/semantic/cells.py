@@ -217,8 +217,9 @@ class Dealt:
             return
         keys, of = np.unique(np.concatenate([key for key, _ in counts]), return_inverse=True)
         sizes = np.bincount(of, np.concatenate([count for _, count in counts])).astype(np.int64)
-        tables = spill.read_all(folder, names, low, high, ["vector"])
-        room = max(1, held * NUMBER_BYTES * next(tables)["vector"].type.byte_width // ROW_BYTES)
+        vector = next(table["vector"] for name in names for table in spill.read(folder, name, low, high, ["vector"]))
+        room = max(1, held * NUMBER_BYTES * vector.type.byte_width // ROW_BYTES)
+        del vector
         for cells in filled(zip(keys.tolist(), sizes.tolist(), strict=True), lambda cell: cell[1], room):
             (first, _), (last, _), rows = cells[0], cells[-1], sum(size for _, size in cells)
             yield cls(

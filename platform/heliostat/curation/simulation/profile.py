@@ -13,6 +13,7 @@ from typing import Any
 import xxhash
 
 from heliostat.curation.images.sampling import SampledImages
+from heliostat.curation.minhash import exact
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers.survey import Mark, Survey
 from heliostat.curation.simulation import images
@@ -173,6 +174,8 @@ def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: 
         record["runs"] = _cut(record["runs"], task.arguments["run_bytes"], task.key)
     if "decided" in record:
         record["decided"] = _decided(like.record, task.arguments["runs"], task.key)
+    if kind.function is exact.copies:
+        record |= _copied(like.record, task, growth)
     if "shards" in record:
         plan = sizes.plan(task)
         record["shards"] = _shards(like.record["shards"], task, read, plan.chunk_tokens if plan else 1)
@@ -256,6 +259,13 @@ def _decided(measured: Mapping[str, Any], runs: list[SpilledRun], key: str) -> l
     rows, bytes = (sum(one[i] for one in measured["decided"]) / max(1, measured.get("of_rows", 0)) for i in (1, 2))
     return [[named(f"{key} {i}", 600 + int(4 * rows * run.rows)), int(rows * run.rows),
              min(run.bytes, int(bytes * run.rows))] for i, run in enumerate(runs)]  # fmt: skip
+
+
+def _copied(measured: Mapping[str, Any], task: Task, growth: float) -> dict[str, Any]:
+    """Returns the files that list the repeated texts of each of a task's runs: equal parts of the measured files."""
+    count, measured_bytes = len(task.arguments["runs"]), sum(spill.size_of(name) or 0 for name in measured["files"])
+    names = [named(f"{task.key} {i}", round(measured_bytes * growth / count)) for i in range(count if measured_bytes else 0)]
+    return {"copies": names or [None] * count, "files": names}
 
 
 def _shards(measured: list[dict[str, Any]], task: Task, read: int, chunk_tokens: int) -> list[dict[str, Any]]:

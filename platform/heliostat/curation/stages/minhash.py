@@ -11,6 +11,7 @@ of documents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 from operator import itemgetter
 from typing import ClassVar
@@ -20,7 +21,7 @@ from pydantic import Field, model_validator
 from heliostat.curation import comparing, recording, tally
 from heliostat.curation.comparing import adding, by_runs, settled
 from heliostat.curation.comparing import parts as parts_of
-from heliostat.curation.engine import Curated
+from heliostat.curation.engine import Curated, filled
 from heliostat.curation.minhash import components, exact
 from heliostat.curation.minhash.keep import Rule, candidates, choose, decide, members
 from heliostat.curation.minhash.signatures import Parameters, sign
@@ -100,18 +101,27 @@ class MinHash(GlobalStage):
     def _repeated(self, flow: Flow, kind: str, runs: list[SpilledRun], memory_limit: int) -> list[str | None]:
         """Finds the texts that several runs have. Returns, for each run, the temporary file that lists its documents with such
         texts (`exact.copies`), or None if the run has none."""
-        identifying = (Task(key("identify", number, run.name, run.decided, self.within),
-                            {"number": number, "run": run, "within": self.within}, bytes=run.bytes)
-                       for number, run in enumerate(runs))  # fmt: skip
-        identified = flow.taken(f"{kind}-identify", exact.identify, identifying, itemgetter("rows", "texts"))
+        identified = flow.taken(
+            f"{kind}-identify", exact.identify, self._identifying(runs, memory_limit), itemgetter("rows", "texts")
+        )
+        texts = [name for _, name in identified]
         parts = parts_of(sum(rows for rows, _ in identified) * exact.ROW_BYTES, memory_limit)
-        texts = by_parts(flow, f"{kind}-exact", parts, [name for _, name in identified])
-        shared = flow.all(f"{kind}-exact", exact.repeated, texts)
+        comparing_texts = by_parts(flow, f"{kind}-exact", max(parts, components.parts_of(texts, len(runs))), texts)
+        shared = flow.all(f"{kind}-exact", exact.repeated, comparing_texts)
         names = [r["repeated"] for r in shared if r["rows"]]
         if not names:
             return [None] * len(runs)
         copying = flow.all(f"{kind}-copies", exact.copies, by_runs(flow, f"{kind}-copies", runs, names, memory_limit))
         return [name for r in copying for name in r["copies"]]
+
+    def _identifying(self, runs: list[SpilledRun], memory_limit: int) -> Iterator[Task]:
+        """Yields the tasks that list the texts of several runs each."""
+        first = 0
+        for group in filled(runs, lambda run: run.rows, memory_limit // exact.ROW_BYTES, comparing.RUNS):
+            arguments = {"first": first, "runs": group, "within": self.within}
+            decisions = [[run.name, run.decided] for run in group]
+            yield Task(key("identify", first, decisions, self.within), arguments, bytes=sum(run.bytes for run in group))
+            first += len(group)
 
 
 def _signing(run: SpilledRun, parameters: Parameters, follows: list[object], repeated: str | None) -> Task:
