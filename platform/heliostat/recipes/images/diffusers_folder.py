@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from heliostat.recipes.images.backbones.canvas_unet import CanvasUNet
 from heliostat.recipes.images.pipeline import TextToImagePipeline
 
 SETTINGS = ("masked", "patch", "predicts_image", "sample_size", "texts")  # of the pipeline, in model_index.json
@@ -46,10 +47,11 @@ def load(folder: Path) -> Any:
         library, kind = index.get(name) or (None, None)
         if kind is None:
             return None
-        cls = getattr(diffusers if library == "diffusers" else transformers, kind)
-        options: dict[str, Any] = {} if library == "diffusers" else {"trust_remote_code": False}
+        own = CanvasUNet if kind == CanvasUNet.__name__ else None  # heliostat's class, never the copy in the folder
+        cls = own or getattr(transformers if library == "transformers" else diffusers, kind)
+        options: dict[str, Any] = {"trust_remote_code": False} if library == "transformers" else {}
         if name != "scheduler" and not name.startswith("tokenizer"):
-            options["torch_dtype" if library == "diffusers" else "dtype"] = torch.float32
+            options["dtype" if library == "transformers" else "torch_dtype"] = torch.float32
         return cls.from_pretrained(folder / name, **options)
 
     texts = [f"{name}{suffix}" for suffix in ("", "_2", "_3") for name in ("text_encoder", "tokenizer")]

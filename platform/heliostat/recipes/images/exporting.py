@@ -17,6 +17,8 @@ from torch import nn
 from transformers import CLIPTextModel
 
 from heliostat.recipes.images import text_encoders
+from heliostat.recipes.images.backbones import canvas_unet
+from heliostat.recipes.images.backbones.canvas_unet import CanvasUNet
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Parts
 from heliostat.recipes.images.pipeline import TextToImagePipeline
@@ -37,7 +39,7 @@ def save(folder: Path, parts: Parts, model: nn.Module, process: Process, sampler
         "_class_name": standard(parts, process) or ["pipeline", TextToImagePipeline.__name__],
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", type(scheduler).__name__],
-        parts.name: ["diffusers", type(backbone).__name__],
+        parts.name: _backbone(folder / parts.name, backbone),
         **_text_encoders(folder, parts, model),
         "vae": ["diffusers", _autoencoder(parts)] if parts.vae_config else NOTHING,
         **_settings(parts, process, backbone),
@@ -73,6 +75,14 @@ def guidance(parts: Parts, process: Process) -> dict[str, object]:
     absent["StableDiffusion3Pipeline"] = {"guidance_interval", "guidance_rescale"}
     kind = standard(parts, process)
     return {name: value for name, value in each.items() if name not in absent.get(str(kind), ())}
+
+
+def _backbone(folder: Path, backbone: Any) -> list[str]:
+    """Returns the backbone's entry in the index. Copies the file of the backbone's class if diffusers doesn't have this class."""
+    if not isinstance(backbone, CanvasUNet):
+        return ["diffusers", type(backbone).__name__]
+    shutil.copy(canvas_unet.__file__, folder / "canvas_unet.py")
+    return ["canvas_unet", CanvasUNet.__name__]
 
 
 def _autoencoder(parts: Parts) -> str:

@@ -94,6 +94,7 @@ def _prx(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> 
 
 CALLS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor, Caption], Any]] = {
     "UNet2DConditionModel": _unet,
+    "CanvasUNet": _unet,
     "PixArtTransformer2DModel": _pixart,
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,

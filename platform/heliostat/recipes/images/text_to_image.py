@@ -73,6 +73,7 @@ BUILT_IN = {"TextToImage": ("diffusers",)}
 NO_AIDS: Batch = {}
 QUARTERS = 4
 DECODED = 4  # stored latents that the autoencoder decodes at a time
+CONDITIONING = {"time_embedding", "time_emb_proj", "add_embedding", "encoder_hid_proj", "canvases"}  # parts of a U-Net
 ENDS = ("conv_in", "conv_out", "proj")  # convolutions at the ends of a backbone
 TRAINING_KEYS = ("contrastive", "immiscible")  # keys of `model` that don't matter for scores, but need certain micro-batches
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
@@ -138,7 +139,9 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
 
     def group(self, name: str, shape: tuple[int, ...]) -> Group:
         """Returns the parameter's group. With `model.orthogonal_filters`, filters between hidden convolutions are hidden
-        matrices."""
+        matrices, and the layers that read times and captions aren't."""
+        if self.model.orthogonal_filters and len(shape) > 1 and not CONDITIONING.isdisjoint(name.split(".")):
+            return Group(hidden=False)
         hidden = self.model.orthogonal_filters and len(shape) == FILTERS and name.split(".")[-2] not in ENDS
         return Group(hidden=True) if hidden else super().group(name, shape)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from heliostat.recipes.images.backbones.canvas import CANVAS
 from heliostat.recipes.images.backbones.family import Family
 from heliostat.recipes.images.backbones.flux import FLUX
 from heliostat.recipes.images.backbones.lumina import LUMINA
@@ -13,6 +14,7 @@ from heliostat.recipes.images.backbones.unet import UNET
 
 FAMILIES: dict[str, Family] = {
     "unet": UNET,
+    "canvas": CANVAS,
     "pixart": PIXART,
     "sd3": SD3,
     "flux": FLUX,

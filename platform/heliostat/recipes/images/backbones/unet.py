@@ -18,7 +18,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from heliostat.recipes.images.backbones.family import Family, Weights, zero
 
 
-def _initial(backbone: Any) -> Weights:
+def initial(backbone: Any) -> Weights:
     for module in backbone.modules():
         if isinstance(module, ResnetBlock2D):
             yield from zero(module.conv2)
@@ -29,4 +29,4 @@ def _initial(backbone: Any) -> Weights:
     yield from zero(backbone.conv_out)
 
 
-UNET = Family(UNet2DConditionModel, "cross_attention_dim", outputs=4, part="unet", masks=True, joins="clips", initial=_initial)
+UNET = Family(UNet2DConditionModel, "cross_attention_dim", outputs=4, part="unet", masks=True, joins="clips", initial=initial)

@@ -1,0 +1,42 @@
+"""Defines a U-Net that gets the caption also as feature maps. This file needs only diffusers: exports contain a copy of it.
+
+A U-Net has no positions, so a caption that only scales and shifts its channels can't say where to draw. Here, a linear layer per
+resolution draws the projected caption as a feature map (the canvas), which is added to the output of the down block. On small
+pictures, this is much cheaper than cross-attention.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+LIMIT = 4.0  # of a projected caption's numbers: captions unlike those of the training stay in the trained range
+
+
+class CanvasUNet(UNet2DConditionModel):
+    """Has the keys of UNet2DConditionModel. Needs `sample_size`, and `encoder_hid_dim_type: text_proj`. Supports only images of
+    `sample_size`."""
+
+    @functools.wraps(UNet2DConditionModel.__init__)
+    def __init__(self, *args: Any, **keys: Any) -> None:
+        super().__init__(*args, **keys)
+        side, channels = int(self.config.sample_size), self.config.block_out_channels[:-1]
+        self.canvas_shapes = [(n, side >> level, side >> level) for level, n in enumerate(channels, start=1)]
+        width = int(self.config.cross_attention_dim)
+        self.canvases = nn.ModuleList([nn.Linear(width, n * height * across) for n, height, across in self.canvas_shapes])
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **inputs: Any) -> Any:
+        """Computes the prediction. `sample`: [n, channels, side, side], with side `sample_size`. `encoder_hidden_states`: [n,
+        tokens, width]. Raises ValueError for another size."""
+        side = self.config.sample_size
+        if sample.shape[2:] != (side, side):
+            raise ValueError(f"the model draws images of {side} x {side} positions, not {sample.shape[3]} x {sample.shape[2]}")
+        caption = self.encoder_hid_proj(encoder_hidden_states.mean(1)).clamp(-LIMIT, LIMIT)
+        maps = [
+            canvas(caption).view(len(sample), *shape) for canvas, shape in zip(self.canvases, self.canvas_shapes, strict=True)
+        ]
+        return super().forward(sample, timestep, encoder_hidden_states, down_intrablock_additional_residuals=maps, **inputs)
