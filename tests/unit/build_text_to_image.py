@@ -20,7 +20,17 @@ from tests.unit import build_images
 from tests.unit.build_images import FLUX, LUMINA, PIXART, PRX, SANA, SD3, UNET
 from tests.unit.build_job import job
 
-BACKBONES = {"unet": UNET, "pixart": PIXART, "sd3": SD3, "flux": FLUX, "lumina": LUMINA, "sana": SANA, "prx": PRX}
+CANVAS = {**UNET, "arch": "canvas", "sample_size": 8, "encoder_hid_dim_type": "text_proj"}
+BACKBONES = {
+    "unet": UNET,
+    "canvas": CANVAS,
+    "pixart": PIXART,
+    "sd3": SD3,
+    "flux": FLUX,
+    "lumina": LUMINA,
+    "sana": SANA,
+    "prx": PRX,
+}
 
 
 def recipe(dataset: Path, **model: Any) -> TextToImage:

@@ -225,3 +225,24 @@ def test_a_distilled_flux_is_trained_with_a_guidance_of_one_and_sampled_with_the
         )
     with pytest.raises(ConfigError, match=r"^model\.backbone\.num_layers: a pretrained backbone takes its configuration"):
         recipe(digits, backbone={"pretrained": str(tmp_path), "num_layers": 8})
+
+
+def test_the_canvas_puts_a_caption_into_places_and_refuses_images_of_other_sizes(digits):
+    """Without the canvases, the picture of a caption is the same at each place, except near the border."""
+    made = recipe(digits, backbone=BACKBONES["canvas"])
+    torch.manual_seed(0)
+    backbone = made.parts.backbone(woken(made.build()).eval())
+    noisy, t = torch.zeros((2, 1, 8, 8)), torch.tensor([500.0, 500.0])
+    text = torch.randn((2, 3, backbone.config.encoder_hid_dim), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        drawn = backbone(noisy, t, encoder_hidden_states=text).sample
+        for canvas in backbone.canvases:
+            canvas.weight.zero_()
+        blank = backbone(noisy, t, encoder_hidden_states=text).sample
+    changes = (drawn - blank)[0] - (drawn - blank)[1]
+    assert float(changes.std()) > 0.01, "two captions draw different pictures"
+    with pytest.raises(ValueError, match="8 x 8 positions, not 16 x 4"):
+        backbone(torch.zeros((1, 1, 4, 16)), t[:1], encoder_hidden_states=text[:1])
+    keys = {key: value for key, value in BACKBONES["canvas"].items() if key != "encoder_hid_dim_type"}
+    with pytest.raises(ConfigError, match="encoder_hid_dim_type: the canvas needs a projection of captions"):
+        recipe(digits, backbone=keys)
