@@ -45,9 +45,9 @@ class AdaptedImages(Adapts, Exports):
 
     def _plain_backbone(self) -> Any:
         """Builds the backbone of the base, without adapters and weights."""
-        _, cls = config.backbone_class(self.model.backbone)
+        _, family = config.backbone_family(self.model.backbone)
         with torch.device("meta"):
-            return cls.from_config(config.folder_config("model.backbone.pretrained", str(self.base())))
+            return family.cls.from_config(config.folder_config("model.backbone.pretrained", str(self.base())))
 
     def base(self) -> Path:
         return Path(self.model.backbone["pretrained"])
@@ -72,8 +72,8 @@ class AdaptedImages(Adapts, Exports):
         return {METADATA: json.dumps({f"{part}.{key}": keys[key] for key in SHOWN})}
 
     def reload(self, folder: Path, adapter: bool) -> torch.nn.Module:
-        _, cls = config.backbone_class(self.model.backbone)
-        backbone = cls.from_pretrained(self.base() if adapter else folder / self.parts.name, torch_dtype=torch.float32)
+        _, family = config.backbone_family(self.model.backbone)
+        backbone = family.cls.from_pretrained(self.base() if adapter else folder / self.parts.name, torch_dtype=torch.float32)
         if adapter:
             backbone.load_lora_adapter(folder, prefix=self.parts.name, weight_name=f"{WEIGHTS}.safetensors")
         return Denoiser(self.parts.name, backbone, None)
