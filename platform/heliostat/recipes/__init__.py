@@ -1,7 +1,7 @@
 """Defines the protocol of recipes (`protocol`), and contains the built-in recipes for text and images.
 
 Start at `protocol`.
-May import: `checkpoint`, `config`, `data`, `parallel`, `storage`.
+May import: `checkpoint`, `config`, `data`, `optim`, `parallel`, `storage`.
 
 A job file selects a recipe with `recipe: heliostat.recipes:NAME`. `built_in` finds the names. Each recipe is one file.
 """
