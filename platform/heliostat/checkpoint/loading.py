@@ -68,8 +68,8 @@ def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
     if missing and all(is_average(name) for name in missing):
         kind = missing[0].partition(".")[0]
         raise CheckpointError(
-            f"{checkpoint.location}: has no average {kind!r}, and an average can't begin in the middle of a run. Restore train.ema "
-            "as it was, or use another name for the run"
+            f"{checkpoint.location}: has no average {kind!r}, and an average can't begin in the middle of a run. Restore "
+            "train.ema as it was, or use another name for the run"
         )
     if missing or wrong:
         what = f"has no tensor {missing[0]!r}" if missing else f"has tensor {wrong[0]!r} in another shape than the model"
