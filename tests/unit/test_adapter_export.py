@@ -14,7 +14,7 @@ from heliostat.config.spec import Job
 from heliostat.data.dataset import plan
 from heliostat.data.manifest import read as read_manifest
 from heliostat.errors import CheckpointError, ConfigError
-from heliostat.inference import adapter_export
+from heliostat.inference import adapter_export, post_hoc
 from heliostat.inference.batch.engines import LoadedModel
 from heliostat.inference.export import export
 from heliostat.recipes import adapters, building
@@ -52,8 +52,8 @@ def text_job(base: Path, method: str = "lora", **changes) -> Job:
     return job(**{"model": model, "data.sources": sources, "train.precision": "fp32", "data.sequence_length": 32, **changes})
 
 
-def saved(made: Job, folder: Path, scale: float = 0.3, **facts) -> layout.SavedCheckpoint:
-    """Writes a checkpoint of two ranks, with a random adapter."""
+def saved(made: Job, folder: Path, scale: float = 0.3, kinds: tuple[str, ...] = (), **facts) -> layout.SavedCheckpoint:
+    """Writes a checkpoint of two ranks, with a random adapter. `kinds`: of averages that are twice the adapter."""
     sources = [read_manifest(location) for location in made.sources]
     recipe = load(made, sources)
     generator, masters = torch.Generator().manual_seed(1), {}
@@ -61,6 +61,7 @@ def saved(made: Job, folder: Path, scale: float = 0.3, **facts) -> layout.SavedC
         if p.requires_grad:
             noise = torch.randn(p.shape, generator=generator) * scale
             masters[f"master.{name}"] = (noise if p.dim() > 1 else p.detach() * (1 + noise)).flatten()
+    masters |= {f"{kind}.{name.partition('.')[2]}": 2 * tensor for kind in kinds for name, tensor in masters.items()}
     plan_of = plan(made, sources)
     given = {"job": made.dump(), "data": plan_of.dump(), "data_digest": plan_of.digest}
     given["base"] = adapters.weights_digest(recipe.base())
@@ -129,6 +130,41 @@ def test_a_wrong_export_is_deleted(base, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"not exported, because the outputs of the files differ from the trained model's"):
         export(checkpoint, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_export_that_the_libraries_cannot_load_is_deleted(base, tmp_path, monkeypatch):
+    checkpoint = saved(text_job(base), tmp_path / "run")
+    write = adapter_export.write_record
+    monkeypatch.setattr(adapter_export, "write_record", lambda folder, *rest: [write(folder, *rest), _spoil(folder)])
+    with pytest.raises(ValueError, match="no_such_layer"):
+        export(checkpoint, tmp_path / "adapter", adapter=True)
+    assert not (tmp_path / "adapter").exists()
+
+
+def _spoil(folder: Path) -> None:
+    told = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**told, "target_modules": ["no_such_layer"]}))
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "merged"])
+def test_an_adapter_is_exported_with_an_average_of_any_length(base, tmp_path, adapter):
+    """The average at the only snapshot's step has the shortest length, so its sum is known."""
+    checkpoint = saved(text_job(base, **{"train.ema": {"decay": None, "lengths": [0.1]}}), tmp_path / "run", kinds=("ema-100",))
+    average = post_hoc.average(Location(str(tmp_path / "run")), checkpoint, 0.2)
+    (one,) = average.summands
+    export(checkpoint, tmp_path / "out", adapter=adapter, average=average)
+    record = json.loads((tmp_path / "out" / (adapter_export.RECORD if adapter else "heliostat.json")).read_text())
+    assert (record if adapter else record["origin"])["ema_length"] == 0.2
+    name = "model.layers.0.self_attn.q_proj"
+    factors = [one.factor * checkpoint.read(f"ema-100.{name}.{part}") for part in (adapters.DOWN, adapters.UP)]
+    if adapter:
+        files = load_file(tmp_path / "out/adapter_model.safetensors")
+        written = [files[f"base_model.model.{name}.{short}.weight"].flatten() for short in ("lora_A", "lora_B")]
+        assert all(torch.allclose(own, right) for own, right in zip(written, factors, strict=True))
+    else:
+        plain, files = load_file(base / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+        down, up = factors[0].view(4, -1), factors[1].view(-1, 4)
+        assert torch.allclose(files[f"{name}.weight"], plain[f"{name}.weight"].float() + 1.5 * up @ down, atol=1e-6)
 
 
 def test_another_base_an_adapter_of_zeros_and_a_run_without_an_adapter_are_rejected(base, tmp_path):

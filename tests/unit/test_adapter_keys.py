@@ -1,6 +1,7 @@
 """Tests `model.adapter` before training: its errors, the first weights, what the plan counts, and how a save reads back."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.errors import CheckpointError, ConfigError
 from heliostat.plan import model_stats
 from heliostat.recipes import adapters, building
+from heliostat.recipes.folder_digests import weights_digest
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage.locations import Location
 
@@ -124,3 +126,27 @@ def test_a_save_is_compared_with_storage_and_must_not_lose_a_matrix(tmp_path):
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="have changed since they were written"):
         read_back.compare(target, part, tensors)
+
+
+# the base -------------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_name_the_base_that_the_run_loaded(base, tmp_path):
+    """A folder that changes after the first save doesn't change the name. If it changes before, no checkpoint names it."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    made = recipe(folder)
+    model = building.build(made)
+    known, late = adapters.base_of(made, model), adapters.base_of(made, model)
+    assert known and late
+    first = known.digest
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4] + b"\1\2\3\4")
+    assert known.digest == first != weights_digest(folder)
+    with pytest.raises(CheckpointError, match="the base has changed since the run loaded it"):
+        _ = late.digest
+
+
+def test_short_names_of_layers_name_no_other_module():
+    """peft compares a name with all modules: the last part of `blocks.0.out.0` would also name the block."""
+    every = ["blocks", "blocks.0", "blocks.0.q", "blocks.0.out", "blocks.0.out.0", "blocks.1", "blocks.1.q"]
+    assert adapters.shortest(["blocks.0.q", "blocks.1.q"], every) == ["q"]
+    assert adapters.shortest(["blocks.0.q", "blocks.0.out.0"], every) == ["blocks.0.q", "blocks.0.out.0"]

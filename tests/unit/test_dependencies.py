@@ -39,13 +39,13 @@ MODULES = {  # where a distribution's module has another name, or it brings more
     "google-api-python-client": ("googleapiclient",),
     "grpcio": ("grpc",),
     "lm-eval": ("lm_eval", "jinja2", "tqdm"),
-    "mlflow": ("mlflow", "uvicorn"),  # its server's
+    "mlflow": ("mlflow", "uvicorn", "PIL"),  # its server's, and matplotlib's, which it requires
     "moto": ("moto", "werkzeug"),  # by its extra `server`
     "pillow": ("PIL",),
     "pylance": ("lance",),
     "pyyaml": ("yaml",),
     "ray": ("ray", "starlette", "prometheus_client", "watchfiles"),  # the last three by its extra `serve`
-    "scikit-learn": ("sklearn",),
+    "scikit-learn": ("sklearn", "scipy"),  # it requires scipy
 }
 NOT_IMPORTED = {
     "accelerate": "transformers imports it where a model is built under ZeRO-3",

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from heliostat.checkpoint import layout
+from heliostat.checkpoint import layout, loading, snapshots
 from heliostat.checkpoint.flat_shard import FlatShard
+from heliostat.checkpoint.retention import Pruner
 from heliostat.config.averages import Ema
-from heliostat.errors import ConfigError
+from heliostat.config.spec import Checkpoint
+from heliostat.errors import CheckpointError, ConfigError
 from heliostat.inference import export, post_hoc
 from heliostat.optim import power_averages
 from heliostat.optim.power_averages import PowerProfile
@@ -116,6 +118,26 @@ def test_later_snapshots_and_damaged_ones_are_left_out(tmp_path: Path, caplog: p
     after = post_hoc.average(run, layout.open_checkpoint(run, 160), 0.07)
     assert before.steps == list(range(20, 161, 20)) and after.steps == [s for s in before.steps if s != 40]
     assert "step-00000040" in caplog.text and "leaves out" in caplog.text
+
+
+@pytest.mark.parametrize(("due", "left"), [(True, [20, 40, 60, 80]), (False, [20, 40, 60])])
+def test_a_save_deletes_the_snapshots_that_it_did_not_write(tmp_path: Path, due: bool, left: list[int]) -> None:
+    """After a return to an earlier step, with a larger `every`, a snapshot of this step is of weights that the run left."""
+    run, _ = run_of(tmp_path / "run", steps=160, every=20)
+    Pruner(run, Checkpoint(every=20)).prune_snapshots(80 if due else 79)
+    assert snapshots.steps(run) == left
+
+
+def test_a_run_without_snapshots_prunes_nothing(tmp_path: Path) -> None:
+    Pruner(Location(str(tmp_path)), Checkpoint(every=20)).prune_snapshots(80)
+
+
+def test_an_average_that_a_checkpoint_lacks_is_named(tmp_path: Path) -> None:
+    """An average can't begin in the middle of a run: its first weights would be wrong."""
+    run, _ = run_of(tmp_path / "run", steps=20, workers=1)
+    state = {f"{kind}.w": torch.empty(6) for kind in ("master", "ema-050", "ema-100", "ema-200")}
+    with pytest.raises(CheckpointError, match=r"has no average 'ema-200'.* Restore train\.ema as it was"):
+        loading.load(layout.open_checkpoint(run, 20), state, None)
 
 
 def test_a_clone_of_a_trial_has_its_donors_snapshots_and_no_other(tmp_path: Path) -> None:

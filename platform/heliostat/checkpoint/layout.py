@@ -66,6 +66,11 @@ def steps(run: Location) -> list[int]:
 wire.travels(Location)
 
 
+def is_average(name: str) -> bool:
+    """Returns whether a tensor belongs to an average of the weights."""
+    return name.startswith((f"{EMA}.", f"{EMA}-"))
+
+
 @wire.travels
 @dataclass(frozen=True)
 class SavedCheckpoint:
@@ -113,7 +118,7 @@ class SavedCheckpoint:
     @property
     def averages(self) -> list[str]:
         """Lists the kinds of the averages of the weights, such as `ema`. Evaluations and exports use the first kind."""
-        return sorted({n.partition(".")[0] for n in self.index.tensors if n.startswith((f"{EMA}.", f"{EMA}-"))})
+        return sorted({n.partition(".")[0] for n in self.index.tensors if is_average(n)})
 
     def order(self, name: str) -> Columns:
         """Returns the order of a tensor's elements in the shards."""

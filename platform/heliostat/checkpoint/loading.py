@@ -15,7 +15,7 @@ from heliostat.checkpoint import safetensors_file
 from heliostat.checkpoint.agreement import Group, agreed, first
 from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.flat_shard import FlatShard
-from heliostat.checkpoint.layout import SavedCheckpoint, open_checkpoint
+from heliostat.checkpoint.layout import SavedCheckpoint, is_average, open_checkpoint
 from heliostat.errors import CheckpointError, WorkerError
 from heliostat.storage.locations import Location
 
@@ -65,6 +65,12 @@ def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
     wrong = [
         n for n in state if n not in missing and (list(state[n].shape) != tensors[n].shape or not _turns(checkpoint, n, state[n]))
     ]
+    if missing and all(is_average(name) for name in missing):
+        kind = missing[0].partition(".")[0]
+        raise CheckpointError(
+            f"{checkpoint.location}: has no average {kind!r}, and an average can't begin in the middle of a run. Restore "
+            "train.ema as it was, or use another name for the run"
+        )
     if missing or wrong:
         what = f"has no tensor {missing[0]!r}" if missing else f"has tensor {wrong[0]!r} in another shape than the model"
         raise CheckpointError(

@@ -110,9 +110,9 @@ class Pruner:
             location.delete()
         self._prune_frozen({path.split("/")[0] for path in files if path.startswith(f"{FROZEN}-")}, list(kept))
 
-    def prune_snapshots(self, saved: int) -> None:
-        """Deletes the snapshots of steps after `saved`, which are from before the run returned to an earlier step."""
-        later = [run_folder.averages(self.run, step) for step in snapshots.steps(self.run) if step > saved]
+    def prune_snapshots(self, last: int) -> None:
+        """Deletes the snapshots of steps after `last`, which are from before the run returned to an earlier step."""
+        later = [run_folder.averages(self.run, step) for step in snapshots.steps(self.run) if step > last]
         if later and self.fence:
             self.fence.check()
         for location in later:

@@ -208,15 +208,14 @@ class Saver:
         if dist.get_rank() == 0:
             self._prune(step, bool(snapshot))
 
-    def _prune(self, step: int, snapshots: bool) -> None:
-        """Removes old checkpoints, and snapshots of later steps if the run has `snapshots`.
+    def _prune(self, step: int, snapshot: bool) -> None:
+        """Removes old checkpoints, and snapshots that the run no longer has. `snapshot`: whether this save wrote one.
 
         If the store fails meanwhile, only logs a warning, because the new checkpoint is complete.
         """
         try:
             self._pruner.prune(step)
-            if snapshots:
-                self._pruner.prune_snapshots(step)
+            self._pruner.prune_snapshots(step if snapshot else step - 1)
             self._unpruned = 0
         except StorageError as e:
             self._unpruned += 1

@@ -16,6 +16,7 @@ import torch
 
 from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.errors import CheckpointError, ConfigError
+from heliostat.inference.post_hoc import PostHocAverage
 from heliostat.recipes import adapters, building, folder_weights, weightless
 from heliostat.recipes.adapters import Adapts
 from heliostat.recipes.protocol import Recipe
@@ -85,21 +86,30 @@ def require(checkpoint: SavedCheckpoint, recipe: Recipe) -> Adapts:
     return recipe
 
 
-def write_record(folder: Path, checkpoint: SavedCheckpoint, recipe: Adapts, run_id: str | None) -> None:
-    """Writes the adapter's origin: its base with the digest, and the run, step, and job."""
-    origin = {"base": files.shown(recipe.base()), "base_digest": checkpoint.index.base, "run_id": run_id, "step": checkpoint.step}
-    (folder / RECORD).write_text(json.dumps({**origin, "job": checkpoint.index.job}, indent=1))
+def write_record(folder: Path, checkpoint: SavedCheckpoint, recipe: Adapts, origin: Mapping[str, object]) -> None:
+    """Writes the adapter's `origin` (such as the run and step), its base with the digest, and the job."""
+    base = {"base": files.shown(recipe.base()), "base_digest": checkpoint.index.base}
+    (folder / RECORD).write_text(json.dumps({**base, **origin, "job": checkpoint.index.job}, indent=1))
 
 
-def require_same(checkpoint: SavedCheckpoint, recipe: Adapts, folder: Path, adapter: bool, dtype: torch.dtype) -> Agreement:
-    """Compares an export with the trained model, and prints the difference. `dtype`: of the exported weights. Raises
-    CheckpointError if the outputs differ by more than rounding to this type explains."""
+def require_same(
+    checkpoint: SavedCheckpoint,
+    recipe: Adapts,
+    folder: Path,
+    adapter: bool,
+    dtype: torch.dtype,
+    average: PostHocAverage | None = None,
+) -> Agreement:
+    """Compares an export with the trained model, and prints the difference. `dtype`: of the exported weights. `average`: the
+    average of the adapter that was exported, instead of the average in the checkpoint. Raises CheckpointError if the outputs
+    differ by more than rounding to this type explains."""
     model = building.build(recipe.plainly())
     kind = next(iter(checkpoint.averages), "master")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, p in trained.items():
-            p.copy_(checkpoint.read(f"{kind}.{name}").to(dtype).view(p.shape))
+            values = average.read(name) if average else checkpoint.read(f"{kind}.{name}")
+            p.copy_(values.to(dtype).view(p.shape))
         for name in checkpoint.names("buffer"):
             building.put_buffer(model, name, checkpoint.read(f"buffer.{name}").view(model.get_buffer(name).shape))
         right = recipe.answer(model.eval())

@@ -68,8 +68,7 @@ def export(
         raise ConfigError(f"{folder}: not empty, and the model's files would mix with the other files. Pass another folder")
     Location(str(folder.absolute())).require_writable()
     adapted = adapter_export.require(checkpoint, recipe) if adapter or adapter_export.trains_adapter(recipe) else None
-    if adapted and average:
-        raise ConfigError("--ema-length: not supported for runs with model.adapter. Remove this option")
+    lengths = {"ema_length": average.length, "ema_error": average.error} if average else {}
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = building.build(recipe)
@@ -77,22 +76,20 @@ def export(
     if adapted and adapter:
         metadata = adapted.save_adapter_config(folder, adapters.layers_of(shapes))
         for file, tensors in adapted.adapter_files(shapes).items():
-            write_weights(checkpoint, shapes, dtype, folder / file, tensors, metadata=metadata)
-        adapter_export.write_record(folder, checkpoint, adapted, run_id)
+            write_weights(checkpoint, shapes, dtype, folder / file, tensors, metadata=metadata, average=average)
+        adapter_export.write_record(folder, checkpoint, adapted, {"run_id": run_id, "step": checkpoint.step, **lengths})
     else:
         frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
         initial = adapter_export.BaseWeights(recipe) if adapted else _initial(checkpoint, job, recipe, frozen)
         for file, tensors in _files(recipe, shapes, checkpoint).items():
             write_weights(checkpoint, shapes, dtype, folder / file, tensors, initial, average=average)
         recipe.save_config(folder)
-        origin = {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index.data_digest}
-        if average:
-            origin |= {"ema_length": average.length, "ema_error": average.error}
+        origin = {"run_id": run_id, "step": checkpoint.step, "data_digest": checkpoint.index.data_digest, **lengths}
         exported.write(folder, job, {**origin, "data_version": checkpoint.plan.version})
     if adapted:
         try:
-            adapter_export.require_same(checkpoint, adapted, folder, adapter, dtype)
-        except CheckpointError:
+            adapter_export.require_same(checkpoint, adapted, folder, adapter, dtype, average)
+        except BaseException:  # the libraries' own errors and Ctrl-C, too: no unchecked export stays
             shutil.rmtree(folder)
             raise
     return recipe

@@ -21,15 +21,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
 from heliostat import extras
-from heliostat.errors import ConfigError
-from heliostat.recipes.folder_digests import weights_digest
+from heliostat.errors import CheckpointError, ConfigError
+from heliostat.recipes.folder_digests import weights_digest, weights_state
 from heliostat.recipes.protocol import Recipe, Weight
 from heliostat.schema import Float, Strict, nearest, validate
 
@@ -133,21 +133,31 @@ class Adapts(ABC):
 
 @dataclass(frozen=True)
 class AdapterBase:
-    """Describes the frozen base of a run: its folder. `started`: names of the trained parameters that are never all zero."""
+    """Describes the frozen base of a run: its folder. `started`: names of the trained parameters that are never all zero.
+    `state`: the sizes and times of the folder's files when the model was built."""
 
     folder: Path
     started: frozenset[str]
+    state: tuple[tuple[str, int, int], ...]
 
+    @cached_property
     def digest(self) -> str:
-        """Computes the digest of the base's weights and configuration."""
-        return weights_digest(self.folder)
+        """Computes the digest of the weights and configuration that the model was built from, once. Raises CheckpointError if
+        the folder's files have changed since."""
+        computed = weights_digest(self.folder)
+        if weights_state(self.folder) != self.state:
+            raise CheckpointError(
+                f"{self.folder}: the base has changed since the run loaded it, so a checkpoint can't name it. Restore the folder"
+            )
+        return computed
 
 
 def base_of(recipe: Recipe, model: torch.nn.Module) -> AdapterBase | None:
     """Returns the base of a model that trains an adapter; None if the model trains all its weights."""
     if not isinstance(recipe, Adapts) or recipe.adapter is None:
         return None
-    return AdapterBase(recipe.base(), frozenset(n for n, p in model.named_parameters() if p.requires_grad and not n.endswith(UP)))
+    started = frozenset(n for n, p in model.named_parameters() if p.requires_grad and not n.endswith(UP))
+    return AdapterBase(recipe.base(), started, weights_state(recipe.base()))
 
 
 def is_base(parameter: torch.Tensor) -> bool:
@@ -185,7 +195,10 @@ def _ends(layer: str, name: str) -> bool:
 
 
 def shortest(layers: list[str], every: list[str]) -> list[str]:
-    """Returns the last parts of the layers' names if these parts name exactly these layers among `every`, else the full names."""
+    """Returns the last parts of the layers' names if these parts name exactly these layers among `every`, else the full names.
+
+    `every`: the names of all modules of the model, because peft compares a name with all of them.
+    """
     ends = sorted({layer.rpartition(".")[2] for layer in layers})
     return ends if {n for n in every if any(_ends(n, end) for end in ends)} == set(layers) else layers
 

@@ -18,8 +18,18 @@ def folder_digest(folder: str) -> str:
 
 def weights_digest(folder: Path) -> str:
     """Computes a digest of a folder's weights and `config.json`. Other files, such as a tokenizer, don't change this digest."""
-    listed = {p.name: sha256(p) for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"}
+    listed = {path.name: sha256(path) for path in _weights(folder)}
     return digest_of({**files.absent_weights(folder), **listed})
+
+
+def weights_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Lists the files of `weights_digest` with their sizes in bytes and times of change in ns. Reads no content."""
+    stats = sorted((path.name, path.stat()) for path in _weights(folder))
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"]
 
 
 def sha256(path: Path) -> str:

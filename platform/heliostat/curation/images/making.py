@@ -161,7 +161,7 @@ class ImageMaking(Making):
         return meta
 
     def _places(self, curated: Curated, counts: dict[str, int]) -> Shards:
-        """Numbers the shards of each bucket. Warns if a shard needs more memory than the pipeline allows."""
+        """Computes the number of shards of each bucket. Warns if a shard needs more memory than the pipeline allows."""
         numbers = {bucket: max(1, round(count / self.shard_images)) for bucket, count in counts.items()}
         total = sum(numbers.values())
         if curated.bytes * SHARD_SHARE > self.memory_limit * total:

@@ -67,7 +67,8 @@ class AdaptedImages(Adapts, Exports):
         if not hasattr(plain, "load_lora_adapter"):
             raise ConfigError(f"--adapter: diffusers can't load an adapter of {type(plain).__name__}. Export with --merge")
         assert self.adapter
-        targets = adapters.shortest([name.removeprefix(f"{part}.") for name in layers], adapters.linear_layers(plain))
+        every = [name for name, _ in plain.named_modules()]
+        targets = adapters.shortest([name.removeprefix(f"{part}.") for name in layers], every)
         keys = {**adapters.peft_config(self.adapter, targets).to_dict(), "target_modules": targets}
         return {METADATA: json.dumps({f"{part}.{key}": keys[key] for key in SHOWN})}
 

@@ -67,7 +67,7 @@ class AdaptedText(Adapts, Exports):
 
         assert self.adapter
         with torch.device("meta"):
-            every = adapters.linear_layers(AutoModelForCausalLM.from_config(self.config))
+            every = [name for name, _ in AutoModelForCausalLM.from_config(self.config).named_modules()]
         name, targets = files.shown(self.base()), adapters.shortest(layers, every)
         adapters.peft_config(
             self.adapter, targets, task_type="CAUSAL_LM", base_model_name_or_path=name, inference_mode=True

@@ -203,7 +203,7 @@ class TrainingState(Hook):
             sealed = self.unsealed.write(part, channel, first)
             entries = {"receipt": {"steps": done, "chain": sealed.chain}, "bad_samples": sealed.replaced}
             base = self.sharded.base if context.rank == 0 else None
-            return {**entries, "base": base.digest()} if base else entries
+            return {**entries, "base": base.digest} if base else entries
 
         facts = {
             "name": context.job.name,
@@ -298,7 +298,7 @@ class TrainingState(Hook):
             return
         if saved.index.base is None:
             raise CheckpointError(f"{saved.location}: contains no adapter. Remove model.adapter, or use another name for the run")
-        if (digest := base.digest()) != saved.index.base:
+        if (digest := base.digest) != saved.index.base:
             raise CheckpointError(
                 f"{saved.location}: this adapter was trained on another base than {base.folder} (digest {saved.index.base}, "
                 f"found {digest}). Set model.pretrained to the base that the run began with"

@@ -1,4 +1,4 @@
-"""FLUX.1: blocks with two streams as in SD3, then blocks with one stream, with rotary positions (Black Forest Labs 2024).
+"""Describes FLUX.1: blocks with two streams as in SD3, then with one stream, with rotary positions (Black Forest Labs 2024).
 
 The class gets squares of 2 x 2 latents as tokens, so its `in_channels` are four times the latents' channels. Initial weights:
 the authors published no training code, so FLUX keeps the weights of diffusers' constructor.

@@ -1,4 +1,4 @@
-"""Lumina-Image 2.0: a transformer on one sequence of text and image (Qin et al. 2025, arXiv 2503.21758).
+"""Describes Lumina-Image 2.0: a transformer on one sequence of text and image (Qin et al. 2025, arXiv 2503.21758).
 
 Initial weights: as in `models/model.py` of Alpha-VLLM/Lumina-Image-2.0 and Alpha-VLLM/Lumina-T2X: Xavier-uniform in all matrices,
 zero in the modulations and in the last layer, a standard deviation of 0.02 in the layers of the timestep and the captions.

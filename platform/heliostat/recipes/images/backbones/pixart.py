@@ -1,4 +1,4 @@
-"""PixArt: a diffusion transformer (DiT) with cross-attention to the text.
+"""Describes PixArt: a diffusion transformer (DiT) with cross-attention to the text.
 
 Initial weights: `initialize_weights` of PixArt-alpha/PixArt-alpha (Chen et al. 2023, arXiv 2310.00426). It is DiT's
 initialization (Peebles and Xie 2022, arXiv 2212.09748), and in addition, the output of cross-attention begins as zero.

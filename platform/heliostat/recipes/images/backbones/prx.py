@@ -1,4 +1,4 @@
-"""PRX: a transformer whose image tokens attend to image and text; the text has no stream of its own (Photoroom 2026).
+"""Describes PRX: a transformer whose image tokens attend to image and text; the text has no stream of its own (Photoroom 2026).
 
 Initial weights: as in `models/prx_layers.py` of Photoroom/PRX: zero in the modulations and in the last layer, torch's weights in
 all other layers. diffusers' class has no zeros in the last layer.

@@ -1,4 +1,4 @@
-"""Sana: a transformer with linear attention and convolutions, for latents of a deep autoencoder (Xie et al. 2024, arXiv
+"""Describes Sana: a transformer with linear attention and convolutions, for latents of a deep autoencoder (Xie et al. 2024, arXiv
 2410.10629).
 
 Initial weights: `initialize` of `SanaMS` in NVlabs/Sana: Xavier-uniform in linear layers and in the layer that embeds patches, a

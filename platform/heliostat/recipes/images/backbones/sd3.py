@@ -1,4 +1,4 @@
-"""SD3: a transformer with two streams, one for the image and one for the text (MMDiT, Esser et al. 2024, arXiv 2403.03206).
+"""Describes SD3: a transformer with two streams, for the image and for the text (MMDiT, Esser et al. 2024, arXiv 2403.03206).
 
 Initial weights: the authors published no training code, so SD3 keeps the weights of diffusers' constructor.
 """

@@ -1,4 +1,4 @@
-"""U-Nets with cross-attention to the text, such as Stable Diffusion 1 and 2.
+"""Describes U-Nets with cross-attention to the text, such as Stable Diffusion 1 and 2.
 
 Initial weights: the last layer of every residual branch is zero, so that the branch begins as the identity. The last layer of the
 network is zero too, so that the network outputs zeros. (Ho et al. 2020: `init_scale=0.` in hojonathanho/diffusion; Dhariwal and
