@@ -176,7 +176,7 @@ class Samples(Strict):
 
 class Model(Strict):
     backbone: Keys
-    """`arch: unet`, `pixart`, `sd3`, `flux`, `lumina`, `sana`, or `prx` with the keys of that class in diffusers, or
+    """`arch: unet`, `canvas`, `pixart`, `sd3`, `flux`, `lumina`, `sana`, or `prx` with the keys of that class in diffusers, or
     `pretrained: FOLDER`. If you don't set channels, sizes, and the text width, they follow from the data."""
     adapter: Adapter | None = None
     """Adapter to train on a pretrained backbone, which stays frozen (docs/adapters.md). Unset: all weights are trained."""
