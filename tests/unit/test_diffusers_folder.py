@@ -102,6 +102,9 @@ def test_latents_with_clip_and_a_unet_are_exported_as_stable_diffusion(digits, t
     )
     plain = DiffusionPipeline.from_pretrained(export(limited, model, tmp_path / "limited"), trust_remote_code=True)
     assert type(plain).__name__ == "TextToImagePipeline", "Stable Diffusion's own pipeline has no interval"
+    shift = {"pretrained": str(autoencoder(tmp_path / "shifted", 1, shift_factor=0.1))}
+    shifted = recipe(digits, text=text, autoencoder=shift)
+    assert exporting.standard(shifted.parts, shifted.process) is None, "Stable Diffusion's own pipeline ignores the shift"
 
 
 def test_sd3_with_its_three_text_encoders_is_exported_as_stable_diffusion_3_and_draws_the_same(digits, tmp_path):

@@ -151,11 +151,17 @@ def test_held_out_captions_are_drawn_and_compared_with_their_real_pictures(place
     torch.manual_seed(0)
     shown = gallery.demonstrate(export(made, woken(made.build()), tmp_path))
     assert [prompt for prompt, _ in shown] == gallery.prompts[: held_out.SHOWN]
+    rescaled = recipe(
+        places[1], **model_keys(places, samples={**samples, "guidance_rescale": 0.7, "guidance_interval": [0, 0.5]})
+    )
+    expected = {"guidance_scale": 4.0, "guidance_interval": (0.0, 0.5), "guidance_rescale": 0.7}
+    assert rescaled.gallery().guidance == expected, "the export draws with the guidance of the samples"
 
     with pytest.raises(ConfigError, match=r"^model\.samples\.held_out: the job trains on this dataset"):
         recipe(places[2], **model_keys(places, samples=samples)).gallery()
-    with pytest.raises(ConfigError, match=r"held_out brings its own prompts and scores"):
-        recipe(places[1], **model_keys(places, samples={**samples, "prompts": [{"text": "a key"}]}))
+    for key, value in {"prompts": [{"text": "a key"}], "per_prompt": 9, "clip": {"pretrained": "clip"}}.items():
+        with pytest.raises(ConfigError, match=rf"held_out brings its own prompts and scores.*remove {key}"):
+            recipe(places[1], **model_keys(places, samples={**samples, key: value}))
 
 
 def test_the_job_is_planned_before_its_dataset_exists(places, tmp_path):

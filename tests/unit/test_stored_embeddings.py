@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from heliostat.curation.images.latents import halves
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.images.pipeline import Guidance, denoise, encode, tokenize
@@ -94,3 +95,11 @@ def test_wrong_keys_are_rejected_before_anything_is_computed(digits, tmp_path):
     dataset_of(tmp_path / "d", {"text_encoder": str(folder), "length": LENGTH, "pooling": "mean"})
     with pytest.raises(ConfigError, match=r"^model\.text\.pooling: captions have 12 embeddings of width 24, but 1 of width 24"):
         recipe(tmp_path / "d/out", text={"pretrained": str(folder), "length": LENGTH})
+
+
+def test_embeddings_beyond_float16_are_one_error() -> None:
+    """Stored infinities would make the loss infinite in every step."""
+    assert halves("latents.text_encoder", np.float32([[65504.0]])).dtype == np.float16
+    for value in (7e4, np.nan):
+        with pytest.raises(ConfigError, match=r"^latents\.text_encoders\.1: outputs aren't finite in float16"):
+            halves("latents.text_encoders.1", np.float32([[1.0, value]]))

@@ -193,6 +193,19 @@ class EncodedImages(NamedTuple):
     features: dict[str, Any] | None
 
 
+def halves(key: str, values: np.ndarray) -> np.ndarray:
+    """Converts an encoder's outputs to float16. Raises ConfigError, with `key` at its beginning, if a value isn't finite in
+    float16, such as of the layer before the final norm of a large T5."""
+    with np.errstate(over="ignore"):
+        out = values.astype(np.float16)
+    if not np.isfinite(out).all():
+        raise ConfigError(
+            f"{key}: outputs aren't finite in float16, in which datasets store them (largest: {np.abs(values).max():g}). "
+            "Set layer: last, or use another model"
+        )
+    return out
+
+
 class Encoder:
     """Encodes images and captions in an actor. Input: tables with images. Output: tables with latents, embeddings, or features.
     With latents, the output has no images."""
@@ -291,7 +304,8 @@ class Encoder:
         from heliostat.recipes.images.rows import pixels
 
         with torch.no_grad():
-            return frozen_autoencoders.encode(self.vae, pixels(table).to(self.device)).cpu().numpy().astype(np.float16)
+            latents = frozen_autoencoders.encode(self.vae, pixels(table).to(self.device)).cpu().numpy()
+        return halves("latents.autoencoder", latents)
 
     def embeddings(self, captions: list[str]) -> dict[str, np.ndarray]:
         """Embeds captions with each text encoder. Returns the values of each column."""
@@ -306,8 +320,9 @@ class Encoder:
             with torch.no_grad():
                 ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
                 encoded = encode(encoder, ids, mask, one.pooling, one.layer, one.padding)
+            key = f"latents.text_encoders.{number}" if several else "latents.text_encoder"
             names = several[number].columns if several else {"text": ("embedding", ())}
             for name, value in (("text", encoded.tokens), ("pooled", encoded.pooled)):
                 if value is not None and name in names:
-                    out[names[name][0]] = value.cpu().numpy().astype(np.float16)
+                    out[names[name][0]] = halves(key, value.cpu().numpy())
         return out

@@ -157,10 +157,9 @@ class Samples(Strict):
 
     @model_validator(mode="after")
     def _one_source(self) -> Samples:
-        if self.held_out and (self.prompts or self.judge or self.features):
-            raise ValueError(
-                "held_out brings its own prompts and scores. Remove held_out, or remove prompts, judge, and features"
-            )
+        own = ("prompts", "per_prompt", "judge", "features", "clip")
+        if self.held_out and (unused := [key for key in own if getattr(self, key) != type(self).model_fields[key].default]):
+            raise ValueError(f"held_out brings its own prompts and scores. Remove held_out, or remove {', '.join(unused)}")
         return self
 
     @property

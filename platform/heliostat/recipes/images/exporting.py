@@ -56,8 +56,9 @@ def standard(parts: Parts, process: Process) -> str | None:
     if tuple(samples.guidance_interval) != (0.0, 1.0):
         return None
     layers = [(one.clip, one.layer, one.padding, one.text.pooling) for one in parts.frozen_texts]
-    trained_clip = not parts.frozen_texts
-    if parts.arch == "unet" and not process.flow and (trained_clip or layers == [(True, "last", "seen", None)]):
+    one_clip = not parts.frozen_texts or layers == [(True, "last", "seen", None)]
+    shifted = parts.vae_config.get("shift_factor")  # StableDiffusionPipeline decodes without the shift
+    if parts.arch == "unet" and not process.flow and one_clip and not shifted:
         return "StableDiffusionPipeline"
     clip = [(True, "penultimate", "seen", None)]
     fits = layers == [*clip, *clip, (False, "last", "seen", None)] and parts.frozen_texts[2].text.length == SD3_TOKENS

@@ -58,6 +58,11 @@ class PromptGallery(ComparesImages):
         self.scored = bool(self.sets) or self.samples.judge
         self._judge: Judge | None = None
 
+    @property
+    def guidance(self) -> dict[str, object]:
+        """Returns the guidance of the samples, as arguments of a call of the exported pipeline."""
+        return {f"guidance_{name}": value for name, value in self.samples.guided._asdict().items()}
+
     def item(self, number: int) -> tuple[str, int]:
         """Returns an image's prompt and seed."""
         return self.prompts[number // self.samples.per_prompt], self.samples.seed + number
@@ -122,8 +127,7 @@ class PromptGallery(ComparesImages):
         """
         pipeline = diffusers_folder.load(folder)
         draws = generators([self.samples.seed + i for i in range(len(self.prompts))])
-        guidance = {f"guidance_{name}": value for name, value in self.samples.guided._asdict().items()}
-        pictures = pipeline(self.prompts, num_inference_steps=self.samples.steps, generator=draws, **guidance)
+        pictures = pipeline(self.prompts, num_inference_steps=self.samples.steps, generator=draws, **self.guidance)
         if not self.samples.judge:
             return [(p, f"  ({image.size[0]}x{image.size[1]})") for p, image in zip(self.prompts, pictures.images, strict=True)]
         said = self.judge_of().says([np.asarray(image) for image in pictures.images])

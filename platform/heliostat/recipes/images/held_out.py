@@ -56,7 +56,7 @@ class HeldOutGallery(PromptGallery):
         recognizes."""
         pipeline, samples, prompts = diffusers_folder.load(folder), self.samples, self.prompts[:SHOWN]
         draws = generators([samples.seed + i for i in range(len(prompts))])
-        drawn = pipeline(prompts, num_inference_steps=samples.steps, guidance_scale=samples.guidance, generator=draws).images
+        drawn = pipeline(prompts, num_inference_steps=samples.steps, generator=draws, **self.guidance).images
         known = self._known or PictureJudge(labeled(self.recipe.sources))
         ranked = known.ranked(np.stack([np.asarray(image) for image in drawn]))
         return [(prompt, f"  (the judge sees: {one[0]})") for prompt, one in zip(prompts, ranked, strict=True)]

@@ -75,7 +75,7 @@ QUARTERS = 4
 DECODED = 4  # stored latents that the autoencoder decodes at a time
 CONDITIONING = {"time_embedding", "time_emb_proj", "add_embedding", "encoder_hid_proj", "canvases"}  # parts of a U-Net
 ENDS = ("conv_in", "conv_out", "proj")  # convolutions at the ends of a backbone
-TRAINING_KEYS = ("contrastive", "immiscible")  # keys of `model` that don't matter for scores, but need certain micro-batches
+TRAINING_KEYS = ("contrastive", "immiscible", "repa", "tread")  # don't matter for scores; need certain micro-batches or datasets
 GOLDEN = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
 
