@@ -32,7 +32,7 @@ LAYOUTS = [(stage, micro) for stage in (2, 3) for micro in (2, 4)]
 
 def made(dataset: str, arch: str, stage: int, micro: int, workers: int, checkpointing: bool) -> tuple[Any, TextToImage]:
     changes = {"train.zero.stage": stage, "train.global_batch_size": BATCH, "train.micro_batch_size": micro,
-               "workers.count": workers,
+               "workers.count": workers, "data.virtual_ranks": 2,  # the same samples in any micro-batches
                "train.optimizer": {"name": "adamw", "lr": 1e-2}, "train.grad_clip": 0,
                "train.activation_checkpointing": checkpointing,
                "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}  # fmt: skip
@@ -71,7 +71,7 @@ def trained(group: Any, everyone: Any, dataset: str) -> Iterator[dict[str, Any]]
 
 def plain(dataset: str, arch: str) -> list[list[float]]:
     """Trains the same steps in one process with torch alone, on the whole batch at once."""
-    one, recipe = made(dataset, arch, 2, BATCH, 1, checkpointing=False)
+    one, recipe = made(dataset, arch, 2, BATCH // 2, 1, checkpointing=False)
     torch.manual_seed(one.train.seed)
     model, curve = recipe.build(), []
     matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
