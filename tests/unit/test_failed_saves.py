@@ -117,7 +117,11 @@ def test_a_pause_point_waits_for_its_checkpoint_and_survives_as_many_failed_save
 def pruning(prune: Callable[[int], None]) -> tuple[Any, list[str]]:
     notices: list[str] = []
     saver: Any = object.__new__(Saver)
-    saver._pruner, saver._notice, saver._unpruned = SimpleNamespace(prune=prune), notices.append, 0
+    saver._pruner, saver._notice, saver._unpruned = (
+        SimpleNamespace(prune=prune, prune_snapshots=lambda step: None),
+        notices.append,
+        0,
+    )
     return saver, notices
 
 
@@ -131,7 +135,7 @@ def test_old_checkpoints_that_cannot_be_removed_cost_warnings_and_never_a_save()
 
     saver, notices = pruning(prune)
     for step in range(TOLERATED + 5):
-        saver._prune(step)
+        saver._prune(step, False)
     later = "These checkpoints use space until heliostat can delete them"
     assert notices[0] == f"step 0: can't remove old checkpoints. {later}: delete: denied"
     assert notices[1].startswith("step 2: can't remove old checkpoints. ")
@@ -144,7 +148,7 @@ def test_a_run_that_another_driver_has_taken_over_removes_nothing():
         raise LeaseError("another's")
 
     with pytest.raises(LeaseError):
-        pruning(prune)[0]._prune(1)
+        pruning(prune)[0]._prune(1, False)
 
 
 # what the receipt of a failed save covers --------------------------------------------------------------------------------
@@ -164,7 +168,7 @@ def training(run: Location, monkeypatch: pytest.MonkeyPatch) -> Any:
     posts.notice = (notices := list[str]()).append  # type: ignore[method-assign,assignment]
     made = job()
     state.context = SimpleNamespace(
-        job=made, plan=SimpleNamespace(dump=dict, digest="d"), run_folder=run, world=1, posts=posts,
+        job=made, plan=SimpleNamespace(dump=dict, digest="d"), run_folder=run, world=1, rank=0, posts=posts,
         fence=SimpleNamespace(check=lambda: None), progressed=lambda: None, control=group, ledger=Ledger("computing"),
         latest=Latest(),
     )  # fmt: skip
@@ -172,7 +176,7 @@ def training(run: Location, monkeypatch: pytest.MonkeyPatch) -> Any:
     state.saver = Saver(run, spec.Checkpoint(every=1, keep=9), group)
     state.memory, state.failed, state._in_a_row, state._sealing = None, 0, 0, None
     state.tensors = lambda: {"w": torch.ones(3)}
-    state.sharded = SimpleNamespace(frozen=dict, steps=1, read_loss_scale=lambda: None)
+    state.sharded = SimpleNamespace(frozen=dict, base=None, steps=1, read_loss_scale=lambda: None)
     state.engine, state.notices = SimpleNamespace(sharded_state=state.sharded), notices
     return state
 

@@ -225,7 +225,7 @@ def test_one_round_reports_keys_rules_model_machine_and_datasets(workspace):
         "data.max_length: unknown key. Use data.sequence_length",
         "train.steps: expected an integer, got 'many'. Write train.steps: INTEGER",
         "train.learning_rate: unknown key. Use train.optimizer.lr",
-        "lora: unknown key. Adapters such as LoRA are not supported",
+        "lora: unknown key. Use model.adapter",
         "train.precision: 'fp16' needs GPUs",
         "checkpoint.keep_every: 15 isn't a multiple",
         "mlflow.uri: 'foo:bar' isn't an MLflow store",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from heliostat.recipes import weightless
 from heliostat.validation import check
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "jobs").glob("*.yaml"), *(ROOT / "jobs" / "examples").glob("*.yaml")])
@@ -23,11 +24,20 @@ def flux(folder: Path) -> str:
     return f"model.backbone.pretrained={folder}"
 
 
+def language_model(folder: Path) -> str:
+    """Saves a small language model, the base of the example of an adapter."""
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return f"model.pretrained={folder}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_job_file_passes_the_check(path, tmp_path):
     """Keys, rules, and model are valid. The job has its file's name, so no two jobs write to one run. The base of an adapter is a
     folder, which a test must make."""
-    job, recipe = check.check_file(path, [flux(tmp_path)] if path.stem == "flux-lora" else None)
+    bases = {"flux-lora": flux, "lora": language_model}
+    changes = [bases[path.stem](tmp_path)] if path.stem in bases else None
+    job, recipe = check.check_file(path, changes)
     assert job.name == path.stem
     assert recipe.kind in ("tokens", "rows")
 

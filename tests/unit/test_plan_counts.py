@@ -8,7 +8,7 @@ import torch
 from heliostat.data import manifest
 from heliostat.plan import planner
 from heliostat.plan.counts import AT_STAGE_3
-from heliostat.plan.model_stats import Meter, activations, build, stats_of, work
+from heliostat.plan.model_stats import Meter, activations, build, checkpointed, stats_of, work
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage.locations import Location
 
@@ -104,7 +104,8 @@ def test_diffusion_models_are_counted_like_any_other(backbone, tmp_path):
     assert stats_of(recipe, model).parameters == sum(p.numel() for p in real.parameters())
     counted = activations(j, recipe, model, planner.sample(j, recipe))
     batch = recipe.batch(planner.sample(j, recipe), np.zeros(1, dtype=np.int64))
-    with Meter(real) as meter:
+    inside = checkpointed(real, lambda: recipe.loss(real, batch))
+    with Meter(real, inside) as meter:
         recipe.loss(real, batch)
     assert counted == replace(meter.result(), batch=sum(values.nbytes for values in batch.values())) and counted.kept > 0
 

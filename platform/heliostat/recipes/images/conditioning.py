@@ -29,11 +29,10 @@ from heliostat.recipes.text import masks
 
 
 class CaptionParts:
-    sources: list[Manifest]
-
     def __init__(self, model: Model, family: Family, frozen_type: torch.dtype) -> None:
         """Prepares the encoders without weights. `frozen_type`: the dtype of the frozen encoders."""
         self.model, self.family, self.frozen_type = model, family, frozen_type
+        self.sources: list[Manifest] = []
         self.facts: rows.DatasetFacts | None = None
         self._loaded: dict[str, Any] = {}  # frozen encoders by name
         self._places: dict[str, tuple[torch.device, Arrival]] = {}  # devices of the frozen encoders

@@ -1,4 +1,4 @@
-"""U-Nets that get the caption also as feature maps (`canvas_unet`), for small pictures in pixels.
+"""Describes U-Nets that get the caption also as feature maps (`canvas_unet`), for small pictures in pixels.
 
 Initial weights: those of U-Nets, and normal numbers in the canvases, so that a white caption gives maps with a standard deviation
 of CANVAS_STD.

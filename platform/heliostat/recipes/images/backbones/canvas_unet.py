@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
 LIMIT = 4.0  # of a projected caption's numbers: captions unlike those of the training stay in the trained range
@@ -21,7 +21,6 @@ class CanvasUNet(UNet2DConditionModel):
     """Has the keys of UNet2DConditionModel. Needs `sample_size`, and `encoder_hid_dim_type: text_proj`. Supports only images of
     `sample_size`."""
 
-    @functools.wraps(UNet2DConditionModel.__init__)
     def __init__(self, *args: Any, **keys: Any) -> None:
         super().__init__(*args, **keys)
         side, channels = int(self.config.sample_size), self.config.block_out_channels[:-1]
@@ -40,3 +39,6 @@ class CanvasUNet(UNet2DConditionModel):
             canvas(caption).view(len(sample), *shape) for canvas, shape in zip(self.canvases, self.canvas_shapes, strict=True)
         ]
         return super().forward(sample, timestep, encoder_hidden_states, down_intrablock_additional_residuals=maps, **inputs)
+
+
+functools.update_wrapper(CanvasUNet.__init__, UNet2DConditionModel.__init__)  # diffusers reads the keys from the signature
