@@ -8,7 +8,7 @@ pictures, this is much cheaper than cross-attention.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -23,18 +23,19 @@ class CanvasUNet(UNet2DConditionModel):
 
     def __init__(self, *args: Any, **keys: Any) -> None:
         super().__init__(*args, **keys)
-        side, channels = int(self.config.sample_size), self.config.block_out_channels[:-1]
-        self.canvas_shapes = [(n, side >> level, side >> level) for level, n in enumerate(channels, start=1)]
-        width = int(self.config.cross_attention_dim)
+        config: Any = self.config
+        self.side, width = int(config.sample_size), int(config.cross_attention_dim)
+        levels = enumerate(config.block_out_channels[:-1], start=1)
+        self.canvas_shapes = [(channels, self.side >> level, self.side >> level) for level, channels in levels]
         self.canvases = nn.ModuleList([nn.Linear(width, n * height * across) for n, height, across in self.canvas_shapes])
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **inputs: Any) -> Any:
         """Computes the prediction. `sample`: [n, channels, side, side], with side `sample_size`. `encoder_hidden_states`: [n,
         tokens, width]. Raises ValueError for another size."""
-        side = self.config.sample_size
+        side, project = self.side, cast("nn.Module", self.encoder_hid_proj)
         if sample.shape[2:] != (side, side):
             raise ValueError(f"the model draws images of {side} x {side} positions, not {sample.shape[3]} x {sample.shape[2]}")
-        caption = self.encoder_hid_proj(encoder_hidden_states.mean(1)).clamp(-LIMIT, LIMIT)
+        caption = project(encoder_hidden_states.mean(1)).clamp(-LIMIT, LIMIT)
         maps = [
             canvas(caption).view(len(sample), *shape) for canvas, shape in zip(self.canvases, self.canvas_shapes, strict=True)
         ]
