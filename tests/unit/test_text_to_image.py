@@ -152,3 +152,9 @@ def test_datasets_that_do_not_belong_together_are_refused(digits, tmp_path):
     with pytest.raises(ConfigError, match="contains no images"):
         image_rows.facts([manifest.Manifest(whole.location, whole.chunks, {"kind": "rows"})], True)
     assert TEXT["length"] == 8
+
+
+def test_scores_that_need_prompts_are_missed_with_a_line(digits, caplog, tmp_path):
+    """Without prompts nothing is drawn, so nothing can be compared."""
+    recipe(digits, samples={"features": {"pretrained": str(tmp_path)}})
+    assert "no scores for features and clip, because the job has no prompts" in caplog.text

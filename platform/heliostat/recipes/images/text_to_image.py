@@ -17,6 +17,7 @@ range of noise strengths.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +69,8 @@ from heliostat.schema import validate
 
 if TYPE_CHECKING:
     from heliostat.recipes.images.generator import ImageCanvas, ImageGenerator
+
+log = logging.getLogger(__name__)
 
 BUILT_IN = {"TextToImage": ("diffusers",)}
 NO_AIDS: Batch = {}
@@ -125,6 +128,10 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         self.sources = sources
         if self.model.samples.prompts:
             quality.require(self.model.samples)
+        elif self.model.samples.features or self.model.samples.clip:
+            log.warning(
+                "model.samples: no scores for features and clip, because the job has no prompts. Add model.samples.prompts"
+            )
         self.parts.bind(sources, self.one_source)
         captions.require_columns(self.model.captions, sources)
 
