@@ -1,4 +1,4 @@
-"""Defines a recipe that flips a bit of a weight in its second worker at one step, once per run."""
+"""Defines a recipe that flips a bit of a weight in its second worker about step 13, once per run."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from heliostat.recipes.protocol import Batch, Loss
 from heliostat.recipes.text.causal_lm import CausalLM
 
 FLIPPING = {"recipe": "tests.integration.flipping:Flipping"}
-STEP = 13
+# Batches are made one step ahead. So at each loss of step 13, the newest batch is of step 13 or 14.
+NEWEST = (13, 14)
 
 
 class Flipping(CausalLM):
@@ -23,7 +24,7 @@ class Flipping(CausalLM):
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         mark = Path(self.job.storage, "flipped")
-        if self.step == STEP and dist.get_rank() == 1 and not mark.exists():
+        if self.step in NEWEST and dist.get_rank() == 1 and not mark.exists():
             mark.touch()
             next(model.parameters()).data.view(-1).view(torch.int32)[7] ^= 1
         return super().loss(model, batch)
