@@ -55,6 +55,15 @@ def test_a_series_has_the_first_and_the_last_step_and_few_between():
     assert [galleries.spread(n, 4) for n in (0, 1, 4, 5)] == [[], [0], [0, 1, 2, 3], [0, 1, 3, 4]]
 
 
+def test_the_newest_image_of_a_series_stays_readable():
+    """A grid of pictures keeps its size in the newest step. In earlier steps, it becomes a thumbnail."""
+    files = {f"images/held_out/step-{step:08d}.png": png(1600) for step in (1, 2)}
+    ((_, shots, *_),) = galleries.gather(Artifacts(files), "r")  # type: ignore[arg-type]
+    assert [Image.open(io.BytesIO(shot.data)).width for shot in shots] == [galleries.THUMBNAIL_SIDE, 1600]
+    kind, data = galleries.thumbnail(png(1600, noise=True), galleries.NEWEST_SIDE, galleries.NEWEST_BYTES)
+    assert kind == "jpeg" and galleries.THUMBNAIL_BYTES < len(data) <= galleries.NEWEST_BYTES
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 @pytest.mark.parametrize(("side", "noise"), [(1, False), (700, False), (900, True)])
 def test_a_thumbnail_is_small_and_readable(side, noise, mode):

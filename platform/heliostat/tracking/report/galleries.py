@@ -1,7 +1,7 @@
 """Shows a run's images in its report: for each kind of image, thumbnails of several steps.
 
 With JavaScript, a slider selects the step. Without JavaScript, the images are a list. The page's size is bounded: at most KINDS
-kinds, STEPS steps of each, and THUMBNAIL_BYTES per thumbnail.
+kinds, STEPS steps of each, NEWEST_BYTES for the newest step, and THUMBNAIL_BYTES for each other step.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 KINDS, STEPS = 6, 12
 THUMBNAIL_SIDE, THUMBNAIL_BYTES = 720, 64 << 10  # maximum pixels per side, and maximum bytes
+NEWEST_SIDE, NEWEST_BYTES = 2560, 768 << 10  # the same for the newest step, so that a large grid is readable
 SMALLEST_SIDE = 64  # pixels per side of a thumbnail that isn't made smaller
 FILE_BYTES = 32 << 20  # maximum bytes of an image that is downloaded
 STEP = re.compile(r"step-(\d+)\.png")
@@ -65,10 +66,11 @@ def gather(client: MlflowClient, run_id: str) -> list[Series]:
         )
         shots, unreadable = list[Shot](), 0
         for step, path, size in (files[i] for i in spread(len(files))):
+            limits = (NEWEST_SIDE, NEWEST_BYTES) if step == files[-1][0] else (THUMBNAIL_SIDE, THUMBNAIL_BYTES)
             with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
                 data = Path(client.download_artifacts(run_id, path, folder)).read_bytes() if size <= FILE_BYTES else b""
             try:
-                shots.append(Shot(step, *thumbnail(data)))
+                shots.append(Shot(step, *thumbnail(data, *limits)))
             except ValueError as e:
                 unreadable += 1
                 log.warning("%s: the report leaves out this image (%s)", path, e)
@@ -76,8 +78,9 @@ def gather(client: MlflowClient, run_id: str) -> list[Series]:
     return out
 
 
-def thumbnail(data: bytes) -> tuple[str, bytes]:
-    """Scales an image down until it fits the limits. Returns the format (png or jpeg), and the file's bytes.
+def thumbnail(data: bytes, side: int = THUMBNAIL_SIDE, most: int = THUMBNAIL_BYTES) -> tuple[str, bytes]:
+    """Scales an image down until it has at most `side` pixels per side and `most` bytes. Returns the format (png or jpeg), and
+    the file's bytes.
 
     Uses JPEG if PNG needs too many bytes. Raises ValueError if the image can't be read.
     """
@@ -89,13 +92,12 @@ def thumbnail(data: bytes) -> tuple[str, bytes]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise ValueError(f"not a readable image of at most {FILE_BYTES >> 20} MB: {e}") from e
     image = opened.convert(opened.mode if opened.mode in ("L", "RGB") else "RGB")
-    side = THUMBNAIL_SIDE
     while True:
         image.thumbnail((side, side))
         for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 85})):
             out = io.BytesIO()
             image.save(out, kind, **options)
-            if len(out.getvalue()) <= THUMBNAIL_BYTES or (kind == "jpeg" and side <= SMALLEST_SIDE):
+            if len(out.getvalue()) <= most or (kind == "jpeg" and side <= SMALLEST_SIDE):
                 return kind, out.getvalue()
         side = max(image.size) // 2
 
