@@ -147,7 +147,13 @@ def test_held_out_captions_are_drawn_and_compared_with_their_real_pictures(place
     assert all(scores[name] == scores[f"real_{name}"] for name in held_out.SCORES) and scores["top5"] == 1.0
     noise = list(np.random.default_rng(0).integers(0, 256, gallery.real.pictures.shape).astype(np.uint8))
     assert gallery.judge(noise)[0]["top1"] < 0.6
-    assert images["held_out"] == png(held_out.paired(list(gallery.real.pictures), list(gallery.real.pictures)))
+    training = held_out.labeled(made.sources).pictures
+    near = held_out.nearest(gallery.real.pictures, training)
+    rows = [list(gallery.real.pictures), list(gallery.real.pictures), list(training[near.index])]
+    assert images["held_out"] == png(held_out.in_rows(rows))
+    share = float(np.mean(near.distance <= np.quantile(near.distance, 0.05)))
+    copies = [training[i % len(training)] for i in range(gallery.count)]
+    assert scores["memorized_pixels"] == share < 0.2 and gallery.judge(copies)[0]["memorized_pixels"] == 1.0
     torch.manual_seed(0)
     shown = gallery.demonstrate(export(made, woken(made.build()), tmp_path))
     assert [prompt for prompt, _ in shown] == gallery.prompts[: held_out.SHOWN]

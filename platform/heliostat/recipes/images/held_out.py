@@ -2,12 +2,12 @@
 
 `model.samples.held_out` names a dataset that isn't in the job's `data`. Its captions are the prompts. `PictureJudge` learns from
 the training pictures, and recognizes the subject and the style of each drawn picture. Scores of the real held-out pictures show
-what the judge itself can reach.
+what the judge itself can reach. The nearest training pictures show whether the model copies (`neighbors`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ from heliostat.data import manifest
 from heliostat.data.chunks import Chunks
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes.images import diffusers_folder
+from heliostat.recipes.images import diffusers_folder, neighbors
+from heliostat.recipes.images.extractors import thumbnails
 from heliostat.recipes.images.gallery import DrawingRecipe, PromptGallery, grid, png
 from heliostat.recipes.images.picture_judge import LabeledPictures, PictureJudge
 from heliostat.recipes.images.pipeline import generators
+from heliostat.recipes.images.quality import PIXELS
 from heliostat.storage.locations import Location
 
 SCORES = ("top1", "top5", "style")
+MEMORIZED = "memorized_pixels"
+NAMES = (*SCORES, *(f"real_{name}" for name in SCORES), MEMORIZED, f"{MEMORIZED}_low", f"{MEMORIZED}_high")
 COLUMNS = 16  # pictures per row of the grid
 SHOWN = 4  # pictures that the exported model draws
 
@@ -34,7 +38,7 @@ class HeldOutGallery(PromptGallery):
         self.real = labeled([held_out(str(self.samples.held_out), recipe.sources)])
         self.prompts = self.real.captions
         self.count = len(self.prompts)
-        self._known: PictureJudge | None = None
+        self._learned: tuple[LabeledPictures, PictureJudge] | None = None
 
     def item(self, number: int) -> tuple[str, int]:
         """Returns an image's prompt and seed."""
@@ -43,13 +47,14 @@ class HeldOutGallery(PromptGallery):
     def judge(
         self, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None
     ) -> tuple[dict[str, float], dict[str, bytes]]:
-        """Scores the drawn pictures, and the real ones (`real_`). The grid has each row of real pictures above the row that the
-        model drew."""
-        if self._known is None:
-            self._known = PictureJudge(labeled(self.recipe.sources, progressed))
-        drawn, real = (self._known.accuracy(self.real, one) for one in (np.stack(pictures), self.real.pictures))
+        """Scores the drawn pictures, and the real ones (`real_`). In the grid, each row of real pictures has the drawn row below
+        it, and below that, the nearest training picture of each drawn picture."""
+        training, known = self._training(progressed)
+        drawn, real = (known.accuracy(self.real, one) for one in (np.stack(pictures), self.real.pictures))
         scores = {name: drawn[name] for name in SCORES} | {f"real_{name}": real[name] for name in SCORES}
-        return scores, {"held_out": png(paired(list(self.real.pictures), pictures))}
+        near, usual = (nearest(one, training.pictures) for one in (pictures, self.real.pictures))
+        scores |= neighbors.memorized(near.distance, usual.distance).named(MEMORIZED)
+        return scores, {"held_out": png(in_rows([list(self.real.pictures), pictures, list(training.pictures[near.index])]))}
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         """Draws the first SHOWN captions with the exported model. Returns each caption with the subject that the judge
@@ -57,9 +62,15 @@ class HeldOutGallery(PromptGallery):
         pipeline, samples, prompts = diffusers_folder.load(folder), self.samples, self.prompts[:SHOWN]
         draws = generators([samples.seed + i for i in range(len(prompts))])
         drawn = pipeline(prompts, num_inference_steps=samples.steps, generator=draws, **self.guidance).images
-        known = self._known or PictureJudge(labeled(self.recipe.sources))
-        ranked = known.ranked(np.stack([np.asarray(image) for image in drawn]))
+        ranked = self._training()[1].ranked(np.stack([np.asarray(image) for image in drawn]))
         return [(prompt, f"  (the judge sees: {one[0]})") for prompt, one in zip(prompts, ranked, strict=True)]
+
+    def _training(self, progressed: Callable[[], None] = lambda: None) -> tuple[LabeledPictures, PictureJudge]:
+        """Returns the training pictures, and the judge that has learned from them."""
+        if self._learned is None:
+            training = labeled(self.recipe.sources, progressed)
+            self._learned = training, PictureJudge(training)
+        return self._learned
 
 
 def held_out(folder: str, sources: list[Manifest]) -> Manifest:
@@ -92,12 +103,17 @@ def labeled(sources: list[Manifest], progressed: Callable[[], None] = lambda: No
     return LabeledPictures(pictures, column("caption"), column("label"), column("style"))
 
 
-def paired(real: list[np.ndarray], drawn: list[np.ndarray]) -> np.ndarray:
-    """Arranges real pictures in rows, each above the row of drawn pictures with the same captions. Returns uint8 [height, width,
-    channels]."""
-    white = np.full_like(real[0], 255)
-    filled: list[np.ndarray] = []
-    for first in range(0, len(real), COLUMNS):
-        for part in (real[first : first + COLUMNS], drawn[first : first + COLUMNS]):
+def nearest(pictures: Sequence[np.ndarray], training: np.ndarray) -> neighbors.Nearest:
+    """Finds the nearest training picture of each picture, by the pixels of thumbnails."""
+    return neighbors.nearest(thumbnails(list(pictures), PIXELS), thumbnails(list(training), PIXELS))
+
+
+def in_rows(kinds: list[list[np.ndarray]]) -> np.ndarray:
+    """Arranges kinds of pictures in rows: COLUMNS pictures of the first kind, below them those of the next kinds with the same
+    captions. Returns uint8 [height, width, channels]."""
+    white, filled = np.full_like(kinds[0][0], 255), list[np.ndarray]()
+    for first in range(0, len(kinds[0]), COLUMNS):
+        for pictures in kinds:
+            part = pictures[first : first + COLUMNS]
             filled += [*part, *[white] * (COLUMNS - len(part))]
     return grid(filled, COLUMNS)

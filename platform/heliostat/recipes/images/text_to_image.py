@@ -121,7 +121,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
             extras.require("images", "sklearn", what="model.samples.held_out")
         drawn = self.model.samples if self.model.samples.prompts else None
         judged: tuple[str, ...] = ("conditional_accuracy", "classifier_accuracy", "chance") if drawn and drawn.judge else ()
-        judged += tuple(f"{prefix}{name}" for prefix in ("", "real_") for name in held_out.SCORES if self.model.samples.held_out)
+        judged += held_out.NAMES if self.model.samples.held_out else ()
         self.scores = ("loss", *(f"loss_t{i}" for i in range(QUARTERS)), *judged, *(quality.names(drawn) if drawn else ()))
 
     def bind(self, sources: list[Manifest]) -> None:
