@@ -26,12 +26,15 @@ def pictures_of(uri: str) -> LabeledPictures:
 
 
 def test_a_model_can_infer_every_held_out_combination_from_the_others():
-    """Each subject and each style is in training, in at least six and 120 combinations. 15 % are held out, evenly by style."""
+    """Each subject and each style is in training, in at least six and 120 combinations. Two pictures of each subject show its
+    colors. 15 % are held out, evenly by style."""
     train, held = combinations(TRAIN), combinations(HELD)
     assert not set(train) & set(held) and sorted([*train, *held]) == sorted(combinations(ALL))
     assert len(held) / len(train + held) == pytest.approx(0.15, abs=0.002)
     by_subject, by_style = (Counter(pair[i] for pair in train) for i in (0, 1))
     assert set(by_subject) == set(subjects()) and min(by_subject.values()) >= 6
+    natural = Counter(name for name, style in train if style in ("color", "yellow", "night"))
+    assert set(natural) == set(subjects()) and min(natural.values()) == 2
     assert set(by_style) == set(STYLES) and min(by_style.values()) >= 120
     assert max(Counter(style for _, style in held).values()) <= 1.5 * min(Counter(style for _, style in held).values())
     assert all(len(held_out(number)) == (2 if number % drawings.EVERY == 0 else 1) for number in range(len(subjects())))

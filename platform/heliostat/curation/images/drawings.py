@@ -5,8 +5,9 @@
     drawings:openmoji/held-out    the other 15 %: every style of the held-out combinations is in training with other subjects,
                                   and every subject in other styles
 
-All styles of a subject are computed from one drawing. So a model can infer a held-out combination from the other combinations. A
-drawing's id is SUBJECT/STYLE. Its label is the subject, and its column `style` is the style.
+All styles of a subject are computed from one drawing, and every subject has at least two training pictures in its own colors
+(`color`, `yellow`, `night`). So a model can infer the shape and the colors of a held-out combination from the other combinations.
+A drawing's id is SUBJECT/STYLE. Its label is the subject, and its column `style` is the style.
 
 The drawings are by OpenMoji, under CC BY-SA 4.0. Images computed from them need the same license and attribution.
 """
