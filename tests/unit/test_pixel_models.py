@@ -148,7 +148,7 @@ def test_held_out_captions_are_drawn_and_compared_with_their_real_pictures(place
     noise = list(np.random.default_rng(0).integers(0, 256, gallery.real.pictures.shape).astype(np.uint8))
     assert gallery.judge(noise)[0]["top1"] < 0.6
     training = held_out.labeled(made.sources).pictures
-    near = held_out.nearest(gallery.real.pictures, training)
+    near = held_out.nearest(list(gallery.real.pictures), training)
     rows = [list(gallery.real.pictures), list(gallery.real.pictures), list(training[near.index])]
     assert images["held_out"] == png(held_out.in_rows(rows))
     share = float(np.mean(near.distance <= np.quantile(near.distance, 0.05)))

@@ -7,7 +7,7 @@ what the judge itself can reach. The nearest training pictures show whether the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class HeldOutGallery(PromptGallery):
         training, known = self._training(progressed)
         drawn, real = (known.accuracy(self.real, one) for one in (np.stack(pictures), self.real.pictures))
         scores = {name: drawn[name] for name in SCORES} | {f"real_{name}": real[name] for name in SCORES}
-        near, usual = (nearest(one, training.pictures) for one in (pictures, self.real.pictures))
+        near, usual = (nearest(one, training.pictures) for one in (pictures, list(self.real.pictures)))
         scores |= neighbors.memorized(near.distance, usual.distance).named(MEMORIZED)
         return scores, {"held_out": png(in_rows([list(self.real.pictures), pictures, list(training.pictures[near.index])]))}
 
@@ -103,9 +103,9 @@ def labeled(sources: list[Manifest], progressed: Callable[[], None] = lambda: No
     return LabeledPictures(pictures, column("caption"), column("label"), column("style"))
 
 
-def nearest(pictures: Sequence[np.ndarray], training: np.ndarray) -> neighbors.Nearest:
+def nearest(pictures: list[np.ndarray], training: np.ndarray) -> neighbors.Nearest:
     """Finds the nearest training picture of each picture, by the pixels of thumbnails."""
-    return neighbors.nearest(thumbnails(list(pictures), PIXELS), thumbnails(list(training), PIXELS))
+    return neighbors.nearest(thumbnails(pictures, PIXELS), thumbnails(list(training), PIXELS))
 
 
 def in_rows(kinds: list[list[np.ndarray]]) -> np.ndarray:
