@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 KINDS, STEPS = 6, 12
 THUMBNAIL_SIDE, THUMBNAIL_BYTES = 720, 64 << 10  # maximum pixels per side, and maximum bytes
-NEWEST_SIDE, NEWEST_BYTES = 2560, 768 << 10  # the same for the newest step, so that a large grid is readable
+NEWEST_SIDE, NEWEST_BYTES = 2560, 1 << 20  # the same for the newest step, so that a large grid is readable
 SMALLEST_SIDE = 64  # pixels per side of a thumbnail that isn't made smaller
 FILE_BYTES = 32 << 20  # maximum bytes of an image that is downloaded
 STEP = re.compile(r"step-(\d+)\.png")
