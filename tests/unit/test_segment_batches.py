@@ -36,7 +36,7 @@ class Marking(Stage):
 
 
 @dataclass
-class Counting:
+class FinishCounter:
     """Drops finished texts that are longer than `most` characters, and lists the ids that it finishes."""
 
     by_text: bool
@@ -57,7 +57,7 @@ def test_a_text_is_finished_again_only_if_a_stage_changed_it(tmp_path, in_place,
     rows = {}
     for by_text in (True, False):
         chain = Chain(Location(str(tmp_path)), [(stage.entry(), key(stage.follows()), ())] * 2)
-        out, source = Spiller(Location(str(tmp_path)), 1 << 20), Counting(by_text)
+        out, source = Spiller(Location(str(tmp_path)), 1 << 20), FinishCounter(by_text)
         Collecting(chain, source, out).batch([Document(str(n), text) for n, text in enumerate(texts)])
         rows[by_text] = out.rows, sorted(out.reasons.items()), chain.tally
         kept = {str(n) for n, text in enumerate(texts) if "-" not in text}
