@@ -1,12 +1,12 @@
 """Measures the cost of preparing text with stages, by the input's size: CPU seconds per GB and peak memory by kind of task.
 
     python -m tests.benchmarks.curation [--gb 1 4] [--memory-limit 268435456] [--folder FOLDER] [--corpus corpus.jsonl]
-        [--shards-in 1] [--no-shards]
+        [--workers 1] [--shards-in 1] [--no-shards]
 
 Writes JSON lines of English-like words: a seventh are near-duplicates, and a twentieth exact ones. With a corpus of real
 documents (`curation_corpus.py`), recombines its paragraphs instead (`recombined.py`), and compresses the files. Makes a dataset
-of them without Ray: a second process runs one task after another, so CPU seconds don't depend on the machine's other work, and
-the memory of the driver and of a worker are separate. With `--shards-in N`, runs one in N of the tasks that write shards, and
+of them without Ray: worker processes run one task after another, so the memory of the driver and of a worker are separate, and
+CPU seconds depend little on the machine's other work. With `--shards-in N`, runs one in N of the tasks that write shards, and
 multiplies their seconds by N.
 
 Each size runs in separate processes, after a small discarded run. A task's peak is the worker's highest memory during the task
@@ -24,8 +24,8 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,6 +45,7 @@ from tests.benchmarks import harness, recombined
 from tests.unit.build_curation import HereFlow
 
 STAGES = [{"stage": "length", "min_words": 50}, {"stage": "minhash"}]
+Running = dict[Future, tuple[int, str]]  # call -> number and key of its task
 STAGES_OF_CORPUS = [{"stage": "length", "min_chars": 12_000}, {"stage": "minhash"}]  # drops three quarters of the bytes
 BPE = {"vocab_size": 8192, "train_bytes": 5_000_000, "path": None, "end_of_document": "<|endoftext|>"}
 
@@ -81,10 +82,11 @@ class Spent:
 
 @dataclass
 class Timed(HereFlow):
-    """Runs tasks in order, once each, in the process of `worker`, and counts what each kind takes. Runs one in `shards_in` of the
+    """Runs tasks in order, once each, in the pool's processes, and counts what each kind takes. Runs one in `shards_in` of the
     tasks that write shards."""
 
-    worker: ProcessPoolExecutor = field(default_factory=lambda: ProcessPoolExecutor(1, get_context("spawn")))
+    pool: ProcessPoolExecutor = field(default_factory=lambda: ProcessPoolExecutor(1, get_context("spawn")))
+    workers: int = 1
     shards_in: int = 1
     spent: dict[str, Spent] = field(default_factory=dict)
     left_out: int = 0
@@ -97,17 +99,32 @@ class Timed(HereFlow):
             self.earlier = tuple(json.loads(self.place.read_text()))
 
     def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, **pools):
-        name = "minhash" if kind.startswith("minhash") else kind
+        name, running = "minhash" if kind.startswith("minhash") else kind, Running()
         for number, task, made, _ in self._looked_up(kind, tasks, valid):
             if kind == "shards" and number % self.shards_in:
                 self.left_out += 1
                 continue
-            if made is None:
-                made = self.worker.submit(measured, function, self.work.spill, **task.arguments, **task.shared).result()
-                self.work.finish(kind, task.key, made)
-                self.note()
-            self.spent.setdefault(name, Spent()).add(made)
-            yield number, made
+            if made is not None:
+                yield number, self.counted(name, made)
+                continue
+            while len(running) >= self.workers:
+                yield from self.ended(name, kind, running)
+            call = self.pool.submit(measured, function, self.work.spill, **task.arguments, **task.shared)
+            running[call] = number, task.key
+        while running:
+            yield from self.ended(name, kind, running)
+
+    def ended(self, name: str, kind: str, running: Running) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Waits for a task, and writes the records of the tasks that have ended. Yields (number, record) of each."""
+        for call in wait(running, return_when=FIRST_COMPLETED).done:
+            number, key = running.pop(call)
+            self.work.finish(kind, key, made := call.result())
+            self.note()
+            yield number, self.counted(name, made)
+
+    def counted(self, name: str, made: dict[str, Any]) -> dict[str, Any]:
+        self.spent.setdefault(name, Spent()).add(made)
+        return made
 
     def note(self) -> None:
         """Writes the driver's CPU seconds and its highest memory so far to its file."""
@@ -147,11 +164,11 @@ def write(path: Path, size: int) -> None:
 
 
 def made(
-    folder: Path, memory_limit: int, stages: list[dict[str, Any]], shards_in: int, worker: ProcessPoolExecutor
+    folder: Path, memory_limit: int, stages: list[dict[str, Any]], shards_in: int, pool: ProcessPoolExecutor, workers: int
 ) -> tuple[Timed, int]:
     """Makes a dataset of the folder's input, without shards if `shards_in` is 0. Returns the flow that ran it, and the number of
     kept documents."""
-    flow = Timed(Work(Location(f"{folder}/work")), worker=worker, shards_in=shards_in)
+    flow = Timed(Work(Location(f"{folder}/work")), pool=pool, workers=workers, shards_in=shards_in)
     source, parsed = TextSource(f"{folder}/in", TextRules()), [parse(entry) for entry in stages]
     making = TextMaking(flow, source, Location(f"{folder}/out"), parsed, memory_limit, tokenizer=BPE, given_tokenizer=None,
                         shard_bytes=memory_limit // 8, chunk_tokens=1_000_000)  # fmt: skip
@@ -174,17 +191,17 @@ def write_input(folder: Path, size: int, corpus: str | None) -> None:
     part.rename(folder / "in")
 
 
-def measure(size: int, memory_limit: int, place: str, shards_in: int, corpus: str | None) -> None:
+def measure(size: int, memory_limit: int, place: str, shards_in: int, corpus: str | None, workers: int) -> None:
     """Prints a table of the kinds of tasks: their number, CPU seconds per GB, and the peak of memory above the start's."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as worker:
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         with tempfile.TemporaryDirectory() as small:
             write_input(Path(small), 1_000_000, None)
-            made(Path(small), memory_limit, STAGES, min(1, shards_in), worker)
+            made(Path(small), memory_limit, STAGES, min(1, shards_in), pool, workers)
         write_input(folder := Path(place), size, corpus)
-        before, gb = worker.submit(settled).result(), size / 1e9
+        before, gb = pool.submit(settled).result(), size / 1e9
         settled()
         harness.forget_peak()
-        flow, kept = made(folder, memory_limit, STAGES_OF_CORPUS if corpus else STAGES, shards_in, worker)
+        flow, kept = made(folder, memory_limit, STAGES_OF_CORPUS if corpus else STAGES, shards_in, pool, workers)
     print(f"{gb:g} GB, memory_limit {memory_limit >> 20} MiB above {before:.0f} MiB: {kept:,} documents stay\n")
     if flow.left_out and (shards := flow.spent.get("shards")):
         shards.cpu *= (shards.tasks + flow.left_out) / shards.tasks
@@ -201,12 +218,12 @@ def measure(size: int, memory_limit: int, place: str, shards_in: int, corpus: st
 
 def main() -> None:
     asked = harness.arguments(__doc__, gb=[1.0, 4.0], memory_limit=256 << 20, folder={"type": Path}, corpus={"type": Path},
-                              shards_in=1, no_shards=False)  # fmt: skip
+                              workers=1, shards_in=1, no_shards=False)  # fmt: skip
     corpus, shards_in = str(asked.corpus.absolute()) if asked.corpus else None, 0 if asked.no_shards else asked.shards_in
     for gb in asked.gb:
         with tempfile.TemporaryDirectory() as temporary:
             folder = (asked.folder or Path(temporary)).absolute() / f"{gb:g}"
-            harness.apart(measure, int(gb * 1e9), asked.memory_limit, str(folder), shards_in, corpus)
+            harness.apart(measure, int(gb * 1e9), asked.memory_limit, str(folder), shards_in, corpus, asked.workers)
 
 
 if __name__ == "__main__":
