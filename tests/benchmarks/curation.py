@@ -46,7 +46,7 @@ from tests.unit.build_curation import HereFlow
 
 STAGES = [{"stage": "length", "min_words": 50}, {"stage": "minhash"}]
 Running = dict[Future, tuple[int, str]]  # call -> number and key of its task
-STAGES_OF_CORPUS = [{"stage": "length", "min_chars": 12_000}, {"stage": "minhash"}]  # drops three quarters of the bytes
+STAGES_OF_CORPUS = [{"stage": "length", "min_chars": 12_000}, {"stage": "minhash"}]  # drops four fifths of the bytes
 BPE = {"vocab_size": 8192, "train_bytes": 5_000_000, "path": None, "end_of_document": "<|endoftext|>"}
 
 
