@@ -3,8 +3,9 @@
     python -m tests.benchmarks.curation_pages PAGES tokenizer.json --folder FOLDER [--megabytes 20] [--turns 3]
 
 PAGES is a folder with HTML pages, such as Debian's documentation packages (`curation_corpus.py`). The pages become one WARC file
-with a gzip member per page. The lower bound reads this file with fastwarc, and builds resiliparse's tree of each page. Each turn
-is a separate process. CPU seconds count. Numbers: docs/benchmarks/curation-stages.md.
+with a gzip member per page. The lower bound reads this file with fastwarc, and builds resiliparse's tree of each page. A second
+bound also extracts each page's main content with resiliparse, because every pipeline of pages needs it. Each turn is a separate
+process. CPU seconds count. Numbers: docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ def write(folder: Path, most: float, out: Path) -> tuple[int, int]:
     return count, size
 
 
-def parse(path: str) -> dict[str, Any]:
-    """Decompresses and parses each page. Returns the CPU seconds, and the number of pages."""
+def parse(path: str, extracts: bool) -> dict[str, Any]:
+    """Decompresses and parses each page, and extracts its main content if `extracts` is set. Returns the CPU seconds, and the
+    number of pages."""
     from fastwarc.warc import ArchiveIterator, WarcRecordType
+    from resiliparse.extract.html2text import extract_plain_text
     from resiliparse.parse.html import HTMLTree
 
     counted = [0]
@@ -61,7 +64,9 @@ def parse(path: str) -> dict[str, Any]:
     def work() -> None:
         with Path(path).open("rb") as file:
             for record in ArchiveIterator(file, record_types=WarcRecordType.response):
-                HTMLTree.parse_from_bytes(record.reader.read(), "utf-8")
+                tree = HTMLTree.parse_from_bytes(record.reader.read(), "utf-8")
+                if extracts:
+                    extract_plain_text(tree, main_content=True, alt_texts=False)
                 counted[0] += 1
 
     return {"seconds": harness.cpu(work), "pages": counted[0]}
@@ -89,7 +94,8 @@ def main() -> None:
     count, size = write(asked.pages, asked.megabytes * 1e6, warc)
     turns = harness.by_turns(
         {
-            "decompressing and parsing": partial(harness.apart, parse, str(warc)),
+            "decompressing and parsing": partial(harness.apart, parse, str(warc), False),
+            "decompressing, parsing, and extracting": partial(harness.apart, parse, str(warc), True),
             "heliostat": partial(harness.apart, curate, str(warc), str(folder / "out"), str(Path(asked.tokenizer).absolute())),
         },
         asked.turns,

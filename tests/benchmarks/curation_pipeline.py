@@ -1,11 +1,12 @@
 """Compares a FineWeb-like pipeline with datatrove's: the same filters, MinHash 14 x 8, PII, and tokens of the same tokenizer.
 
     python -m tests.benchmarks.curation_pipeline corpus.jsonl tokenizer.json --folder FOLDER [--datatrove VENV/bin/python]
-        [--megabytes 5 50] [--sides heliostat datatrove]
+        [--megabytes 5 50] [--sides heliostat datatrove] [--slices 5]
 
 `curation_corpus.py` makes the corpus. Extraction and language are left out, because datatrove downloads the model for languages.
 datatrove runs as in FineWeb's own script: filters and a compressed JSONL, signatures, buckets, clusters, and the rest with
-tokens. It uses one process, one task per step and file of 50 MB, without its executors.
+tokens. It uses one process, one task per step and file of 50 MB, without its executors. With `--slices N`, both sides run in turn
+on N inputs of these megabytes. Slice k has every 25th document of the corpus, from document k on, so it is a sample.
 
 Each side is a separate process, and CPU seconds are those of the whole process. Each side's result is saved in FOLDER when it
 ends, and datatrove's filters after each file, so the same command resumes. Both sides report the filter that dropped each
@@ -19,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ STAGES = [{"stage": "gopher_repetition"}, {"stage": "gopher_quality"}, {"stage":
           {"stage": "fineweb"}, {"stage": "minhash"}, {"stage": "pii", "kinds": ["email", "ip"]}]  # fmt: skip
 END = "<|endoftext|>"
 FILE_BYTES = 50_000_000  # of text
+EVERY = 25  # a slice has one document in so many
 Ends = dict[str, list[str]]  # id of a document that a filter drops -> the filter, the reason
 
 
@@ -142,15 +145,16 @@ def turn(python: str, side: str, folder: Path, tokenizer: str) -> dict[str, Any]
     return json.loads(saved.read_text())
 
 
-def split(corpus: Path, folder: Path, most: float) -> tuple[int, int]:
-    """Writes so much of the corpus in files of FILE_BYTES, with the ids that both sides report; returns documents and bytes."""
+def split(corpus: Path, folder: Path, most: float, part: slice) -> tuple[int, int]:
+    """Writes up to `most` bytes of a part of the corpus in files of FILE_BYTES, with the ids that both sides report. Returns the
+    numbers of documents and bytes."""
     told = folder / "input.json"
     if not told.exists():
         (folder / "in").mkdir(parents=True, exist_ok=True)
         size = documents = file = line = held = 0
         out = (folder / "in" / "0000.jsonl").open("w")
         with corpus.open() as lines:
-            for row in lines:
+            for row in islice(lines, part.start, None, part.step):
                 text = json.loads(row)["text"]
                 bytes_ = len(text.encode())
                 if size + bytes_ > most:
@@ -181,19 +185,19 @@ def agreed(folder: Path, documents: int) -> None:
 
 def main() -> None:
     asked = harness.arguments(__doc__, corpus=Path, tokenizer=str, folder={"type": Path, "required": True}, datatrove="",
-                              megabytes=[5.0, 50.0], sides=[*SIDES])  # fmt: skip
-    harness.head("side", "input", "behind the filters", "documents", "tokens", "CPU s", "MB/s a core", "peak")
-    for most in asked.megabytes:
-        folder = asked.folder / f"{most:g}"
-        documents, size = split(asked.corpus, folder, most * 1e6)
+                              megabytes=[5.0, 50.0], sides=[*SIDES], slices=0)  # fmt: skip
+    parts = {f"-{k}": slice(k, None, EVERY) for k in range(asked.slices)} or {"": slice(0, None, 1)}
+    harness.head("side", "input", "behind the filters", "documents", "tokens", "CPU s", "of the steps", "MB/s a core", "peak")
+    for most, (name, part) in product(asked.megabytes, parts.items()):
+        folder = asked.folder / f"{most:g}{name}"
+        documents, size = split(asked.corpus, folder, most * 1e6, part)
         pythons = {"heliostat": sys.executable, "datatrove": asked.datatrove}
         for side in asked.sides:
             found = turn(pythons[side], side, folder, asked.tokenizer)
             counts = [f"{found[name]:,}" for name in ("behind the filters", "documents", "tokens")]
-            rate = f"{size / 1e6 / found['seconds']:.2f}"
-            harness.row(
-                side, f"{documents:,}, {size / 1e6:.1f} MB", *counts, f"{found['seconds']:.1f}", rate, f"{found['peak']:,.0f} MiB"
-            )
+            steps, rate = sum(found["steps"].values()), f"{size / 1e6 / found['seconds']:.2f}"
+            harness.row(side, f"{documents:,}, {size / 1e6:.1f} MB", *counts, f"{found['seconds']:.1f}", f"{steps:.1f}", rate,
+                        f"{found['peak']:,.0f} MiB")  # fmt: skip
             print("  steps:", found["steps"], file=sys.stderr, flush=True)
         if all((folder / f"ends-{side}.json").exists() for side in pythons):
             agreed(folder, documents)

@@ -11,6 +11,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from heliostat.cluster.connect import connect
 from heliostat.curation.engine import StageEngine
@@ -30,6 +31,8 @@ FIRST, LATER = "d033", "d048"  # the documents that end a process
 @dataclass(frozen=True)
 class PoisonedSource:
     """Reads given texts; a part's path is the id of its text."""
+
+    by_text: ClassVar[bool] = False
 
     texts: dict[str, str]
 

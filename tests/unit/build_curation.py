@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from heliostat.curation.engine import Curated, StageEngine
 from heliostat.curation.pieces import FilePart
@@ -69,6 +69,8 @@ class HereFlow(flow.Flow):
 @dataclass(frozen=True)
 class Given:
     """Reads given documents: a part's path is the index of its text in `texts`."""
+
+    by_text: ClassVar[bool] = True
 
     texts: dict[str, str]
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)

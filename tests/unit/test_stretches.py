@@ -92,3 +92,34 @@ def test_tokenizers_that_cut_otherwise_are_asked_whole_texts(tokenizer):
     pieces.normalizer, pieces.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.Whitespace()
     pieces.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=60, special_tokens=["[UNK]"], show_progress=False))
     assert not stretches.divisible(tokens.load(pieces.to_str()))
+
+
+SPECIALS = [("xx", {}), ("<mask>", {"lstrip": True}), ("<|endoftext|>", {}), ("b<|", {}), (" the<", {}), ("|>", {})]
+
+
+@pytest.mark.parametrize(("has_end", "chosen"), [(False, "b<|"), (True, END)])
+@pytest.mark.parametrize("joined", [1, 7, 256])
+def test_text_with_pieces_of_special_tokens_is_encoded_as_text(tokenizer, monkeypatch, joined, has_end, chosen):
+    """Stretches are joined with a special token that can't overlap itself, and doesn't remove spaces. Text that looks like this
+    token, or like one that overlaps it, stays text."""
+    monkeypatch.setattr(stretches, "JOINED", joined)
+    made = json.loads(tokenizer.to_str())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{**plain, "id": 1300 + i if text != END else 0, "content": text, **keys}
+             for i, (text, keys) in enumerate(SPECIALS) if has_end or text != END]  # fmt: skip
+    other = tokens.load(json.dumps(made | {"added_tokens": sorted(added, key=lambda one: one["id"])}))
+    assert stretches.divisible(other)
+    separator = stretches._Separator.of(other)
+    assert separator is not None and separator.text == chosen
+    rng = random.Random(2)
+    pieces = [END, END[:4], END[4:], END[:-1], "x", "b", "<", "<|", "|", ">", " the", "<mask>", " ", "\n", "word", " b"]
+    texts = ["".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(1500)]
+    assert by_stretches(other, texts) == plainly(other, texts)
+
+
+def test_new_stretches_are_encoded_together(tokenizer, monkeypatch):
+    alone = list[list[str]]()
+    monkeypatch.setattr(stretches.Stretches, "_alone", lambda self, group: alone.append(group) or [b""] * len(group))
+    texts = [" ".join(f"w{i * j}" for j in range(900)) for i in range(3)]
+    found = stretches.Stretches(tokenizer).encode(texts)
+    assert not alone and [np.frombuffer(ids, np.int32).tolist() for ids in found] == plainly(tokenizer, texts)

@@ -58,12 +58,12 @@ class Chain:
     ) -> tuple[list[Document], list[Gone]]:
         """Returns the kept documents, and (id, stage, reason, detail, measures, columns) of each dropped document. Calls
         `about` with each stage's name before the stage runs."""
-        dropped = []
+        dropped, sizes = [], [bytes_of(d) for d in documents] if self.stages else []
         for name, stage, work in self.stages:
             if not documents:
                 break
             about(name)
-            sizes, start = [bytes_of(d) for d in documents], cpu_time.now()
+            start = cpu_time.now()
             before = [Document(d.id, d.text, d.columns, d.picture) for d in documents]  # a stage may change a document in place
             outcomes = work(documents)
             tally.entry(self.tally, name)["seconds"] += cpu_time.now() - start
@@ -72,15 +72,21 @@ class Chain:
                     f"stage {name!r} returned {len(outcomes)} outcomes for {len(documents)} documents. "
                     "Return one outcome per document"
                 )
-            documents = []
-            for old, size, outcome in zip(before, sizes, outcomes, strict=True):
-                after = 0 if outcome.document is None else bytes_of(outcome.document)
+            documents, had, sizes = [], sizes, []
+            for old, size, outcome in zip(before, had, outcomes, strict=True):
+                after = 0 if outcome.document is None else _bytes_after(outcome.document, old, size)
                 tally.count(self.tally, name, stage, old, outcome, (size, after))
                 if outcome.document is None:
                     dropped.append((old.id, name, outcome.reason, outcome.detail, outcome.measures, old.columns))
                 else:
                     documents.append(outcome.document)
+                    sizes.append(after)
         return documents, dropped
+
+
+def _bytes_after(document: Document, old: Document, size: int) -> int:
+    """Returns the size of a document after a stage in bytes: `size`, its size before, unless the stage changed its content."""
+    return size if document.text is old.text and document.picture is old.picture else bytes_of(document)
 
 
 def bytes_of(document: Document) -> int:

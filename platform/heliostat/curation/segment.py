@@ -14,7 +14,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypedDict
+from typing import Any, ClassVar, Protocol, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +64,12 @@ class SegmentRecord(TypedDict):
 
 
 class DocumentSource(Protocol):
-    """Reads an input's documents in a task. Ray sends an object of this class to the task."""
+    """Reads an input's documents in a task. Ray sends an object of this class to the task.
+
+    `by_text`: whether `finish` depends only on a document's text. Then it isn't called for a text that is as it was read.
+    """
+
+    by_text: ClassVar[bool]
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         """Yields the documents of a part of the input, and reports of dropped documents."""
@@ -181,10 +186,13 @@ class Collecting(careful.Through):
     out: Spiller
 
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
+        texts = [document.text for document in documents]  # kept, so that no new text has the same id
+        as_read = {id(text) for text in texts} if not self.chain.stages or self.source.by_text else set[int]()
         kept, dropped = self.chain.run(documents, about)
         about(FINISH)
         gone, rows = [left_out(*fields) for fields in dropped], list[Row]()
-        for document, item in ((document, self._finished(document)) for document in kept):
+        for document in kept:
+            item = document if id(document.text) in as_read and not _unfinished(document) else self.source.finish(document)
             if isinstance(item, Dropped):
                 dropped_counts = tally.entry(self.chain.tally, FINISH)["dropped"]
                 dropped_counts[item.reason] = dropped_counts.get(item.reason, 0) + 1
@@ -195,9 +203,6 @@ class Collecting(careful.Through):
             self.out.hold_left_out(fields)
         for row in rows:
             self.out.hold(row)
-
-    def _finished(self, document: Document) -> Document | Dropped:
-        return self.source.finish(document) if self.chain.stages or _unfinished(document) else document
 
     def leave_out(self, document: Document, crash: Crash) -> None:
         careful.count(self.chain.tally, [name for name, *_ in self.chain.stages], crash, bytes_of(document))

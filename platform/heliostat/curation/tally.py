@@ -31,9 +31,10 @@ def label(number: int, stage: Stage) -> str:
 
 def entry(tally: Tally, name: str) -> dict[str, Any]:
     """Returns the counts of a stage in the tally. If the tally has none, adds counts of zero."""
-    empty = {"documents": 0, "bytes": 0, "kept": 0, "kept_bytes": 0, "seconds": 0.0, "dropped": {}, "counts": {},
-             "histograms": {}, "examples": {}}  # fmt: skip
-    return tally.setdefault(name, empty)
+    if name not in tally:
+        tally[name] = {"documents": 0, "bytes": 0, "kept": 0, "kept_bytes": 0, "seconds": 0.0, "dropped": {}, "counts": {},
+                       "histograms": {}, "examples": {}}  # fmt: skip
+    return tally[name]
 
 
 def count(tally: Tally, name: str, stage: Stage, before: Document, outcome: Outcome, sizes: tuple[int, int]) -> None:
@@ -48,9 +49,13 @@ def count(tally: Tally, name: str, stage: Stage, before: Document, outcome: Outc
         example(counts["examples"], f"dropped {outcome.reason}", before, outcome.detail, outcome.measures)
     for what, number in outcome.counts.items():
         counts["counts"][what] = counts["counts"].get(what, 0) + number
+    histograms, side = counts["histograms"], 0 if kept else 1
     for measure, value in outcome.measures.items():
-        bins = counts["histograms"].setdefault(measure, {})
-        bins.setdefault(f"{rounded(value):.6g}", [0, 0])[0 if kept else 1] += 1
+        if (bins := histograms.get(measure)) is None:
+            bins = histograms[measure] = {}
+        if (pair := bins.get(name_of_bin := f"{rounded(value):.6g}")) is None:
+            pair = bins[name_of_bin] = [0, 0]
+        pair[side] += 1
     if kept and stage.thresholds:
         for measure in narrow(stage, outcome.measures):
             example(counts["examples"], f"kept {measure}", before, "", outcome.measures)
@@ -58,12 +63,16 @@ def count(tally: Tally, name: str, stage: Stage, before: Document, outcome: Outc
 
 def narrow(stage: Stage, measures: dict[str, float]) -> list[str]:
     """Lists the measures whose value is within a tenth of one of the measure's thresholds."""
-    candidates = []
+    near = list[str]()
     for measure, fields in stage.thresholds.items():
-        limits = [v for v in (getattr(stage, f, None) for f in fields) if isinstance(v, int | float) and not isinstance(v, bool)]
-        if measure in measures and any(abs(measures[measure] - v) <= NEAR * abs(v) for v in limits):
-            candidates.append(measure)
-    return candidates
+        if (value := measures.get(measure)) is None:
+            continue
+        for field in fields:
+            limit: Any = getattr(stage, field, None)
+            if type(limit) in (int, float) and abs(value - limit) <= NEAR * abs(limit):
+                near.append(measure)
+                break
+    return near
 
 
 def rounded(value: float) -> float:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,8 @@ Shards = dict[str, tuple[int, int]]  # bucket -> (number of its first shard amon
 class ImageSource:
     """Reads the images of an input in Ray's workers. Each part of the input is the description of a reading task
     (`planning.task_of`)."""
+
+    by_text: ClassVar[bool] = False
 
     input: str
     columns: ImageColumns

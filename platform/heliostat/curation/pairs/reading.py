@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from heliostat.curation import readers
 from heliostat.curation.encodings import decode
@@ -36,6 +37,8 @@ class Least:
 @dataclass(frozen=True)
 class PairSource(TextSource):
     """Reads the pairs of an input. Each pair is a document, with the query as a column."""
+
+    by_text: ClassVar[bool] = False  # a stage may change the query
 
     query_column: str
     least: Least

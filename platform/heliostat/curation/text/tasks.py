@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, ClassVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +43,8 @@ LISTED = pa.schema([(name, pa.large_string()) for name in ("id", "reason", "deta
 @dataclass(frozen=True)
 class TextSource:
     """Reads parts of a text input in a Ray task."""
+
+    by_text: ClassVar[bool] = True
 
     input: str
     rules: documents.TextRules

@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
 FORM = {"compression": "zstd", "use_dictionary": False, "write_statistics": ["document"], "write_page_checksum": True}
 # shares of all documents, in the order of their hashes, at which a row group ends: so each can be held out exactly
 PARTS = [digit / 10**places for places in (4, 3, 2, 1) for digit in (1, 2, 5)]
-TOGETHER = 1024  # documents whose tokens are counted at once
+TOGETHER = 1 << 18  # tokens that are counted at once
 BATCH_CHARS = 1 << 16  # characters per call of the tokenizer: the encodings take thirty times as much memory
 
 
@@ -95,12 +95,16 @@ def _by_stretches(known: stretches.Stretches, texts: list[str]) -> list[bytes]:
 
 
 def counted(encoded: list[np.ndarray], vocab_size: int) -> np.ndarray:
-    """Counts the occurrences of each token, int64 [vocab_size]. Processes a few documents at a time, because numpy copies the
-    input."""
-    counts = np.zeros(vocab_size, np.int64)
-    for start in range(0, len(encoded), TOGETHER):
-        counts += np.bincount(np.concatenate(encoded[start : start + TOGETHER]), minlength=vocab_size)
-    return counts
+    """Counts the occurrences of each token, int64 [vocab_size]. Counts at most 2 * TOGETHER tokens at a time, because numpy
+    copies them as int64."""
+    counts, waiting, size = np.zeros(vocab_size, np.int64), list[np.ndarray](), 0
+    for part in (ids[at : at + TOGETHER] for ids in encoded for at in range(0, len(ids), TOGETHER)):
+        waiting.append(part)
+        size += len(part)
+        if size >= TOGETHER:
+            counts += np.bincount(np.concatenate(waiting), minlength=vocab_size)
+            waiting, size = [], 0
+    return counts + np.bincount(np.concatenate(waiting), minlength=vocab_size) if waiting else counts
 
 
 def batches(texts: list[str]) -> Iterator[list[str]]:

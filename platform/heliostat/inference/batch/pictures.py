@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from heliostat.curation import pieces
 from heliostat.curation.images import planning, sources
@@ -46,6 +47,8 @@ class Pictures:
 @dataclass(frozen=True)
 class PictureSource:
     """Reads the images of one piece of the input."""
+
+    by_text: ClassVar[bool] = False
 
     input: str
     columns: ImageColumns
