@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 from heliostat.apps.serve.adapters import Adapters
+from heliostat.apps.serve.served import served
+from heliostat.apps.serve.writer import Writer
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.data.dataset import plan
@@ -22,6 +24,7 @@ from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.recipes.loading import load
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage.locations import Location
+from heliostat.training import run
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -104,15 +107,32 @@ def test_plain_libraries_load_both_exports_of_a_language_model(base, tmp_path, m
     assert size < (tmp_path / "merged/model.safetensors").stat().st_size / 2
 
 
-def test_the_endpoint_serves_an_exported_adapter_on_the_base(base, tmp_path):
-    checkpoint = saved(text_job(base, "rslora", **{"model.adapter.targets": ["q_proj", "down_proj"]}), tmp_path / "run")
+@pytest.mark.parametrize("method", ["rslora", "dora"])
+def test_the_endpoint_serves_an_exported_adapter_on_the_base(base, tmp_path, method):
+    checkpoint = saved(text_job(base, method, **{"model.adapter.targets": ["q_proj", "down_proj"]}), tmp_path / "run")
     export(checkpoint, tmp_path / "adapter", adapter=True)
     loaded = LoadedModel(base)
-    served = Adapters(loaded.model.float(), {"mine": str(tmp_path / "adapter")})
-    with served.using(["mine", None]):
+    attached = Adapters(loaded.model.float(), {"mine": str(tmp_path / "adapter")})
+    with attached.using(["mine", None]):
         both = logits(loaded.model)
     torch.testing.assert_close(both[0], logits(trained(checkpoint))[0], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(both[1], logits(loaded.model)[1])
+
+
+def test_an_adapter_is_not_served_on_another_base(base, tmp_path):
+    """The error names both bases, before a replica starts, and again in a replica whose alias has moved."""
+    export(saved(text_job(base), tmp_path / "run"), tmp_path / "adapter", adapter=True)
+    other = shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(base / "model.safetensors")
+    save_file({n: t + 1 if n == "model.norm.weight" else t for n, t in tensors.items()}, other / "model.safetensors")
+    digests = [adapters.weights_digest(folder) for folder in (base, other)]
+    named = f"mine: .*base {str(base)!r} .digest {digests[0]}.*{str(other)!r} .digest {digests[1]}"
+    asked = [f"mine={tmp_path / 'adapter'}"]
+    assert served(str(base), "", None, None, None).with_adapters(asked).kind() == "text"
+    with pytest.raises(ConfigError, match=named):
+        served(str(other), "", None, None, None).with_adapters(asked).kind()
+    with pytest.raises(ConfigError, match=named):
+        Writer(other, 1, {"mine": str(tmp_path / "adapter")})
 
 
 def test_in_bf16_the_difference_is_that_of_rounding(base, tmp_path):
@@ -130,6 +150,33 @@ def test_a_wrong_export_is_deleted(base, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"not exported, because the outputs of the files differ from the trained model's"):
         export(checkpoint, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+CHANGES = [
+    ({"method": "rslora"}, "method: the run's checkpoint has lora, got rslora. Set it to lora"),
+    ({"rank": 8}, "rank: the run's checkpoint has 4, got 8. Set it to 4"),
+    ({"alpha": 7.0}, "alpha: the run's checkpoint has 6, got 7. Set it to 6"),
+    ({"alpha": None}, "alpha: the run's checkpoint has 6, got 4. Set it to 6"),
+    ({"targets": ["q_proj"]}, r"targets: the run's checkpoint has all-linear, got \['q_proj'\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGES)
+def test_a_run_resumes_only_with_its_own_adapter(base, tmp_path, change, said):
+    """Otherwise a changed scale would load silently, and change the model."""
+    made = text_job(base)
+    checkpoint, adapter = saved(made, tmp_path / "run"), made.model["adapter"]
+    assert run._settled(text_job(base, **{"model.adapter": {**adapter, "targets": "all-linear"}}), checkpoint)
+    with pytest.raises(ConfigError, match=rf"^model\.adapter\.{said}.* or use another name for the run$"):
+        run._settled(text_job(base, **{"model.adapter": {**adapter, **change}}), checkpoint)
+
+
+def test_a_run_gains_and_loses_no_adapter_on_resume(base, tmp_path):
+    made, whole = text_job(base), text_job(base, model={"pretrained": str(base)})
+    with pytest.raises(ConfigError, match=r"^model\.adapter: the run's checkpoint trained one\. Set it to {'method': 'lora'"):
+        run._settled(whole, saved(made, tmp_path / "one"))
+    with pytest.raises(ConfigError, match=r"^model\.adapter: the run's checkpoint trained no adapter\. Remove this key"):
+        adapters.require_resumable(made.model, whole.model)
 
 
 def test_an_export_that_the_libraries_cannot_load_is_deleted(base, tmp_path, monkeypatch):
@@ -233,3 +280,13 @@ def test_plain_diffusers_loads_both_exports_of_a_pipeline(pictures, tmp_path, me
         one, other = (p.unet(noisy, 7, encoder_hidden_states=text).sample for p in (pipeline, plain))
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert TextToImage.exported(tmp_path / "merged", checkpoint.job.model).keys() == {"backbone", "text", "autoencoder"}
+
+
+def test_a_run_of_images_resumes_only_with_its_own_adapter(pictures, tmp_path):
+    made = image_job(pictures, "lora")
+    checkpoint, reordered = saved(made, tmp_path / "run"), ["to_v", "to_q", "to_out.0"]
+    model = {**made.model, "adapter": {**made.model["adapter"], "targets": reordered}}
+    assert run._settled(made.model_copy(update={"model": model}), checkpoint)
+    changed = made.model_copy(update={"model": {**model, "adapter": {**model["adapter"], "alpha": 2.0}}})
+    with pytest.raises(ConfigError, match=r"^model\.adapter\.alpha: the run's checkpoint has 5, got 2"):
+        run._settled(changed, checkpoint)

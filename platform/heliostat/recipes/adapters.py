@@ -87,6 +87,12 @@ class Adapter(Strict):
         """Returns alpha, which is the rank if the job doesn't set it."""
         return self.rank if self.alpha is None else int(self.alpha) if self.alpha.is_integer() else self.alpha
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """Returns the settings that determine the model, by key. Equal models have equal settings."""
+        targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
+        return {"method": self.method, "rank": self.rank, "alpha": self.strength, "targets": targets}
+
 
 def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrained") -> Adapter | None:
     """Reads `model.adapter`. `key`: of the base. Raises ConfigError without a pretrained model, or without peft."""
@@ -96,6 +102,24 @@ def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrai
         raise ConfigError(f"model.{KEY}: needs a pretrained model as its base. Set {key}, or remove this key")
     extras.require("adapters", "peft", what=f"model.{KEY}")
     return validate(Adapter, model[KEY], f"model.{KEY}")
+
+
+def require_resumable(model: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless the section `model` of a job has the adapter of the run's checkpoint. `recorded`: the section
+    `model` of the job in the checkpoint."""
+    now, before = (section.get(KEY) for section in (model, recorded))
+    fix = "or use another name for the run"
+    if (now is None) != (before is None):
+        has = "trained no adapter. Remove this key" if before is None else f"trained one. Set it to {before}"
+        raise ConfigError(f"model.{KEY}: the run's checkpoint {has}, {fix}")
+    if now is None:
+        return
+    wanted, saved = (Adapter.model_validate(section).settings for section in (now, before))
+    for key, value in wanted.items():
+        if value != saved[key]:
+            raise ConfigError(
+                f"model.{KEY}.{key}: the run's checkpoint has {saved[key]}, got {value}. Set it to {saved[key]}, {fix}"
+            )
 
 
 class Adapts(ABC):
