@@ -58,7 +58,10 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
             f"recipe: --numerics runs models of up to {LARGEST:,} parameters, and this model has {size:,}. heliostat can "
             f"shrink only models of CausalLM. Make this model smaller with --set model.KEY=VALUE"
         )
-    return SmallTrial(small, recipe, f"the model, reduced from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
+    reduced = _cut(recipe, job)
+    if recipe.adapter:
+        _keep_base(recipe, folder / "base")
+    return SmallTrial(small, recipe, f"the model, reduced from {size:,} to {reduced:,} parameters{left_out(job)}")
 
 
 def left_out(job: Job) -> str:
@@ -151,6 +154,15 @@ def _cut(recipe: CausalLM, job: Job) -> int:
     raise ConfigError(
         f"model: can't make a small model of {whole.model_type!r} for --numerics. Set a smaller size with --set model.KEY=VALUE"
     )
+
+
+def _keep_base(recipe: CausalLM, folder: Path) -> None:
+    """Writes a reduced base with random weights, on which the recipe trains its adapter. A checkpoint names this base."""
+    plain = unaided(recipe)
+    assert isinstance(plain, CausalLM)
+    plain.adapter = None
+    plain.build().save_pretrained(folder)
+    recipe.pretrained = str(folder)
 
 
 def _fold(recipe: CausalLM, vocabulary: int) -> None:
