@@ -4,7 +4,7 @@ checkpoints contain only the adapter."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,11 @@ class Case:
     precision: str = "fp32"
     thrifty: bool = False  # tiled loss, checkpointed activations, an average of the weights
     images: bool = False  # a U-Net on digits, with a frozen text encoder
+    packed: bool = False  # the base in 4 bits
 
     def __str__(self) -> str:
         more = f"-{self.precision}" * (self.precision != "fp32") + "-thrifty" * self.thrifty + "-images" * self.images
+        more += "-nf4" * self.packed
         return f"{self.method}-zero{self.stage}-{self.workers}{more}"
 
 
@@ -56,13 +58,15 @@ SAVED_BY = layouts.in_rings((
     [Case(1, 1, precision="bf16"), Case(3, 2, precision="bf16")],
     [Case(1, 1, thrifty=True), Case(3, 2, thrifty=True)],
     [Case(0, 1, images=True), Case(3, 2, images=True)],
+    [Case(0, 1, packed=True), Case(2, 2, packed=True), Case(1, 2, packed=True)],
+    [Case(0, 1, packed=True, images=True), Case(2, 2, packed=True, images=True)],
 ))  # fmt: skip
 FEW = Case(3, 2), Case(3, 2, "dora")
-PLAIN = {"lora": (0, 1, 2, 3), "dora": (0, 3), "rslora": (1,)}  # stages whose gradients are compared with a plain loop
+PLAIN = {"lora": (0, 1, 2, 3), "dora": (0, 3), "rslora": (1,), "nf4": (0, 1, 2)}  # stages that are compared with a plain loop
 
 
 def _first(case: Case) -> Case:
-    return Case(1 if case.precision == "bf16" or case.thrifty else 0, 1, case.method, case.precision, case.thrifty, case.images)
+    return replace(case, stage=1 if case.precision == "bf16" or case.thrifty else 0, workers=1)
 
 
 def _base(folder: Path) -> Path:
@@ -76,7 +80,7 @@ def _base(folder: Path) -> Path:
 
 
 def _job(case: Case, folder: Path) -> Job:
-    model = {"pretrained": str(folder / "base"), "adapter": {"method": case.method, "rank": 4, "alpha": 6.0}}
+    model = {"pretrained": str(folder / "base"), "adapter": {"method": case.method, "rank": 4, "alpha": 6.0, **_bits(case)}}
     changes: dict[str, Any] = {"model": model, "workers.count": case.workers, "train.zero.stage": case.stage}
     changes |= {"train.precision": case.precision, "train.deepspeed": layouts.SMALL_STAYS_DIVIDED}
     if case.images:
@@ -87,8 +91,12 @@ def _job(case: Case, folder: Path) -> Job:
     return layouts.described(case, folder, **{**changes, "train.optimizer.lr": 0.02, "train.optimizer.eps": 1e-8})
 
 
+def _bits(case: Case) -> dict[str, str]:
+    return {"base": "nf4"} if case.packed else {}
+
+
 def _image_model(case: Case, folder: Path) -> dict[str, Any]:
-    adapter = {"method": case.method, "rank": 2, "targets": ["to_q", "to_v", "ff.net.2"]}
+    adapter = {"method": case.method, "rank": 2, "targets": ["to_q", "to_v", "ff.net.2"], **_bits(case)}
     text = {"pretrained": str(folder / "clip"), "length": 8}
     return {"backbone": {"pretrained": str(folder / "unet")}, "text": text, "adapter": adapter}
 
@@ -146,6 +154,7 @@ def plain(made: Job, recipe: CausalLM, content: np.ndarray) -> dict[str, torch.T
     assert recipe.adapter
     own, method = dict(recipe.build().named_parameters()), recipe.adapter.method
     base = AutoModelForCausalLM.from_pretrained(recipe.base(), dtype=torch.float32)
+    adapters.round_base(recipe.adapter, base)
     config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", use_rslora=method == "rslora", use_dora=method == "dora")
     model = get_peft_model(base, config)
     trained = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters() if p.requires_grad}
@@ -164,8 +173,10 @@ def against_peft(group: Any, everyone: Any, place: str) -> Iterator[dict[str, An
     """Yields the largest relative difference between an engine's gradient and that of a plain loop."""
     for method, stages in PLAIN.items():
         for stage in stages:
-            made = _job(Case(stage, dist.get_world_size(), method), Path(place))
-            with layouts._alone(GRID, Case(stage, dist.get_world_size(), method), Path(place)) as one:
+            packed = method == "nf4"
+            case = Case(stage, dist.get_world_size(), "lora" if packed else method, packed=packed)
+            made = _job(case, Path(place))
+            with layouts._alone(GRID, case, Path(place)) as one:
                 content = one.dataset.read(one.dataset.order.locate(one.dataset.order.step(0).ravel()))
                 found: list[dict[str, torch.Tensor]] = []
                 backward = one.engine.backward

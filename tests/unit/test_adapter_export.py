@@ -1,5 +1,6 @@
 """Tests exports of adapters: plain peft, transformers, and diffusers load them, and compute what the trained model computes."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from heliostat.errors import CheckpointError, ConfigError
 from heliostat.inference import adapter_export, post_hoc
 from heliostat.inference.batch.engines import LoadedModel
 from heliostat.inference.export import export
-from heliostat.recipes import adapters, building
+from heliostat.recipes import adapters, building, quantized
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.recipes.loading import load
 from heliostat.recipes.text.causal_lm import CausalLM
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tests.golden import data
 from tests.unit import build_checkpoint, build_images, build_text_to_image
 from tests.unit.build_images import UNET
-from tests.unit.build_job import job
+from tests.unit.build_job import BASE, job
 
 METHODS = ("lora", "rslora", "dora")
 TOKENS = torch.arange(24).view(2, 12) * 5 % 96
@@ -40,8 +41,11 @@ TOKENS = torch.arange(24).view(2, 12) * 5 % 96
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """Returns a folder with a small language model in bf16, and the text that it is trained on."""
-    folder = tmp_path_factory.mktemp("text")
-    recipe = CausalLM(job())
+    return write_base(tmp_path_factory.mktemp("text"))
+
+
+def write_base(folder: Path, **model: int) -> Path:
+    recipe = CausalLM(job(model={**BASE["model"], **model}))
     recipe.bind([read_manifest(Location(str(data.tokens(folder / "causal_lm"))))])
     torch.manual_seed(0)
     recipe.build().to(torch.bfloat16).save_pretrained(folder / "base")
@@ -49,8 +53,8 @@ def base(tmp_path_factory) -> Path:
     return folder / "base"
 
 
-def text_job(base: Path, method: str = "lora", **changes) -> Job:
-    model = {"pretrained": str(base), "adapter": {"method": method, "rank": 4, "alpha": 6.0}}
+def text_job(base: Path, method: str = "lora", bits: dict[str, str] | None = None, **changes) -> Job:
+    model = {"pretrained": str(base), "adapter": {"method": method, "rank": 4, "alpha": 6.0, **(bits or {})}}
     sources = [{"path": str(base.parent / "causal_lm")}]
     return job(**{"model": model, "data.sources": sources, "train.precision": "fp32", "data.sequence_length": 32, **changes})
 
@@ -135,6 +139,38 @@ def test_an_adapter_is_not_served_on_another_base(base, tmp_path):
         Writer(other, 1, {"mine": str(tmp_path / "adapter")})
 
 
+def test_an_adapter_of_a_base_in_4_bits_is_exported_with_the_numbers_that_it_was_trained_on(base, tmp_path, caplog):
+    """Merged, the base has the rounded numbers. As an adapter, peft loads it on a base that is rounded in the same way."""
+    checkpoint = saved(text_job(base, bits={"base": "nf4"}), tmp_path / "run")
+    right = logits(trained(checkpoint))
+    export(checkpoint, tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), right, atol=2e-5, rtol=1e-4)
+    export(checkpoint, tmp_path / "adapter", adapter=True)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    unrounded = logits(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "adapter").eval())
+    quantized.round_all(plain, adapters.linear_layers(plain))
+    adapted = logits(PeftModel.from_pretrained(plain, tmp_path / "adapter").eval())
+    torch.testing.assert_close(adapted, right, atol=2e-5, rtol=1e-4)
+    assert (unrounded - right).abs().max() > 1e-3
+    served(str(base), "", None, None, None).with_adapters([f"mine={tmp_path / 'adapter'}"]).kind()
+    assert "mine: was trained on its base in 4 bits (nf4), but the endpoint's base isn't rounded" in caplog.text
+
+
+def test_bitsandbytes_loads_the_base_in_4_bits_and_peft_adds_the_exported_adapter(tmp_path):
+    """On CPUs, bitsandbytes 0.50 computes wrong numbers for layers of 32 or 96 inputs, so this base has 64 and 128."""
+    pytest.importorskip("bitsandbytes")
+    base = write_base(tmp_path, hidden_size=64, intermediate_size=128)
+    checkpoint = saved(text_job(base, bits={"base": "nf4"}), tmp_path / "run")
+    export(checkpoint, tmp_path / "adapter", adapter=True)
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=settings, device_map="cpu"
+    )
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").train()  # for eval(), it would repack and round the scales
+    torch.testing.assert_close(logits(adapted), logits(trained(checkpoint)), atol=2e-5, rtol=1e-4)
+
+
 def test_in_bf16_the_difference_is_that_of_rounding(base, tmp_path):
     checkpoint = saved(text_job(base, **{"train.precision": "bf16"}), tmp_path / "run", 0.1)
     export(checkpoint, tmp_path / "merged")
@@ -157,6 +193,7 @@ CHANGES = [
     ({"rank": 8}, "rank: the run's checkpoint has 4, got 8. Set it to 4"),
     ({"alpha": 7.0}, "alpha: the run's checkpoint has 6, got 7. Set it to 6"),
     ({"alpha": None}, "alpha: the run's checkpoint has 6, got 4. Set it to 6"),
+    ({"base": "nf4"}, "base: the run's checkpoint has None, got nf4"),
     ({"targets": ["q_proj"]}, r"targets: the run's checkpoint has all-linear, got \['q_proj'\]"),
 ]
 
@@ -248,11 +285,11 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-def image_job(folder: Path, method: str) -> Job:
+def image_job(folder: Path, method: str, **bits: str) -> Job:
     model = {
         "backbone": {"pretrained": str(folder / "unet")}, "text": {"pretrained": str(folder / "text"), "length": 8},
         "autoencoder": {"pretrained": str(folder / "vae")},
-        "adapter": {"method": method, "rank": 2, "alpha": 5.0, "targets": ["to_q", "to_v", "to_out.0"]},
+        "adapter": {"method": method, "rank": 2, "alpha": 5.0, "targets": ["to_q", "to_v", "to_out.0"], **bits},
     }  # fmt: skip
     return job(**{**build_images.job(folder / "digits"), "model": model, "train.precision": "fp32"})
 
@@ -280,6 +317,18 @@ def test_plain_diffusers_loads_both_exports_of_a_pipeline(pictures, tmp_path, me
         one, other = (p.unet(noisy, 7, encoder_hidden_states=text).sample for p in (pipeline, plain))
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert TextToImage.exported(tmp_path / "merged", checkpoint.job.model).keys() == {"backbone", "text", "autoencoder"}
+
+
+def test_an_adapter_of_a_backbone_in_4_bits_is_exported_with_the_numbers_that_it_was_trained_on(pictures, tmp_path):
+    checkpoint = saved(image_job(pictures, "lora", base="nf4"), tmp_path / "run", 2.0)
+    model = trained(checkpoint)
+    assert len(quantized.layers_of(model)) > 4
+    recipe = load(checkpoint.job, [read_manifest(location) for location in checkpoint.job.sources])
+    for adapter in (True, False):
+        export(checkpoint, tmp_path / str(adapter), adapter=adapter)
+        with torch.no_grad():
+            again = recipe.answer(recipe.reload(tmp_path / str(adapter), adapter).eval())
+            torch.testing.assert_close(again, recipe.answer(model), atol=2e-5, rtol=1e-4)
 
 
 def test_a_run_of_images_resumes_only_with_its_own_adapter(pictures, tmp_path):

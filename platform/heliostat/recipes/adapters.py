@@ -10,8 +10,9 @@ For a linear layer with weight W [out, in], an adapter trains A [rank, in] and B
 - `rslora` computes W x + alpha / sqrt(rank) B A x (Kalajdzievski 2023, arXiv 2312.03732);
 - `dora` also trains the norm of each row of W + alpha / rank B A (Liu et al. 2024, arXiv 2402.09353).
 
-The base (all other parameters) is in no gradient, optimizer state, average, or checkpoint. A checkpoint records the base's
-digest. The first A depends only on `train.seed` and the layer's name, so it is the same at every ZeRO stage. The first B is zero.
+The base (all other parameters) is in no gradient, optimizer state, average, or checkpoint. With `base: nf4`, the base's linear
+layers are in 4 bits (`recipes.quantized`). A checkpoint records the base's digest. The first A depends only on `train.seed` and
+the layer's name, so it is the same at every ZeRO stage. The first B is zero.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from heliostat import extras
 from heliostat.errors import CheckpointError, ConfigError
@@ -60,6 +61,14 @@ class Adapter(Strict):
     targets: str | list[str] = ALL
     """Linear layers that get an adapter: `all-linear` (all except the output head), or the ends of layer names, such as
     `[q_proj, v_proj]`."""
+    base: Literal["nf4"] | None = None
+    """`nf4`: stores the base's linear layers, except the output head, in 4 bits (QLoRA). Unset: in the precision of training."""
+
+    @model_validator(mode="after")
+    def _suits_its_base(self) -> Adapter:
+        if self.base and self.method == "dora":
+            raise ValueError("dora needs complete weights, so it isn't supported with base: nf4. Set method to lora or rslora")
+        return self
 
     @field_validator("dropout")
     @classmethod
@@ -91,7 +100,7 @@ class Adapter(Strict):
     def settings(self) -> dict[str, object]:
         """Returns the settings that determine the model, by key. Equal models have equal settings."""
         targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
-        return {"method": self.method, "rank": self.rank, "alpha": self.strength, "targets": targets}
+        return {"method": self.method, "rank": self.rank, "alpha": self.strength, "targets": targets, "base": self.base}
 
 
 def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrained") -> Adapter | None:
@@ -102,6 +111,15 @@ def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrai
         raise ConfigError(f"model.{KEY}: needs a pretrained model as its base. Set {key}, or remove this key")
     extras.require("adapters", "peft", what=f"model.{KEY}")
     return validate(Adapter, model[KEY], f"model.{KEY}")
+
+
+def require_stage(adapter: Adapter | None, stage: int) -> None:
+    """Raises ConfigError if the base is in 4 bits at ZeRO stage 3, which shards only floating-point weights."""
+    if adapter and adapter.base and stage > 2:
+        raise ConfigError(
+            f"train.zero.stage: {stage} isn't supported with model.{KEY}.base {adapter.base!r}, because ZeRO-3 can't shard 4-bit "
+            f"weights. Set it to 2, or remove model.{KEY}.base"
+        )
 
 
 def require_resumable(model: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
@@ -248,9 +266,11 @@ def add(adapter: Adapter, model: torch.nn.Module, seed: int, precision: str) -> 
     """
     from peft import inject_adapter_in_model
 
-    from heliostat.recipes import weightless
+    from heliostat.recipes import quantized, weightless
 
     layers = chosen(adapter, model)
+    if adapter.base:
+        quantized.replace(model, linear_layers(model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.of_base = True  # type: ignore[attr-defined]
@@ -266,6 +286,14 @@ def add(adapter: Adapter, model: torch.nn.Module, seed: int, precision: str) -> 
             weightless.starts_as(magnitude, partial(_norms, precision), layer.get_base_layer().weight)
     for parameter in model.parameters():
         parameter.requires_grad_(not is_base(parameter))
+
+
+def round_base(adapter: Adapter | None, model: torch.nn.Module) -> None:
+    """Rounds the weights of a base without adapters to the numbers that the run trained on."""
+    from heliostat.recipes import quantized
+
+    if adapter and adapter.base:
+        quantized.round_all(model, linear_layers(model))
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -324,19 +352,30 @@ def layers_of(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 def merged(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
     """Returns the tensors of a model without adapters that computes the same: W + scale B A in place of each W, and for `dora`
-    each row scaled to its trained norm."""
+    each row scaled to its trained norm. A weight in 4 bits becomes the numbers that it represents."""
+    tensors = {}
+    for name, weight in _base_weights(adapter, shapes).items():
+        layer, inside, own = name.rpartition(f".{BASE}.")
+        if inside and own == "weight":
+            parts = [DOWN, UP, MAGNITUDE][: 3 if adapter.method == "dora" else 2]
+            make = partial(merge_restored if weight.make else merge, adapter.scale)
+            weight = Weight((*weight.sources, *(f"{layer}.{part}" for part in parts)), weight.shape, make)
+        tensors[f"{layer}.{own}" if inside else name] = weight
+    return tensors
+
+
+def _base_weights(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
+    """Returns the tensors of the base by their names in the model, without the matrices of the adapter."""
+    from heliostat.recipes import quantized
+
     tensors = {}
     for name, shape in shapes.items():
-        layer, inside, own = name.rpartition(f".{BASE}.")
-        if not inside:
-            if not any(name.endswith(f".{each}") for each in SHORT):
-                tensors[name] = Weight((name,), shape)
-        elif own == "weight":
-            parts = [DOWN, UP, MAGNITUDE][: 3 if adapter.method == "dora" else 2]
-            sources = (name, *(f"{layer}.{part}" for part in parts))
-            tensors[f"{layer}.weight"] = Weight(sources, shape, partial(merge, adapter.scale))
-        else:
-            tensors[f"{layer}.{own}"] = Weight((name,), shape)
+        owner, _, own = name.rpartition(".")
+        if adapter.base and own == quantized.PACKED:
+            sources = (name, f"{owner}.{quantized.SCALES}")
+            tensors[f"{owner}.weight"] = Weight(sources, (shape[0], 2 * shape[1]), quantized.restored)
+        elif not (adapter.base and own == quantized.SCALES) and not any(name.endswith(f".{each}") for each in SHORT):
+            tensors[name] = Weight((name,), shape)
     return tensors
 
 
@@ -346,3 +385,12 @@ def merge(
     """Computes the weight of a layer with its adapter, fp32 [out, in]."""
     changed = weight + scale * (up @ down)
     return changed if magnitude is None else changed * (magnitude / changed.norm(dim=1)).unsqueeze(1)
+
+
+def merge_restored(
+    scale: float, packed: torch.Tensor, scale_bytes: torch.Tensor, down: torch.Tensor, up: torch.Tensor
+) -> torch.Tensor:
+    """Computes the weight of a layer with its adapter, fp32 [out, in], from a weight in 4 bits."""
+    from heliostat.recipes import quantized
+
+    return merge(scale, quantized.restored(packed, scale_bytes), down, up)

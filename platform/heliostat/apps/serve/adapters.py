@@ -10,6 +10,7 @@ the setting would give a different model.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS = Format(dict[str, Any], "configuration of an adapter", ConfigError)
+log = logging.getLogger(__name__)
+
 ORIGIN = Format(dict[str, Any], "origin of an adapter", ConfigError)
 KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB](?=\.weight)|lora_magnitude_vector)(?:\.weight)?")
 DOWN, UP, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
@@ -94,6 +97,11 @@ def require_base(name: str, folder: Path, model: Path) -> None:
             f"--adapter: {name}: {folder}: was trained on the base {origin.get('base')!r} (digest {base}), but the served model "
             f"is {files.shown(model)!r} (digest {digest}). Serve this base, or the merged model (model export --merge)"
         )
+    if kind := origin.get("base_format"):
+        log.warning(
+            "--adapter: %s: was trained on its base in 4 bits (%s), but the endpoint's base isn't rounded, so answers differ "
+            "from the trained model's. To serve the trained model, merge the adapter: heliostat model export --merge", name, kind
+        )  # fmt: skip
 
 
 class Adapters:

@@ -41,6 +41,7 @@ class AdaptedImages(Adapts, Exports):
             )
         if not self.model.frozen_text:
             raise ConfigError("model.text: the text encoder must be frozen with model.adapter. Set model.text.pretrained")
+        adapters.require_stage(self.adapter, self.job.train.zero.stage)
         adapters.chosen(self.adapter, self._plain_backbone())
 
     def _plain_backbone(self) -> Any:
@@ -76,6 +77,7 @@ class AdaptedImages(Adapts, Exports):
         _, family = config.backbone_family(self.model.backbone)
         backbone = family.cls.from_pretrained(self.base() if adapter else folder / self.parts.name, torch_dtype=torch.float32)
         if adapter:
+            adapters.round_base(self.adapter, backbone)
             backbone.load_lora_adapter(folder, prefix=self.parts.name, weight_name=f"{WEIGHTS}.safetensors")
         return Denoiser(self.parts.name, backbone, None)
 

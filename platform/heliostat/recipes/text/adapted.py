@@ -51,6 +51,7 @@ class AdaptedText(Adapts, Exports):
                     f"{key}: not supported with model.adapter, because it changes layers of the base. Remove this key, or remove "
                     "model.adapter"
                 )
+        adapters.require_stage(self.adapter, train.zero.stage)
         with torch.device("meta"):
             adapters.chosen(self.adapter, AutoModelForCausalLM.from_config(self.config))
 
@@ -83,6 +84,7 @@ class AdaptedText(Adapts, Exports):
         if not adapter:
             return generator.whole("model", folder, dtype=torch.float32)
         base = generator.whole("model.pretrained", self.base(), config=self.config, dtype=torch.float32)
+        adapters.round_base(self.adapter, base)
         return PeftModel.from_pretrained(base, folder)
 
     def answer(self, model: torch.nn.Module) -> torch.Tensor:
