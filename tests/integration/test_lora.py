@@ -19,6 +19,7 @@ import yaml
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.data.manifest import read as read_manifest
+from heliostat.engine import sharded_state
 from heliostat.errors import CheckpointError
 from heliostat.numerics import play
 from heliostat.recipes import adapters
@@ -205,6 +206,48 @@ def test_gradients_equal_those_of_a_plain_loop_with_peft(tmp_path: Path) -> None
     told = ranks.run(f"{__name__}:against_peft", (1, 2), str(tmp_path))
     assert len(told) == 3 * sum(map(len, PLAIN.values()))
     assert [row for row in told if not row["worst"] < 1e-6 or row["zero"]] == []
+
+
+# planted faults -------------------------------------------------------------------------------------------------------
+
+
+def spoiled(fault: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a save would contain if it read the parameters of ZeRO-3 without gathering them, or lost some."""
+    adapter = {name: shard for name, shard in tensors.items() if name.startswith("master.")}
+    return tensors | {
+        "empty": {name: sharded_state.FlatShard(shard.local[:0], 0, 0) for name, shard in adapter.items()},
+        "zeros": {name: shard.holding(torch.zeros_like(shard.local)) for name, shard in adapter.items()},
+        "no B": {n: sharded_state.FlatShard(s.local[:0], 0, 0) for n, s in adapter.items() if n.endswith(adapters.UP)},
+        "none": {},
+    }[fault]  # fmt: skip
+
+
+def spoiled_saves(group: Any, everyone: Any, place: str) -> Iterator[dict[str, Any]]:
+    with layouts._alone(GRID, Case(3, 2), Path(place)) as one:
+        one.losses(0, 1)
+        tensors = one.state.tensors
+        for fault in ("empty", "zeros", "no B", "none"):
+            one.state.tensors = lambda whole=False, fault=fault: spoiled(fault, tensors(whole))  # type: ignore[method-assign]
+            try:
+                one.save(1)
+                said = ""
+            except CheckpointError as e:
+                said = str(e)
+            found = layout.latest(one.job.run_folder)
+            yield {"fault": fault, "said": said, "step": found and found.step}
+
+
+@pytest.mark.ci
+def test_an_adapter_that_is_saved_empty_at_zero_3_is_no_checkpoint(tmp_path: Path) -> None:
+    data.tokens(tmp_path / "causal_lm")
+    _base(tmp_path)
+    rows = ranks.run(f"{__name__}:spoiled_saves", (2,), str(tmp_path))
+    assert len(rows) == 8
+    for row in rows:
+        if row["fault"] == "none":
+            assert (row["said"], row["step"]) == ("", 1)
+        else:
+            assert "all its values are zero or missing" in row["said"] and row["step"] is None, row
 
 
 # a run ----------------------------------------------------------------------------------------------------------------

@@ -175,11 +175,11 @@ class Adapts(ABC):
 
 @dataclass(frozen=True)
 class AdapterBase:
-    """Describes the frozen base of a run: its folder. `started`: names of the trained parameters that are never all zero.
-    `state`: the sizes and times of the folder's files when the model was built."""
+    """Describes the frozen base of a run: its folder. `trained`: names of the trained parameters, and whether each can
+    be all zero. `state`: the sizes and times of the folder's files when the model was built."""
 
     folder: Path
-    started: frozenset[str]
+    trained: Mapping[str, bool]
     state: tuple[tuple[str, int, int], ...]
 
     @cached_property
@@ -198,8 +198,8 @@ def base_of(recipe: Recipe, model: torch.nn.Module) -> AdapterBase | None:
     """Returns the base of a model that trains an adapter; None if the model trains all its weights."""
     if not isinstance(recipe, Adapts) or recipe.adapter is None:
         return None
-    started = frozenset(n for n, p in model.named_parameters() if p.requires_grad and not n.endswith(UP))
-    return AdapterBase(recipe.base(), started, weights_state(recipe.base()))
+    trained = {name: name.endswith(UP) for name, p in model.named_parameters() if p.requires_grad}
+    return AdapterBase(recipe.base(), trained, weights_state(recipe.base()))
 
 
 def is_base(parameter: torch.Tensor) -> bool:
