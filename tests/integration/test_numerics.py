@@ -73,6 +73,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "rslora-1": {"train.zero.stage": 1, "data.document_mask": True, "train.attention": "eager"},
     "dora-2": {"train.zero.stage": 2, "train.activation_checkpointing": True, "train.attention": "sdpa"},
     "lora-3": {"train.zero.stage": 3, "data.document_mask": True, "train.tiled_loss": True, "train.micro_batch_size": 4},
+    "lora-2": {"train.zero.stage": 2, "model.adapter.base": "nf4", "data.document_mask": True},
     "dora-3": {"train.zero.stage": 3, "train.micro_batch_size": 1, "train.precision": "bf16"},
 }
 

@@ -20,7 +20,7 @@ from heliostat.errors import CheckpointError, ConfigError
 from heliostat.inference import adapter_export, post_hoc
 from heliostat.inference.batch.engines import LoadedModel
 from heliostat.inference.export import export
-from heliostat.recipes import adapters, building, quantized
+from heliostat.recipes import adapter_tensors, adapters, building, quantized
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.recipes.loading import load
 from heliostat.recipes.text.causal_lm import CausalLM
@@ -182,7 +182,7 @@ def test_in_bf16_the_difference_is_that_of_rounding(base, tmp_path):
 
 def test_a_wrong_export_is_deleted(base, tmp_path, monkeypatch):
     checkpoint = saved(text_job(base), tmp_path / "run")
-    monkeypatch.setattr(adapters, "merge", lambda scale, weight, down, up, magnitude=None: weight - scale * (up @ down))
+    monkeypatch.setattr(adapter_tensors, "merge", lambda scale, weight, down, up, magnitude=None: weight - scale * (up @ down))
     with pytest.raises(CheckpointError, match=r"not exported, because the outputs of the files differ from the trained model's"):
         export(checkpoint, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -193,7 +193,7 @@ CHANGES = [
     ({"rank": 8}, "rank: the run's checkpoint has 4, got 8. Set it to 4"),
     ({"alpha": 7.0}, "alpha: the run's checkpoint has 6, got 7. Set it to 6"),
     ({"alpha": None}, "alpha: the run's checkpoint has 6, got 4. Set it to 6"),
-    ({"base": "nf4"}, "base: the run's checkpoint has None, got nf4"),
+    ({"base": "nf4"}, "base: the run's checkpoint has none, got nf4. Remove it"),
     ({"targets": ["q_proj"]}, r"targets: the run's checkpoint has all-linear, got \['q_proj'\]"),
 ]
 

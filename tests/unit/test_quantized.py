@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 from heliostat.errors import ConfigError
-from heliostat.plan import model_stats
+from heliostat.numerics import small
+from heliostat.plan import layouts, model_stats
 from heliostat.recipes import adapters, building, quantized, weightless
 from heliostat.recipes.text.causal_lm import CausalLM
 from peft import LoraConfig, get_peft_model
@@ -117,3 +118,10 @@ def test_what_4_bits_do_not_support_is_rejected(base):
     with pytest.raises(ConfigError, match=r"^train\.zero\.stage: 3 isn't supported with model\.adapter\.base 'nf4'.*Set it to 2"):
         recipe(base, **{"train.zero.stage": 3}).probe()
     recipe(base, **{"train.zero.stage": 2}).probe()
+
+
+def test_neither_the_ranking_of_the_plan_nor_the_numerics_check_chooses_stage_3(base):
+    made = {bits: recipe(base, {"base": bits}, **{"train.zero.stage": 2}).job for bits in (None, "nf4")}
+    stages = {bits: {layout.stage for layout in layouts.candidates(one, 1)} for bits, one in made.items()}
+    assert stages == {None: {0, 1, 2, 3}, "nf4": {0, 1, 2}}
+    assert [small.elsewhere(one).train.zero.stage for one in made.values()] == [3, 1]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -113,6 +113,11 @@ def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrai
     return validate(Adapter, model[KEY], f"model.{KEY}")
 
 
+def in_4_bits(model: Mapping[str, Any]) -> bool:
+    """Checks whether the section `model` of a job asks for a base in 4 bits."""
+    return bool((model.get(KEY) or {}).get("base"))
+
+
 def require_stage(adapter: Adapter | None, stage: int) -> None:
     """Raises ConfigError if the base is in 4 bits at ZeRO stage 3, which shards only floating-point weights."""
     if adapter and adapter.base and stage > 2:
@@ -135,9 +140,9 @@ def require_resumable(model: Mapping[str, Any], recorded: Mapping[str, Any]) -> 
     wanted, saved = (Adapter.model_validate(section).settings for section in (now, before))
     for key, value in wanted.items():
         if value != saved[key]:
-            raise ConfigError(
-                f"model.{KEY}.{key}: the run's checkpoint has {saved[key]}, got {value}. Set it to {saved[key]}, {fix}"
-            )
+            before, now = ("none" if each is None else each for each in (saved[key], value))
+            undo = "Remove it" if saved[key] is None else f"Set it to {before}"
+            raise ConfigError(f"model.{KEY}.{key}: the run's checkpoint has {before}, got {now}. {undo}, {fix}")
 
 
 class Adapts(ABC):
@@ -330,67 +335,3 @@ def _norms(precision: str, weight: torch.Tensor) -> torch.Tensor:
     import torch
 
     return weight.to(getattr(torch, DTYPES[precision])).float().norm(dim=1)
-
-
-# exporting ------------------------------------------------------------------------------------------------------------
-
-
-def exported(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], rename: Callable[[str], str]) -> dict[str, Weight]:
-    """Returns the tensors of an adapter's file. `rename`: maps a layer's name in the model to its prefix in the file."""
-    tensors = {}
-    for name, shape in shapes.items():
-        for own, short in SHORT.items():
-            if name.endswith(f".{own}"):
-                tensors[f"{rename(name.removesuffix(f'.{own}'))}.{short}"] = Weight((name,), shape)
-    return tensors
-
-
-def layers_of(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Lists the layers with an adapter, from the names of a model's parameters."""
-    return [name.removesuffix(f".{DOWN}") for name in shapes if name.endswith(f".{DOWN}")]
-
-
-def merged(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
-    """Returns the tensors of a model without adapters that computes the same: W + scale B A in place of each W, and for `dora`
-    each row scaled to its trained norm. A weight in 4 bits becomes the numbers that it represents."""
-    tensors = {}
-    for name, weight in _base_weights(adapter, shapes).items():
-        layer, inside, own = name.rpartition(f".{BASE}.")
-        if inside and own == "weight":
-            parts = [DOWN, UP, MAGNITUDE][: 3 if adapter.method == "dora" else 2]
-            make = partial(merge_restored if weight.make else merge, adapter.scale)
-            weight = Weight((*weight.sources, *(f"{layer}.{part}" for part in parts)), weight.shape, make)
-        tensors[f"{layer}.{own}" if inside else name] = weight
-    return tensors
-
-
-def _base_weights(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
-    """Returns the tensors of the base by their names in the model, without the matrices of the adapter."""
-    from heliostat.recipes import quantized
-
-    tensors = {}
-    for name, shape in shapes.items():
-        owner, _, own = name.rpartition(".")
-        if adapter.base and own == quantized.PACKED:
-            sources = (name, f"{owner}.{quantized.SCALES}")
-            tensors[f"{owner}.weight"] = Weight(sources, (shape[0], 2 * shape[1]), quantized.restored)
-        elif not (adapter.base and own == quantized.SCALES) and not any(name.endswith(f".{each}") for each in SHORT):
-            tensors[name] = Weight((name,), shape)
-    return tensors
-
-
-def merge(
-    scale: float, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, magnitude: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Computes the weight of a layer with its adapter, fp32 [out, in]."""
-    changed = weight + scale * (up @ down)
-    return changed if magnitude is None else changed * (magnitude / changed.norm(dim=1)).unsqueeze(1)
-
-
-def merge_restored(
-    scale: float, packed: torch.Tensor, scale_bytes: torch.Tensor, down: torch.Tensor, up: torch.Tensor
-) -> torch.Tensor:
-    """Computes the weight of a layer with its adapter, fp32 [out, in], from a weight in 4 bits."""
-    from heliostat.recipes import quantized
-
-    return merge(scale, quantized.restored(packed, scale_bytes), down, up)

@@ -115,6 +115,12 @@ def layers_of(model: torch.nn.Module) -> dict[str, Nf4Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Nf4Linear)}
 
 
+def count(model: torch.nn.Module) -> int:
+    """Counts a model's weights. A weight in 4 bits counts like any other weight, and scales don't count."""
+    packed = sum(layer.in_features * layer.out_features for layer in layers_of(model).values())
+    return packed + sum(p.numel() for p in model.parameters() if p.is_floating_point())
+
+
 def replace(model: torch.nn.Module, layers: list[str]) -> None:
     """Stores the weights of these linear layers in 4 bits. Layers with an odd number of inputs stay unchanged."""
     for name in layers:

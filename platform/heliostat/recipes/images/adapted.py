@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import adapters
+from heliostat.recipes import adapter_tensors, adapters
 from heliostat.recipes.adapters import Adapts
 from heliostat.recipes.counter_random import normals
 from heliostat.recipes.images import config
@@ -56,12 +56,12 @@ class AdaptedImages(Adapts, Exports):
     def tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
         if self.adapter is None:
             return super().tensors(shapes)
-        merged, prefix = adapters.merged(self.adapter, shapes), f"{self.parts.name}."
+        merged, prefix = adapter_tensors.merged(self.adapter, shapes), f"{self.parts.name}."
         return {self.layout[prefix]: {name.removeprefix(prefix): weight for name, weight in merged.items()}}
 
     def adapter_files(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
         assert self.adapter
-        return {WEIGHTS: adapters.exported(self.adapter, shapes, str)}
+        return {WEIGHTS: adapter_tensors.exported(self.adapter, shapes, str)}
 
     def save_adapter_config(self, folder: Path, layers: list[str]) -> dict[str, str]:
         plain, part = self._plain_backbone(), self.parts.name

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import adapters
+from heliostat.recipes import adapter_tensors, adapters
 from heliostat.recipes.adapters import Adapts
 from heliostat.recipes.protocol import Exports, Weight
 from heliostat.storage.hub import files
@@ -56,11 +56,11 @@ class AdaptedText(Adapts, Exports):
             adapters.chosen(self.adapter, AutoModelForCausalLM.from_config(self.config))
 
     def tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
-        return super().tensors(shapes) if self.adapter is None else {"model": adapters.merged(self.adapter, shapes)}
+        return super().tensors(shapes) if self.adapter is None else {"model": adapter_tensors.merged(self.adapter, shapes)}
 
     def adapter_files(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
         assert self.adapter
-        return {WEIGHTS: adapters.exported(self.adapter, shapes, lambda layer: f"base_model.model.{layer}")}
+        return {WEIGHTS: adapter_tensors.exported(self.adapter, shapes, lambda layer: f"base_model.model.{layer}")}
 
     def save_adapter_config(self, folder: Path, layers: list[str]) -> dict[str, str]:
         import torch
