@@ -20,7 +20,7 @@ from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.data.manifest import read as read_manifest
 from heliostat.engine import sharded_state
-from heliostat.errors import CheckpointError
+from heliostat.errors import CheckpointError, ConfigError
 from heliostat.numerics import play
 from heliostat.recipes import adapters
 from heliostat.recipes.text.causal_lm import CausalLM
@@ -276,6 +276,8 @@ def test_a_run_resumes_in_another_configuration_exports_and_is_served(
     with pytest.raises(CheckpointError, match="this adapter was trained on another base than"):
         train(path, ["workers.count=1"], resume=True)
     weights.write_bytes(kept)
+    with pytest.raises(ConfigError, match=r"^model\.adapter\.alpha: the run's checkpoint has 4, got 9\. Set it to 4"):
+        train(path, ["model.adapter.alpha=9"], resume=True)
     result = train(path, ["workers.count=1", "train.zero.stage=1"], resume=True)
     losses = curve(tracking, result["run_id"])
     assert len(losses) == 20 and losses[-1] < losses[0]
