@@ -63,7 +63,7 @@ test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces 
 	$(BIN)/python -m pytest tests/integration -m slow
 
 # which want a model, an index or a corpus to be named
-WITH_INPUT := curated curation_corpus curation_pages curation_pipeline curation_stages dry_run fim infer infer_chaos minhash_recall planted_pairs retrieval
+WITH_INPUT := adapters curated curation_corpus curation_pages curation_pipeline curation_stages dry_run fim infer infer_chaos minhash_recall planted_pairs retrieval
 # no benchmarks themselves
 SHARED := harness one_process planted_web
 

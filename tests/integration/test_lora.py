@@ -4,7 +4,7 @@ checkpoints contain only the adapter."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import yaml
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.data.manifest import read as read_manifest
-from heliostat.errors import CheckpointError
+from heliostat.engine import sharded_state
+from heliostat.errors import CheckpointError, ConfigError
 from heliostat.numerics import play
 from heliostat.recipes import adapters
 from heliostat.recipes.text.causal_lm import CausalLM
@@ -44,9 +45,11 @@ class Case:
     precision: str = "fp32"
     thrifty: bool = False  # tiled loss, checkpointed activations, an average of the weights
     images: bool = False  # a U-Net on digits, with a frozen text encoder
+    packed: bool = False  # the base in 4 bits
 
     def __str__(self) -> str:
         more = f"-{self.precision}" * (self.precision != "fp32") + "-thrifty" * self.thrifty + "-images" * self.images
+        more += "-nf4" * self.packed
         return f"{self.method}-zero{self.stage}-{self.workers}{more}"
 
 
@@ -56,13 +59,15 @@ SAVED_BY = layouts.in_rings((
     [Case(1, 1, precision="bf16"), Case(3, 2, precision="bf16")],
     [Case(1, 1, thrifty=True), Case(3, 2, thrifty=True)],
     [Case(0, 1, images=True), Case(3, 2, images=True)],
+    [Case(0, 1, packed=True), Case(2, 2, packed=True), Case(1, 2, packed=True)],
+    [Case(0, 1, packed=True, images=True), Case(2, 2, packed=True, images=True)],
 ))  # fmt: skip
 FEW = Case(3, 2), Case(3, 2, "dora")
-PLAIN = {"lora": (0, 1, 2, 3), "dora": (0, 3), "rslora": (1,)}  # stages whose gradients are compared with a plain loop
+PLAIN = {"lora": (0, 1, 2, 3), "dora": (0, 3), "rslora": (1,), "nf4": (0, 1, 2)}  # stages that are compared with a plain loop
 
 
 def _first(case: Case) -> Case:
-    return Case(1 if case.precision == "bf16" or case.thrifty else 0, 1, case.method, case.precision, case.thrifty, case.images)
+    return replace(case, stage=1 if case.precision == "bf16" or case.thrifty else 0, workers=1)
 
 
 def _base(folder: Path) -> Path:
@@ -76,7 +81,7 @@ def _base(folder: Path) -> Path:
 
 
 def _job(case: Case, folder: Path) -> Job:
-    model = {"pretrained": str(folder / "base"), "adapter": {"method": case.method, "rank": 4, "alpha": 6.0}}
+    model = {"pretrained": str(folder / "base"), "adapter": {"method": case.method, "rank": 4, "alpha": 6.0, **_bits(case)}}
     changes: dict[str, Any] = {"model": model, "workers.count": case.workers, "train.zero.stage": case.stage}
     changes |= {"train.precision": case.precision, "train.deepspeed": layouts.SMALL_STAYS_DIVIDED}
     if case.images:
@@ -87,8 +92,12 @@ def _job(case: Case, folder: Path) -> Job:
     return layouts.described(case, folder, **{**changes, "train.optimizer.lr": 0.02, "train.optimizer.eps": 1e-8})
 
 
+def _bits(case: Case) -> dict[str, str]:
+    return {"base": "nf4"} if case.packed else {}
+
+
 def _image_model(case: Case, folder: Path) -> dict[str, Any]:
-    adapter = {"method": case.method, "rank": 2, "targets": ["to_q", "to_v", "ff.net.2"]}
+    adapter = {"method": case.method, "rank": 2, "targets": ["to_q", "to_v", "ff.net.2"], **_bits(case)}
     text = {"pretrained": str(folder / "clip"), "length": 8}
     return {"backbone": {"pretrained": str(folder / "unet")}, "text": text, "adapter": adapter}
 
@@ -146,6 +155,7 @@ def plain(made: Job, recipe: CausalLM, content: np.ndarray) -> dict[str, torch.T
     assert recipe.adapter
     own, method = dict(recipe.build().named_parameters()), recipe.adapter.method
     base = AutoModelForCausalLM.from_pretrained(recipe.base(), dtype=torch.float32)
+    adapters.round_base(recipe.adapter, base)
     config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", use_rslora=method == "rslora", use_dora=method == "dora")
     model = get_peft_model(base, config)
     trained = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters() if p.requires_grad}
@@ -164,8 +174,10 @@ def against_peft(group: Any, everyone: Any, place: str) -> Iterator[dict[str, An
     """Yields the largest relative difference between an engine's gradient and that of a plain loop."""
     for method, stages in PLAIN.items():
         for stage in stages:
-            made = _job(Case(stage, dist.get_world_size(), method), Path(place))
-            with layouts._alone(GRID, Case(stage, dist.get_world_size(), method), Path(place)) as one:
+            packed = method == "nf4"
+            case = Case(stage, dist.get_world_size(), "lora" if packed else method, packed=packed)
+            made = _job(case, Path(place))
+            with layouts._alone(GRID, case, Path(place)) as one:
                 content = one.dataset.read(one.dataset.order.locate(one.dataset.order.step(0).ravel()))
                 found: list[dict[str, torch.Tensor]] = []
                 backward = one.engine.backward
@@ -196,6 +208,48 @@ def test_gradients_equal_those_of_a_plain_loop_with_peft(tmp_path: Path) -> None
     assert [row for row in told if not row["worst"] < 1e-6 or row["zero"]] == []
 
 
+# planted faults -------------------------------------------------------------------------------------------------------
+
+
+def spoiled(fault: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a save would contain if it read the parameters of ZeRO-3 without gathering them, or lost some."""
+    adapter = {name: shard for name, shard in tensors.items() if name.startswith("master.")}
+    return tensors | {
+        "empty": {name: sharded_state.FlatShard(shard.local[:0], 0, 0) for name, shard in adapter.items()},
+        "zeros": {name: shard.holding(torch.zeros_like(shard.local)) for name, shard in adapter.items()},
+        "no B": {n: sharded_state.FlatShard(s.local[:0], 0, 0) for n, s in adapter.items() if n.endswith(adapters.UP)},
+        "none": {},
+    }[fault]  # fmt: skip
+
+
+def spoiled_saves(group: Any, everyone: Any, place: str) -> Iterator[dict[str, Any]]:
+    with layouts._alone(GRID, Case(3, 2), Path(place)) as one:
+        one.losses(0, 1)
+        tensors = one.state.tensors
+        for fault in ("empty", "zeros", "no B", "none"):
+            one.state.tensors = lambda whole=False, fault=fault: spoiled(fault, tensors(whole))  # type: ignore[method-assign]
+            try:
+                one.save(1)
+                said = ""
+            except CheckpointError as e:
+                said = str(e)
+            found = layout.latest(one.job.run_folder)
+            yield {"fault": fault, "said": said, "step": found and found.step}
+
+
+@pytest.mark.ci
+def test_an_adapter_that_is_saved_empty_at_zero_3_is_no_checkpoint(tmp_path: Path) -> None:
+    data.tokens(tmp_path / "causal_lm")
+    _base(tmp_path)
+    rows = ranks.run(f"{__name__}:spoiled_saves", (2,), str(tmp_path))
+    assert len(rows) == 8
+    for row in rows:
+        if row["fault"] == "none":
+            assert (row["said"], row["step"]) == ("", 1)
+        else:
+            assert "all its values are zero or missing" in row["said"] and row["step"] is None, row
+
+
 # a run ----------------------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +276,8 @@ def test_a_run_resumes_in_another_configuration_exports_and_is_served(
     with pytest.raises(CheckpointError, match="this adapter was trained on another base than"):
         train(path, ["workers.count=1"], resume=True)
     weights.write_bytes(kept)
+    with pytest.raises(ConfigError, match=r"^model\.adapter\.alpha: the run's checkpoint has 4, got 9\. Set it to 4"):
+        train(path, ["model.adapter.alpha=9"], resume=True)
     result = train(path, ["workers.count=1", "train.zero.stage=1"], resume=True)
     losses = curve(tracking, result["run_id"])
     assert len(losses) == 20 and losses[-1] < losses[0]

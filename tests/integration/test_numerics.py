@@ -4,12 +4,14 @@ named."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from heliostat.config.spec import Job
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.golden import data
 from tests.integration import commands, selection, trials
@@ -61,6 +63,49 @@ def test_an_architecture_computes_what_one_plain_process_does(arch, concluded) -
     rows = {row["what"]: row for row in one["rows"]}
     assert rows["gradients"]["count"] == rows["updates"]["count"] >= 4 * 15  # a row for each tensor and step
     assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch_size"]
+    assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
+
+
+# adapters -------------------------------------------------------------------------------------------------------------
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora-0": {"train.zero.stage": 0, "train.micro_batch_size": 1, "train.tiled_loss": True},
+    "rslora-1": {"train.zero.stage": 1, "data.document_mask": True, "train.attention": "eager"},
+    "dora-2": {"train.zero.stage": 2, "train.activation_checkpointing": True, "train.attention": "sdpa"},
+    "lora-3": {"train.zero.stage": 3, "data.document_mask": True, "train.tiled_loss": True, "train.micro_batch_size": 4},
+    "lora-2": {"train.zero.stage": 2, "model.adapter.base": "nf4", "data.document_mask": True},
+    "dora-3": {"train.zero.stage": 3, "train.micro_batch_size": 1, "train.precision": "bf16"},
+}
+
+
+def wide(folder: Path, documents: Path) -> Path:
+    """Writes a base that is too large for the check, so that the check reduces it, with the tokenizer of the documents."""
+    config = LlamaConfig(vocab_size=96, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=8)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    shutil.copy(documents / "tokenizer.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(request, documents, tmp_path_factory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("adapted")
+    base, jobs = wide(folder / "base", documents), []
+    for name in selection.asked(request, "adapter"):
+        adapter = {"method": name.partition("-")[0], "rank": 4, "alpha": 6.0}
+        jobs.append(made(name, documents, **{"model": {"pretrained": str(base), "adapter": adapter}, **ADAPTERS[name]}))
+    return trials.run(jobs, folder)
+
+
+@pytest.mark.parametrize("adapter", selection.kept(ADAPTERS, "lora-3"))
+def test_an_adapter_computes_what_one_plain_process_does(adapter, adapted) -> None:
+    """At every stage, with packed documents, two kinds of attention, a tiled loss, and several micro-batches."""
+    one = adapted[adapter]
+    assert one["ok"], one["faults"][:3]
+    assert "reduced from" in one["trial"]["model"]
+    rows = {row["what"]: row for row in one["rows"]}
+    matrices = {"lora": 2, "rslora": 2, "dora": 3}[adapter.partition("-")[0]]
+    assert rows["gradients"]["count"] == rows["updates"]["count"]
+    assert rows["gradients"]["count"] % (4 * 7 * matrices) == 0, "only the matrices of the adapter are trained"
     assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
 
 

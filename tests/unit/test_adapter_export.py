@@ -1,5 +1,6 @@
 """Tests exports of adapters: plain peft, transformers, and diffusers load them, and compute what the trained model computes."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 import transformers
 from heliostat.apps.serve.adapters import Adapters
+from heliostat.apps.serve.served import served
+from heliostat.apps.serve.writer import Writer
 from heliostat.checkpoint import layout
 from heliostat.config.spec import Job
 from heliostat.data.dataset import plan
@@ -17,18 +20,19 @@ from heliostat.errors import CheckpointError, ConfigError
 from heliostat.inference import adapter_export, post_hoc
 from heliostat.inference.batch.engines import LoadedModel
 from heliostat.inference.export import export
-from heliostat.recipes import adapters, building
+from heliostat.recipes import adapter_tensors, adapters, building, quantized
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.recipes.loading import load
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage.locations import Location
+from heliostat.training import run
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from tests.golden import data
 from tests.unit import build_checkpoint, build_images, build_text_to_image
 from tests.unit.build_images import UNET
-from tests.unit.build_job import job
+from tests.unit.build_job import BASE, job
 
 METHODS = ("lora", "rslora", "dora")
 TOKENS = torch.arange(24).view(2, 12) * 5 % 96
@@ -37,8 +41,11 @@ TOKENS = torch.arange(24).view(2, 12) * 5 % 96
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """Returns a folder with a small language model in bf16, and the text that it is trained on."""
-    folder = tmp_path_factory.mktemp("text")
-    recipe = CausalLM(job())
+    return write_base(tmp_path_factory.mktemp("text"))
+
+
+def write_base(folder: Path, **model: int) -> Path:
+    recipe = CausalLM(job(model={**BASE["model"], **model}))
     recipe.bind([read_manifest(Location(str(data.tokens(folder / "causal_lm"))))])
     torch.manual_seed(0)
     recipe.build().to(torch.bfloat16).save_pretrained(folder / "base")
@@ -46,8 +53,8 @@ def base(tmp_path_factory) -> Path:
     return folder / "base"
 
 
-def text_job(base: Path, method: str = "lora", **changes) -> Job:
-    model = {"pretrained": str(base), "adapter": {"method": method, "rank": 4, "alpha": 6.0}}
+def text_job(base: Path, method: str = "lora", bits: dict[str, str] | None = None, **changes) -> Job:
+    model = {"pretrained": str(base), "adapter": {"method": method, "rank": 4, "alpha": 6.0, **(bits or {})}}
     sources = [{"path": str(base.parent / "causal_lm")}]
     return job(**{"model": model, "data.sources": sources, "train.precision": "fp32", "data.sequence_length": 32, **changes})
 
@@ -104,15 +111,64 @@ def test_plain_libraries_load_both_exports_of_a_language_model(base, tmp_path, m
     assert size < (tmp_path / "merged/model.safetensors").stat().st_size / 2
 
 
-def test_the_endpoint_serves_an_exported_adapter_on_the_base(base, tmp_path):
-    checkpoint = saved(text_job(base, "rslora", **{"model.adapter.targets": ["q_proj", "down_proj"]}), tmp_path / "run")
+@pytest.mark.parametrize("method", ["rslora", "dora"])
+def test_the_endpoint_serves_an_exported_adapter_on_the_base(base, tmp_path, method):
+    checkpoint = saved(text_job(base, method, **{"model.adapter.targets": ["q_proj", "down_proj"]}), tmp_path / "run")
     export(checkpoint, tmp_path / "adapter", adapter=True)
     loaded = LoadedModel(base)
-    served = Adapters(loaded.model.float(), {"mine": str(tmp_path / "adapter")})
-    with served.using(["mine", None]):
+    attached = Adapters(loaded.model.float(), {"mine": str(tmp_path / "adapter")})
+    with attached.using(["mine", None]):
         both = logits(loaded.model)
     torch.testing.assert_close(both[0], logits(trained(checkpoint))[0], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(both[1], logits(loaded.model)[1])
+
+
+def test_an_adapter_is_not_served_on_another_base(base, tmp_path):
+    """The error names both bases, before a replica starts, and again in a replica whose alias has moved."""
+    export(saved(text_job(base), tmp_path / "run"), tmp_path / "adapter", adapter=True)
+    other = shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(base / "model.safetensors")
+    save_file({n: t + 1 if n == "model.norm.weight" else t for n, t in tensors.items()}, other / "model.safetensors")
+    digests = [adapters.weights_digest(folder) for folder in (base, other)]
+    named = f"mine: .*base {str(base)!r} .digest {digests[0]}.*{str(other)!r} .digest {digests[1]}"
+    asked = [f"mine={tmp_path / 'adapter'}"]
+    assert served(str(base), "", None, None, None).with_adapters(asked).kind() == "text"
+    with pytest.raises(ConfigError, match=named):
+        served(str(other), "", None, None, None).with_adapters(asked).kind()
+    with pytest.raises(ConfigError, match=named):
+        Writer(other, 1, {"mine": str(tmp_path / "adapter")})
+
+
+def test_an_adapter_of_a_base_in_4_bits_is_exported_with_the_numbers_that_it_was_trained_on(base, tmp_path, caplog):
+    """Merged, the base has the rounded numbers. As an adapter, peft loads it on a base that is rounded in the same way."""
+    checkpoint = saved(text_job(base, bits={"base": "nf4"}), tmp_path / "run")
+    right = logits(trained(checkpoint))
+    export(checkpoint, tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), right, atol=2e-5, rtol=1e-4)
+    export(checkpoint, tmp_path / "adapter", adapter=True)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    unrounded = logits(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "adapter").eval())
+    quantized.round_all(plain, adapters.linear_layers(plain))
+    adapted = logits(PeftModel.from_pretrained(plain, tmp_path / "adapter").eval())
+    torch.testing.assert_close(adapted, right, atol=2e-5, rtol=1e-4)
+    assert (unrounded - right).abs().max() > 1e-3
+    served(str(base), "", None, None, None).with_adapters([f"mine={tmp_path / 'adapter'}"]).kind()
+    assert "mine: was trained on its base in 4 bits (nf4), but the endpoint's base isn't rounded" in caplog.text
+
+
+def test_bitsandbytes_loads_the_base_in_4_bits_and_peft_adds_the_exported_adapter(tmp_path):
+    """On CPUs, bitsandbytes 0.50 computes wrong numbers for layers of 32 or 96 inputs, so this base has 64 and 128."""
+    pytest.importorskip("bitsandbytes")
+    base = write_base(tmp_path, hidden_size=64, intermediate_size=128)
+    checkpoint = saved(text_job(base, bits={"base": "nf4"}), tmp_path / "run")
+    export(checkpoint, tmp_path / "adapter", adapter=True)
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=settings, device_map="cpu"
+    )
+    adapted = PeftModel.from_pretrained(plain, tmp_path / "adapter").train()  # for eval(), it would repack and round the scales
+    torch.testing.assert_close(logits(adapted), logits(trained(checkpoint)), atol=2e-5, rtol=1e-4)
 
 
 def test_in_bf16_the_difference_is_that_of_rounding(base, tmp_path):
@@ -126,10 +182,38 @@ def test_in_bf16_the_difference_is_that_of_rounding(base, tmp_path):
 
 def test_a_wrong_export_is_deleted(base, tmp_path, monkeypatch):
     checkpoint = saved(text_job(base), tmp_path / "run")
-    monkeypatch.setattr(adapters, "merge", lambda scale, weight, down, up, magnitude=None: weight - scale * (up @ down))
+    monkeypatch.setattr(adapter_tensors, "merge", lambda scale, weight, down, up, magnitude=None: weight - scale * (up @ down))
     with pytest.raises(CheckpointError, match=r"not exported, because the outputs of the files differ from the trained model's"):
         export(checkpoint, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+CHANGES = [
+    ({"method": "rslora"}, "method: the run's checkpoint has lora, got rslora. Set it to lora"),
+    ({"rank": 8}, "rank: the run's checkpoint has 4, got 8. Set it to 4"),
+    ({"alpha": 7.0}, "alpha: the run's checkpoint has 6, got 7. Set it to 6"),
+    ({"alpha": None}, "alpha: the run's checkpoint has 6, got 4. Set it to 6"),
+    ({"base": "nf4"}, "base: the run's checkpoint has none, got nf4. Remove it"),
+    ({"targets": ["q_proj"]}, r"targets: the run's checkpoint has all-linear, got \['q_proj'\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), CHANGES)
+def test_a_run_resumes_only_with_its_own_adapter(base, tmp_path, change, said):
+    """Otherwise a changed scale would load silently, and change the model."""
+    made = text_job(base)
+    checkpoint, adapter = saved(made, tmp_path / "run"), made.model["adapter"]
+    assert run._settled(text_job(base, **{"model.adapter": {**adapter, "targets": "all-linear"}}), checkpoint)
+    with pytest.raises(ConfigError, match=rf"^model\.adapter\.{said}.* or use another name for the run$"):
+        run._settled(text_job(base, **{"model.adapter": {**adapter, **change}}), checkpoint)
+
+
+def test_a_run_gains_and_loses_no_adapter_on_resume(base, tmp_path):
+    made, whole = text_job(base), text_job(base, model={"pretrained": str(base)})
+    with pytest.raises(ConfigError, match=r"^model\.adapter: the run's checkpoint trained one\. Set it to {'method': 'lora'"):
+        run._settled(whole, saved(made, tmp_path / "one"))
+    with pytest.raises(ConfigError, match=r"^model\.adapter: the run's checkpoint trained no adapter\. Remove this key"):
+        adapters.require_resumable(made.model, whole.model)
 
 
 def test_an_export_that_the_libraries_cannot_load_is_deleted(base, tmp_path, monkeypatch):
@@ -201,11 +285,11 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-def image_job(folder: Path, method: str) -> Job:
+def image_job(folder: Path, method: str, **bits: str) -> Job:
     model = {
         "backbone": {"pretrained": str(folder / "unet")}, "text": {"pretrained": str(folder / "text"), "length": 8},
         "autoencoder": {"pretrained": str(folder / "vae")},
-        "adapter": {"method": method, "rank": 2, "alpha": 5.0, "targets": ["to_q", "to_v", "to_out.0"]},
+        "adapter": {"method": method, "rank": 2, "alpha": 5.0, "targets": ["to_q", "to_v", "to_out.0"], **bits},
     }  # fmt: skip
     return job(**{**build_images.job(folder / "digits"), "model": model, "train.precision": "fp32"})
 
@@ -233,3 +317,25 @@ def test_plain_diffusers_loads_both_exports_of_a_pipeline(pictures, tmp_path, me
         one, other = (p.unet(noisy, 7, encoder_hidden_states=text).sample for p in (pipeline, plain))
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     assert TextToImage.exported(tmp_path / "merged", checkpoint.job.model).keys() == {"backbone", "text", "autoencoder"}
+
+
+def test_an_adapter_of_a_backbone_in_4_bits_is_exported_with_the_numbers_that_it_was_trained_on(pictures, tmp_path):
+    checkpoint = saved(image_job(pictures, "lora", base="nf4"), tmp_path / "run", 2.0)
+    model = trained(checkpoint)
+    assert len(quantized.layers_of(model)) > 4
+    recipe = load(checkpoint.job, [read_manifest(location) for location in checkpoint.job.sources])
+    for adapter in (True, False):
+        export(checkpoint, tmp_path / str(adapter), adapter=adapter)
+        with torch.no_grad():
+            again = recipe.answer(recipe.reload(tmp_path / str(adapter), adapter).eval())
+            torch.testing.assert_close(again, recipe.answer(model), atol=2e-5, rtol=1e-4)
+
+
+def test_a_run_of_images_resumes_only_with_its_own_adapter(pictures, tmp_path):
+    made = image_job(pictures, "lora")
+    checkpoint, reordered = saved(made, tmp_path / "run"), ["to_v", "to_q", "to_out.0"]
+    model = {**made.model, "adapter": {**made.model["adapter"], "targets": reordered}}
+    assert run._settled(made.model_copy(update={"model": model}), checkpoint)
+    changed = made.model_copy(update={"model": {**model, "adapter": {**model["adapter"], "alpha": 2.0}}})
+    with pytest.raises(ConfigError, match=r"^model\.adapter\.alpha: the run's checkpoint has 5, got 2"):
+        run._settled(changed, checkpoint)

@@ -114,10 +114,13 @@ def test_a_save_is_compared_with_storage_and_must_not_lose_a_matrix(tmp_path):
     }
     target = Location(str(tmp_path / "step"))
     part = writing.write_shard(target, tensors, 0, lambda: None)
-    assert sorted(read_back.compare(target, part, tensors)) == ["buffer.c", "master.a"]
-    read_back.require(target, frozenset(["master.a"]), ["buffer.c", "master.a"])
+    seen = read_back.compare(target, part, tensors)
+    assert sorted(seen) == [("buffer.c", True), ("master.a", True), ("master.b", False)]
+    read_back.require(target, {"master.a": False, "master.b": True}, seen)
     with pytest.raises(CheckpointError, match=r"can't save 'master.b': all its values are zero or missing \(1 tensors\)"):
-        read_back.require(target, frozenset(["master.a", "master.b"]), ["buffer.c", "master.a"])
+        read_back.require(target, {"master.a": False, "master.b": False}, seen)
+    with pytest.raises(CheckpointError, match=r"can't save 'master.d': all its values are zero or missing \(1 tensors\)"):
+        read_back.require(target, {"master.a": False, "master.d": True}, seen)
     changed = {**tensors, "master.a": FlatShard(torch.randn(6), 6, 12)}
     with pytest.raises(CheckpointError, match=r"'master\.a' differs from the tensor that was saved"):
         read_back.compare(target, part, changed)

@@ -1,5 +1,6 @@
 """Tests adapters by name: each row of a batch is answered as by a model with its adapter merged into it."""
 
+import copy
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from heliostat.apps.serve.group import RowBatch
 from heliostat.apps.serve.served import served
 from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Continue, Input, LoadedModel
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from tests.unit.build_job import BASE
@@ -134,7 +136,7 @@ def test_requests_choose_by_the_models_name(base, folders, merged):
     ("config", "said"),
     [
         ({"peft_type": "LOHA"}, "adapters of kind 'LOHA' aren't supported. Use LORA"),
-        ({"use_dora": True}, r"use_dora: True isn't supported\. Merge the adapter into its model"),
+        ({"use_qalora": True}, r"use_qalora: True isn't supported\. Merge the adapter into its model"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: .* isn't supported"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
@@ -163,13 +165,45 @@ def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
     for tensors, said in (
         ({"base_model.model.lm_head.weight": torch.ones(2)}, "isn't a lora_A or lora_B matrix"),
         ({"base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)}, "nowhere: isn't a linear layer of the model"),
-        ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 4)}, "self_attn.q_proj: has only A"),
+        (
+            {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 4)},
+            "self_attn.q_proj: has lora_A, expected lora_A and lora_B",
+        ),
         ({}, "is empty"),
     ):
         folder = write_adapter(tmp_path / said[:7], base, 1, ("q_proj",))
         save_file(tensors, folder / "adapter_model.safetensors")
         with pytest.raises(ConfigError, match=said):
             Adapters(model, {"x": str(folder)})
+
+
+class Biased(torch.nn.Module):
+    """Defines a model whose only layer is linear, with a bias."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.proj = torch.nn.Embedding(2, 6), torch.nn.Linear(6, 4)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.proj(self.embed(input_ids))
+
+
+def test_dora_equals_peft_in_a_layer_with_a_bias_and_other_rows_keep_the_model(tmp_path):
+    torch.manual_seed(0)
+    model, tokens = Biased(), torch.tensor([[0, 1], [1, 0]])
+    plain = model(tokens)
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, lora_alpha=3, target_modules=["proj"], use_dora=True))
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            p.mul_(1.3).add_(0.3) if "lora_" in name else None
+    adapted.save_pretrained(tmp_path / "dora")
+    served = Adapters(model, {"x": str(tmp_path / "dora")})
+    with served.using(["x", None]):
+        both = model(tokens)
+    torch.testing.assert_close(both[0], adapted(tokens)[0])
+    assert torch.equal(both[1], plain[1]) and (both[0] - plain[0]).abs().max() > 0.1
 
 
 class Flat(torch.nn.Module):

@@ -16,28 +16,28 @@ from heliostat.errors import CheckpointError
 from heliostat.storage.locations import Location
 
 
-def compare(target: Location, part: WrittenPart, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Reads a rank's shard back from storage. Returns the names of the tensors that aren't all zero in this shard. Raises
-    CheckpointError if a stored tensor differs from the rank's tensor."""
+def compare(target: Location, part: WrittenPart, tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, bool]]:
+    """Reads a rank's shard back from storage. Returns the name of each tensor, and whether it has a value other than zero in this
+    shard. Raises CheckpointError if a stored tensor differs from the rank's tensor."""
     if not tensors:
         return []
     index = TensorIndex(layout.format_of(part.tensors), part.shards, part.tensors)
-    saved, seen = SavedCheckpoint(target, cast("CheckpointIndex", index)), list[str]()
+    saved, seen = SavedCheckpoint(target, cast("CheckpointIndex", index)), list[tuple[str, bool]]()
     for name, tensor in tensors.items():
         local = (tensor.local if isinstance(tensor, FlatShard) else tensor).reshape(-1)
         read = torch.empty_like(local, device="cpu")
         saved.fill(saved.slices(name, getattr(tensor, "start", 0), read))
         if not torch.equal(read.view(torch.uint8), local.view(torch.uint8)):
             raise CheckpointError(f"{target}: {name!r} differs from the tensor that was saved. Check the storage, and save again")
-        if read.any():
-            seen.append(name)
+        seen.append((name, bool(read.any())))
     return seen
 
 
-def require(target: Location, started: frozenset[str], seen: list[str]) -> None:
-    """Raises CheckpointError if a tensor that can't be all zero is all zero or missing. `seen`: the tensors that aren't all zero
-    on some rank."""
-    if lost := sorted(started.difference(seen)):
+def require(target: Location, promised: Mapping[str, bool], seen: list[tuple[str, bool]]) -> None:
+    """Raises CheckpointError if a promised tensor is missing, or is all zero although it can't be. `promised`: whether each
+    tensor can be all zero. `seen`: the results of `compare` on all ranks."""
+    present, filled = {name for name, _ in seen}, {name for name, other in seen if other}
+    if lost := sorted(name for name, can_be_zero in promised.items() if name not in (present if can_be_zero else filled)):
         raise CheckpointError(
             f"{target}: can't save {lost[0]!r}: all its values are zero or missing ({len(lost)} tensors), which training can't "
             "cause. Report this as a bug of heliostat"

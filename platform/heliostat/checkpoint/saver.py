@@ -68,7 +68,7 @@ class Saver:
         self.run, self.policy, self.group, self.fence = run, policy, group, fence
         self.channel = Channel(group, TAG, LONGEST)
         self.blocked_s = 0.0
-        self.started = frozenset[str]()  # names of tensors that are never all zero; if there are any, shards are read back
+        self.promised: Mapping[str, bool] | None = None  # as for `write`
         self._progressed, self._written = progressed, 0
         self.frozen = Keeper(run, self.channel, lambda place, slices: self._store(place, None, slices, {}))
         self._pruner = Pruner(run, policy, fence)
@@ -204,7 +204,7 @@ class Saver:
             self._store(run_folder.averages(self.run, step), step, averages, facts)
         if name := self.frozen.keep(frozen):
             facts = {**facts, FROZEN: name}
-        self._store(folder(self.run, step), step, copied, facts, self.started)
+        self._store(folder(self.run, step), step, copied, facts, self.promised)
         if dist.get_rank() == 0:
             self._prune(step, bool(snapshot))
 
@@ -240,9 +240,9 @@ class Saver:
         step: int | None,
         tensors: Mapping[str, torch.Tensor],
         facts: Mapping[str, object],
-        started: frozenset[str] = frozenset(),
+        promised: Mapping[str, bool] | None = None,
     ) -> None:
-        writing.write(target, step, tensors, facts, self.channel, self._wrote, self.fence, started)
+        writing.write(target, step, tensors, facts, self.channel, self._wrote, self.fence, promised)
 
 
 class Keeper:

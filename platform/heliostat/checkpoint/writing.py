@@ -40,31 +40,31 @@ def write(
     channel: Channel,
     wrote: Callable[[], None] = lambda: None,
     fence: Fence | None = None,
-    started: frozenset[str] = frozenset(),
+    promised: Mapping[str, bool] | None = None,
 ) -> None:
     """Writes the tensors of all ranks as one folder. All ranks call this function together.
 
     `facts`: entries of `checkpoint.json` from rank 0; `wrote`: called after every written block, and after every uploaded part;
-    `fence`: the lease of the driver that saves, if several drivers could save. `started`: names of tensors that are never all
-    zero; if there are any, all ranks read back what they wrote. If a rank fails, all ranks raise its error; an error that isn't
-    heliostat's own becomes a CheckpointError. Raises CheckpointError also if the slices leave out elements.
+    `fence`: the lease of the driver that saves, if several drivers could save. `promised`: whether each tensor that must be there
+    can be all zero; if there are any, all ranks read back what they wrote. If a rank fails, all ranks raise its error; an error
+    that isn't heliostat's own becomes a CheckpointError. Raises CheckpointError also if the slices leave out elements.
     """
     rank, world = dist.get_rank(channel.group), dist.get_world_size(channel.group)
     try:
         first(channel, partial(clear, target, fence))
-        seen: list[str] = []
+        seen: list[tuple[str, bool]] = []
 
         def write_own() -> placement.WrittenPart:
             own = mine(tensors, rank, world)
             written = write_shard(target, own, rank, wrote)
-            if started:
+            if promised:
                 seen.extend(read_back.compare(target, written, own))
             return written
 
         part = merged(channel, write_own, placement.merge)
-        if started:
+        if promised:
             everywhere = merged(channel, lambda: seen, operator.add)
-            first(channel, lambda: read_back.require(target, started, everywhere or []))
+            first(channel, lambda: read_back.require(target, promised, everywhere or []))
         first(channel, partial(finish, target, step, facts, part, fence))
     except WorkerError as e:
         raise CheckpointError(f"{target}: can't save this folder: {e}") from e

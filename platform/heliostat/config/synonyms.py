@@ -74,8 +74,8 @@ KEYS: dict[str, tuple[str, ...]] = {  # heliostat's key -> its names in other to
     "retries.max": ("max_retries", "max_failures", "max_restarts"),
 }  # fmt: skip
 NOT_OFFERED = {  # keys of other tools without a key in heliostat, and the advice
-    **dict.fromkeys(("qlora", "load_in_4bit", "load_in_8bit", "quantization", "bnb_4bit"),
-                    "Training quantized weights is not supported. Remove this key"),
+    **dict.fromkeys(("qlora", "load_in_4bit", "quantization", "bnb_4bit"), "Use model.adapter.base: nf4"),
+    **dict.fromkeys(("load_in_8bit",), "8-bit weights are not supported. Use model.adapter.base: nf4"),
     **dict.fromkeys(("gradient_accumulation_steps", "grad_accum", "grad_accum_steps", "accumulate_grad_batches"),
                     "This number follows from train.global_batch_size, train.micro_batch_size, and workers.count. "
                     "Remove this key"),

@@ -87,8 +87,10 @@ def require(checkpoint: SavedCheckpoint, recipe: Recipe) -> Adapts:
 
 
 def write_record(folder: Path, checkpoint: SavedCheckpoint, recipe: Adapts, origin: Mapping[str, object]) -> None:
-    """Writes the adapter's `origin` (such as the run and step), its base with the digest, and the job."""
-    base = {"base": files.shown(recipe.base()), "base_digest": checkpoint.index.base}
+    """Writes the adapter's `origin` (such as the run and step), its base with the digest, and the job. `base_format`: nf4 if the
+    run stored its base in 4 bits; else None."""
+    assert recipe.adapter
+    base = {"base": files.shown(recipe.base()), "base_digest": checkpoint.index.base, "base_format": recipe.adapter.base}
     (folder / RECORD).write_text(json.dumps({**base, **origin, "job": checkpoint.index.job}, indent=1))
 
 

@@ -26,7 +26,7 @@ from heliostat.data.dataset import open_dataset
 from heliostat.errors import CheckpointError, ConfigError, naming
 from heliostat.inference import adapter_export
 from heliostat.inference.post_hoc import PostHocAverage
-from heliostat.recipes import adapters, building, exported
+from heliostat.recipes import adapter_tensors, building, exported
 from heliostat.recipes.loading import load
 from heliostat.recipes.protocol import GUIDE, Exports, Recipe, Weight
 from heliostat.storage.locations import Location
@@ -74,7 +74,7 @@ def export(
         model = building.build(recipe)
     shapes, dtype = {name: tuple(p.shape) for name, p in model.named_parameters()}, DTYPES[job.train.precision]
     if adapted and adapter:
-        metadata = adapted.save_adapter_config(folder, adapters.layers_of(shapes))
+        metadata = adapted.save_adapter_config(folder, adapter_tensors.layers_of(shapes))
         for file, tensors in adapted.adapter_files(shapes).items():
             write_weights(checkpoint, shapes, dtype, folder / file, tensors, metadata=metadata, average=average)
         adapter_export.write_record(folder, checkpoint, adapted, {"run_id": run_id, "step": checkpoint.step, **lengths})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from heliostat import schema
 from heliostat.config import spec
@@ -21,7 +22,7 @@ from heliostat.config.train_section import Offload, Parallel, Zero
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.parallel import tiny
-from heliostat.recipes import loading
+from heliostat.recipes import adapters, loading, quantized
 from heliostat.recipes.protocol import Batch, Recipe
 from heliostat.recipes.text import attention
 from heliostat.recipes.text.causal_lm import CausalLM
@@ -47,7 +48,7 @@ class SmallTrial:
 def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallTrial:
     """Makes the small job and its recipe, for two workers of this machine. Raises ConfigError if the model is too large and can't
     be reduced."""
-    size = tiny.parameters(loading.load(job, sources, weights=False).build)
+    size = _size(loading.load(job, sources, weights=False))
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
         return SmallTrial(small, _loaded(small, sources), f"the complete model, {size:,} parameters{left_out(job)}")
@@ -58,7 +59,10 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
             f"recipe: --numerics runs models of up to {LARGEST:,} parameters, and this model has {size:,}. heliostat can "
             f"shrink only models of CausalLM. Make this model smaller with --set model.KEY=VALUE"
         )
-    return SmallTrial(small, recipe, f"the model, reduced from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
+    reduced = _cut(recipe, job)
+    if recipe.adapter:
+        _keep_base(recipe, folder / "base")
+    return SmallTrial(small, recipe, f"the model, reduced from {size:,} to {reduced:,} parameters{left_out(job)}")
 
 
 def left_out(job: Job) -> str:
@@ -128,6 +132,8 @@ def elsewhere(job: Job) -> Job:
     """Returns the job with another parallelism configuration: another ZeRO stage, and only one worker, which computes complete
     samples."""
     stage = ELSEWHERE[job.train.zero.stage]
+    if stage == 3 and adapters.in_4_bits(job.model):
+        stage = 1
     optimizer = job.train.zero.offload.optimizer if stage == 3 else None
     zero, parallel = Zero(stage=stage, offload=Offload(optimizer=optimizer)), Parallel()
     train = job.train.model_copy(update={"zero": zero, "parallel": parallel})
@@ -142,7 +148,7 @@ def _cut(recipe: CausalLM, job: Job) -> int:
     for config in tiny.shrunk(whole, job.data.sequence_length or tiny.LENGTH, heads):
         recipe.config = config
         try:
-            size = tiny.parameters(recipe.build)
+            size = _size(recipe)
         except Exception:  # noqa: BLE001  an architecture's own code may raise anything; the next size may work
             continue
         if size <= LARGEST:
@@ -151,6 +157,20 @@ def _cut(recipe: CausalLM, job: Job) -> int:
     raise ConfigError(
         f"model: can't make a small model of {whole.model_type!r} for --numerics. Set a smaller size with --set model.KEY=VALUE"
     )
+
+
+def _size(recipe: Recipe) -> int:
+    with torch.device("meta"):
+        return quantized.count(recipe.build())
+
+
+def _keep_base(recipe: CausalLM, folder: Path) -> None:
+    """Writes a reduced base with random weights, on which the recipe trains its adapter. A checkpoint names this base."""
+    plain = unaided(recipe)
+    assert isinstance(plain, CausalLM)
+    plain.adapter = None
+    plain.build().save_pretrained(folder)
+    recipe.pretrained = str(folder)
 
 
 def _fold(recipe: CausalLM, vocabulary: int) -> None:

@@ -28,12 +28,16 @@ class ModelStats:
     flops: float  # 0 if the recipe doesn't state the FLOPs; then `activations` counts them
     groups: list[list[str]]  # names of the parameters in each parameter group of the optimizer
     hidden: frozenset[str]  # matrices that are in separate groups of an orthogonalizing optimizer
-    frozen_models: tuple[int, int] = (0, 0)  # bytes of other models on the device (in every step, in evaluations)
+    packed: int = 0  # weights that are stored in 4 bits, which aren't in `shapes`
+    frozen_models: tuple[int, int] = (
+        0,
+        0,
+    )  # bytes of other models and of 4-bit weights (in every step, in evaluations)
     divided: dict[str, str] = field(default_factory=dict)  # tensor-parallel sharding: `column` (by outputs) or `row` (by inputs)
 
     @property
     def parameters(self) -> int:
-        return sum(math.prod(s) for s in self.shapes.values())
+        return self.packed + sum(math.prod(s) for s in self.shapes.values())
 
     def own(self, parts: int) -> dict[str, tuple[int, ...]]:
         """Returns the shape that every parameter has on one of `parts` tensor-parallel workers."""

@@ -17,6 +17,7 @@ from heliostat import schema
 from heliostat.config import rules
 from heliostat.config.fields import divisors
 from heliostat.config.spec import Job
+from heliostat.recipes import adapters
 
 GIB = 1 << 30
 Checkpointing = bool | int | Literal["selective"]
@@ -139,7 +140,8 @@ def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
     )  # these need stage 3
     least = 3 if apart else 0 if job.train.precision == "fp32" else 1  # stage 0 supports only fp32
     divides = apart or parallel.tensor > 1  # neither supports offload
-    for stage in range(least, 3 if parallel.tensor > 1 else 4):
+    most = 2 if parallel.tensor > 1 or adapters.in_4_bits(job.model) else 3
+    for stage in range(least, most + 1):
         for optimizer, param in OFFLOADS.values() if job.workers.gpus and not divides else [(None, None)]:
             if (optimizer and not stage) or (param and stage < 3):
                 continue

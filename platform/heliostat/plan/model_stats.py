@@ -24,7 +24,7 @@ from heliostat.config.spec import Job
 from heliostat.data.content import Content
 from heliostat.plan.counts import Activations, Counts, ModelStats, OperationWork, Tile
 from heliostat.plan.operations import OperationRecorder, extended, grouped
-from heliostat.recipes import building
+from heliostat.recipes import building, quantized
 from heliostat.recipes.protocol import Batch, DividesExperts, DividesMatrices, Recipe
 from heliostat.recipes.text import checkpointing, next_token, selective, tiled_loss, tiled_mlp
 
@@ -56,7 +56,10 @@ def count(job: Job, recipe: Recipe, built: torch.nn.Module | None, contents: Seq
 
 
 def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
-    named = dict(model.named_parameters())
+    packed = quantized.layers_of(model).values()
+    apart = {p: p.numel() for layer in packed for p in layer.parameters(recurse=False) if not p.is_floating_point()}
+    named = {n: p for n, p in model.named_parameters() if p not in apart}
+    weights, packed_bytes = sum(layer.in_features * layer.out_features for layer in packed), sum(apart.values())
     kept = model.state_dict().keys()
     trained = {n: tuple(p.shape) for n, p in named.items() if p.requires_grad}
     beside = recipe.companions().values()
@@ -67,13 +70,17 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
         frozen=frozenset(n for n, p in named.items() if not p.requires_grad),
         buffers={n: (tuple(b.shape), str(b.dtype).removeprefix("torch.")) for n, b in model.named_buffers() if n in kept},
         layer=max(own, default=0),
-        active=recipe.active_parameters(model) or sum(p.numel() for p in named.values()),
+        active=recipe.active_parameters(model) or weights + sum(p.numel() for p in named.values()),
+        packed=weights,
         stacked=_stacked(recipe, model),
         sent=recipe.sent(model) if isinstance(recipe, DividesExperts) else 0,
         flops=recipe.flops_per_sample(model) or 0.0,
         groups=[names for _, names in building.grouped(recipe, trained)],
         hidden=building.hidden_matrices(recipe, model),
-        frozen_models=(sum(c.bytes for c in beside if c.every_step), sum(c.bytes for c in beside)),
+        frozen_models=(
+            packed_bytes + sum(c.bytes for c in beside if c.every_step),
+            packed_bytes + sum(c.bytes for c in beside),
+        ),
         divided=_divided(recipe, model),
     )
 

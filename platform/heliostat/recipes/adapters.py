@@ -10,8 +10,9 @@ For a linear layer with weight W [out, in], an adapter trains A [rank, in] and B
 - `rslora` computes W x + alpha / sqrt(rank) B A x (Kalajdzievski 2023, arXiv 2312.03732);
 - `dora` also trains the norm of each row of W + alpha / rank B A (Liu et al. 2024, arXiv 2402.09353).
 
-The base (all other parameters) is in no gradient, optimizer state, average, or checkpoint. A checkpoint records the base's
-digest. The first A depends only on `train.seed` and the layer's name, so it is the same at every ZeRO stage. The first B is zero.
+The base (all other parameters) is in no gradient, optimizer state, average, or checkpoint. With `base: nf4`, the base's linear
+layers are in 4 bits (`recipes.quantized`). A checkpoint records the base's digest. The first A depends only on `train.seed` and
+the layer's name, so it is the same at every ZeRO stage. The first B is zero.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from heliostat import extras
 from heliostat.errors import CheckpointError, ConfigError
@@ -60,6 +61,14 @@ class Adapter(Strict):
     targets: str | list[str] = ALL
     """Linear layers that get an adapter: `all-linear` (all except the output head), or the ends of layer names, such as
     `[q_proj, v_proj]`."""
+    base: Literal["nf4"] | None = None
+    """`nf4`: stores the base's linear layers, except the output head, in 4 bits (QLoRA). Unset: in the precision of training."""
+
+    @model_validator(mode="after")
+    def _suits_its_base(self) -> Adapter:
+        if self.base and self.method == "dora":
+            raise ValueError("dora needs complete weights, so it isn't supported with base: nf4. Set method to lora or rslora")
+        return self
 
     @field_validator("dropout")
     @classmethod
@@ -87,6 +96,12 @@ class Adapter(Strict):
         """Returns alpha, which is the rank if the job doesn't set it."""
         return self.rank if self.alpha is None else int(self.alpha) if self.alpha.is_integer() else self.alpha
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """Returns the settings that determine the model, by key. Equal models have equal settings."""
+        targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
+        return {"method": self.method, "rank": self.rank, "alpha": self.strength, "targets": targets, "base": self.base}
+
 
 def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrained") -> Adapter | None:
     """Reads `model.adapter`. `key`: of the base. Raises ConfigError without a pretrained model, or without peft."""
@@ -96,6 +111,38 @@ def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrai
         raise ConfigError(f"model.{KEY}: needs a pretrained model as its base. Set {key}, or remove this key")
     extras.require("adapters", "peft", what=f"model.{KEY}")
     return validate(Adapter, model[KEY], f"model.{KEY}")
+
+
+def in_4_bits(model: Mapping[str, Any]) -> bool:
+    """Checks whether the section `model` of a job asks for a base in 4 bits."""
+    return bool((model.get(KEY) or {}).get("base"))
+
+
+def require_stage(adapter: Adapter | None, stage: int) -> None:
+    """Raises ConfigError if the base is in 4 bits at ZeRO stage 3, which shards only floating-point weights."""
+    if adapter and adapter.base and stage > 2:
+        raise ConfigError(
+            f"train.zero.stage: {stage} isn't supported with model.{KEY}.base {adapter.base!r}, because ZeRO-3 can't shard 4-bit "
+            f"weights. Set it to 2, or remove model.{KEY}.base"
+        )
+
+
+def require_resumable(model: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless the section `model` of a job has the adapter of the run's checkpoint. `recorded`: the section
+    `model` of the job in the checkpoint."""
+    now, before = (section.get(KEY) for section in (model, recorded))
+    fix = "or use another name for the run"
+    if (now is None) != (before is None):
+        has = "trained no adapter. Remove this key" if before is None else f"trained one. Set it to {before}"
+        raise ConfigError(f"model.{KEY}: the run's checkpoint {has}, {fix}")
+    if now is None:
+        return
+    wanted, saved = (Adapter.model_validate(section).settings for section in (now, before))
+    for key, value in wanted.items():
+        if value != saved[key]:
+            before, now = ("none" if each is None else each for each in (saved[key], value))
+            undo = "Remove it" if saved[key] is None else f"Set it to {before}"
+            raise ConfigError(f"model.{KEY}.{key}: the run's checkpoint has {before}, got {now}. {undo}, {fix}")
 
 
 class Adapts(ABC):
@@ -133,11 +180,11 @@ class Adapts(ABC):
 
 @dataclass(frozen=True)
 class AdapterBase:
-    """Describes the frozen base of a run: its folder. `started`: names of the trained parameters that are never all zero.
-    `state`: the sizes and times of the folder's files when the model was built."""
+    """Describes the frozen base of a run: its folder. `trained`: names of the trained parameters, and whether each can
+    be all zero. `state`: the sizes and times of the folder's files when the model was built."""
 
     folder: Path
-    started: frozenset[str]
+    trained: Mapping[str, bool]
     state: tuple[tuple[str, int, int], ...]
 
     @cached_property
@@ -156,8 +203,8 @@ def base_of(recipe: Recipe, model: torch.nn.Module) -> AdapterBase | None:
     """Returns the base of a model that trains an adapter; None if the model trains all its weights."""
     if not isinstance(recipe, Adapts) or recipe.adapter is None:
         return None
-    started = frozenset(n for n, p in model.named_parameters() if p.requires_grad and not n.endswith(UP))
-    return AdapterBase(recipe.base(), started, weights_state(recipe.base()))
+    trained = {name: name.endswith(UP) for name, p in model.named_parameters() if p.requires_grad}
+    return AdapterBase(recipe.base(), trained, weights_state(recipe.base()))
 
 
 def is_base(parameter: torch.Tensor) -> bool:
@@ -224,9 +271,11 @@ def add(adapter: Adapter, model: torch.nn.Module, seed: int, precision: str) -> 
     """
     from peft import inject_adapter_in_model
 
-    from heliostat.recipes import weightless
+    from heliostat.recipes import quantized, weightless
 
     layers = chosen(adapter, model)
+    if adapter.base:
+        quantized.replace(model, linear_layers(model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.of_base = True  # type: ignore[attr-defined]
@@ -242,6 +291,14 @@ def add(adapter: Adapter, model: torch.nn.Module, seed: int, precision: str) -> 
             weightless.starts_as(magnitude, partial(_norms, precision), layer.get_base_layer().weight)
     for parameter in model.parameters():
         parameter.requires_grad_(not is_base(parameter))
+
+
+def round_base(adapter: Adapter | None, model: torch.nn.Module) -> None:
+    """Rounds the weights of a base without adapters to the numbers that the run trained on."""
+    from heliostat.recipes import quantized
+
+    if adapter and adapter.base:
+        quantized.round_all(model, linear_layers(model))
 
 
 def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -278,47 +335,3 @@ def _norms(precision: str, weight: torch.Tensor) -> torch.Tensor:
     import torch
 
     return weight.to(getattr(torch, DTYPES[precision])).float().norm(dim=1)
-
-
-# exporting ------------------------------------------------------------------------------------------------------------
-
-
-def exported(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], rename: Callable[[str], str]) -> dict[str, Weight]:
-    """Returns the tensors of an adapter's file. `rename`: maps a layer's name in the model to its prefix in the file."""
-    tensors = {}
-    for name, shape in shapes.items():
-        for own, short in SHORT.items():
-            if name.endswith(f".{own}"):
-                tensors[f"{rename(name.removesuffix(f'.{own}'))}.{short}"] = Weight((name,), shape)
-    return tensors
-
-
-def layers_of(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Lists the layers with an adapter, from the names of a model's parameters."""
-    return [name.removesuffix(f".{DOWN}") for name in shapes if name.endswith(f".{DOWN}")]
-
-
-def merged(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Weight]:
-    """Returns the tensors of a model without adapters that computes the same: W + scale B A in place of each W, and for `dora`
-    each row scaled to its trained norm."""
-    tensors = {}
-    for name, shape in shapes.items():
-        layer, inside, own = name.rpartition(f".{BASE}.")
-        if not inside:
-            if not any(name.endswith(f".{each}") for each in SHORT):
-                tensors[name] = Weight((name,), shape)
-        elif own == "weight":
-            parts = [DOWN, UP, MAGNITUDE][: 3 if adapter.method == "dora" else 2]
-            sources = (name, *(f"{layer}.{part}" for part in parts))
-            tensors[f"{layer}.weight"] = Weight(sources, shape, partial(merge, adapter.scale))
-        else:
-            tensors[f"{layer}.{own}"] = Weight((name,), shape)
-    return tensors
-
-
-def merge(
-    scale: float, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, magnitude: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Computes the weight of a layer with its adapter, fp32 [out, in]."""
-    changed = weight + scale * (up @ down)
-    return changed if magnitude is None else changed * (magnitude / changed.norm(dim=1)).unsqueeze(1)

@@ -29,7 +29,7 @@ from heliostat.config import pretrained, spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import ConfigError
-from heliostat.recipes import built_in
+from heliostat.recipes import adapters, built_in
 from heliostat.runs import summary as endings
 from heliostat.storage import lease
 from heliostat.storage.run_folder import require_one_way
@@ -88,7 +88,7 @@ def train_job(
     job, recipe = check.check_setup(job, resume=resume)
     with lease.take(job.run_folder) as taken:
         last = None if overwrite else _last_checkpoint(job, resume)
-        checked = _plan(spec.settle(job, last.index.job if last else None), recipe, last, recorded, allow_data_change)
+        checked = _plan(_settled(job, last), recipe, last, recorded, allow_data_change)
         if overwrite:
             taken.fence.check()
             lease.clear(job.run_folder)
@@ -119,6 +119,16 @@ def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
             "another name"
         )
     return checkpoint
+
+
+def _settled(job: Job, checkpoint: SavedCheckpoint | None) -> Job:
+    """Returns the job with the keys that the checkpoint's run determines. Raises ConfigError if the job can't continue from this
+    checkpoint."""
+    if checkpoint is None:
+        return spec.settle(job, None)
+    recorded = checkpoint.index.job
+    adapters.require_resumable(job.model, recorded["model"])
+    return spec.settle(job, recorded)
 
 
 def _plan(job: Job, recipe: Any, checkpoint: SavedCheckpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
@@ -181,7 +191,7 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
         log.warning("evaluate.benchmarks: not supported in trials. Score the best trial: heliostat model benchmark")
     with lease.take(job.run_folder) as taken:
         checkpoint = layout.latest(job.run_folder)
-        job = spec.settle(job, checkpoint.index.job if checkpoint else None)
+        job = _settled(job, checkpoint)
         recorded = DataPlan.parse(checkpoint.index.data) if checkpoint else None
         checked = check.check_stores(job, recipe, recorded, resume=checkpoint is not None)
         run = DrivenRun(checked, taken, checkpoint.step if checkpoint else 0, hooks.started, tags=hooks.tags, hooks=hooks)
@@ -198,5 +208,5 @@ def finalize(job: Job) -> dict[str, Any]:
         return result
     with lease.take(job.run_folder) as taken:
         last = layout.open_checkpoint(job.run_folder, job.last_step)
-        checked = check.check_stores(spec.settle(job, last.index.job), recipe, DataPlan.parse(last.index.data), resume=True)
+        checked = check.check_stores(_settled(job, last), recipe, DataPlan.parse(last.index.data), resume=True)
         return DrivenRun(checked, taken, job.last_step, time.time()).finalize(last)

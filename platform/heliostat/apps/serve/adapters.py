@@ -1,14 +1,16 @@
 """Serves LoRA adapters (Hu et al. 2021) of a model by name. Rows of one batch may use different adapters, or none.
 
-An adapter adds scale * B A x to a linear layer's output for x. An adapter is a folder in peft's format: `adapter_config.json`,
-and `adapter_model.safetensors` with `lora_A` and `lora_B` of each layer. heliostat reads this folder without peft.
+An adapter adds scale * B A x to a linear layer's output for x. DoRA (Liu et al. 2024) then scales each row of the changed weight
+to a trained norm. An adapter is a folder in peft's format: `adapter_config.json`, and `adapter_model.safetensors` with `lora_A`
+and `lora_B` of each layer, and `lora_magnitude_vector` with DoRA. heliostat reads this folder without peft.
 
-Only adapters that consist of these two matrices per layer are supported. heliostat rejects an adapter with any other setting,
-because ignoring the setting would give a different model.
+Only adapters that consist of these tensors are supported. heliostat rejects an adapter with any other setting, because ignoring
+the setting would give a different model.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,9 @@ import torch
 from safetensors.torch import load_file
 
 from heliostat.errors import ConfigError
+from heliostat.inference.adapter_export import RECORD
+from heliostat.recipes.folder_digests import weights_digest
+from heliostat.storage.hub import files
 from heliostat.storage.records import Format
 
 if TYPE_CHECKING:
@@ -28,9 +33,13 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS = Format(dict[str, Any], "configuration of an adapter", ConfigError)
-KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-NEUTRAL: dict[str, tuple[object, ...]] = {  # keys that can add more than two matrices per layer, each with its supported values
-    "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "fan_in_fan_out": (False,), "modules_to_save": (None, []),
+log = logging.getLogger(__name__)
+
+ORIGIN = Format(dict[str, Any], "origin of an adapter", ConfigError)
+KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB](?=\.weight)|lora_magnitude_vector)(?:\.weight)?")
+DOWN, UP, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
+NEUTRAL: dict[str, tuple[object, ...]] = {  # keys that can add other tensors, each with its supported values
+    "bias": ("none",), "lora_bias": (False,), "fan_in_fan_out": (False,), "modules_to_save": (None, []),
     "layer_replication": (None,), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []), "alora_invocation_tokens": (None,), "use_qalora": (False,), "arrow_config": (None,),
@@ -42,10 +51,19 @@ Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch
 
 @dataclass(frozen=True)
 class Layer:
-    """Holds an adapter's matrices for one layer: A [rank, in] and B [out, rank]. B is already multiplied by the scale."""
+    """Holds an adapter's matrices for one layer: A [rank, in] and B [out, rank]. B is already multiplied by the scale.
+    `gain`: with DoRA, the factor of each row of the changed weight [out]; else None."""
 
     down: torch.Tensor
     up: torch.Tensor
+    gain: torch.Tensor | None = None
+
+    def change(self, inputs: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Computes what the adapter adds to a linear layer's output `out`, [rows, tokens, out]. `bias`: of the layer."""
+        added = inputs @ self.down.T @ self.up.T
+        if self.gain is None:
+            return added
+        return self.gain * added + (self.gain - 1) * (out if bias is None else out - bias)
 
 
 def require(name: str, folder: Path) -> dict[str, Any]:
@@ -68,6 +86,24 @@ def require(name: str, folder: Path) -> dict[str, Any]:
     return config
 
 
+def require_base(name: str, folder: Path, model: Path) -> None:
+    """Raises ConfigError if the adapter was trained on other weights than those in the folder `model`. Only adapters that
+    heliostat exported name their base; other adapters pass."""
+    if not (folder / RECORD).is_file():
+        return
+    origin, digest = ORIGIN.read(folder / RECORD), weights_digest(model)
+    if (base := origin.get("base_digest")) != digest:
+        raise ConfigError(
+            f"--adapter: {name}: {folder}: was trained on the base {origin.get('base')!r} (digest {base}), but the served model "
+            f"is {files.shown(model)!r} (digest {digest}). Serve this base, or the merged model (model export --merge)"
+        )
+    if kind := origin.get("base_format"):
+        log.warning(
+            "--adapter: %s: was trained on its base in 4 bits (%s), but the endpoint's base isn't rounded, so answers differ "
+            "from the trained model's. To serve the trained model, merge the adapter: heliostat model export --merge", name, kind
+        )  # fmt: skip
+
+
 class Adapters:
     """Adds adapters to a loaded model. Each row of a batch uses its own adapter, or none."""
 
@@ -78,7 +114,8 @@ class Adapters:
             for path, layer in read(name, Path(folder), model).items():
                 self.layers.setdefault(path, {})[name] = layer
         for path, known in self.layers.items():
-            model.get_submodule(path).register_forward_hook(self._hook(known))
+            linear: Any = model.get_submodule(path)
+            linear.register_forward_hook(self._hook(known, linear.bias))
         for name in folders:
             self._try(name, model)
 
@@ -102,7 +139,7 @@ class Adapters:
         finally:
             self.names = ()
 
-    def _hook(self, known: dict[str, Layer]) -> Hook:
+    def _hook(self, known: dict[str, Layer], bias: torch.Tensor | None) -> Hook:
         def add(module: object, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
             chosen = {name for name in self.names if name in known}
             if not chosen:
@@ -111,8 +148,7 @@ class Adapters:
                 raise ValueError("a layer with adapter weights doesn't compute the rows of a batch independently")
             for name in chosen:
                 rows = torch.tensor([i for i, one in enumerate(self.names) if one == name], device=out.device)
-                layer = known[name]
-                out = out.index_add(0, rows, (inputs[0][rows] @ layer.down.T @ layer.up.T).to(out.dtype))
+                out = out.index_add(0, rows, known[name].change(inputs[0][rows], out[rows], bias).to(out.dtype))
             return out
 
         return add
@@ -138,18 +174,36 @@ def read(name: str, folder: Path, model: PreTrainedModel) -> dict[str, Layer]:
         raise ConfigError(f"{where}: the adapter is empty. Save the adapter again")
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     linear = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return {path: _layer(pair, linear.get(path), config["r"], scale, f"{where}: {path}") for path, pair in pairs.items()}
+    parts = {DOWN, UP, MAGNITUDE} if config.get("use_dora") else {DOWN, UP}
+    return {
+        path: _layer(tensors_of, parts, linear.get(path), config["r"], scale, f"{where}: {path}")
+        for path, tensors_of in pairs.items()
+    }
 
 
-def _layer(pair: dict[str, torch.Tensor], module: torch.nn.Linear | None, rank: int, scale: float, where: str) -> Layer:
+def _layer(
+    pair: dict[str, torch.Tensor], parts: set[str], module: torch.nn.Linear | None, rank: int, scale: float, where: str
+) -> Layer:
     if module is None:
         raise ConfigError(f"{where}: isn't a linear layer of the model. Pass an adapter of this model")
-    if set(pair) != {"A", "B"}:
-        raise ConfigError(f"{where}: has only {' and '.join(sorted(pair))}. Save the adapter again")
-    down, up = pair["A"], pair["B"]
+    if set(pair) != parts:
+        raise ConfigError(
+            f"{where}: has {' and '.join(sorted(pair))}, expected {' and '.join(sorted(parts))}. Save the adapter again"
+        )
+    down, up = pair[DOWN], pair[UP]
     if tuple(down.shape) != (rank, module.in_features) or tuple(up.shape) != (module.out_features, rank):
         shapes = (
             f"{tuple(down.shape)} and {tuple(up.shape)}, with rank {rank}, but the layer's weight is {tuple(module.weight.shape)}"
         )
         raise ConfigError(f"{where}: the adapter's matrices are {shapes}. Pass an adapter of this model")
-    return Layer(down.to(module.weight), (up.float() * scale).to(module.weight))
+    up = up.float() * scale
+    if MAGNITUDE not in parts:
+        return Layer(down.to(module.weight), up.to(module.weight))
+    if tuple(pair[MAGNITUDE].shape) != (module.out_features,):
+        raise ConfigError(
+            f"{where}: the norms are {tuple(pair[MAGNITUDE].shape)}, expected {(module.out_features,)}. Save the adapter again"
+        )
+    weight = module.weight.detach().float()
+    norms = (weight + (up @ down.float()).to(weight.device)).norm(dim=1)
+    gain = pair[MAGNITUDE].to(norms) / norms
+    return Layer(down.to(module.weight), up.to(module.weight), gain.to(module.weight))

@@ -27,6 +27,7 @@ from heliostat.apps.serve import adapters as lora
 from heliostat.apps.serve.adapters import Adapters
 from heliostat.apps.serve.group import RowBatch
 from heliostat.apps.serve.row import Deliver, Row, Telling, ending
+from heliostat.errors import ConfigError
 from heliostat.inference import sampling
 from heliostat.inference.batch.engines import Embed, Input, LoadedModel, pads_hold
 from heliostat.recipes.text.infilling import Infilling
@@ -267,4 +268,6 @@ def _require_fit(config: transformers.PretrainedConfig, adapters: dict[str, str]
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
         for name, place in adapters.items():
+            if lora.require(name, Path(place)).get("use_dora"):
+                raise ConfigError(f"--adapter: {name}: {place}: vLLM doesn't support DoRA adapters. Use --engine transformers")
             lora.read(name, Path(place), model)

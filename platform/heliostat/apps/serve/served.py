@@ -118,10 +118,11 @@ class ServedModels:
         if self.adapters:
             from heliostat.apps.serve import adapters
 
-            if kind != TEXT:
+            if folder is None or kind != TEXT:
                 raise ConfigError("--adapter: needs a model that generates text. Remove --adapter, or pass such a model")
             for name, place in self.adapters.items():
                 adapters.require(name, Path(place))
+                adapters.require_base(name, Path(place), folder)
         return kind
 
     def holds(self, folder: Path | None, batch: int, engine: str = "transformers") -> Holds:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from heliostat.apps.serve.adapters import Adapters
+from heliostat.apps.serve.adapters import Adapters, require_base
 from heliostat.apps.serve.asks import Ask, Item, Messages
 from heliostat.apps.serve.engine import ServingEngine, VllmEngine
 from heliostat.apps.serve.row import Deliver, Row, Stopping
@@ -23,6 +23,8 @@ class Writer:
 
     def __init__(self, folder: Path, batch: int, adapters: dict[str, str] | None = None, engine: str = "transformers") -> None:
         self.engine: ServingEngine | VllmEngine
+        for name, place in (adapters or {}).items():
+            require_base(name, Path(place), folder)
         if engine == "vllm":
             self.engine = VllmEngine(folder, batch, adapters or {})
         else:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import adapters
+from heliostat.recipes import adapter_tensors, adapters
 from heliostat.recipes.adapters import Adapts
 from heliostat.recipes.counter_random import normals
 from heliostat.recipes.images import config
@@ -41,6 +41,7 @@ class AdaptedImages(Adapts, Exports):
             )
         if not self.model.frozen_text:
             raise ConfigError("model.text: the text encoder must be frozen with model.adapter. Set model.text.pretrained")
+        adapters.require_stage(self.adapter, self.job.train.zero.stage)
         adapters.chosen(self.adapter, self._plain_backbone())
 
     def _plain_backbone(self) -> Any:
@@ -55,12 +56,12 @@ class AdaptedImages(Adapts, Exports):
     def tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
         if self.adapter is None:
             return super().tensors(shapes)
-        merged, prefix = adapters.merged(self.adapter, shapes), f"{self.parts.name}."
+        merged, prefix = adapter_tensors.merged(self.adapter, shapes), f"{self.parts.name}."
         return {self.layout[prefix]: {name.removeprefix(prefix): weight for name, weight in merged.items()}}
 
     def adapter_files(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
         assert self.adapter
-        return {WEIGHTS: adapters.exported(self.adapter, shapes, str)}
+        return {WEIGHTS: adapter_tensors.exported(self.adapter, shapes, str)}
 
     def save_adapter_config(self, folder: Path, layers: list[str]) -> dict[str, str]:
         plain, part = self._plain_backbone(), self.parts.name
@@ -76,6 +77,7 @@ class AdaptedImages(Adapts, Exports):
         _, family = config.backbone_family(self.model.backbone)
         backbone = family.cls.from_pretrained(self.base() if adapter else folder / self.parts.name, torch_dtype=torch.float32)
         if adapter:
+            adapters.round_base(self.adapter, backbone)
             backbone.load_lora_adapter(folder, prefix=self.parts.name, weight_name=f"{WEIGHTS}.safetensors")
         return Denoiser(self.parts.name, backbone, None)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import adapters
+from heliostat.recipes import adapter_tensors, adapters
 from heliostat.recipes.adapters import Adapts
 from heliostat.recipes.protocol import Exports, Weight
 from heliostat.storage.hub import files
@@ -51,15 +51,16 @@ class AdaptedText(Adapts, Exports):
                     f"{key}: not supported with model.adapter, because it changes layers of the base. Remove this key, or remove "
                     "model.adapter"
                 )
+        adapters.require_stage(self.adapter, train.zero.stage)
         with torch.device("meta"):
             adapters.chosen(self.adapter, AutoModelForCausalLM.from_config(self.config))
 
     def tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
-        return super().tensors(shapes) if self.adapter is None else {"model": adapters.merged(self.adapter, shapes)}
+        return super().tensors(shapes) if self.adapter is None else {"model": adapter_tensors.merged(self.adapter, shapes)}
 
     def adapter_files(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
         assert self.adapter
-        return {WEIGHTS: adapters.exported(self.adapter, shapes, lambda layer: f"base_model.model.{layer}")}
+        return {WEIGHTS: adapter_tensors.exported(self.adapter, shapes, lambda layer: f"base_model.model.{layer}")}
 
     def save_adapter_config(self, folder: Path, layers: list[str]) -> dict[str, str]:
         import torch
@@ -83,6 +84,7 @@ class AdaptedText(Adapts, Exports):
         if not adapter:
             return generator.whole("model", folder, dtype=torch.float32)
         base = generator.whole("model.pretrained", self.base(), config=self.config, dtype=torch.float32)
+        adapters.round_base(self.adapter, base)
         return PeftModel.from_pretrained(base, folder)
 
     def answer(self, model: torch.nn.Module) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch
 
 from heliostat.parallel import language_model
 from heliostat.recipes import building
+from heliostat.recipes.quantized import Nf4Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,6 +40,9 @@ def multiplied(model: torch.nn.Module, config: PreTrainedConfig) -> float:
     total, share = 0.0, _routed_share(config)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding):
+            continue
+        if isinstance(module, Nf4Linear):
+            total += module.in_features * module.out_features * 2 / 3
             continue
         for kind, weight in module._parameters.items():
             shape: tuple[int, ...] = () if weight is None else building.shape(weight)

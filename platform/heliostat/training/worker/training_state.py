@@ -80,7 +80,7 @@ class TrainingState(Hook):
             context.posts.notice_of_any,
         )  # fmt: skip
         if self.sharded.base:
-            self.saver.started = frozenset(f"{MASTER}.{name}" for name in self.sharded.base.started)
+            self.saver.promised = {f"{MASTER}.{name}": zero for name, zero in self.sharded.base.trained.items()}
         self.copies = memory is not None
         self.failed = self._in_a_row = 0  # failed saves: in this attempt, and in a row
         self._sealing: tuple[UnsealedPart, int] | None = None  # samples and number of events in the current save

@@ -1,0 +1,140 @@
+"""Stores the linear layers of a frozen base in 4 bits: NF4 (Dettmers et al. 2023, arXiv 2305.14314), for adapters
+(`recipes.adapters`).
+
+Each block of 64 weights is divided by its largest absolute value, and rounded to one of 16 values. A weight then needs 4.5 bits
+instead of 16. The codes, their order, and the scales are those of `bitsandbytes` without double quantization, bit for bit.
+heliostat computes them with torch, on every device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import FunctionCtx
+
+from heliostat.recipes import weightless
+
+BLOCK = 64  # weights that share a scale
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+PACKED, SCALES = "packed", "scales"  # names of the parameters
+BITS = 4
+
+
+def _blocks(weight: torch.Tensor) -> torch.Tensor:
+    """Returns a weight's values in blocks, fp32 [blocks, BLOCK]. Zeros fill the last block."""
+    flat = weight.detach().reshape(-1).float()
+    return F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def scales(weight: torch.Tensor) -> torch.Tensor:
+    """Computes the scale of each block: the bytes of fp32 numbers, uint8 [4 * blocks]. As bytes, a cast of the model doesn't
+    change them."""
+    return _blocks(weight).abs().amax(1).view(torch.uint8)
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Computes the codes of a weight [out, in], two per byte: uint8 [out, in / 2]."""
+    blocks = _blocks(weight)
+    levels = torch.tensor(LEVELS, device=blocks.device)
+    scaled = blocks / blocks.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    pairs = codes.view(-1)[: weight.numel()].view(-1, 2)
+    return ((pairs[:, 0] << BITS) | pairs[:, 1]).view(weight.shape[0], -1)
+
+
+def unpack(packed: torch.Tensor, scale_bytes: torch.Tensor) -> torch.Tensor:
+    """Computes the weight that `packed` [out, in / 2] and `scale_bytes` [4 * blocks] represent, fp32 [out, in]."""
+    levels = torch.tensor(LEVELS, device=packed.device)
+    both = torch.stack([levels.repeat_interleave(len(LEVELS)), levels.repeat(len(LEVELS))], 1)  # the two values of each byte
+    flat = F.embedding(packed.reshape(-1).int(), both).view(-1)
+    padded = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK) * scale_bytes.view(torch.float32).unsqueeze(1)
+    return padded.view(-1)[: flat.numel()].view(packed.shape[0], -1)
+
+
+def restored(packed: torch.Tensor, scale_bytes: torch.Tensor) -> torch.Tensor:
+    """Computes the same as `unpack` from bytes that are stored as fp32 numbers, as exports read them."""
+    return unpack(packed.to(torch.uint8), scale_bytes.to(torch.uint8).reshape(-1))
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """Rounds a weight [out, in] to the values that 4 bits represent, fp32."""
+    return unpack(pack(weight), scales(weight))
+
+
+class _Multiply(torch.autograd.Function):
+    """Multiplies inputs with a 4-bit weight. Keeps only the 4-bit weight for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, inputs: torch.Tensor, packed: torch.Tensor, scale_bytes: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(packed, scale_bytes)
+        return F.linear(inputs, unpack(packed, scale_bytes).to(inputs.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = gradients
+        return gradient @ unpack(*ctx.saved_tensors).to(gradient.dtype), None, None, None
+
+
+class Nf4Linear(torch.nn.Linear):
+    """Computes like a linear layer whose weight is rounded to 4 bits. The weight isn't trained."""
+
+    packed: torch.nn.Parameter
+    scales: torch.nn.Parameter
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        torch.nn.Module.__init__(self)
+        weight, self.in_features, self.out_features = layer.weight, layer.in_features, layer.out_features
+        blocks = -(-self.in_features * self.out_features // BLOCK)
+        shapes = {PACKED: (self.out_features, self.in_features // 2), SCALES: (4 * blocks,)}
+        for name, make in ((PACKED, pack), (SCALES, scales)):
+            empty = torch.empty(shapes[name], dtype=torch.uint8, device=weight.device)
+            self.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
+            weightless.starts_as(getattr(self, name), make, weight)
+        self.register_parameter("bias", layer.bias)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """Returns the weight that the layer multiplies with, fp32 [out, in]."""
+        return unpack(self.packed, self.scales)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = _Multiply.apply(inputs, self.packed, self.scales, self.bias)
+        return product
+
+
+def layers_of(model: torch.nn.Module) -> dict[str, Nf4Linear]:
+    """Lists a model's layers in 4 bits, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Nf4Linear)}
+
+
+def count(model: torch.nn.Module) -> int:
+    """Counts a model's weights. A weight in 4 bits counts like any other weight, and scales don't count."""
+    packed = sum(layer.in_features * layer.out_features for layer in layers_of(model).values())
+    return packed + sum(p.numel() for p in model.parameters() if p.is_floating_point())
+
+
+def replace(model: torch.nn.Module, layers: list[str]) -> None:
+    """Stores the weights of these linear layers in 4 bits. Layers with an odd number of inputs stay unchanged."""
+    for name in layers:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, torch.nn.Linear)
+        if layer.in_features % 2 == 0:
+            model.set_submodule(name, Nf4Linear(layer))
+
+
+@torch.no_grad()
+def round_all(model: torch.nn.Module, layers: list[str]) -> None:
+    """Rounds the weights of these linear layers to the values of 4 bits, and keeps them in their precision."""
+    for name in layers:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, torch.nn.Linear)
+        if layer.in_features % 2 == 0:
+            layer.weight.copy_(rounded(layer.weight))
