@@ -45,11 +45,15 @@ class HeldOutGallery(PromptGallery):
     ) -> tuple[dict[str, float], dict[str, bytes]]:
         """Scores the drawn pictures, and the real ones (`real_`). The grid has each row of real pictures above the row that the
         model drew."""
-        if self._known is None:
-            self._known = PictureJudge(labeled(self.recipe.sources, progressed))
+        self._known = self._known or self._judge_of_training(progressed)
         drawn, real = (self._known.accuracy(self.real, one) for one in (np.stack(pictures), self.real.pictures))
         scores = {name: drawn[name] for name in SCORES} | {f"real_{name}": real[name] for name in SCORES}
         return scores, {"held_out": png(paired(list(self.real.pictures), pictures))}
+
+    def _judge_of_training(self, progressed: Callable[[], None] = lambda: None) -> PictureJudge:
+        """Makes a judge from the training datasets whose pictures have the size of the held-out pictures, the first dataset's."""
+        size = self.recipe.sources[0].meta["size"]
+        return PictureJudge(labeled([one for one in self.recipe.sources if one.meta["size"] == size], progressed))
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         """Draws the first SHOWN captions with the exported model. Returns each caption with the subject that the judge
@@ -57,7 +61,7 @@ class HeldOutGallery(PromptGallery):
         pipeline, samples, prompts = diffusers_folder.load(folder), self.samples, self.prompts[:SHOWN]
         draws = generators([samples.seed + i for i in range(len(prompts))])
         drawn = pipeline(prompts, num_inference_steps=samples.steps, generator=draws, **self.guidance).images
-        known = self._known or PictureJudge(labeled(self.recipe.sources))
+        known = self._known or self._judge_of_training()
         ranked = known.ranked(np.stack([np.asarray(image) for image in drawn]))
         return [(prompt, f"  (the judge sees: {one[0]})") for prompt, one in zip(prompts, ranked, strict=True)]
 
