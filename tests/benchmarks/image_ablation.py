@@ -44,6 +44,7 @@ TRAIN, HELD, SMALL, FEATURES, CAPTIONS = DATASETS = (
     "drawings", "drawings-held-out", "drawings-16", "drawings-features", "drawings-captions"
 )  # fmt: skip
 SUBJECTS, BATCH, PER_COMBINATION = 8, 16, 2  # every eighth subject
+CLEAR = 3  # seeds
 GOLDEN = 0.6180339887498949
 LENGTHS = (0.05, 0.1, 0.2)  # of averages
 CANVAS = {"block_out_channels": [32, 64], "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
@@ -235,7 +236,7 @@ def table(results: list[Scores]) -> None:
     by_name: dict[str, dict[int, Scores]] = {}
     for one in results:
         by_name.setdefault(one.name, {})[one.seed] = one
-    harness.head("variant", "error of the velocity", "top-1", "top-5", "style", "CPU seconds per step")
+    harness.head("variant", "seeds", "error of the velocity", "top-1", "top-5", "style", "CPU seconds per step")
     for name, runs in by_name.items():
         base = by_name.get(VARIANTS[next(iter(runs.values())).variant].network, {})
         seeds = sorted(set(runs) & set(base))
@@ -243,16 +244,17 @@ def table(results: list[Scores]) -> None:
             continue
         cells = [cell([getattr(runs[s], key) for s in seeds], [getattr(base[s], key) for s in seeds], name in BASES)
                  for key in ("error", "top1", "top5", "style")]  # fmt: skip
-        harness.row(name, *cells, f"{mean(runs[s].seconds for s in seeds):.3f}")
+        harness.row(name, len(seeds), *cells, f"{mean(runs[s].seconds for s in seeds):.3f}")
 
 
 def cell(values: list[float], base: list[float], is_base: bool) -> str:
-    """Formats the mean of a score. In bold if the mean difference to the base is larger than the range of the differences."""
-    if is_base:
-        return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-    differences = [a - b for a, b in zip(values, base, strict=True)]
-    clear = abs(mean(differences)) > max(differences) - min(differences)
-    text = f"{mean(values):.3f} ({min(differences):+.3f} to {max(differences):+.3f})"
+    """Formats the mean of a score, and the range of its differences to the base (for the base: of its values). In bold if there
+    are CLEAR seeds or more, and the mean difference is larger than this range."""
+    differences = values if is_base else [a - b for a, b in zip(values, base, strict=True)]
+    low, high = min(differences), max(differences)
+    clear = not is_base and len(values) >= CLEAR and abs(mean(differences)) > high - low
+    sign = "" if is_base else "+"
+    text = f"{mean(values):.3f}" + (f" ({low:{sign}.3f} to {high:{sign}.3f})" if len(values) > 1 else "")
     return f"**{text}**" if clear else text
 
 

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.picture_scores TRAINING HELD_OUT --grids NAME=GRID.png ...
 
 TRAINING and HELD_OUT are the datasets of `pipelines/drawings.yaml`. A grid is the image `held_out` in MLflow, which contains the
-drawn pictures exactly. Two references have as many pictures: training pictures with the same styles, which the comparison then
-leaves out of the training pictures, and held-out pictures with strong noise.
+drawn pictures exactly. The upper reference is as many training pictures with the same styles, which the comparison then leaves
+out of the training pictures. Memorization is measured by pixels only, so that only some training pictures need features.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from PIL import Image
 
 from tests.benchmarks import harness
 
-NOISE = 64  # standard deviation, of 255
-SCORES = ("kid", "fid", "precision", "recall", "density", "coverage", "memorized", "memorized_pixels")
+SCORES = ("kid", "fid", "precision", "recall", "density", "coverage", "memorized_pixels")
 
 
 class Measured(NamedTuple):
-    """Contains the features of pictures, fp32 [n, width], and their thumbnails, fp32 [n, pixels]."""
+    """Contains the features of pictures, fp32 [n, width], and their thumbnails, fp32 [n, pixels]. `training`: thumbnails of the
+    training pictures that the pictures are compared with."""
 
     features: np.ndarray
     pixels: np.ndarray
+    training: np.ndarray
 
 
 def drawn(grid: Path, like: np.ndarray) -> np.ndarray:
@@ -62,14 +63,11 @@ def same_styles(training: LabeledPictures, real: LabeledPictures) -> np.ndarray:
     return np.concatenate([generator.choice(np.flatnonzero(styles == style), count, replace=False) for style, count in counts])
 
 
-def scores(made: Measured, real: Measured, training: Measured) -> dict[str, Estimate]:
+def scores(made: Measured, real: Measured) -> dict[str, Estimate]:
     out = {"kid": distances.kid(made.features, real.features), "fid": Estimate(distances.fid(made.features, real.features))}
     out |= neighbors.manifold(real.features, made.features)
-    for name, space in (("memorized", "features"), ("memorized_pixels", "pixels")):
-        known = getattr(training, space)
-        near, usual = (neighbors.nearest(getattr(one, space), known).distance for one in (made, real))
-        out[name] = neighbors.memorized(near, usual)
-    return out
+    near, usual = (neighbors.nearest(one.pixels, made.training).distance for one in (made, real))
+    return out | {"memorized_pixels": neighbors.memorized(near, usual)}
 
 
 def cell(one: Estimate) -> str:
@@ -83,26 +81,25 @@ def main() -> None:
     torch.set_num_threads(1)
     extractor = extractors.load(extractors.LITE0)
 
-    def measured(pictures: np.ndarray) -> Measured:
+    def measured(pictures: np.ndarray, training: np.ndarray) -> Measured:
         parts = [list(pictures[first : first + extractors.AT_ONCE]) for first in range(0, len(pictures), extractors.AT_ONCE)]
         with torch.no_grad():
             features = np.concatenate([extractor(part) for part in parts])
-        return Measured(features, extractors.thumbnails(list(pictures), 16))
+        return Measured(features, thumbnails(pictures), training)
+
+    def thumbnails(pictures: np.ndarray) -> np.ndarray:
+        return extractors.thumbnails(list(pictures), 16)
 
     known, real = (labeled([manifest.read(Location(str(folder)))]) for folder in (options.training, options.held_out))
-    training, held = measured(known.pictures), measured(real.pictures)
-    chosen = same_styles(known, real)
-    others = np.setdiff1d(np.arange(len(known.pictures)), chosen)
-    noise = np.random.default_rng(0).normal(0, NOISE, real.pictures.shape)
-    taken, kept = (Measured(*(part[rows] for part in training)) for rows in (chosen, others))
-    cases = {"real training pictures": (taken, kept)}
+    training, chosen = thumbnails(known.pictures), same_styles(known, real)
+    held = measured(real.pictures, training)
+    cases = {"real training pictures": measured(known.pictures[chosen], np.delete(training, chosen, axis=0))}
     for name, _, file in (one.partition("=") for one in options.grids):
-        cases[name] = measured(drawn(Path(file), real.pictures)), training
-    cases["held-out pictures with noise"] = measured((real.pictures + noise).round().clip(0, 255).astype(np.uint8)), training
+        cases[name] = measured(drawn(Path(file), real.pictures), training)
     print(f"{len(real.pictures)} pictures of each kind, {len(known.pictures)} training pictures")
     harness.head("pictures", *SCORES)
-    for name, (made, compared) in cases.items():
-        found = scores(made, held, compared)
+    for name, made in cases.items():
+        found = scores(made, held)
         harness.row(name, *(cell(found[score]) for score in SCORES))
 
 
