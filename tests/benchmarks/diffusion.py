@@ -1,9 +1,11 @@
 """Compares images/s of whole heliostat runs with a plain loop of diffusers and accelerate, and measures the gain of latents.
 
-    python -m tests.benchmarks.diffusion [--steps 30] [--turn 14] [--stages 1 2 3] [--batch 64]
+    python -m tests.benchmarks.diffusion [--steps 30] [--turn 14] [--stages 1 2 3] [--precisions fp32 bf16] [--batch 64]
+        [--no-latents]
 
-Both have the same U-Net (digits at 32 x 32, heads 32 wide), fp32, AdamW, clipping, EMA, and 2 processes of 1 thread. A step has
-64 images in micro-batches of 16, as in the quickstart, or --batch images in micro-batches of at most 16.
+Both have the same U-Net (digits at 32 x 32, heads 32 wide), AdamW, clipping, EMA, and 2 processes of 1 thread. A step has 64
+images in micro-batches of 16, as in the quickstart, or --batch images in micro-batches of at most 16. In bf16, heliostat has
+weights in bf16 with fp32 master weights, and the plain loop has accelerate's autocast.
 
 The plain loop has decoded images and tokenized captions in memory. The heliostat runs have everything on: Ray Data, receipts,
 MLflow, checkpoints, and an evaluation. The two are interleaved (see yardsticks/turns.py). Then a small latent model is trained
@@ -40,12 +42,13 @@ def prepare(folder: Path, name: str, **keys: Any) -> Path:
     return folder / name
 
 
-def job(folder: Path, name: str, data: Path, steps: int, batch: int = BATCH, **model: Any) -> Path:
+def job(folder: Path, name: str, data: Path, steps: int, batch: int = BATCH, precision: str = "fp32", **model: Any) -> Path:
     raw = yaml.safe_load((harness.ROOT / "jobs/quickstart-diffusion.yaml").read_text())
     raw["name"], raw["data"] = name, {"sources": [{"path": str(data)}]}
     raw["model"]["backbone"] |= CHANNELS
     raw["model"] |= {"samples": {}, **model}
     raw["train"] |= {"steps": steps, "global_batch_size": batch, "micro_batch_size": min(16, batch // 2), "log_every": 1}
+    raw["train"]["precision"] = precision
     raw["train"]["schedule"] = {"name": "constant"}
     raw["evaluate"] = {"every": steps, "samples": 16, "fraction": 0.05}
     raw["checkpoint"] = {"every": steps // 2}
@@ -83,15 +86,20 @@ def frozen(folder: Path, data: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = harness.arguments(__doc__, steps=30, turn=14.0, stages=[1, 2, 3], batch=BATCH)
+    options = harness.arguments(__doc__, steps=30, turn=14.0, stages=[1, 2, 3], precisions=["fp32", "bf16"], batch=BATCH,
+                                no_latents=False)  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images = prepare(folder, "images")
-        path = job(folder, "pixels", images, options.steps, options.batch)
-        print(f"\n{options.steps} steps of {options.batch} images, fp32, turns of {options.turn:g} s")
+        print(f"\n{options.steps} steps of {options.batch} images, turns of {options.turn:g} s")
         harness.head("images/s", *turns.HEADS)
-        for stage in options.stages:
-            harness.row(f"ZeRO-{stage}", *turns.compare("plain_diffusers", [], path, stage, options.turn).cells)
+        for precision in options.precisions:
+            path = job(folder, f"pixels-{precision}", images, options.steps, options.batch, precision)
+            for stage in options.stages:
+                found = turns.compare("plain_diffusers", [], path, stage, options.turn)
+                harness.row(f"ZeRO-{stage}, {precision}", *found.cells)
+        if options.no_latents:
+            return
         models = frozen(folder, images)
         paths = {"latents": models["autoencoder"]["pretrained"], "text": models["text"]["pretrained"]}
         latents = {"autoencoder": paths["latents"], "text_encoder": paths["text"], "length": 24}

@@ -178,3 +178,18 @@ def test_the_job_is_planned_before_its_dataset_exists(places, tmp_path):
     j, made, _ = planner.bound(wanted, TextToImage(wanted))
     found = planner.plan(j, made)
     assert made.parts.facts.size == (16, 16) and made.parts.facts.channels == 3 and found["memory"]["activations"] > 0
+
+
+def test_a_job_that_also_trains_on_small_pictures_scores_with_a_judge_of_the_final_size(places, tmp_path):
+    """As with progressive resolution: the first dataset has the final size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawings, "SUBJECTS", SUBJECTS)
+        latents = {"text_encoder": str(places[0]), "length": 12, "pooling": "mean"}
+        small, _ = prepared({"name": "small", "input": "drawings:openmoji/train", "output": str(tmp_path / "small"),
+                             "resolution": 8, "latents": latents})  # fmt: skip
+    made = recipe(places[1], **model_keys(places, samples={"held_out": str(places[2])}))
+    alone = made.gallery()
+    made.sources = [*made.sources, small]
+    both = made.gallery()
+    noise = list(np.random.default_rng(0).integers(0, 256, both.real.pictures.shape).astype(np.uint8))
+    assert both.judge(noise)[0] == alone.judge(noise)[0]

@@ -25,8 +25,9 @@ from tests.benchmarks.yardsticks import turns
 
 def main() -> None:
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
     checked = check.check(check.load_job(Path(sys.argv[1])))
+    precision = checked.job.train.precision
+    accelerator = Accelerator(cpu=True, mixed_precision="no" if precision == "fp32" else precision)
     job, recipe, dataset = checked.job, checked.recipe, open_dataset(checked.plan)
     per_rank = job.train.global_batch_size // accelerator.num_processes
     torch.manual_seed(job.train.seed)

@@ -21,7 +21,7 @@ Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]  # fp64 features [n, d] 
 Progressed = Callable[[], None]
 ROWS = 1024  # rows of the kernel matrix that are computed at a time
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD
-FID_HALVES = 10  # each half takes two eigendecompositions
+FID_HALVES = 10  # each half takes two QR decompositions and singular values
 LEAST = 4  # images of an interval, so that each half has two
 
 
@@ -104,13 +104,23 @@ def _sums(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarray, kern
 
 
 def fid(a: np.ndarray, b: np.ndarray) -> float:
-    """Computes the FID of features [n, d] and [m, d]."""
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = _root(first)
-    crossed = np.linalg.eigvalsh(root @ second @ root).clip(min=0)
-    shift = a.mean(0) - b.mean(0)
-    return float(shift @ shift + np.trace(first) + np.trace(second) - 2 * np.sqrt(crossed).sum())
+    """Computes the FID of features [n, d] and [m, d].
+
+    The trace of the root of the product of both covariances is the sum of the singular values of `a` times `b` transposed, if
+    both are centered and scaled. Triangular factors have the same singular values, and at most d rows.
+    """
+    (mean_a, spread_a, factor_a), (mean_b, spread_b, factor_b) = _fitted(a), _fitted(b)
+    crossed = np.linalg.svd(factor_a @ factor_b.T, compute_uv=False).sum()
+    shift = mean_a - mean_b
+    return float(shift @ shift + spread_a + spread_b - 2 * crossed)
+
+
+def _fitted(features: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+    """Fits a normal distribution to features [n, d]. Returns its mean [d], the trace of its covariance, and a triangular factor F
+    [min(n, d), d] of the covariance (F transposed times F), fp64."""
+    mean = features.mean(0, dtype=np.float64)
+    scaled = (features - mean) / np.sqrt(len(features) - 1)
+    return mean, float(np.square(scaled).sum()), np.linalg.qr(scaled, mode="r")
 
 
 def fid_estimate(a: np.ndarray, b: np.ndarray, progressed: Progressed = lambda: None) -> Estimate:
@@ -122,8 +132,3 @@ def fid_estimate(a: np.ndarray, b: np.ndarray, progressed: Progressed = lambda: 
         each.append(fid(a[one], b[other]))
         progressed()
     return intervals.of_halves(fid(a, b), np.array(each))
-
-
-def _root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T

@@ -66,9 +66,11 @@ class HeldOutGallery(PromptGallery):
         return [(prompt, f"  (the judge sees: {one[0]})") for prompt, one in zip(prompts, ranked, strict=True)]
 
     def _training(self, progressed: Callable[[], None] = lambda: None) -> tuple[LabeledPictures, PictureJudge]:
-        """Returns the training pictures, and the judge that has learned from them."""
+        """Returns the training pictures with the size of the held-out pictures, which is the first dataset's, and the judge that
+        has learned from them."""
         if self._learned is None:
-            training = labeled(self.recipe.sources, progressed)
+            size = self.recipe.sources[0].meta["size"]
+            training = labeled([one for one in self.recipe.sources if one.meta["size"] == size], progressed)
             self._learned = training, PictureJudge(training)
         return self._learned
 

@@ -1,7 +1,7 @@
 """Describes U-Nets that get the caption also as feature maps (`canvas_unet`), for small pictures in pixels.
 
-Initial weights: those of U-Nets, and normal numbers in the canvases, so that a white caption gives maps with a standard deviation
-of CANVAS_STD.
+Initial weights: those of U-Nets, and normal numbers in the canvases and gates, so that a white caption gives maps and gates with a
+standard deviation of about CANVAS_STD.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ CANVAS_STD = 0.5
 
 def _initial(backbone: Any) -> Weights:
     yield from unet.initial(backbone)
-    for canvas in backbone.canvases:
-        yield from linear(canvas, std=CANVAS_STD / math.sqrt(canvas.in_features))
+    for layer in (*backbone.canvases, *backbone.canvas_gates):
+        yield from linear(layer, std=CANVAS_STD / math.sqrt(layer.in_features))
 
 
 def _fault(keys: Keys, pretrained: bool) -> str | None:

@@ -1,8 +1,9 @@
 """Defines a U-Net that gets the caption also as feature maps. This file needs only diffusers: exports contain a copy of it.
 
 A U-Net has no positions, so a caption that only scales and shifts its channels can't say where to draw. Here, a linear layer per
-resolution draws the projected caption as a feature map (the canvas), which is added to the output of the down block. On small
-pictures, this is much cheaper than cross-attention.
+resolution draws the projected caption as a feature map (the canvas), which is added to the output of the down block. A second
+linear layer (the gate) scales the map's channels: a caption says what to draw and how, for example a fox as an outline, and sums
+can't leave out the fox's color. On small pictures, this is much cheaper than cross-attention.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class CanvasUNet(UNet2DConditionModel):
         levels = enumerate(config.block_out_channels[:-1], start=1)
         self.canvas_shapes = [(channels, self.side >> level, self.side >> level) for level, channels in levels]
         self.canvases = nn.ModuleList([nn.Linear(width, n * height * across) for n, height, across in self.canvas_shapes])
+        self.canvas_gates = nn.ModuleList([nn.Linear(width, channels) for channels, _, _ in self.canvas_shapes])
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **inputs: Any) -> Any:
         """Computes the prediction. `sample`: [n, channels, side, side], with side `sample_size`. `encoder_hidden_states`: [n,
@@ -37,7 +39,8 @@ class CanvasUNet(UNet2DConditionModel):
             raise ValueError(f"the model draws images of {side} x {side} positions, not {sample.shape[3]} x {sample.shape[2]}")
         caption = project(encoder_hidden_states.mean(1)).clamp(-LIMIT, LIMIT)
         maps = [
-            canvas(caption).view(len(sample), *shape) for canvas, shape in zip(self.canvases, self.canvas_shapes, strict=True)
+            canvas(caption).view(len(sample), *shape) * (1 + gate(caption))[:, :, None, None]
+            for canvas, gate, shape in zip(self.canvases, self.canvas_gates, self.canvas_shapes, strict=True)
         ]
         return super().forward(sample, timestep, encoder_hidden_states, down_intrablock_additional_residuals=maps, **inputs)
 
