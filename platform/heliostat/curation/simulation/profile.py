@@ -7,7 +7,7 @@ read. Spilled files get new names with the scaled size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import xxhash
@@ -107,6 +107,12 @@ class Sizes:
         spilled = sum(self.lists[id(value)] if id(value) in self.lists else spilled_bytes(value) for value in shared)
         own = spilled_bytes(list(task.arguments.values()))
         return int((spilled + own) * share) or task.bytes
+
+    def loads(self, kind: TaskKind, task: Task) -> tuple[int, int]:
+        """Returns the number of temporary files, and the bytes, that a task reads from the store. The search for copies reads no
+        documents, although the list of its runs is an argument."""
+        loaded = replace(task, arguments={}, bytes=0) if kind.function is exact.copies else task
+        return self.files(loaded), self.read(loaded)
 
     def runs(self, task: Task) -> list[SpilledRun]:
         """Returns the temporary files of documents that a task reads."""

@@ -21,9 +21,8 @@ import xxhash
 from heliostat.curation.careful import Careful
 from heliostat.curation.simulation.images import fetched
 from heliostat.curation.simulation.profile import Profile, Sizes, synthesized
-from heliostat.curation.simulation.requests import Requests
+from heliostat.curation.simulation.requests import NODE_BYTES_PER_S, Requests
 from heliostat.tasks import care
-from heliostat.tasks.advance import FILES
 from heliostat.tasks.care import Care, TaskPlace
 from heliostat.tasks.clusters import Executor, Task, TaskKind
 from heliostat.tasks.ray_cluster import GATHER_S, MANY
@@ -31,8 +30,6 @@ from heliostat.tasks.ray_cluster import GATHER_S, MANY
 RAY_CALL_S = 950e-6  # CPU seconds of the driver per task, in all threads of Ray 2: 946 to 999 microseconds on two busy cores
 WAIT_S = 0.4e-6  # CPU seconds of a wait per reference: 2.8 to 5.4 ms for 8,000 references
 STARTED_S = 0.02  # seconds for a node to start a task in a process that exists
-NODE_BYTES_PER_S = 100e6  # bytes per second that a CPU's share of the network carries
-REQUEST_S = 0.03  # latency of a request to the store
 AWAY_S = 300.0  # seconds until a lost node is replaced
 DAY_S = 86400.0
 
@@ -203,12 +200,9 @@ class VirtualExecutor:
             if written <= at:
                 records.append(known)
                 continue
-            read, files = cluster.sizes.read(task), cluster.sizes.files(task)
+            files, read = cluster.sizes.loads(self.kind, task)
             record = synthesized(self.kind, self.call, task, cluster.profile, cluster.sizes)
-            requests = cluster.requests.of_task(self.kind.name, task, record, files, read, at)
-            storing = requests * REQUEST_S / FILES + read / NODE_BYTES_PER_S
-            of_cpus = record["seconds"] / cpus
-            seconds = REQUEST_S + max(of_cpus, storing) if files else of_cpus + storing  # reads spilled files in advance
+            seconds = cluster.requests.of_task(self.kind.name, task, record, files, read, at, cpus)
             end = at + self._on_web(task, self._stretched(at, seconds * slow))
             fault = self._poison(task, shared, record)
             if (gone := cluster.failure(node, at, at + (end - at) / 2 if fault else end)) is not None:
