@@ -105,12 +105,14 @@ def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int, 
 def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
     """Computes (the number of smaller ranges, the number of files to merge into one). `mean`: mean bytes of a file.
 
-    All passes divide a range by about the same number, which is the smallest number that needs no further pass. So a pass reads
-    as many bytes as possible per request.
+    All passes divide a range by about the same number, which is enough that no further pass is needed. Few parts make the reads
+    of the passes larger, and many parts make the reads of the shards larger. This function chooses the smallest number of reads.
     """
     most = min(shards, max(2, int(mean // spill.GROUP_BYTES)))
     needed = max(2.0, SPARE * LEAST * shards / run_bytes)
-    parts = min(most, ceil(needed ** (1 / ceil(log(needed, most)))))
+    times = ceil(log(needed, most))
+    fewest = (shards * mean / run_bytes / times) ** (1 / (times + 1))  # where the derivative of the number of reads is 0
+    parts = min(most, ceil(max(needed ** (1 / times), fewest)))
     return parts, min(MOST_FILES, max(2, int(run_bytes * parts // max(1, mean))))
 
 

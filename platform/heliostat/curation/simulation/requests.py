@@ -69,7 +69,7 @@ class Requests:
         storing, of_cpus = requests * REQUEST_S / FILES + read / NODE_BYTES_PER_S, record["seconds"] / cpus
         seconds = REQUEST_S + max(of_cpus, storing) if files else of_cpus + storing  # reads spilled files in advance
         for folder, count in inputs.items():
-            self.add(f"input{folder}", count, read * count // inputs.total(), at, seconds)
+            self.add(f"input{folder}", count, read * count // max(1, inputs.total()), at, seconds)
         self.add(f"work/spill{FIRST}", (ranges + puts_spilled) / SPREAD, (read if files else 0) + sum(sizes), at, seconds)
         self.add(f"work/done/{kind}{FIRST}", 1 / SPREAD, 0, at + seconds)
         for shard in written:  # in a folder for each shard, such as shards/01234
@@ -81,8 +81,10 @@ class Requests:
 def segment(part: FilePart) -> str:
     """Returns the prefix of an input file: its first folder, such as a segment of a crawl. Descriptions of many files have the
     prefix of the input."""
-    folder, slash, _ = part.path.partition("/")
-    return f"/{folder}" if slash and not part.description and not spill.size_of(part.path) else ""
+    described = json.loads(part.description).get("parts") if part.description else None
+    path = described[0]["path"] if described else part.path
+    folder, slash, _ = path.partition("/")
+    return f"/{folder}" if slash and not spill.size_of(path) else ""
 
 
 def part_reads(part: FilePart) -> int:

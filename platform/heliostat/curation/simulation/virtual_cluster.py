@@ -11,7 +11,7 @@ import random
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,21 @@ class KindTimes:
     longest: float = 0.0
 
 
+class _Paused(AbstractContextManager[None]):
+    """Stops the measurement of the driver's processor time. A class, because a generator would take longer than the rest."""
+
+    def __init__(self, cluster: VirtualCluster) -> None:
+        self.cluster, self.left = cluster, time.thread_time()
+
+    def __enter__(self) -> None:
+        passed = time.thread_time() - self.left
+        self.cluster.driver_seconds += passed
+        self.cluster.clock += passed
+
+    def __exit__(self, *error: object) -> None:
+        self.left = time.thread_time()
+
+
 @dataclass
 class VirtualCluster:
     """Simulates `node_count` nodes with `cpus` CPUs each."""
@@ -90,25 +105,17 @@ class VirtualCluster:
     """Calls that repeated a slow call."""
     limited: dict[str, float] = field(default_factory=dict)
     """Seconds of the tasks that fetch URLs, by the limit that decides a task's time."""
-    _left: float = field(default_factory=time.thread_time)
     _calls: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        drawn = random.Random(self.seed)
+        self._paused, drawn = _Paused(self), random.Random(self.seed)
         self.failures = [_times(drawn, self.faults.node_days * DAY_S) for _ in range(self.node_count)]
         self.bursts = _times(drawn, DAY_S / self.faults.bursts_per_day)
 
-    @contextmanager
-    def simulating(self) -> Iterator[None]:
-        """Adds the processor time of the driver's thread since the last call to the clock. The time of this call doesn't count.
-        RAY_CALL_S covers Ray's threads."""
-        passed = time.thread_time() - self._left
-        self.driver_seconds += passed
-        self.clock += passed
-        try:
-            yield
-        finally:
-            self._left = time.thread_time()
+    def simulating(self) -> AbstractContextManager[None]:
+        """Returns a context whose processor time doesn't count. Adds the processor time of the driver's thread since the last
+        such context to the clock. RAY_CALL_S covers Ray's threads."""
+        return self._paused
 
     def spend(self, seconds: float) -> None:
         """Lets Ray's calls take some of the driver's processor time."""
