@@ -120,12 +120,10 @@ class Sizes:
     def of_runs(self, task: Task) -> tuple[int, int]:
         """Returns the rows and bytes of all temporary files of documents from which a task reads its share."""
         runs = task.arguments.get("runs") or task.shared["runs"]
-        shared = self.values.get(id(runs), runs)
-        return (
-            (self.rows[id(shared)], self.lists[id(shared)])
-            if id(shared) in self.lists
-            else (_rows(shared), spilled_bytes(shared))
-        )
+        shared: Any = self.values.get(id(runs), runs)
+        if id(shared) in self.lists:
+            return self.rows[id(shared)], self.lists[id(shared)]
+        return _rows(shared), spilled_bytes(shared)
 
     def plan(self, task: Task) -> TextSharding | None:
         """Returns the shared configuration of a task that writes shards; None for other tasks."""
