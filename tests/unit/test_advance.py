@@ -1,64 +1,103 @@
-"""Tests reading in advance: the same items in the same order, a bounded number of items, and errors in their place."""
+"""Tests reading in advance: the same items in the same order, a bounded memory, and errors in their place."""
 
+import io
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from heliostat.curation.text import sources
-from heliostat.tasks import spill
-from heliostat.tasks.advance import FILES, HELD, in_advance
+from heliostat.tasks import advance, spill
+from heliostat.tasks.advance import FILES, Reserve, in_advance
 
 
-def slow(items: list[int], rng: random.Random, begun: list[int]) -> Iterator[int]:
+def slow(items: list[int], rng: random.Random, begun: list[int], reserve: Reserve) -> Iterator[int]:
     for item in items:
+        reserve(3)
         begun.append(item)
         time.sleep(rng.random() * 0.002)
+        reserve(-1)
         yield item
 
 
+def of(items: list[int]) -> Callable[[Reserve], Iterator[int]]:
+    return lambda reserve: iter(items)
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_items_come_in_order_and_few_are_held(seed):
-    """However slow the task or the store is, at most HELD items of FILES files wait, and one of each is on its way."""
+def test_items_come_in_order_and_few_bytes_are_held(seed, monkeypatch):
+    """However slow the task or the store is, the items that wait and that are on their way fit into ADVANCE_BYTES, except one of
+    the file that the task reads."""
+    monkeypatch.setattr(advance, "ADVANCE_BYTES", 9)
     rng, begun = random.Random(seed), list[int]()
     files = [[100 * file + i for i in range(rng.randrange(12))] for file in range(rng.randrange(1, 30))]
     taken, most = list[int](), 0
-    for item in in_advance(slow(file, random.Random(seed), begun) for file in files):
+    for item in in_advance(partial(slow, file, random.Random(seed), begun) for file in files):
         taken.append(item)
         most = max(most, len(begun) - len(taken))
         time.sleep(rng.random() * 0.001)
-    assert taken == [item for file in files for item in file] and most <= FILES * (HELD + 1)
+    assert taken == [item for file in files for item in file] and most <= 9 // 2 + 1
+
+
+def test_an_item_above_the_limit_is_read_when_the_task_waits_for_it(monkeypatch):
+    monkeypatch.setattr(advance, "ADVANCE_BYTES", 1)
+    begun = list[int]()
+    taken = list(in_advance(partial(slow, [number, number], random.Random(0), begun) for number in range(20)))
+    assert taken == begun == sorted(taken) and len(taken) == 40
+
+
+def test_a_read_without_rows_keeps_no_memory(monkeypatch):
+    """Statistics show a range of keys, and the range may have no row."""
+    monkeypatch.setattr(advance, "ADVANCE_BYTES", 6)
+
+    def empty(reserve: Reserve) -> Iterator[int]:
+        reserve(5)
+        yield from ()
+
+    together = threading.Barrier(2, timeout=10)
+
+    def read(number: int, reserve: Reserve) -> Iterator[int]:
+        reserve(3)
+        together.wait()
+        yield number
+
+    assert list(in_advance([*[empty] * 20, partial(read, 1), partial(read, 2)])) == [1, 2]
 
 
 def test_files_are_read_at_the_same_time():
     """Each waits for all others, so reading one after another would never end."""
     together = threading.Barrier(FILES, timeout=10)
 
-    def read(number: int) -> Iterator[int]:
+    def read(number: int, reserve: Reserve) -> Iterator[int]:
         together.wait()
         yield number
 
-    assert list(in_advance(map(read, range(FILES)))) == list(range(FILES))
+    assert list(in_advance(partial(read, number) for number in range(FILES))) == list(range(FILES))
 
 
 def test_an_error_is_raised_after_the_items_before_it():
-    def fails() -> Iterator[int]:
+    def fails(reserve: Reserve) -> Iterator[int]:
         yield 1
         raise ValueError("damaged")
 
     taken = []
     with pytest.raises(ValueError, match="damaged"):
-        for item in in_advance([iter([0]), fails(), iter([2])]):
+        for item in in_advance([of([0]), fails, of([2])]):
             taken.append(item)
     assert taken == [0, 1]
 
 
-def test_a_task_that_stops_reading_ends_the_threads():
+def test_a_task_that_stops_reading_ends_the_threads(monkeypatch):
+    monkeypatch.setattr(advance, "ADVANCE_BYTES", 9)
     before = threading.active_count()
-    reading = in_advance([iter(range(1000)) for _ in range(20)])
+    reading = in_advance([of(list(range(1000))), *(partial(slow, [1] * 1000, random.Random(0), []) for _ in range(20))])
     assert next(reading) == 0
     reading.close()
     assert threading.active_count() == before
@@ -73,18 +112,83 @@ def test_files_in_a_store_have_the_same_rows_in_the_same_order(place):
     assert [row for table in spill.read_all(place, names, 0, spill.ALL // 3) for row in table.to_pylist()] == expected
 
 
-def test_an_object_is_read_in_few_large_requests(place, monkeypatch):
-    """S3 limits the requests per second. On a disk, and after a jump, a read stays small."""
+@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 12_000), (12_000, 30_000), (12_000, 13_000)])
+def test_an_object_is_read_in_few_large_requests(place, monkeypatch, start, stop):
+    """S3 limits the requests per second, so a range with its last line is read with as few requests as its bytes need. On a disk,
+    and after a jump, a read stays small."""
     monkeypatch.setattr(sources, "AHEAD", 1000)
     monkeypatch.setattr(sources, "MOST_AHEAD", 8000)
+    monkeypatch.setattr(sources, "LINE", 100)
     body, asked = random.Random(0).randbytes(30_000), list[int]()
     place.join("a.txt").write(body)
     (file,) = sources.listing(str(place))
-    with sources.blocks(place, "a.txt", 1 << 20, file.part) as opened:
+    part = replace(file.part, start=start, stop=stop)
+    with sources.blocks(place, "a.txt", 1 << 20, part) as opened:
         fetched = opened._fetched
         monkeypatch.setattr(opened, "_fetched", lambda begin, size: asked.append(size) or fetched(begin, size))
-        assert b"".join(iter(lambda: opened.read(500), b"")) == body
-        assert len(asked) == (sources.reads(len(body)) if place.is_s3 else 30) and max(asked) == (8000 if place.is_s3 else 1000)
+        opened.seek(max(0, start - 1))
+        end = min(len(body), start + part.length + 50)
+        assert b"".join(opened.read(50) for _ in range(-(-(end - opened.tell()) // 50)))[: end - start] in body
+        length = end - max(0, start - 1)
+        assert max(asked) <= 8000 and len(asked) == (sources.reads(length) if place.is_s3 else -(-length // 1000))
         asked.clear()
-        opened.seek(100)
-        assert opened.read(10) == body[100:110] and asked == [1000]
+        opened.seek(100 if start else 20_000)
+        opened.seek(5, 1)
+        assert opened.read(10) == body[opened.tell() - 10 : opened.tell()] and asked == [1000]
+
+
+@pytest.fixture
+def requests(s3, monkeypatch) -> Counter[str]:
+    """Counts the requests to the store by method."""
+    from werkzeug.serving import WSGIRequestHandler
+
+    counts, before = Counter[str](), WSGIRequestHandler.run_wsgi
+
+    def run_wsgi(self):
+        counts[self.command] += 1
+        before(self)
+
+    monkeypatch.setattr(WSGIRequestHandler, "run_wsgi", run_wsgi)
+    return counts
+
+
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_an_input_object_is_read_without_a_request_for_its_size(requests, place):
+    place.join("a.txt").write(b"text" * 1000)
+    (file,) = sources.listing(str(place))
+    requests.clear()
+    with sources.blocks(place, "a.txt", 1 << 20, file.part) as opened:
+        assert opened.read() == b"text" * 1000 and requests == {"GET": 1}
+
+
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+@pytest.mark.parametrize("columns", [None, ["row"]])
+def test_a_temporary_file_costs_a_request_for_its_footer_and_one_for_each_large_range(requests, place, columns):
+    """Also if only a few columns of each row group are read, whose bytes are far apart."""
+    rng = np.random.default_rng(0)
+    keys, texts = np.sort(rng.integers(0, 1 << 64, 6000, np.uint64)), [rng.bytes(500).hex() for _ in range(6000)]
+    name = spill.write_sorted(place, pa.table({"key": keys, "row": np.arange(6000), "text": texts}))
+    assert pq.ParquetFile(io.BytesIO(place.join(name).read())).metadata.num_row_groups > 10
+    requests.clear()
+    assert sum(len(table) for table in spill.read(place, name, columns=columns)) == 6000
+    assert requests == {"GET": 2}
+    requests.clear()
+    list(spill.read(place, name, spill.ALL // 2, 3 * spill.ALL // 4, columns))
+    assert requests == {"GET": 2}
+
+
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_reads_in_advance_fit_into_the_memory_that_they_reserve(place, monkeypatch):
+    """Tables that wait, and the bytes from which they are made, whatever the number of files and however slow the task is."""
+    monkeypatch.setattr(advance, "ADVANCE_BYTES", 4 << 20)
+    monkeypatch.setattr(spill, "READ_BYTES", 1 << 20)
+    rng, names = np.random.default_rng(0), list[str]()
+    for _ in range(16):
+        table = {"key": np.sort(rng.integers(0, 1 << 64, 4000, np.uint64)), "text": [rng.bytes(500) for _ in range(4000)]}
+        names.append(spill.write_sorted(place, pa.table(table)))
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in spill.read_all(place, names):
+        for _ in range(5):
+            time.sleep(0.002)
+            most = max(most, pa.total_allocated_bytes() - before)
+    assert 1 << 20 < most <= (4 << 20) + 3 * (1 << 20), "a table that the task has, and the read for which it waits"

@@ -221,6 +221,14 @@ def test_a_task_asks_ray_for_its_memory_and_for_no_more_than_a_node_has(tmp_path
     assert not working.full and working.memory == asked
 
 
+@pytest.mark.parametrize("memory", [2 * GB, 0])
+def test_a_task_also_asks_for_the_memory_of_its_reads_in_advance(monkeypatch, memory):
+    """Only tasks with temporary files in an object store read in advance."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0, "memory": 16.0 * GB}}])
+    made = flow.Flow(Work(Location("s3://bucket/work")), memory=memory)
+    assert made.memory_each() == (memory + spill.MEMORY if memory else None)
+
+
 @pytest.mark.parametrize(("memory", "nodes", "cpus", "told"), [
     (2 * GB, [(8, 5 * GB)], 1, "2048 MiB per task leaves room for 2 tasks at once, but the CPUs could run 8. "
                                "Set memory_limit: 640MiB to run 8 at once, or give the nodes more memory"),

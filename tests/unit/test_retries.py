@@ -107,3 +107,16 @@ def test_a_person_who_interrupts_is_heard_at_once(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         retry(act, 60.0, Backoff(1.0, 8.0), passing, give_up)
     assert not clock.waits
+
+
+@pytest.mark.parametrize("before", [None, "17"])
+def test_a_changed_budget_ends_with_its_block(monkeypatch, before):
+    """Also if the block fails: later code of the process has the budget that the user set."""
+    monkeypatch.delenv(retries.BUDGET, raising=False)
+    if before:
+        monkeypatch.setenv(retries.BUDGET, before)
+    usual = retries.retry_budget()
+    with pytest.raises(OSError, match="down"), retries.limited(3):
+        assert retries.retry_budget() == 3
+        raise OSError("down")
+    assert retries.retry_budget() == usual == float(before or 60)

@@ -212,7 +212,7 @@ def test_lines_are_counted_in_the_time_of_their_bytes(tmp_path):
     flow.cluster = cluster
     part = FilePart("a.jsonl", 10**10, 1, stop=10**9)
     (record,) = flow.all("lines", print, iter([Task("k", {"input": "in", "part": part})]))
-    assert record["seconds"] == 2.0 and cluster.requests.total["input"] == 1 + sources.reads(10**9)
+    assert record["seconds"] == 2.0 and cluster.requests.total["input"] == sources.reads(10**9)
 
 
 def test_a_large_compressed_file_is_read_in_parts(tmp_path):
@@ -259,7 +259,7 @@ def test_an_input_has_the_given_size(monkeypatch):
         assert sum(file.bytes for file in larger) == pytest.approx(size, rel=0.01) and len(larger) <= max(
             count, simulate.MOST_FILES
         )
-    assert {file.path for file in simulate.enlarged([InputFile("", 5, 1)], 10, "a.jsonl")} == {"000000/a.jsonl", "000001/a.jsonl"}
+    assert [f.path for f in simulate.enlarged([InputFile("", 5, 1)], 10, "a.jsonl")] == ["00/000000/a.jsonl", "01/000001/a.jsonl"]
 
 
 def test_an_input_grows_by_copies_of_its_files():

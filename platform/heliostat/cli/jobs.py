@@ -5,10 +5,9 @@ Exit codes of commands that follow a job: 0: succeeded, 1: failed, 2: invalid in
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -204,13 +203,12 @@ def stop(
     cluster: Target = None,
 ) -> None:
     """Stop a job. The job saves a checkpoint first, unless you pass --now."""
-    from heliostat.storage.retries import BUDGET
+    from heliostat.storage import retries
 
     with jobs_on(cluster, recorded(id_)) as jobs:
         stopped = jobs.stop(id_, now)
-    if now:  # --now may be used because a store doesn't answer
-        os.environ[BUDGET] = "3"
-    p = _progress(stopped["metadata"]["run"], int(stopped["metadata"]["steps"]), stopped["metadata"])
+    with retries.limited(3) if now else nullcontext():  # --now may be used because a store doesn't answer
+        p = _progress(stopped["metadata"]["run"], int(stopped["metadata"]["steps"]), stopped["metadata"])
     at = f" ({p['note']})" if p["step"] is None else f" at {p.get('unit', 'step')} {p['step']}"
     out.print(f"{id_}: {stopped['status'].lower()}{at}; resume it with `heliostat job resume {id_}`")
     finish({**stopped, "progress": p})

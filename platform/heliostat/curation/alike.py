@@ -64,16 +64,17 @@ def masks(distance: int, count: int) -> list[int]:
     return [whole - sum(left_out) for left_out in combinations(of_block, distance)]
 
 
-def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[str, object]:
-    """Writes the perceptual hash of each image in `run`, a temporary file of images, to another temporary file. With `exact`,
-    writes the pixel hash instead. `number`: the index of `run` among all such files."""
-    runs = []
-    for table in survivors(folder, run, columns=["hash", "id", *([] if exact else ["looks"])]):
-        looks = table["key"].to_numpy() if exact else table["looks"].to_numpy().view(np.uint64)
-        node = (np.uint64(number) << np.uint64(32)) | table["row"].to_numpy().astype(np.uint64)
-        columns = [pa.array(spill.mixed(looks)), pa.array(looks), table["hash"], table["id"], pa.array(node)]
-        runs.append(pa.Table.from_arrays(columns, schema=FACES))
-    table = pa.concat_tables([FACES.empty_table(), *runs])
+def faces(folder: Location, first: int, runs: list[SpilledRun], exact: bool) -> dict[str, object]:
+    """Writes the perceptual hash of each image in `runs`, temporary files of images, to another temporary file. With `exact`,
+    writes the pixel hash instead. `first`: the index of the first of `runs` among all such files."""
+    tables = [FACES.empty_table()]
+    for number, run in enumerate(runs, first):
+        for table in survivors(folder, run, columns=["hash", "id", *([] if exact else ["looks"])]):
+            looks = table["key"].to_numpy() if exact else table["looks"].to_numpy().view(np.uint64)
+            node = (np.uint64(number) << np.uint64(32)) | table["row"].to_numpy().astype(np.uint64)
+            columns = [pa.array(spill.mixed(looks)), pa.array(looks), table["hash"], table["id"], pa.array(node)]
+            tables.append(pa.Table.from_arrays(columns, schema=FACES))
+    table = pa.concat_tables(tables)
     name = spill.write(folder, table, ("hash", "id"))
     return {"faces": name, "rows": len(table), "files": [name]}
 

@@ -84,7 +84,8 @@ class Curated:
 @dataclass
 class StageEngine:
     """Runs stages as recorded tasks of a `Flow`, or in a stream if they need GPUs (`streaming`). `memory_limit`: the bytes of
-    memory that a task may use; `can_repeat`: whether two copies of a reading task may run at the same time."""
+    memory that a task may use; `can_repeat`: whether two copies of a reading task may run at the same time; `warm`: whether
+    reading tasks first run some documents without a result, for a sample."""
 
     flow: Flow
     source: DocumentSource
@@ -92,6 +93,7 @@ class StageEngine:
     memory_limit: int
     every: int = 1
     can_repeat: bool = True
+    warm: bool = False
 
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
         """Runs the documents in pieces of the input through all stages. With `explained`, also counts the documents that are
@@ -185,6 +187,7 @@ class StageEngine:
     def _over_pieces(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool) -> Iterator[Task]:
         follows, read = [s.follows() for s in stages], libraries.versions(libraries.READING)
         entries, more = list[Entry](), recording.arguments(self.every)
+        warm = {"warm": True} if self.warm else {}
         for piece in pieces:
             entries = entries or self._entries(stages)
             follows_from, before = (
@@ -192,8 +195,8 @@ class StageEngine:
                 for identities in ([part.identity for part in piece], [part.identity_by_time for part in piece])
             )
             yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,
-                                      "explained": explained, **more}, {}, sum(part.length for part in piece), careful=True,
-                       can_repeat=self.can_repeat, before=before)  # fmt: skip
+                                      "explained": explained, **more, **warm}, {}, sum(part.length for part in piece),
+                       careful=True, can_repeat=self.can_repeat, before=before)  # fmt: skip
 
     def _over_runs(self, runs: list[SpilledRun], stages: list[Stage], number: int) -> Iterator[Task]:
         follows = [s.follows() for s in stages]

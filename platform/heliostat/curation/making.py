@@ -138,7 +138,8 @@ class Making(ABC):
 
     def curated(self, inputs: list[InputFile]) -> Curated:
         """Reads the input, and runs the documents through the stages. Returns the kept and the dropped documents."""
-        engine = StageEngine(self.flow, self.source, self.identity, self.memory_limit, self.every, self.can_repeat)
+        warm = self.sample is not None and self.can_repeat  # a web server gets each request once
+        engine = StageEngine(self.flow, self.source, self.identity, self.memory_limit, self.every, self.can_repeat, warm)
         return engine.curate(self.pieces(inputs), self.all_stages, self.explained)
 
     def _dropped(self, curated: Curated) -> dict[str, int]:

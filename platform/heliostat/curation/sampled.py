@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import ceil
 
+import numpy as np
 import xxhash
 
 from heliostat.curation import pieces
 from heliostat.curation.pieces import FilePart
+from heliostat.tasks import spill
 
 PLACES = 64  # minimum number of chosen places, if the input has as many: neighbors are often similar
 OF_PLACES, OF_RECORDS, OF_LOTS = 1, 2, 3  # seeds of the three hashes
@@ -22,20 +25,37 @@ def chosen(what: str, rate: float, seed: int) -> bool:
 
 
 def evenly(parts: Iterable[FilePart], rate: float) -> list[FilePart]:
-    """Chooses a share of parts with a representative mix of sizes. A larger share contains all parts of a smaller share.
+    """Chooses a share of parts with a representative mix of sizes and places. A larger share contains all parts of a smaller
+    share.
 
-    Parts are grouped into classes by size, with bounds that are powers of two. Each class contributes its share, in the order of
-    the parts' hashes. A random draw per class decides whether to round this share up or down. So each part has the same chance to
-    be chosen, and within a class, pairs are almost independent.
+    Parts are grouped into classes by size, with bounds that are powers of two. Each class contributes its share: parts that are
+    spread evenly over the class in the order of paths (`_order`), because neighbors in this order are often similar. A random
+    draw per class decides whether to round this share up or down. So each part has the same chance to be chosen.
     """
     classes, sample = dict[int, list[FilePart]](), list[FilePart]()
     for part in parts:
         classes.setdefault(part.length.bit_length(), []).append(part)
     for size, of_size in sorted(classes.items()):
-        of_size.sort(key=lambda part: _drawn(f"{part.path}\0{part.start}", OF_PLACES))
-        lot = _drawn(f"{size} {of_size[0].path}\0{of_size[0].start}", OF_LOTS)
-        sample += [part for rank, part in enumerate(of_size) if rank + lot < rate * len(of_size)]
+        of_size.sort(key=lambda part: (part.path, part.start))
+        name = f"{size} {of_size[0].path}\0{of_size[0].start}"
+        lot, seed = _drawn(name, OF_LOTS), xxhash.xxh64_intdigest(name.encode("utf-8", "surrogatepass"), OF_PLACES)
+        chosen_first = _order(len(of_size), seed)[: max(0, ceil(rate * len(of_size) - lot))]
+        sample += [of_size[place] for place in chosen_first.tolist()]
     return sample
+
+
+def _order(count: int, seed: int) -> np.ndarray:
+    """Returns the numbers 0 to `count - 1`, int64 [count], in an order whose first numbers are spread evenly, however many they
+    are: the radical inverse of van der Corput, with the random digits of Owen (Randomly Permuted (t,m,s)-Nets, 1995).
+    """
+    levels = max(1, (count - 1).bit_length())
+    place = (np.arange(count, dtype=np.uint64) << np.uint64(levels)) // np.uint64(max(1, count))
+    rank = np.zeros(count, np.uint64)
+    for level in range(levels):
+        above, bit = place >> np.uint64(levels - level), place >> np.uint64(levels - level - 1) & np.uint64(1)
+        flip = spill.mixed(spill.mixed(above + np.uint64(1 << level)) ^ np.uint64(seed)) & np.uint64(1)
+        rank |= (bit ^ flip) << np.uint64(level)
+    return np.argsort(rank)
 
 
 def _drawn(what: str, seed: int) -> float:

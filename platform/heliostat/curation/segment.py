@@ -13,6 +13,7 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypedDict
 
@@ -101,17 +102,29 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 
 
 def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource, stages: list[Entry], run_bytes: int,
-                explained: bool, care: Care | None = None, every: int = 1) -> dict[str, object]:  # fmt: skip
+                explained: bool, care: Care | None = None, every: int = 1, warm: bool = False) -> dict[str, object]:  # fmt: skip
     """Runs the stages of a segment on one piece of the input; returns the task's record. With `explained`, also counts the
-    documents that are read. `every`: see `recording`."""
+    documents that are read. With `warm`, first runs some documents without a result, so that the seconds of a small piece are
+    those of a process that has read much. `every`: see `recording`."""
     start = cpu_time.now()
     chain = Chain(folder, stages)
+    if warm and care is None:
+        _warm(piece, source, Chain(folder, stages))
     opening = cpu_time.now() - start
     taking = Careful(care)
     documents = taking.reading(piece, source.read)
     out = Spiller(folder, run_bytes, every)
     runs = _run(counted(documents, chain.tally) if explained else documents, source, chain, out, taking)
     return runs | {"opening": opening}
+
+
+def _warm(piece: list[FilePart], source: DocumentSource, chain: Chain) -> None:
+    """Runs the first batch of a piece through the stages, and drops the result. So the process has loaded its libraries, and has
+    filled its caches. Ignores errors, because the piece is processed again."""
+    with suppress(Exception):
+        documents, _ = next(batches(document for part in piece for document in source.read(part)))
+        finished = [source.finish(document) for document in chain.run(documents)[0]]
+        _table([row_of(document) for document in finished if isinstance(document, Document)])
 
 
 def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: list[Entry], first: int, run_bytes: int,

@@ -43,8 +43,9 @@ class StagedPipeline(Pipeline):
     See docs/data/stages.md"""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
     """Bytes of memory that a task may use, in addition to the memory of its process at the start. Ray reserves this memory, so a
-    node runs only as many tasks as fit. If a node has memory for fewer tasks than CPUs, heliostat logs this. Set more memory for
-    a Parquet file with large row groups (docs/benchmarks/curation.md), or for documents above a fortieth of this value."""
+    node runs only as many tasks as fit. If the work is in an object store, Ray reserves 48 MiB more, for reads in advance. If a
+    node has memory for fewer tasks than CPUs, heliostat logs this. Set more memory for a Parquet file with large row groups
+    (docs/benchmarks/curation.md), or for documents above a fortieth of this value."""
     work: str | None = None
     """Folder or `s3://` prefix for unfinished work, from which an interrupted run resumes. Unset: next to the output, with
     `.work` after its name. See docs/data/work.md"""

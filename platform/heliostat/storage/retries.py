@@ -10,7 +10,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
@@ -105,6 +106,21 @@ def retry_budget() -> float:
     if not 0 <= budget_s < float("inf"):
         raise ConfigError(f"{BUDGET}: {raw!r} isn't a number of seconds. Set it to 60, or unset it")
     return budget_s
+
+
+@contextmanager
+def limited(budget_s: float) -> Iterator[None]:
+    """Changes the retry budget of this process to `budget_s` seconds for a block of code. Afterwards, the budget is what it was,
+    because other code of this process may follow."""
+    before = os.environ.get(BUDGET)
+    os.environ[BUDGET] = str(budget_s)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[BUDGET]
+        else:
+            os.environ[BUDGET] = before
 
 
 def patience(budget_s: float) -> tuple[int, float]:

@@ -168,11 +168,14 @@ class Store:
         ask = {"Bucket": bucket, "Key": key, "Range": f"bytes={begin}-{end - 1}", **({"IfMatch": f'"{etag}"'} if etag else {})}
         try:
             with worded():
-                data = self.client.get_object(**ask, **self.payer)["Body"].read()
+                answer = self.client.get_object(**ask, **self.payer)
+                data = answer["Body"].read()
         except OSError as e:
             if etag and SHORTER in str(e):  # a store that checks the range before the ETag
                 raise RewrittenError(str(e)) from e
             raise
+        if etag and answer.get("ETag", "").strip('"') not in ("", etag):  # a store that ignores the condition
+            raise RewrittenError(f"expected ETag {etag}, got {answer['ETag']}")
         if len(data) != end - begin:
             raise ConnectionError(f"expected {end - begin:,} bytes from the store, got {len(data):,}")
         return data

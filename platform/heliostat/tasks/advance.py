@@ -2,59 +2,128 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 FILES = 8  # files that are read at the same time
-HELD = 2  # items of each file that wait for the task
-STOP_S = 0.5  # seconds between checks whether the task has stopped reading
+ADVANCE_BYTES = 32 << 20  # maximum bytes of memory for reads in advance, except the read for which the task waits
 Item = TypeVar("Item")
+Reserve = Callable[[int], None]
+"""Reserves bytes of memory for a read, before the read begins. Waits until the memory is free. Releases memory if the number is
+negative."""
 
 
-def in_advance(reads: Iterable[Iterator[Item]]) -> Iterator[Item]:
-    """Yields the items of several reads, in their order. FILES threads continue the first reads, up to HELD items ahead. Raises
-    the error of a read in the place of the read's next item."""
-    left, begun, stopped = iter(reads), deque[queue.Queue[Item | BaseException | None]](), threading.Event()
+def unlimited(bytes: int) -> None:
+    """Reserves any number of bytes at once, for a task that reads nothing in advance."""
 
-    def put(waiting: queue.Queue[Item | BaseException | None], item: Item | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=STOP_S)
-            except queue.Full:
-                continue
-            return True
-        return False
 
-    def fill(read: Iterator[Item], waiting: queue.Queue[Item | BaseException | None]) -> None:
-        try:
-            for item in read:
-                if not put(waiting, item):
+class _StoppedError(Exception):
+    """Ends a read whose task has stopped reading."""
+
+
+@dataclass
+class _Begun(Generic[Item]):
+    """Holds the items of a read until the task takes them. `reserved`: bytes that the read has reserved for its next item."""
+
+    items: deque[tuple[Item | BaseException, int]] = field(default_factory=deque)
+    reserved: int = 0
+    ended: bool = False
+
+
+class _Advance(Generic[Item]):
+    """Shares ADVANCE_BYTES of memory among reads. The first read doesn't wait for memory if the task waits for its next item."""
+
+    def __init__(self) -> None:
+        self.reads, self.changed = deque[_Begun[Item]](), threading.Condition()
+        self.bytes, self.stopped = 0, False
+
+    def begin(self) -> _Begun[Item]:
+        with self.changed:
+            self.reads.append(_Begun())
+            return self.reads[-1]
+
+    def reserve(self, read: _Begun[Item], bytes: int) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.stopped or self.bytes + bytes <= ADVANCE_BYTES or self._is_next(read))
+            if self.stopped:
+                raise _StoppedError
+            self.bytes, read.reserved = self.bytes + bytes, read.reserved + bytes
+            self.changed.notify_all()
+
+    def _is_next(self, read: _Begun[Item]) -> bool:
+        return read is self.reads[0] and not read.items
+
+    def put(self, read: _Begun[Item], item: Item | BaseException) -> None:
+        with self.changed:
+            if self.stopped:
+                raise _StoppedError
+            read.items.append((item, read.reserved))
+            read.reserved = 0
+            self.changed.notify_all()
+
+    def end(self, read: _Begun[Item]) -> None:
+        with self.changed:
+            self.bytes, read.ended = self.bytes - read.reserved, True
+            self.changed.notify_all()
+
+    def items(self) -> Iterator[Item]:
+        """Yields the items of the first read, and then removes the read. An item's memory is then the task's own."""
+        read = self.reads[0]
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: read.items or read.ended)
+                if not read.items:
+                    self.reads.popleft()
+                    self.changed.notify_all()
                     return
+                item, bytes = read.items.popleft()
+                self.bytes -= bytes
+                self.changed.notify_all()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def stop(self) -> None:
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+
+
+def in_advance(reads: Iterable[Callable[[Reserve], Iterator[Item]]]) -> Iterator[Item]:
+    """Yields the items of several reads, in their order. FILES threads continue the first reads, and hold at most ADVANCE_BYTES
+    bytes of their items. Raises the error of a read in the place of the read's next item.
+
+    A read gets a function with which it reserves the memory of its next item.
+    """
+    left, advance = iter(reads), _Advance[Item]()
+
+    def fill(read: Callable[[Reserve], Iterator[Item]], begun: _Begun[Item]) -> None:
+        try:
+            for item in read(partial(advance.reserve, begun)):
+                advance.put(begun, item)
+        except _StoppedError:
+            return
         except BaseException as e:  # noqa: BLE001 (raised where the item is expected)
-            put(waiting, e)
-        else:
-            put(waiting, None)
+            advance.put(begun, e)
+        finally:
+            advance.end(begun)
 
     with ThreadPoolExecutor(FILES) as pool:
 
         def begin(count: int) -> None:
             for read in islice(left, count):
-                begun.append(queue.Queue(HELD))
-                pool.submit(fill, read, begun[-1])
+                pool.submit(fill, read, advance.begin())
 
         try:
             begin(FILES)
-            while begun:
-                while (item := begun[0].get()) is not None:
-                    if isinstance(item, BaseException):
-                        raise item
-                    yield item
-                begun.popleft()
+            while advance.reads:
+                yield from advance.items()
                 begin(1)
         finally:
-            stopped.set()
+            advance.stop()

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from heliostat.errors import DataError
-from heliostat.tasks import cpu_time
+from heliostat.tasks import cpu_time, spill
 from heliostat.tasks.calls import LATE_S, Started
 from heliostat.tasks.care import CRASHED, UNREAD
 from heliostat.tasks.clusters import Cluster, Executor, Task, TaskKind
@@ -91,13 +91,20 @@ class Flow:
         return sum(self.nodes("GPU"))
 
     def memory_each(self, cpus: int = 1) -> int | None:
-        """Computes the bytes of memory that a task with `cpus` CPUs requests; None for no request.
+        """Computes the bytes of memory that a task with `cpus` CPUs requests, with the memory for reads in advance (`_advance`);
+        None for no request.
 
         The result is at most the memory of the largest node with `cpus` CPUs. A task that requests more memory would wait
         forever.
         """
         nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
-        return min(self.memory, max((memory for have, memory in nodes if have >= cpus), default=0)) or None
+        most = max((memory for have, memory in nodes if have >= cpus), default=0)
+        return min(self.memory + self._advance, most) or None if self.memory else None
+
+    @property
+    def _advance(self) -> int:
+        """Returns the bytes of memory in which a task reads temporary files in advance, in addition to `memory`."""
+        return spill.MEMORY if self.work.location.is_s3 else 0
 
     def at_once(self, cpus: int) -> int:
         """Computes how many tasks with `cpus` CPUs each have room at the same time, by the nodes' CPUs and memory."""
@@ -109,15 +116,16 @@ class Flow:
         need, room = self.memory_each(cpus), _at_once(rooms, None)
         if self.short or not need or (many := _at_once(rooms, need)) >= room:
             return
-        self.short, better = True, max(LEAST_MEMORY, min(memory // tasks for tasks, memory in rooms) // MIB * MIB)
+        fits = min(memory // tasks for tasks, memory in rooms) - self._advance
+        self.short, better = True, max(LEAST_MEMORY, fits // MIB * MIB)
         fix = (
-            f"Set memory_limit: {better // MIB}MiB to run {_at_once(rooms, better)} at once, or"
-            if better < need
+            f"Set memory_limit: {better // MIB}MiB to run {_at_once(rooms, better + self._advance)} at once, or"
+            if better + self._advance < need
             else "To run more,"
         )
         log.warning(
             ("memory_limit: %.0f MiB per task leaves room for %d tasks at once, but the CPUs could run %d. %s "
-                "give the nodes more memory"), self.memory / MIB, many, room, fix,
+                "give the nodes more memory"), (self.memory + self._advance) / MIB, many, room, fix,
         )  # fmt: skip
 
     def _rooms(self, cpus: int) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil, log
 from operator import itemgetter
 from types import MappingProxyType
 from typing import TypeVar
@@ -37,6 +38,7 @@ LEAST = spill.GROUP_BYTES // 4
 """Bytes of a shard in a temporary file of documents, below which a merge is less work than reading the rest of the row groups."""
 
 MANY = 4096  # number of parts of runs that shards read; if there are fewer, a merge would save only seconds
+SPARE = 2  # factor by which merges exceed LEAST, because the sizes of files differ, and another pass costs all bytes
 MOST_FILES = 1024  # maximum files that a task merges: about a minute of requests to a store
 HELD = 8  # a merge of files other than documents holds 1 / HELD of the tasks' memory
 MANY_RANGES = 1 << 16  # reads of a range from a spill: this many cost about a CPU minute, or 3 cents for a store's requests
@@ -101,8 +103,16 @@ def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int, 
 
 
 def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
-    """Computes (the number of smaller ranges, the number of files to merge into one). `mean`: mean bytes of a file."""
-    parts = min(shards, max(2, int(mean // spill.GROUP_BYTES)))
+    """Computes (the number of smaller ranges, the number of files to merge into one). `mean`: mean bytes of a file.
+
+    All passes divide a range by about the same number, which is enough that no further pass is needed. Few parts make the reads
+    of the passes larger, and many parts make the reads of the shards larger. This function chooses the smallest number of reads.
+    """
+    most = min(shards, max(2, int(mean // spill.GROUP_BYTES)))
+    needed = max(2.0, SPARE * LEAST * shards / run_bytes)
+    times = ceil(log(needed, most))
+    fewest = (shards * mean / run_bytes / times) ** (1 / (times + 1))  # where the derivative of the number of reads is 0
+    parts = min(most, ceil(max(needed ** (1 / times), fewest)))
     return parts, min(MOST_FILES, max(2, int(run_bytes * parts // max(1, mean))))
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
@@ -28,10 +28,12 @@ import pyarrow.parquet as pq
 
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
-from heliostat.tasks.advance import in_advance
+from heliostat.tasks.advance import ADVANCE_BYTES, Reserve, in_advance, unlimited
 
 GROUP_BYTES = 512 << 10  # bytes of a row group, before compression
-READ_BYTES = 4 * GROUP_BYTES  # bytes of row groups, uncompressed, per read from an object store
+READ_BYTES = 16 * GROUP_BYTES  # bytes of row groups, uncompressed, per request to an object store
+MEMORY = ADVANCE_BYTES + 2 * READ_BYTES  # bytes of memory of a task's reads from an object store: also the rows that it waits for
+GAP_BYTES = 1 << 20  # bytes that a request reads in addition, because they take less time than another request
 GROUPS = 64  # row groups of a spill: a small spill has smaller groups (down to an eighth), because tasks read little of it
 ALL = 1 << 64
 NARROW = 1 << 31  # bytes of a column, above which its offsets have 64 bits
@@ -106,18 +108,21 @@ def _encode(table: pa.Table, group_bytes: int) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: list[str] | None = None) -> Iterator[pa.Table]:
+def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: list[str] | None = None,
+         reserve: Reserve = unlimited) -> Iterator[pa.Table]:  # fmt: skip
     """Yields a file's rows with low <= key < high, one row group at a time. Reads row groups of together READ_BYTES from S3,
-    because each read costs a request.
+    because each read costs a request. Before each of these reads, reserves the memory for the file's bytes and for the rows.
 
     Raises DataError if the file was damaged.
     """
     place = folder.join(name)
     wanted = None if columns is None else list(dict.fromkeys(["key", *columns]))
-    with whole(folder, name), place.open() as source:
-        file = place.attempt(partial(pq.ParquetFile, source, pre_buffer=place.is_s3))
-        for some in _reads(file.metadata, low, high, READ_BYTES if place.is_s3 else 0):
-            table = place.attempt(partial(file.read_row_groups, some, columns=wanted, use_threads=False))
+    with whole(folder, name), _opened(place, size_of(name)) as (metadata, tables_of):
+        for some in _reads(metadata, low, high, READ_BYTES if place.is_s3 else 0):
+            stored = _stored(metadata, some) if place.is_s3 else 0
+            reserve(stored + sum(metadata.row_group(group).total_byte_size for group in some))
+            table = place.attempt(partial(tables_of, some, wanted))
+            reserve(-stored)
             keys = table["key"].to_numpy()
             start, stop = (int(np.searchsorted(keys, np.uint64(low))), len(keys) if high >= ALL else
                            int(np.searchsorted(keys, np.uint64(high))))  # fmt: skip
@@ -125,16 +130,49 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
                 yield _part(table, start, stop)
 
 
+ReadGroups = Callable[[list[int], list[str] | None], pa.Table]
+
+
+@contextmanager
+def _opened(place: Location, size: int | None) -> Iterator[tuple[pq.FileMetaData, ReadGroups]]:
+    """Opens a file of `size` bytes. Provides its footer, and a function that reads some columns of some of its row groups.
+
+    An object store sends the footer of a file with known size with one request. Then each read is one request, even if only a few
+    columns of each row group are read.
+    """
+    if place.is_s3:
+        fragment = _large_requests().make_fragment(place.path, place.fs, file_size=size)
+
+        def tables_of(some: list[int], wanted: list[str] | None) -> pa.Table:
+            return fragment.subset(row_group_ids=some).to_table(columns=wanted, use_threads=False)
+
+        yield place.attempt(lambda: fragment.metadata), tables_of
+        return
+    with place.open() as source:
+        file = place.attempt(partial(pq.ParquetFile, source, pre_buffer=False))
+        yield file.metadata, lambda some, wanted: file.read_row_groups(some, columns=wanted, use_threads=False)
+
+
+@lru_cache(maxsize=1)
+def _large_requests() -> Any:
+    """Returns Parquet's format, for reads in which one request has all wanted columns of adjacent row groups."""
+    from pyarrow import dataset  # only tasks with an object store need it
+
+    cache = pa.CacheOptions(hole_size_limit=GAP_BYTES, range_size_limit=4 * READ_BYTES, lazy=False)
+    options = dataset.ParquetFragmentScanOptions(pre_buffer=True, cache_options=cache)
+    return dataset.ParquetFileFormat(default_fragment_scan_options=options)
+
+
 def read_all(
     folder: Location, names: Iterable[str], low: int = 0, high: int = ALL, columns: list[str] | None = None
 ) -> Iterator[pa.Table]:
     """Yields the rows of several files with low <= key < high, one file after another, like `read`. Reads several files of an
     object store at the same time, because each has several requests that wait for answers."""
-    return _together(folder, (read(folder, name, low, high, columns) for name in names))
+    return _together(folder, (partial(read, folder, name, low, high, columns) for name in names))
 
 
-def _together(folder: Location, reads: Iterable[Iterator[pa.Table]]) -> Iterator[pa.Table]:
-    return in_advance(reads) if folder.is_s3 else chain.from_iterable(reads)
+def _together(folder: Location, reads: Iterable[Callable[[Reserve], Iterator[pa.Table]]]) -> Iterator[pa.Table]:
+    return in_advance(reads) if folder.is_s3 else chain.from_iterable(read(unlimited) for read in reads)
 
 
 def _reads(metadata: pq.FileMetaData, low: int, high: int, bytes: int) -> Iterator[list[int]]:
@@ -149,6 +187,11 @@ def _reads(metadata: pq.FileMetaData, low: int, high: int, bytes: int) -> Iterat
         size += more
     if waiting:
         yield waiting
+
+
+def _stored(metadata: pq.FileMetaData, some: list[int]) -> int:
+    """Returns the bytes of consecutive row groups in the file."""
+    return sum(metadata.row_group(group).column(i).total_compressed_size for group in some for i in range(metadata.num_columns))
 
 
 def _part(table: pa.Table, start: int, stop: int) -> pa.Table:
@@ -238,11 +281,13 @@ def survivors_of(
     folder: Location, runs: Iterable[SpilledRun], low: int = 0, high: int = ALL, columns: list[str] | None = None
 ) -> Iterator[pa.Table]:
     """Yields the documents of several temporary files, one file after another, like `survivors`."""
-    return _together(folder, (_survivors(folder, run, low, high, columns) for run in runs))
+    return _together(folder, (partial(_survivors, folder, run, low, high, columns) for run in runs))
 
 
-def _survivors(folder: Location, run: SpilledRun, low: int, high: int, columns: list[str] | None) -> Iterator[pa.Table]:
-    decided = [t["row"].to_numpy() for name in run.decided for t in read(folder, name, low, high)]
+def _survivors(
+    folder: Location, run: SpilledRun, low: int, high: int, columns: list[str] | None, reserve: Reserve
+) -> Iterator[pa.Table]:
+    decided = [t["row"].to_numpy() for name in run.decided for t in read(folder, name, low, high, None, reserve)]
     gone = np.unique(np.concatenate(decided)) if decided else np.zeros(0, np.uint32)
-    for table in read(folder, run.name, low, high, None if columns is None else ["row", *columns]):
+    for table in read(folder, run.name, low, high, None if columns is None else ["row", *columns], reserve):
         yield without(table, gone)

@@ -10,7 +10,8 @@ from itertools import accumulate
 from typing import Any, ClassVar
 
 from heliostat.curation import pieces, recording, segment, tally
-from heliostat.curation.engine import RUN_SHARE, Curated
+from heliostat.curation.comparing import RUNS
+from heliostat.curation.engine import RUN_SHARE, Curated, groups
 from heliostat.curation.images import features, pictures, planning, sampling, tasks
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.fetching import REASONS, Fetching
@@ -140,7 +141,7 @@ class ImageMaking(Making):
     def _counted(self, runs: list[SpilledRun]) -> tuple[dict[str, int], list[str]]:
         """Counts the images of each bucket, and lists the labels of all images. Stops listing once there are more than
         `images.tasks.CLASSES` labels, the maximum of a manifest."""
-        work = (Task(key("count", run.name, run.decided), {"run": run}) for run in runs)
+        work = (Task(key("count", [[run.name, run.decided] for run in some]), {"runs": some}) for some in groups(runs, RUNS))
         counts, labels = Counter[str](), set[str]()
         for _, record in self.flow.run("count", tasks.count, work):
             counts.update(record["buckets"])

@@ -225,16 +225,15 @@ def _archive(base: Location, part: FilePart, columns: ImageColumns, limits: Imag
     path = part.path or base.name
     sources.require_unchanged(base, part)
     try:
-        opened = sources.blocks(base, part.path, limits.file, part)
+        with sources.blocks(base, part.path, limits.file, part) as file:
+            if path.lower().endswith(".tar"):
+                yield from read_tar(path, file, columns, limits.image)
+            else:
+                yield from read_parquet(path, pa.PythonFile(file, mode="r"), columns, limits, part)
     except sources.LeftOutError as e:
         if part.start == 0:  # reported only once
             yield Dropped(path, e.reason, e.detail)
         return
-    with opened as file:
-        if path.lower().endswith(".tar"):
-            yield from read_tar(path, file, columns, limits.image)
-        else:
-            yield from read_parquet(path, pa.PythonFile(file, mode="r"), columns, limits, part)
     sources.require_unchanged(base, part)
 
 

@@ -96,10 +96,10 @@ class ImageSource:
         return Document(prepared.id, prepared.caption, document.columns, picture)
 
 
-def count(folder: Location, run: SpilledRun) -> dict[str, object]:
-    """Counts the images in a temporary file by bucket, and lists the images' labels: at most CLASSES + 1."""
+def count(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
+    """Counts the images in some temporary files by bucket, and lists the images' labels: at most CLASSES + 1."""
     buckets, labels = Counter[str](), set[str]()
-    for table in survivors(folder, run, columns=["width", "height", "columns"]):
+    for table in survivors_of(folder, runs, columns=["width", "height", "columns"]):
         sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
         buckets.update(f"{width}x{height}" for width, height in sizes)
         if len(labels) <= CLASSES:

@@ -7,7 +7,7 @@ read. Spilled files get new names with the scaled size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import xxhash
@@ -81,12 +81,15 @@ class Sizes:
 
     def __init__(self) -> None:
         self.lists: dict[int, int] = {}
+        """Bytes of shared lists of temporary files."""
+        self.rows: dict[int, int] = {}
+        """Rows of shared lists of documents."""
         self.values: dict[Any, object] = {}
         """Shared values by their references."""
 
     def share(self, reference: Any, value: object) -> object:
         self.values[id(reference)] = value
-        self.lists[id(value)] = spilled_bytes(value)
+        self.lists[id(value)], self.rows[id(value)] = spilled_bytes(value), _rows(value) if isinstance(value, list) else 0
         return reference
 
     def read(self, task: Task) -> int:
@@ -108,11 +111,19 @@ class Sizes:
         own = spilled_bytes(list(task.arguments.values()))
         return int((spilled + own) * share) or task.bytes
 
-    def runs(self, task: Task) -> list[SpilledRun]:
-        """Returns the temporary files of documents that a task reads."""
-        shared = task.shared.get("runs")
-        runs: Any = task.arguments.get("runs") or self.values.get(id(shared), shared)
-        return list(runs)
+    def loads(self, kind: TaskKind, task: Task) -> tuple[int, int]:
+        """Returns the number of temporary files, and the bytes, that a task reads from the store. The search for copies reads no
+        documents, although the list of its runs is an argument."""
+        loaded = replace(task, arguments={}, bytes=0) if kind.function is exact.copies else task
+        return self.files(loaded), self.read(loaded)
+
+    def of_runs(self, task: Task) -> tuple[int, int]:
+        """Returns the rows and bytes of all temporary files of documents from which a task reads its share."""
+        runs = task.arguments.get("runs") or task.shared["runs"]
+        shared: Any = self.values.get(id(runs), runs)
+        if id(shared) in self.lists:
+            return self.rows[id(shared)], self.lists[id(shared)]
+        return _rows(shared), spilled_bytes(shared)
 
     def plan(self, task: Task) -> TextSharding | None:
         """Returns the shared configuration of a task that writes shards; None for other tasks."""
@@ -124,14 +135,19 @@ class Sizes:
         if description := images.fetched(task):
             return len(description["names"]) if isinstance(description["names"], list) else NAMES
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
-        values = [[value] if isinstance(value, SpilledRun) else value for value in [*shared, *task.arguments.values()]]
-        lists = [value for value in values if isinstance(value, list)]
-        return sum(len(value) for value in lists if value and isinstance(value[0], str | SpilledRun))
+        return sum(map(_files_in, [*shared, *task.arguments.values()]))
 
 
 def _whole(part: FilePart) -> float:
     """Returns 1, the share of a part's records that a task without a sample reads."""
     return 1.0
+
+
+def _files_in(value: object) -> int:
+    """Returns the number of temporary files in an argument of a task."""
+    if isinstance(value, list):
+        return len(value) if value and isinstance(value[0], str | SpilledRun) else 0
+    return int(isinstance(value, SpilledRun))
 
 
 def spilled_bytes(value: object) -> int:
@@ -221,8 +237,8 @@ def _merged(kind: TaskKind, task: Task, read: int, profile: Profile, sizes: Size
     surveying compressed files, or listing dropped documents. Raises ConfigError for other kinds."""
     seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
     if kind.function in (merging.merge, merging.merge_spills):
-        runs = sizes.runs(task)
-        rows = sum(run.rows for run in runs) * read // max(1, sum(run.bytes for run in runs))
+        all_rows, all_bytes = sizes.of_runs(task)
+        rows = all_rows * read // max(1, all_bytes)
         return {"runs": _cut([[name, rows, read]], task.arguments["run_bytes"], task.key), "files": [name], "seconds": seconds}
     if kind.name == "tally":
         return {"tally": task.arguments["names"][0], "files": [], "seconds": seconds}

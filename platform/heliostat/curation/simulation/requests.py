@@ -12,6 +12,7 @@ from heliostat.curation.images.sources import FILES_PER_TASK
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.text import sources
 from heliostat.tasks import spill
+from heliostat.tasks.advance import FILES
 from heliostat.tasks.clusters import Task
 
 PART_BYTES = 10 << 20  # of an upload in parts
@@ -21,6 +22,8 @@ FIRST = "/00*"  # one of these prefixes, which stands for all
 DIGITS = 3  # last digits of a shard's number: a store can separate prefixes by the digits before
 BUCKET_S = 10.0  # seconds over which a rate is averaged
 MOST_BUCKETS = 60  # of a task's requests
+NODE_BYTES_PER_S = 100e6  # bytes per second that a CPU's share of the network carries
+REQUEST_S = 0.03  # latency of a request to the store
 
 
 @dataclass
@@ -47,30 +50,46 @@ class Requests:
     def busiest(self) -> dict[str, float]:
         return {prefix: max(buckets.values()) / BUCKET_S for prefix, buckets in self.buckets.items()}
 
-    def of_task(self, kind: str, task: Task, record: dict[str, Any], files: int, read: int, at: float) -> int:
-        """Counts the requests of a task that begins at `at` (virtual seconds), and returns their number. Files whose names begin
-        with a digest are spread evenly over their prefixes, so one of SPREAD prefixes stands for all."""
-        piece = input_parts(task)
-        inputs = sum(map(part_reads, piece))
+    def of_task(self, kind: str, task: Task, record: dict[str, Any], files: int, read: int, at: float, cpus: int) -> float:
+        """Counts the requests of a task that begins at `at` (virtual seconds) on `cpus` CPUs, and returns the seconds that the
+        task takes. The requests are spread evenly over these seconds, because a task reads and writes while it works. Files whose
+        names begin with a digest are spread evenly over their prefixes, so one of SPREAD prefixes stands for all.
+
+        `files`, `read`: the number of temporary files, and the bytes, that the task reads. Each file has a request for its
+        footer, and at least one for its rows.
+        """
+        inputs = Counter[str]()
+        for part in input_parts(task):
+            inputs[segment(part)] += part_reads(part)
         ranges = 2 * files + read // spill.READ_BYTES if files else 0
         sizes = [spill.size_of(name) or 0 for name in record.get("files", [])]
-        writes = sum(map(puts, sizes))
         written = record.get("shards", [record] if "file_bytes" in record else [])
-        shards = [shard["file_bytes"] for shard in written]
-        if inputs:
-            self.add("input", inputs, sum(part.length for part in piece), at, record["seconds"])  # read block by block
-        self.add(f"work/spill{FIRST}", (ranges + writes) / SPREAD, (read if files else 0) + sum(sizes), at)
-        self.add(f"work/done/{kind}{FIRST}", 1 / SPREAD, 0, at)
+        puts_spilled, puts_shards = sum(map(puts, sizes)), sum(puts(shard["file_bytes"]) for shard in written)
+        requests = inputs.total() + ranges + puts_spilled + puts_shards + 1
+        storing, of_cpus = requests * REQUEST_S / FILES + read / NODE_BYTES_PER_S, record["seconds"] / cpus
+        seconds = REQUEST_S + max(of_cpus, storing) if files else of_cpus + storing  # reads spilled files in advance
+        for folder, count in inputs.items():
+            self.add(f"input{folder}", count, read * count // max(1, inputs.total()), at, seconds)
+        self.add(f"work/spill{FIRST}", (ranges + puts_spilled) / SPREAD, (read if files else 0) + sum(sizes), at, seconds)
+        self.add(f"work/done/{kind}{FIRST}", 1 / SPREAD, 0, at + seconds)
         for shard in written:  # in a folder for each shard, such as shards/01234
             folder = shard["path"].rpartition("/")[0]
-            self.add(f"output/{folder[:-DIGITS]}", puts(shard["file_bytes"]), shard["file_bytes"], at)
-        return inputs + ranges + writes + 1 + sum(map(puts, shards))
+            self.add(f"output/{folder[:-DIGITS]}", puts(shard["file_bytes"]), shard["file_bytes"], at, seconds)
+        return seconds
+
+
+def segment(part: FilePart) -> str:
+    """Returns the prefix of an input file: its first folder, such as a segment of a crawl. Descriptions of many files have the
+    prefix of the input."""
+    described = json.loads(part.description).get("parts") if part.description else None
+    path = described[0]["path"] if described else part.path
+    folder, slash, _ = path.partition("/")
+    return f"/{folder}" if slash and not spill.size_of(path) else ""
 
 
 def part_reads(part: FilePart) -> int:
-    """Returns the number of requests that read a part: one for each of many small files, or the reads of one file."""
-    files = part_files(part)
-    return files + (sources.reads(part.length) if files == 1 else part.length // sources.MOST_AHEAD)
+    """Returns the number of requests that read a part: at least one for each file."""
+    return max(part_files(part), sources.reads(part.length))
 
 
 def part_files(part: FilePart) -> int:

@@ -31,6 +31,7 @@ from heliostat.tasks.ray_cluster import RayCluster
 from heliostat.tasks.work import Work
 
 MOST_FILES = 1_000_000  # input files of a simulation; more would be larger instead
+SEGMENTS = 100  # folders of a simulated input, as in a crawl of Common Crawl
 MOST_BYTES = 10**15  # of a simulated input: the driver of a larger one would run for hours
 MOST_CPUS = 1_000_000
 MEMORY_EACH = 4 << 30  # bytes of memory per CPU of a simulated node
@@ -112,15 +113,15 @@ def _without_warnings() -> Iterator[None]:
 
 
 def enlarged(files: list[InputFile], size: int, name: str = "") -> list[InputFile]:
-    """Returns about `size` bytes of files like the given ones: copies under other names, with sizes that add up to `size`.
-    `name`: the name of an input that is a single file."""
+    """Returns about `size` bytes of files like the given ones, sorted by path: copies in SEGMENTS folders, with sizes that add up
+    to `size`. `name`: the name of an input that is a single file."""
     total = sum(file.bytes for file in files)
     if not total:
         raise ConfigError("--simulate: the input's files are empty. Use an input with documents")
     copies = max(1, min(round(size / total), MOST_FILES // len(files)))
     growth = size / (total * copies)
-    return [replace(file, path=f"{copy:06d}/{file.path or name}", bytes=round(file.bytes * growth))
-            for copy in range(copies) for file in files]  # fmt: skip
+    return [replace(file, path=f"{folder:02d}/{copy:06d}/{file.path or name}", bytes=round(file.bytes * growth))
+            for folder in range(SEGMENTS) for copy in range(folder, copies, SEGMENTS) for file in files]  # fmt: skip
 
 
 def report(cluster: VirtualCluster, files: list[InputFile], memory: int) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from heliostat.curation.simulation.requests import FIRST, SPREAD
 from heliostat.terminal import duration
 
 HOUR_S = 3600
 KINDS = ["tasks of kind", "tasks", "begin", "time", "CPU", "CPUs busy", "mean", "longest"]
-REQUESTS = ["prefix", "requests", "per second, at most"]
+REQUESTS = ["prefix", "prefixes", "requests", "per second and prefix, at most"]
 
 
 def of_kinds(report: dict[str, Any]) -> list[list[str]]:
@@ -21,7 +22,13 @@ def of_kinds(report: dict[str, Any]) -> list[list[str]]:
 
 
 def of_requests(report: dict[str, Any]) -> list[list[str]]:
-    return [REQUESTS, *([prefix, f"{of['total']:,}", f"{of['per_second']:,.0f}"] for prefix, of in report["requests"].items())]
+    """Returns a row for each prefix, or one for all folders in a folder: their requests, and the largest rate of one of them."""
+    folders = dict[str, list[dict[str, float]]]()
+    for prefix, of in report["requests"].items():
+        above, slash, last = prefix.rpartition("/")
+        folders.setdefault(f"{above}/*" if slash and last.isdigit() else prefix, []).append(of)
+    return [REQUESTS, *([name, f"{SPREAD if name.endswith(FIRST) else len(some):,}", f"{sum(of['total'] for of in some):,}",
+                         f"{max(of['per_second'] for of in some):,.0f}"] for name, some in folders.items())]  # fmt: skip
 
 
 def explain(report: dict[str, Any]) -> list[str]:

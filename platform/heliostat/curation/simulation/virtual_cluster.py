@@ -11,7 +11,7 @@ import random
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,9 +21,8 @@ import xxhash
 from heliostat.curation.careful import Careful
 from heliostat.curation.simulation.images import fetched
 from heliostat.curation.simulation.profile import Profile, Sizes, synthesized
-from heliostat.curation.simulation.requests import Requests
+from heliostat.curation.simulation.requests import NODE_BYTES_PER_S, Requests
 from heliostat.tasks import care
-from heliostat.tasks.advance import FILES
 from heliostat.tasks.care import Care, TaskPlace
 from heliostat.tasks.clusters import Executor, Task, TaskKind
 from heliostat.tasks.ray_cluster import GATHER_S, MANY
@@ -31,8 +30,6 @@ from heliostat.tasks.ray_cluster import GATHER_S, MANY
 RAY_CALL_S = 950e-6  # CPU seconds of the driver per task, in all threads of Ray 2: 946 to 999 microseconds on two busy cores
 WAIT_S = 0.4e-6  # CPU seconds of a wait per reference: 2.8 to 5.4 ms for 8,000 references
 STARTED_S = 0.02  # seconds for a node to start a task in a process that exists
-NODE_BYTES_PER_S = 100e6  # bytes per second that a CPU's share of the network carries
-REQUEST_S = 0.03  # latency of a request to the store
 AWAY_S = 300.0  # seconds until a lost node is replaced
 DAY_S = 86400.0
 
@@ -64,6 +61,21 @@ class KindTimes:
     longest: float = 0.0
 
 
+class _Paused(AbstractContextManager[None]):
+    """Stops the measurement of the driver's processor time. A class, because a generator would take longer than the rest."""
+
+    def __init__(self, cluster: VirtualCluster) -> None:
+        self.cluster, self.left = cluster, time.thread_time()
+
+    def __enter__(self) -> None:
+        passed = time.thread_time() - self.left
+        self.cluster.driver_seconds += passed
+        self.cluster.clock += passed
+
+    def __exit__(self, *error: object) -> None:
+        self.left = time.thread_time()
+
+
 @dataclass
 class VirtualCluster:
     """Simulates `node_count` nodes with `cpus` CPUs each."""
@@ -93,25 +105,17 @@ class VirtualCluster:
     """Calls that repeated a slow call."""
     limited: dict[str, float] = field(default_factory=dict)
     """Seconds of the tasks that fetch URLs, by the limit that decides a task's time."""
-    _left: float = field(default_factory=time.thread_time)
     _calls: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        drawn = random.Random(self.seed)
+        self._paused, drawn = _Paused(self), random.Random(self.seed)
         self.failures = [_times(drawn, self.faults.node_days * DAY_S) for _ in range(self.node_count)]
         self.bursts = _times(drawn, DAY_S / self.faults.bursts_per_day)
 
-    @contextmanager
-    def simulating(self) -> Iterator[None]:
-        """Adds the processor time of the driver's thread since the last call to the clock. The time of this call doesn't count.
-        RAY_CALL_S covers Ray's threads."""
-        passed = time.thread_time() - self._left
-        self.driver_seconds += passed
-        self.clock += passed
-        try:
-            yield
-        finally:
-            self._left = time.thread_time()
+    def simulating(self) -> AbstractContextManager[None]:
+        """Returns a context whose processor time doesn't count. Adds the processor time of the driver's thread since the last
+        such context to the clock. RAY_CALL_S covers Ray's threads."""
+        return self._paused
 
     def spend(self, seconds: float) -> None:
         """Lets Ray's calls take some of the driver's processor time."""
@@ -203,12 +207,9 @@ class VirtualExecutor:
             if written <= at:
                 records.append(known)
                 continue
-            read, files = cluster.sizes.read(task), cluster.sizes.files(task)
+            files, read = cluster.sizes.loads(self.kind, task)
             record = synthesized(self.kind, self.call, task, cluster.profile, cluster.sizes)
-            requests = cluster.requests.of_task(self.kind.name, task, record, files, read, at)
-            storing = requests * REQUEST_S / FILES + read / NODE_BYTES_PER_S
-            of_cpus = record["seconds"] / cpus
-            seconds = REQUEST_S + max(of_cpus, storing) if files else of_cpus + storing  # reads spilled files in advance
+            seconds = cluster.requests.of_task(self.kind.name, task, record, files, read, at, cpus)
             end = at + self._on_web(task, self._stretched(at, seconds * slow))
             fault = self._poison(task, shared, record)
             if (gone := cluster.failure(node, at, at + (end - at) / 2 if fault else end)) is not None:

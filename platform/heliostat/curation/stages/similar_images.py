@@ -10,14 +10,15 @@ of the hashes in memory, for any number of images.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
 
 from heliostat.curation import alike
-from heliostat.curation.comparing import conclude
+from heliostat.curation.comparing import RUNS, conclude
 from heliostat.curation.comparing import parts as parts_of
-from heliostat.curation.engine import Curated
+from heliostat.curation.engine import Curated, filled
 from heliostat.curation.segment import SpilledRun
 from heliostat.curation.stage import GlobalStage
 from heliostat.errors import HeliostatError
@@ -40,9 +41,7 @@ class SimilarImages(GlobalStage):
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs = f"alike-{number}", curated.runs
         exact, distance = self.distance is None, self.distance or 0
-        facing = (Task(key("faces", i, run.name, run.decided, exact), {"number": i, "run": run, "exact": exact}, bytes=run.bytes)
-                  for i, run in enumerate(runs))  # fmt: skip
-        shown = flow.all(f"{kind}-faces", alike.faces, facing)
+        shown = flow.all(f"{kind}-faces", alike.faces, _facing(runs, memory_limit, exact))
         faces, parts = [r["faces"] for r in shown], parts_of(sum(r["rows"] for r in shown) * IMAGE_BYTES, memory_limit)
         named = [] if exact else self._near(flow, kind, faces, parts, distance, sum(r["rows"] for r in shown), memory_limit)
         judged = flow.all(f"{kind}-judge", alike.judge, by_parts(flow, kind, parts, faces, {"named": named}))
@@ -73,3 +72,13 @@ class SimilarImages(GlobalStage):
                 f"{kind}: the choice of images didn't converge within {ROUNDS} rounds. Lower distance in the stage similar_images"
             )
         return [r["names"] for r in flow.all(f"{kind}-names", alike.name, by_parts(flow, kind, parts, faces, {"fates": fates}))]
+
+
+def _facing(runs: list[SpilledRun], memory_limit: int, exact: bool) -> Iterator[Task]:
+    """Yields the tasks that list the hashes of the images in several runs each."""
+    first = 0
+    for group in filled(runs, lambda run: run.rows, memory_limit // IMAGE_BYTES, RUNS):
+        arguments = {"first": first, "runs": group, "exact": exact}
+        decisions = [[run.name, run.decided] for run in group]
+        yield Task(key("faces", first, decisions, exact), arguments, bytes=sum(run.bytes for run in group))
+        first += len(group)

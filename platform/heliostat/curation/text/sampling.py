@@ -22,6 +22,7 @@ from heliostat.curation.text.tasks import TextSource
 
 BLOCK = 64 << 10  # bytes of a range of lines, in inputs of up to BLOCKS ranges
 BLOCKS = 1 << 20
+RANGES = 256  # minimum number of chosen ranges of lines; they are small, and complete files may be large
 Kind = Literal["one", "lines", "records"]
 
 
@@ -42,7 +43,8 @@ def choose(files: Iterable[InputFile], fraction: float, name: str) -> SampledPar
         total = sum(f.bytes for f in of_kind)
         block = max(BLOCK, 1 << max(0, (total // BLOCKS).bit_length()))
         parts = [part for f in of_kind for part in _places(f, which, block)]
-        rate = fraction if which == "one" else min(1.0, max(fraction, PLACES / len(parts)))
+        least = RANGES if which == "lines" else PLACES
+        rate = fraction if which == "one" else min(1.0, max(fraction, least / len(parts)))
         sample.add(which, parts, evenly(parts, rate), which == "one", fraction / rate)
     sample.parts.sort(key=lambda part: (part.path, part.start))
     return sample

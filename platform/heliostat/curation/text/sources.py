@@ -41,7 +41,8 @@ STDLIB = "python:stdlib"
 FIELD = 1 << 17  # maximum characters of a value in a .csv with images or URLs; the limit is global, so it is set before each file
 BYTES = {"extract": "pages or web archives", "pdf": "PDFs"}  # the inputs that each stage turns into text
 AHEAD = 4 << 20  # bytes of a file per read
-MOST_AHEAD = 32 << 20  # maximum bytes of an object per read, because a store limits the requests per second
+MOST_AHEAD = 32 << 20  # maximum bytes of an object per read in order, because a store limits the requests per second
+LINE = 64 << 10  # bytes after the end of a range that a read includes, for the last line of the range
 # folders that don't belong to the library: installed packages, tests (with intentionally invalid data), compiled files
 STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -178,11 +179,12 @@ def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) 
     """Opens a file of the input, or the root itself, for reading in blocks. Retries a read if the object store fails.
 
     `part`: the file's entry in the listing, if known. Raises LeftOutError like `fetch`. Raises DataError if an object has been
-    rewritten since the listing, which the object's ETag shows.
+    rewritten since the listing, which the object's ETag shows. If the listing has an ETag, the first read raises these errors,
+    because opening the object sends no request.
     """
     with _readable(base, path) as place:
         if part is not None and part.etag and place.is_s3:
-            file, size = None, _as_listed(place, part)
+            file, size = None, part.bytes or _as_listed(place, part)
         else:
             file = place.open()
             size = place.attempt(file.size)
@@ -231,12 +233,16 @@ def _readable(base: Location, path: str) -> Iterator[Location]:
 
 
 class _ReadAhead(io.RawIOBase):
-    """Wraps an input file, on disk or in an object store, as a Python file object that reads a few megabytes ahead. Each read of
-    an object that follows the one before reads twice as much, up to MOST_AHEAD."""
+    """Wraps an input file, on disk or in an object store, as a Python file object that reads a few megabytes ahead. A read of an
+    object in order reads up to MOST_AHEAD bytes: the rest of `part`, and LINE bytes more."""
 
     def __init__(self, place: Location, file: pa.NativeFile | None, size: int, part: FilePart | None) -> None:
         self.place, self.file, self.part, self.length, self.at = place, file, part, size, 0
-        self.block, self.begin, self.ahead = b"", 0, AHEAD
+        self.stop, self.starts = self.length, [0]
+        if part is not None:
+            start = part.packed.frame if part.packed else part.start
+            self.stop, self.starts = part.start + part.length, [start, start - 1]
+        self.block, self.begin = b"", 0
 
     def readable(self) -> bool:
         return True
@@ -264,28 +270,34 @@ class _ReadAhead(io.RawIOBase):
         if size <= 0:
             return b""
         if not (self.begin <= self.at and self.at + size <= self.begin + len(self.block)):
-            follows = self.place.is_s3 and self.begin < self.at <= self.begin + len(self.block)
-            self.ahead = min(MOST_AHEAD, 2 * self.ahead) if follows else AHEAD
-            self.begin, self.block = self.at, self._fetched(self.at, min(max(size, self.ahead), self.length - self.at))
+            size_ahead = min(max(size, self._ahead()), self.length - self.at)
+            self.block = b""  # so that memory has one block
+            self.begin, self.block = self.at, self._fetched(self.at, size_ahead)
         start = self.at - self.begin
         content = self.block[start : start + size]
         self.at += len(content)
         return content
 
+    def _ahead(self) -> int:
+        """Returns the number of bytes to read from here."""
+        in_order = self.begin < self.at <= self.begin + len(self.block) if self.block else self.at in self.starts
+        left = self.stop + LINE - self.at
+        return min(MOST_AHEAD, left) if self.place.is_s3 and in_order and left > 0 else AHEAD
+
     def _fetched(self, begin: int, size: int) -> bytes:
         if self.file is None:
             assert self.part is not None
-            return _of_object(self.place, self.part, begin, begin + size)
+            try:
+                return _of_object(self.place, self.part, begin, begin + size)
+            except FileNotFoundError as e:
+                raise (changed(self.place, self.part, None) if self.part.start else LeftOutError("unreadable")) from e
         file = self.file
         return self.place.attempt(lambda: file.read_at(size, begin))
 
 
 def reads(bytes: int) -> int:
     """Returns the number of reads of `bytes` bytes of an object, in order."""
-    count, ahead = 0, AHEAD
-    while bytes > 0 and ahead < MOST_AHEAD:
-        bytes, ahead, count = bytes - ahead, 2 * ahead, count + 1
-    return count + max(0, -(-bytes // MOST_AHEAD))
+    return -(-bytes // MOST_AHEAD)
 
 
 def _as_listed(place: Location, part: FilePart) -> int:
