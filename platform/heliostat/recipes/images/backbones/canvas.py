@@ -1,7 +1,7 @@
 """Describes U-Nets that get the caption also as feature maps (`canvas_unet`), for small pictures in pixels.
 
-Initial weights: those of U-Nets, and normal numbers in the canvases and gates, so that a white caption gives maps and gates with a
-standard deviation of about CANVAS_STD.
+Initial weights: those of U-Nets, and normal numbers in the canvases and gates, so that a white caption gives gates, and ungated
+maps, with a standard deviation of CANVAS_STD.
 """
 
 from __future__ import annotations
