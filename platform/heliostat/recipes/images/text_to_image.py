@@ -133,6 +133,8 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
                 "model.samples: no scores for features and clip, because the job has no prompts. Add model.samples.prompts"
             )
         self.parts.bind(sources, self.one_source)
+        if self.model.samples.held_out:
+            held_out.held_out(self.model.samples.held_out, sources)
         captions.require_columns(self.model.captions, sources)
 
     def presume(self, rows: int) -> pa.Table | None:
@@ -336,7 +338,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         if model.get("text"):
             out["text"] = exporting.text_folders(folder, model["text"])
         if model.get("samples"):
-            out["samples"] = quality.without_missing(model["samples"])
+            out["samples"] = quality.of_export(model["samples"])
         return out
 
     @staticmethod
