@@ -64,8 +64,8 @@ class HeldOutGallery(PromptGallery):
 
 
 def held_out(folder: str, sources: list[Manifest]) -> Manifest:
-    """Opens the held-out dataset. Reads the footers of the shards. Raises ConfigError if the dataset is missing, if the job trains
-    on it, if its images have another size, or if it or one of the job's datasets has images without a label or a style."""
+    """Opens the held-out dataset. Reads the footers of the shards. Raises ConfigError if the dataset is missing, if the job
+    trains on it, if its images have another size, or if it or one of the job's datasets has images without a label or a style."""
     try:
         opened = manifest.read(Location(folder))
     except DataError as e:
@@ -75,8 +75,8 @@ def held_out(folder: str, sources: list[Manifest]) -> Manifest:
     for source in (opened, *sources):
         if source.meta.get("content") != "images" or source.meta["size"] != sources[0].meta["size"]:
             raise ConfigError(
-                f"{KEY}: needs images of one size ({source.location}). Prepare it with the same pipeline as the training dataset, "
-                "without an autoencoder"
+                f"{KEY}: needs images of one size ({source.location}). "
+                "Prepare it with the same pipeline as the training dataset, without an autoencoder"
             )
     for column in ("label", "style"):
         for source in (opened, *sources):
