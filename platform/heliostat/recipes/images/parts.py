@@ -40,12 +40,13 @@ class Denoiser(nn.Module):
         text: torch.Tensor,
         pooled: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
         guidance: float = 1.0,
         keys: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
     ) -> Any:
         """Runs the backbone. `text`: token ids if the text encoder is also trained, else embeddings. `pooled`, `mask`,
-        `guidance`: see `predict`.
+        `lengths`, `guidance`: see `predict`.
 
         `keys`: the samples' keys, with which tokens skip blocks (`model.tread`). `features`: stored features [n, rows, columns,
         channels]; with features, returns the prediction and the samples' similarity to the features [n] (`model.repa`).
@@ -54,7 +55,7 @@ class Denoiser(nn.Module):
             text = self.text_encoder(input_ids=text)[0]
         self._aids.begin(keys, features)
         pooled = None if pooled is None else pooled.to(noisy.dtype)
-        prediction = predict(getattr(self, self.part), noisy, t, text.to(noisy.dtype), pooled, mask, guidance)
+        prediction = predict(getattr(self, self.part), noisy, t, text.to(noisy.dtype), pooled, mask, guidance, lengths)
         if features is None:
             return prediction
         return prediction, self.projector(self._aids.hidden(noisy.shape[2:]), features)
@@ -287,13 +288,18 @@ class Parts(CaptionParts):
         if on_gpu:
             torch.cuda.empty_cache()  # leaves memory for allocations outside torch's allocator
 
+    @property
+    def encodes(self) -> bool:
+        """Returns whether the autoencoder encodes the images in each step."""
+        return self.vae_config is not None and self.facts is not None and self.facts.content == "images"
+
     @torch.no_grad()
     def clean(self, content: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
         """Returns the tensor to which noise is added: pixels or their patches, or latents drawn from their distribution (stored,
         or computed from pixels)."""
         if self.vae_config is None:
             return patches.cut(content, self.model.patch)
-        if self.facts and self.facts.content == "images":
+        if self.encodes:
             encoder = self.frozen_on("vae", content.device)
             content = frozen_autoencoders.encode(encoder, content.to(self.frozen_type)).float()
         return frozen_autoencoders.scaled(self.vae_config, content, posterior)

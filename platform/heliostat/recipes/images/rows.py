@@ -179,12 +179,17 @@ def draw(seed: int, keys: torch.Tensor, shape: tuple[int, ...], dropout: float, 
 
     `dropout`: the fraction of captions to drop. `offset`: the fraction of noise that is constant over each channel.
     """
-    each = words(seed, keys, SCALARS, 2)
     noise = _normal(seed, keys, NOISE, shape)
     if offset:
         noise += offset * _normal(seed, keys, OFFSET, (shape[0], *[1] * (len(shape) - 1)))
     other = _normal(seed, keys, POSTERIOR, shape) if posterior else None
-    return SampleDraws(uniform(each[:, 0]), each[:, 1] < round(dropout * (WORD + 1)), noise, other)
+    return SampleDraws(*scalars(seed, keys, dropout), noise, other)
+
+
+def scalars(seed: int, keys: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws the `time` and the `dropped` of samples. For the arguments, see `draw`."""
+    each = words(seed, keys, SCALARS, 2)
+    return uniform(each[:, 0]), each[:, 1] < round(dropout * (WORD + 1))
 
 
 def _normal(seed: int, keys: torch.Tensor, stream: int, shape: tuple[int, ...]) -> torch.Tensor:
