@@ -27,7 +27,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ),
         ({"backbone": {**UNET, "norm_num_groups": 3}}, "model.backbone: "),
         ({"backbone": {**UNET, "in_channels": 4}}, "model.backbone.in_channels: 4 given, but the data has 1"),
-        ({"backbone": {"pretrained": "/nowhere"}}, "model.backbone.pretrained: '/nowhere' isn't a model folder"),
+        (
+            {"backbone": {"pretrained": "/nowhere"}},
+            "model.backbone.pretrained: '/nowhere' isn't a model folder (no "
+            "readable config.json). Set this key to such a folder, for example after hf download NAME --local-dir FOLDER",
+        ),
         ({"text": {"pretrained": "/nowhere"}}, "model.text.pretrained: '/nowhere' isn't a model folder"),
         ({"text": {"hidden_size": 30, "num_attention_heads": 4}}, "num_attention_heads: 4 doesn't divide hidden_size 30"),
         ({"autoencoder": {"pretrained": "/nowhere"}}, "model.autoencoder.pretrained: '/nowhere' isn't a model folder"),

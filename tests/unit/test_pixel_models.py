@@ -77,6 +77,18 @@ def test_white_captions_have_mean_zero_and_unit_covariance(places):
     assert white.shape == (len(stored), OUTPUTS) and np.abs(white.T @ white / len(white) - np.eye(OUTPUTS)).max() < 1e-3
 
 
+def test_a_pretrained_backbone_keeps_its_projection_of_captions(places, tmp_path):
+    """`whiten` initializes a new projection, so it is rejected there. An export is scored without it."""
+    made = recipe(places[1], **model_keys(places))
+    torch.manual_seed(0)
+    folder = export(made, made.build(), tmp_path)
+    pretrained = {"pretrained": str(folder / "unet")}
+    with pytest.raises(ConfigError, match=r"^model\.text\.whiten: not supported with a pretrained backbone.*Remove this key"):
+        recipe(places[1], **model_keys(places, backbone=pretrained))
+    scored = TextToImage.exported(folder, made.job.model)
+    assert recipe(places[1], **scored).model.backbone == pretrained
+
+
 def test_patches_lose_nothing_and_noise_is_added_to_them(places):
     pixels = torch.randn(3, 3, 16, 8).clamp(-1, 1)
     cut = patches.cut(pixels, 4)

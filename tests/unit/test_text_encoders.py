@@ -177,6 +177,20 @@ def test_stored_embeddings_of_several_encoders_train_as_the_encoders_do(family, 
         recipe(tmp_path / "stored", backbone=FLUX, text=[*other, text[-1]])
 
 
+def test_clip_encoders_whose_padding_cannot_be_masked_together_are_one_line(digits, tmp_path):
+    """Their tokens share positions. Padding that one encoder keeps would be read at the positions that the other masks."""
+    one, other = texts(["clip", "clip"], tmp_path, digits)
+    for first, second in (("masked", "seen"), ("kept", "masked"), ("masked", None)):
+        text = [{**one, "padding": first}, {**other, **({"padding": second} if second else {})}]
+        with pytest.raises(ConfigError, match=r"^model\.text\.[01]\.padding: CLIP encoders share .* Set the same padding"):
+            recipe(digits, backbone=UNET, text=text)
+    text = [{**one, "padding": "masked"}, {**other, "padding": "masked"}]
+    made = recipe(digits, backbone=UNET, text=text)
+    batch = made._completed(made.batch(rows(digits), np.arange(12)), training=False)
+    counted = made.parts.tokens(rows(digits)["caption"].to_pylist())["mask"].sum(1)
+    assert torch.equal(batch["mask"].sum(1), counted) and int(counted.min()) < 8
+
+
 @pytest.mark.parametrize(
     ("backbone", "kinds", "says"),
     [

@@ -121,7 +121,8 @@ class Parts(CaptionParts):
             )
         self._divide(keys)
         if self.whitened:
-            whitening.check(keys, self.whitened.pooling, len(self.model.texts), self.embedded)
+            pretrained = "pretrained" in self.model.backbone
+            whitening.check(keys, self.whitened.pooling, len(self.model.texts), self.embedded, pretrained)
         _, height, width = self.shape()
         training_aids.require(self.model, f.features, height * width // self.family.step(keys) ** 2)
         if self.model.autoencoder:
@@ -251,7 +252,7 @@ class Parts(CaptionParts):
             vocabulary = -(-self.facts.vocabulary // 64) * 64 if self.facts else 64
             encoder = config.build_text_encoder(self.model.texts[0], vocabulary, end)
         backbone = config.build_backbone(self.model.backbone, self._defaults())
-        if self.whitened and "pretrained" not in self.model.backbone:
+        if self.whitened:
             whitening.whiten(backbone.encoder_hid_proj, self.sources, self.stored_columns()["text"][0])
         if self.checkpointing:
             backbone.enable_gradient_checkpointing()
