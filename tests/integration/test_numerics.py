@@ -13,7 +13,9 @@ from heliostat.config.spec import Job
 
 from tests.golden import data
 from tests.integration import commands, selection, trials
-from tests.unit import build_job
+from tests.integration.layouts import SMALL_STAYS_DIVIDED as DIVIDED
+from tests.unit import build_images, build_job
+from tests.unit.build_text_to_image import CANVAS
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {  # most as wide as their classes' defaults: the check itself cuts them
     "gpt2": {"train.zero.stage": 1},
@@ -62,6 +64,20 @@ def test_an_architecture_computes_what_one_plain_process_does(arch, concluded) -
     assert rows["gradients"]["count"] == rows["updates"]["count"] >= 4 * 15  # a row for each tensor and step
     assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch_size"]
     assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_canvas_trains_at_stage_3_as_in_one_plain_process(workers, tmp_path_factory) -> None:
+    """Its layers outside the blocks, and the projection that it calls twice, are sharded and gathered like all others."""
+    place = tmp_path_factory.mktemp("canvas")
+    keys = build_images.job(build_images.digits(place / "digits"), backbone=CANVAS, objective={"prediction": "flow"})
+    settings = {"name": f"canvas-{workers}", "train.zero.stage": 3, "workers.count": workers, "train.deepspeed": DIVIDED}
+    made = build_job.job(**keys, **settings)
+    one = trials.run([made], place)[made.name]
+    assert one["ok"], one["faults"][:3]
+    assert {row["what"]: row["count"] for row in one["rows"]}["gradients"] > 100
+    assert one["losses"]["engine"] == pytest.approx(one["losses"]["plain"], rel=1e-5)
 
 
 # faults that are planted in the workers of a trial -------------------------------------------------------------------

@@ -92,7 +92,7 @@ class Parts(CaptionParts):
             )
         sizes = [(m.meta["size"][0], m.meta["size"][1]) for m in sources]
         patches.check(self.model.patch, sizes, self.vae_config is not None)
-        keys, channels = self.given(), self.shape()[0]
+        keys, channels, pretrained = self.given(), self.shape()[0], "pretrained" in self.model.backbone
         inputs = channels * self.family.packed
         if keys.get("in_channels", inputs) != inputs:
             raise ConfigError(
@@ -105,7 +105,7 @@ class Parts(CaptionParts):
                 f"model.backbone.out_channels: {said} given, but the prediction target has {channels} channels{more}. "
                 f"Set this key to {channels}, or use another backbone"
             )
-        if fault := self.family.fault(keys, "pretrained" in self.model.backbone):
+        if fault := self.family.fault(keys, pretrained):
             raise ConfigError(f"model.backbone.{fault}")
         for key, width in self.widths().items():
             if keys.get(key, width) != width:
@@ -121,7 +121,6 @@ class Parts(CaptionParts):
             )
         self._divide(keys)
         if self.whitened:
-            pretrained = "pretrained" in self.model.backbone
             whitening.check(keys, self.whitened.pooling, len(self.model.texts), self.embedded, pretrained)
         _, height, width = self.shape()
         training_aids.require(self.model, f.features, height * width // self.family.step(keys) ** 2)
@@ -130,9 +129,11 @@ class Parts(CaptionParts):
         for part in self.frozen_texts:
             config.require_weights(f"{part.key}.pretrained", part.folder)
         with torch.device("meta"):
-            self.build()  # fails if the keys don't fit together
-            if "pretrained" in self.model.backbone:
-                self._try(self.family.cls.from_config(config.folder_config(config.PRETRAINED, self.model.backbone["pretrained"])))
+            built = self.backbone(self.build())  # fails if the keys don't fit together
+            if pretrained:
+                built = self.family.cls.from_config(config.folder_config(config.PRETRAINED, self.model.backbone["pretrained"]))
+            for size in dict.fromkeys(sizes):
+                self._try(built, self.shape(size))
 
     def _divide(self, keys: config.Keys) -> None:
         """Raises ConfigError if the backbone can't cut the images of a dataset into patches."""
@@ -201,23 +202,21 @@ class Parts(CaptionParts):
         return channels * self.moments, height, width
 
     @torch.no_grad()
-    def _try(self, backbone: nn.Module) -> None:
-        """Runs the backbone on one sample, on the meta device. Raises ConfigError if the run fails, or if the output's shape
-        differs from the input's shape."""
-        shape = (1, *self.shape())
+    def _try(self, backbone: nn.Module, shape: tuple[int, int, int]) -> None:
+        """Runs the backbone on one sample of this shape, on the meta device. Raises ConfigError if the run fails, or if the
+        output has another shape."""
+        key = config.PRETRAINED if "pretrained" in self.model.backbone else "model.backbone"
         try:
-            tokens, pooled = self.text_shape.blank(1)
-            said = predict(backbone, torch.zeros(shape), torch.zeros(1), tokens, pooled)
+            said = predict(backbone, torch.zeros((1, *shape)), torch.zeros(1), *self.text_shape.blank(1))
         except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
             why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
             raise ConfigError(
-                f"model.backbone.pretrained: the backbone needs more inputs than images and captions ({why}). "
+                f"{key}: the backbone can't compute {shape[2]} x {shape[1]} positions from images and captions ({why}). "
                 "Use another backbone"
             ) from e
-        if said.shape != shape:
+        if said.shape[1:] != shape:
             raise ConfigError(
-                f"model.backbone.pretrained: the output has shape {tuple(said.shape[1:])} for images of shape {shape[1:]}. "
-                "Use another backbone"
+                f"{key}: the output has shape {tuple(said.shape[1:])} for images of shape {shape}. Use another backbone"
             )
 
     def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:

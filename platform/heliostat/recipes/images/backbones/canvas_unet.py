@@ -26,7 +26,8 @@ class CanvasUNet(UNet2DConditionModel):
         config: Any = self.config
         self.side, width = int(config.sample_size), int(config.cross_attention_dim)
         levels = enumerate(config.block_out_channels[:-1], start=1)
-        self.canvas_shapes = [(channels, self.side >> level, self.side >> level) for level, channels in levels]
+        sides = [(channels, -(-self.side >> level)) for level, channels in levels]  # a down block halves a side, and rounds up
+        self.canvas_shapes = [(channels, side, side) for channels, side in sides]
         self.canvases = nn.ModuleList([nn.Linear(width, n * height * across) for n, height, across in self.canvas_shapes])
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **inputs: Any) -> Any:
