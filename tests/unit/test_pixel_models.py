@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -14,7 +17,7 @@ from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.optim.optimizers import Muon
 from heliostat.recipes import building
-from heliostat.recipes.images import held_out, patches, whitening
+from heliostat.recipes.images import held_out, patches, quality, whitening
 from heliostat.recipes.images.gallery import png
 from heliostat.recipes.images.pipeline import Guidance, decode, denoise, generators
 from heliostat.recipes.images.text_to_image import TextToImage
@@ -72,6 +75,18 @@ def test_white_captions_have_mean_zero_and_unit_covariance(places):
     stored = torch.from_numpy(whitening.embeddings(made.sources, "embedding"))
     white = projection(stored).detach().double().numpy()
     assert white.shape == (len(stored), OUTPUTS) and np.abs(white.T @ white / len(white) - np.eye(OUTPUTS)).max() < 1e-3
+
+
+def test_a_pretrained_backbone_keeps_its_projection_of_captions(places, tmp_path):
+    """`whiten` initializes a new projection, so it is rejected there. An export is scored without it."""
+    made = recipe(places[1], **model_keys(places))
+    torch.manual_seed(0)
+    folder = export(made, made.build(), tmp_path)
+    pretrained = {"pretrained": str(folder / "unet")}
+    with pytest.raises(ConfigError, match=r"^model\.text\.whiten: not supported with a pretrained backbone.*Remove this key"):
+        recipe(places[1], **model_keys(places, backbone=pretrained))
+    scored = TextToImage.exported(folder, made.job.model)
+    assert recipe(places[1], **scored).model.backbone == pretrained
 
 
 def test_patches_lose_nothing_and_noise_is_added_to_them(places):
@@ -163,11 +178,53 @@ def test_held_out_captions_are_drawn_and_compared_with_their_real_pictures(place
     expected = {"guidance_scale": 4.0, "guidance_interval": (0.0, 0.5), "guidance_rescale": 0.7}
     assert rescaled.gallery().guidance == expected, "the export draws with the guidance of the samples"
 
-    with pytest.raises(ConfigError, match=r"^model\.samples\.held_out: the job trains on this dataset"):
-        recipe(places[2], **model_keys(places, samples=samples)).gallery()
     for key, value in {"prompts": [{"text": "a key"}], "per_prompt": 9, "clip": {"pretrained": "clip"}}.items():
         with pytest.raises(ConfigError, match=rf"held_out brings its own prompts and scores.*remove {key}"):
             recipe(places[1], **model_keys(places, samples={**samples, key: value}))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "held", "message"),
+    [
+        ("train", "nowhere", ".*/nowhere"),
+        ("held-out", "held-out", "the job trains on this dataset"),
+        ("train", "digits", r"needs images of one size \(.*digits"),
+        ("train", "unlabeled", r"needs a label for every image, but .*unlabeled has images without one\. Prepare"),
+        ("unstyled", "held-out", r"needs a style for every image, but .*unstyled has"),
+        ("one-style", "held-out", "needs at least two styles, but the job's datasets have one"),
+    ],
+)
+def test_the_check_sees_that_held_out_pictures_cannot_be_scored(places, digits, dataset, held, message, tmp_path):
+    """`check` binds the recipe, and starts nothing. The statistics of the shards show missing labels and styles."""
+    changes: dict[str, dict[str, Any]] = {"unlabeled": {"label": ""}, "unstyled": {"style": None}, "one-style": {"style": "blue"}}
+    made = {"digits": digits, "nowhere": tmp_path / "nowhere"} | {name: relabeled(places[1], tmp_path / name, **columns)
+                                                                 for name, columns in changes.items()}  # fmt: skip
+    found = {"train": places[1], "held-out": places[2], **made}
+    with pytest.raises(ConfigError, match=rf"^model\.samples\.held_out: ({message})"):
+        recipe(found[dataset], **model_keys(places, samples={"held_out": str(found[held])}))
+
+
+def relabeled(source: Path, folder: Path, **columns: str | None) -> Path:
+    """Copies a dataset. In the copy, the first row has other values in these columns; a text that isn't empty is in all rows."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("manifest*"))
+    opened = manifest.read(Location(str(source)))
+    place = folder / opened.paths[0]
+    table = pq.read_table(place)
+    for name, value in columns.items():
+        kept = table[name].to_pylist()[1:] if not value else []
+        values = pa.array([value] * (len(table) - len(kept)) + kept, table[name].type)
+        table = table.set_column(table.column_names.index(name), name, values)
+    pq.write_table(table, place, row_group_size=opened.chunks["rows"][0].as_py())
+    location = Location(str(folder))
+    manifest.write(location, manifest.read_footer(location, opened.paths[0], None), opened.meta)
+    return folder
+
+
+def test_an_export_is_scored_without_the_held_out_pictures(caplog):
+    """Their judge needs the training dataset, which may be elsewhere. One line reports what is left out."""
+    kept = quality.of_export({"held_out": "/nowhere", "steps": 2})
+    assert kept == {"steps": 2} and len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("model.samples.held_out: left out, because its scores need the training dataset")
 
 
 def test_the_job_is_planned_before_its_dataset_exists(places, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,23 @@ def test_the_plan_counts_what_a_checkpointed_backbone_keeps(arch, digits, tmp_pa
         made.loss(model, batch)
     kept = counted.outside + counted.inputs(len(counted.layers))
     assert len(counted.layers) > 1 and meter.total == pytest.approx(kept, rel=0.03)
+
+
+DEEP = {"sd3": {"num_layers": 5}, "flux": {"num_layers": 4, "num_single_layers": 3}, "lumina": {"num_layers": 4},
+        "pixart": {"num_layers": 4}, "sana": {"num_layers": 4, "sample_size": 8}, "prx": {"depth": 4}}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", DEEP)
+def test_the_work_of_a_few_layers_stands_for_that_of_all(arch, digits, monkeypatch):
+    """Equal layers of each list are counted once and multiplied. The result equals a count of every layer."""
+    keys = {"backbone": {**BACKBONES[arch], **DEEP[arch]}}
+    made, planned, contents = recipe(digits, **keys), job_of(**job(digits, **keys)), (rows(digits, 2), rows(digits, 3))
+    whole = model_stats.build(made)
+    assert sum(len(stack) for stack in model_stats._stacks(whole)) == 4 + (arch == "sd3") + 3 * (arch == "flux")
+    few = model_stats.work(planned, made, whole, contents)
+    monkeypatch.setattr(model_stats, "_stacks", lambda model: [])
+    every = model_stats.work(planned, made, model_stats.build(made), contents)
+    assert sorted(map(astuple, few)) == sorted(map(astuple, every))
 
 
 @pytest.mark.parametrize("arch", ["unet", "sana"])

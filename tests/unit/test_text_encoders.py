@@ -101,6 +101,32 @@ def test_masked_padding_changes_no_prediction(backbone, kind, digits, tmp_path):
     assert float((predictions[8, "seen"] - predictions[13, "seen"]).abs().max()) > 1e-3 * scale
 
 
+@pytest.mark.parametrize("pooling", [None, "mean"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_lengths_of_captions_are_known_without_a_read_of_the_mask(version, pooling, digits, tmp_path):
+    """For dropped captions, in training alone, and for stored embeddings: the lengths on the host are the sums of the mask."""
+    (text,) = texts(["t5"], tmp_path, digits, [12])
+    text |= {"pooling": pooling} if pooling else {}
+    described = [(f"{i}.png", image(8, 8, seed=i), {"caption": "a " * i + "digit"}) for i in range(12)]
+    folder_of(tmp_path / "in", described)
+    keys = {"name": "t", "input": str(tmp_path / "in"), "resolution": 8}
+    prepared({**keys, "output": str(tmp_path / "texts")})
+    stored = {key: value for key, value in text.items() if key != "pretrained"}
+    stored |= {"text_encoder": text["pretrained"], "padding": "zero", "layer": "penultimate"}
+    prepared({**keys, "output": str(tmp_path / "stored"), "latents": {"text_encoders": [stored]}})
+    for name, padding in (("texts", {}), ("stored", {"padding": "masked"})):
+        wanted = build_images.job(tmp_path / name, backbone=LUMINA, text={**text, **padding}, caption_dropout=0.5)
+        made = TextToImage(job(**wanted, **{"train.recipe_version": version}))
+        made.bind([manifest.read(Location(str(tmp_path / name)))])
+        table = pq.read_table(next((tmp_path / name / "shards").rglob("*.parquet")))
+        seen = set[int]()
+        for training in (True, False):
+            batch = made._completed(made.batch(table, np.arange(len(table))), training)
+            assert torch.equal(batch["host_lengths"], batch["mask"].sum(1))
+            seen |= set(batch["host_lengths"].tolist())
+        assert seen == {1} if pooling else len(seen) > 5
+
+
 def test_padding_is_masked_by_default_only_where_no_earlier_job_trained_without_it(digits, tmp_path):
     """So a job without the key trains as before: CLIP and T5 with U-Net, PixArt, and SD3."""
     found = {}
@@ -149,6 +175,20 @@ def test_stored_embeddings_of_several_encoders_train_as_the_encoders_do(family, 
     other = texts(["clip"], tmp_path / "other", digits, [8], [20])
     with pytest.raises(ConfigError, match=r"^model\.text\.0\.pretrained: the datasets have no embeddings of this text encoder"):
         recipe(tmp_path / "stored", backbone=FLUX, text=[*other, text[-1]])
+
+
+def test_clip_encoders_whose_padding_cannot_be_masked_together_are_one_line(digits, tmp_path):
+    """Their tokens share positions. Padding that one encoder keeps would be read at the positions that the other masks."""
+    one, other = texts(["clip", "clip"], tmp_path, digits)
+    for first, second in (("masked", "seen"), ("kept", "masked"), ("masked", None)):
+        text = [{**one, "padding": first}, {**other, **({"padding": second} if second else {})}]
+        with pytest.raises(ConfigError, match=r"^model\.text\.[01]\.padding: CLIP encoders share .* Set the same padding"):
+            recipe(digits, backbone=UNET, text=text)
+    text = [{**one, "padding": "masked"}, {**other, "padding": "masked"}]
+    made = recipe(digits, backbone=UNET, text=text)
+    batch = made._completed(made.batch(rows(digits), np.arange(12)), training=False)
+    counted = made.parts.tokens(rows(digits)["caption"].to_pylist())["mask"].sum(1)
+    assert torch.equal(batch["mask"].sum(1), counted) and int(counted.min()) < 8
 
 
 @pytest.mark.parametrize(

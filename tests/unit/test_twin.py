@@ -41,7 +41,7 @@ def compared() -> dict[str, dict[str, Any]]:
     return {row.get("case") or row["optimizer"]: row for row in _lines("tests.twin.passes:main")}
 
 
-@pytest.mark.parametrize("case", cases.CASES)
+@pytest.mark.parametrize("case", cases.EVERY)
 def test_a_recipe_computes_the_cpus_numbers_on_the_twin(case: str, compared: dict[str, dict[str, Any]]) -> None:
     """For loss, gradients, scores, and pictures."""
     row = compared[case]
@@ -49,7 +49,7 @@ def test_a_recipe_computes_the_cpus_numbers_on_the_twin(case: str, compared: dic
     assert row["gradients"] < gradients and row["scores"] < scores, row
 
 
-@pytest.mark.parametrize("case", cases.CASES)
+@pytest.mark.parametrize("case", cases.EVERY)
 def test_the_host_never_waits_in_a_micro_batch(case: str, compared: dict[str, dict[str, Any]]) -> None:
     """After the constants are on the device, there is no read, no synchronization, and no upload except from pinned memory."""
     row = compared[case]

@@ -20,6 +20,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 Tensors = dict[str, torch.Tensor]
+HOST = "host_"  # names of tensors that stay on the host begin so: their values become Python numbers without a wait
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -32,17 +33,22 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return pinned(tensor, device).to(device, non_blocking=True)
 
 
+def uploaded(batch: Tensors, device: torch.device) -> Tensors:
+    """Copies a CPU batch to the device without a wait. Tensors whose names begin with `HOST` stay on the host."""
+    return {name: values if name.startswith(HOST) else upload(values, device) for name, values in batch.items()}
+
+
 def on_device(
     batches: Sequence[Tensors], device: torch.device, complete: Callable[[Tensors], Tensors] = lambda batch: batch
 ) -> Iterator[Tensors]:
-    """Copies CPU batches to the device, completes them with `complete` (without gradients), and yields them.
+    """Copies CPU batches to the device (`uploaded`), completes them with `complete` (without gradients), and yields them.
 
     On a GPU, a separate stream copies and completes the next batch during the computation with the current one.
     """
     if device.type != "cuda":
         for batch in batches:
             with torch.no_grad():
-                completed = complete({name: values.to(device) for name, values in batch.items()})
+                completed = complete(uploaded(batch, device))
             yield completed
         return
     copying = _stream(device, "upload")
@@ -51,7 +57,8 @@ def on_device(
         now, computing = ahead, torch.cuda.current_stream(device)
         computing.wait_stream(copying)
         for values in now.values():
-            values.record_stream(computing)  # its memory must not be reused before the computation with it is done
+            if values.is_cuda:
+                values.record_stream(computing)  # its memory must not be reused before the computation with it is done
         if following is not None:
             ahead = _uploaded(following, device, complete, copying)
         yield now
@@ -61,7 +68,7 @@ def _uploaded(
     batch: Tensors, device: torch.device, complete: Callable[[Tensors], Tensors], copying: torch.cuda.Stream
 ) -> Tensors:
     with torch.cuda.stream(copying), torch.no_grad():
-        return complete({name: upload(values, device) for name, values in batch.items()})
+        return complete(uploaded(batch, device))
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from typing import Any
 from heliostat.checkpoint import checksums, index, layout, placement
 from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.checkpoint.placement import BYTES, ChunkPlace, Shard, Tensor
+from heliostat.checkpoint.safetensors_file import DTYPES
 from heliostat.config.spec import Job
 from heliostat.data import mixing
 from heliostat.errors import DataError, StorageError
@@ -29,6 +30,8 @@ from heliostat.plan.counts import ModelStats
 from heliostat.plan.model_stats import build, stats_of
 from heliostat.recipes.protocol import Recipe
 from heliostat.validation import check
+
+NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}  # of dtypes in checkpoints
 
 
 def kinds(job: Job, hidden: bool = False) -> list[str]:
@@ -132,7 +135,7 @@ def _tensors(job: Job, model: ModelStats, mine: list[zero_layout.Slice]) -> plac
 def _buffers(model: ModelStats, rank: int, world: int) -> placement.Tensors:
     owners = placement.owners((f"buffer.{name}" for name in model.buffers), world)
     return {
-        f"buffer.{name}": Tensor(dtype, list(shape), [[0, 1, 0, math.prod(shape)]])
+        f"buffer.{name}": Tensor(NAMES[dtype], list(shape), [[0, 1, 0, math.prod(shape)]])
         for name, (shape, dtype) in model.buffers.items()
         if owners[f"buffer.{name}"] == rank
     }

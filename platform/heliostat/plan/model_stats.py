@@ -154,36 +154,37 @@ def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Conte
     each additional layer.
     """
     _as_it_trains(job, recipe, model)
-    stack = _stack(model)
-    if not stack:
+    stacks = _stacks(model)
+    if not stacks:
         return _work(job, recipe, model, contents)
-    kinds = _alike(stack)
+    with _on_fakes(job, recipe, model, contents[0]) as batch:
+        checkpointed(model, partial(recipe.loss, model, batch))  # of all layers
+    kinds = [kind for stack in stacks for kind in _alike(stack)]
     first = [members[0] for members in kinds]
-    with _only(model, stack, first):
+    with _only(model, stacks, first):
         base = _work(job, recipe, model, contents)
     longer = []
     for members in kinds:
         if len(members) > 1:
-            with _only(model, stack, [*first, members[1]]):
+            with _only(model, stacks, [*first, members[1]]):
                 longer.append((_work(job, recipe, model, contents), len(members) - 1))
     return extended(base, longer)
 
 
 @contextmanager
-def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.nn.Module]) -> Iterator[None]:
-    """Opens a context in which a stack contains only the layers in `some`, in their order."""
-    whole = stack._modules
-    places = [i for i, m in enumerate(whole.values()) if m in some]
-    by_id: dict[int, PreTrainedConfig] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
-    configs = [c for c in by_id.values() if len(getattr(c, "layer_types", None) or ()) == len(whole)]
+def _only(model: torch.nn.Module, stacks: list[torch.nn.ModuleList], some: list[torch.nn.Module]) -> Iterator[None]:
+    """Opens a context in which stacks contain only the layers in `some`, in their order."""
     with ExitStack() as patches:
-        for config in configs:  # models look up the attention type of a layer by the layer's index
-            patches.enter_context(patch.object(config, "layer_types", [config.layer_types[i] for i in places]))
-        stack._modules = {str(n): layer for n, layer in enumerate(m for m in whole.values() if m in some)}
-        try:
-            yield
-        finally:
-            stack._modules = whole
+        for stack in stacks:
+            whole = stack._modules
+            places = [i for i, m in enumerate(whole.values()) if m in some]
+            by_id: dict[int, PreTrainedConfig] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
+            configs = [c for c in by_id.values() if len(getattr(c, "layer_types", None) or ()) == len(whole)]
+            for config in configs:  # models look up the attention type of a layer by the layer's index
+                patches.enter_context(patch.object(config, "layer_types", [config.layer_types[i] for i in places]))
+            kept = {str(n): layer for n, layer in enumerate(m for m in whole.values() if m in some)}
+            patches.enter_context(patch.object(stack, "_modules", kept))
+        yield
 
 
 def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Content, Content]) -> tuple[OperationWork, ...]:
@@ -199,13 +200,19 @@ def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Cont
     return grouped(*operations)
 
 
-def _stack(model: torch.nn.Module) -> torch.nn.ModuleList | None:
-    """Returns the list of a transformer's layers; None unless the model has exactly one such list."""
+def _stacks(model: torch.nn.Module) -> list[torch.nn.ModuleList]:
+    """Returns the lists of a transformer's layers: the only list of a model of transformers, or those of diffusers.
+    Returns an empty list for other models, such as U-Nets, and for layers with hooks, which need certain other layers."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 2]
     stacks = [m for m in lists if all(isinstance(child, GradientCheckpointingLayer) for child in m)]
-    return stacks[0] if len(stacks) == 1 else None
+    if len(stacks) == 1:
+        return stacks
+    backbones = [m for m in model.modules() if hasattr(m, "disable_gradient_checkpointing") and not hasattr(m, "up_blocks")]
+    owned = {m for backbone in backbones for m in backbone.children()}
+    stacks = [m for m in lists if m in owned]
+    return [] if any(layer._forward_hooks or layer._forward_pre_hooks for stack in stacks for layer in stack) else stacks
 
 
 def _alike(stack: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:

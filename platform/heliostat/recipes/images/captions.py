@@ -20,13 +20,11 @@ import pyarrow as pa
 import torch
 from pydantic import Field, field_validator
 
-from heliostat.data import shard
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.counter_random import uniform, words
-from heliostat.recipes.images.rows import StoredText
+from heliostat.recipes.images.rows import StoredText, footer
 from heliostat.schema import Float, Strict, nearest
-from heliostat.storage.locations import Location
 
 STREAM = 1 << 8  # stream of random numbers for the choice
 CAPTION = "caption"
@@ -100,7 +98,7 @@ def require_columns(captions: Sequence[CaptionText], sources: Sequence[Manifest]
 
 
 def _require(key: str, caption: CaptionText, source: Manifest) -> None:
-    stored, embedded = _columns(source.location.join(source.paths[0])), embeddings(source)
+    stored, embedded = footer(source.location.join(source.paths[0])).schema.names, embeddings(source)
     if embedded and caption.text != f"{{{''.join(caption.columns)}}}":
         raise ConfigError(
             f"{key}: {caption.text!r} isn't one column, but {source.location} stores embeddings of captions. Use the name of "
@@ -118,13 +116,3 @@ def embeddings(source: Manifest) -> list[str]:
     """Lists a dataset's columns with the embeddings of `caption`; empty without embeddings."""
     single = ["embedding"] if source.meta.get("text") is not None else []
     return single + [column for one in source.meta.get("texts", ()) for column, _ in StoredText(**one).columns.values()]
-
-
-def _columns(place: Location) -> list[str]:
-    """Lists the columns of a shard, from its footer."""
-
-    def get() -> list[str]:
-        with place.fs.open_input_file(place.path) as file:
-            return shard.read_footer(file).parquet.schema.names
-
-    return place.attempt(get)

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedTokenizerBase
 
-from heliostat.data.device_streams import Arrival
+from heliostat.data.device_streams import HOST, Arrival
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.constants import Constant
@@ -26,6 +26,8 @@ from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.pipeline import Encoded, encode, join, padding_of, tokenize, unpadded
 from heliostat.recipes.images.texts import FrozenText, TextShape
 from heliostat.recipes.text import masks
+
+LENGTHS = f"{HOST}lengths"  # in a batch: the lengths of captions, which stay on the host
 
 
 class CaptionParts:
@@ -229,10 +231,22 @@ class CaptionParts:
             out["mask"] = unpadded(tokens)
         return out
 
+    @property
+    def counted(self) -> bool:
+        """Returns whether the backbone's class needs the captions' lengths on the host."""
+        return self.family.counts and any(part.masked for part in self.frozen_texts)
+
+    def lengths(self, captions: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Counts the tokens of captions (`captions`) of the only text encoder that the backbone doesn't ignore, int64 [n]."""
+        text = captions["text"]
+        counts = unpadded(text).sum(1) if text.is_floating_point() else captions["mask"].sum(1)
+        return counts.clamp(max=self.frozen_texts[0].shape.tokens)
+
     @staticmethod
     def beside(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns the model's arguments besides the caption."""
-        return {name: batch[name] for name in ("pooled", "mask") if name in batch}
+        names = {"pooled": "pooled", "mask": "mask", "lengths": LENGTHS}
+        return {name: batch[key] for name, key in names.items() if key in batch}
 
 
 def presumed(part: FrozenText) -> rows.StoredText:

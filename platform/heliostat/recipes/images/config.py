@@ -48,6 +48,7 @@ from heliostat.text import brief
 Keys = dict[str, Any]  # of a diffusers configuration
 CONFIG = Format(Keys, "model's configuration", ConfigError)
 PRETRAINED = "model.backbone.pretrained"
+FOLDER_FIX = "Set this key to such a folder, for example after hf download NAME --local-dir FOLDER"
 VOCABULARIES = (".txt", ".model", ".tiktoken")  # suffixes of tokenizer files other than JSON: merges.txt, vocab.txt, spiece.model
 
 Padding = Literal["seen", "kept", "zero", "masked"]
@@ -74,7 +75,7 @@ class Text(Strict):
     `kept` for T5; else `zero`."""
     whiten: bool = False
     """Initializes the backbone's projection of captions so that the datasets' captions have mean zero and unit covariance. Needs
-    `pooling`, and a U-Net with `encoder_hid_dim_type: text_proj`."""
+    `pooling`, and a new U-Net with `encoder_hid_dim_type: text_proj`."""
     length: int = Field(default=77, gt=1)
     """Maximum tokens of a caption; longer captions are truncated."""
     hidden_size: int = Field(default=256, gt=0)
@@ -249,7 +250,7 @@ def folder_config(key: str, folder: str) -> Keys:
     try:
         return CONFIG.read(Path(folder) / "config.json")
     except OSError as e:
-        raise ConfigError(f"{key}: {folder!r} isn't a model folder (no readable config.json)") from e
+        raise ConfigError(f"{key}: {folder!r} isn't a model folder (no readable config.json). {FOLDER_FIX}") from e
     except ConfigError as e:
         raise ConfigError(f"{key}: {e}") from e
 

@@ -132,8 +132,10 @@ def _settings(parts: Parts, process: Process, backbone: Any) -> dict[str, object
 
 
 def text_folders(folder: Path, text: Any) -> Any:
-    """Returns the job's key `model.text` with the folders of an export."""
+    """Returns the job's key `model.text` with the folders of an export. The export's backbone has the projection that `whiten`
+    initialized."""
     if isinstance(text, list):
         names = ["text_encoder", *(f"text_encoder_{number}" for number in range(2, len(text) + 1))]
         return [{**one, "pretrained": str(folder / name)} for one, name in zip(text, names, strict=True)]
-    return {**text, "pretrained": str(folder / "text_encoder")} if text.get("pretrained") else text
+    kept = {key: value for key, value in text.items() if key != "whiten"}
+    return {**kept, "pretrained": str(folder / "text_encoder")} if text.get("pretrained") else kept

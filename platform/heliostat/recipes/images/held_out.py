@@ -16,8 +16,8 @@ import numpy as np
 from heliostat.data import manifest
 from heliostat.data.chunks import Chunks
 from heliostat.data.manifest import Manifest
-from heliostat.errors import ConfigError
-from heliostat.recipes.images import diffusers_folder, neighbors
+from heliostat.errors import ConfigError, DataError
+from heliostat.recipes.images import diffusers_folder, neighbors, rows
 from heliostat.recipes.images.extractors import thumbnails
 from heliostat.recipes.images.gallery import DrawingRecipe, PromptGallery, grid, png
 from heliostat.recipes.images.picture_judge import LabeledPictures, PictureJudge
@@ -25,6 +25,7 @@ from heliostat.recipes.images.pipeline import generators
 from heliostat.recipes.images.quality import PIXELS
 from heliostat.storage.locations import Location
 
+KEY = "model.samples.held_out"
 SCORES = ("top1", "top5", "style")
 MEMORIZED = "memorized_pixels"
 NAMES = (*SCORES, *(f"real_{name}" for name in SCORES), MEMORIZED, f"{MEMORIZED}_low", f"{MEMORIZED}_high")
@@ -76,22 +77,49 @@ class HeldOutGallery(PromptGallery):
 
 
 def held_out(folder: str, sources: list[Manifest]) -> Manifest:
-    """Opens the held-out dataset. Raises ConfigError if the job trains on it, or if its images have another size."""
-    opened = manifest.read(Location(folder))
+    """Opens the held-out dataset. Reads the footers of the shards. Raises ConfigError if the dataset is missing, if the job
+    trains on it, if its images have another size, or if it or one of the job's datasets has images without a label or a style."""
+    try:
+        opened = manifest.read(Location(folder))
+    except DataError as e:
+        raise ConfigError(f"{KEY}: {e}") from e
     if opened.digest in {source.digest for source in sources}:
-        raise ConfigError(f"model.samples.held_out: the job trains on this dataset ({folder}). Use another dataset")
-    if opened.meta.get("content") != "images" or opened.meta["size"] != sources[0].meta["size"]:
-        raise ConfigError(
-            f"model.samples.held_out: needs images of {sources[0].meta['size']} pixels ({folder}). "
-            "Prepare it with the same pipeline as the training dataset"
-        )
+        raise ConfigError(f"{KEY}: the job trains on this dataset ({folder}). Use another dataset")
+    for source in (opened, *sources):
+        if source.meta.get("content") != "images" or source.meta["size"] != sources[0].meta["size"]:
+            raise ConfigError(
+                f"{KEY}: needs images of one size ({source.location}). "
+                "Prepare it with the same pipeline as the training dataset, without an autoencoder"
+            )
+    for column in ("label", "style"):
+        for source in (opened, *sources):
+            if not all(extremes(source, column)):
+                raise ConfigError(
+                    f"{KEY}: needs a {column} for every image, but {source.location} has images without one. "
+                    "Prepare the datasets from drawings:openmoji, or remove this key"
+                )
+    if len(set[str | None]().union(*(extremes(source, "style") for source in sources))) == 1:
+        raise ConfigError(f"{KEY}: needs at least two styles, but the job's datasets have one. Add data in another style")
     return opened
+
+
+def extremes(source: Manifest, column: str) -> set[str | None]:
+    """Returns the least and the greatest text of each row group, from the statistics in the footers. Contains None if a text is
+    null, or if a shard lacks the column. Row groups without statistics add nothing."""
+    out = set[str | None]()
+    for path in source.paths:
+        parquet = rows.footer(source.location.join(path))
+        if column not in parquet.schema.names:
+            return {None}
+        place = parquet.schema.names.index(column)
+        for group in range(parquet.num_row_groups):
+            if found := parquet.row_group(group).column(place).statistics:
+                out |= ({None} if found.null_count else set()) | ({found.min, found.max} if found.has_min_max else set())
+    return out
 
 
 def labeled(sources: list[Manifest], progressed: Callable[[], None] = lambda: None) -> LabeledPictures:
     """Reads all pictures of datasets, in the order of the shards. Calls `progressed` for every row group."""
-    from heliostat.recipes.images.rows import decoded
-
     chunks, tables = Chunks(sources, None), list[Any]()
     for number, source in enumerate(sources):
         for chunk in range(source.chunks.num_rows):
@@ -101,7 +129,7 @@ def labeled(sources: list[Manifest], progressed: Callable[[], None] = lambda: No
     def column(name: str) -> list[str]:
         return [one for table in tables for one in (table[name].to_pylist() if name in table.column_names else [""] * len(table))]
 
-    pictures = decoded([image for table in tables for image in table["image"].to_pylist()])
+    pictures = rows.decoded([image for table in tables for image in table["image"].to_pylist()])
     return LabeledPictures(pictures, column("caption"), column("label"), column("style"))
 
 

@@ -3,7 +3,8 @@ images to tell apart in a noisy input.
 
 - `candidates` (Li et al. 2025, arXiv 2505.18521): draws several noises for each image, and takes the nearest.
 - `group` (Li et al. 2024, arXiv 2406.12303): assigns the noises of consecutive samples to their images, so that the sum of the
-  squared distances is minimal. The noise of a group stays normal. This method needs the host in every micro-batch.
+  squared distances is minimal. The noise of a group stays normal. The host computes the assignments, before the batch is on the
+  device. Only if an autoencoder encodes the images in each step, the host waits for them in every micro-batch.
 
 Held-out scores use noise that doesn't depend on the image, as samplers do.
 """
@@ -44,12 +45,20 @@ class Immiscible(Strict):
             extras.require("images", "sklearn", what="model.immiscible.group")  # contains scipy
             require_groups("model.immiscible.group", self.group, job)
 
+    def assigned(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Returns the index of each image's noise, int64 [n], so that the sum of the squared distances of each group is minimal.
+        For the arguments, see `choose`."""
+        size, out = self.group or 1, list[torch.Tensor]()
+        for first in range(0, len(image), size):
+            images, noises = (values[first : first + size].flatten(1).double() for values in (image, noise))
+            out.append(first + assignment(images @ noises.T))
+        return torch.cat(out)
+
     def choose(self, seed: int, keys: torch.Tensor, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Chooses the noise of each image. `noise`: the first candidate, or the noises to assign; fp32 [n, ...], as `image`."""
         if self.candidates:
             return nearest_noise(seed, keys, image, noise, self.candidates)
-        groups = zip(image.split(self.group or 1), noise.split(self.group or 1), strict=True)
-        return torch.cat([_assigned(*group) for group in groups])
+        return noise[self.assigned(image, noise)]
 
 
 def nearest_noise(seed: int, keys: torch.Tensor, image: torch.Tensor, noise: torch.Tensor, count: int) -> torch.Tensor:
@@ -66,12 +75,6 @@ def nearest_noise(seed: int, keys: torch.Tensor, image: torch.Tensor, noise: tor
 
 def _distances(image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return (image - noise).square().flatten(1).double().sum(1)
-
-
-def _assigned(image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Permutes noises so that the sum of the squared distances to the images is minimal."""
-    products = image.flatten(1).double() @ noise.flatten(1).double().T
-    return noise[assignment(products)]
 
 
 @torch.library.custom_op("heliostat::assignment", mutates_args=())

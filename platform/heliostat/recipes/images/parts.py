@@ -40,12 +40,13 @@ class Denoiser(nn.Module):
         text: torch.Tensor,
         pooled: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
         guidance: float = 1.0,
         keys: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
     ) -> Any:
         """Runs the backbone. `text`: token ids if the text encoder is also trained, else embeddings. `pooled`, `mask`,
-        `guidance`: see `predict`.
+        `lengths`, `guidance`: see `predict`.
 
         `keys`: the samples' keys, with which tokens skip blocks (`model.tread`). `features`: stored features [n, rows, columns,
         channels]; with features, returns the prediction and the samples' similarity to the features [n] (`model.repa`).
@@ -54,7 +55,7 @@ class Denoiser(nn.Module):
             text = self.text_encoder(input_ids=text)[0]
         self._aids.begin(keys, features)
         pooled = None if pooled is None else pooled.to(noisy.dtype)
-        prediction = predict(getattr(self, self.part), noisy, t, text.to(noisy.dtype), pooled, mask, guidance)
+        prediction = predict(getattr(self, self.part), noisy, t, text.to(noisy.dtype), pooled, mask, guidance, lengths)
         if features is None:
             return prediction
         return prediction, self.projector(self._aids.hidden(noisy.shape[2:]), features)
@@ -91,7 +92,7 @@ class Parts(CaptionParts):
             )
         sizes = [(m.meta["size"][0], m.meta["size"][1]) for m in sources]
         patches.check(self.model.patch, sizes, self.vae_config is not None)
-        keys, channels = self.given(), self.shape()[0]
+        keys, channels, pretrained = self.given(), self.shape()[0], "pretrained" in self.model.backbone
         inputs = channels * self.family.packed
         if keys.get("in_channels", inputs) != inputs:
             raise ConfigError(
@@ -104,7 +105,7 @@ class Parts(CaptionParts):
                 f"model.backbone.out_channels: {said} given, but the prediction target has {channels} channels{more}. "
                 f"Set this key to {channels}, or use another backbone"
             )
-        if fault := self.family.fault(keys, "pretrained" in self.model.backbone):
+        if fault := self.family.fault(keys, pretrained):
             raise ConfigError(f"model.backbone.{fault}")
         for key, width in self.widths().items():
             if keys.get(key, width) != width:
@@ -120,7 +121,7 @@ class Parts(CaptionParts):
             )
         self._divide(keys)
         if self.whitened:
-            whitening.check(keys, self.whitened.pooling, len(self.model.texts), self.embedded)
+            whitening.check(keys, self.whitened.pooling, len(self.model.texts), self.embedded, pretrained)
         _, height, width = self.shape()
         training_aids.require(self.model, f.features, height * width // self.family.step(keys) ** 2)
         if self.model.autoencoder:
@@ -128,9 +129,11 @@ class Parts(CaptionParts):
         for part in self.frozen_texts:
             config.require_weights(f"{part.key}.pretrained", part.folder)
         with torch.device("meta"):
-            self.build()  # fails if the keys don't fit together
-            if "pretrained" in self.model.backbone:
-                self._try(self.family.cls.from_config(config.folder_config(config.PRETRAINED, self.model.backbone["pretrained"])))
+            built = self.backbone(self.build())  # fails if the keys don't fit together
+            if pretrained:
+                built = self.family.cls.from_config(config.folder_config(config.PRETRAINED, self.model.backbone["pretrained"]))
+            for size in dict.fromkeys(sizes):
+                self._try(built, self.shape(size))
 
     def _divide(self, keys: config.Keys) -> None:
         """Raises ConfigError if the backbone can't cut the images of a dataset into patches."""
@@ -199,23 +202,21 @@ class Parts(CaptionParts):
         return channels * self.moments, height, width
 
     @torch.no_grad()
-    def _try(self, backbone: nn.Module) -> None:
-        """Runs the backbone on one sample, on the meta device. Raises ConfigError if the run fails, or if the output's shape
-        differs from the input's shape."""
-        shape = (1, *self.shape())
+    def _try(self, backbone: nn.Module, shape: tuple[int, int, int]) -> None:
+        """Runs the backbone on one sample of this shape, on the meta device. Raises ConfigError if the run fails, or if the
+        output has another shape."""
+        key = config.PRETRAINED if "pretrained" in self.model.backbone else "model.backbone"
         try:
-            tokens, pooled = self.text_shape.blank(1)
-            said = predict(backbone, torch.zeros(shape), torch.zeros(1), tokens, pooled)
+            said = predict(backbone, torch.zeros((1, *shape)), torch.zeros(1), *self.text_shape.blank(1))
         except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
             why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
             raise ConfigError(
-                f"model.backbone.pretrained: the backbone needs more inputs than images and captions ({why}). "
+                f"{key}: the backbone can't compute {shape[2]} x {shape[1]} positions from images and captions ({why}). "
                 "Use another backbone"
             ) from e
-        if said.shape != shape:
+        if said.shape[1:] != shape:
             raise ConfigError(
-                f"model.backbone.pretrained: the output has shape {tuple(said.shape[1:])} for images of shape {shape[1:]}. "
-                "Use another backbone"
+                f"{key}: the output has shape {tuple(said.shape[1:])} for images of shape {shape}. Use another backbone"
             )
 
     def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
@@ -250,7 +251,7 @@ class Parts(CaptionParts):
             vocabulary = -(-self.facts.vocabulary // 64) * 64 if self.facts else 64
             encoder = config.build_text_encoder(self.model.texts[0], vocabulary, end)
         backbone = config.build_backbone(self.model.backbone, self._defaults())
-        if self.whitened and "pretrained" not in self.model.backbone:
+        if self.whitened:
             whitening.whiten(backbone.encoder_hid_proj, self.sources, self.stored_columns()["text"][0])
         if self.checkpointing:
             backbone.enable_gradient_checkpointing()
@@ -287,13 +288,18 @@ class Parts(CaptionParts):
         if on_gpu:
             torch.cuda.empty_cache()  # leaves memory for allocations outside torch's allocator
 
+    @property
+    def encodes(self) -> bool:
+        """Returns whether the autoencoder encodes the images in each step."""
+        return self.vae_config is not None and self.facts is not None and self.facts.content == "images"
+
     @torch.no_grad()
     def clean(self, content: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
         """Returns the tensor to which noise is added: pixels or their patches, or latents drawn from their distribution (stored,
         or computed from pixels)."""
         if self.vae_config is None:
             return patches.cut(content, self.model.patch)
-        if self.facts and self.facts.content == "images":
+        if self.encodes:
             encoder = self.frozen_on("vae", content.device)
             content = frozen_autoencoders.encode(encoder, content.to(self.frozen_type)).float()
         return frozen_autoencoders.scaled(self.vae_config, content, posterior)

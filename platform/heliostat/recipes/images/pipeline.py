@@ -21,19 +21,19 @@ from diffusers.utils.torch_utils import randn_tensor
 
 def predict(
     backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor, pooled: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None, guidance: float = 1.0,
+    mask: torch.Tensor | None = None, guidance: float = 1.0, lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Computes the backbone's prediction. `t`: [n], from 0 to 1000. `text`: [n, tokens, width].
 
     `pooled`: [n, width], the embedding of the complete caption; None: the mean of the tokens. `mask`: [n, tokens], 0 for padding
     that the backbone ignores; None: the backbone ignores no token. `guidance`: the guidance scale that a distilled model gets as
-    input. Raises TypeError for a class that isn't a backbone.
+    input. `lengths`: int64 [n] on the CPU, the sums of `mask`. Raises TypeError for a class that isn't a backbone.
     """
     kind = type(backbone).__name__
     if kind not in CALLS:
         raise TypeError(f"{kind} isn't a backbone of this pipeline")
-    caption = Caption(text, text.mean(dim=1) if pooled is None else pooled, mask, guidance)
-    prediction: torch.Tensor = CALLS[kind](backbone, noisy, t, caption)
+    summary = text.mean(dim=1) if pooled is None else pooled
+    prediction: torch.Tensor = CALLS[kind](backbone, noisy, t, Caption(text, summary, mask, guidance, lengths))
     return prediction
 
 
@@ -44,6 +44,7 @@ class Caption(NamedTuple):
     pooled: torch.Tensor
     mask: torch.Tensor | None
     guidance: float
+    lengths: torch.Tensor | None
 
 
 def _unet(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
@@ -51,10 +52,8 @@ def _unet(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) ->
 
 
 def _pixart(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
-    sizes = {"resolution": None, "aspect_ratio": None}
-    return backbone(
-        noisy, encoder_hidden_states=text.tokens, timestep=t, added_cond_kwargs=sizes, encoder_attention_mask=text.mask
-    ).sample
+    inputs: Any = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}, "encoder_attention_mask": text.mask}
+    return backbone(noisy, encoder_hidden_states=text.tokens, timestep=t, **inputs).sample
 
 
 def _sd3(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
@@ -79,8 +78,9 @@ def _flux(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) ->
 
 def _lumina(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
     """Calls Lumina, whose time goes from noise (0) to image (1), so that its prediction has the other sign."""
-    mask: Any = EveryToken(text.tokens.shape[0], text.tokens.shape[1]) if text.mask is None else text.mask
-    return -backbone(noisy, 1 - t / 1000, text.tokens, mask).sample
+    if noisy.is_cuda:  # else the class copies this list to the device in each call
+        backbone.rope_embedder.freqs_cis = [table.to(noisy.device) for table in backbone.rope_embedder.freqs_cis]
+    return -backbone(noisy, 1 - t / 1000, text.tokens, CaptionMask(text)).sample
 
 
 def _sana(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: Caption) -> Any:
@@ -104,27 +104,26 @@ CALLS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor, Caption], Any]] = {
 }
 
 
-class EveryToken:
-    """Replaces the mask that Lumina's class requires, if no token is ignored.
+class CaptionMask:
+    """Replaces the mask that Lumina's class requires, and from which it reads the captions' lengths. With `lengths`, the host
+    doesn't wait for the device. Without a mask, no token is ignored, and attention gets no mask."""
 
-    The class reads the lengths of captions from the mask. On a GPU, this waits for the device; without values, as in a plan, it's
-    impossible. The lengths of this mask are known without a tensor, and attention gets no mask.
-    """
+    def __init__(self, text: Caption) -> None:
+        self.shape, self._mask = text.tokens.shape[:2], text.mask
+        lengths = text.mask.sum(1) if text.lengths is None and text.mask is not None else text.lengths
+        self._lengths: list[int] = [self.shape[1]] * self.shape[0] if lengths is None else lengths.tolist()
 
-    def __init__(self, captions: int, tokens: int) -> None:
-        self.shape = (captions, tokens)
-
-    def sum(self, dim: int) -> EveryToken:
+    def sum(self, dim: int) -> CaptionMask:
         return self
 
     def tolist(self) -> list[int]:
-        return [self.shape[1]] * self.shape[0]
+        return self._lengths
 
-    def bool(self) -> EveryToken:
+    def bool(self) -> CaptionMask:
         return self
 
-    def view(self, *shape: int) -> None:
-        return None
+    def view(self, *shape: int) -> torch.Tensor | None:
+        return None if self._mask is None else self._mask.bool().view(*shape)
 
 
 def channels(backbone: Any) -> int:
@@ -358,7 +357,8 @@ class TextToImagePipeline(DiffusionPipeline):
             encoded.append(encode(getattr(self, f"text_encoder{suffix}"), ids, mask, **settings))
         joined = join(type(self.backbone).__name__, encoded)
         pooled = {} if joined.pooled is None else {"pooled": joined.pooled.to(dtype)}
-        mask = {"mask": unpadded(joined.tokens)} if self.config.masked else {}
+        lengths = tokens.attention_mask.sum(1).clamp(max=joined.tokens.shape[1])  # of one encoder: Lumina has no others
+        mask = {"mask": unpadded(joined.tokens), "lengths": lengths} if self.config.masked else {}
         return {"text": joined.tokens.to(dtype), **pooled, **mask}
 
     @torch.no_grad()

@@ -45,12 +45,12 @@ def require(samples: Samples) -> None:
         extractors.require_clip(samples.clip.pretrained)
 
 
-def without_missing(samples: dict[str, Any]) -> dict[str, Any]:
-    """Removes `features` and `clip` from the keys of `samples` if this machine doesn't have their models, with a warning.
-
-    An exported model doesn't contain these models, and has other scores without them.
-    """
+def of_export(samples: dict[str, Any]) -> dict[str, Any]:
+    """Removes the keys of `samples` whose scores an exported model can't have here, each with a warning: `features` and `clip` if
+    this machine doesn't have their models, and `held_out`, whose judge learns from the training dataset."""
     out = dict(samples)
+    if out.pop("held_out", None):
+        log.warning("model.samples.held_out: left out, because its scores need the training dataset. See the scores of the run")
     for key in ("features", "clip"):
         if out.get(key):
             try:

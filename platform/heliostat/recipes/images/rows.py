@@ -16,17 +16,32 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from heliostat.data import device_threads
+from heliostat.data import device_threads, shard
 from heliostat.data.manifest import Manifest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.counter_random import WORD, normals, uniform, words
 from heliostat.recipes.images.stored_features import FeatureFormat
+from heliostat.storage.locations import Location
 
 SCALARS, NOISE, OFFSET, POSTERIOR = range(4)  # streams of a sample's random numbers
 DECODERS = device_threads.pool(4, "decode")  # Pillow releases the GIL while it decodes
+
+
+def footer(place: Location) -> pq.FileMetaData:
+    """Reads the footer of a shard. Raises DataError if the shard is missing."""
+
+    def get() -> pq.FileMetaData:
+        with place.fs.open_input_file(place.path) as file:
+            return shard.read_footer(file).parquet
+
+    try:
+        return place.attempt(get)
+    except FileNotFoundError as e:
+        raise DataError(f"{place}: the shard is missing. Restore it, or prepare the dataset again") from e
 
 
 @dataclass(frozen=True)
@@ -164,12 +179,17 @@ def draw(seed: int, keys: torch.Tensor, shape: tuple[int, ...], dropout: float, 
 
     `dropout`: the fraction of captions to drop. `offset`: the fraction of noise that is constant over each channel.
     """
-    each = words(seed, keys, SCALARS, 2)
     noise = _normal(seed, keys, NOISE, shape)
     if offset:
         noise += offset * _normal(seed, keys, OFFSET, (shape[0], *[1] * (len(shape) - 1)))
     other = _normal(seed, keys, POSTERIOR, shape) if posterior else None
-    return SampleDraws(uniform(each[:, 0]), each[:, 1] < round(dropout * (WORD + 1)), noise, other)
+    return SampleDraws(*scalars(seed, keys, dropout), noise, other)
+
+
+def scalars(seed: int, keys: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws the `time` and the `dropped` of samples. For the arguments, see `draw`."""
+    each = words(seed, keys, SCALARS, 2)
+    return uniform(each[:, 0]), each[:, 1] < round(dropout * (WORD + 1))
 
 
 def _normal(seed: int, keys: torch.Tensor, stream: int, shape: tuple[int, ...]) -> torch.Tensor:

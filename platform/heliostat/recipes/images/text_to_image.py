@@ -47,6 +47,7 @@ from heliostat.recipes.images import (
     training_aids,
 )
 from heliostat.recipes.images.adapted import AdaptedImages
+from heliostat.recipes.images.conditioning import LENGTHS
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.gallery import Predictor, PromptGallery
 from heliostat.recipes.images.noising import Process
@@ -133,6 +134,8 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
                 "model.samples: no scores for features and clip, because the job has no prompts. Add model.samples.prompts"
             )
         self.parts.bind(sources, self.one_source)
+        if self.model.samples.held_out:
+            held_out.held_out(self.model.samples.held_out, sources)
         captions.require_columns(self.model.captions, sources)
 
     def presume(self, rows: int) -> pa.Table | None:
@@ -171,6 +174,23 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         out |= self.parts.captions(content)
         if self.model.repa and facts.features:
             out |= facts.features.unpack(content["features"].to_pylist())
+        return out | self._read_ahead(out)
+
+    def _read_ahead(self, batch: Batch) -> Batch:
+        """Computes, on the host, what the host would otherwise read from the device in `loss`.
+
+        `host_lengths`: the captions' lengths, without and with dropped captions, int64 [n, 2]. `assigned`: the index of each
+        image's noise (`model.immiscible.group`), with the random numbers of `draw`.
+        """
+        out, near = Batch(), self.model.immiscible
+        if self.parts.counted:
+            own, empty = (self.parts.lengths(texts) for texts in (batch, {k: v[None] for k, v in self.parts.empty.items()}))
+            dropped = batch.get("dropped", rows.scalars(self.seed, batch["key"], self.model.caption_dropout)[1])
+            out[LENGTHS] = torch.stack([own, torch.where(dropped, empty, own)], 1)
+        if near and near.group and not self.parts.encodes:
+            drawn = batch if "noise" in batch else rows.draw(self.seed, batch["key"], *self._drawn(batch["clean"])).named()
+            out |= {name: drawn[name] for name in ("time", "dropped", "noise", "posterior") if name in drawn}
+            out["assigned"] = near.assigned(self.parts.clean(batch["clean"], drawn.get("posterior")), drawn["noise"])
         return out
 
     def _drawn(self, clean: torch.Tensor) -> tuple[tuple[int, ...], float, float, bool]:
@@ -202,7 +222,11 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
             **self.parts.conditioning(texts),
             **({"features": stored_features.values(batch)} if "features" in batch else {}),
         }
-        if training and self.model.immiscible:
+        if "mask" in out and LENGTHS in batch:
+            out[LENGTHS] = batch[LENGTHS][:, int(training)]
+        if training and "assigned" in batch:
+            out["noise"] = out["noise"][batch["assigned"]]
+        elif training and self.model.immiscible:
             out["noise"] = self.model.immiscible.choose(self.seed, out["key"], out["image"], out["noise"])
         if training and self.model.contrastive:
             out["contrasted"] = contrastive.contrasted(*(values for key, values in texts.items() if key.startswith("text")))
@@ -286,6 +310,8 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         def of(prompts: list[str]) -> Predictor:
             tokens = self.parts.tokens([*[""] * len(prompts), *prompts])
             text = self.parts.conditioning({name: values.to(device) for name, values in tokens.items()})
+            if self.parts.counted:
+                text[LENGTHS] = self.parts.lengths(tokens)
             scale = self.model.samples.guidance if self.parts.distilled else None
             return captioned(model, {"text": text["caption"], **self.parts.beside(text)}, dtype, scale)
 
@@ -336,7 +362,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         if model.get("text"):
             out["text"] = exporting.text_folders(folder, model["text"])
         if model.get("samples"):
-            out["samples"] = quality.without_missing(model["samples"])
+            out["samples"] = quality.of_export(model["samples"])
         return out
 
     @staticmethod

@@ -116,6 +116,12 @@ def _check(parts: list[FrozenText], family: Family) -> None:
         raise ConfigError(f"model.text: {family.cls.__name__} takes {wanted} (given: {kinds}). Change this list")
     if family.joins != "clip|text" and len({part.shape.tokens for part in clips}) > 1:
         raise ConfigError(f"{clips[1].key}.length: CLIP encoders need the same length. Set it to {clips[0].text.length}")
+    kept = next((part for part in clips if part.padding != "zero"), None)
+    if family.joins == "clips" and kept and (masked := next((part for part in clips if part.masked), None)):
+        raise ConfigError(
+            f"{masked.key}.padding: CLIP encoders share the positions of tokens, so the padding that {kept.key} keeps can't be "
+            f"masked (masked here, {kept.padding} there). Set the same padding for all CLIP encoders"
+        )
     if family.joins == "clips+text" and others and sum(part.shape.width for part in clips) > others[0].shape.width:
         raise ConfigError(
             f"{others[0].key}: has width {others[0].shape.width}, less than the CLIP encoders together "

@@ -22,9 +22,11 @@ LIMIT = 20_000  # captions
 KEY = "model.text.whiten"
 
 
-def check(keys: dict[str, object], pooling: str | None, encoders: int, is_stored: bool) -> None:
+def check(keys: dict[str, object], pooling: str | None, encoders: int, is_stored: bool, pretrained: bool) -> None:
     """Raises ConfigError if the backbone has no projection to initialize, or if the datasets don't store the pooled embeddings of
-    one text encoder. `keys`: the backbone's. `encoders`: the number of text encoders."""
+    one text encoder, or if the backbone is pretrained. `keys`: the backbone's. `encoders`: the number of text encoders."""
+    if pretrained:
+        raise ConfigError(f"{KEY}: not supported with a pretrained backbone, whose projection is trained. Remove this key")
     if encoders > 1:
         raise ConfigError(f"{KEY}: not supported with {encoders} text encoders. Use one text encoder, or remove this key")
     if keys.get("encoder_hid_dim_type") != "text_proj":

@@ -22,7 +22,7 @@ from heliostat.data import content
 from heliostat.data.chunks import Gathered
 from heliostat.data.content import Content
 from heliostat.data.dataset import Dataset
-from heliostat.data.device_streams import LateRead, upload
+from heliostat.data.device_streams import LateRead, uploaded
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.errors import DataError
 from heliostat.recipes import building
@@ -110,7 +110,7 @@ class HeldOut:
         for i in range(self.batches):
             rows = slice(i * self.micro, (i + 1) * self.micro)
             whole = self.recipe.batch(content.part(self.content, rows), self.keys[rows])
-            batch = {k: upload(v, device) for k, v in self.sharing.cut(self.recipe, whole).items()}
+            batch = uploaded(self.sharing.cut(self.recipe, whole), device)
             scores = self.evaluates.evaluate(model, batch)
             if self.evaluates.gathered:
                 kept.append((self.keys[rows][self.counted[rows]], taken(scores, self.evaluates.gathered, self.counted[rows])))

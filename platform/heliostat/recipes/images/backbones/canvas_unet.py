@@ -27,9 +27,17 @@ class CanvasUNet(UNet2DConditionModel):
         config: Any = self.config
         self.side, width = int(config.sample_size), int(config.cross_attention_dim)
         levels = enumerate(config.block_out_channels[:-1], start=1)
-        self.canvas_shapes = [(channels, self.side >> level, self.side >> level) for level, channels in levels]
+        sides = [(channels, -(-self.side >> level)) for level, channels in levels]  # a down block halves a side, and rounds up
+        self.canvas_shapes = [(channels, side, side) for channels, side in sides]
         self.canvases = nn.ModuleList([nn.Linear(width, n * height * across) for n, height, across in self.canvas_shapes])
         self.canvas_gates = nn.ModuleList([nn.Linear(width, channels) for channels, _, _ in self.canvas_shapes])
+        for block in self.drawn_over:
+            block.register_forward_hook(_drawn_over)
+
+    @property
+    def drawn_over(self) -> list[Any]:
+        """Returns the down blocks that get a canvas: all but the last."""
+        return list(self.down_blocks)[:-1]
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **inputs: Any) -> Any:
         """Computes the prediction. `sample`: [n, channels, side, side], with side `sample_size`. `encoder_hidden_states`: [n,
@@ -38,11 +46,25 @@ class CanvasUNet(UNet2DConditionModel):
         if sample.shape[2:] != (side, side):
             raise ValueError(f"the model draws images of {side} x {side} positions, not {sample.shape[3]} x {sample.shape[2]}")
         caption = project(encoder_hidden_states.mean(1)).clamp(-LIMIT, LIMIT)
-        maps = [
-            canvas(caption).view(len(sample), *shape) * (1 + gate(caption))[:, :, None, None]
-            for canvas, gate, shape in zip(self.canvases, self.canvas_gates, self.canvas_shapes, strict=True)
-        ]
-        return super().forward(sample, timestep, encoder_hidden_states, down_intrablock_additional_residuals=maps, **inputs)
+        layers = zip(self.drawn_over, self.canvases, self.canvas_gates, self.canvas_shapes, strict=True)
+        for block, canvas, gate, shape in layers:
+            block.drawn = canvas(caption).view(len(sample), *shape) * (1 + gate(caption))[:, :, None, None]
+        try:
+            return super().forward(sample, timestep, encoder_hidden_states, **inputs)
+        finally:
+            for block in self.drawn_over:
+                block.drawn = None
+
+
+def _drawn_over(block: Any, inputs: Any, output: tuple[torch.Tensor, tuple[torch.Tensor, ...]]) -> Any:
+    """Adds a down block's canvas to its output, and to the skip connection from this output.
+
+    diffusers can add maps in place (`down_intrablock_additional_residuals`). At ZeRO stage 3, DeepSpeed returns a separate tensor
+    for each use of an output, with shared memory. So after an addition in place, the skip connection would have no gradient.
+    """
+    sample, states = output
+    drawn = sample + block.drawn
+    return drawn, (*states[:-1], drawn) if states[-1] is sample else states
 
 
 functools.update_wrapper(CanvasUNet.__init__, UNet2DConditionModel.__init__)  # diffusers reads the keys from the signature

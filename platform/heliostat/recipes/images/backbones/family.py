@@ -32,6 +32,7 @@ class Family:
     - `outputs`: the class's default of `out_channels`; None: as many as inputs.
     - `packed`: input channels of the class per channel of the noised tensor.
     - `masks`: whether the class can ignore padding of the text. `masked`: whether jobs do so by default.
+    - `counts`: whether the class reads the lengths of captions from the mask, with the host.
     - `joins`: the text encoders that the family joins (`pipeline.join`): CLIP encoders; CLIP encoders and then another encoder;
       CLIP for the pooled embedding and another encoder for the tokens. Empty: only one text encoder.
     - `layer`: the layer of a single text encoder that gives the embeddings.
@@ -50,6 +51,7 @@ class Family:
     patch: int = 1  # the class's default of `patch_size`
     masks: bool = False
     masked: bool = False
+    counts: bool = False
     joins: Literal["", "clips", "clips+text", "clip|text"] = ""
     layer: Literal["last", "penultimate"] = "last"
     derived: Callable[[Keys], Keys] = lambda keys: {}

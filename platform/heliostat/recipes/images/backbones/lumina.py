@@ -41,6 +41,6 @@ def _initial(backbone: Any) -> Weights:
 
 
 LUMINA = Family(
-    Lumina2Transformer2DModel, "cap_feat_dim", patch=2, masks=True, masked=True, layer="penultimate",
+    Lumina2Transformer2DModel, "cap_feat_dim", patch=2, masks=True, masked=True, counts=True, layer="penultimate",
     fault=_fault, initial=_initial,
 )  # fmt: skip
