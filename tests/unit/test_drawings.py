@@ -55,6 +55,9 @@ def test_the_judge_recognizes_real_held_out_pictures_that_it_has_not_seen():
     judge = PictureJudge(known)
     scores = judge.accuracy(real, real.pictures)
     assert scores["top1"] >= 0.95 and scores["top5"] >= 0.98 and scores["style"] >= 0.95
+    noise = np.random.default_rng(9).normal(0, 6.0, real.pictures.shape)  # of 255: people don't see it
+    noisy = (real.pictures + noise).round().clip(0, 255).astype(np.uint8)
+    assert judge.accuracy(real, noisy)["style"] >= 0.95
     other = LabeledPictures(
         real.pictures, real.captions, real.subjects[7:] + real.subjects[:7], real.styles[3:] + real.styles[:3]
     )
