@@ -2,8 +2,8 @@
 (`recipes.adapters`).
 
 Each block of 64 weights is divided by its largest absolute value, and rounded to one of 16 values. A weight then needs 4.5 bits
-instead of 16. The codes, their order, and the scales are those of `bitsandbytes` without double quantization, bit for bit.
-heliostat computes them with torch, on every device.
+instead of 16. The codes, their order, and the scales are those of `bitsandbytes` on a CPU without double quantization, bit for
+bit. heliostat computes them with torch, on every device.
 """
 
 from __future__ import annotations
