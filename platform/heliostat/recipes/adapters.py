@@ -116,7 +116,7 @@ def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrai
 def in_4_bits(model: Mapping[str, Any]) -> bool:
     """Checks whether the section `model` of a job asks for a base in 4 bits."""
     section = model.get(KEY)  # of any type in other recipes
-    return isinstance(section, Mapping) and section.get("base") == "nf4"
+    return bool(isinstance(section, Mapping) and section.get("base") == "nf4")
 
 
 def require_stage(adapter: Adapter | None, stage: int) -> None:
