@@ -20,6 +20,7 @@ from heliostat.errors import CheckpointError, ConfigError
 from heliostat.inference import adapter_export, post_hoc
 from heliostat.inference.batch.engines import LoadedModel
 from heliostat.inference.export import export
+from heliostat.plan import layouts
 from heliostat.recipes import adapter_tensors, adapters, building, quantized
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.recipes.loading import load
@@ -329,6 +330,16 @@ def test_an_adapter_of_a_backbone_in_4_bits_is_exported_with_the_numbers_that_it
         with torch.no_grad():
             again = recipe.answer(recipe.reload(tmp_path / str(adapter), adapter).eval())
             torch.testing.assert_close(again, recipe.answer(model), atol=2e-5, rtol=1e-4)
+
+
+def test_a_recipe_with_an_adapter_of_its_own_resumes_and_is_planned(tmp_path):
+    """The key `model.adapter` belongs to the recipe, which may give it any meaning."""
+    made = job(recipe="tests.unit.build_recipe:Around", evaluate=None, model={"adapter": "bottleneck"})
+    run_folder = Location(str(tmp_path / "run"))
+    masters = [build_checkpoint.slices({"master.w": torch.ones(4)}, rank, 2) for rank in (0, 1)]
+    build_checkpoint.save(run_folder, 3, masters, job=made.dump())
+    assert run._settled(made.model_copy(update={"model": {"adapter": "prefix"}}), layout.open_checkpoint(run_folder, 3))
+    assert 3 in {one.stage for one in layouts.candidates(made, 1)}
 
 
 def test_a_run_of_images_resumes_only_with_its_own_adapter(pictures, tmp_path):

@@ -16,6 +16,7 @@ from heliostat.errors import ConfigError
 from heliostat.inference.batch.engines import Continue, Input, LoadedModel
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from tests.unit.build_job import BASE
 from tests.unit.build_language_model import write_model
@@ -204,6 +205,49 @@ def test_dora_equals_peft_in_a_layer_with_a_bias_and_other_rows_keep_the_model(t
         both = model(tokens)
     torch.testing.assert_close(both[0], adapted(tokens)[0])
     assert torch.equal(both[1], plain[1]) and (both[0] - plain[0]).abs().max() > 0.1
+
+
+def dora(model: Biased, folder: Path, gain: float) -> Path:
+    """Writes a DoRA adapter that multiplies the weight of `proj` by `gain`, and changes nothing else."""
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["proj"], use_dora=True))
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            p.mul_(gain) if "magnitude" in name else None
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def test_a_small_change_of_the_norms_by_dora_has_an_effect_in_bf16(tmp_path):
+    model, tokens = Biased(), torch.tensor([[0, 1], [1, 0]])
+    with torch.no_grad():
+        model.embed.weight.fill_(1.0)
+        model.proj.weight.fill_(0.125)
+        model.proj.bias.fill_(-0.75)
+    folder = dora(model, tmp_path / "dora", 1.003)
+    model.to(torch.bfloat16)
+    served = Adapters(model, {"x": str(folder)})
+    with torch.no_grad(), served.using(["x", None]):
+        both = model(tokens).float()
+    torch.testing.assert_close(both[0] - both[1], torch.full((2, 4), 0.75 * 0.003), atol=1e-4, rtol=0)
+
+
+class HostConstants(TorchFunctionMode):
+    """Records each tensor that is made from values of the host."""
+
+    calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += func in (torch.tensor, torch.as_tensor)
+        return func(*args, **(kwargs or {}))
+
+
+def test_layers_with_adapters_make_no_tensor_from_values_of_the_host(tmp_path):
+    """Each such tensor would make a GPU wait, once per layer and token."""
+    model, tokens = Biased(), torch.tensor([[0, 1], [1, 0]])
+    served = Adapters(model, {"x": str(dora(model, tmp_path / "dora", 1.5))})
+    with torch.no_grad(), served.using(["x", None]), HostConstants() as host:
+        both = model(tokens)
+    assert host.calls == 0 and not torch.equal(both[0], both[1].flip(0))
 
 
 class Flat(torch.nn.Module):

@@ -11,6 +11,7 @@ from heliostat.plan import layouts, model_stats
 from heliostat.recipes import adapters, building, quantized, weightless
 from heliostat.recipes.text.causal_lm import CausalLM
 from peft import LoraConfig, get_peft_model
+from torch.overrides import TorchFunctionMode
 
 from tests.unit.build_job import job
 
@@ -55,6 +56,32 @@ def test_codes_scales_products_and_gradients_equal_those_of_bitsandbytes(shape, 
     for out in outs:
         out.sum().backward()
     assert torch.equal(*outs) and torch.equal(inputs[0].grad, inputs[1].grad)
+
+
+class Waits(TorchFunctionMode):
+    """Records each call that copies values of the host to a device, and waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        moved = func is torch.Tensor.to and made.device != args[0].device and not kwargs.get("non_blocking")
+        if func in (torch.tensor, torch.as_tensor) or moved:
+            self.calls.append(func.__name__)
+        return made
+
+
+def test_a_step_with_4_bit_layers_never_waits_for_the_device():
+    """A constant that is made on the host and copied in each layer would stop a GPU twice per layer and micro-batch."""
+    with torch.device("meta"):
+        layer = quantized.Nf4Linear(torch.nn.Linear(64, 32).requires_grad_(False))
+        inputs = torch.empty(3, 64, requires_grad=True)
+    with Waits() as waits:
+        layer(inputs).sum().backward()
+    assert waits.calls == []
 
 
 @pytest.fixture(scope="module")

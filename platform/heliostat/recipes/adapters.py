@@ -115,7 +115,8 @@ def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrai
 
 def in_4_bits(model: Mapping[str, Any]) -> bool:
     """Checks whether the section `model` of a job asks for a base in 4 bits."""
-    return bool((model.get(KEY) or {}).get("base"))
+    section = model.get(KEY)  # of any type in other recipes
+    return bool(isinstance(section, Mapping) and section.get("base") == "nf4")
 
 
 def require_stage(adapter: Adapter | None, stage: int) -> None:

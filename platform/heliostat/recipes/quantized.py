@@ -2,14 +2,15 @@
 (`recipes.adapters`).
 
 Each block of 64 weights is divided by its largest absolute value, and rounded to one of 16 values. A weight then needs 4.5 bits
-instead of 16. The codes, their order, and the scales are those of `bitsandbytes` without double quantization, bit for bit.
-heliostat computes them with torch, on every device.
+instead of 16. The codes, their order, and the scales are those of `bitsandbytes` on a CPU without double quantization, bit for
+bit. heliostat computes them with torch, on every device.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
@@ -24,12 +25,14 @@ LEVELS = (
 )  # fmt: skip
 PACKED, SCALES = "packed", "scales"  # names of the parameters
 BITS = 4
+PAIRS = torch.from_numpy(np.array([(high, low) for high in LEVELS for low in LEVELS], np.float32))  # the two values of each byte
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:
-    """Returns a weight's values in blocks, fp32 [blocks, BLOCK]. Zeros fill the last block."""
+    """Returns the values of a tensor in blocks, fp32 [blocks, BLOCK]. Zeros fill the last block."""
     flat = weight.detach().reshape(-1).float()
-    return F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    missing = -flat.numel() % BLOCK
+    return (F.pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
 
 
 def scales(weight: torch.Tensor) -> torch.Tensor:
@@ -49,12 +52,11 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, scale_bytes: torch.Tensor) -> torch.Tensor:
-    """Computes the weight that `packed` [out, in / 2] and `scale_bytes` [4 * blocks] represent, fp32 [out, in]."""
-    levels = torch.tensor(LEVELS, device=packed.device)
-    both = torch.stack([levels.repeat_interleave(len(LEVELS)), levels.repeat(len(LEVELS))], 1)  # the two values of each byte
-    flat = F.embedding(packed.reshape(-1).int(), both).view(-1)
-    padded = F.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK) * scale_bytes.view(torch.float32).unsqueeze(1)
-    return padded.view(-1)[: flat.numel()].view(packed.shape[0], -1)
+    """Computes the weight that `packed` [out, in / 2] and `scale_bytes` [4 * blocks] represent, fp32 [out, in]. Never waits for
+    the device."""
+    values = F.embedding(packed.reshape(-1).int(), PAIRS.to(packed.device, non_blocking=True))
+    scaled = _blocks(values) * scale_bytes.view(torch.float32).unsqueeze(1)
+    return scaled.view(-1)[: values.numel()].view(packed.shape[0], -1)
 
 
 def restored(packed: torch.Tensor, scale_bytes: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,7 @@ from heliostat.config import pretrained, spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import ConfigError
-from heliostat.recipes import adapters, built_in
+from heliostat.recipes import adapters, built_in, loading
 from heliostat.runs import summary as endings
 from heliostat.storage import lease
 from heliostat.storage.run_folder import require_one_way
@@ -127,7 +127,8 @@ def _settled(job: Job, checkpoint: SavedCheckpoint | None) -> Job:
     if checkpoint is None:
         return spec.settle(job, None)
     recorded = checkpoint.index.job
-    adapters.require_resumable(job.model, recorded["model"])
+    if issubclass(loading.recipe_class(job), adapters.Adapts):  # other recipes may have an `adapter` of their own
+        adapters.require_resumable(job.model, recorded["model"])
     return spec.settle(job, recorded)
 
 

@@ -52,7 +52,7 @@ Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch
 @dataclass(frozen=True)
 class Layer:
     """Holds an adapter's matrices for one layer: A [rank, in] and B [out, rank]. B is already multiplied by the scale.
-    `gain`: with DoRA, the factor of each row of the changed weight [out]; else None."""
+    `gain`: with DoRA, the factor of each row of the changed weight, fp32 [out]; else None."""
 
     down: torch.Tensor
     up: torch.Tensor
@@ -109,6 +109,8 @@ class Adapters:
 
     def __init__(self, model: PreTrainedModel, folders: dict[str, str]) -> None:
         self.names: Sequence[str | None] = ()
+        self.rows: dict[str, torch.Tensor] = {}  # name of an adapter -> its rows in the batch, on the model's device
+        self.device = model.device
         self.layers: dict[str, dict[str, Layer]] = {}  # path of a layer -> name of an adapter -> matrices
         for name, folder in folders.items():
             for path, layer in read(name, Path(folder), model).items():
@@ -134,20 +136,23 @@ class Adapters:
     def using(self, names: Sequence[str | None]) -> Iterator[None]:
         """Sets the adapter of each row for all batches within the context. None means that the row uses no adapter."""
         self.names = names
+        used = {name for name in names if name is not None}
+        places = {name: [i for i, one in enumerate(names) if one == name] for name in used}
+        self.rows = {name: torch.tensor(rows, device=self.device) for name, rows in places.items()}
         try:
             yield
         finally:
-            self.names = ()
+            self.names, self.rows = (), {}
 
     def _hook(self, known: dict[str, Layer], bias: torch.Tensor | None) -> Hook:
         def add(module: object, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor | None:
-            chosen = {name for name in self.names if name in known}
+            chosen = self.rows.keys() & known.keys()
             if not chosen:
                 return None
             if out.dim() != 3 or len(out) != len(self.names):
                 raise ValueError("a layer with adapter weights doesn't compute the rows of a batch independently")
             for name in chosen:
-                rows = torch.tensor([i for i, one in enumerate(self.names) if one == name], device=out.device)
+                rows = self.rows[name]
                 out = out.index_add(0, rows, known[name].change(inputs[0][rows], out[rows], bias).to(out.dtype))
             return out
 
@@ -206,4 +211,4 @@ def _layer(
     weight = module.weight.detach().float()
     norms = (weight + (up @ down.float()).to(weight.device)).norm(dim=1)
     gain = pair[MAGNITUDE].to(norms) / norms
-    return Layer(down.to(module.weight), up.to(module.weight), gain.to(module.weight))
+    return Layer(down.to(module.weight), up.to(module.weight), gain)  # in bf16, a factor such as 1.003 would be 1
