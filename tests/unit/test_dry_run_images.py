@@ -1,7 +1,9 @@
 """Tests a dry run of images: its sample, and its predictions for the whole input."""
 
 import random
+from collections import Counter
 
+import numpy as np
 import pytest
 from heliostat.curation import prediction, reasons, sampled
 from heliostat.curation.pieces import FilePart
@@ -95,3 +97,24 @@ def test_a_share_has_large_files_and_small_ones_as_all_have_them():
     assert pairs == pytest.approx(120 * 200 * 0.09, rel=0.1)
     small = [sampled.evenly([FilePart(f"t{t}/{i}", 1000, 0) for i in range(20)], 0.01) for t in range(2000)]
     assert sum(map(len, small)) == pytest.approx(400, rel=0.2), "of classes of which less than one is a share"
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_each_part_has_the_same_chance_whatever_the_number_of_parts(count):
+    chosen = [sampled.evenly([FilePart(f"t{t}/{i:02}", 1000, 0) for i in range(count)], 1 / count) for t in range(600 * count)]
+    counts = Counter(part.path[-2:] for (part,) in chosen)
+    assert len(counts) == count and all(abs(number - 600) < 130 for number in counts.values())
+
+
+def test_parts_are_spread_evenly_and_neighbors_are_drawn_almost_independently():
+    """Neighbors are often similar. So a spread sample has smaller errors, and the estimate of duplicates, which are often
+    neighbors, needs the chance that both are in the sample."""
+    variances, pairs = list[float](), 0
+    for trial in range(100):
+        chosen = np.zeros(1000, bool)
+        parts = [FilePart(f"{trial}/{i:04}", 1000, 0) for i in range(1000)]
+        chosen[[int(part.path[-4:]) for part in sampled.evenly(parts, 0.1)]] = True
+        variances.append(chosen.reshape(10, 100).sum(1).var())
+        pairs += int((chosen[1:] & chosen[:-1]).sum())
+    assert np.mean(variances) < 5, "9 for random parts"
+    assert pairs == pytest.approx(100 * 999 * 0.01, rel=0.25)

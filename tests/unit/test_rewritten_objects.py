@@ -54,6 +54,18 @@ def test_an_object_that_is_written_again_while_it_is_read_is_an_error(place, mon
             opened.read()
 
 
+def test_an_object_that_is_removed_while_it_is_read_is_an_error(place, monkeypatch):
+    """Otherwise, its other documents would be missing, and the report would say that none was read."""
+    monkeypatch.setattr(sources, "MOST_AHEAD", 1 << 16)
+    place.join("a.jsonl").write(OLD * 200_000)
+    (file,) = sources.listing(str(place))
+    reading = TextSource(str(place), TextRules()).read(file.part)
+    assert next(reading).text == "old words"
+    place.join("a.jsonl").delete()
+    with pytest.raises(DataError, match=r"a\.jsonl\S*: changed during the run: .* is missing now\. Restore the file"):
+        list(reading)
+
+
 def test_an_image_that_is_written_again_is_an_error(place):
     place.join("metadata.jsonl").write(b'{"file_name": "a.png", "caption": "a"}\n')
     data = image(8, 8)

@@ -15,6 +15,7 @@ from heliostat.tasks import spill
 
 PLACES = 64  # minimum number of chosen places, if the input has as many: neighbors are often similar
 OF_PLACES, OF_RECORDS, OF_LOTS = 1, 2, 3  # seeds of the three hashes
+LEVELS, OF_STRATUM = 5, 32  # maximum digits of a stratum's number, and minimum number of parts of a stratum
 FEW_UNKNOWN = 0.05
 
 
@@ -45,17 +46,18 @@ def evenly(parts: Iterable[FilePart], rate: float) -> list[FilePart]:
 
 
 def _order(count: int, seed: int) -> np.ndarray:
-    """Returns the numbers 0 to `count - 1`, int64 [count], in an order whose first numbers are spread evenly, however many they
-    are: the radical inverse of van der Corput, with the random digits of Owen (Randomly Permuted (t,m,s)-Nets, 1995).
+    """Returns the numbers 0 to `count - 1`, int64 [count], in an order whose first numbers are spread evenly over up to 2 **
+    LEVELS strata, however many they are (the radical inverse of van der Corput). Within a stratum, the order is random. So
+    neighbors are drawn almost independently, as the estimate of duplicates assumes. A random rotation gives all numbers the same
+    chance to come first.
     """
-    levels = max(1, (count - 1).bit_length())
-    place = (np.arange(count, dtype=np.uint64) << np.uint64(levels)) // np.uint64(max(1, count))
-    rank = np.zeros(count, np.uint64)
-    for level in range(levels):
-        above, bit = place >> np.uint64(levels - level), place >> np.uint64(levels - level - 1) & np.uint64(1)
-        flip = spill.mixed(spill.mixed(above + np.uint64(1 << level)) ^ np.uint64(seed)) & np.uint64(1)
-        rank |= (bit ^ flip) << np.uint64(level)
-    return np.argsort(rank)
+    levels = max(0, min(LEVELS, (count // OF_STRATUM).bit_length() - 1))
+    places = np.arange(count)
+    stratum = (places << levels) // count
+    inverse = sum((((stratum >> level) & 1) << (levels - 1 - level) for level in range(levels)), np.zeros(count, np.int64))
+    rank, drawn = np.zeros(count, np.int64), spill.mixed(places.astype(np.uint64) ^ np.uint64(seed))
+    rank[np.lexsort((drawn, stratum))] = places - np.searchsorted(stratum, stratum)
+    return (np.lexsort((inverse, rank)) + seed % count) % count
 
 
 def _drawn(what: str, seed: int) -> float:

@@ -242,7 +242,7 @@ class _ReadAhead(io.RawIOBase):
         if part is not None:
             start = part.packed.frame if part.packed else part.start
             self.stop, self.starts = part.start + part.length, [start, start - 1]
-        self.block, self.begin = b"", 0
+        self.block, self.begin, self.has_read = b"", 0, False
 
     def readable(self) -> bool:
         return True
@@ -273,6 +273,7 @@ class _ReadAhead(io.RawIOBase):
             size_ahead = min(max(size, self._ahead()), self.length - self.at)
             self.block = b""  # so that memory has one block
             self.begin, self.block = self.at, self._fetched(self.at, size_ahead)
+            self.has_read = True
         start = self.at - self.begin
         content = self.block[start : start + size]
         self.at += len(content)
@@ -290,7 +291,8 @@ class _ReadAhead(io.RawIOBase):
             try:
                 return _of_object(self.place, self.part, begin, begin + size)
             except FileNotFoundError as e:
-                raise (changed(self.place, self.part, None) if self.part.start else LeftOutError("unreadable")) from e
+                begun = self.part.start or self.has_read  # then some documents are already read
+                raise (changed(self.place, self.part, None) if begun else LeftOutError("unreadable")) from e
         file = self.file
         return self.place.attempt(lambda: file.read_at(size, begin))
 
