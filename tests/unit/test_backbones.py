@@ -121,6 +121,23 @@ def test_sizes_that_a_pixart_takes_none_for_are_wanted_where_its_side_is_128():
     assert said == [True, False, False] and not family.fault({}, False)
 
 
+def test_a_pretrained_backbone_without_some_weights_is_one_line(tmp_path):
+    """diffusers would only log a warning, and the job would train from other weights. A canvas of an earlier version has no
+    gates."""
+    from heliostat.recipes.images.backbones.canvas_unet import CanvasUNet
+    from heliostat.recipes.images.config import load_or_build
+    from safetensors.torch import load_file, save_file
+
+    keys = {key: value for key, value in BACKBONES["canvas"].items() if key != "arch"}
+    CanvasUNet(**keys, in_channels=1, out_channels=1, encoder_hid_dim=16).save_pretrained(tmp_path)
+    load_or_build(CanvasUNet, tmp_path)
+    place = tmp_path / "diffusion_pytorch_model.safetensors"
+    kept = {name: values for name, values in load_file(place).items() if not name.startswith("canvas_gates")}
+    save_file(kept, place, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"2 of the model's weights are missing, for example canvas_gates\.0\.bias\. Use a"):
+        load_or_build(CanvasUNet, tmp_path)
+
+
 def test_another_pretrained_backbone_that_wants_more_than_images_and_captions_is_refused_too(digits, tmp_path):
     from diffusers import UNet2DConditionModel
 

@@ -257,12 +257,17 @@ def folder_config(key: str, folder: str) -> Keys:
 
 def load_or_build(cls: Any, folder: str | Path) -> Any:
     """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, and on the meta device, builds the model
-    without weights instead."""
+    without weights instead. Raises ConfigError if a weight is missing, because diffusers would only log a warning."""
     if weightless.wanted() or torch.get_default_device().type == "meta":
         model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
         return model
-    return cls.from_pretrained(folder, torch_dtype=torch.float32)
+    model, loading = cls.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
+    if absent := sorted(set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()}):
+        raise ConfigError(
+            f"{folder}: {len(absent)} of the model's weights are missing, for example {absent[0]}. Use a complete folder"
+        )
+    return model
 
 
 def build_backbone(keys: Keys, defaults: dict[str, object]) -> Any:

@@ -67,54 +67,65 @@ class HeldOutGallery(PromptGallery):
         return [(prompt, f"  (the judge sees: {one[0]})") for prompt, one in zip(prompts, ranked, strict=True)]
 
     def _training(self, progressed: Callable[[], None] = lambda: None) -> tuple[LabeledPictures, PictureJudge]:
-        """Returns the training pictures with the size of the held-out pictures, which is the first dataset's, and the judge that
-        has learned from them."""
+        """Returns the training pictures with the size of the held-out pictures (`of_size`), and the judge that has learned from
+        them."""
         if self._learned is None:
-            size = self.recipe.sources[0].meta["size"]
-            training = labeled([one for one in self.recipe.sources if one.meta["size"] == size], progressed)
+            training = labeled(of_size(self.recipe.sources), progressed)
             self._learned = training, PictureJudge(training)
         return self._learned
 
 
 def held_out(folder: str, sources: list[Manifest]) -> Manifest:
     """Opens the held-out dataset. Reads the footers of the shards. Raises ConfigError if the dataset is missing, if the job
-    trains on it, if its images have another size, or if it or one of the job's datasets has images without a label or a style."""
+    trains on it, if its images don't have the size of the first dataset's, or if it or a dataset from which the judge learns has
+    images without a label or a style."""
     try:
         opened = manifest.read(Location(folder))
     except DataError as e:
         raise ConfigError(f"{KEY}: {e}") from e
     if opened.digest in {source.digest for source in sources}:
         raise ConfigError(f"{KEY}: the job trains on this dataset ({folder}). Use another dataset")
-    for source in (opened, *sources):
+    learned = of_size(sources)
+    for source in (opened, *learned):
         if source.meta.get("content") != "images" or source.meta["size"] != sources[0].meta["size"]:
             raise ConfigError(
                 f"{KEY}: needs images of one size ({source.location}). "
                 "Prepare it with the same pipeline as the training dataset, without an autoencoder"
             )
+    texts = [extremes(source, ("label", "style")) for source in (opened, *learned)]
     for column in ("label", "style"):
-        for source in (opened, *sources):
-            if not all(extremes(source, column)):
+        for source, least_and_greatest in zip((opened, *learned), texts, strict=True):
+            if not all(least_and_greatest[column]):
                 raise ConfigError(
                     f"{KEY}: needs a {column} for every image, but {source.location} has images without one. "
                     "Prepare the datasets from drawings:openmoji, or remove this key"
                 )
-    if len(set[str | None]().union(*(extremes(source, "style") for source in sources))) == 1:
+    if len(set[str | None]().union(*(one["style"] for one in texts[1:]))) == 1:
         raise ConfigError(f"{KEY}: needs at least two styles, but the job's datasets have one. Add data in another style")
     return opened
 
 
-def extremes(source: Manifest, column: str) -> set[str | None]:
-    """Returns the least and the greatest text of each row group, from the statistics in the footers. Contains None if a text is
-    null, or if a shard lacks the column. Row groups without statistics add nothing."""
-    out = set[str | None]()
+def of_size(sources: list[Manifest]) -> list[Manifest]:
+    """Lists the training datasets from which the judge learns: those whose images have the size of the first dataset's, which
+    the model draws."""
+    return [one for one in sources if one.meta["size"] == sources[0].meta["size"]]
+
+
+def extremes(source: Manifest, columns: tuple[str, ...]) -> dict[str, set[str | None]]:
+    """Returns the least and the greatest text of each row group, for each column, from the statistics in the footers. Contains
+    None if a text is null, or if a shard lacks the column. Row groups without statistics add nothing."""
+    out: dict[str, set[str | None]] = {column: set() for column in columns}
     for path in source.paths:
         parquet = rows.footer(source.location.join(path))
-        if column not in parquet.schema.names:
-            return {None}
-        place = parquet.schema.names.index(column)
-        for group in range(parquet.num_row_groups):
-            if found := parquet.row_group(group).column(place).statistics:
-                out |= ({None} if found.null_count else set()) | ({found.min, found.max} if found.has_min_max else set())
+        names = parquet.schema.names
+        for column in columns:
+            if column not in names:
+                out[column].add(None)
+                continue
+            for group in range(parquet.num_row_groups):
+                if found := parquet.row_group(group).column(names.index(column)).statistics:
+                    out[column] |= {None} if found.null_count else set()
+                    out[column] |= {found.min, found.max} if found.has_min_max else set()
     return out
 
 
