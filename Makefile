@@ -63,9 +63,10 @@ test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces 
 	$(BIN)/python -m pytest tests/integration -m slow
 
 # which want a model, an index or a corpus to be named
-WITH_INPUT := adapters curated curation_corpus curation_pages curation_pipeline curation_stages dry_run fim infer infer_chaos minhash_recall planted_pairs retrieval
+WITH_INPUT := adapters curated curation_corpus curation_pages curation_pipeline curation_stages diffusion_steps dry_run dump_experiment fim \
+	image_ablation infer infer_chaos lite0_folder minhash_recall picture_scores planted_pairs retrieval
 # no benchmarks themselves
-SHARED := harness one_process planted_web
+SHARED := harness one_process planted_web recombined
 
 bench: .venv/.installed  ## the benchmarks behind docs/benchmarks/ that want no input, one after another (hours)
 	for b in $(filter-out $(WITH_INPUT) $(SHARED),$(basename $(notdir $(wildcard tests/benchmarks/*.py)))); do \

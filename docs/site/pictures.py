@@ -3,7 +3,7 @@
     resumed     trains a short quickstart twice, kills a worker of the second run, resumes it on one worker: two losses, one curve
     goodput     where the seconds of that second run went
     terminal    the output of `make run`
-    samples     what the image quickstart draws, from its last evaluation
+    samples     what the digits quickstart draws, from its last evaluation
     mlflow      MLflow's page of the quickstart's run (needs chromium and chromedriver)
     funnel      what each stage of curation leaves of Python's standard library
     stream      when CPUs read and a GPU scores, in a pipeline on two nodes of Ray (the GPU is only one in name)
@@ -221,7 +221,7 @@ def store() -> Any:
 
 
 def samples() -> None:
-    """Takes the last grid that the image quickstart drew while it trained."""
+    """Takes the last grid that the digits quickstart drew while it trained."""
     run_id = quickstart_run("quickstart-diffusion", "quickstart-images")
     last = max(artifact.path for artifact in store().list_artifacts(run_id, "images/samples"))
     with tempfile.TemporaryDirectory() as folder, Image.open(store().download_artifacts(run_id, last, folder)) as grid:
