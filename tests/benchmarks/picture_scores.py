@@ -39,7 +39,7 @@ class Measured(NamedTuple):
 
 
 def drawn(grid: Path, like: np.ndarray) -> np.ndarray:
-    """Cuts the drawn pictures out of the grid of a run: each second row. `like`: the real pictures, uint8 [n, side, side, 3]."""
+    """Cuts the drawn pictures out of the grid of a run: the second of each three rows. `like`: the real pictures, uint8 [n, side, side, 3]."""
     count, side = len(like), like.shape[1]
     scale = grids.SHOWN_SIDE // side
     step = side * scale + grids.GAP
@@ -51,9 +51,9 @@ def drawn(grid: Path, like: np.ndarray) -> np.ndarray:
             yield pixels[y : y + side * scale : scale, x : x + side * scale : scale]
 
     rows = range(-(-count // COLUMNS))
-    if not np.array_equal(np.stack([one for n in rows for one in row(n, 2 * n)]), like):
+    if not np.array_equal(np.stack([one for n in rows for one in row(n, 3 * n)]), like):
         raise SystemExit(f"{grid}: the real pictures aren't those of HELD_OUT. Pass the dataset of the run")
-    return np.stack([one for n in rows for one in row(n, 2 * n + 1)])
+    return np.stack([one for n in rows for one in row(n, 3 * n + 1)])
 
 
 def same_styles(training: LabeledPictures, real: LabeledPictures) -> np.ndarray:

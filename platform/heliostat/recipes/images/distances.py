@@ -120,7 +120,8 @@ def _fitted(features: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
     [min(n, d), d] of the covariance (F transposed times F), fp64."""
     mean = features.mean(0, dtype=np.float64)
     scaled = (features - mean) / np.sqrt(len(features) - 1)
-    return mean, float(np.square(scaled).sum()), np.linalg.qr(scaled, mode="r")
+    factor: np.ndarray = np.linalg.qr(scaled, mode="r")  # type: ignore[assignment]  # with this mode, no tuple
+    return mean, float(np.square(scaled).sum()), factor
 
 
 def fid_estimate(a: np.ndarray, b: np.ndarray, progressed: Progressed = lambda: None) -> Estimate:
