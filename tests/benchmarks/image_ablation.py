@@ -89,7 +89,7 @@ BASES = ("canvas", "sd3")
 VARIANTS: dict[str, Variant] = {
     "canvas": Variant(settings=(f"train.ema={{decay: 0.97, lengths: {list(LENGTHS)}}}",)),
     "velocity": Variant(settings=("model.objective={prediction: flow, timesteps: logit_normal}",)),
-    "uniform times": Variant(settings=("model.objective.timesteps=uniform",)),
+    "uniform times": Variant(settings=("model.objective={prediction: x, time_floor: 0.5}",)),
     "shift 2": Variant(settings=("model.objective.shift=2.0",)),
     "min-SNR 5": Variant(settings=("model.objective.min_snr=5.0",)),
     "contrastive": Variant(settings=("model.contrastive={weight: 0.05}",)),

@@ -123,9 +123,9 @@ def extremes(source: Manifest, columns: tuple[str, ...]) -> dict[str, set[str | 
                 out[column].add(None)
                 continue
             for group in range(parquet.num_row_groups):
-                if found := parquet.row_group(group).column(names.index(column)).statistics:
-                    out[column] |= {None} if found.null_count else set()
-                    out[column] |= {found.min, found.max} if found.has_min_max else set()
+                if limits := parquet.row_group(group).column(names.index(column)).statistics:
+                    out[column] |= {None} if limits.null_count else set()
+                    out[column] |= {limits.min, limits.max} if limits.has_min_max else set()
     return out
 
 
