@@ -88,7 +88,7 @@ def _sd3(*settings: str, **more: Any) -> Variant:
 BASES = ("canvas", "sd3")
 VARIANTS: dict[str, Variant] = {
     "canvas": Variant(settings=(f"train.ema={{decay: 0.97, lengths: {list(LENGTHS)}}}",)),
-    "velocity": Variant(settings=("model.objective={prediction: flow, timesteps: logit_normal}",)),
+    "velocity": Variant(settings=("model.objective={prediction: flow, timesteps: logit_normal, timestep_mean: 0.5}",)),
     "uniform times": Variant(settings=("model.objective={prediction: x, time_floor: 0.5}",)),
     "shift 2": Variant(settings=("model.objective.shift=2.0",)),
     "min-SNR 5": Variant(settings=("model.objective.min_snr=5.0",)),

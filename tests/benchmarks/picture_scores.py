@@ -39,7 +39,8 @@ class Measured(NamedTuple):
 
 
 def drawn(grid: Path, like: np.ndarray) -> np.ndarray:
-    """Cuts the drawn pictures out of the grid of a run: the second of each three rows. `like`: the real pictures, uint8 [n, side, side, 3]."""
+    """Cuts the drawn pictures out of the grid of a run: the second of each three rows. `like`: the real pictures, uint8 [n, side,
+    side, 3]."""
     count, side = len(like), like.shape[1]
     scale = grids.SHOWN_SIDE // side
     step = side * scale + grids.GAP
