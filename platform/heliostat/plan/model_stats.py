@@ -62,7 +62,7 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
     weights, packed_bytes = sum(layer.in_features * layer.out_features for layer in packed), sum(apart.values())
     kept = model.state_dict().keys()
     trained = {n: tuple(p.shape) for n, p in named.items() if p.requires_grad}
-    beside = recipe.companions().values()
+    companions = recipe.companions().values()
     whole = building.gathered_whole(model)
     own = [sum(p.numel() for p in m.parameters(recurse=m in whole)) for m in model.modules()]
     return ModelStats(
@@ -78,8 +78,8 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
         groups=[names for _, names in building.grouped(recipe, trained)],
         hidden=building.hidden_matrices(recipe, model),
         frozen_models=(
-            packed_bytes + sum(c.bytes for c in beside if c.every_step),
-            packed_bytes + sum(c.bytes for c in beside),
+            packed_bytes + sum(c.bytes for c in companions if c.every_step),
+            packed_bytes + sum(c.bytes for c in companions),
         ),
         divided=_divided(recipe, model),
     )

@@ -104,8 +104,7 @@ class Recipe(ABC):
         """Makes CPU tensors from `content`: int32 [batch, sequence_length] for tokens, or an Arrow table for rows.
 
         `keys`: int64 [batch], one number per sample of each step, and per held-out sample. Seed a sample's random numbers with
-        its key. A thread calls `batch` for the next step during the current step. `heliostat.recipes.batches` has helpers.
-        Tensors whose names begin with `host_` stay on the host, so reading their values never waits for the device.
+        its key. A thread calls `batch` for the next step during the current step. Tensors named `host_...` stay on the host.
         """
 
     def complete(self, batch: Batch) -> Batch:

@@ -50,11 +50,14 @@ class _Advance(Generic[Item]):
 
     def reserve(self, read: _Begun[Item], bytes: int) -> None:
         with self.changed:
-            self.changed.wait_for(lambda: self.stopped or self.bytes + bytes <= ADVANCE_BYTES or self._is_next(read))
+            self.changed.wait_for(lambda: self.stopped or self._fits(bytes) or self._is_next(read))
             if self.stopped:
                 raise _StoppedError
             self.bytes, read.reserved = self.bytes + bytes, read.reserved + bytes
             self.changed.notify_all()
+
+    def _fits(self, bytes: int) -> bool:
+        return bytes <= 0 or self.bytes + bytes <= ADVANCE_BYTES
 
     def _is_next(self, read: _Begun[Item]) -> bool:
         return read is self.reads[0] and not read.items
