@@ -1,0 +1,60 @@
+"""Defines the rows of datasets of conversations, and the facts in their manifests. Pipelines write these rows; recipes read them.
+
+Two forms exist. In a dataset of *packs*, a row contains one or more conversations, one after another, for supervised fine-tuning.
+In a dataset of *preferences*, a row contains a prompt and two answers, for DPO. Both are datasets of kind "rows", and both have
+the facts of token datasets: `tokenizer.json`, `vocab_size`, and `end_of_document`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pyarrow as pa
+from typing_extensions import TypedDict
+
+FACT = "conversations"  # key of `Facts` in the manifest's metadata
+TEMPLATE = "chat_template.jinja"  # file of the dataset: the template that rendered its conversations
+
+PACKS = pa.schema(
+    [
+        ("ids", pa.list_(pa.string())),  # the id of each conversation
+        ("lengths", pa.list_(pa.int32())),  # the tokens of each conversation; their sum is at most `sequence_length`
+        ("tokens", pa.list_(pa.int32())),
+        ("trained", pa.list_(pa.bool_())),  # for each token: whether the model learns to predict this token
+    ]
+)
+PREFERENCES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", pa.list_(pa.int32())),  # ends where the answer starts
+        ("chosen", pa.list_(pa.int32())),  # the better answer, which includes the end of its turn
+        ("rejected", pa.list_(pa.int32())),
+    ]
+)
+# log-probabilities of the answers under the reference model, in nats: a dataset with a reference has these columns too
+REFERENCE_COLUMNS = ("reference_chosen", "reference_rejected")
+REFERENCE = pa.schema([*PREFERENCES, *(pa.field(name, pa.float64()) for name in REFERENCE_COLUMNS)])
+
+
+class Reference(TypedDict):
+    """Describes the model that computed the log-probabilities of a dataset. `digest`: the digest of the model's folder."""
+
+    digest: str
+    precision: str
+
+
+class Facts(TypedDict):
+    """Describes a dataset of conversations.
+
+    `template`: XXH3-128 digest of the template's text, in hex. `turns`: the assistant's turns that the model learns.
+    `counts`: the numbers of `conversations`, `tokens`, `trained` tokens, `turns`, `trained_ends` (turns whose end is trained),
+    `untrained` conversations (without trained tokens), `cut`, `split`, and `padding` (tokens that are missing in packs).
+    """
+
+    form: Literal["packs", "preferences"]
+    sequence_length: int  # maximum tokens of a row; for preferences, of the prompt with an answer
+    template: str
+    turns: Literal["all", "last"]
+    end_of_turn: bool  # whether the token that ends a turn is trained
+    counts: dict[str, int]
+    reference: Reference | None
