@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from heliostat.config.train_section import Zero
 from heliostat.plan import estimate, hardware, step_time, traffic
 from heliostat.plan.counts import ALWAYS, AT_STAGE_3, OperationWork
 
@@ -15,6 +16,19 @@ def test_a_step_moves_what_ring_collectives_move(stage, times):
     """With four micro-batches, stages 0 and 1 reduce once, stage 2 reduces each time, and stage 3 also gathers twice each
     time."""
     assert traffic.volume(1000, 2, 4, stage, accumulation=4) == times * 1000 * 2 * 3 // 4
+
+
+def test_frozen_weights_move_only_in_the_gathers_of_stage_3():
+    """An adapter's base has no gradients, and only stage 3 shards its weights. Copies and quantization change the gathers."""
+    zero, workers = Zero(), 4
+    for stage in (0, 1, 2):
+        assert traffic.of(zero, stage, 100, 2, 4, workers, 4, frozen=900) == traffic.of(zero, stage, 100, 2, 4, workers, 4)
+    assert traffic.of(zero, 3, 100, 2, 4, workers, 4, frozen=900).around == (8 * 1000 + 4 * 100) * 2 * 3 // 4
+    quantized, copied = zero.model_copy(update={"quantize_weights": True}), zero.model_copy(update={"hpz_partition_size": 2})
+    assert traffic.of(quantized, 3, 100, 2, 4, workers, 4, frozen=900).around == (8 * 1000 + 4 * 100 * 2) * 3 // 4
+    around, inside = (1000 + 4 * 100) * 2 * 3 // 4, 7 * 1000 * 2 // 2
+    moved = traffic.of(copied, 3, 100, 2, 4, workers, 4, frozen=900)
+    assert (moved.around, moved.inside) == (around, inside)
 
 
 EFFICIENCY = hardware.Efficiency(0.5, 0.25, 0.2, 0.5, 0.4, 1e-5)

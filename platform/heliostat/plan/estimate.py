@@ -140,10 +140,11 @@ class Planner:
         train, parts = self.job.train, self.job.train.parallel.expert
         low, summed = memory.LOW[train.precision], 4 if self._sums_fp32 and accumulation > 1 else memory.LOW[train.precision]
         experts = sum(math.prod(self.model.shapes[name]) for name in self.model.stacked) if parts > 1 else 0
-        parameters = sum(map(math.prod, self.shapes.values())) - experts
-        rest = traffic.of(train.zero, layout.stage, parameters, low, summed, self.replicas, accumulation)
+        frozen = sum(math.prod(self.shapes[name]) for name in self.model.frozen)
+        trained = sum(map(math.prod, self.shapes.values())) - frozen - experts
+        rest = traffic.of(train.zero, layout.stage, trained, low, summed, self.replicas, accumulation, frozen)
         if rest.around:
-            layers, buckets = len(self.kept.layers) + 1, -(-parameters // memory.BUCKETS["reduce_bucket_size"])
+            layers, buckets = len(self.kept.layers) + 1, -(-trained // memory.BUCKETS["reduce_bucket_size"])
             rest = replace(
                 rest, calls=traffic.calls(layout.stage, accumulation, layers, buckets, train.zero.hpz_partition_size is not None)
             )

@@ -63,16 +63,19 @@ def rate(workers: int, device: Device, rings: int = 1) -> float:
     return device.link if workers <= device.per_node else min(device.link, device.network / rings)
 
 
-def volume(numel: int, low: int, workers: int, stage: int, accumulation: int) -> int:
+def volume(numel: int, low: int, workers: int, stage: int, accumulation: int, frozen: int = 0) -> int:
     """Computes the bytes that each worker sends in an optimizer step with ring collectives. Each worker receives the same
     number of bytes.
 
     With Psi parameters, an all-reduce moves 2 Psi elements, and a reduce-scatter or an all-gather moves Psi (Rajbhandari et al.
     2020, section 7). Stages 0 and 1 reduce once per step. Stage 2 reduces after every micro-batch, because each worker keeps
     only its shard of the gradients. Stage 3 gathers the weights twice and reduces once in every micro-batch.
+
+    `numel`: number of trained parameters. `frozen`: number of the other parameters, which only stage 3 shards and gathers.
     """
     times = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[stage]
-    return int(times * numel * low * (workers - 1) / workers)
+    gathers = 2 * accumulation if stage == 3 else 0
+    return int((times * numel + gathers * frozen) * low * (workers - 1) / workers)
 
 
 def calls(stage: int, accumulation: int, layers: int, buckets: int, copied: bool = False) -> int:
@@ -87,18 +90,20 @@ def calls(stage: int, accumulation: int, layers: int, buckets: int, copied: bool
     return buckets * (accumulation + 1 if stage == 2 else 2)
 
 
-def of(zero: Zero, stage: int, numel: int, low: int, summed: int, workers: int, accumulation: int) -> Traffic:
-    """Computes the traffic of a step. `low`: bytes per weight. `summed`: bytes per gradient that is summed over micro-batches."""
+def of(zero: Zero, stage: int, numel: int, low: int, summed: int, workers: int, accumulation: int, frozen: int = 0) -> Traffic:
+    """Computes the traffic of a step. `low`: bytes per weight. `summed`: bytes per gradient that is summed over micro-batches.
+    `numel` and `frozen`: numbers of trained and of other parameters."""
     if stage == 3 and zero.shard_group_size and zero.shard_group_size < workers:
         group = zero.shard_group_size
         copies, part = workers // group, -(-numel // group)
-        inside = volume(numel, low, group, 3, accumulation)
+        inside = volume(numel, low, group, 3, accumulation, frozen)
         return Traffic(0, workers, inside, int(2 * part * summed * (copies - 1) / copies), group)
     gathered = EIGHT_BITS if stage == 3 and zero.quantize_weights else low
     if stage == 3 and zero.hpz_partition_size:
         group = min(zero.hpz_partition_size, workers)
-        one, again = numel * (workers - 1) / workers, numel * (group - 1) / group
-        around = int(one * (gathered + low * accumulation))  # the first gather of a step, and all reductions
+        ring, again = (workers - 1) / workers, (numel + frozen) * (group - 1) / group
+        around = int(ring * ((numel + frozen) * gathered + numel * low * accumulation))  # the first gather, and all reductions
         return Traffic(around, workers, int(again * gathered * (2 * accumulation - 1)), 0, group)
-    plain = volume(numel, low, workers, stage, accumulation)
-    return Traffic(plain - (low - gathered) * volume(numel, 1, workers, 3, accumulation) * 2 // 3, workers)
+    plain = volume(numel, low, workers, stage, accumulation, frozen)
+    saved = volume(0, low - gathered, workers, 3, accumulation, numel + frozen)  # by gathers of quantized weights
+    return Traffic(plain - saved, workers)
