@@ -12,7 +12,7 @@ from typing import Literal
 import pyarrow as pa
 from typing_extensions import TypedDict
 
-FACT = "conversations"  # key of `Facts` in the manifest's metadata
+FACT = "conversations"  # key of `ConversationFacts` in the manifest's metadata
 TEMPLATE = "chat_template.jinja"  # file of the dataset: the template that rendered its conversations
 
 PACKS = pa.schema(
@@ -43,7 +43,7 @@ class Reference(TypedDict):
     precision: str
 
 
-class Facts(TypedDict):
+class ConversationFacts(TypedDict):
     """Describes a dataset of conversations.
 
     `template`: XXH3-128 digest of the template's text, in hex. `turns`: the assistant's turns that the model learns. `end`: id of
