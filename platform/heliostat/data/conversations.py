@@ -46,14 +46,16 @@ class Reference(TypedDict):
 class Facts(TypedDict):
     """Describes a dataset of conversations.
 
-    `template`: XXH3-128 digest of the template's text, in hex. `turns`: the assistant's turns that the model learns.
-    `counts`: the numbers of `conversations`, `tokens`, `trained` tokens, `turns`, `trained_ends` (turns whose end is trained),
-    `untrained` conversations (without trained tokens), `cut`, `split`, and `padding` (tokens that are missing in packs).
+    `template`: XXH3-128 digest of the template's text, in hex. `ends`: the tokens that end the assistant's turns.
+    `turns`: the assistant's turns that the model learns. `counts`: the numbers of `conversations`, `tokens`, `trained` tokens,
+    `turns`, `trained_ends` (turns whose end is trained), `untrained` conversations (without trained tokens), `cut`, `split`, and
+    `padding` (tokens that are missing in packs).
     """
 
     form: Literal["packs", "preferences"]
     sequence_length: int  # maximum tokens of a row; for preferences, of the prompt with an answer
     template: str
+    ends: list[int]
     turns: Literal["all", "last"]
     end_of_turn: bool  # whether the token that ends a turn is trained
     counts: dict[str, int]
