@@ -180,11 +180,11 @@ class LearnsConversations(CausalLM, Draws):
 
         samples = self.keys.samples or AnswerSamples()
         tokenizer = exporting.tokenizer_of(self.pretrained, self.tokenizer, self.chat()) if samples.prompts else None
-        asked = answers.asked(tokenizer, samples.prompts) if tokenizer else []
+        questions = answers.asked(tokenizer, samples.prompts) if tokenizer else []
         content = cast("pa.Table", exporting.some(self.job, self.sources))
         room = (getattr(self.config, "max_position_embeddings", None) or sys.maxsize) - self.max_answer
         held_out = (prompt for prompt in self.prompts_of(content) if len(prompt.tokens) <= room)
-        return [*asked, *itertools.islice(held_out, samples.held_out)]
+        return [*questions, *itertools.islice(held_out, samples.held_out)]
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:  # type: ignore[override]
