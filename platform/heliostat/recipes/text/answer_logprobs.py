@@ -12,8 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from heliostat.recipes.protocol import IGNORED
-from heliostat.recipes.text import masks, next_token, tiled_loss
+from heliostat.recipes.protocol import IGNORED, Batch
+from heliostat.recipes.text import masks, next_token, preference_rows, tiled_loss
+
+
+def of_pairs(model: torch.nn.Module, batch: Batch, tiled: bool = False) -> torch.Tensor:
+    """Computes the log-probabilities of the chosen and the rejected answers of a batch (`preference_rows`), fp64 [pairs, 2]."""
+    tokens, labels = batch["input_ids"].flatten(0, 1), batch["labels"].flatten(0, 1)
+    return answer_logprobs(model, tokens, labels, preference_rows.last(batch), tiled).view(-1, 2)
 
 
 def answer_logprobs(

@@ -1,12 +1,13 @@
 """Trains a language model on preferences: DPO, conservative DPO, and IPO (`preference_loss`).
 
     recipe: heliostat.recipes:DPO
-    model: {pretrained: models/assistant, dpo: {beta: 0.1}}                           # the dataset has the reference's values
-    model: {pretrained: models/assistant, adapter: {rank: 16}, dpo: {beta: 0.1}}      # the reference is the base
+    model: {pretrained: models/assistant}                           # the dataset has the reference's log-probabilities
+    model: {pretrained: models/assistant, adapter: {rank: 16}}      # the reference is the model with its adapter off
+    model: {..., dpo: {loss: ipo, beta: 0.1}}
 
-A sample is a row with a prompt, a chosen answer, and a rejected answer (`heliostat.pipelines:PreferencePipeline`). The loss compares
-how much more probable each answer is under the model than under a frozen reference. The reference's log-probabilities are in the
-dataset (`heliostat.pipelines:ReferencePipeline`), or come from the model with its adapter off.
+A sample is a row with a prompt, a chosen answer, and a rejected answer (`heliostat.pipelines:PreferencePipeline`). The loss
+compares how much more probable each answer is under the model than under a frozen reference. The reference's log-probabilities
+are in the dataset (`heliostat.pipelines:ReferencePipeline`), or come from the model with its adapter off.
 
 Held-out scores: loss, accuracy (the share of pairs with a positive margin), and margin.
 """
@@ -14,34 +15,37 @@ Held-out scores: loss, accuracy (the share of pairs with a positive margin), and
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from heliostat.config.spec import Job
-from heliostat.data import conversations
+from heliostat.data.conversations import Reference
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import adapters
 from heliostat.recipes.folder_digests import weights_digest
 from heliostat.recipes.protocol import Batch, Evaluates, Loss, Part
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.schema import Float, Strict, validate
+from heliostat.recipes.text.conversations import ConversationKeys, LearnsConversations
+from heliostat.schema import Float, Strict
 from heliostat.storage.hub import files
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     import torch
 
+    from heliostat.recipes.text.answers import Prompt
     from heliostat.recipes.text.preference_loss import ComparedAnswers
 BUILT_IN = {"DPO": ("heliostat.recipes.text.answer_logprobs", "transformers")}
-KEY, ANY = "dpo", "any"
+ANY = "any"
 PIPELINE = "heliostat.pipelines:ReferencePipeline"
+FIXES = f"Set model.adapter, or add log-probabilities to the dataset with {PIPELINE}"
 
 
-class DPOKeys(Strict):
+class DPOSettings(Strict):
     """Defines the keys of `model.dpo`."""
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -51,14 +55,14 @@ class DPOKeys(Strict):
     label_smoothing: Float = Field(0.0, ge=0, lt=0.5)
     """Assumed share of pairs whose answers are swapped (conservative DPO). Only for `sigmoid`."""
     reference: Literal["dataset", "base"] | None = None
-    """`dataset`: the dataset's log-probabilities. `base`: the model with its adapter off, which takes a second forward pass. Unset:
-    `dataset` if all datasets have log-probabilities, else `base`."""
+    """`dataset`: the dataset's log-probabilities. `base`: the model with its adapter off, which takes a second forward pass.
+    Unset: `dataset` if all datasets have log-probabilities, else `base`."""
     reference_model: str | None = None
-    """Digest of the reference, if the dataset's log-probabilities come from another model than `model.pretrained` on purpose. `any`:
-    not checked."""
+    """Digest of the reference, if the dataset's log-probabilities come from another model than `model.pretrained` on purpose.
+    `any`: not checked."""
 
     @model_validator(mode="after")
-    def _smooths_probabilities(self) -> DPOKeys:
+    def _smooths_probabilities(self) -> DPOSettings:
         if self.loss == "ipo" and self.label_smoothing:
             raise ValueError(
                 f"label_smoothing ({self.label_smoothing}) is only for loss: sigmoid. Remove it, or set loss to sigmoid"
@@ -66,35 +70,37 @@ class DPOKeys(Strict):
         return self
 
 
-class DPO(CausalLM):
-    kind = "rows"
-    terms_per_sample = 1
+class DPOKeys(ConversationKeys):
+    dpo: DPOSettings = DPOSettings()
+    """Loss and reference of DPO."""
+
+
+class DPO(LearnsConversations):
+    form = "preferences"
+    pipeline = "heliostat.pipelines:PreferencePipeline"
+    own = DPOKeys
+    keys: DPOKeys
     scores = ("loss", "accuracy", "margin")
 
     def __init__(self, job: Job) -> None:
-        self.keys = validate(DPOKeys, job.model.get(KEY, {}), f"model.{KEY}")
-        model = {key: value for key, value in job.model.items() if key != KEY}
-        if "pretrained" not in model:
+        super().__init__(job)
+        self.settings, self.terms_per_sample = self.keys.dpo, 1
+        if not self.pretrained:
             raise ConfigError("model.pretrained: required for DPO. Set this key to the folder of a fine-tuned model")
-        data = job.data.model_copy(update={"sequence_length": 64})
-        super().__init__(job.model_copy(update={"model": model, "data": data}))
-        self.document_mask = False  # a sequence is one conversation
-        if self.keys.reference == "base" and not self.adapter:
-            raise ConfigError(f"model.{KEY}.reference: base needs an adapter to switch off. {self._fixes}")
-
-    @property
-    def _fixes(self) -> str:
-        return f"Set model.adapter, or add log-probabilities to the dataset with {PIPELINE}"
+        if self.document_mask:
+            raise ConfigError("data.document_mask: only for packs, and DPO's sequences contain one conversation. Remove this key")
+        if self.settings.reference == "base" and not self.adapter:
+            raise ConfigError(f"model.dpo.reference: base needs an adapter to switch off. {FIXES}")
 
     def probe(self) -> None:
         super().probe()
-        dropout = {name: value for name, value in self.config.to_dict().items() if "drop" in name and isinstance(value, float)}
-        for name in (name for name, value in dropout.items() if value):
-            raise ConfigError(f"model.{name}: dropout ({dropout[name]}) would add noise to the log-probabilities. Set it to 0.0")
+        for name, value in self.config.to_dict().items():
+            if "drop" in name and isinstance(value, float) and value:
+                raise ConfigError(f"model.{name}: dropout ({value}) would add noise to the log-probabilities. Set it to 0.0")
         if self.routes:
             raise ConfigError(
-                f"model.pretrained: DPO doesn't support mixtures of experts ({self.config.model_type!r}), because padding would be "
-                "routed too. Use a dense model"
+                f"model.pretrained: DPO doesn't support mixtures of experts ({self.config.model_type!r}), because padding would "
+                "be routed too. Use a dense model"
             )
 
     def require_cut(self, parts: int) -> None:
@@ -104,71 +110,57 @@ class DPO(CausalLM):
 
     def require_matrices_divided(self, parts: int) -> None:
         raise ConfigError(
-            f"train.parallel.tensor: not supported for DPO, because heliostat hasn't tested it ({parts}). Set it to 1"
+            f"train.parallel.tensor: not supported for DPO, because it is untested ({parts}). Use train.zero.stage: 3"
         )
 
     def small(self, config: Any, length: int, end: int) -> CausalLM:
         """Returns a recipe of next-token prediction, because checks of an architecture need no pairs."""
-        model = copy.copy(self)
-        model.__class__ = CausalLM  # type: ignore[assignment]
-        return model.small(config, length, end)
+        plain_recipe = copy.copy(self)
+        plain_recipe.__class__ = CausalLM  # type: ignore[assignment]
+        return plain_recipe.small(config, length, end)
 
-    # datasets ----------------------------------------------------------------------------------------------------------
+    # the reference -----------------------------------------------------------------------------------------------------
 
     def bind(self, sources: list[Manifest]) -> None:
-        for i, source in enumerate(sources):
-            facts = source.meta.get(conversations.FACT)
-            if not facts or facts["form"] != "preferences":
-                raise ConfigError(
-                    f"data.sources.{i}.path: expected a dataset of preferences, got {facts['form'] if facts else 'other rows'} "
-                    f"({source.location}). Prepare one with heliostat.pipelines:PreferencePipeline"
-                )
-        self.length = max(source.meta[conversations.FACT]["sequence_length"] for source in sources)
-        if "config" in vars(self):
-            self._require_positions(getattr(self.config, "max_position_embeddings", None))
-        self.references = [source.meta[conversations.FACT].get("reference") for source in sources]
         super().bind(sources)
-        self._check_reference()
+        if not self.from_dataset:
+            return
+        for number, (source, reference) in enumerate(zip(sources, self._references, strict=True)):
+            self._require_reference(f"data.sources.{number}.path: {str(source.location)!r}", reference)
+
+    @property
+    def _references(self) -> list[Reference | None]:
+        return [facts["reference"] for facts in self.facts]
 
     @property
     def from_dataset(self) -> bool:
         """Returns whether the reference's log-probabilities come from the dataset."""
-        if self.keys.reference:
-            return self.keys.reference == "dataset"
-        return all(self.references) or not self.adapter
+        if self.settings.reference:
+            return self.settings.reference == "dataset"
+        return all(self._references) or not self.adapter
 
-    def _check_reference(self) -> None:
-        """Raises ConfigError unless all datasets have the log-probabilities of the right reference, if the job needs these."""
-        if not self.from_dataset:
-            return
-        for i, (source, reference) in enumerate(zip(self.sources, self.references, strict=True)):
-            place = f"data.sources.{i}.path: {str(source.location)!r}"
-            if reference is None:
-                raise ConfigError(f"{place} has no log-probabilities of a reference. {self._fixes}")
-            right = self.keys.reference_model or weights_digest(Path(self.pretrained))
-            if right not in (reference["digest"], ANY):
-                whose = (
-                    f"model.{KEY}.reference_model"
-                    if self.keys.reference_model
-                    else f"model.pretrained {files.shown(Path(self.pretrained))!r}"
-                )
-                raise ConfigError(
-                    f"{place} has log-probabilities of another reference ({reference['digest']}) than {whose} ({right}). Run "
-                    f"`heliostat data prepare` with {PIPELINE} and the right model, or set model.{KEY}.reference_model: "
-                    f"{reference['digest']}"
-                )
-
-    def presume(self, rows: int) -> pa.Table:
-        """Returns rows of the maximum length, which need the most memory."""
-        import pyarrow as pa
-
-        answer = self.length - 1
-        row = {"id": "", "prompt": [0], "chosen": [0] * answer, "rejected": [1] * answer}
-        return pa.Table.from_pylist([row | dict.fromkeys(conversations.REFERENCE_COLUMNS, 0.0)] * rows, conversations.REFERENCE)
+    def _require_reference(self, dataset: str, reference: Reference | None) -> None:
+        """Raises ConfigError unless a dataset has the log-probabilities of the right reference."""
+        if reference is None:
+            raise ConfigError(f"{dataset} has no log-probabilities of a reference. {FIXES}")
+        folder, accepted = Path(str(self.pretrained)), self.settings.reference_model
+        right = accepted or weights_digest(folder)
+        if right not in (reference["digest"], ANY):
+            wanted = "model.dpo.reference_model" if accepted else f"model.pretrained {files.shown(folder)!r}"
+            raise ConfigError(
+                f"{dataset} has log-probabilities of another reference ({reference['digest']}) than {wanted} ({right}). Run "
+                f"`heliostat data prepare` with {PIPELINE} and the right model, or set model.dpo.reference_model: "
+                f"{reference['digest']}"
+            )
 
     # training ----------------------------------------------------------------------------------------------------------
 
-    def batch(self, content: pa.Table, keys: np.ndarray | None = None) -> Batch:
+    def presume(self, rows: int) -> pa.Table:
+        from heliostat.recipes.text import preference_rows
+
+        return preference_rows.placeholder(rows, self.length)
+
+    def rows(self, content: pa.Table) -> Batch:
         from heliostat.recipes.text import preference_rows
 
         return preference_rows.batch(content, self.length, self.from_dataset)
@@ -177,32 +169,27 @@ class DPO(CausalLM):
         """Computes the log-probabilities of a batch's answers under the model and its reference."""
         import torch
 
-        from heliostat.recipes.text import preference_loss, preference_rows
-        from heliostat.recipes.text.answer_logprobs import answer_logprobs
-
-        tokens, labels, last = batch["input_ids"].flatten(0, 1), batch["labels"].flatten(0, 1), preference_rows.last(batch)
-
-        def logprobs() -> torch.Tensor:
-            return answer_logprobs(model, tokens, labels, last, self.tiled).view(-1, 2)
+        from heliostat.recipes.text import preference_loss
+        from heliostat.recipes.text.answer_logprobs import of_pairs
 
         if "reference" in batch:
             reference = batch["reference"]
         else:
             with torch.no_grad(), adapters.switched_off(model):
-                reference = logprobs()
-        return preference_loss.ComparedAnswers(logprobs(), reference, (batch["labels"] >= 0).sum(-1))
+                reference = of_pairs(model, batch, self.tiled)
+        return preference_loss.ComparedAnswers(of_pairs(model, batch, self.tiled), reference, (batch["labels"] >= 0).sum(-1))
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         from heliostat.recipes.text import preference_loss
 
         answers = self.compared(model, batch)
-        parts = {name: Part(values.mean()) for name, values in preference_loss.measures(answers, self.keys.beta).items()}
+        parts = {name: Part(values.mean()) for name, values in preference_loss.measures(answers, self.settings.beta).items()}
         return Loss(self._losses(answers).sum().float(), parts)
 
     def _losses(self, answers: ComparedAnswers) -> torch.Tensor:
         from heliostat.recipes.text import preference_loss
 
-        return preference_loss.losses(answers, self.keys.loss, self.keys.beta, self.keys.label_smoothing)
+        return preference_loss.losses(answers, self.settings.loss, self.settings.beta, self.settings.label_smoothing)
 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         import torch
@@ -210,7 +197,7 @@ class DPO(CausalLM):
         from heliostat.recipes.text import preference_loss
 
         answers = self.compared(model, batch)
-        measures, losses = preference_loss.measures(answers, self.keys.beta), self._losses(answers)
+        measures, losses = preference_loss.measures(answers, self.settings.beta), self._losses(answers)
         return {"loss": losses, "terms": torch.ones_like(losses), **{name: measures[name] for name in self.scores[1:]}}
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
@@ -221,16 +208,20 @@ class DPO(CausalLM):
         passes = 2 if self.from_dataset else 2 * 4 / 3
         return passes * super().flops_per_sample(model)
 
-    # for people ---------------------------------------------------------------------------------------------------------
+    # for people, and the export ------------------------------------------------------------------------------------------
+
+    def prompts_of(self, content: pa.Table) -> Iterator[Prompt]:
+        from heliostat.recipes.text.answers import Prompt
+
+        for row in content.select(["prompt", "chosen"]).to_pylist():
+            yield Prompt(row["prompt"], row["chosen"])
 
     def describe(self, content: pa.Table) -> str:
         row = content.to_pylist()[0]
-        texts = (self._raw_tokenizer.decode(row[name], skip_special_tokens=False) for name in ("prompt", "chosen", "rejected"))
+        texts = (self.raw_tokenizer.decode(row[name], skip_special_tokens=False) for name in ("prompt", "chosen", "rejected"))
         return "{}\n--- chosen\n{}\n--- rejected\n{}".format(*texts)
-
-    # the export ---------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
         """Returns the `job.model` for an evaluation of the export, against the reference of the evaluation's dataset."""
-        return {"pretrained": str(folder), KEY: {**model.get(KEY, {}), "reference": "dataset", "reference_model": ANY}}
+        return {"pretrained": str(folder), "dpo": {**model.get("dpo", {}), "reference": "dataset", "reference_model": ANY}}

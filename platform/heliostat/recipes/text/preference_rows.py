@@ -10,13 +10,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from heliostat.data.conversations import REFERENCE_COLUMNS
+from heliostat.data.conversations import REFERENCE, REFERENCE_COLUMNS
 from heliostat.errors import DataError
 from heliostat.recipes.batches import pad
 from heliostat.recipes.protocol import IGNORED, Batch
 
 MULTIPLE = 64  # of a batch's length, so that few different shapes exist
-SIDES = ("chosen", "rejected")
 FIX = "Prepare the dataset again"
 
 
@@ -51,6 +50,13 @@ def last(batch: Batch) -> int:
     length = batch["input_ids"].shape[-1]
     needed = length - int(batch["host_prompts"].min()) + 1
     return min(length, -(-needed // MULTIPLE) * MULTIPLE)
+
+
+def placeholder(rows: int, length: int) -> pa.Table:
+    """Returns rows of the maximum length, with the shortest prompt, which need the most memory."""
+    answer = length - 1
+    row = {"id": "", "prompt": [0], "chosen": [0] * answer, "rejected": [1] * answer, **dict.fromkeys(REFERENCE_COLUMNS, 0.0)}
+    return pa.Table.from_pylist([row] * rows, schema=REFERENCE)
 
 
 def _rows(content: pa.Table) -> Iterator[PreferenceRow]:
