@@ -13,14 +13,16 @@ from heliostat import extras
 if TYPE_CHECKING:
     from heliostat.curation.images.pipeline import ImagePipeline
     from heliostat.curation.pairs.pipeline import PairPipeline
+    from heliostat.curation.references.pipeline import ReferencePipeline
     from heliostat.curation.text.pipeline import TextPipeline
 
-__all__ = ["ImagePipeline", "PairPipeline", "TextPipeline"]
+__all__ = ["ImagePipeline", "PairPipeline", "ReferencePipeline", "TextPipeline"]
 __getattr__, __dir__ = extras.lazy_names(
     __name__,
     {
         "ImagePipeline": "heliostat.curation.images.pipeline",
         "PairPipeline": "heliostat.curation.pairs.pipeline",
+        "ReferencePipeline": "heliostat.curation.references.pipeline",
         "TextPipeline": "heliostat.curation.text.pipeline",
     },
 )
