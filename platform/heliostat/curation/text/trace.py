@@ -111,7 +111,7 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     pieces_held = places.pieces(dataset, path, last["id"]) if path else []
     return {
         "id": end["id"],
-        "images": dataset.kind != "tokens",
+        "rows": dataset.kind != "tokens",
         "columns": end["columns"],
         "read": origin(end["id"]),
         "stages": steps,
