@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import xxhash
 from heliostat.curation.text import tokens
 from heliostat.data import manifest
-from heliostat.data.conversations import FACT, PACKS, PREFERENCES, TEMPLATE, Facts
+from heliostat.data.conversations import FACT, PACKS, PREFERENCES, TEMPLATE, ConversationFacts
 from heliostat.storage.locations import Location
 from tokenizers import Tokenizer
 
@@ -143,7 +143,7 @@ def write(
     definition = raw.to_str()
     (folder / "tokenizer.json").write_text(definition)
     (folder / TEMPLATE).write_text(template)
-    whole: Facts = {"template": xxhash.xxh3_128_hexdigest(template.encode()), "ends": [raw.token_to_id(STOP)],
+    whole: ConversationFacts = {"template": xxhash.xxh3_128_hexdigest(template.encode()), "ends": [raw.token_to_id(STOP)],
                     "reference": None, **facts}  # type: ignore[typeddict-item]  # fmt: skip
     known = {"tokenizer": hashlib.sha256(definition.encode()).hexdigest(), "vocab_size": raw.get_vocab_size(),
              "end_of_document": raw.token_to_id(END), FACT: whole}  # fmt: skip
