@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
+from heliostat.config.spec import Job
 from heliostat.curation.text import tokens
 from heliostat.data import manifest
 from heliostat.data.conversations import FACT, PACKS, PREFERENCES, TEMPLATE, ConversationFacts
 from heliostat.storage.locations import Location
 from tokenizers import Tokenizer
+
+from tests.unit.build_job import job
 
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath", "inlet", "jetty", "knoll", "ledge", "marsh"]
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -25,6 +28,8 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SYSTEM = "Answer with the first word."
+MODEL = {"arch": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 64}  # fmt: skip
 Messages = list[dict[str, str]]
 
 
@@ -150,3 +155,11 @@ def write(
     place = Location(str(folder))
     manifest.write(place, manifest.read_footer(place, "shards/0.parquet", None), {"name": folder.name, "kind": "rows", **known})
     return folder
+
+
+def sft(data: Path, **changes: Any) -> Job:
+    """Builds a job that trains a small model on packs, with 8 packs per step in micro-batches of 2 on 4 virtual ranks."""
+    usual: dict[str, Any] = {"recipe": "heliostat.recipes:SFT", "model": {**MODEL}, "data.sequence_length": None,
+                             "data.sources": [{"path": str(data)}], "data.document_mask": True, "data.virtual_ranks": 4,
+                             "train.precision": "fp32"}  # fmt: skip
+    return job(**{**usual, **changes})
