@@ -19,7 +19,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from heliostat.config.spec import Job
-from heliostat.data.conversations import FACT, Facts
+from heliostat.data.conversations import FACT, ConversationFacts
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Batch, Draws
@@ -71,7 +71,7 @@ class LearnsConversations(CausalLM, Draws):
     def __init__(self, job: Job) -> None:
         names = self.own.model_fields
         self.keys = validate(self.own, {key: value for key, value in job.model.items() if key in names}, "model")
-        self.facts: list[Facts] = []  # of each dataset; empty until the datasets are known
+        self.facts: list[ConversationFacts] = []  # of each dataset; empty until the datasets are known
         super().__init__(job.model_copy(update={"model": {k: v for k, v in job.model.items() if k not in names}}))
         self.terms_per_sample = None
         shared = [key for key in ("sequence", "tensor") if getattr(job.train.parallel, key) > 1]
@@ -121,7 +121,7 @@ class LearnsConversations(CausalLM, Draws):
         if self.pretrained and self.keys.chat_template is None:
             templates.require_same(Path(self.pretrained), sources[0], self.facts[0]["template"])
 
-    def _facts_of(self, number: int, source: Manifest) -> Facts:
+    def _facts_of(self, number: int, source: Manifest) -> ConversationFacts:
         """Returns the facts of a dataset. Raises ConfigError if the dataset doesn't have this recipe's form."""
         facts = source.meta.get(FACT)
         if facts is None or facts["form"] != self.form:
@@ -130,7 +130,7 @@ class LearnsConversations(CausalLM, Draws):
                 f"data.sources.{number}.path: {str(source.location)!r} contains {contents}, but {type(self).__name__} trains on "
                 f"{self.form}. Prepare the dataset with {self.pipeline}"
             )
-        return cast("Facts", facts)
+        return cast("ConversationFacts", facts)
 
     @abstractmethod
     def presume(self, rows: int) -> pa.Table:
