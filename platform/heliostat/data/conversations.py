@@ -46,8 +46,9 @@ class Reference(TypedDict):
 class ConversationFacts(TypedDict):
     """Describes a dataset of conversations.
 
-    `template`: XXH3-128 digest of the template's text, in hex. `turns`: the assistant's turns that the model learns. `ends`: ids of
-    the tokens that end an answer. If the template has no such token, this is `end_of_document`, which follows each conversation.
+    `template`: XXH3-128 digest of the template's text, in hex. `turns`: the assistant's turns that the model learns. `ends`: ids
+    of the tokens that end an answer. If the template has no such token, this is `end_of_document`, which follows each
+    conversation.
     `counts`: the numbers of `conversations`, `tokens`, `trained` tokens, `turns`, `trained_ends` (turns whose end is trained),
     `untrained` conversations (without trained tokens), `cut`, `split`, `retokenized` (their tokens differ if the text is
     tokenized as a whole), `ended` (conversations to which `end_of_document` was added), and `padding` (tokens that are missing in

@@ -9,13 +9,15 @@ out together. Of equal conversations, the dataset has only one. A pack contains 
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from heliostat.curation.conversations import rendering, shapes, templates
+from heliostat.curation import reasons
+from heliostat.curation.conversations import reading, rendering, shapes, templates
 from heliostat.curation.conversations.making import VERSION, ConversationMaking
 from heliostat.curation.conversations.reading import ConversationSource, RecordRules, StoredDialect, TooLong
 from heliostat.curation.conversations.rendering import Dialect, Renderer, Turns
@@ -166,16 +168,34 @@ class RenderedPipeline(StagedPipeline):
         config["stages"] = [stage.identity() for stage in self.stages]
         return config
 
-    def _making(self, flow: Flow, output: Location, source: dict[str, Any], best_fit: bool, every: int) -> ConversationMaking:
+    @property
+    @abstractmethod
+    def rules(self) -> RecordRules:
+        """Returns the rules by which records become documents."""
+
+    @property
+    def fitting(self) -> TooLong:
+        """Returns what happens to records of more than `sequence_length` tokens."""
+        return "drop"
+
+    def source(self, output: Location, tokenizer: str) -> ConversationSource:
+        """Returns the reader of the input. `tokenizer`: the path of the tokenizer in the dataset's folder."""
+        renderer, dialect = self.renderer(), self.dialect
+        special = tuple(sorted(dialect.special.items()))
+        stored = StoredDialect(output.uri, tokenizer, dialect.template, special, dialect.end_of_document)
+        return ConversationSource(self.input, self.rules, stored, renderer.turns, renderer.end_of_turn, self.sequence_length,
+                                  self.fitting)  # fmt: skip
+
+    def uncovered(self) -> dict[str, dict[str, Any]]:
+        by = reading.made_by(self.source(place(self.output, "output"), ""))
+        by["stages"] = [stage.entry() for stage in self.stages]
+        return {reasons.PIPELINE: by, **super().uncovered()}
+
+    def _making(self, flow: Flow, output: Location, best_fit: bool, every: int) -> ConversationMaking:
         renderer, dialect = self.renderer(), self.dialect
         path = versions.store(output, f"{FILES}/tokenizer-", dialect.definition.encode(), ".json")
-        stored = StoredDialect(
-            output.uri, path, dialect.template, tuple(sorted(dialect.special.items())), dialect.end_of_document
-        )
         return ConversationMaking(
-            flow=flow, output=output, stages=self.stages, memory_limit=self.memory_limit,
-            source=ConversationSource(self.input, stored=stored, turns=renderer.turns, end_of_turn=renderer.end_of_turn,
-                                      sequence_length=self.sequence_length, **source),
+            flow=flow, output=output, stages=self.stages, memory_limit=self.memory_limit, source=self.source(output, path),
             tokenizer={"end_of_document": dialect.end_of_document}, given_tokenizer=dialect.definition,
             shard_bytes=self.shard_bytes, renderer=renderer, chunk_tokens=self.chunk_tokens, best_fit=best_fit, every=every,
         )  # fmt: skip
@@ -197,6 +217,14 @@ class ConversationPipeline(RenderedPipeline):
     packing: Literal["best_fit", "none"] = "best_fit"
     """`best_fit`: a row has several conversations, up to `sequence_length` tokens. `none`: a row has one conversation."""
 
+    @property
+    def rules(self) -> RecordRules:
+        return RecordRules(normalise="none", shape=self.shape)
+
+    @property
+    def fitting(self) -> TooLong:
+        return self.too_long
+
     def renderer(self) -> Renderer:
         return Renderer(self.dialect, self.turns, self.end_of_turn)
 
@@ -209,14 +237,16 @@ class ConversationPipeline(RenderedPipeline):
         super().check()
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> ConversationMaking:
-        source = {"rules": RecordRules(normalise="none", shape=self.shape), "too_long": self.too_long}
-        return self._making(flow, output, source, self.packing == "best_fit", self.every(sample))
+        return self._making(flow, output, self.packing == "best_fit", self.every(sample))
 
 
 class PreferencePipeline(RenderedPipeline):
     """Defines the keys of a pipeline's YAML for preferences. A record has the columns `chosen` and `rejected`, and maybe
     `prompt`. The dataset trains `heliostat.recipes:DPO`."""
 
+    @property
+    def rules(self) -> RecordRules:
+        return RecordRules(normalise="none", shape="pairs")
+
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> ConversationMaking:
-        source = {"rules": RecordRules(normalise="none", shape="pairs"), "too_long": "drop"}
-        return self._making(flow, output, source, False, self.every(sample))
+        return self._making(flow, output, False, self.every(sample))

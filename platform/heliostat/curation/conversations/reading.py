@@ -6,25 +6,30 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import xxhash
 
+from heliostat.curation.chain import bytes_of
 from heliostat.curation.conversations import packing, rendering, shapes
 from heliostat.curation.conversations.messages import Conversation, FaultError
 from heliostat.curation.conversations.rendering import Dialect, Rendered, Renderer
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.stage import Document, Dropped
+from heliostat.curation.text import sources
 from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.tasks import TextSource
+from heliostat.data.conversations import TEMPLATE
+from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
 TooLong = Literal["drop", "cut", "split"]
 SOURCE, PROMPT, TEXT, ROWS, COUNTS = "record", "prompt", "digest", "rows", "counts"  # columns of a document
+RECORD = "conversations"  # key of the dataset's record of its pipeline
 REASONS = {
     "no_shape": "a record without the columns of a shape",
     "several_shapes": "a record with the columns of several shapes; set `shape`",
@@ -114,7 +119,9 @@ class ConversationSource(TextSource):
             record = item.columns[SOURCE]
             try:
                 first = record if isinstance(record, Conversation) else record.with_answer(None)
-                yield Document(item.id, item.text, {PROMPT: first.prompt, TEXT: _digest(item.text), **self.rendered(record)})
+                rendered = self.rendered(record)
+                rendered[COUNTS]["bytes"] = bytes_of(item)
+                yield Document(item.id, item.text, {PROMPT: first.prompt, TEXT: _digest(item.text), **rendered})
             except FaultError as e:
                 yield Dropped(item.id, e.reason, e.detail)
 
@@ -184,6 +191,26 @@ class ConversationSource(TextSource):
 @lru_cache(maxsize=4)
 def _renderer(stored: StoredDialect, turns: rendering.Turns, end_of_turn: bool) -> Renderer:
     return Renderer(_dialect(stored), turns, end_of_turn)
+
+
+def source_again(dataset: Manifest, by: dict[str, Any]) -> ConversationSource:
+    """Returns an object that reads a dataset's input again. `by`: the dataset's record of its pipeline, from `made_by`."""
+    rules, keys = by["rules"], dict(by[RECORD])
+    special, end = keys.pop("special"), keys.pop("end_of_document")
+    template = dataset.file(TEMPLATE).read().decode()
+    stored = StoredDialect(
+        dataset.location.uri, dataset.meta["files"]["tokenizer.json"], template, tuple(sorted(special.items())), end
+    )
+    rules = RecordRules(**{**rules, "columns": tuple(rules["columns"])})
+    return ConversationSource(by["input"], rules=rules, stored=stored, **keys)
+
+
+def made_by(source: ConversationSource) -> dict[str, Any]:
+    """Returns everything that `source_again` needs and the dataset's files don't contain, as JSON values."""
+    stored = source.stored
+    keys = {name: getattr(source, name) for name in ("turns", "end_of_turn", "sequence_length", "too_long")}
+    own = {**keys, "special": dict(stored.special), "end_of_document": stored.end_of_document}
+    return {"input": sources.absolute(source.input), "rules": asdict(source.rules), RECORD: own}
 
 
 def _digest(text: str) -> str:
