@@ -46,9 +46,8 @@ class Reference(TypedDict):
 class ConversationFacts(TypedDict):
     """Describes a dataset of conversations.
 
-    `template`: XXH3-128 digest of the template's text, in hex. `turns`: the assistant's turns that the model learns. `ends`: ids
-    of the tokens that end an answer. If the template has no such token, this is `end_of_document`, which follows each
-    conversation.
+    `template`: XXH3-128 digest of the template's text, in hex. `turns`: the assistant's turns that the model learns. `end`: id of
+    the token that ends an answer. If the template has no such token, `end` is `end_of_document`, which follows each conversation.
     `counts`: the numbers of `conversations`, `tokens`, `trained` tokens, `turns`, `trained_ends` (turns whose end is trained),
     `untrained` conversations (without trained tokens), `cut`, `split`, `retokenized` (their tokens differ if the text is
     tokenized as a whole), `ended` (conversations to which `end_of_document` was added), and `padding` (tokens that are missing in
@@ -58,8 +57,8 @@ class ConversationFacts(TypedDict):
     form: Literal["packs", "preferences"]
     sequence_length: int  # maximum tokens of a row; for preferences, of the prompt with an answer
     template: str
-    ends: list[int]
     turns: Literal["all", "last"]
+    end: int
     end_of_turn: bool  # whether the token that ends a turn is trained
     counts: dict[str, int]
     reference: Reference | None

@@ -108,7 +108,7 @@ class ConversationMaking(Reading):
             "sequence_length": self.source.sequence_length,
             "template": self.renderer.dialect.template_digest,
             "turns": self.source.turns,
-            "ends": [self.renderer.end_id],
+            "end": self.renderer.end_id,
             "end_of_turn": self.source.end_of_turn,
             "counts": dict(counts),
             "reference": None,
