@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from heliostat.data.manifest import UNCOVERED, Manifest
 
 _, PIPELINE = UNCOVERED
-REFERENCE, INPUTS = "reference", "inputs"  # keys of PIPELINE: the reference model's origin, and the inputs of `made_from`
+REFERENCE, FOLDERS = "reference", "folders"  # keys of PIPELINE: the reference model's origin, the folders of `made_from`
 MADE_FROM = "made_from"  # key of a list of `SourceDataset` in the manifest's metadata, the nearest dataset first
 
 
@@ -47,10 +47,10 @@ def sources(facts: Mapping[str, Any]) -> set[str]:
 
 
 def inputs_of(dataset: Manifest) -> list[str]:
-    """Returns the input of the pipeline that made a dataset. For a dataset with `made_from`, returns the folder of each of these
-    datasets, and then the input of the last one. Empty if the dataset has no record, because its pipeline has no stages."""
+    """Returns the input of the pipeline that made a dataset, after the folders of the datasets of `made_from`. Empty if the
+    dataset has no record, because its pipeline has no stages."""
     record = _record(dataset)
-    return [record["input"], *record.get(INPUTS, [])] if "input" in record else []
+    return [*record.get(FOLDERS, []), *([record["input"]] if "input" in record else [])]
 
 
 def reference_of(dataset: Manifest) -> dict[str, Any] | None:

@@ -153,12 +153,10 @@ class Renderer:
         if "strftime_now" in template:
             template = DATE + template
         try:
-            (text,), _ = render_jinja_template(
-                [messages], tools=tools, chat_template=template, add_generation_prompt=answer, **self.dialect.special
-            )
-        except Exception as e:
+            options: Any = {"tools": tools, "add_generation_prompt": answer, **self.dialect.special}
+            return render_jinja_template([messages], chat_template=template, **options)[0][0]
+        except Exception as e:  # a template can raise any error
             raise FaultError("template", brief(e, 200)) from e
-        return text
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the token ids of a text with special tokens, int32."""
@@ -205,7 +203,7 @@ class Renderer:
             self._check_shown(conversation, whole, [span])
             prompt, tokens = self.encode(whole[:start]), self.encode(whole[start:stop])
             answers.append(tokens if self.end else np.append(tokens, np.int32(self.end_id)))
-        if np.array_equal(*answers):
+        if np.array_equal(answers[0], answers[1]):
             raise FaultError("same_answers", "after the template")
         return Answers(prompt, *answers)
 
