@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import yaml
 from typing_extensions import TypedDict
 
 from heliostat.config import pretrained
 from heliostat.recipes import exported
+from heliostat.recipes.folder_digests import weights_digest
 from heliostat.storage.hub import files
 from heliostat.storage.records import Format, open_
 
@@ -28,6 +29,7 @@ class ModelOrigin(TypedDict):
 
     folder: str
     config: str  # digest of the model's configuration files
+    digest: NotRequired[str | None]  # of the weights and config.json; None for a folder of several models
     bytes: int  # size of the weights
     name: str | None
     run_id: str | None
@@ -38,9 +40,9 @@ class ModelOrigin(TypedDict):
 ORIGIN = Format(ModelOrigin, "record of a model's origin", fix="Prepare the dataset again")
 
 
-def of(named: str) -> ModelOrigin:
-    """Describes the origin of a folder, or of a model of the Hub in this machine's cache. `named`: the folder or the name."""
-    folder = pretrained.folder(named)
+def of(named: str, folder: Path) -> ModelOrigin:
+    """Describes the origin of a model. `named`: the name by which the job or pipeline names the model; `folder`: its folder on
+    this machine."""
     configs = sorted(folder.glob("*.json")) if folder.is_dir() else []
     config = hashlib.sha256(b"".join(p.read_bytes() for p in configs if p.name in ("config.json", "model_index.json")))
     origin: dict[str, Any] = {}  # the record of the run in an exported model
@@ -53,6 +55,7 @@ def of(named: str) -> ModelOrigin:
     return {
         "folder": named,
         "config": config.hexdigest()[:16],
+        "digest": weights_digest(folder) if (folder / "config.json").is_file() else None,
         "bytes": files.weight_bytes(folder),
         "name": origin.get("name"),
         "run_id": origin.get("run_id"),

@@ -43,7 +43,10 @@ class Parents(TypedDict):
 
 def parents(job: Job) -> list[ParentModel]:
     """Describes each folder or Hub model from which the job's model is initialized."""
-    return [{"key": key, "changed": changed, **model_origins.of(named)} for key, named, changed in _folders(job.model, "model")]
+    return [
+        {"key": key, "changed": changed, **model_origins.of(named, pretrained.folder(named))}
+        for key, named, changed in _folders(job.model, "model")
+    ]
 
 
 def references(manifests: list[Manifest]) -> list[ParentModel]:

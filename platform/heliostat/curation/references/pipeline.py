@@ -177,6 +177,6 @@ class ReferencePipeline(Pipeline):
     def finish(self, dataset: Manifest) -> None:
         record = self.dataset.uncovered(PIPELINE)
         folders = [self.dataset.location.uri, *record.get(FOLDERS, [])]
-        record |= {FOLDERS: folders, REFERENCE: model_origins.of(self.model)}
+        record |= {FOLDERS: folders, REFERENCE: model_origins.of(self.model, Path(self.model))}
         dataset.location.join(kept_path(dataset.digest, PIPELINE)).write(json.dumps(record).encode())
         self.worked.clear()
