@@ -167,7 +167,8 @@ def test_lineage_shows_the_whole_chain(chain: Chain, capsys: pytest.CaptureFixtu
     app(["run", "lineage", "chain-dpo/1", *where], standalone_mode=False)
     shown = "".join(capsys.readouterr().out.split())
     chained = [f"run dpo-0 ({chain.dpo[0].run})", f"made from pairs {source['made_from'][0]['digest'][:12]} of {folder}/pairs",
-               f"made from {folder}/pairs.jsonl", f"exported to {chain.dpo[0].export}", "initialized from model.pretrained: sft-0",
+               f"made from {folder}/pairs.jsonl", f"exported to {chain.dpo[0].export}",
+               "initialized from model.pretrained: sft-0",
                f"run sft-0 ({chain.sft[0].run})", f"made from {folder}/chats.jsonl", f"exported to {chain.sft[0].export}",
                f"initialized from model.pretrained: a folder ({folder}/model)",
                "log-probabilities by data.sources.0.reference: sft-0", f"run sft-0 ({chain.sft[0].run}), see above"]  # fmt: skip

@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 
 from heliostat.data import ancestry, coverage
 from heliostat.data.ancestry import MADE_FROM, SourceDataset
+from heliostat.data.conversations import row_tokens
 from heliostat.data.coverage import Segment
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.data.manifest import Manifest
@@ -153,7 +154,7 @@ def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin
         "tokenizer": manifest.meta.get("tokenizer"),
         "weights": [(step, weights[number]) for step, weights in data.plan.mix],
         "samples": samples,
-        "tokens": samples * (data.plan.sequence_length or 0),
+        "tokens": round(samples * (data.plan.sequence_length or row_tokens(manifest))),
         "range": (begin, end),
         "left_out": left_out,
         "epochs": samples / int(data.order.epoch_samples[number]),
