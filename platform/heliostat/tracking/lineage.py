@@ -1,6 +1,6 @@
 """Finds the origins of a model, and the models that have trained on a shard. Reads only MLflow and the run's folder.
 
-lineage(client, uri, "models:/name@champion")    # or NAME/VERSION, a run id, a run's folder
+lineage(client, uri, "models:/name@champion")    # or NAME/VERSION, a run id, the folder of a run or of an exported model
 Seen(client).answer(shard="part-00017.parquet")
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from typing_extensions import TypedDict
@@ -16,6 +17,7 @@ from typing_extensions import TypedDict
 from heliostat.cluster.capacity import LivingNode
 from heliostat.data.ancestry import REFERENCE
 from heliostat.errors import ConfigError, HeliostatError
+from heliostat.recipes import exported
 from heliostat.runs import consumed, exports, goodput
 from heliostat.runs.consumed import Consumed
 from heliostat.runs.exports import ExportedFolder
@@ -97,7 +99,9 @@ def lineage(client: MlflowClient, uri: str, what: str) -> Lineage:
     """Traces the lineage of a model or a run. `what`: any name of the model or the run. Raises ConfigError if no run belongs to
     `what`."""
     version, run_id = None, what
-    if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # an unregistered model belongs to its run
+    if exporting := exported.run_of(Path(what)):
+        run_id = exporting
+    elif logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # an unregistered model belongs to its run
         run_id = str(client.get_logged_model(logged[1]).source_run_id)
     elif not re.fullmatch(r"[0-9a-f]{32}", what) and not _is_folder(what):
         version = registry.find(client, what)
