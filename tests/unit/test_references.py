@@ -10,17 +10,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from heliostat.curation import forget
 from heliostat.curation.prepare import place
 from heliostat.curation.references import computing
 from heliostat.curation.references.pipeline import ReferencePipeline
-from heliostat.data import conversations, manifest, versions
+from heliostat.curation.text import trace
+from heliostat.data import ancestry, conversations, manifest, versions
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.folder_digests import weights_digest
 from heliostat.tasks import shipping
 
 from tests.unit import build_conversations
+from tests.unit.build_conversations import WORDS
 from tests.unit.build_curation import HereFlow, KilledError
+from tests.unit.test_conversation_records import Preferences, prepared
 from tests.unit.test_dpo import dpo, plain_logprob, rows_of, write_base
 
 
@@ -75,7 +79,7 @@ def test_the_dataset_has_the_same_rows_and_the_models_own_log_probabilities(base
     facts = made.meta[conversations.FACT]
     assert facts["reference"] == {"digest": weights_digest(base), "precision": "fp32"}
     assert facts | {"reference": None} == before.meta[conversations.FACT]
-    assert made.meta["derived_from"] == before.digest
+    assert made.meta["made_from"] == [{"name": before.meta["name"], "digest": before.digest}]
     for name in ("tokenizer.json", conversations.TEMPLATE):
         assert made.file(name).read() == (data / name).read_bytes()
     recipe = dpo(base, tmp_path / "out")
@@ -151,3 +155,25 @@ def test_values_that_arent_finite_are_an_error_that_names_the_row(base: Path, da
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(DataError, match=r"^row 'pair-0000': the reference's log-probability isn't finite"):
         computing.logprobs(model, rows_of(data), settings)
+
+
+def test_a_pair_is_traced_and_forgotten_like_in_the_dataset_without_a_reference(base: Path, tmp_path: Path) -> None:
+    """The record has the raw input, the other dataset's folder, and the reference's origin."""
+    pairs = [{"prompt": " ".join(WORDS[n : n + 3]), "chosen": WORDS[n], "rejected": "no"} for n in range(10)]
+    before = prepared(tmp_path, [*pairs, {**pairs[0], "rejected": pairs[0]["chosen"]}], Preferences)
+    made = make(pipeline(base, Path(before.location.path), tmp_path / "referenced"))
+    assert (made.places == before.places).all() and (made.places >= 0).all()
+    for number in (3, 11):
+        (end,) = trace.find(made, id=f"chats.jsonl#{number}")
+        ways = [trace.trace(one, end) for one in (before, made)]
+        paths = [way["shard"] and way["shard"].pop("path") for way in ways]
+        assert ways[0] == ways[1] and ways[1]["notes"] == [] and (ways[1]["kept"] is None) == (number == 11)
+        assert all((path in one.paths) == (number == 3) for path, one in zip(paths, (before, made), strict=True))
+    assert ancestry.inputs_of(made) == [before.location.uri, str(tmp_path / "in")]
+    origin = ancestry.reference_of(made)
+    assert origin and origin["folder"] == str(base) and ancestry.reference_of(before) is None
+    (end,) = trace.find(made, id="chats.jsonl#3")
+    less = forget.forget(made, "chats.jsonl#3", [end], made.location.ending("-less"))
+    assert rows(less) == [row for row in rows(made) if row["id"] != "chats.jsonl#3"] != rows(made)
+    assert ancestry.related(less.meta) == {less.digest, made.digest, before.digest}
+    assert ancestry.inputs_of(less) == ancestry.inputs_of(made) and ancestry.reference_of(less) == origin

@@ -57,6 +57,7 @@ class ConversationMaking(Reading):
     """Makes the dataset of one pipeline; the fields are the pipeline's keys."""
 
     meanings: ClassVar = documents.REASONS | reading.REASONS
+    what_read: ClassVar = True
 
     source: ConversationSource
     renderer: Renderer
@@ -73,6 +74,10 @@ class ConversationMaking(Reading):
     @property
     def explained(self) -> bool:
         return True
+
+    @property
+    def columns(self) -> list[str]:
+        return [reading.COUNTS]
 
     @property
     def packs(self) -> bool:
@@ -146,7 +151,7 @@ def write_shard(folder: Location, number: int, runs: list[SpilledRun], plan: Sha
     data, output = encoded(groups, [place for _, place in chunks]), Location(plan.output)
     path = versions.store(output, f"{SHARDS}/{number:05d}/", data, ".parquet")
     ends = gathering.spill_kept(folder, path, table, gathering.Duplicates(folder, False), plan.every)
-    shard = {**row_groups.written(output, path, data, None), "documents": len(ids), "bytes": int(table["bytes"].to_numpy().sum()),
+    shard = {**row_groups.written(output, path, data, None), "documents": len(ids), "bytes": counts.pop("bytes"),
              "counts": dict(counts)}  # fmt: skip
     return {"shards": [shard], "ends": ends, "files": ends}
 

@@ -121,7 +121,7 @@ def write_shard(folder: Location, shard: SourceShard, values: str, prefix: str, 
 
 def joined(file: pq.ParquetFile, values: np.ndarray) -> bytes:
     """Returns a shard of preferences with log-probabilities as the bytes of a Parquet file."""
-    sink, begin, before = pa.BufferOutputStream(), 0, file.schema_arrow.metadata or {}
+    sink, begin, before = pa.BufferOutputStream(), 0, file.metadata.metadata or {}
     with pq.ParquetWriter(sink, REFERENCE, **FORM) as writer:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, PREFERENCES.names)

@@ -8,6 +8,7 @@ log-probability also depend on the machine and the batch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +24,12 @@ from heliostat.curation.references import computing
 from heliostat.curation.references.computing import ReferenceModel, SourceShard
 from heliostat.curation.watching import PipelineWatch
 from heliostat.data import manifest, versions
+from heliostat.data.ancestry import FOLDERS, MADE_FROM, PIPELINE, REFERENCE, made_from
 from heliostat.data.conversations import FACT, Reference
-from heliostat.data.manifest import FILES, SHARDS, Manifest
+from heliostat.data.manifest import FILES, SHARDS, Manifest, kept_path
 from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import ConfigError
+from heliostat.recipes import model_origins
 from heliostat.recipes.folder_digests import weights_digest
 from heliostat.schema import Float
 from heliostat.storage.locations import Location
@@ -35,8 +38,7 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.progress import Progress
 from heliostat.tasks.work import Work, key
 
-OF_INPUT = ("digest", "name", "config", "listing", "hub", "files", "also", "curation")  # metadata that a new dataset doesn't have
-DERIVED = "derived_from"  # key of the input's digest in the metadata
+OF_INPUT = ("digest", "name", "config", "listing", "hub", "files")  # metadata that a new dataset doesn't have
 
 
 class ReferencePipeline(Pipeline):
@@ -117,7 +119,9 @@ class ReferencePipeline(Pipeline):
                     collected.add(shard)
         kept = {name: value for name, value in facts.items() if name not in OF_INPUT}
         copied = {name: self._copied(name, output) for name in facts.get(FILES, {}) or ("tokenizer.json", "chat_template.jinja")}
-        referenced = {FACT: {**facts[FACT], "reference": self.reference}, FILES: copied, DERIVED: self.dataset.digest}
+        for path in facts.get("also", []):  # the record of each pair's shard, which has the same number in the new dataset
+            output.join(path).write(self.dataset.location.join(path).read())
+        referenced = {FACT: {**facts[FACT], "reference": self.reference}, FILES: copied, MADE_FROM: made_from(self.dataset)}
         return collected.table(), kept | referenced
 
     def _written(self, flow: Flow, output: Location, inputs: list[InputFile]) -> list[dict[str, Any]]:
@@ -144,8 +148,9 @@ class ReferencePipeline(Pipeline):
 
         def writing() -> Iterator[Task]:
             for number, (shard, name, file) in enumerate(zip(shards, values, inputs, strict=True)):
-                arguments = {"shard": shard, "values": name, "prefix": f"{SHARDS}/{number:05d}/", "output": output.uri}
-                yield Task(key("referenced", shard.footer, name, number), arguments, bytes=file.bytes)
+                prefix = f"{folder}/" if (folder := shard.path.rpartition("/")[0]) != SHARDS else f"{SHARDS}/{number:05d}/"
+                arguments = {"shard": shard, "values": name, "prefix": prefix, "output": output.uri}
+                yield Task(key("referenced", shard.footer, name, prefix), arguments, bytes=file.bytes)
 
         return flow.all("shards", computing.write_shard, writing(), valid=whole)
 
@@ -170,4 +175,8 @@ class ReferencePipeline(Pipeline):
         self.worked.clear()
 
     def finish(self, dataset: Manifest) -> None:
+        record = self.dataset.uncovered(PIPELINE)
+        folders = [self.dataset.location.uri, *record.get(FOLDERS, [])]
+        record |= {FOLDERS: folders, REFERENCE: model_origins.of(self.model, Path(self.model))}
+        dataset.location.join(kept_path(dataset.digest, PIPELINE)).write(json.dumps(record).encode())
         self.worked.clear()
