@@ -15,7 +15,7 @@ import xxhash
 from heliostat.config.spec import Job
 from heliostat.curation.text import tokens
 from heliostat.data import manifest
-from heliostat.data.conversations import FACT, PACKS, PREFERENCES, TEMPLATE, Facts
+from heliostat.data.conversations import FACT, PACKS, PREFERENCES, TEMPLATE, ConversationFacts
 from heliostat.storage.locations import Location
 from tokenizers import Tokenizer
 
@@ -112,7 +112,7 @@ def packs(
     answers = sum(message["role"] == "assistant" for chat in chats for message in chat)
     counts = {"conversations": len(rendered), "tokens": sum(sizes), "trained": learned,
               "turns": answers if turns == "all" else len(rendered), "trained_ends": sum(t == stop and m for t, m in ends),
-              "untrained": sum(not any(one.trained) for one in rendered), "cut": 0, "split": 0,
+              "untrained": sum(not any(one.trained) for one in rendered), "cut": 0, "split": 0, "retokenized": 0, "ended": 0,
               "padding": len(rows) * length - sum(sizes)}  # fmt: skip
     return write(folder, rows, PACKS, raw, {"form": "packs", "sequence_length": length, "turns": turns,
                                             "end_of_turn": end_of_turn, "counts": counts}, template)  # fmt: skip
@@ -133,7 +133,7 @@ def preferences(folder: Path, number: int = 48, length: int = 96, raw: Tokenizer
                      "rejected": [*encoded(" ".join(words[1:])), stop]})  # fmt: skip
     learned = sum(len(row[name]) for row in rows for name in ("chosen", "rejected"))
     counts = {"conversations": number, "tokens": learned + sum(len(row["prompt"]) for row in rows), "trained": learned,
-              "turns": 2 * number, "trained_ends": 2 * number, "untrained": 0, "cut": 0, "split": 0, "padding": 0}  # fmt: skip
+              "turns": 2 * number, "trained_ends": 2 * number, "untrained": 0, "cut": 0, "split": 0, "retokenized": 0, "ended": 0, "padding": 0}  # fmt: skip
     return write(folder, rows, PREFERENCES, raw, {"form": "preferences", "sequence_length": length, "turns": "last",
                                                   "end_of_turn": True, "counts": counts})  # fmt: skip
 
@@ -148,7 +148,7 @@ def write(
     definition = raw.to_str()
     (folder / "tokenizer.json").write_text(definition)
     (folder / TEMPLATE).write_text(template)
-    whole: Facts = {"template": xxhash.xxh3_128_hexdigest(template.encode()), "ends": [raw.token_to_id(STOP)],
+    whole: ConversationFacts = {"template": xxhash.xxh3_128_hexdigest(template.encode()), "end": raw.token_to_id(STOP),
                     "reference": None, **facts}  # type: ignore[typeddict-item]  # fmt: skip
     known = {"tokenizer": hashlib.sha256(definition.encode()).hexdigest(), "vocab_size": raw.get_vocab_size(),
              "end_of_document": raw.token_to_id(END), FACT: whole}  # fmt: skip

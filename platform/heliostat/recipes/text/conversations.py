@@ -19,16 +19,16 @@ import pyarrow as pa
 from pydantic import Field
 
 from heliostat.config.spec import Job
-from heliostat.data.conversations import FACT, Facts
+from heliostat.data.conversations import FACT, ConversationFacts
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
-from heliostat.recipes.protocol import Batch, Draws
+from heliostat.recipes.protocol import Batch, Draws, Gallery
 from heliostat.recipes.text import templates
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.schema import Strict, validate
 
 if TYPE_CHECKING:
-    from heliostat.recipes.text.answers import AnswerGallery, Prompt
+    from heliostat.recipes.text.answers import Prompt
     from heliostat.recipes.text.exporting import Chat
 
 SHOWN_PROMPTS, SHOWN_TOKENS = 2, 64  # prompts, and tokens per answer, to show a finished run
@@ -49,7 +49,7 @@ class AnswerSamples(Strict):
 class ConversationKeys(Strict):
     """Defines the keys of `model` that don't belong to the architecture."""
 
-    samples: AnswerSamples | None = AnswerSamples()
+    samples: AnswerSamples | None = Field(default_factory=lambda: AnswerSamples.model_validate({}))
     """Prompts that the model answers at each evaluation. `null`: none."""
 
     chat_template: Literal["dataset"] | None = None
@@ -71,7 +71,7 @@ class LearnsConversations(CausalLM, Draws):
     def __init__(self, job: Job) -> None:
         names = self.own.model_fields
         self.keys = validate(self.own, {key: value for key, value in job.model.items() if key in names}, "model")
-        self.facts: list[Facts] = []  # of each dataset; empty until the datasets are known
+        self.facts: list[ConversationFacts] = []  # of each dataset; empty until the datasets are known
         super().__init__(job.model_copy(update={"model": {k: v for k, v in job.model.items() if k not in names}}))
         self.terms_per_sample = None
         shared = [key for key in ("sequence", "tensor") if getattr(job.train.parallel, key) > 1]
@@ -121,7 +121,7 @@ class LearnsConversations(CausalLM, Draws):
         if self.pretrained and self.keys.chat_template is None:
             templates.require_same(Path(self.pretrained), sources[0], self.facts[0]["template"])
 
-    def _facts_of(self, number: int, source: Manifest) -> Facts:
+    def _facts_of(self, number: int, source: Manifest) -> ConversationFacts:
         """Returns the facts of a dataset. Raises ConfigError if the dataset doesn't have this recipe's form."""
         facts = source.meta.get(FACT)
         if facts is None or facts["form"] != self.form:
@@ -130,7 +130,7 @@ class LearnsConversations(CausalLM, Draws):
                 f"data.sources.{number}.path: {str(source.location)!r} contains {contents}, but {type(self).__name__} trains on "
                 f"{self.form}. Prepare the dataset with {self.pipeline}"
             )
-        return cast("Facts", facts)
+        return cast("ConversationFacts", facts)
 
     @abstractmethod
     def presume(self, rows: int) -> pa.Table:
@@ -149,7 +149,7 @@ class LearnsConversations(CausalLM, Draws):
     @property
     def ends(self) -> list[int]:
         """Returns the tokens that end the assistant's turns."""
-        return sorted({token for facts in self.facts for token in facts["ends"]})
+        return sorted({facts["end"] for facts in self.facts})
 
     def chat(self) -> Chat:
         from heliostat.recipes.text.exporting import Chat
@@ -162,7 +162,7 @@ class LearnsConversations(CausalLM, Draws):
     def prompts_of(self, content: pa.Table) -> Iterator[Prompt]:
         """Yields the prompts of rows, and the dataset's own answers."""
 
-    def gallery(self) -> AnswerGallery | None:
+    def gallery(self) -> Gallery | None:
         """Returns the prompts to answer after every evaluation; None if there are none."""
         from heliostat.recipes.text.answers import AnswerGallery
 
@@ -178,13 +178,13 @@ class LearnsConversations(CausalLM, Draws):
         the model has no positions for an answer."""
         from heliostat.recipes.text import answers, exporting
 
-        samples = self.keys.samples or AnswerSamples()
+        samples = self.keys.samples or AnswerSamples.model_validate({})
         tokenizer = exporting.tokenizer_of(self.pretrained, self.tokenizer, self.chat()) if samples.prompts else None
-        asked = answers.asked(tokenizer, samples.prompts) if tokenizer else []
+        questions = answers.asked(tokenizer, samples.prompts) if tokenizer else []
         content = cast("pa.Table", exporting.some(self.job, self.sources))
         room = (getattr(self.config, "max_position_embeddings", None) or sys.maxsize) - self.max_answer
         held_out = (prompt for prompt in self.prompts_of(content) if len(prompt.tokens) <= room)
-        return [*asked, *itertools.islice(held_out, samples.held_out)]
+        return [*questions, *itertools.islice(held_out, samples.held_out)]
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:  # type: ignore[override]

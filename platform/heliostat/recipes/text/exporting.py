@@ -61,10 +61,10 @@ def tokenizer_of(
     pretrained: str | None, tokenizer: Callable[[], PreTrainedTokenizerBase], chat: Chat | None
 ) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of a pretrained model, or the result of `tokenizer`, with the chat template of `chat`."""
-    made = from_folder("model.pretrained", AutoTokenizer, pretrained) if pretrained else tokenizer()
+    own = from_folder("model.pretrained", AutoTokenizer, pretrained) if pretrained else tokenizer()
     if chat:
-        made.chat_template = chat.template
-    return made
+        own.chat_template = chat.template
+    return own
 
 
 def _generation(pretrained: str | None, config: PreTrainedConfig) -> GenerationConfig:
