@@ -1,5 +1,5 @@
-"""Tests training with DPO on ranks without Ray: every ZeRO stage, worker count, and micro-batch size trains like a plain loop over
-single sequences, with the dataset's reference and with the adapter off."""
+"""Tests training with DPO on ranks without Ray: every ZeRO stage, worker count, and micro-batch size trains like a plain loop
+over single sequences, with the dataset's reference and with the adapter off."""
 
 from __future__ import annotations
 

@@ -36,10 +36,10 @@ def batch(content: pa.Table, longest: int, reference: bool) -> Batch:
     """
     rows = [_checked(row, name, longest) for row, name in zip(_rows(content), content["id"].to_pylist(), strict=True)]
     sequences = [np.concatenate([row.prompt, answer]) for row in rows for answer in (row.chosen, row.rejected)]
-    padded = pad(sequences, longest=longest, multiple=MULTIPLE)
+    filled = pad(sequences, longest=longest, multiple=MULTIPLE)
     prompts = torch.tensor([len(row.prompt) for row in rows])
-    answered = padded.mask & (torch.arange(padded.values.shape[1]) >= prompts.repeat_interleave(2).unsqueeze(1))
-    made = {"input_ids": padded.values, "labels": padded.values.masked_fill(~answered, IGNORED)}
+    answered = filled.mask & (torch.arange(filled.values.shape[1]) >= prompts.repeat_interleave(2).unsqueeze(1))
+    made = {"input_ids": filled.values, "labels": filled.values.masked_fill(~answered, IGNORED)}
     batch_tensors = {name: tensor.view(len(rows), 2, -1) for name, tensor in made.items()} | {"host_prompts": prompts}
     return batch_tensors | {"reference": _reference(content)} if reference else batch_tensors
 
@@ -49,7 +49,7 @@ def last(batch: Batch) -> int:
     64."""
     length = batch["input_ids"].shape[-1]
     needed = length - int(batch["host_prompts"].min()) + 1
-    return min(length, -(-needed // MULTIPLE) * MULTIPLE)
+    return min(length, padded(needed))
 
 
 def placeholder(rows: int, length: int) -> pa.Table:
@@ -57,6 +57,17 @@ def placeholder(rows: int, length: int) -> pa.Table:
     answer = length - 1
     row = {"id": "", "prompt": [0], "chosen": [0] * answer, "rejected": [1] * answer, **dict.fromkeys(REFERENCE_COLUMNS, 0.0)}
     return pa.Table.from_pylist([row] * rows, schema=REFERENCE)
+
+
+def lengths(content: pa.Table) -> np.ndarray:
+    """Returns the number of tokens of each row's longer sequence, int64 [rows]."""
+    prompt, *answers = (content[name].combine_chunks().value_lengths().to_numpy() for name in PreferenceRow._fields)
+    return (prompt + np.maximum(*answers)).astype(np.int64)
+
+
+def padded(tokens: int) -> int:
+    """Returns the length of a batch whose longest sequence has this number of tokens."""
+    return -(-tokens // MULTIPLE) * MULTIPLE
 
 
 def _rows(content: pa.Table) -> Iterator[PreferenceRow]:
