@@ -1,21 +1,24 @@
 """Compares fine-tuning with TRL's trainers: losses, gradients, CPU seconds per trained token, and peak memory.
 
-Both train the same weights on the same batches of random conversations, in one process with one thread, fp32, AdamW. Each run is a
-process of its own, and the ways take turns. TRL must be installed in an environment with heliostat's packages:
+Both train the same weights on the same batches of random conversations, in one process with one thread, fp32, AdamW. Each run is
+a process of its own, and the ways take turns. TRL must be installed in an environment with heliostat's packages:
 
     python -m tests.benchmarks.fine_tuning --trl FOLDER     # FOLDER: `pip install --no-deps --target FOLDER trl==1.16.0`
 """
 
 from __future__ import annotations
 
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from heliostat.data.conversations import PACKS, PREFERENCES
+from heliostat.data.conversations import PACKS, REFERENCE
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from tests.benchmarks import harness
@@ -25,12 +28,14 @@ if TYPE_CHECKING:
     from heliostat.config.spec import Job
 
 MODEL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 8192}
-LENGTH, BATCH, MICRO, SEED, LR = 256, 8, 2, 7, 1e-3
+LENGTH, SEED, LR = 256, 7, 1e-3
+BATCH = {"packed": 8, "single": 16, "pairs": 8}  # rows of each dataset per step
+MICROS = 4  # micro-batches per step
 EPS = 1e-5  # of AdamW: with the usual 1e-8, AdamW turns the rounding of tiny gradients into updates
 SKIPPED = 2  # steps that warm up, and don't count
+ROWS, PAIRS = 400, 96
 COMPARED = 5  # steps whose losses and gradients are compared
 STOP, PAD, BETA = 1, 2, 0.1
-HEAD = "lm_head.weight"
 
 
 # the data ------------------------------------------------------------------------------------------------------------
@@ -72,6 +77,7 @@ def pairs(number: int) -> list[dict[str, Any]]:
 
 def prepare(folder: str, number: int) -> None:
     """Writes the weights that are trained, a dataset of packs, one of single conversations, and one of preferences."""
+    from heliostat.recipes.folder_digests import weights_digest
     from tokenizers import Tokenizer, models
 
     from tests.unit import build_conversations
@@ -79,17 +85,31 @@ def prepare(folder: str, number: int) -> None:
     vocabulary = {f"<{i}>": i for i in range(MODEL["vocab_size"])}
     vocabulary = {{"<0>": build_conversations.END, "<1>": build_conversations.STOP}.get(k, k): i for k, i in vocabulary.items()}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<3>"))
-    packed, two = packs(number), pairs(number)
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(LlamaConfig(**MODEL))
+    model.save_pretrained(f"{folder}/base")
+    Path(folder, "base/tokenizer.json").write_text(raw.to_str())
     single = [{"ids": [str(i)], "lengths": [len(tokens)], "tokens": tokens, "trained": trained}
               for i, (tokens, trained) in enumerate(conversations(number))]  # fmt: skip
-    for name, rows, columns in (("packed", packed, PACKS), ("single", single, PACKS), ("pairs", two, PREFERENCES)):
-        form = "preferences" if columns is PREFERENCES else "packs"
+    compared = [{**row, **referred(model, row)} for row in pairs(PAIRS)]
+    for name, rows, columns in (("packed", packs(number), PACKS), ("single", single, PACKS), ("pairs", compared, REFERENCE)):
+        form = "preferences" if columns is REFERENCE else "packs"
         build_conversations.write(Path(folder, name), rows, columns, raw, {
             "form": form, "sequence_length": LENGTH, "turns": "all", "end_of_turn": True, "counts": counted(rows, form),
+            "reference": {"digest": weights_digest(Path(folder, "base")), "precision": "fp32"},
         })  # fmt: skip
-    torch.manual_seed(SEED)
-    LlamaForCausalLM(LlamaConfig(**MODEL)).save_pretrained(f"{folder}/base")
-    Path(folder, "base/tokenizer.json").write_text(raw.to_str())
+
+
+@torch.no_grad()
+def referred(model: Any, row: dict[str, Any]) -> dict[str, float]:
+    """Returns the log-probabilities of the answers, with the loss of transformers."""
+    values = {}
+    for name in ("chosen", "rejected"):
+        tokens = torch.tensor([[*row["prompt"], *row[name]]])
+        labels = tokens.clone()
+        labels[:, : len(row["prompt"])] = -100
+        values[f"reference_{name}"] = -float(model(input_ids=tokens, labels=labels, num_items_in_batch=1).loss)
+    return values
 
 
 def counted(rows: list[dict[str, Any]], form: str) -> dict[str, int]:
@@ -98,7 +118,8 @@ def counted(rows: list[dict[str, Any]], form: str) -> dict[str, int]:
     learned = sum(map(len, answers)) + sum(sum(row.get("trained", [])) for row in rows)
     turns = len(answers) + sum(len(row.get("lengths", [])) for row in rows)
     return {"conversations": len(rows) if form == "preferences" else turns, "tokens": tokens, "trained": learned, "turns": turns,
-            "trained_ends": turns, "untrained": 0, "cut": 0, "split": 0, "padding": len(rows) * LENGTH - tokens}  # fmt: skip
+            "trained_ends": turns, "untrained": 0, "cut": 0, "split": 0, "retokenized": 0, "ended": 0,
+            "padding": len(rows) * LENGTH - tokens}  # fmt: skip
 
 
 # heliostat -----------------------------------------------------------------------------------------------------------
@@ -109,8 +130,19 @@ def described(folder: str, data: str, steps: int, changes: dict[str, Any]) -> Jo
 
     recipe = "DPO" if data == "pairs" else "SFT"
     keys: dict[str, Any] = {"recipe": f"heliostat.recipes:{recipe}", "data.sources": [{"path": f"{folder}/{data}"}]}
-    keys |= {"data.sequence_length": None, "evaluate": None, "storage": f"{folder}/runs-{time.time_ns()}", "train.steps": steps}
-    keys |= {"train.global_batch_size": BATCH, "train.micro_batch_size": MICRO, "train.seed": SEED, "train.precision": "fp32"}
+    keys |= {
+        "data.sequence_length": None,
+        "data.document_mask": data == "packed",
+        "evaluate": None,
+        "storage": f"{folder}/runs-{time.time_ns()}",
+        "train.steps": steps,
+    }
+    keys |= {
+        "train.global_batch_size": BATCH[data],
+        "train.micro_batch_size": BATCH[data] // MICROS,
+        "train.seed": SEED,
+        "train.precision": "fp32",
+    }
     keys |= {"train.optimizer": {"name": "adamw", "lr": LR, "betas": [0.9, 0.999], "eps": EPS, "weight_decay": 0.0}}
     keys |= {"train.grad_clip": 0.0, "train.schedule": {"name": "constant"}, "train.zero.stage": 1, "workers.count": 1}
     keys |= {"model": {"pretrained": f"{folder}/base", **({"dpo": {"beta": BETA}} if data == "pairs" else {})}}
@@ -171,6 +203,12 @@ def _result(losses: list[float], seconds: list[float], before: float) -> dict[st
     return {"losses": losses, "seconds": sum(seconds[SKIPPED:]), "peak": harness.memory("VmHWM") - before}
 
 
+def learned(folder: str, data: str, steps: int) -> int:
+    """Counts the trained tokens of the steps that count."""
+    rows = [row for table in in_order(folder, data, steps)[SKIPPED:] for row in table.to_pylist()]
+    return sum(sum(row["trained"]) if "trained" in row else len(row["chosen"]) + len(row["rejected"]) for row in rows)
+
+
 # TRL -----------------------------------------------------------------------------------------------------------------
 
 
@@ -193,10 +231,11 @@ class Steps(TrainerCallback):
         self.seconds.append(time.process_time() - self.began)
 
 
-def settings(folder: str, steps: int, micro: int, micros: int) -> dict[str, Any]:
+def settings(folder: str, data: str, steps: int) -> dict[str, Any]:
     """Returns the settings of TRL's trainers that heliostat's job has."""
     return {
-        "output_dir": f"{folder}-trl", "per_device_train_batch_size": micro, "gradient_accumulation_steps": micros,
+        "output_dir": f"{folder}-trl", "per_device_train_batch_size": BATCH[data] // MICROS,
+        "gradient_accumulation_steps": MICROS,
         "max_steps": steps, "learning_rate": LR, "lr_scheduler_type": "constant", "optim": "adamw_torch", "weight_decay": 0.0,
         "adam_epsilon": EPS, "max_grad_norm": 0.0, "logging_steps": 1, "gradient_checkpointing": False, "bf16": False,
         "max_length": LENGTH, "report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True,
@@ -224,29 +263,17 @@ def tokenizer(folder: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=f"{folder}/base/tokenizer.json", eos_token=STOP, pad_token=END)
 
 
-def trl_sft(folder: str, data: str, steps: int, padded: int, kept: str = "") -> dict[str, Any]:
-    """Trains with SFTTrainer. `data`: packed, or single. `padded`: conversations per micro-batch of other rows, or 0 for the rows of
-    heliostat's steps."""
+def trl_sft(folder: str, data: str, steps: int, kept: str = "") -> dict[str, Any]:
+    """Trains with SFTTrainer on the rows of heliostat's steps. `data`: packed, or single."""
     import datasets
     from trl import SFTConfig, SFTTrainer
 
-    torch.set_num_threads(1)
-    tables = [row for table in in_order(folder, data, steps) for row in table.to_pylist()]
-    rows = [{**labelled(row["tokens"], row["trained"]), "seq_lengths": row["lengths"]} for row in tables]
-    micro, micros = MICRO, BATCH // MICRO
-    if data == "single":
-        rows = [{name: values for name, values in row.items() if name != "seq_lengths"} for row in rows]
-    made = SFTConfig(**settings(folder, steps, padded or micro, micros), packing=data == "packed", packing_strategy="bfd")
-    watch, before = Steps(kept), harness.memory("VmRSS")
-    harness.forget_peak()
-    model = LlamaForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32)
-    trainer = in_their_order(SFTTrainer)(model, args=made, train_dataset=datasets.Dataset.from_list(rows),
-                                         processing_class=tokenizer(folder), callbacks=[watch])  # fmt: skip
-    trainer.train()
-    result = _result([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], watch.seconds, before)
-    if kept:
-        keep(kept, watch.gradients)
-    return result
+    rows = [row for table in in_order(folder, data, steps) for row in table.to_pylist()]
+    made = [
+        labelled(row["tokens"], row["trained"]) | ({"seq_lengths": row["lengths"]} if data == "packed" else {}) for row in rows
+    ]
+    asked = SFTConfig(**settings(folder, data, steps), packing=data == "packed", packing_strategy="bfd")
+    return trained(in_their_order(SFTTrainer), folder, kept, args=asked, train_dataset=datasets.Dataset.from_list(made))
 
 
 def trl_dpo(folder: str, steps: int, precomputed: bool, kept: str = "") -> dict[str, Any]:
@@ -254,42 +281,105 @@ def trl_dpo(folder: str, steps: int, precomputed: bool, kept: str = "") -> dict[
     import datasets
     from trl import DPOConfig, DPOTrainer
 
+    rows = [row for table in in_order(folder, "pairs", steps) for row in table.to_pylist()]
+    made = [{f"{name}_ids": row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    asked = DPOConfig(**settings(folder, "pairs", steps), beta=BETA, precompute_ref_log_probs=precomputed)
+    reference = None if precomputed else LlamaForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32)
+    return trained(in_their_order(DPOTrainer), folder, kept, ref_model=reference, args=asked,
+                   train_dataset=datasets.Dataset.from_list(made))  # fmt: skip
+
+
+def trained(trainer: type, folder: str, kept: str, **named: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
-    tables = [row for table in in_order(folder, "pairs", steps) for row in table.to_pylist()]
-    rows = [{f"{name}_ids": row[name] for name in ("prompt", "chosen", "rejected")} for row in tables]
-    made = DPOConfig(**settings(folder, steps, MICRO, BATCH // MICRO), beta=BETA, precompute_ref_log_probs=precomputed)
     watch, before = Steps(kept), harness.memory("VmRSS")
     harness.forget_peak()
-    model, other = (LlamaForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32) for _ in range(2))
-    trainer = in_their_order(DPOTrainer)(model, None if precomputed else other, args=made, processing_class=tokenizer(folder),
-                                         train_dataset=datasets.Dataset.from_list(rows), callbacks=[watch])  # fmt: skip
-    trainer.train()
-    result = _result([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], watch.seconds, before)
+    model = LlamaForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32)
+    made = trainer(model, processing_class=tokenizer(folder), callbacks=[watch], **named)
+    made.train()
+    result = _result([entry["loss"] for entry in made.state.log_history if "loss" in entry], watch.seconds, before)
     if kept:
         keep(kept, watch.gradients)
     return result
 
 
-def trl_held_out(folder: str) -> dict[str, float]:
-    """Returns the loss of the same conversations that SFTTrainer's `evaluate` reports for three batch sizes, and the mean over
-    their tokens."""
+def trl_held_out(folder: str, steps: int) -> dict[str, float]:
+    """Trains some steps. Returns the loss of the same conversations that SFTTrainer's `evaluate` reports for three batch sizes,
+    and the mean over their trained tokens."""
     import datasets
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(1)
-    table = [row for rows in in_order(folder, "single", 8) for row in rows.to_pylist()]
-    rows, losses = datasets.Dataset.from_list([labelled(row["tokens"], row["trained"]) for row in table]), dict[str, float]()
+    table = [row for rows in in_order(folder, "single", steps + 4) for row in rows.to_pylist()]
+    rows = datasets.Dataset.from_list([labelled(row["tokens"], row["trained"]) for row in table])
+    last = rows.select(range(steps * BATCH["single"], len(rows)))
+    model = LlamaForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32)
+    made = in_their_order(SFTTrainer)(model, args=SFTConfig(**settings(folder, "single", steps)), train_dataset=rows,
+                                      eval_dataset=last, processing_class=tokenizer(folder))  # fmt: skip
+    made.train()
+    losses = {}
     for size in (1, 4, 16):
-        model = LlamaForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32)
-        made = SFTConfig(**settings(folder, 1, MICRO, 1), per_device_eval_batch_size=size)
-        trainer = in_their_order(SFTTrainer)(model, args=made, train_dataset=rows, eval_dataset=rows,
-                                             processing_class=tokenizer(folder))  # fmt: skip
-        losses[f"batches of {size}"] = trainer.evaluate()["eval_loss"]
-    model, nats, terms = LlamaForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32), 0.0, 0
-    for row in table:
-        tokens, goals = torch.tensor([row["tokens"]]), torch.tensor([labelled(row["tokens"], row["trained"])["labels"]])
+        made.args.per_device_eval_batch_size = size
+        losses[f"evaluate, batches of {size}"] = made.evaluate()["eval_loss"]
+    nats, terms = 0.0, 0
+    for row in last:
+        tokens, goals = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:]
         with torch.no_grad():
-            logits = model(input_ids=tokens).logits[:, :-1].flatten(0, 1)
-        nats += float(torch.nn.functional.cross_entropy(logits, goals[0, 1:], reduction="sum"))
-        terms += int((goals[0, 1:] >= 0).sum())
+            logits = model(input_ids=tokens).logits[0, :-1]
+        nats += float(torch.nn.functional.cross_entropy(logits, goals, reduction="sum"))
+        terms += int((goals >= 0).sum())
     return {**losses, "mean over the trained tokens": nats / terms}
+
+
+# the comparison ------------------------------------------------------------------------------------------------------
+
+
+def apart(one: str, other: str) -> list[float]:
+    """Returns, for each compared step, the largest relative difference of a parameter's gradient."""
+    mine, right = np.load(one), np.load(other)
+    assert set(mine.files) == set(right.files)
+    norm = np.linalg.norm
+    each = {name: float(norm(mine[name] - right[name]) / norm(right[name])) for name in right.files}
+    return [max(value for name, value in each.items() if name.startswith(f"{step}/")) for step in range(COMPARED)]
+
+
+def main() -> None:
+    asked = harness.arguments(__doc__, trl="", steps=8, rounds=3)
+    if not asked.trl:
+        sys.exit("--trl: required. Install TRL into a folder, and pass this folder")
+    with tempfile.TemporaryDirectory() as place:
+        folder = f"{place}/made"
+        Path(folder).mkdir()
+        call = partial(harness.apart, PYTHONPATH=f"{harness.ROOT}/platform:{harness.ROOT}:{Path(asked.trl).absolute()}")
+        call(prepare, folder, ROWS)
+        equal(call, folder)
+        for name, loss in call(trl_held_out, folder, COMPARED)[0].items():
+            harness.row(f"TRL, held-out loss: {name}", f"{loss:.4f}")
+        ways: dict[str, Any] = {}
+        for data in BATCH:
+            ways[f"heliostat, {data}"] = partial(call, heliostat, folder, data, asked.steps, {})
+            more = (trl_dpo, folder, asked.steps, True) if data == "pairs" else (trl_sft, folder, data, asked.steps)
+            ways[f"TRL, {data}"] = partial(call, *more)
+        runs = {name: [result for result, _ in results] for name, results in harness.by_turns(ways, asked.rounds).items()}
+        counts = {data: call(learned, folder, data, asked.steps)[0] for data in BATCH}
+    harness.head("", "CPU ms per trained token", "trained tokens per CPU s", "peak MiB above imports")
+    for name, results in runs.items():
+        tokens = counts[name.split(", ")[1]]
+        cells = [harness.spread([1000 * run["seconds"] / tokens for run in results])]
+        cells += [harness.spread([tokens / run["seconds"] for run in results], ".0f")]
+        harness.row(name, *cells, harness.spread([run["peak"] for run in results], ".0f"))
+
+
+def equal(call: Any, folder: str) -> None:
+    """Prints the differences of losses and gradients of the first steps."""
+    harness.head("", "largest relative difference of losses", "of gradients, by step")
+    for data in BATCH:
+        mine, theirs = f"{folder}/heliostat-{data}.npz", f"{folder}/trl-{data}.npz"
+        ours = call(heliostat, folder, data, COMPARED, {}, mine)[0]
+        more = (trl_dpo, folder, COMPARED, False, theirs) if data == "pairs" else (trl_sft, folder, data, COMPARED, theirs)
+        others = call(*more)[0]
+        losses = [abs(a - b) / b for a, b in zip(ours["losses"], others["losses"], strict=True)]
+        harness.row(data, f"{max(losses):.1e}", ", ".join(f"{value:.1e}" for value in apart(mine, theirs)))
+
+
+if __name__ == "__main__":
+    main()

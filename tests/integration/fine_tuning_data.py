@@ -50,8 +50,8 @@ def refer(folder: Path, raw: Tokenizer) -> None:
             values = {f"reference_{name}": float(answer(model, row, name)[0]) for name in ("chosen", "rejected")}
         found.append({**row, **values, "reference_chosen": values["reference_chosen"] + 0.3 * number - 1})
     facts = {"form": "preferences", "sequence_length": LENGTH, "turns": "last", "end_of_turn": True}
-    counts = {"conversations": 8, "tokens": 0, "trained": 0, "turns": 16, "trained_ends": 16, "untrained": 0, "cut": 0,
-              "split": 0, "padding": 0}  # fmt: skip
+    names = ("tokens", "trained", "untrained", "cut", "split", "retokenized", "ended", "padding")
+    counts = {"conversations": 8, "turns": 16, "trained_ends": 16, **dict.fromkeys(names, 0)}
     reference = {"digest": weights_digest(folder / "base"), "precision": "fp32"}
     build_conversations.write(folder / "referred", found, REFERENCE, raw, {**facts, "counts": counts, "reference": reference})
 
