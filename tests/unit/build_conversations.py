@@ -133,7 +133,8 @@ def preferences(folder: Path, number: int = 48, length: int = 96, raw: Tokenizer
                      "rejected": [*encoded(" ".join(words[1:])), stop]})  # fmt: skip
     learned = sum(len(row[name]) for row in rows for name in ("chosen", "rejected"))
     counts = {"conversations": number, "tokens": learned + sum(len(row["prompt"]) for row in rows), "trained": learned,
-              "turns": 2 * number, "trained_ends": 2 * number, "untrained": 0, "cut": 0, "split": 0, "retokenized": 0, "ended": 0, "padding": 0}  # fmt: skip
+              "turns": 2 * number, "trained_ends": 2 * number, "untrained": 0, "cut": 0, "split": 0,
+              "retokenized": 0, "ended": 0, "padding": 0}  # fmt: skip
     return write(folder, rows, PREFERENCES, raw, {"form": "preferences", "sequence_length": length, "turns": "last",
                                                   "end_of_turn": True, "counts": counts})  # fmt: skip
 

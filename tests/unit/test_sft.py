@@ -160,23 +160,23 @@ def test_a_dataset_of_preferences_is_rejected_by_name(tmp_path: Path) -> None:
 
 
 def test_packs_of_several_conversations_need_document_masks(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="data.document_mask: false, but the packs .* would see each other"):
+    with pytest.raises(ConfigError, match=r"data.document_mask: false, but the packs .* would see each other"):
         bound(data, **{"data.document_mask": False})
     bound(build_conversations.packs(tmp_path / "single", 8, pack=False), **{"data.document_mask": False})
 
 
 def test_the_length_is_a_fact_of_the_dataset(data: Path, tmp_path: Path) -> None:
     assert bound(data).length == 96
-    with pytest.raises(ConfigError, match="data.sequence_length: only for token datasets"):
+    with pytest.raises(ConfigError, match=r"data.sequence_length: only for token datasets"):
         bound(data, **{"data.sequence_length": 96})
-    with pytest.raises(ConfigError, match="up to 96 tokens, which is above the model's max_position_embeddings. .*: 64"):
+    with pytest.raises(ConfigError, match=r"up to 96 tokens, which is above the model's max_position_embeddings. .*: 64"):
         bound(data, **{"model": {**build_conversations.MODEL, "max_position_embeddings": 64}})
 
 
 def test_datasets_with_different_templates_are_rejected(data: Path, tmp_path: Path) -> None:
     other = build_conversations.packs(tmp_path / "other", 16, template=CHATML + " ")
     job = sft(data, **{"data.sources": [{"path": str(data)}, {"path": str(other)}]})
-    with pytest.raises(ConfigError, match="data.sources: the datasets have different chat templates"):
+    with pytest.raises(ConfigError, match=r"data.sources: the datasets have different chat templates"):
         loading.load(job, sources(data, other))
 
 
@@ -240,7 +240,7 @@ def test_a_template_is_read_from_the_settings_of_a_tokenizer(tmp_path: Path) -> 
         (tmp_path / templates.SETTINGS).write_text(json.dumps({"chat_template": named}))
         assert templates.of_folder(tmp_path) == "one"
     (tmp_path / templates.SETTINGS).write_text("[")
-    with pytest.raises(ConfigError, match="isn't valid JSON with a chat template"):
+    with pytest.raises(ConfigError, match=r"isn't valid JSON with a chat template"):
         templates.of_folder(tmp_path)
 
 
@@ -277,6 +277,6 @@ def test_the_prompts_end_where_the_first_answer_begins(data: Path) -> None:
 
 def test_a_job_without_samples_answers_nothing(data: Path) -> None:
     assert bound(data, **{"model": {**build_conversations.MODEL, "samples": None}}).gallery() is None
-    with pytest.raises(ConfigError, match="model.samples: not supported with train.parallel.sequence"):
+    with pytest.raises(ConfigError, match=r"model.samples: not supported with train.parallel.sequence"):
         bound(data, **{"model": {**build_conversations.MODEL, "samples": {"held_out": 2}}, "train.parallel": {"sequence": 2},
                        "workers.count": 2})  # fmt: skip
