@@ -19,6 +19,7 @@ from heliostat.evaluation.suite import Row, Suite
 from heliostat.evaluation.tasks import EvalTask
 from heliostat.recipes import exported
 from heliostat.recipes.pretrained import from_folder
+from heliostat.recipes.protocol import is_language_model
 from heliostat.recipes.text.generator import whole
 from heliostat.text import brief
 
@@ -32,7 +33,7 @@ RESAMPLES = 1000  # bootstrap samples, for metrics whose standard error has no f
 
 def require_language_model(folder: Path) -> None:
     """Raises ConfigError unless the folder contains a language model."""
-    if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
+    if not is_language_model(exported.read(folder).recipe):
         raise ConfigError(
             f"{folder}: isn't a language model, but benchmarks need a language model. Score the model on its dataset: heliostat "
             "model evaluate"

@@ -71,6 +71,7 @@ class Recipe(ABC):
     """Defines the methods of every recipe. The engine calls a method on every rank, unless its description says otherwise."""
 
     kind: str  # kind of the datasets: "tokens" or "rows"
+    language_model: bool = False  # trains a language model on rows (see `is_language_model`)
     terms_per_sample: int | None = None  # loss terms per sample; None if samples differ
     tiles: bool = False  # supports `train.tiled_loss` and `train.tiled_mlp`
     selects: bool = False  # can checkpoint only some layers; supports `train.activation_offload`
@@ -158,6 +159,11 @@ class Recipe(ABC):
             return " ".join(map(str, content[0].tolist()))
         row = cast("pa.Table", content).to_pylist()[0]
         return ", ".join(f"{k} {f'({len(v)} bytes)' if isinstance(v, bytes) else v}" for k, v in row.items())
+
+
+def is_language_model(recipe: object) -> bool:
+    """Checks whether a recipe, or a recipe class, trains a language model: on tokens, or on conversations."""
+    return getattr(recipe, "kind", None) == "tokens" or getattr(recipe, "language_model", False)
 
 
 class CouplesSamples(Recipe):
@@ -353,7 +359,9 @@ class Serves(Exports):
 
 
 class Draws(ABC):
-    """Generates images after every evaluation."""
+    """Generates images, or answers to prompts, after every evaluation. `draws`: whether the job asks for them."""
+
+    draws: bool = True
 
     @abstractmethod
     def gallery(self) -> Gallery | None:
@@ -361,7 +369,7 @@ class Draws(ABC):
 
 
 class Gallery(Protocol):
-    """Generates `count` images after every evaluation, and scores these images."""
+    """Generates `count` images after every evaluation, and scores these images. Text is an array of tokens, int64 [tokens]."""
 
     count: int
 
@@ -369,7 +377,8 @@ class Gallery(Protocol):
         """Generates the images with these numbers, each uint8 [height, width, channels]. Runs on any rank."""
 
     def judge(self, pictures: list[np.ndarray], progressed: Callable[[], None]) -> tuple[dict[str, float], dict[str, bytes]]:
-        """Scores all images, in order, on rank 0. Returns the scores, and PNG images for the log, both by name."""
+        """Scores all images, in order, on rank 0. Returns the scores, and files for the log, both by name. A file is a PNG image,
+        unless its name has the ending `.json`."""
 
 
 @dataclass(frozen=True)

@@ -360,11 +360,12 @@ class RunOwner:
 
     def _log_images(self) -> None:
         while self._images:
-            name, step, png = self._images[0]
+            name, step, data = self._images[0]
+            kind = Path(name).suffix  # a file without an ending is a PNG image
             with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
-                file = Path(folder) / f"step-{step:08d}.png"
-                file.write_bytes(png)
-                self._client.log_artifact(self.run_id, str(file), f"images/{name}")
+                file = Path(folder) / f"step-{step:08d}{kind or '.png'}"
+                file.write_bytes(data)
+                self._client.log_artifact(self.run_id, str(file), Path(name).stem if kind else f"images/{name}")
             self._images.popleft()
 
     def _log_profile(self, event: Profiled) -> None:

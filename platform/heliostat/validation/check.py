@@ -35,7 +35,7 @@ from heliostat.data.order import Order
 from heliostat.errors import ConfigError, HeliostatError, TrackingError
 from heliostat.recipes.conformance import require_abilities
 from heliostat.recipes.loading import make, recipe_class
-from heliostat.recipes.protocol import Recipe
+from heliostat.recipes.protocol import Recipe, is_language_model
 from heliostat.storage.local_files import require_database
 from heliostat.storage.locations import Location
 from heliostat.text import brief
@@ -177,7 +177,7 @@ def _check_place(job: Job, cluster: Path | None, resume: bool, faults: Faults) -
 def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
     """Raises ConfigError if the job's checkpoints can't be scored on tasks. The suite itself is checked when heliostat reads
     it."""
-    if recipe.kind != "tokens":
+    if not is_language_model(recipe):
         raise ConfigError(
             "evaluate.benchmarks: benchmark tasks need a language model, but this recipe trains another kind of model. "
             "Remove evaluate.benchmarks"

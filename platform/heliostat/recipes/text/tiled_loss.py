@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 KEY = "train.tiled_loss"
 TOLERANCE = 1e-3  # relative difference of the loss, and of the gradient in fp32
 Answer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [tokens, vocabulary], targets [tokens] -> [tokens, ...]
 
 
 def tile_rows(hidden: torch.Tensor, vocabulary: int) -> int:
@@ -39,18 +40,27 @@ def summed(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def each(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
-    """Opens a context in which the model's forward pass returns each token's loss instead of the token's logits, without
-    gradients."""
+def losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Computes each token's loss in fp32, [tokens], from logits [tokens, vocabulary]."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
 
-    def losses(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+
+def losses_and_hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Computes each token's loss, and 1 if the target has the largest logit, else 0: fp32 [tokens, 2]."""
+    return torch.stack([losses(logits, targets), (logits.argmax(-1) == targets).float()], -1)
+
+
+@contextmanager
+def each(model: torch.nn.Module, targets: torch.Tensor, measure: Measure) -> Iterator[None]:
+    """Opens a context in which the model's forward pass returns the values of `measure` for each token instead of the token's
+    logits, without gradients."""
+
+    def measured(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = tile_rows(hidden, len(weight))
         tiles = zip(hidden.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
-        return torch.cat([F.cross_entropy(F.linear(tile, weight, bias).float(), goal, ignore_index=IGNORED, reduction="none")
-                          for tile, goal in tiles])  # fmt: skip
+        return torch.cat([measure(F.linear(tile, weight, bias), goal) for tile, goal in tiles])
 
-    with _answering(model, losses):
+    with _answering(model, measured):
         yield
 
 
