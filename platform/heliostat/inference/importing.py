@@ -90,7 +90,7 @@ def _write(file: GgufFile, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     if not imported.difference <= MOST[file.precision] * imported.spread:
         raise HeliostatError(
             f"{folder}: the written model's logits differ from the file's by {imported.difference:.3g}, more than rounding "
-            f"explains (standard deviation {imported.spread:.3g}). heliostat removed the folder. Convert the original model instead"
+            f"explains (standard deviation {imported.spread:.3g}). The folder is removed. Convert the original model instead"
         )
     (folder / "README.md").write_text(card(imported), encoding="utf-8")
     return imported
