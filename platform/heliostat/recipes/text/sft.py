@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.recipes.auditing import Audits, MaskAudit
 from heliostat.recipes.protocol import Batch
 from heliostat.recipes.text.conversations import LearnsConversations
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 BUILT_IN = {"SFT": ("transformers",)}
 
 
-class SFT(LearnsConversations):
+class SFT(LearnsConversations, Audits):
     form = "packs"
     pipeline = "heliostat.pipelines:ConversationPipeline"
     scores = ("loss", "perplexity", "accuracy")
@@ -49,6 +50,11 @@ class SFT(LearnsConversations):
                     "several conversations, which would see each other. Set this key to true, or prepare the dataset with "
                     "packing: none"
                 )
+
+    def audit(self) -> MaskAudit:
+        from heliostat.recipes.text import mask_audit
+
+        return mask_audit.audit(self.sources, self.facts, self.raw_tokenizer)
 
     def presume(self, rows: int) -> pa.Table:
         from heliostat.recipes.text import packs
