@@ -18,6 +18,7 @@ from heliostat.recipes.images import config
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.parts import Denoiser, Parts
 from heliostat.recipes.images.pipeline import predict
+from heliostat.recipes.pretrained import whole_part
 from heliostat.recipes.protocol import Exports, Weight
 from heliostat.storage.hub import files
 
@@ -79,7 +80,7 @@ class AdaptedImages(Adapts, Exports):
 
     def reload(self, folder: Path, adapter: bool) -> torch.nn.Module:
         _, family = config.backbone_family(self.model.backbone)
-        backbone = family.cls.from_pretrained(self.base() if adapter else folder / self.parts.name, torch_dtype=torch.float32)
+        backbone = whole_part(family.cls, self.base() if adapter else folder / self.parts.name, torch.float32)
         if adapter:
             adapters.round_base(self.adapter, backbone)
             backbone.load_lora_adapter(folder, prefix=self.parts.name, weight_name=f"{WEIGHTS}.safetensors")
