@@ -68,7 +68,7 @@ def _recipe(case: str, folder: Path) -> tuple[Job, Any]:
     return made, CausalLM(made)
 
 
-def _peak_mib(work: Callable[[], torch.nn.Module]) -> tuple[float, torch.nn.Module]:
+def peak_mib(work: Callable[[], torch.nn.Module]) -> tuple[float, torch.nn.Module]:
     """Returns the peak of additional memory during the work, and its result."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier cases have freed
@@ -124,7 +124,7 @@ def built(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     read = job(model={"pretrained": f"{folder}/deep"}, **{"workers.count": 2, "train.zero.stage": 1, "train.precision": "bf16"})
     for case, one in (("memory", wide), ("memory-divided", deep), ("memory-read", read)):
         recipe = CausalLM(one)
-        mib, model = _peak_mib(lambda one=one, recipe=recipe: first_weights.build(one, recipe))
+        mib, model = peak_mib(lambda one=one, recipe=recipe: first_weights.build(one, recipe))
         parameters = sum(math.prod(building.shape(p)) for p in model.parameters())
         yield {"case": case, "mib": mib, "parameters": parameters}
         del model

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -330,6 +331,29 @@ def test_an_adapter_of_a_backbone_in_4_bits_is_exported_with_the_numbers_that_it
         with torch.no_grad():
             again = recipe.answer(recipe.reload(tmp_path / str(adapter), adapter).eval())
             torch.testing.assert_close(again, recipe.answer(model), atol=2e-5, rtol=1e-4)
+
+
+def without_a_weight(folder: Path) -> str:
+    """Removes the first tensor from a folder's weights. Returns its name."""
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    name = min(tensors)
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file, {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "merged"])
+def test_an_export_that_lacks_a_weight_of_the_backbone_is_not_compared(pictures, tmp_path, adapter):
+    """diffusers would fill the gap with random numbers, and only log it."""
+    copied = shutil.copytree(pictures, tmp_path / "copied")
+    checkpoint = saved(image_job(copied, "lora"), tmp_path / "run", 2.0)
+    recipe = load(checkpoint.job, [read_manifest(location) for location in checkpoint.job.sources])
+    export(checkpoint, tmp_path / "made", adapter=adapter)
+    name = without_a_weight(copied / "unet" if adapter else tmp_path / "made/unet")
+    with pytest.raises(
+        ConfigError, match=f"1 of the model's weights are missing, for example {re.escape(name)}. Copy the folder"
+    ):
+        recipe.reload(tmp_path / "made", adapter)
 
 
 def test_a_recipe_with_an_adapter_of_its_own_resumes_and_is_planned(tmp_path):

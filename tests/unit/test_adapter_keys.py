@@ -2,16 +2,19 @@
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from heliostat.checkpoint import read_back, writing
 from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.errors import CheckpointError, ConfigError
 from heliostat.plan import model_stats
-from heliostat.recipes import adapters, building
+from heliostat.recipes import adapter_probe, adapters, building
 from heliostat.recipes.folder_digests import weights_digest
+from heliostat.recipes.text import adapted
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage.locations import Location
 
@@ -55,6 +58,48 @@ def test_a_name_without_a_layer_is_rejected_before_weights_are_read(base):
     with pytest.raises(ConfigError, match="'lm_head' is the name of no linear layer"):
         recipe(base, targets=["lm_head"]).probe()
     recipe(base, targets=["1.self_attn.q_proj", "down_proj"]).probe()
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
+         "num_key_value_heads": 4, "pad_token_id": 0, "num_experts_per_tok": 2}  # fmt: skip
+DEEPSEEK = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+            "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}  # fmt: skip
+
+
+def probed(kind: str, keys: dict[str, object], **adapter: object) -> None:
+    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **keys})
+    made = partial(transformers.AutoModelForCausalLM.from_config, config)
+    adapter_probe.require(adapters.Adapter(rank=2, **adapter), made, adapted.short_logits, 0)
+
+
+def said_by(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("heliostat")]
+
+
+def test_layers_whose_adapter_would_not_train_are_named_before_the_run(caplog):
+    """A router's output isn't that of a linear layer. Mamba reads the weight of `dt_proj` without calling the layer. peft
+    replaces layers of some mixtures of experts, and supports no `out_proj` of Mamba."""
+    llama4 = {"num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8, "interleave_moe_layer_step": 1}
+    probed("llama4_text", llama4)
+    (said,) = said_by(caplog)
+    assert said.startswith("model.adapter.targets: 2 of 16 linear layers have no adapter: model.layers.0.feed_forward.router (of")
+    with pytest.raises(ConfigError, match=r"no adapter can be added to .*0\.feed_forward\.router, a Llama4Router\. Use"):
+        probed("llama4_text", llama4, targets=["q_proj", "router"])
+    caplog.clear()
+    probed("jamba", {"num_experts": 2})
+    (said,) = said_by(caplog)
+    assert (
+        "2 of 11 linear layers have an adapter that isn't trained: model.layers.0.mamba.dt_proj (the model doesn't call" in said
+    )
+    with pytest.raises(ConfigError, match=r"the model calls none of these layers \(model\.layers\.0\.mamba\.dt_proj\)"):
+        probed("jamba", {"num_experts": 2}, targets=["dt_proj"])
+    with pytest.raises(
+        ConfigError, match=r"^model\.adapter\.targets: peft doesn't support these layers of Deepseek.* \(it adds no"
+    ):
+        probed("deepseek_v3", DEEPSEEK)
+    probed("deepseek_v3", DEEPSEEK, targets=["q_a_proj", "o_proj"])
+    with pytest.raises(ConfigError, match=r"^model\.adapter\.targets: peft doesn't support these layers of Mamba.*out_proj"):
+        probed("mamba", {"intermediate_size": 64})
 
 
 @pytest.mark.parametrize("key", ["train.tiled_mlp", "train.parallel.tensor"])

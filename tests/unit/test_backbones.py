@@ -134,7 +134,7 @@ def test_a_pretrained_backbone_without_some_weights_is_one_line(tmp_path):
     place = tmp_path / "diffusion_pytorch_model.safetensors"
     kept = {name: values for name, values in load_file(place).items() if not name.startswith("canvas_gates")}
     save_file(kept, place, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"2 of the model's weights are missing, for example canvas_gates\.0\.bias\. Use a"):
+    with pytest.raises(ConfigError, match=r"2 of the model's weights are missing, for example canvas_gates\.0\.bias\. Copy"):
         load_or_build(CanvasUNet, tmp_path)
 
 

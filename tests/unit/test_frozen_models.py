@@ -23,7 +23,7 @@ from transformers import T5Config, T5EncoderModel
 from tests.unit import build_images
 from tests.unit.build_images import folder_of, image, prepared
 from tests.unit.build_job import job
-from tests.unit.build_text_to_image import autoencoder, clip, recipe, rows, woken
+from tests.unit.build_text_to_image import autoencoder, bert, clip, recipe, rows, woken
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -191,3 +191,30 @@ def test_a_worker_encodes_by_the_models_that_are_in_the_folders_now(digits, tmp_
     second = made("2")
     tasks._encoder.cache_clear()
     assert second == made("3") and second[0] != first[0] and second[1] != first[1]
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "vae"])
+def test_a_frozen_model_that_lacks_a_weight_is_one_line(digits, tmp_path, name):
+    """The libraries would fill the gap with random numbers, so that the run learns from noise."""
+    folders = {"text_encoder": clip(tmp_path / "clip", digits), "vae": autoencoder(tmp_path / "vae", 1)}
+    (file,) = folders[name].glob("*.safetensors")
+    tensors = load_file(file)
+    lost = next(key for key in tensors if "conv_out.weight" in key or "fc2.weight" in key)
+    save_file({key: tensor for key, tensor in tensors.items() if key != lost}, file, {"format": "pt"})
+    made = recipe(digits, text={"pretrained": str(folders["text_encoder"]), "length": 8},
+                  autoencoder={"pretrained": str(folders["vae"])})  # fmt: skip
+    with pytest.raises(ConfigError, match=r"1 of the model's weights are missing, for example .*(conv_out|fc2)\.weight\. Copy"):
+        made.parts.frozen(name)
+
+
+def test_a_text_encoder_without_a_pooler_is_complete(digits, tmp_path):
+    """Published weights of BERT's relatives often lack the pooler, which heliostat doesn't use."""
+    folder = bert(tmp_path / "bert", digits, 8, 16)
+    before = config.frozen_text_encoder(str(folder))
+    (file,) = folder.glob("*.safetensors")
+    save_file({key: tensor for key, tensor in load_file(file).items() if "pooler" not in key}, file, {"format": "pt"})
+    after = config.frozen_text_encoder(str(folder))
+    assert not any("pooler" in name for name, _ in after.named_parameters())
+    ids = torch.arange(6)[None]
+    assert torch.equal(before(ids).last_hidden_state, after(ids).last_hidden_state)
+    assert config.frozen_bytes(str(folder), torch.float32) == sum(4 * p.numel() for p in after.parameters())

@@ -8,7 +8,7 @@ import transformers
 from heliostat.errors import ConfigError
 from heliostat.numerics import small
 from heliostat.plan import layouts, model_stats
-from heliostat.recipes import adapters, building, quantized, weightless
+from heliostat.recipes import adapter_probe, adapters, building, quantized, weightless
 from heliostat.recipes.text.causal_lm import CausalLM
 from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
@@ -58,30 +58,92 @@ def test_codes_scales_products_and_gradients_equal_those_of_bitsandbytes(shape, 
     assert torch.equal(*outs) and torch.equal(inputs[0].grad, inputs[1].grad)
 
 
-class Waits(TorchFunctionMode):
-    """Records each call that copies values of the host to a device, and waits for the device."""
+class HostCopies(TorchFunctionMode):
+    """Records each call that copies values of the host to a device."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[str] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        moved = func is torch.Tensor.to and made.device != args[0].device and not kwargs.get("non_blocking")
+        made = func(*args, **(kwargs or {}))
+        moved = func is torch.Tensor.to and made.device != args[0].device
         if func in (torch.tensor, torch.as_tensor) or moved:
             self.calls.append(func.__name__)
         return made
 
 
-def test_a_step_with_4_bit_layers_never_waits_for_the_device():
-    """A constant that is made on the host and copied in each layer would stop a GPU twice per layer and micro-batch."""
+def test_a_step_with_4_bit_layers_copies_nothing_from_the_host():
+    """A table that each layer copies from pageable memory would stop a GPU twice per layer and micro-batch. The first pass
+    copies the table, and all layers use this copy."""
     with torch.device("meta"):
-        layer = quantized.Nf4Linear(torch.nn.Linear(64, 32).requires_grad_(False))
+        layers = [quantized.Nf4Linear(torch.nn.Linear(64, 64).requires_grad_(False)) for _ in range(2)]
         inputs = torch.empty(3, 64, requires_grad=True)
-    with Waits() as waits:
-        layer(inputs).sum().backward()
-    assert waits.calls == []
+    layers[0](inputs)
+    with HostCopies() as copies:
+        layers[1](layers[0](inputs)).sum().backward()
+    assert copies.calls == []
+
+
+def test_the_weight_has_the_type_of_the_model():
+    """Code that casts inputs to `weight.dtype`, as T5's does, would otherwise compute in fp32, and fail at the next layer."""
+    layer = quantized.Nf4Linear(torch.nn.Linear(64, 32).requires_grad_(False))
+    exact = layer.weight
+    assert exact.dtype == torch.float32
+    layer.to(torch.bfloat16)
+    assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
+    assert torch.equal(layer.weight, exact.bfloat16()), "a cast changes no code and no scale"
+    inputs = torch.ones(3, 64).to(layer.weight.dtype)
+    assert layer(inputs).dtype == torch.bfloat16
+    assert quantized.Nf4Linear(torch.nn.Linear(64, 32).to(torch.float16)).weight.dtype == torch.float16
+
+
+class Router(torch.nn.Linear):
+    """Defines a layer that returns a tuple, like the routers of Llama 4 and Phi-3.5-MoE."""
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = super().forward(inputs)
+        return logits.sigmoid(), logits
+
+
+class Apart(torch.nn.Linear):
+    """Defines a layer that adds the bias in a step of its own, like Falcon's."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ self.weight.T + self.bias
+
+
+class Mixed(torch.nn.Module):
+    """Defines a model with one plain linear layer, and layers that don't suit 4 bits or adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+        self.router, self.apart = Router(8, 4), Apart(8, 8)
+        self.odd, self.even = torch.nn.Linear(8, 7), torch.nn.Linear(7, 8)
+        self.unused = torch.nn.Linear(8, 8)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        mixed = self.apart(self.attention(inputs, inputs, inputs)[0])
+        return self.even(self.odd(mixed) * self.router(mixed)[0].sum(-1, keepdim=True)) @ self.unused.weight
+
+
+def test_layers_that_4_bits_do_not_suit_stay_and_are_logged(caplog):
+    """A router in 4 bits would lose its own computation. Unlogged layers would make the model larger than its plan."""
+    torch.manual_seed(0)
+    plain, inputs = Mixed(), torch.randn(2, 3, 8)
+    wanted = plain(inputs)
+    adapter = adapters.Adapter(rank=2, base="nf4")
+    adapter_probe.require(adapter, Mixed, lambda model: model(torch.zeros(1, 2, 8)), 2)
+    (kept,) = [record.getMessage() for record in caplog.records if "base" in record.getMessage()]
+    assert kept == (
+        "model.adapter.base: 4 of 6 linear layers stay in the precision of training: attention.out_proj (of class "
+        "NonDynamicallyQuantizableLinear), router (of class Router), apart (of class Apart), even (an odd number of inputs, 7)"
+    )
+    adapters.add(adapter, plain, 0, "fp32")
+    assert set(quantized.layers_of(plain)) == {"odd.base_layer", "unused.base_layer"}
+    assert isinstance(plain.router, Router) and isinstance(plain.even.base_layer, torch.nn.Linear)
+    assert (plain(inputs) - wanted).abs().max() < 0.2 * wanted.abs().max(), "the model computes as before, but for rounding"
 
 
 @pytest.fixture(scope="module")

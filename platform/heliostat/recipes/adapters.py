@@ -34,6 +34,7 @@ from heliostat.errors import CheckpointError, ConfigError
 from heliostat.recipes.folder_digests import weights_digest, weights_state
 from heliostat.recipes.protocol import Recipe, Weight
 from heliostat.schema import Float, Strict, nearest, validate
+from heliostat.text import brief
 
 if TYPE_CHECKING:  # jobs are checked without torch
     import torch
@@ -118,15 +119,6 @@ def in_4_bits(model: Mapping[str, Any]) -> bool:
     """Checks whether the section `model` of a job asks for a base in 4 bits."""
     section = model.get(KEY)  # of any type in other recipes
     return bool(isinstance(section, Mapping) and section.get("base") == "nf4")
-
-
-def require_stage(adapter: Adapter | None, stage: int) -> None:
-    """Raises ConfigError if the base is in 4 bits at ZeRO stage 3, which shards only floating-point weights."""
-    if adapter and adapter.base and stage > 2:
-        raise ConfigError(
-            f"train.zero.stage: {stage} isn't supported with model.{KEY}.base {adapter.base!r}, because ZeRO-3 can't shard 4-bit "
-            f"weights. Set it to 2, or remove model.{KEY}.base"
-        )
 
 
 def require_resumable(model: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
@@ -217,21 +209,51 @@ def is_base(parameter: torch.Tensor) -> bool:
 # choosing layers ------------------------------------------------------------------------------------------------------
 
 
-def linear_layers(model: torch.nn.Module) -> list[str]:
-    """Lists the names of a model's linear layers, except the output head."""
+def every_linear(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """Yields a model's linear layers, except the output head, with their names."""
     import torch
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head)
+
+
+def adaptable(layer: torch.nn.Linear) -> bool:
+    """Checks whether an adapter can be added to the output of a layer. This is false for a subclass whose output isn't a tensor
+    [..., out], such as a router of experts, and inside torch's `MultiheadAttention`, which doesn't call the layer."""
+    import torch
+
+    from heliostat.recipes import partitioning
+
+    if type(layer) is torch.nn.Linear:
+        return True
+    if isinstance(layer, torch.nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    shapes = {name: partitioning.shape(p) for name, p in layer.named_parameters()}
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    try:
+        out = torch.func.functional_call(layer, empty, torch.empty(2, layer.in_features, device="meta"))
+    except Exception:  # noqa: BLE001  a subclass can raise anything
+        return False
+    return isinstance(out, torch.Tensor) and out.shape == (2, layer.out_features)
+
+
+def linear_layers(model: torch.nn.Module) -> list[str]:
+    """Lists the names of the linear layers to which an adapter can be added. The output head isn't one of these."""
+    return [name for name, layer in every_linear(model) if adaptable(layer)]
 
 
 def chosen(adapter: Adapter, model: torch.nn.Module) -> list[str]:
-    """Lists the layers that get an adapter. Raises ConfigError if a name in `targets` names no linear layer."""
+    """Lists the layers that get an adapter. Raises ConfigError if a name in `targets` names no linear layer, or a layer to which
+    no adapter can be added."""
     layers = linear_layers(model)
     if not layers:
         raise ConfigError(f"model.{KEY}: the model has no linear layers ({type(model).__name__}). Use another pretrained model")
     if adapter.targets == ALL:
         return layers
+    for name, layer in every_linear(model):
+        if name not in layers and any(_ends(name, end) for end in adapter.targets):
+            kind = type(layer).__name__
+            raise ConfigError(f"model.{KEY}.targets: no adapter can be added to {name}, a {kind}. Use names without this layer")
     for name in adapter.targets:
         if not any(_ends(layer, name) for layer in layers):
             near = nearest(name, sorted({layer.rpartition(".")[2] for layer in layers}))
@@ -269,21 +291,18 @@ def peft_config(adapter: Adapter, layers: list[str], **options: Any) -> Any:
 def add(adapter: Adapter, model: torch.nn.Module, seed: int, precision: str) -> None:
     """Freezes a model, and adds an adapter to its linear layers, with the first weights of `seed`.
 
-    `precision`: of the training, in which the base is stored. Raises ConfigError if a name in `targets` names no layer.
+    `precision`: of the training, in which the base is stored. Raises ConfigError if a name in `targets` names no layer, or if
+    peft doesn't support these layers.
     """
-    from peft import inject_adapter_in_model
-
     from heliostat.recipes import quantized, weightless
 
     layers = chosen(adapter, model)
     if adapter.base:
-        quantized.replace(model, linear_layers(model))
+        quantized.replace(model, [name for name, _ in every_linear(model)])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.of_base = True  # type: ignore[attr-defined]
-    inject_adapter_in_model(peft_config(adapter, layers), model, adapter_name=NAME)
-    added = dict(_layers(model))
-    assert sorted(added) == sorted(layers), "peft adds the adapter to exactly these layers"
+    added = _inject(adapter, model, layers)
     for name, layer in added.items():
         down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
         weightless.starts_as(down, partial(first_down, seed, name, tuple(down.shape)))
@@ -295,15 +314,36 @@ def add(adapter: Adapter, model: torch.nn.Module, seed: int, precision: str) -> 
         parameter.requires_grad_(not is_base(parameter))
 
 
+def _inject(adapter: Adapter, model: torch.nn.Module, layers: list[str]) -> dict[str, Any]:
+    """Adds peft's layers to a model. Returns them by name. Raises ConfigError if peft doesn't support one of the layers.
+
+    For example, peft turns `down_proj` of some mixtures of experts into the stacked experts, and supports no `out_proj` of Mamba.
+    """
+    from peft import inject_adapter_in_model
+
+    fault, kind = "", type(model).__name__
+    try:
+        inject_adapter_in_model(peft_config(adapter, layers), model, adapter_name=NAME)
+    except ValueError as e:
+        fault = brief(e)
+    added = dict(adapted(model))
+    if missing := [name for name in layers if name not in added]:
+        fault = fault or f"it adds no adapter to {missing[0]}"
+    if fault:
+        raise ConfigError(f"model.{KEY}.targets: peft doesn't support these layers of {kind} ({fault}). Name other layers")
+    return added
+
+
 def round_base(adapter: Adapter | None, model: torch.nn.Module) -> None:
     """Rounds the weights of a base without adapters to the numbers that the run trained on."""
     from heliostat.recipes import quantized
 
     if adapter and adapter.base:
-        quantized.round_all(model, linear_layers(model))
+        quantized.round_all(model, [name for name, _ in every_linear(model)])
 
 
-def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+def adapted(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields peft's layers of a model, with their names."""
     from peft.tuners.lora import LoraLayer
 
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
@@ -313,7 +353,7 @@ def _layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 def switched_off(model: torch.nn.Module) -> Iterator[None]:
     """Opens a context in which a model computes as its base. In contrast to peft's `enable_adapters`, doesn't change which
     parameters need gradients, because the engine has read this."""
-    layers = [layer for _, layer in _layers(model)]
+    layers = [layer for _, layer in adapted(model)]
     for layer in layers:
         layer._disable_adapters = True
     try:

@@ -1,4 +1,4 @@
-"""Makes models of transformers with its Auto classes: from a folder, or from a configuration with initial weights.
+"""Makes models of transformers and diffusers: from a folder, or from a configuration with initial weights.
 
 heliostat never runs code from a folder ("remote code"). Initial weights are the same at every ZeRO stage.
 """
@@ -6,10 +6,13 @@ heliostat never runs code from a folder ("remote code"). Initial weights are the
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning
+
+if TYPE_CHECKING:
+    import torch
 
 
 def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
@@ -43,11 +46,24 @@ def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
     random."""
     model, loading = from_folder(key, auto, folder, output_loading_info=True, **options)
     tied = getattr(model, "all_tied_weights_keys", {})
-    if absent := sorted(set(loading["missing_keys"]) - set(tied)):
-        raise ConfigError(
-            f"{folder}: {len(absent)} of the model's weights are missing, for example {absent[0]}. Copy the folder again"
-        )
+    _require_none(folder, set(loading["missing_keys"]) - set(tied))
     return model
+
+
+def whole_part(cls: Any, folder: str | Path, dtype: torch.dtype, **options: Any) -> Any:
+    """Loads a model of diffusers from a folder. Raises ConfigError if a weight is missing, because diffusers would only log a
+    warning."""
+    model, loading = cls.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True, **options)
+    _require_none(folder, set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    return model
+
+
+def _require_none(folder: str | Path, absent: set[str]) -> None:
+    """Raises ConfigError if weights are absent from a folder."""
+    if absent:
+        raise ConfigError(
+            f"{folder}: {len(absent)} of the model's weights are missing, for example {min(absent)}. Copy the folder again"
+        )
 
 
 def from_config(auto: Any, config: Any, **options: Any) -> Any:

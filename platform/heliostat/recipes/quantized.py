@@ -3,11 +3,12 @@
 
 Each block of 64 weights is divided by its largest absolute value, and rounded to one of 16 values. A weight then needs 4.5 bits
 instead of 16. The codes, their order, and the scales are those of `bitsandbytes` on a CPU without double quantization, bit for
-bit. heliostat computes them with torch, on every device.
+bit. heliostat computes them with torch, on every device. Layers that this can't store (`reason_kept`) stay as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import FunctionCtx
 
 from heliostat.recipes import weightless
+from heliostat.recipes.constants import Constant
 
 BLOCK = 64  # weights that share a scale
 LEVELS = (
@@ -25,7 +27,9 @@ LEVELS = (
 )  # fmt: skip
 PACKED, SCALES = "packed", "scales"  # names of the parameters
 BITS = 4
-PAIRS = torch.from_numpy(np.array([(high, low) for high in LEVELS for low in LEVELS], np.float32))  # the two values of each byte
+PAIRS = Constant(
+    torch.from_numpy(np.array([(high, low) for high in LEVELS for low in LEVELS], np.float32))
+)  # values of each byte
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:
@@ -52,9 +56,9 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, scale_bytes: torch.Tensor) -> torch.Tensor:
-    """Computes the weight that `packed` [out, in / 2] and `scale_bytes` [4 * blocks] represent, fp32 [out, in]. Never waits for
-    the device."""
-    values = F.embedding(packed.reshape(-1).int(), PAIRS.to(packed.device, non_blocking=True))
+    """Computes the weight that `packed` [out, in / 2] and `scale_bytes` [4 * blocks] represent, fp32 [out, in]. Only the first
+    call waits for the device."""
+    values = F.embedding(packed.reshape(-1).int(), PAIRS.on(packed.device))
     scaled = _blocks(values) * scale_bytes.view(torch.float32).unsqueeze(1)
     return scaled.view(-1)[: values.numel()].view(packed.shape[0], -1)
 
@@ -86,7 +90,8 @@ class _Multiply(torch.autograd.Function):
 
 
 class Nf4Linear(torch.nn.Linear):
-    """Computes like a linear layer whose weight is rounded to 4 bits. The weight isn't trained."""
+    """Computes like a linear layer whose weight is rounded to 4 bits. The weight isn't trained. Casts of the model change the
+    type of `weight`, as that of any layer."""
 
     packed: torch.nn.Parameter
     scales: torch.nn.Parameter
@@ -101,11 +106,16 @@ class Nf4Linear(torch.nn.Linear):
             self.register_parameter(name, torch.nn.Parameter(empty, requires_grad=False))
             weightless.starts_as(getattr(self, name), make, weight)
         self.register_parameter("bias", layer.bias)
+        self._typed = torch.empty(0, dtype=weight.dtype, device="cpu")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Nf4Linear:
+        self._typed = fn(self._typed)
+        return super()._apply(fn, recurse)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """Returns the weight that the layer multiplies with, fp32 [out, in]."""
-        return unpack(self.packed, self.scales)
+        """Returns the weight that the layer multiplies with, [out, in], in the model's type."""
+        return unpack(self.packed, self.scales).to(self._typed.dtype)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         product: torch.Tensor = _Multiply.apply(inputs, self.packed, self.scales, self.bias)
@@ -123,20 +133,30 @@ def count(model: torch.nn.Module) -> int:
     return packed + sum(p.numel() for p in model.parameters() if p.is_floating_point())
 
 
-def replace(model: torch.nn.Module, layers: list[str]) -> None:
-    """Stores the weights of these linear layers in 4 bits. Layers with an odd number of inputs stay unchanged."""
+def reason_kept(layer: torch.nn.Linear) -> str | None:
+    """Explains why a linear layer can't be in 4 bits; None if it can."""
+    if type(layer) is not torch.nn.Linear:
+        return f"of class {type(layer).__name__}"
+    return f"an odd number of inputs, {layer.in_features}" if layer.in_features % 2 else None
+
+
+def _rounds(model: torch.nn.Module, layers: list[str]) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """Yields the linear layers that can be in 4 bits, with their names."""
     for name in layers:
         layer = model.get_submodule(name)
         assert isinstance(layer, torch.nn.Linear)
-        if layer.in_features % 2 == 0:
-            model.set_submodule(name, Nf4Linear(layer))
+        if reason_kept(layer) is None:
+            yield name, layer
+
+
+def replace(model: torch.nn.Module, layers: list[str]) -> None:
+    """Stores the weights of these linear layers in 4 bits, except those with a `reason_kept`."""
+    for name, layer in _rounds(model, layers):
+        model.set_submodule(name, Nf4Linear(layer))
 
 
 @torch.no_grad()
 def round_all(model: torch.nn.Module, layers: list[str]) -> None:
-    """Rounds the weights of these linear layers to the values of 4 bits, and keeps them in their precision."""
-    for name in layers:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, torch.nn.Linear)
-        if layer.in_features % 2 == 0:
-            layer.weight.copy_(rounded(layer.weight))
+    """Rounds the weights of the linear layers that `replace` stores in 4 bits, and keeps them in their precision."""
+    for _, layer in _rounds(model, layers):
+        layer.weight.copy_(rounded(layer.weight))

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import adapter_tensors, adapters
+from heliostat.recipes import adapter_probe, adapter_tensors, adapters
 from heliostat.recipes.adapters import Adapts
 from heliostat.recipes.counter_random import normals
 from heliostat.recipes.images import config
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.parts import Denoiser, Parts
+from heliostat.recipes.images.pipeline import predict
+from heliostat.recipes.pretrained import whole_part
 from heliostat.recipes.protocol import Exports, Weight
 from heliostat.storage.hub import files
 
@@ -41,8 +43,11 @@ class AdaptedImages(Adapts, Exports):
             )
         if not self.model.frozen_text:
             raise ConfigError("model.text: the text encoder must be frozen with model.adapter. Set model.text.pretrained")
-        adapters.require_stage(self.adapter, self.job.train.zero.stage)
-        adapters.chosen(self.adapter, self._plain_backbone())
+        adapter_probe.require(self.adapter, self._plain_backbone, self._run, self.job.train.zero.stage)
+
+    def _run(self, backbone: Any) -> torch.Tensor:
+        """Computes the backbone's output for one blank sample on the meta device."""
+        return predict(backbone, torch.zeros((1, *self.parts.shape())), torch.zeros(1), *self.parts.text_shape.blank(1))
 
     def _plain_backbone(self) -> Any:
         """Builds the backbone of the base, without adapters and weights."""
@@ -75,7 +80,7 @@ class AdaptedImages(Adapts, Exports):
 
     def reload(self, folder: Path, adapter: bool) -> torch.nn.Module:
         _, family = config.backbone_family(self.model.backbone)
-        backbone = family.cls.from_pretrained(self.base() if adapter else folder / self.parts.name, torch_dtype=torch.float32)
+        backbone = whole_part(family.cls, self.base() if adapter else folder / self.parts.name, torch.float32)
         if adapter:
             adapters.round_base(self.adapter, backbone)
             backbone.load_lora_adapter(folder, prefix=self.parts.name, weight_name=f"{WEIGHTS}.safetensors")

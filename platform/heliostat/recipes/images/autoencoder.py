@@ -36,6 +36,7 @@ from heliostat.recipes.images.config import folder_config, load_or_build
 from heliostat.recipes.images.diffusers_folder import REQUIREMENTS
 from heliostat.recipes.images.grids import grid, png
 from heliostat.recipes.images.judge import real_images
+from heliostat.recipes.pretrained import whole_part
 from heliostat.recipes.protocol import Batch, Draws, Evaluates, Loss, Recipe, Serves, Serving
 from heliostat.schema import nearest
 from heliostat.text import brief
@@ -214,7 +215,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         return float(torch.cat([model.vae.encode(part).latent_dist.mean for part in pixels.split(32)]).std())
 
     def load(self, folder: Path) -> nn.Module:
-        return Coder(AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval())
+        return Coder(whole_part(AutoencoderKL, folder, torch.float32).eval())
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         scale = folder_config("model", str(folder))["scaling_factor"]

@@ -7,6 +7,7 @@ text's width) are optional. Frozen encoders come from folders. ZeRO never shards
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import partitioning, weightless
+from heliostat.recipes import folder_weights, partitioning, weightless
 from heliostat.recipes.adapters import Adapter
 from heliostat.recipes.exported import using
 from heliostat.recipes.folder_digests import digest_of, sha256
@@ -39,7 +40,8 @@ from heliostat.recipes.images.noising import NoiseObjective
 from heliostat.recipes.images.pipeline import Guidance
 from heliostat.recipes.images.quality_config import ClipScore, Features
 from heliostat.recipes.images.token_routing import Tread
-from heliostat.recipes.pretrained import from_config, from_folder
+from heliostat.recipes.pretrained import from_config, from_folder, whole, whole_part
+from heliostat.recipes.text import encoder
 from heliostat.schema import Float, Strict, nearest
 from heliostat.storage.hub import files
 from heliostat.storage.records import Format
@@ -50,6 +52,8 @@ CONFIG = Format(Keys, "model's configuration", ConfigError)
 PRETRAINED = "model.backbone.pretrained"
 FOLDER_FIX = "Set this key to such a folder, for example after hf download NAME --local-dir FOLDER"
 VOCABULARIES = (".txt", ".model", ".tiktoken")  # suffixes of tokenizer files other than JSON: merges.txt, vocab.txt, spiece.model
+
+log = logging.getLogger(__name__)
 
 Padding = Literal["seen", "kept", "zero", "masked"]
 Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
@@ -256,18 +260,21 @@ def folder_config(key: str, folder: str) -> Keys:
 
 
 def load_or_build(cls: Any, folder: str | Path) -> Any:
-    """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, and on the meta device, builds the model
-    without weights instead. Raises ConfigError if a weight is missing, because diffusers would only log a warning."""
+    """Loads a diffusers model in fp32 from a folder. Raises ConfigError if a weight is missing.
+
+    Inside `weightless.building`, and on the meta device, builds the model without weights instead. While the engine partitions
+    models, no worker has more than one complete tensor, if heliostat can read the folder's tensors one by one.
+    """
     if weightless.wanted() or torch.get_default_device().type == "meta":
         model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
         return model
-    model, loading = cls.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
-    if absent := sorted(set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()}):
-        raise ConfigError(
-            f"{folder}: {len(absent)} of the model's weights are missing, for example {absent[0]}. Use a complete folder"
-        )
-    return model
+    if partitioning.wanted():
+        try:
+            return folder_weights.partitioned(lambda: cls.from_config(cls.load_config(folder)), Path(folder))
+        except folder_weights.UnreadableError as e:
+            log.warning("every worker loads all weights at once, because it can't load them tensor by tensor (%s)", e)
+    return whole_part(cls, folder, torch.float32)
 
 
 def build_backbone(keys: Keys, defaults: dict[str, object]) -> Any:
@@ -313,7 +320,8 @@ def require_weights(key: str, folder: str) -> None:
 def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     require_weights("model.text.pretrained", folder)
     kind = text_encoders.kind("model.text.pretrained", from_folder("model.text.pretrained", AutoConfig, folder))
-    model: Any = kind.from_pretrained(folder, use_safetensors=True, dtype=dtype).eval().requires_grad_(False)
+    options = {"use_safetensors": True, "dtype": dtype, **encoder.without_pooler(kind)}
+    model: Any = whole("model.text.pretrained", kind, folder, **options).eval().requires_grad_(False)
     model.config.use_cache = False  # decoders would keep keys and values to generate text
     return model
 
@@ -357,7 +365,7 @@ def text_config(folder: str) -> PreTrainedConfig:
 def frozen_autoencoder(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     require_weights("model.autoencoder.pretrained", folder)
     cls = frozen_autoencoders.kind("model.autoencoder.pretrained", folder_config("model.autoencoder.pretrained", folder))
-    return cls.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype).eval().requires_grad_(False)
+    return whole_part(cls, folder, dtype, use_safetensors=True).eval().requires_grad_(False)
 
 
 def tokenizer_digest(folder: str) -> str | None:

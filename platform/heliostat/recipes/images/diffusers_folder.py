@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from heliostat.recipes.images.backbones.canvas_unet import CanvasUNet
 from heliostat.recipes.images.pipeline import TextToImagePipeline
+from heliostat.recipes.pretrained import from_folder, whole, whole_part
+from heliostat.recipes.text import encoder
 
 SETTINGS = ("masked", "patch", "predicts_image", "sample_size", "texts")  # of the pipeline, in model_index.json
 REQUIREMENTS = ("mlflow", "torch", "transformers", "accelerate", "diffusers", "pillow")
@@ -48,11 +50,14 @@ def load(folder: Path) -> Any:
         if kind is None:
             return None
         own = CanvasUNet if kind == CanvasUNet.__name__ else None  # heliostat's class, never the copy in the folder
-        cls = own or getattr(transformers if library == "transformers" else diffusers, kind)
-        options: dict[str, Any] = {"trust_remote_code": False} if library == "transformers" else {}
-        if name != "scheduler" and not name.startswith("tokenizer"):
-            options["dtype" if library == "transformers" else "torch_dtype"] = torch.float32
-        return cls.from_pretrained(folder / name, **options)
+        cls: Any = own or getattr(transformers if library == "transformers" else diffusers, kind)
+        if name == "scheduler":
+            return cls.from_pretrained(folder / name)
+        if name.startswith("tokenizer"):
+            return from_folder("model", cls, folder / name)
+        if library == "transformers":
+            return whole("model", cls, folder / name, dtype=torch.float32, **encoder.without_pooler(cls))
+        return whole_part(cls, folder / name, torch.float32)
 
     texts = [f"{name}{suffix}" for suffix in ("", "_2", "_3") for name in ("text_encoder", "tokenizer")]
     models = {name: part(name) for name in ("scheduler", *texts, "unet", "transformer", "vae")}

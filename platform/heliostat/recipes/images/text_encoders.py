@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from heliostat.errors import ConfigError
+from heliostat.recipes.text import encoder
 
 BERTS = ("bert", "distilbert", "electra", "modernbert", "mpnet", "roberta", "xlm-roberta")  # model types
 DECODERS = ("gemma", "gemma2", "gemma3_text", "llama", "qwen2", "qwen3")
@@ -46,7 +47,7 @@ def kind(key: str, config: PreTrainedConfig) -> Any:
 def build(key: str, config: PreTrainedConfig) -> Any:
     """Builds a text encoder from its configuration, or from the configuration of a CLIP model with both encoders."""
     cls = kind(key, config)
-    return cls(getattr(config, "text_config", config))
+    return cls(getattr(config, "text_config", config), **encoder.without_pooler(cls))
 
 
 def widths(config: Any) -> tuple[int, int | None]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,9 @@ class AdaptedText(Adapts, Exports):
 
     def require_adapter(self) -> None:
         """Raises ConfigError if the model or another key of the job doesn't support `model.adapter`."""
-        import torch
         from transformers import AutoModelForCausalLM
+
+        from heliostat.recipes import adapter_probe
 
         assert self.adapter
         train, folder = self.job.train, self.base()
@@ -51,9 +53,9 @@ class AdaptedText(Adapts, Exports):
                     f"{key}: not supported with model.adapter, because it changes layers of the base. Remove this key, or remove "
                     "model.adapter"
                 )
-        adapters.require_stage(self.adapter, train.zero.stage)
-        with torch.device("meta"):
-            adapters.chosen(self.adapter, AutoModelForCausalLM.from_config(self.config))
+        adapter_probe.require(
+            self.adapter, partial(AutoModelForCausalLM.from_config, self.config), short_logits, train.zero.stage
+        )
 
     def tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
         return super().tensors(shapes) if self.adapter is None else {"model": adapter_tensors.merged(self.adapter, shapes)}
@@ -92,3 +94,13 @@ class AdaptedText(Adapts, Exports):
 
         tokens = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) * STRIDE % self.config.get_text_config(decoder=True).vocab_size
         return model(input_ids=tokens, use_cache=False).logits.float()
+
+
+def short_logits(model: torch.nn.Module) -> torch.Tensor:
+    """Computes the logits of one short sample on the meta device, in bf16, the only precision of some experts' kernels."""
+    import torch
+
+    from heliostat.recipes.text import masks
+
+    with masks.unread(whole=True):
+        return model.bfloat16()(input_ids=torch.zeros((1, 2), dtype=torch.long), use_cache=False).logits

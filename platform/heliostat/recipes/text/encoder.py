@@ -26,7 +26,7 @@ POOLINGS = ("mean", "last", "cls")
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
     """Builds a model in fp32 with its architecture's initial weights."""
-    return from_config(transformers.AutoModel, config, **_options(config))
+    return from_config(transformers.AutoModel, config, **without_pooler(model_class(config)))
 
 
 def load(
@@ -38,12 +38,12 @@ def load(
     `kind`: an Auto class, or a model class.
     """
     config = config or from_folder(key, transformers.AutoConfig, folder)
-    return whole(key, kind, folder, **{**options, "config": config, **_options(config)})
+    return whole(key, kind, folder, **{**options, "config": config, **without_pooler(model_class(config))})
 
 
-def _options(config: PreTrainedConfig) -> dict[str, bool]:
-    """Returns the option that leaves out the architecture's pooler, if there is one, because training doesn't use the pooler."""
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class(config)).parameters else {}
+def without_pooler(cls: type[PreTrainedModel]) -> dict[str, bool]:
+    """Returns the option that leaves out the pooler of a class, if there is one, because heliostat doesn't use the pooler."""
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls).parameters else {}
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
