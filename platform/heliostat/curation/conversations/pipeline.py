@@ -151,6 +151,9 @@ class PreferencePipeline(RenderedPipeline):
     """Defines the keys of a pipeline's YAML for preferences. A record has the columns `chosen` and `rejected`, and maybe
     `prompt`. The dataset trains `heliostat.recipes:DPO`."""
 
+    def renderer(self) -> Renderer:
+        return Renderer(self.dialect, "last")
+
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> ConversationMaking:
         source = {"rules": self.rules("pairs"), "too_long": "drop"}
         return self._making(flow, output, source, False, self.every(sample))
