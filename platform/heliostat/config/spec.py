@@ -54,7 +54,8 @@ class Job(Strict):
     (docs/training/initial-weights.md). Or `pretrained`, and keys that change the model's configuration: `FOLDER`,
     `ORG/NAME[@REVISION]` of the Hugging Face Hub, `s3://BUCKET/PREFIX`, or `models:/NAME/VERSION`
     (docs/training/pretrained.md#where-a-model-can-be). The model's tokenizer must have the same content as the
-    datasets' tokenizer. TextToImage and Autoencoder: see docs/diffusion.md#models"""
+    datasets' tokenizer. SFT: see docs/fine-tuning.md#keys. DPO: see docs/preferences.md. TextToImage and Autoencoder: see
+    docs/diffusion.md#models"""
     data: Data
     """Datasets to train on, and the order of their samples."""
     train: Train
