@@ -9,12 +9,13 @@ pairs         {"prompt": ..., "chosen": ..., "rejected": ...}, strings or lists 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from heliostat.curation.conversations import messages
-from heliostat.curation.conversations.messages import Conversation, FaultError, Message
+from heliostat.curation.conversations.messages import FaultError, Message, ParsedConversation
 
 VERSION = 1  # increase it when the same records give different conversations
 Shape = Literal["auto", "messages", "completion", "alpaca", "sharegpt"]
@@ -25,6 +26,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
 }
 PAIRS = {"pairs": ("chosen", "rejected")}
+COLUMNS = {*(name for names in (NEEDS | PAIRS).values() for name in names), "input", "prompt", "system", "tools"}
 # roles of ShareGPT, by the names that its sets use
 SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -35,7 +37,7 @@ SPEAKERS = {
 
 
 @dataclass(frozen=True)
-class Preference:
+class ParsedPreference:
     """Holds a prompt with two answers, each one message of the assistant."""
 
     prompt: list[Message]
@@ -46,11 +48,11 @@ class Preference:
     @property
     def text(self) -> str:
         """Returns roles and contents as plain text, for the comparison of documents."""
-        answers = (Conversation([one]).text.partition(": ")[2] for one in (self.chosen, self.rejected))
+        answers = (ParsedConversation([one]).text.partition(": ")[2] for one in (self.chosen, self.rejected))
         return "\n\n".join([self.with_answer(None).text, *map(": ".join, zip(("chosen", "rejected"), answers, strict=True))])
 
-    def with_answer(self, answer: Message | None) -> Conversation:
-        return Conversation([*self.prompt, *([answer] if answer else [])], self.tools)
+    def with_answer(self, answer: Message | None) -> ParsedConversation:
+        return ParsedConversation([*self.prompt, *([answer] if answer else [])], self.tools)
 
 
 def missing(names: Collection[str], shape: str, shapes: Mapping[str, tuple[str, ...]] = NEEDS) -> str:
@@ -59,6 +61,12 @@ def missing(names: Collection[str], shape: str, shapes: Mapping[str, tuple[str, 
     if any(set(columns) <= set(names) for columns in wanted.values()):
         return ""
     return f"needs the columns {' or '.join(' and '.join(columns) for columns in wanted.values())}, and has {', '.join(names)}"
+
+
+def function(question: str, answer: str) -> ParsedConversation:
+    """Makes a conversation of the first sentence of a function's docstring, and the function without the docstring."""
+    prompt, code = f"Write a Python function. Its docstring: {question}", f"```python\n{textwrap.dedent(answer).rstrip()}\n```"
+    return ParsedConversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": code}])
 
 
 def shape_of(record: Mapping[str, Any]) -> str:
@@ -70,8 +78,11 @@ def shape_of(record: Mapping[str, Any]) -> str:
     return shapes[0]
 
 
-def conversation(record: Mapping[str, Any], shape: str) -> Conversation:
-    """Converts a record to a conversation that ends with a turn of the assistant. FaultError if this isn't possible."""
+def conversation(record: Mapping[str, Any], shape: str) -> ParsedConversation:
+    """Converts a record to a conversation that ends with a turn of the assistant. FaultError if this isn't possible.
+
+    `shape`: a key of NEEDS, or "auto".
+    """
     name = shape_of(record) if shape == "auto" else shape
     if absent := [column for column in NEEDS[name] if record.get(column) is None]:
         raise FaultError("no_shape", f"without {', '.join(absent)}")
@@ -79,7 +90,8 @@ def conversation(record: Mapping[str, Any], shape: str) -> Conversation:
     answers = [number for number, message in enumerate(turns) if message["role"] == "assistant"]
     if not answers:
         raise FaultError("no_answer")
-    return Conversation(turns[: answers[-1] + 1], messages.tools_of(record.get("tools")))
+    end = answers[-1] + 1
+    return ParsedConversation(turns[:end], messages.tools_of(record.get("tools")), len(turns) - end)
 
 
 def _messages(record: Mapping[str, Any]) -> list[Message]:
@@ -127,7 +139,7 @@ def _sharegpt(record: Mapping[str, Any]) -> list[Message]:
     return [*_system(record), *messages.parse(turns, "conversations")]
 
 
-def preference(record: Mapping[str, Any]) -> Preference:
+def preference(record: Mapping[str, Any]) -> ParsedPreference:
     """Converts a record to a preference. If the record has no `prompt`, the prompt is the common beginning of both
     conversations. FaultError if this isn't possible."""
     if absent := [column for column in PAIRS["pairs"] if record.get(column) is None]:
@@ -145,4 +157,4 @@ def preference(record: Mapping[str, Any]) -> Preference:
         raise FaultError("several_turns", "the conversations differ in more than the last turn of the assistant")
     if not prompt:
         raise FaultError("no_prompt")
-    return Preference(prompt, answers[0][0], answers[1][0], tools)
+    return ParsedPreference(prompt, answers[0][0], answers[1][0], tools)
