@@ -62,11 +62,12 @@ class SFT(LearnsConversations, Audits):
         return packs.placeholder(rows, self.length)
 
     def rows(self, content: pa.Table) -> Batch:
-        from heliostat.recipes.text import packs
+        from heliostat.recipes.text import next_token, packs
 
         train = self.job.train
         fixed = bool(train.compile) or train.parallel.sequence > 1
-        return packs.batch(content, self.length, self.end, self.sources[0].fact("vocab_size"), self.document_mask, fixed)
+        made = packs.batch(content, self.length, self.end, self.sources[0].fact("vocab_size"), self.document_mask, fixed)
+        return made if fixed else next_token.with_places(made)
 
     def prompts_of(self, content: pa.Table) -> Iterator[Prompt]:
         from heliostat.recipes.text import packs
