@@ -203,6 +203,7 @@ def test_trace_leads_from_a_conversation_to_the_models_that_saw_it(chain: Chain,
         sft, dpo = rows[f"sft-{number}"], rows[f"dpo-{number}"]
         assert set(sft["steps"]) == steps and sft["inherited"] == [] and sft["models"] == [f"models:/chain-sft/{number + 1}"]
         assert (dpo["steps"], dpo["models"]) == ([], [f"models:/chain-dpo/{number + 1}"])
+        assert (sft["outdated"], dpo["outdated"]) == ([], [str(chain.folder / "scored")])
         assert dpo["inherited"] == list(dict.fromkeys([chain.sft[number].run, chain.sft[0].run])), "its base, and its reference"
         assert [one["folder"] for one in sft["exports"] + dpo["exports"]] == [
             str(chain.sft[number].export), str(chain.dpo[number].export),
@@ -212,6 +213,7 @@ def test_trace_leads_from_a_conversation_to_the_models_that_saw_it(chain: Chain,
         (document,) = ask(capsys, "data", "trace", str(chain.folder / dataset), "--id", id, *where)["documents"]
         rows = {row["name"]: row for row in document["runs"]}
         assert rows.keys() == {"dpo-0", "dpo-1"} and all(set(row["steps"]) == steps for row in rows.values())
+        assert all((row["inherited"], row["outdated"]) == ([], []) for row in rows.values())
         assert [copy["name"] for copy in document["copies"]] == (["scored"] if dataset == "pairs" else [])
 
 

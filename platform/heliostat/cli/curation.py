@@ -170,7 +170,8 @@ def _print_forgotten(report: Report) -> None:
         fix = f"heliostat data forget {copy['uri']} --id {id} --out {copy['uri'].rstrip('/')}-2"
         out.print(f"  the dataset {copy['name']} was made from this dataset, and contains the document. Run: {fix}")
     if report["runs"]:
-        out.print("  train these runs again without the document, each after the runs from which it inherits")
+        also = ", and prepare the named datasets again" if any(row["outdated"] for row in report["runs"]) else ""
+        out.print(f"  train these runs again without the document, each after the runs from which it inherits{also}")
     out.print("  the old dataset, its earlier versions, the input, and the models of these runs still contain the document")
 
 
@@ -236,6 +237,8 @@ def _print_runs(report: Report) -> None:
         how += f"; the run's samples are unknown: {row['fault']}" if row["fault"] else ""
         how += f"; {row['unsure']:,} replaced samples are not listed" if row["unsure"] else ""
         out.print(f"  run {row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
+        for dataset in row["outdated"]:
+            out.print(f"    its dataset {dataset} has log-probabilities of a model that contains the document")
         for export in row["exports"]:
             what = "adapter" if export["adapter"] else "model"
             out.print(f"    {what} of step {export['step']:,} exported to {export['folder']}")

@@ -221,12 +221,13 @@ def distinct(values: list[T]) -> list[T]:
 
 class Descendant(TypedDict):
     """Describes a run that has trained on the requested samples. `inherited`: run ids of the run's ancestors that have trained
-    on these samples."""
+    on these samples. `outdated`: the run's datasets whose log-probabilities come from a model of such an ancestor."""
 
     run_id: str
     name: str
     status: str
     inherited: list[str]
+    outdated: list[str]
     models: list[str]
     exports: list[ExportedFolder]
 
@@ -268,8 +269,15 @@ class Seen:
             if samples or inherited:
                 models = [f"models:/{v.name}/{v.version}" for v in versions(self.client, run_id)]
                 rows.append({"run_id": run_id, "name": run.data.tags[tags.NAME], "status": run.info.status, "samples": samples,
-                             "inherited": inherited, "models": models, "exports": exports_of(run)})  # fmt: skip
+                             "inherited": inherited, "outdated": self._outdated(run, inherited), "models": models,
+                             "exports": exports_of(run)})  # fmt: skip
         return rows
+
+    def _outdated(self, run: Run, inherited: list[str]) -> list[str]:
+        """Lists the run's datasets whose reference model comes from one of the runs in `inherited`."""
+        sources = [f"data.sources.{n}.path" for p in _parents(self.client, run.info.run_id) if p["run_id"] in inherited
+                   for n in re.findall(rf"^data\.sources\.(\d+)\.{REFERENCE}$", p["key"])]  # fmt: skip
+        return [run.data.params[key] for key in sources]
 
     def _inherited(self, run: Run, taken: Taken, depth: int) -> list[str]:
         """Lists the run ids of ancestors that have trained on the samples that `taken` counts. For each ancestor, counts only

@@ -84,7 +84,7 @@ class TrainedOnDocument:
         known = {row["run_id"] for row in rows}
         unknown = [seen.runs[run_id] for run_id in self.faults if run_id not in known and only in (None, run_id)]
         rows += [{"run_id": run.info.run_id, "name": run.data.tags[tags.NAME], "status": run.info.status, "inherited": [],
-                  "models": [], "exports": exports_of(run)} for run in unknown]  # fmt: skip
+                  "outdated": [], "models": [], "exports": exports_of(run)} for run in unknown]  # fmt: skip
         return [self._reached(row) for row in rows]
 
     def _reached(self, row: Descendant) -> Reached:
