@@ -1,4 +1,4 @@
-"""Draws the figure of docs/tutorials/assistant.md: held-out accuracy of the base and of both models, and the losses of their runs.
+"""Draws the figure of docs/tutorials/assistant.md: held-out accuracy of the base and of both models, and the losses of both runs.
 
     python -m tests.benchmarks.assistant --mlflow sqlite:///.heliostat/mlflow.db [--figure docs/images/assistant.svg]
 
