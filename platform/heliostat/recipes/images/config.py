@@ -266,7 +266,8 @@ def load_or_build(cls: Any, folder: str | Path) -> Any:
     models, no worker has more than one complete tensor, if heliostat can read the folder's tensors one by one.
     """
     if weightless.wanted() or torch.get_default_device().type == "meta":
-        model = cls.from_config(cls.load_config(folder))
+        with partitioning.constructing():
+            model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
         return model
     if partitioning.wanted():
