@@ -134,6 +134,19 @@ def test_the_noises_of_a_group_are_assigned_with_the_least_distance(digits):
     assert changed
 
 
+def test_held_out_batches_have_the_same_samples_without_assignments(digits, monkeypatch):
+    """Scores use noise that doesn't depend on the image, so the host assigns no noise for them."""
+    made, content, keys = made_for(digits, immiscible={"group": 4}), rows(digits), np.arange(12)
+    model = woken(made.build()).eval()
+    with torch.no_grad():
+        before = made.evaluate(model, made.batch(content, keys))
+        monkeypatch.setattr(immiscible.Immiscible, "assigned", None)
+        batch = made.held_out_batch(content, keys)
+        after = made.evaluate(model, batch)
+    assert "assigned" not in batch and before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_near_noise_brings_images_and_noise_closer(digits):
     """The paper's measure: distances fall, most with the most candidates."""
     content, keys = rows(digits, 48), np.arange(48)

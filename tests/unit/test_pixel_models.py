@@ -17,7 +17,7 @@ from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.optim.optimizers import Muon
 from heliostat.recipes import building
-from heliostat.recipes.images import held_out, patches, quality, whitening
+from heliostat.recipes.images import held_out, neighbors, patches, quality, whitening
 from heliostat.recipes.images.gallery import png
 from heliostat.recipes.images.pipeline import Guidance, decode, denoise, generators
 from heliostat.recipes.images.text_to_image import TextToImage
@@ -148,7 +148,7 @@ def test_muon_orthogonalizes_filters_as_matrices_with_a_row_per_output(places):
     assert (parameter.double() - expected).abs().max() < 1e-4
 
 
-def test_held_out_captions_are_drawn_and_compared_with_their_real_pictures(places, tmp_path):
+def test_held_out_captions_are_drawn_and_compared_with_their_real_pictures(places, tmp_path, monkeypatch):
     """Real pictures in place of drawn ones score what the judge can reach. A job that trains on the held-out dataset is
     rejected."""
     samples = {"held_out": str(places[2]), "steps": 2}
@@ -157,13 +157,17 @@ def test_held_out_captions_are_drawn_and_compared_with_their_real_pictures(place
     assert isinstance(gallery, held_out.HeldOutGallery) and gallery.count == manifest.read(Location(str(places[2]))).rows
     drawn = gallery.draw(woken(made.build()).eval(), "cpu", [0, 1])
     assert drawn[0].shape == (16, 16, 3) and not np.array_equal(drawn[0], drawn[1])
+    scaled, scale = list[int](), held_out.thumbnails
+    monkeypatch.setattr(held_out, "thumbnails", lambda pictures, side: scaled.append(len(pictures)) or scale(pictures, side))
     scores, images = gallery.judge(list(gallery.real.pictures))
     assert {name for name in made.scores if not name.startswith("loss")} == set(scores)
     assert all(scores[name] == scores[f"real_{name}"] for name in held_out.SCORES) and scores["top5"] == 1.0
     noise = list(np.random.default_rng(0).integers(0, 256, gallery.real.pictures.shape).astype(np.uint8))
     assert gallery.judge(noise)[0]["top1"] < 0.6
+    trained = sum(source.rows for source in made.sources)
+    assert scaled.count(trained) == 1 and sum(scaled) == trained + 4 * gallery.count, "training pictures are scaled once per run"
     training = held_out.labeled(made.sources).pictures
-    near = held_out.nearest(list(gallery.real.pictures), training)
+    near = neighbors.nearest(*(scale(list(one), held_out.PIXELS) for one in (gallery.real.pictures, training)))
     rows = [list(gallery.real.pictures), list(gallery.real.pictures), list(training[near.index])]
     assert images["held_out"] == png(held_out.in_rows(rows))
     share = float(np.mean(near.distance <= np.quantile(near.distance, 0.05)))

@@ -1,16 +1,18 @@
 """Tests the parts of a stream without Ray: blocks give the same temporary files, drops, and counts as recorded tasks."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-from heliostat.curation import tally
+from heliostat.curation import segment, tally
 from heliostat.curation.engine import Curated, StageEngine
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.registry import parse
 from heliostat.curation.segment import LEFT_OUT, SpilledRun, load
+from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.streamed import (
     Item,
     ReadBlocks,
@@ -133,3 +135,25 @@ def test_a_source_that_starts_again_sends_nothing_in_place_of_what_the_stream_ha
     assert [next(first), next(first)] == [b"a", b"b"]
     assert list(taken(feed)) == [b"", b"", b"c", b"d"]
     assert list(taken(feed)) == [b""] * 4, "it ends, and doesn't wait for tasks"
+
+
+class Counting(Given):
+    """Counts the parts that a process reads."""
+
+    reads = 0
+
+    def read(self, part: FilePart) -> Iterator[Document | Dropped]:
+        Counting.reads += 1
+        return super().read(part)
+
+
+def test_only_the_first_task_of_a_process_warms_up(tmp_path):
+    """A warm-up in each task would read the beginning of each piece twice, and a prediction would contain the seconds of all
+    warm-ups."""
+    given = texts(40)
+    engine = engine_of(tmp_path, given, 1 << 24)
+    tasks = list(engine._over_pieces(iter([[FilePart(id, len(text), 0)] for id, text in given.items()]), [], True))
+    for expected, task in zip((2, 3, 4), tasks, strict=False):
+        options = {**task.arguments, "source": Counting(given), "warm": True}
+        record = segment.over_pieces(engine.flow.work.spill, **options)
+        assert Counting.reads == expected and record["opening"] >= 0

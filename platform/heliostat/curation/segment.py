@@ -104,11 +104,12 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource, stages: list[Entry], run_bytes: int,
                 explained: bool, care: Care | None = None, every: int = 1, warm: bool = False) -> dict[str, object]:  # fmt: skip
     """Runs the stages of a segment on one piece of the input; returns the task's record. With `explained`, also counts the
-    documents that are read. With `warm`, first runs some documents without a result, so that the seconds of a small piece are
-    those of a process that has read much. `every`: see `recording`."""
+    documents that are read. With `warm`, the first task of a process first runs some documents without a result, so that the
+    seconds of a small piece are those of a process that has read much. `every`: see `recording`."""
     start = cpu_time.now()
     chain = Chain(folder, stages)
-    if warm and care is None:
+    if warm and care is None and (chain_key := _identity(source, stages)) not in _warmed:
+        _warmed.add(chain_key)
         _warm(piece, source, Chain(folder, stages))
     opening = cpu_time.now() - start
     taking = Careful(care)
@@ -116,6 +117,13 @@ def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource,
     out = Spiller(folder, run_bytes, every)
     runs = _run(counted(documents, chain.tally) if explained else documents, source, chain, out, taking)
     return runs | {"opening": opening}
+
+
+_warmed = set[str]()  # sources and stages (`_identity`) that this process has warmed up
+
+
+def _identity(source: DocumentSource, stages: list[Entry]) -> str:
+    return json.dumps([type(source).__qualname__, *([entry, follows] for entry, follows, _ in stages)])
 
 
 def _warm(piece: list[FilePart], source: DocumentSource, chain: Chain) -> None:

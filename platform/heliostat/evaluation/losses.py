@@ -75,7 +75,8 @@ def _evaluate(
     with torch.no_grad():
         for rows in _batches(held_out.source):
             part = content.part(contents, rows)
-            batch = {k: v.to(device) for k, v in recipe.batch(part, np.arange(rows.start, rows.stop)).items()}
+            whole = recipe.held_out_batch(part, np.arange(rows.start, rows.stop))
+            batch = {k: v.to(device) for k, v in whole.items()}
             scores = recipe.evaluate(model, batch)
             kept.append(taken(scores, recipe.gathered, np.ones(rows.stop - rows.start, dtype=bool)))
             for name in scores.keys() - kept[-1].keys():

@@ -41,9 +41,8 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Loss:
-    """Contains the loss of a batch. A step's objective is the sum of the step's loss terms, divided by the number of terms in the
-    global batch. The objective also adds each part's weight times the part's mean over the step's batches. Parts are logged by
-    name, and all batches have parts with the same names."""
+    """Contains the loss of a batch. A step's objective is the mean of the global batch's loss terms, plus each part's weight
+    times its mean over the step's batches. Parts are logged by name, and all batches have parts with the same names."""
 
     sum: torch.Tensor  # sum of the batch's loss terms, a scalar
     parts: dict[str, Part] = field(default_factory=dict)
@@ -108,11 +107,9 @@ class Recipe(ABC):
         """
 
     def complete(self, batch: Batch) -> Batch:
-        """Adds values on the device that don't depend on trained weights, such as noise and outputs of frozen encoders.
-
-        Computes no gradients, and draws nothing from torch's generators. Runs before `loss`: on a GPU, on the upload stream while
-        the previous micro-batch computes. `loss` and `evaluate` call `complete` if a batch isn't complete yet.
-        """
+        """Adds values on the device that don't depend on trained weights, such as noise and outputs of frozen encoders. Computes
+        no gradients, and draws nothing from torch's generators. On a GPU, runs on the upload stream while the previous
+        micro-batch computes. `loss` and `evaluate` call `complete` if a batch isn't complete yet."""
         return batch
 
     @abstractmethod
@@ -191,13 +188,16 @@ class Evaluates(ABC):
     scores: tuple[str, ...] = ("loss",)  # names that `metrics`, `measure`, and a gallery's `judge` report
     gathered: tuple[str, ...] = ()  # results of `evaluate` that are kept for every sample, for `measure`
 
+    def held_out_batch(self: Any, content: Content, keys: np.ndarray) -> Batch:
+        """Makes the batch for `evaluate`, as `batch` does, but without values that only training needs."""
+        return self.batch(content, keys)
+
     @abstractmethod
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Computes scores by name: float [batch], summed over samples by the engine, or [batch, ...] for names in `gathered`."""
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """Computes the metrics, including `loss`, from the sums of the scores of `evaluate`. By default, divides each sum by the
-        sum of `terms`."""
+        """Computes the metrics, including `loss`, from the sums of the scores. By default, divides each by the sum of `terms`."""
         if "terms" not in sums:
             raise ConfigError(f"recipe: {type(self).__name__}.evaluate returns no `terms` to divide by. Add `terms` ({GUIDE})")
         return {name: total / max(1.0, sums["terms"]) for name, total in sums.items() if name != "terms"}

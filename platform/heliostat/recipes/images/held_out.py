@@ -39,7 +39,7 @@ class HeldOutGallery(PromptGallery):
         self.real = labeled([held_out(str(self.samples.held_out), recipe.sources)])
         self.prompts = self.real.captions
         self.count = len(self.prompts)
-        self._learned: tuple[LabeledPictures, PictureJudge] | None = None
+        self._learned: tuple[LabeledPictures, PictureJudge, np.ndarray] | None = None
 
     def item(self, number: int) -> tuple[str, int]:
         """Returns an image's prompt and seed."""
@@ -50,10 +50,10 @@ class HeldOutGallery(PromptGallery):
     ) -> tuple[dict[str, float], dict[str, bytes]]:
         """Scores the drawn pictures, and the real ones (`real_`). In the grid, each row of real pictures has the drawn row below
         it, and below that, the nearest training picture of each drawn picture."""
-        training, known = self._training(progressed)
+        training, known, small = self._training(progressed)
         drawn, real = (known.accuracy(self.real, one) for one in (np.stack(pictures), self.real.pictures))
         scores = {name: drawn[name] for name in SCORES} | {f"real_{name}": real[name] for name in SCORES}
-        near, usual = (nearest(one, training.pictures) for one in (pictures, list(self.real.pictures)))
+        near, usual = (neighbors.nearest(thumbnails(one, PIXELS), small) for one in (pictures, list(self.real.pictures)))
         scores |= neighbors.memorized(near.distance, usual.distance).named(MEMORIZED)
         return scores, {"held_out": png(in_rows([list(self.real.pictures), pictures, list(training.pictures[near.index])]))}
 
@@ -66,12 +66,12 @@ class HeldOutGallery(PromptGallery):
         ranked = self._training()[1].ranked(np.stack([np.asarray(image) for image in drawn]))
         return [(prompt, f"  (the judge sees: {one[0]})") for prompt, one in zip(prompts, ranked, strict=True)]
 
-    def _training(self, progressed: Callable[[], None] = lambda: None) -> tuple[LabeledPictures, PictureJudge]:
-        """Returns the training pictures with the size of the held-out pictures (`of_size`), and the judge that has learned from
-        them."""
+    def _training(self, progressed: Callable[[], None] = lambda: None) -> tuple[LabeledPictures, PictureJudge, np.ndarray]:
+        """Returns the training pictures with the size of the held-out pictures (`of_size`), the judge that has learned from them,
+        and their thumbnails. All evaluations of a run use the same objects."""
         if self._learned is None:
             training = labeled(of_size(self.recipe.sources), progressed)
-            self._learned = training, PictureJudge(training)
+            self._learned = training, PictureJudge(training), thumbnails(list(training.pictures), PIXELS)
         return self._learned
 
 
@@ -142,11 +142,6 @@ def labeled(sources: list[Manifest], progressed: Callable[[], None] = lambda: No
 
     pictures = rows.decoded([image for table in tables for image in table["image"].to_pylist()])
     return LabeledPictures(pictures, column("caption"), column("label"), column("style"))
-
-
-def nearest(pictures: list[np.ndarray], training: np.ndarray) -> neighbors.Nearest:
-    """Finds the nearest training picture of each picture, by the pixels of thumbnails."""
-    return neighbors.nearest(thumbnails(pictures, PIXELS), thumbnails(list(training), PIXELS))
 
 
 def in_rows(kinds: list[list[np.ndarray]]) -> np.ndarray:

@@ -158,6 +158,10 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
     # training --------------------------------------------------------------------------------------------------------
 
     def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
+        batch = self.held_out_batch(content, keys)
+        return batch | self._assigned(batch)
+
+    def held_out_batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
         facts = self.parts.facts
         assert facts
         if self.model.captions and hasattr(self, "sources"):  # placeholder samples have one caption
@@ -174,24 +178,26 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         out |= self.parts.captions(content)
         if self.model.repa and facts.features:
             out |= facts.features.unpack(content["features"].to_pylist())
-        return out | self._read_ahead(out)
-
-    def _read_ahead(self, batch: Batch) -> Batch:
-        """Computes, on the host, what the host would otherwise read from the device in `loss`.
-
-        `host_lengths`: the captions' lengths, without and with dropped captions, int64 [n, 2]. `assigned`: the index of each
-        image's noise (`model.immiscible.group`), with the random numbers of `draw`.
-        """
-        out, near = Batch(), self.model.immiscible
         if self.parts.counted:
-            own, empty = (self.parts.lengths(texts) for texts in (batch, {k: v[None] for k, v in self.parts.empty.items()}))
-            dropped = batch.get("dropped", rows.scalars(self.seed, batch["key"], self.model.caption_dropout)[1])
-            out[LENGTHS] = torch.stack([own, torch.where(dropped, empty, own)], 1)
-        if near and near.group and not self.parts.encodes:
-            drawn = batch if "noise" in batch else rows.draw(self.seed, batch["key"], *self._drawn(batch["clean"])).named()
-            out |= {name: drawn[name] for name in ("time", "dropped", "noise", "posterior") if name in drawn}
-            out["assigned"] = near.assigned(self.parts.clean(batch["clean"], drawn.get("posterior")), drawn["noise"])
+            out[LENGTHS] = self._lengths(out)
         return out
+
+    def _lengths(self, batch: Batch) -> torch.Tensor:
+        """Counts the tokens of captions, without and with dropped captions, int64 [n, 2]. The host would otherwise read the
+        lengths from the device in `loss`."""
+        own, empty = (self.parts.lengths(texts) for texts in (batch, {k: v[None] for k, v in self.parts.empty.items()}))
+        dropped = batch.get("dropped", rows.scalars(self.seed, batch["key"], self.model.caption_dropout)[1])
+        return torch.stack([own, torch.where(dropped, empty, own)], 1)
+
+    def _assigned(self, batch: Batch) -> Batch:
+        """Computes, on the host, what the host would otherwise read from the device in `loss`: the index of each image's noise
+        (`model.immiscible.group`). Returns this index, `assigned`, with the random numbers of `draw`."""
+        near = self.model.immiscible
+        if not (near and near.group) or self.parts.encodes:
+            return {}
+        drawn = batch if "noise" in batch else rows.draw(self.seed, batch["key"], *self._drawn(batch["clean"])).named()
+        out = {name: drawn[name] for name in ("time", "dropped", "noise", "posterior") if name in drawn}
+        return out | {"assigned": near.assigned(self.parts.clean(batch["clean"], drawn.get("posterior")), drawn["noise"])}
 
     def _drawn(self, clean: torch.Tensor) -> tuple[tuple[int, ...], float, float, bool]:
         """Returns the arguments of `rows.draw` for images or stored latents: the shape of the noise, caption dropout, noise

@@ -109,7 +109,7 @@ class HeldOut:
         kept: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
         for i in range(self.batches):
             rows = slice(i * self.micro, (i + 1) * self.micro)
-            whole = self.recipe.batch(content.part(self.content, rows), self.keys[rows])
+            whole = self.evaluates.held_out_batch(content.part(self.content, rows), self.keys[rows])
             batch = uploaded(self.sharing.cut(self.recipe, whole), device)
             scores = self.evaluates.evaluate(model, batch)
             if self.evaluates.gathered:
