@@ -35,8 +35,8 @@ from heliostat.tasks.work import key
 VERSION = 1  # increase it when the same conversations give other rows
 FORM: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True, "write_statistics": False}
 BY_PROMPT = Together(column=reading.PROMPT, order=reading.TEXT)
-COUNTS = ("conversations", "tokens", "trained", "turns", "trained_ends", "untrained", "cut", "split", "retokenized", "ended",
-          "padding")  # fmt: skip
+COUNTS = ("conversations", "tokens", "trained", "turns", "trained_ends", "untrained", "cut", "split", "trailing", "retokenized",
+          "ended", "padding")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 PARTS = ("text", "input_text", "output_text")  # types of a message's parts that are text
-KEPT = ("name", "tool_call_id", "reasoning_content")  # further keys of a message that templates read
+THOUGHTS = "reasoning_content"  # key of a message
 Message = dict[str, Any]
 
 
@@ -24,10 +24,14 @@ class FaultError(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Holds a conversation: its messages in the form of chat templates, and JSON schemas of functions that the model may call."""
+    """Holds a conversation: its messages in the form of chat templates, and JSON schemas of functions that the model may call.
+
+    `trailing`: the number of messages after the last answer, which the conversation leaves out.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    trailing: int = 0
 
     @property
     def text(self) -> str:
@@ -55,15 +59,16 @@ class Conversation:
     def strings(self) -> Iterator[str]:
         """Yields all texts that people or models wrote, including the arguments of calls."""
         for message in self.messages:
-            yield from (message[name] for name in ("content", *KEPT) if name in message)
-            yield from (_json(call["function"]) for call in message.get("tool_calls", ()))
+            yield message["content"]
+            if others := {key: value for key, value in message.items() if key not in ("role", "content")}:
+                yield _json(others)
         yield from map(_json, self.tools or ())
 
 
 def _content(message: Message) -> str:
     calls = [f"{call['function']['name']}({_json(call['function']['arguments'])})" for call in message.get("tool_calls", ())]
-    reasoning = [message["reasoning_content"]] if "reasoning_content" in message else []
-    return "\n".join([*reasoning, *([message["content"]] if message["content"] else []), *calls])
+    thoughts = [str(message[THOUGHTS])] if THOUGHTS in message else []
+    return "\n".join([*thoughts, *([message["content"]] if message["content"] else []), *calls])
 
 
 def _json(value: object) -> str:
@@ -95,8 +100,8 @@ def filled(value: Any) -> Any:
 
 
 def parse(value: object, name: str = "messages") -> list[Message]:
-    """Returns messages in the form of chat templates: `role`, `content`, and maybe `tool_calls` and the keys of KEPT. FaultError
-    for an invalid message."""
+    """Returns messages in the form of chat templates: `role`, `content` (a string), and maybe `tool_calls` and other keys, which
+    stay as they are. FaultError for an invalid message."""
     return [_message(filled(raw), f"{name}.{number}") for number, raw in enumerate(listed(value, name))]
 
 
@@ -104,13 +109,8 @@ def _message(raw: dict[str, Any], where: str) -> Message:
     role = raw.get("role")
     if role not in ROLES:
         raise FaultError("unknown_role", f"{where}: {str(role)[:40]!r}")
-    message: Message = {"role": role, "content": _text(raw.get("content", ""), where)}
-    for key in KEPT:
-        if key in raw:
-            if not isinstance(raw[key], str):
-                raise FaultError("invalid_messages", f"{where}.{key}: not a string")
-            message[key] = raw[key]
-    if calls := raw.get("tool_calls"):
+    message: Message = {**raw, "content": _text(raw.get("content", ""), where)}
+    if calls := message.pop("tool_calls", None):
         if role != "assistant":
             raise FaultError("invalid_tool_call", f"{where}: a call by the role {role}")
         message["tool_calls"] = [_call(call, where) for call in listed(calls, f"{where}.tool_calls")]
@@ -126,9 +126,9 @@ def _text(content: object, where: str) -> str:
     if not isinstance(content, list):
         raise FaultError("invalid_messages", f"{where}: the content isn't text")
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") in PARTS else part for part in content]
-    if not all(isinstance(text, str) for text in texts):
-        raise FaultError("invalid_messages", f"{where}: a part of the content isn't text")
-    return "".join(texts)
+    if others := [text for text in texts if not isinstance(text, str)]:
+        raise FaultError("invalid_messages", f"{where}: {len(others)} parts of the content aren't text")
+    return "".join(map(str, texts))
 
 
 def _call(call: dict[str, Any], where: str) -> dict[str, Any]:

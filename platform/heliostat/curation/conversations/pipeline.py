@@ -8,40 +8,26 @@ out together. Of equal conversations, the dataset has only one. A pack contains 
 
 from __future__ import annotations
 
-import logging
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from heliostat.curation.conversations import rendering, shapes, templates
+from heliostat.curation.conversations import dialects, rendering, shapes
+from heliostat.curation.conversations.dialects import ExistingTokenizer
 from heliostat.curation.conversations.making import VERSION, ConversationMaking
 from heliostat.curation.conversations.reading import ConversationSource, RecordRules, StoredDialect, TooLong
 from heliostat.curation.conversations.rendering import Dialect, Renderer, Turns
-from heliostat.curation.prepare import InputFile, place
+from heliostat.curation.prepare import InputFile
 from heliostat.curation.sampled import SampledParts
 from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.text import sources
-from heliostat.curation.text.pipeline import TokenizerConfig
 from heliostat.data import versions
 from heliostat.data.manifest import FILES
 from heliostat.errors import ConfigError
-from heliostat.schema import Strict
+from heliostat.schema import nearest
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow
-from heliostat.text import brief
-
-log = logging.getLogger(__name__)
-
-
-class ExistingTokenizer(Strict):
-    """Configures a tokenizer without a model."""
-
-    path: str
-    """Tokenizer: a `tokenizer.json`, a folder with a `tokenizer.json`, or `ORG/NAME` of the Hugging Face Hub."""
-    end_of_document: str = Field("<|endoftext|>", min_length=1)
-    """Token that ends a document. The tokenizer must have this token."""
 
 
 class RenderedPipeline(StagedPipeline):
@@ -53,6 +39,8 @@ class RenderedPipeline(StagedPipeline):
     input: str = Field(min_length=1)
     """Input: a file, a folder, a glob (`data/**/*.jsonl`), an `s3://` prefix, or a dataset of the Hugging Face Hub
     (`hf://datasets/ORG/NAME`, docs/guides/hub.md). Files: `.jsonl`, `.parquet`, `.csv`, and `.arrow`, also compressed."""
+    columns: dict[str, str] = {}
+    """Names of the input's columns, where they differ from the names of the shapes: `{prompt: question, completion: answer}`."""
     exclude: list[str] = []
     """Globs of files to skip. heliostat matches the globs against paths relative to the input's folder."""
     model: str | None = None
@@ -61,7 +49,8 @@ class RenderedPipeline(StagedPipeline):
     tokenizer: ExistingTokenizer | None = None
     """Tokenizer, if there is no folder of a model. Set `template`, too."""
     template: str | None = None
-    """Chat template: `chatml`, `llama3`, or the path of a `.jinja` file. Unset: the template of the model's tokenizer."""
+    """Chat template: `chatml`, `llama3`, `plain` (for any tokenizer), or the path of a `.jinja` file. Unset: the template of the
+    model's tokenizer."""
     sequence_length: int = Field(2048, ge=2)
     """Maximum tokens of a row."""
     chunk_tokens: int = Field(1_000_000, gt=0)
@@ -71,63 +60,19 @@ class RenderedPipeline(StagedPipeline):
 
     @cached_property
     def dialect(self) -> Dialect:
-        """Returns the tokenizer and the template. Raises ConfigError if one of them is missing or can't be used."""
-        if (self.model is None) == (self.tokenizer is None):
-            raise ConfigError("model: set either model, or tokenizer without a model. The tokenizer and the template must be the "
-                "ones of the model that you train")  # fmt: skip
-        named = self._named()
-        if self.tokenizer is not None:
-            if named is None:
-                raise ConfigError("template: a tokenizer without a model has no chat template. Set template to chatml, "
-                    "llama3, or a .jinja file")  # fmt: skip
-            config = TokenizerConfig(path=self.tokenizer.path, end_of_document=self.tokenizer.end_of_document)
-            definition, end = config.definition() or "", self.tokenizer.end_of_document
-            return Dialect(definition, named, {"eos_token": end}, end)
-        return self._of_model(named)
-
-    def _named(self) -> str | None:
-        if self.template is None or self.template in templates.NAMED:
-            return templates.NAMED[self.template] if self.template else None
-        if not self.template.endswith(".jinja"):
-            raise ConfigError(f"template: {self.template!r} is neither {', '.join(templates.NAMED)}, nor a .jinja file")
-        try:
-            return place(self.template, "template").read().decode()
-        except (FileNotFoundError, UnicodeDecodeError) as e:
-            raise ConfigError(f"template: {self.template!r}: no such file, or not UTF-8 text. Correct the path") from e
-
-    def _of_model(self, named: str | None) -> Dialect:
-        from transformers import AutoTokenizer
-
-        from heliostat.recipes.pretrained import from_folder
-
-        assert self.model is not None
-        folder = place(self.model, "model").path
-        if not Path(folder).is_dir():
-            raise ConfigError(f"model: {self.model!r}: no such folder. Run: hf download {self.model} --local-dir models/NAME")
-        try:
-            tokenizer = from_folder("model", AutoTokenizer, folder)
-        except (OSError, ValueError, KeyError) as e:
-            raise ConfigError(f"model: {self.model!r} has no tokenizer that transformers can read ({brief(e, 200)})") from e
-        if not getattr(tokenizer, "is_fast", False):
-            raise ConfigError(f"model: {self.model!r} has a tokenizer without a tokenizer.json. Convert it to a fast tokenizer")
-        template = named
-        if template is None:
-            try:
-                template = tokenizer.get_chat_template()
-            except ValueError as e:
-                raise ConfigError(
-                    f"model: {self.model!r} has no chat template, or several. Set template: chatml, llama3, or a .jinja file"
-                ) from e
-        if tokenizer.eos_token is None:
-            raise ConfigError(f"model: {self.model!r} has no token that ends a document (eos_token). Add it to the tokenizer")
-        special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        return Dialect(tokenizer.backend_tokenizer.to_str(), template, special, tokenizer.eos_token)
+        return dialects.of(self.model, self.tokenizer, self.template)
 
     def renderer(self) -> Renderer:
         return Renderer(self.dialect)
 
+    def rules(self, shape: str) -> RecordRules:
+        return RecordRules(normalise="none", shape=shape, names=tuple(sorted(self.columns.items())))
+
     def check(self) -> None:
-        self._check_special()
+        for name in self.columns:
+            if name not in shapes.COLUMNS:
+                fix = nearest(name, sorted(shapes.COLUMNS)) or f". Columns: {', '.join(sorted(shapes.COLUMNS))}"
+                raise ConfigError(f"columns: {name!r} isn't a column of a shape{fix}")
         self.renderer().end  # noqa: B018 - renders an example
         for number, stage in enumerate(self.stages):
             if stage.of_images:
@@ -143,18 +88,7 @@ class RenderedPipeline(StagedPipeline):
         self.check_columns((), "")
         for pattern in self.exclude:
             sources.glob_regex(pattern, "exclude")
-        self.check_places(self.input, sources.root(self.input).path)
-
-    def _check_special(self) -> None:
-        """Raises ConfigError if the template is of another model: it writes special tokens that the tokenizer doesn't have."""
-        renderer = self.renderer()
-        known = {token.content for token in renderer.tokenizer.get_added_tokens_decoder().values()}
-        written = templates.special(self.dialect.template)
-        if self.template is not None and (absent := sorted(written - known)):
-            raise ConfigError(
-                f"template: {self.template!r} writes {', '.join(absent)}, which the tokenizer doesn't have. Use the template of "
-                "the model, or add the tokens to the tokenizer and to the model"
-            )
+        self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
 
     def inputs(self) -> list[InputFile]:
         return sources.without(sources.listing(self.input), self.exclude)
@@ -209,7 +143,7 @@ class ConversationPipeline(RenderedPipeline):
         super().check()
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> ConversationMaking:
-        source = {"rules": RecordRules(normalise="none", shape=self.shape), "too_long": self.too_long}
+        source = {"rules": self.rules(self.shape), "too_long": self.too_long}
         return self._making(flow, output, source, self.packing == "best_fit", self.every(sample))
 
 
@@ -218,5 +152,5 @@ class PreferencePipeline(RenderedPipeline):
     `prompt`. The dataset trains `heliostat.recipes:DPO`."""
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> ConversationMaking:
-        source = {"rules": RecordRules(normalise="none", shape="pairs"), "too_long": "drop"}
+        source = {"rules": self.rules("pairs"), "too_long": "drop"}
         return self._making(flow, output, source, False, self.every(sample))

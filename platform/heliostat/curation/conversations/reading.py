@@ -13,9 +13,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import xxhash
 
+from heliostat.curation import readers
 from heliostat.curation.conversations import packing, rendering, shapes
 from heliostat.curation.conversations.messages import Conversation, FaultError
 from heliostat.curation.conversations.rendering import Dialect, Rendered, Renderer
+from heliostat.curation.pairs import extracting
+from heliostat.curation.pairs import reading as pairs
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text.documents import TextRules
@@ -25,7 +28,9 @@ from heliostat.storage.locations import Location
 
 TooLong = Literal["drop", "cut", "split"]
 SOURCE, PROMPT, TEXT, ROWS, COUNTS = "record", "prompt", "digest", "rows", "counts"  # columns of a document
+Record = Conversation | shapes.Preference
 REASONS = {
+    **{reason: pairs.REASONS[reason] for reason in ("unparsed", "no_pairs")},
     "no_shape": "a record without the columns of a shape",
     "several_shapes": "a record with the columns of several shapes; set `shape`",
     "invalid_messages": "messages that aren't a list of mappings with a role and a text",
@@ -69,22 +74,28 @@ class RecordRules(TextRules):
     by_row: ClassVar[bool] = True
 
     shape: str = "auto"
+    names: tuple[tuple[str, str], ...] = ()  # (column of a shape, its name in the input)
 
     def lacks(self, names: Collection[str]) -> str:
-        if why := shapes.missing(names, self.shape, shapes.PAIRS if self.shape in shapes.PAIRS else shapes.NEEDS):
-            raise ConfigError(f"input: a table {why}. Rename the columns, or exclude the file")
+        if why := shapes.missing(self._renamed(names), self.shape, shapes.PAIRS if self.shape in shapes.PAIRS else shapes.NEEDS):
+            raise ConfigError(f"input: a file {why}. Set `columns`, or exclude the file")
         return ""
 
     def document(self, id: str, values: dict[str, Any]) -> Document | Dropped:
         if len(json.dumps(values, default=str)) > self.max_document_bytes:
             return Dropped(id, "too_large", f"more than {self.max_document_bytes:,} bytes")
         try:
-            record = self.parsed(values)
+            record = self.parsed({name: values[column] for name, column in self._renamed(values).items()})
         except FaultError as e:
             return Dropped(id, e.reason, e.detail)
         return Document(id, record.text, {SOURCE: record})
 
-    def parsed(self, values: dict[str, Any]) -> Conversation | shapes.Preference:
+    def _renamed(self, columns: Collection[str]) -> dict[str, str]:
+        """Returns the input's column for each name in the shapes."""
+        renamed = {name: column for name, column in self.names if column in columns}
+        return {column: column for column in columns if column not in renamed.values()} | renamed
+
+    def parsed(self, values: dict[str, Any]) -> Record:
         values = {name: None if value == "" and name != "input" else value for name, value in values.items()}  # CSV has no null
         return shapes.preference(values) if self.shape in shapes.PAIRS else shapes.conversation(values, self.shape)
 
@@ -110,13 +121,33 @@ class ConversationSource(TextSource):
         for item in super().read(part):
             if isinstance(item, Dropped):
                 yield item
-                continue
-            record = item.columns[SOURCE]
-            try:
-                first = record if isinstance(record, Conversation) else record.with_answer(None)
-                yield Document(item.id, item.text, {PROMPT: first.prompt, TEXT: _digest(item.text), **self.rendered(record)})
-            except FaultError as e:
-                yield Dropped(item.id, e.reason, e.detail)
+            elif SOURCE in item.columns:
+                yield self._document(item.id, item.columns[SOURCE])
+            else:
+                yield from self._functions(item)
+
+    def _functions(self, item: Document) -> Iterator[Document | Dropped]:
+        """Yields conversations from the docstrings of a Python file. Drops other files of text."""
+        name = item.id.partition("#")[0].lower()
+        if not isinstance(item.text, str) or readers.suffix_of(name) != ".py" or self.rules.shape in shapes.PAIRS:
+            yield Dropped(item.id, "no_shape", "a text")
+            return
+        try:
+            functions = list(extracting.docstrings(item.text))
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+            yield Dropped(item.id, "unparsed", f"{type(e).__name__}: {e}"[:200])
+            return
+        if not functions:
+            yield Dropped(item.id, "no_pairs")
+        for pair in functions:
+            yield self._document(f"{item.id}#{pair.line}", shapes.function(pair.query, pair.text))
+
+    def _document(self, id: str, record: Record) -> Document | Dropped:
+        first = record if isinstance(record, Conversation) else record.with_answer(None)
+        try:
+            return Document(id, record.text, {PROMPT: first.prompt, TEXT: _digest(record.text), **self.rendered(record)})
+        except FaultError as e:
+            return Dropped(id, e.reason, e.detail)
 
     def finish(self, document: Document) -> Document | Dropped:
         assert isinstance(document.text, str)
@@ -124,12 +155,13 @@ class ConversationSource(TextSource):
             raise ConfigError("stages: a stage has changed a text, but conversations keep their tokens. Remove this stage")
         return document
 
-    def rendered(self, record: Any) -> dict[str, Any]:
+    def rendered(self, record: Record) -> dict[str, Any]:
         """Renders a record. Returns the columns ROWS and COUNTS. FaultError if the record must be dropped."""
         if isinstance(record, shapes.Preference):
             return self._answers(record)
         rows, counts = self._fitted(record)
         counts.update(
+            trailing=record.trailing,
             conversations=len(rows),
             tokens=sum(len(row.tokens) for row in rows),
             trained=sum(int(row.trained.sum()) for row in rows),

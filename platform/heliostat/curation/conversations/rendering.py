@@ -1,8 +1,9 @@
 """Renders conversations with a chat template, and marks the tokens that the model learns to predict.
 
 For each turn of the assistant that is trained, the template renders the messages before it with the start of the answer. The text
-of the whole conversation must begin with this prompt. The answer is the text from there to the token that ends the turn. Each
-segment is tokenized by itself, so that an answer begins after the same tokens as in inference.
+of the whole conversation must begin with this prompt. The answer is the text from there to the token that ends the turn. The
+answer's text must be the same without the messages after it, as at inference. Each segment is tokenized by itself, so that an
+answer begins after the same tokens as at inference.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ QUESTION, ANSWER = "Which word comes first?", "The first word."  # a conversatio
 DATE = """{% macro strftime_now(form) %}{{ {"%d %b %Y": "26 Jul 2024", "%Y-%m-%d": "2024-07-26"}[form] or "26 July 2024" }}\
 {% endmacro %}
 """
+
+
+class Span(NamedTuple):
+    """Locates an answer in a text. `stop`: after the token that ends the turn, if there is one (`ended`)."""
+
+    start: int
+    stop: int
+    ended: bool
 
 
 class Turn(NamedTuple):
@@ -153,12 +162,10 @@ class Renderer:
         if "strftime_now" in template:
             template = DATE + template
         try:
-            (text,), _ = render_jinja_template(
-                [messages], tools=tools, chat_template=template, add_generation_prompt=answer, **self.dialect.special
-            )
-        except Exception as e:
+            options: Any = {"tools": tools, "add_generation_prompt": answer, **self.dialect.special}
+            return render_jinja_template([messages], chat_template=template, **options)[0][0]
+        except Exception as e:  # a template can raise any error
             raise FaultError("template", brief(e, 200)) from e
-        return text
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the token ids of a text with special tokens, int32."""
@@ -171,9 +178,10 @@ class Renderer:
         messages = conversation.messages
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         whole = self.text(messages, conversation.tools)
-        spans = [self._span(conversation, number, whole) for number in answers[0 if self.turns == "all" else -1 :]]
+        learned = answers[0 if self.turns == "all" else -1 :]
+        spans = {number: self._span(conversation, number, whole) for number in learned}
         self._check_shown(conversation, whole, spans)
-        edges = [0, *(edge for start, stop, _ in spans for edge in (start, stop)), len(whole)]
+        edges = [0, *(edge for span in spans.values() for edge in (span.start, span.stop)), len(whole)]
         if any(b < a for a, b in pairwise(edges)):
             raise FaultError("rewritten")
         segments = [self.encode(whole[a:b]) for a, b in pairwise(edges)]
@@ -182,10 +190,10 @@ class Renderer:
             segments.append(np.array([self.end_id], np.int32))
         tokens, stops = np.concatenate(segments), np.cumsum([len(segment) for segment in segments]).tolist()
         trained, turns = np.zeros(len(tokens), bool), list[Turn]()
-        for number, (_, _, has_end) in enumerate(spans):
+        for number, span in enumerate(spans.values()):
             start, stop = stops[2 * number], stops[2 * number + 1]
-            trained[start : stop - (has_end and not self.end_of_turn)] = True
-            turns.append(Turn(start, stop, has_end and self.end_of_turn))
+            trained[start : stop - (span.ended and not self.end_of_turn)] = True
+            turns.append(Turn(start, stop, span.ended and self.end_of_turn))
         if not self.end and self.end_of_turn:
             trained[-1] = True
             turns[-1] = Turn(turns[-1].start, len(tokens), True)
@@ -201,28 +209,27 @@ class Renderer:
             conversation = preference.with_answer(answer)
             self._check(conversation)
             whole = self.text(conversation.messages, conversation.tools)
-            start, stop, _ = span = self._span(conversation, len(conversation.messages) - 1, whole)
-            self._check_shown(conversation, whole, [span])
-            prompt, tokens = self.encode(whole[:start]), self.encode(whole[start:stop])
+            number = len(preference.prompt)
+            span = self._span(conversation, number, whole)
+            self._check_shown(conversation, whole, {number: span})
+            prompt, tokens = self.encode(whole[: span.start]), self.encode(whole[span.start : span.stop])
             answers.append(tokens if self.end else np.append(tokens, np.int32(self.end_id)))
-        if np.array_equal(*answers):
+        if np.array_equal(answers[0], answers[1]):
             raise FaultError("same_answers", "after the template")
         return Answers(prompt, *answers)
 
-    def _span(self, conversation: Conversation, number: int, whole: str) -> tuple[int, int, bool]:
-        """Returns the range of an answer in the conversation's text, with the token that ends the turn, and whether there is such
-        a token."""
+    def _span(self, conversation: Conversation, number: int, whole: str) -> Span:
+        """Locates an answer in the conversation's text. FaultError if the answer has another text there than as the last message,
+        which is its text at inference."""
         messages, tools = conversation.messages, conversation.tools
         prompt = self.text(messages[:number], tools, answer=True)
-        if not whole.startswith(prompt):
-            raise FaultError("rewritten", f"messages.{number}")
-        start = len(prompt)
-        stop = len(_common(self.text(messages[: number + 1], tools), whole)) if number < len(messages) - 1 else len(whole)
-        matches = list(self.special.finditer(whole, start, stop))
+        until = whole if number == len(messages) - 1 else self.text(messages[: number + 1], tools)
+        start, matches = len(prompt), list(self.special.finditer(until, len(prompt)))
         match = next((one for one in matches if one[0] == self.end), matches[-1] if matches and self.end else None)
-        if match:
-            return start, match.end(), True
-        return start, start + len(whole[start:stop].rstrip()), False
+        stop = match.end() if match else start + len(until[start:].rstrip())
+        if not (until.startswith(prompt) and whole.startswith(until[:stop])):
+            raise FaultError("rewritten", f"messages.{number}")
+        return Span(start, stop, match is not None)
 
     def _check(self, conversation: Conversation) -> None:
         for text in conversation.strings():
@@ -231,11 +238,13 @@ class Renderer:
         if conversation.tools and "tools" not in self.dialect.template:
             raise FaultError("unrendered", "tools")
 
-    def _check_shown(self, conversation: Conversation, whole: str, spans: list[tuple[int, int, bool]]) -> None:
-        """Raises FaultError if the template has left out the content of a message, or a call."""
+    def _check_shown(self, conversation: Conversation, whole: str, answers: dict[int, Span]) -> None:
+        """Raises FaultError if the template has left out the content of a message, or a call. `answers`: by their messages."""
         for number, message in enumerate(conversation.messages):
-            for text in _essential(message):
-                if text not in whole and json.dumps(text, ensure_ascii=False)[1:-1] not in whole:
+            span = answers.get(number)
+            text = whole[span.start : span.stop] if span else whole
+            for part in _essential(message):
+                if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
                     raise FaultError("unrendered", f"messages.{number}")
 
 
@@ -243,10 +252,3 @@ def _essential(message: Message) -> Iterator[str]:
     """Yields the parts of a message that its text must have. Templates may leave out the thoughts of earlier turns."""
     yield message["content"].rpartition("</think>")[2].strip()
     yield from (call["function"]["name"] for call in message.get("tool_calls", ()))
-
-
-def _common(first: str, second: str) -> str:
-    """Returns the common beginning of two texts."""
-    if second.startswith(first):
-        return first
-    return first[: next(n for n, (a, b) in enumerate(zip(first, second + "\0", strict=False)) if a != b)]

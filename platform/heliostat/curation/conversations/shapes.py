@@ -9,6 +9,7 @@ pairs         {"prompt": ..., "chosen": ..., "rejected": ...}, strings or lists 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
 }
 PAIRS = {"pairs": ("chosen", "rejected")}
+COLUMNS = {*(name for names in (NEEDS | PAIRS).values() for name in names), "input", "prompt", "system", "tools"}
 # roles of ShareGPT, by the names that its sets use
 SPEAKERS = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -61,6 +63,12 @@ def missing(names: Collection[str], shape: str, shapes: Mapping[str, tuple[str, 
     return f"needs the columns {' or '.join(' and '.join(columns) for columns in wanted.values())}, and has {', '.join(names)}"
 
 
+def function(question: str, answer: str) -> Conversation:
+    """Makes a conversation of the first sentence of a function's docstring, and the function without the docstring."""
+    prompt, code = f"Write a Python function. Its docstring: {question}", f"```python\n{textwrap.dedent(answer).rstrip()}\n```"
+    return Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": code}])
+
+
 def shape_of(record: Mapping[str, Any]) -> str:
     """Returns the only shape whose columns the record has. FaultError if the record has those of none, or of several."""
     shapes = [name for name, columns in NEEDS.items() if all(record.get(column) is not None for column in columns)]
@@ -71,7 +79,10 @@ def shape_of(record: Mapping[str, Any]) -> str:
 
 
 def conversation(record: Mapping[str, Any], shape: str) -> Conversation:
-    """Converts a record to a conversation that ends with a turn of the assistant. FaultError if this isn't possible."""
+    """Converts a record to a conversation that ends with a turn of the assistant. FaultError if this isn't possible.
+
+    `shape`: a key of NEEDS, or "auto".
+    """
     name = shape_of(record) if shape == "auto" else shape
     if absent := [column for column in NEEDS[name] if record.get(column) is None]:
         raise FaultError("no_shape", f"without {', '.join(absent)}")
@@ -79,7 +90,8 @@ def conversation(record: Mapping[str, Any], shape: str) -> Conversation:
     answers = [number for number, message in enumerate(turns) if message["role"] == "assistant"]
     if not answers:
         raise FaultError("no_answer")
-    return Conversation(turns[: answers[-1] + 1], messages.tools_of(record.get("tools")))
+    end = answers[-1] + 1
+    return Conversation(turns[:end], messages.tools_of(record.get("tools")), len(turns) - end)
 
 
 def _messages(record: Mapping[str, Any]) -> list[Message]:

@@ -37,7 +37,13 @@ LLAMA3 = """{{- bos_token }}
 {%- if add_generation_prompt %}
 {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}"""
-NAMED = {"chatml": CHATML, "llama3": LLAMA3}
+PLAIN = """{%- for message in messages %}
+{{- '### ' + message.role + '\\n' + message.content + (eos_token if message.role == 'assistant' else '') + '\\n\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '### assistant\\n' }}
+{%- endif %}"""  # for tokenizers that have no special tokens of conversations
+NAMED = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN}
 TOKEN = re.compile(r"<\|[^|<>\s{}]+\|>")
 
 
