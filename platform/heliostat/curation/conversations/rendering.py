@@ -171,6 +171,24 @@ class Renderer:
         """Returns the token ids of a text with special tokens, int32."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
+    def _segments(self, text: str, edges: list[int]) -> tuple[list[np.ndarray], bool]:
+        """Returns the tokens of each part of a text between two edges, and whether the complete text has other tokens.
+
+        Some tokenizers write a space before a text. So a part is tokenized after another text, whose tokens the part must not
+        change: the part before it, or a line end.
+        """
+        segments = [self.encode(text[a:b]) for a, b in pairwise(edges)]
+        if np.array_equal(np.concatenate(segments), self.encode(text)):
+            return segments, False
+        parts = [text[a:b] for a, b in pairwise(edges)]
+        for number, (before, part) in enumerate(pairwise(parts), 1):
+            for first in (before, "\n"):
+                context, both = self.encode(first), self.encode(first + part)
+                if np.array_equal(context, both[: len(context)]):
+                    segments[number] = both[len(context) :]
+                    break
+        return segments, not np.array_equal(np.concatenate(segments), self.encode(text))
+
     def conversation(self, conversation: Conversation) -> Rendered:
         """Returns the tokens of a conversation that ends with a turn of the assistant, and the mask of trained tokens. FaultError
         if the template can't render it."""
@@ -184,10 +202,9 @@ class Renderer:
         edges = [0, *(edge for span in spans.values() for edge in (span.start, span.stop)), len(whole)]
         if any(b < a for a, b in pairwise(edges)):
             raise FaultError("rewritten")
-        segments = [self.encode(whole[a:b]) for a, b in pairwise(edges)]
-        retokenized = not np.array_equal(np.concatenate(segments), self.encode(whole))
-        if not self.end:  # no token says that the last answer ends
-            segments.append(np.array([self.end_id], np.int32))
+        segments, retokenized = self._segments(whole, edges)
+        if not self.end:  # nothing may come between the last answer and the token that ends it
+            segments[-1] = np.array([self.end_id], np.int32)
         tokens, stops = np.concatenate(segments), np.cumsum([len(segment) for segment in segments]).tolist()
         trained, turns = np.zeros(len(tokens), bool), list[Turn]()
         for number, span in enumerate(spans.values()):
@@ -212,7 +229,7 @@ class Renderer:
             number = len(preference.prompt)
             span = self._span(conversation, number, whole)
             self._check_shown(conversation, whole, {number: span})
-            prompt, tokens = self.encode(whole[: span.start]), self.encode(whole[span.start : span.stop])
+            (prompt, tokens), _ = self._segments(whole[: span.stop], [0, span.start, span.stop])
             answers.append(tokens if self.end else np.append(tokens, np.int32(self.end_id)))
         if np.array_equal(answers[0], answers[1]):
             raise FaultError("same_answers", "after the template")
