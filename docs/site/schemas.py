@@ -15,6 +15,7 @@ from typing import Any, get_args
 from heliostat.config.fields import Filled
 from heliostat.config.spec import Job
 from heliostat.curation import registry
+from heliostat.curation.conversations.pipeline import ConversationPipeline, PreferencePipeline
 from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.pairs.pipeline import PairPipeline
 from heliostat.curation.stage import Stage
@@ -36,6 +37,7 @@ ALSO: dict[str, dict[str, Any]] = {  # what a validator takes in addition to the
 }
 PIPELINES: dict[str, type[StagedPipeline]] = {
     "text-pipeline": TextPipeline, "image-pipeline": ImagePipeline, "pairs-pipeline": PairPipeline,
+    "conversations-pipeline": ConversationPipeline, "preferences-pipeline": PreferencePipeline,
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ class FaultError(Exception):
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ParsedConversation:
     """Holds a conversation: its messages in the form of chat templates, and JSON schemas of functions that the model may call.
 
     `trailing`: the number of messages after the last answer, which the conversation leaves out.
@@ -107,7 +107,7 @@ def parse(value: object, name: str = "messages") -> list[Message]:
 
 def _message(raw: dict[str, Any], where: str) -> Message:
     role = raw.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise FaultError("unknown_role", f"{where}: {str(role)[:40]!r}")
     message: Message = {**raw, "content": _text(raw.get("content", ""), where)}
     if calls := message.pop("tool_calls", None):
