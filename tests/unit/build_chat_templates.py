@@ -7,7 +7,7 @@ from pathlib import Path
 
 from heliostat.curation.conversations.rendering import Dialect
 from heliostat.curation.text import tokens
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 END = "</s>"
 SPECIAL = ["<s>", END, "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "[INST]", "[/INST]", "[TOOL_CALLS]",
@@ -55,6 +55,23 @@ def definition() -> str:
 
 def dialect(template: str) -> Dialect:
     return Dialect(definition(), template, {"bos_token": "<s>", "eos_token": END}, END)
+
+
+def spaced(template: str, normalizes: bool) -> Dialect:
+    """Returns a dialect whose tokenizer writes a space before a text, by its normalizer or by its pre-tokenizer."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+    first = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    both = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=alphabet, show_progress=False)
+    tokenizer.pre_tokenizer = first
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.add_special_tokens(SPECIAL)
+    spaces = decoders.Replace("▁", " ")
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    if normalizes:
+        tokenizer.normalizer, tokenizer.pre_tokenizer = both, None
+    return Dialect(tokenizer.to_str(), template, {"bos_token": "<s>", "eos_token": END}, END)
 
 
 def folder(path: Path, template: str | None) -> Path:

@@ -77,14 +77,33 @@ def test_the_mask_agrees_with_the_mask_of_transformers(tmp_path) -> None:
 def test_a_template_without_ends_gets_the_end_of_the_document() -> None:
     renderer, messages = Renderer(chat.dialect(chat.UNENDED)), talk(*THREE[:4])
     text, trained = parts(renderer, ParsedConversation(messages))
-    assert text == "User: which word?\n\nAssistant: amber\n\nUser: and then?\n\nAssistant: birch of all\n\n</s>"
-    assert (
-        trained == ["amber", "birch of all", "</s>"] and renderer.end == "" and renderer.end_id == renderer.encode("</s>")[0][0]
-    )
+    assert text == "User: which word?\n\nAssistant: amber\n\nUser: and then?\n\nAssistant: birch of all</s>"
+    assert trained == ["amber", "birch of all</s>"] and renderer.end == "" and renderer.end_id == renderer.encode("</s>")[0][0]
     assert parts(Renderer(chat.dialect(chat.UNENDED), end_of_turn=False), ParsedConversation(messages))[1] == [
         "amber",
         "birch of all",
     ]
+
+
+@pytest.mark.parametrize("template", [chat.DEFAULT_SYSTEM, chat.INSTRUCTIONS])
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_a_tokenizer_that_writes_a_space_before_a_text_writes_none_before_answers(template: str, normalizes: bool) -> None:
+    """Llama 2, TinyLlama, and Mistral have such tokenizers."""
+    renderer, messages = Renderer(chat.spaced(template, normalizes)), talk(*THREE)
+    rendered = renderer.conversation(ParsedConversation(messages))
+    (whole,) = renderer.encode(renderer.text(messages))
+    assert rendered.tokens.tolist() == whole.tolist() and not rendered.retokenized
+    answers = renderer.preference(ParsedPreference(messages[:1], messages[1], messages[3]))
+    begin = rendered.turns[0].start
+    assert answers.prompt.tolist() == whole[:begin].tolist()
+    assert answers.chosen[:1].tolist() == whole[begin : begin + 1].tolist()
+
+    joined = Renderer(chat.spaced(chat.UNENDED, normalizes))  # the whole text has a token of the prompt's last space and a word
+    assert joined.conversation(ParsedConversation(messages)).retokenized
+    assert parts(joined, ParsedConversation(messages)) == (
+        f"{joined.text(messages).rstrip()}{chat.END}",
+        [*THREE[1:5:2], f"the{chat.END}"],
+    )
 
 
 def test_a_template_that_rewrites_earlier_answers_trains_only_the_last() -> None:
@@ -147,8 +166,9 @@ def test_special_tokens_of_other_models_are_known() -> None:
 
 def test_answers_of_a_preference_begin_after_the_same_prompt() -> None:
     renderer = Renderer(chat.dialect(chat.ENDS_TWICE))
-    first, second = (talk("", word)[1] for word in ("birch", "the"))
-    answers = renderer.preference(ParsedPreference(talk("which?", "amber", "and?"), first, second))
+    answers = renderer.preference(
+        ParsedPreference(talk("which?", "amber", "and?"), *(talk("", word)[1] for word in ("birch", "the")))
+    )
     texts = [renderer.tokenizer.decode(one.tolist(), skip_special_tokens=False) for one in answers]
     assert texts == [renderer.text(talk("which?", "amber", "and?"), answer=True), "birch<|end|>", "the<|end|>"]
 

@@ -103,7 +103,7 @@ def parse(value: object, name: str = "messages") -> list[Message]:
 
 def _message(raw: dict[str, Any], where: str) -> Message:
     role = raw.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise FaultError("unknown_role", f"{where}: {str(role)[:40]!r}")
     message: Message = {**raw, "content": _text(raw.get("content", ""), where)}
     if calls := message.pop("tool_calls", None):

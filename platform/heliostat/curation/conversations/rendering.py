@@ -178,6 +178,24 @@ class Renderer:
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
+    def _segments(self, text: str, edges: list[int]) -> tuple[list[np.ndarray], bool]:
+        """Returns the tokens of each part of a text between two edges, and whether the complete text has other tokens.
+
+        Some tokenizers write a space before a text. So a part is tokenized after another text, whose tokens the part must not
+        change: the part before it, or a line end.
+        """
+        parts = [text[a:b] for a, b in pairwise(edges)]
+        together, *segments = self.encode(text, *parts)
+        if np.array_equal(np.concatenate(segments), together):
+            return segments, False
+        for number, (before, part) in enumerate(pairwise(parts), 1):
+            for first in (before, "\n"):
+                context, both = self.encode(first, first + part)
+                if np.array_equal(context, both[: len(context)]):
+                    segments[number] = both[len(context) :]
+                    break
+        return segments, not np.array_equal(np.concatenate(segments), together)
+
     def conversation(self, conversation: ParsedConversation) -> Rendered:
         """Returns the tokens of a conversation that ends with a turn of the assistant, and the mask of trained tokens. FaultError
         if the template can't render it."""
@@ -191,10 +209,9 @@ class Renderer:
         edges = [0, *(edge for span in spans.values() for edge in (span.start, span.stop)), len(whole)]
         if any(b < a for a, b in pairwise(edges)):
             raise FaultError("rewritten")
-        together, *segments = self.encode(whole, *(whole[a:b] for a, b in pairwise(edges)))
-        retokenized = not np.array_equal(np.concatenate(segments), together)
-        if not self.end:  # no token says that the last answer ends
-            segments.append(np.array([self.end_id], np.int32))
+        segments, retokenized = self._segments(whole, edges)
+        if not self.end:  # nothing may come between the last answer and the token that ends it
+            segments[-1] = np.array([self.end_id], np.int32)
         tokens, stops = np.concatenate(segments), np.cumsum([len(segment) for segment in segments]).tolist()
         trained, turns = np.zeros(len(tokens), bool), list[Turn]()
         for number, span in enumerate(spans.values()):
@@ -219,7 +236,7 @@ class Renderer:
             number = len(preference.prompt)
             span = self._span(conversation, number, whole)
             self._check_shown(conversation, whole, {number: span})
-            prompt, tokens = self.encode(whole[: span.start], whole[span.start : span.stop])
+            (prompt, tokens), _ = self._segments(whole[: span.stop], [0, span.start, span.stop])
             answers.append(tokens if self.end else np.append(tokens, np.int32(self.end_id)))
         if np.array_equal(answers[0], answers[1]):
             raise FaultError("same_answers", "after the template")

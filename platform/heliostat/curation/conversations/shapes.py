@@ -133,7 +133,7 @@ def _sharegpt(record: Mapping[str, Any]) -> list[Message]:
     turns = list[Any]()
     for number, raw in enumerate(messages.listed(record["conversations"], "conversations")):
         speaker = raw.get("from", raw.get("role"))
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise FaultError("unknown_role", f"conversations.{number}: {str(speaker)[:40]!r}")
         turns.append({"role": SPEAKERS[speaker], "content": raw.get("value", raw.get("content", ""))})
     return [*_system(record), *messages.parse(turns, "conversations")]
