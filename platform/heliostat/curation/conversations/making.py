@@ -57,6 +57,7 @@ class ConversationMaking(Reading):
     """Makes the dataset of one pipeline; the fields are the pipeline's keys."""
 
     meanings: ClassVar = documents.REASONS | reading.REASONS
+    what_read: ClassVar = True
 
     source: ConversationSource
     renderer: Renderer
