@@ -77,7 +77,8 @@ class Chain:
 def job(chain: Path, tracking: str, name: str, recipe: str, data: str, model: dict[str, Any]) -> Path:
     described = {
         "name": name, "recipe": f"tests.integration.test_chain:{recipe}", "model": {**model, "samples": None},
-        "data": {"sources": [{"path": str(chain / data)}], "seed": 3, "virtual_ranks": 2, "shuffle_window": 16, "document_mask": data == "chats"},
+        "data": {"sources": [{"path": str(chain / data)}], "seed": 3, "virtual_ranks": 2, "shuffle_window": 16,
+                 "document_mask": data == "chats"},
         "train": {"steps": STEPS, "global_batch_size": 2, "micro_batch_size": 1, "precision": "fp32", "zero": {"stage": 2},
                   "optimizer": {"lr": 3e-3}, "schedule": {"name": "constant"}, "log_every": 1},
         "checkpoint": {"every": 2}, "workers": {"count": 2}, "retries": {"backoff": 0.1}, "storage": str(chain / "runs"),
