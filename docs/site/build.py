@@ -26,10 +26,12 @@ from heliostat.curation.images import pictures
 from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.pairs import reading
 from heliostat.curation.pairs.pipeline import PairPipeline
+from heliostat.curation.references.pipeline import ReferencePipeline
 from heliostat.curation.text import documents
 from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.evaluation.suite import Suite
 from heliostat.recipes.images.config import Model
+from heliostat.recipes.text.dpo import DPOSettings
 from heliostat.tune.sweep import Sweep
 
 from docs.site import api, commands, keys, schemas, versions
@@ -60,6 +62,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "keys of a pipeline of pairs": lambda: keys.reference(PairPipeline),
     "keys of a pipeline of conversations": lambda: keys.reference(ConversationPipeline),
     "keys of a pipeline of preferences": lambda: keys.reference(PreferencePipeline),
+    "keys of DPO": lambda: keys.reference(DPOSettings, "model.dpo"),
+    "keys of a pipeline of references": lambda: keys.reference(ReferencePipeline),
     "keys of stages": keys.stages,
     "keys of a sweep": lambda: keys.reference(Sweep),
     "keys of a suite": lambda: keys.reference(Suite),

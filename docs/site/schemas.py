@@ -18,6 +18,8 @@ from heliostat.curation import registry
 from heliostat.curation.conversations.pipeline import ConversationPipeline, PreferencePipeline
 from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.pairs.pipeline import PairPipeline
+from heliostat.curation.prepare import Pipeline
+from heliostat.curation.references.pipeline import ReferencePipeline
 from heliostat.curation.stage import Stage
 from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.text.pipeline import TextPipeline
@@ -35,9 +37,10 @@ ALSO: dict[str, dict[str, Any]] = {  # what a validator takes in addition to the
     "Workers.gpus": {"const": "auto"},
     "Train.parallel": {"const": "auto"},
 }
-PIPELINES: dict[str, type[StagedPipeline]] = {
+PIPELINES: dict[str, type[Pipeline]] = {
     "text-pipeline": TextPipeline, "image-pipeline": ImagePipeline, "pairs-pipeline": PairPipeline,
     "conversations-pipeline": ConversationPipeline, "preferences-pipeline": PreferencePipeline,
+    "references-pipeline": ReferencePipeline,
 }  # fmt: skip
 
 
@@ -86,8 +89,8 @@ def of(model: type[BaseModel], title: str) -> dict[str, Any]:
     return {"$schema": DRAFT, **_plain(schema), "title": title}
 
 
-def pipeline(model: type[StagedPipeline], title: str) -> dict[str, Any]:
-    """Makes the schema of a pipeline's file: the keys of its class, and of all stages."""
+def pipeline(model: type[Pipeline], title: str) -> dict[str, Any]:
+    """Makes the schema of a pipeline's file: the keys of its class, and of all stages if it has stages."""
     schema = of(model, title)
     names = [f"heliostat.pipelines:{model.__name__}", f"{model.__module__}:{model.__name__}"]
     described = "Import path of the pipeline's class."
@@ -96,6 +99,8 @@ def pipeline(model: type[StagedPipeline], title: str) -> dict[str, Any]:
         **schema["properties"],
     }
     schema["required"] = ["pipeline", *schema.get("required", [])]
+    if not issubclass(model, StagedPipeline):
+        return schema
     stages = [_stage(name) for name in registry.names()]
     schema["properties"]["stages"]["items"] = {"type": "object", "required": ["stage"], "anyOf": stages}
     schema.get("$defs", {}).pop("Stage", None)

@@ -14,7 +14,7 @@ from heliostat.config.spec import Job
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.golden import data
-from tests.integration import commands, selection, trials
+from tests.integration import commands, fine_tuning_data, selection, trials
 from tests.integration.layouts import SMALL_STAYS_DIVIDED
 from tests.unit import build_images, build_job
 from tests.unit.build_text_to_image import CANVAS
@@ -92,9 +92,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def wide(folder: Path, documents: Path) -> Path:
+def wide(folder: Path, documents: Path, vocabulary: int = 96) -> Path:
     """Writes a base that is too large for the check, so that the check reduces it, with the tokenizer of the documents."""
-    config = LlamaConfig(vocab_size=96, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=8)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=8
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     shutil.copy(documents / "tokenizer.json", folder)
     return folder
@@ -120,6 +122,51 @@ def test_an_adapter_computes_what_one_plain_process_does(adapter, adapted) -> No
     matrices = {"lora": 2, "rslora": 2, "dora": 3}[adapter.partition("-")[0]]
     assert rows["gradients"]["count"] == rows["updates"]["count"]
     assert rows["gradients"]["count"] % (4 * 7 * matrices) == 0, "only the matrices of the adapter are trained"
+    assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
+
+
+# fine-tuning ----------------------------------------------------------------------------------------------------------
+
+TUNED: dict[str, dict[str, Any]] = {
+    "sft-0": {"train.zero.stage": 0, "train.tiled_loss": True, "train.micro_batch_size": 1},
+    "sft-3": {"train.zero.stage": 3, "train.attention": "eager"},
+    "sft-sequence": {"train.zero.stage": 1, "train.parallel.sequence": 2},
+    "sft-bf16": {"train.zero.stage": 2, "train.precision": "bf16"},
+    "sft-lora": {"train.zero.stage": 3, "model.adapter": {"rank": 4}, "train.activation_checkpointing": True},
+    "sft-nf4": {"train.zero.stage": 2, "model.adapter": {"rank": 4, "base": "nf4"}},
+    "sft-whole": {"train.zero.stage": 1},
+    "dpo-1": {"train.zero.stage": 1, "model.dpo": {"label_smoothing": 0.1, "reference_model": "any"}, "train.attention": "eager"},
+    "dpo-3": {"train.zero.stage": 3, "model.dpo": {"loss": "ipo", "reference_model": "any"}, "train.tiled_loss": True},
+    "dpo-lora": {"train.zero.stage": 3, "model.adapter": {"rank": 4}, "train.micro_batch_size": 1},
+    "dpo-nf4": {"train.zero.stage": 2, "model.adapter": {"rank": 4, "base": "nf4"}, "train.activation_checkpointing": True},
+}  # fmt: skip
+
+
+def fine_tuned(name: str, folder: Path) -> Job:
+    recipe = name.partition("-")[0]
+    data = "pairs" if "model.adapter" in TUNED[name] and recipe == "dpo" else {"sft": "packed", "dpo": "referred"}[recipe]
+    settings = {"name": name, "recipe": f"heliostat.recipes:{recipe.upper()}", "data.sources": [{"path": str(folder / data)}],
+                "model": {"pretrained": str(folder / ("base" if name == "sft-whole" else "wide"))}, "workers.count": 2,
+                "data.sequence_length": None, "train.precision": "fp32", "data.document_mask": recipe == "sft"}  # fmt: skip
+    return build_job.job(**{**settings, **TUNED[name]})
+
+
+@pytest.fixture(scope="module")
+def tuned(request, tmp_path_factory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("tuned")
+    fine_tuning_data.build(folder)
+    wide(folder / "wide", folder / "packed", 400)
+    return trials.run([fine_tuned(name, folder) for name in selection.asked(request, "tuned_as")], folder)
+
+
+@pytest.mark.parametrize("tuned_as", selection.kept(TUNED, "sft-3"))
+def test_fine_tuning_computes_what_one_plain_process_does(tuned_as, tuned) -> None:
+    """The plain process computes each conversation and each answer alone, so packs, padding, and masks are checked, too."""
+    one = tuned[tuned_as]
+    assert one["ok"], one["faults"][:3]
+    assert ("reduced from" in one["trial"]["model"]) == (tuned_as != "sft-whole")
+    rows = {row["what"]: row for row in one["rows"]}
+    assert rows["gradients"]["count"] == rows["updates"]["count"] > 0
     assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
 
 

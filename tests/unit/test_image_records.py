@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import forget, reasons, recording
 from heliostat.curation.text import trace
-from heliostat.data import documents, manifest
+from heliostat.data import ancestry, documents, manifest
 from heliostat.errors import ConfigError
 from heliostat.tracking.lineage_of_documents import TrainedOnDocument
 from heliostat.tracking.report import curation
@@ -32,7 +32,7 @@ def test_what_became_of_every_image_is_told(tmp_path):
     assert {id for id, row in ends.items() if row["reason"] == "kept"} == held.keys() and len(held) > 30
     for id, row in ends.items():
         told = trace.trace(made, reasons.end_of(made, id)[0])
-        assert told["images"] and told["end"]["reason"] == row["reason"] and told["end"]["what"]
+        assert told["rows"] and told["end"]["reason"] == row["reason"] and told["end"]["what"]
         if row["reason"] == "kept":
             (piece,) = told["shard"]["pieces"]
             file = pq.ParquetFile(Path(made.location.path) / row["detail"])
@@ -42,7 +42,7 @@ def test_what_became_of_every_image_is_told(tmp_path):
             held_by = {name: found for name, part in parts.items() if (found := trained._pieces(part))}
             ((part, ((path, there),)),) = held_by.items()
             assert f"{part}/{path}" == row["detail"] and (there.row_group, there.first) == (piece["row_group"], piece["first"])
-            assert {part.digest for part in parts.values()} < trained.digests
+            assert {part.digest for part in parts.values()} < ancestry.related(made.meta)
         elif row["reason"] in ("duplicate", "near_duplicate"):
             assert told["kept"] in held and row["stage"] == "2 similar_images"
         else:

@@ -19,7 +19,7 @@ from heliostat.data.manifest import Manifest, read
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes import loading
 from heliostat.recipes.protocol import IGNORED
-from heliostat.recipes.text import packs, templates
+from heliostat.recipes.text import next_token, packs, templates
 from heliostat.recipes.text.sft import SFT
 from heliostat.storage.locations import Location
 
@@ -131,6 +131,23 @@ def test_the_loss_and_gradient_of_packs_are_those_of_each_conversation_alone(dat
     assert loss.sum.item() == pytest.approx(right.item(), rel=1e-5)
     for name, p in model.named_parameters():
         assert torch.allclose(packed[name], p.grad, rtol=1e-4, atol=1e-4 * float(p.grad.abs().max())), name
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_the_output_layer_computes_only_trained_tokens(data: Path, tiled: bool) -> None:
+    """Most of the cost of a large vocabulary. A micro-batch without trained tokens is possible: its step has others."""
+    recipe, table = bound(data, **{"train.tiled_loss": tiled}), rows(data).slice(0, 2)
+    masked = table.set_column(3, table.schema.field(3), pa.array([[False] * len(row) for row in table["trained"].to_pylist()]))
+    model = recipe.build()
+    for content in (table, masked):
+        batch = recipe.batch(content, np.arange(2))
+        with next_token._only(model, batch["predicted"]):
+            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+        assert logits.shape[:2] == (1, recipe.terms(batch))
+        model.zero_grad()
+        recipe.loss(model, batch).sum.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("tiled", [False, True])

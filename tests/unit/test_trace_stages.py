@@ -69,7 +69,7 @@ def test_a_stage_that_this_version_does_not_have_is_one_clear_line(made):
     with pytest.raises(
         ConfigError, match=r"made with a stage that this version of heliostat doesn't have, or has changed: .*gone_key"
     ):
-        list(trace.stages_again(by, dataclasses.replace(trace.read_again(trace.source_of(by), "a.jsonl#1"))))
+        list(trace.stages_again(by, dataclasses.replace(trace.read_again(trace.source_of(made, by), "a.jsonl#1"))))
 
 
 def test_a_forgotten_document_is_in_no_count_of_groups_or_cuts(tmp_path):

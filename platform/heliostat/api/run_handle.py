@@ -133,11 +133,19 @@ class Run:
 
         Raises ConfigError if the folder isn't empty, CheckpointError if the checkpoint doesn't exist.
         """
-        from heliostat.inference.export import export
+        from heliostat.runs import exports
 
         folder = Path(to)
-        export(self._checkpoint(step), folder, self.run_id, adapter)
+        exports.add(self._place, folder, self._export(folder, step, adapter), adapter)
         return folder
+
+    def _export(self, folder: Path, step: int | None, adapter: bool = False) -> int:
+        """Writes a checkpoint to a folder; returns the checkpoint's step."""
+        from heliostat.inference.export import export
+
+        checkpoint = self._checkpoint(step)
+        export(checkpoint, folder, self.run_id, adapter)
+        return checkpoint.step
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a string is a sequence of strings
@@ -156,7 +164,8 @@ class Run:
         from heliostat.inference.generate import answer
 
         with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
-            return answer(self.export(Path(folder) / "model", step), prompts, options, seed, out)
+            self._export(model := Path(folder) / "model", step)
+            return answer(model, prompts, options, seed, out)
 
     def _checkpoint(self, step: int | None) -> SavedCheckpoint:
         from heliostat.checkpoint import layout

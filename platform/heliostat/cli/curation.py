@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,6 @@ from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
     from heliostat.data.manifest import Manifest
-    from heliostat.tracking.lineage_of_documents import Reached
 
 MOST = 20  # maximum printed documents, samples, and steps; --json prints all
 
@@ -103,7 +103,7 @@ def trace(
     traces = [tracing.trace(prepared, end) for end in ends]
     for one in traces:
         has_copy = one["shard"] or one["end"]["reason"] == "forgotten"
-        one["runs"] = _runs(prepared, one["kept"] or one["id"], run, mlflow) if has_copy else []
+        one |= _runs(prepared, one["kept"] or one["id"], run, mlflow) if has_copy else {"runs": [], "copies": []}
     for one in traces[:MOST]:
         _print(one)
     if len(traces) > MOST:
@@ -147,8 +147,8 @@ def _ways(dataset: Manifest, id: str, mlflow: str | None) -> Report:
 
     traced = tracing.trace(dataset, reasons.end_of(dataset, id)[0])
     if traced["kept"] != id:
-        return {"shard": None, "instead": traced["instead"], "runs": []}
-    return {"shard": traced["shard"], "instead": traced["instead"], "runs": _runs(dataset, id, None, mlflow)}
+        return {"shard": None, "instead": traced["instead"], "runs": [], "copies": []}
+    return {"shard": traced["shard"], "instead": traced["instead"], **_runs(dataset, id, None, mlflow)}
 
 
 def _print_forgotten(report: Report) -> None:
@@ -165,17 +165,25 @@ def _print_forgotten(report: Report) -> None:
             f"command again with --id {hop['id']}"
         )
     _print_runs(report)
+    for copy in report["copies"]:
+        id = shlex.quote(report["forgotten"][0])
+        fix = f"heliostat data forget {copy['uri']} --id {id} --out {copy['uri'].rstrip('/')}-2"
+        out.print(f"  the dataset {copy['name']} was made from this dataset, and contains the document. Run: {fix}")
+    if report["runs"]:
+        also = ", and prepare the named datasets again" if any(row["outdated"] for row in report["runs"]) else ""
+        out.print(f"  train these runs again without the document, each after the runs from which it inherits{also}")
     out.print("  the old dataset, its earlier versions, the input, and the models of these runs still contain the document")
 
 
-def _runs(dataset: Manifest, id: str, run: str | None, mlflow: str | None) -> list[Reached]:
-    """Finds the runs that have trained on a document."""
+def _runs(dataset: Manifest, id: str, run: str | None, mlflow: str | None) -> Report:
+    """Finds the runs that have trained on a document, and the datasets with the document that were made from this dataset."""
     from heliostat.tracking import mlflow_client
     from heliostat.tracking.lineage_of_documents import TrainedOnDocument
 
     with tracking(mlflow) as (client, uri):
         only = mlflow_client.find(client, run, uri).info.run_id if run else None
-        return TrainedOnDocument(client, dataset, id).runs(only)
+        trained = TrainedOnDocument(client, dataset, id)
+        return {"runs": trained.runs(only), "copies": trained.copies}
 
 
 def _print(traced: Report) -> None:
@@ -196,13 +204,15 @@ def _print(traced: Report) -> None:
         cluster = f", one of {hop['cluster']:,} in the cluster" if hop["cluster"] else ""
         out.print(f"  kept instead: {hop['id']} ({hop['by']}{cluster})")
     if traced["shard"]:
-        place = "row {first:,}" if traced["images"] else "{tokens:,} tokens from {first:,}"
+        place = "row {first:,}" if traced["rows"] else "{tokens:,} tokens from {first:,}"
         pieces = [f"row group {p['row_group']}, {place.format(**p)}" for p in traced["shard"]["pieces"]]
         out.print(f"  in shard {traced['shard']['path']}: {'; '.join(pieces)}")
     else:
         out.print("  in no shard" + ("" if traced["end"]["reason"] == "forgotten" else ", so no run has trained on it"))
     for note in traced["notes"]:
         out.print(f"  note: {note}")
+    for copy in traced["copies"]:
+        out.print(f"  also in dataset {copy['name']} ({copy['uri']}), which was made from this dataset")
     _print_runs(traced)
 
 
@@ -227,6 +237,11 @@ def _print_runs(report: Report) -> None:
         how += f"; the run's samples are unknown: {row['fault']}" if row["fault"] else ""
         how += f"; {row['unsure']:,} replaced samples are not listed" if row["unsure"] else ""
         out.print(f"  run {row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
+        for dataset in row["outdated"]:
+            out.print(f"    its dataset {dataset} has log-probabilities of a model that contains the document")
+        for export in row["exports"]:
+            what = "adapter" if export["adapter"] else "model"
+            out.print(f"    {what} of step {export['step']:,} exported to {export['folder']}")
         for sample in row["samples"][:MOST]:
             where = "virtual rank {lane}, place {place}, epoch {epoch}".format(**sample)
             where = "in place of a bad sample" if sample["lane"] is None else where

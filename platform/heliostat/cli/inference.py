@@ -195,6 +195,7 @@ def export(
     from heliostat.checkpoint import layout
     from heliostat.inference import export as exporting
     from heliostat.inference import post_hoc
+    from heliostat.runs import exports
     from heliostat.tracking.logger import record
 
     place = run_folder(run, mlflow)
@@ -206,6 +207,7 @@ def export(
         raise ConfigError(f"{place}: has no complete checkpoint. Run: heliostat run checkpoints {place}")
     average = post_hoc.average(place, checkpoint, ema_length) if ema_length is not None else None
     exporting.export(checkpoint, to, record(place).get("run_id"), adapter, average)
+    exports.add(place, to, checkpoint.step, adapter)
     what = "the adapter of step" if adapter else "step"
     out.print(f"{what} {checkpoint.step} of {checkpoint.index.name} is in {to}")
     facts: dict[str, object] = {}

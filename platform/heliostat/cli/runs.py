@@ -76,7 +76,7 @@ def lineage(
     what: Annotated[
         str | None,
         typer.Argument(
-            help="models:/NAME/VERSION, NAME@ALIAS, a run id, or a run's folder",
+            help="models:/NAME/VERSION, NAME@ALIAS, a run id, or the folder of a run or of an exported model",
             metavar="MODEL",
             autocompletion=completion.models,
         ),

@@ -1,5 +1,5 @@
-"""Makes a copy of a dataset without one document or image. The document or image is removed from its shard, from the record of
-how the dataset was made, and from the manifest.
+"""Makes a copy of a dataset without one document, image, or conversation. It is removed from its shard, from the record of how
+the dataset was made, and from the manifest.
 
 The other shards are copied unchanged. A training run that has started continues with the old dataset; a new run uses the new one.
 Two traces of the document remain: a tokenizer may have been trained on it, and it may have influenced which duplicate stayed. In
@@ -17,9 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation import reasons, recording
+from heliostat.curation.conversations import reading, removing
 from heliostat.curation.images import tasks as images
 from heliostat.curation.text import tokens
 from heliostat.data import collection, documents, infilling, manifest, row_groups, versions
+from heliostat.data.conversations import FACT
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path
 from heliostat.data.row_groups import ListedShard, ShardCollector
@@ -69,7 +71,7 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
     meta = {k: v for k, v in dataset.meta.items() if k not in OF_BEFORE}
     chunks, removed = dataset.chunks, {"documents": 0, "bytes": 0, "tokens": 0}
     if path:
-        rest, removed = _shard(dataset, path, id, output)
+        rest, removed = _shard(dataset, path, kept[0], output)
         shards = ShardCollector()
         if rest is not None:
             shards.add(rest)
@@ -82,6 +84,8 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
     meta |= {name: meta[name] - removed[name] for name in ("documents", "bytes") if name in meta}
     if "together" in meta:
         meta["together"] = {name: value for name, value in meta["together"].items() if name not in OF_GROUPS}
+    if facts := meta.get(FACT):
+        meta[FACT] = {**facts, "counts": removing.counts(facts, removed)}
     if COUNTS in meta:
         meta[COUNTS] = {name: count - removed.get(f"{COUNTS}.{name}", 0) for name, count in meta[COUNTS].items()}
     record = _record(dataset, gone, removed, output)
@@ -105,10 +109,14 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
     return result
 
 
-def _shard(dataset: Manifest, path: str, id: str, output: Location) -> tuple[ListedShard | None, dict[str, int]]:
-    """Rewrites a shard without one document. Returns the new shard, None if it is empty, and the counts (documents, bytes,
-    tokens) of the removed document."""
-    place = dataset.location.join(path)
+def _shard(dataset: Manifest, path: str, end: dict[str, Any], output: Location) -> tuple[ListedShard | None, dict[str, int]]:
+    """Rewrites a shard without one document. `end`: the document's outcome, as a row of `reasons.END`. Returns the new shard,
+    None if it is empty, and the counts (documents, bytes, tokens, and more) of the removed document."""
+    place, id = dataset.location.join(path), end["id"]
+    if FACT in dataset.meta:
+        with place.open() as source:
+            data, rows = place.attempt(lambda: removing.without(pq.ParquetFile(source), id))
+        return _stored(output, path, data, None), {"documents": 1, "rows": rows, **end["columns"][reading.COUNTS]}
     if dataset.kind != "tokens":
         with place.open() as source:
             data, bytes = place.attempt(lambda: images.without(pq.ParquetFile(source), id))
@@ -140,7 +148,10 @@ def _record(dataset: Manifest, gone: set[str], removed: dict[str, int], output: 
     last = funnel["shard"]
     last["kept"] -= removed["documents"]
     last["kept_bytes"] -= removed["bytes"]
-    last["counts"] |= {"tokens": last["counts"]["tokens"] - removed["tokens"]} if "tokens" in last["counts"] else {}
+    if facts := dataset.meta.get(FACT):
+        last["counts"] = removing.counts(facts, removed)
+    elif "tokens" in last["counts"]:
+        last["counts"]["tokens"] -= removed["tokens"]
     if removed["documents"]:
         last["dropped"]["forgotten"] = last["dropped"].get("forgotten", 0) + removed["documents"]
     path = versions.store(output, f"{FILES}/funnel-", json.dumps(funnel).encode(), ".json")

@@ -27,7 +27,7 @@ from heliostat.curation.segment import LEFT_OUT as END
 from heliostat.curation.segment import packed
 from heliostat.curation.stage import Stage
 from heliostat.data import versions
-from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path
+from heliostat.data.manifest import FILES, UNCOVERED, Manifest
 from heliostat.errors import MissingDataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import care, spill
@@ -53,20 +53,13 @@ def funnel(dataset: Manifest) -> dict[str, dict[str, Any]]:
 
 def seconds(dataset: Manifest) -> dict[str, float]:
     """Reads the CPU seconds of each stage, by `NUMBER NAME`; empty if the dataset doesn't record the seconds."""
-    return _uncovered(dataset, SECONDS)
+    return dataset.uncovered(SECONDS)
 
 
 def made_by(dataset: Manifest) -> dict[str, Any]:
     """Reads the keys `input`, `rules`, and `stages` of the pipeline that made the dataset; empty if the dataset doesn't record
     these keys."""
-    return _uncovered(dataset, PIPELINE)
-
-
-def _uncovered(dataset: Manifest, name: str) -> dict[str, Any]:
-    try:
-        return json.loads(dataset.location.join(kept_path(dataset.digest, name)).read())
-    except FileNotFoundError:
-        return {}
+    return dataset.uncovered(PIPELINE)
 
 
 def end_of(dataset: Manifest, id: str) -> list[dict[str, Any]]:

@@ -158,7 +158,7 @@ class StagedPipeline(Pipeline):
 
     def finish(self, dataset: Manifest) -> None:
         """Writes the files that the dataset's digest doesn't cover. Removes the unfinished work, unless `keep_work` is set."""
-        for name, facts in self.uncovered().items() if self.stages else ():
+        for name, facts in self.uncovered().items() if "curation" in dataset.meta else ():
             dataset.location.join(kept_path(dataset.digest, name)).write(json.dumps(facts).encode())
         if self.keep_work:
             shipping.withdraw(self.worked.spill)

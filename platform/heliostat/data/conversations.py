@@ -7,10 +7,14 @@ the facts of token datasets: `tokenizer.json`, `vocab_size`, and `end_of_documen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pyarrow as pa
 from typing_extensions import TypedDict
+
+from heliostat.data.dataset import DataPlan
+from heliostat.data.manifest import Manifest
 
 FACT = "conversations"  # key of `ConversationFacts` in the manifest's metadata
 TEMPLATE = "chat_template.jinja"  # file of the dataset: the template that rendered its conversations
@@ -62,3 +66,18 @@ class ConversationFacts(TypedDict):
     end_of_turn: bool  # whether the token that ends a turn is trained
     counts: dict[str, int]
     reference: Reference | None
+
+
+def row_tokens(source: Manifest) -> float:
+    """Returns the mean tokens of a row, without padding. 0 if the dataset has no conversations."""
+    facts = source.meta.get(FACT)
+    return facts["counts"]["tokens"] / max(1, source.rows) if facts else 0.0
+
+
+def sample_tokens(sources: Sequence[Manifest], plan: DataPlan) -> float:
+    """Returns the tokens of a sample. For conversations, returns the mean over the sources, by their first weights. 0 if samples
+    have no tokens."""
+    if plan.sequence_length:
+        return plan.sequence_length
+    weighted = (weight * row_tokens(source) for weight, source in zip(plan.weights, sources, strict=True))
+    return sum(weighted) / (sum(plan.weights) or 1.0)

@@ -109,6 +109,13 @@ class Manifest:
         kept = self.location.join(kept_path(self.digest, name))
         return kept if kept.exists() else self.location.join(name)
 
+    def uncovered(self, name: str) -> dict[str, Any]:
+        """Reads one of the UNCOVERED files of this version; empty if the dataset doesn't have this file."""
+        try:
+            return json.loads(self.location.join(kept_path(self.digest, name)).read())
+        except FileNotFoundError:
+            return {}
+
     @property
     def paths(self) -> list[str]:
         """Lists the paths of the shards, each once, in manifest order."""

@@ -18,8 +18,8 @@ from heliostat.evaluation import measures, unit_tests
 from heliostat.evaluation.suite import Row, Suite
 from heliostat.evaluation.tasks import EvalTask
 from heliostat.recipes import exported
+from heliostat.recipes.conformance import is_language_model
 from heliostat.recipes.pretrained import from_folder
-from heliostat.recipes.protocol import is_language_model
 from heliostat.recipes.text.generator import whole
 from heliostat.text import brief
 

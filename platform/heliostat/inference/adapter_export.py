@@ -19,13 +19,13 @@ from heliostat.errors import CheckpointError, ConfigError
 from heliostat.inference.post_hoc import PostHocAverage
 from heliostat.recipes import adapters, building, folder_weights, weightless
 from heliostat.recipes.adapters import Adapts
+from heliostat.recipes.exported import ADAPTER as RECORD
 from heliostat.recipes.protocol import Recipe
 from heliostat.storage.hub import files
 from heliostat.terminal import console
 
 log = logging.getLogger(__name__)
 
-RECORD = "heliostat_adapter.json"
 BOUNDS = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}  # of differences, relative to the largest output
 
 
@@ -115,8 +115,8 @@ def require_same(
         for name in checkpoint.names("buffer"):
             building.put_buffer(model, name, checkpoint.read(f"buffer.{name}").view(model.get_buffer(name).shape))
         right = recipe.answer(model.eval())
-        adapters.switch_off(model)
-        plain = recipe.answer(model)
+        with adapters.switched_off(model):
+            plain = recipe.answer(model)
         del model, trained
         exported = recipe.answer(recipe.reload(folder, adapter).eval())
     largest = float(right.abs().max()) or 1.0

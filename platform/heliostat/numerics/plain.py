@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from heliostat.config.spec import Job
 from heliostat.data import content
 from heliostat.data.dataset import DataPlan
-from heliostat.numerics import compare, play
+from heliostat.numerics import alone, compare, play
 from heliostat.numerics.rows import LIMITS, DifferenceRow
 from heliostat.numerics.small import STEPS
 from heliostat.recipes import building
@@ -30,6 +31,7 @@ WAIT_S = 300.0  # maximum wait for the workers' next step
 class PlainLoop:
     def __init__(self, job: Job, plan: DataPlan, recipe: Recipe) -> None:
         self.job, self.recipe, self.type = job, recipe, play.TYPES[job.train.precision]
+        self.definition = alone.of(recipe)
         self.samples, self.batch_plan = play.dealt(plan, 0, 1, 0), BatchPlan(job, plan)
         torch.manual_seed(job.train.seed)
         self.model = building.build(recipe)
@@ -49,14 +51,14 @@ class PlainLoop:
             for name, p in self.trained.items():
                 p.copy_(weights[name].to(self.type) if rounded else weights[name])
 
-    def next_micros(self, step: int) -> list[tuple[int, Batch]]:
+    def next_micros(self, step: int) -> list[tuple[int, Any]]:
         """Makes the next step's micro-batches, one per virtual rank, each with its seed."""
         mine, size = self.samples.next_step(), self.job.train.micro_batch_size
         keys = self.batch_plan.keys(step, mine.lanes)
         parts = zip(content.split(mine.content, size), content.split(keys, size), strict=True)
-        return [(self.batch_plan.seed(step, mine.lanes, i), self.recipe.batch(*part)) for i, part in enumerate(parts)]
+        return [(self.batch_plan.seed(step, mine.lanes, i), self.definition.batch(*part)) for i, part in enumerate(parts)]
 
-    def gradients(self, micros: list[tuple[int, Batch]]) -> tuple[float, list[dict[str, torch.Tensor]]]:
+    def gradients(self, micros: list[tuple[int, Any]]) -> tuple[float, list[dict[str, torch.Tensor]]]:
         """Computes the loss, and the gradient of the objective for each replica. A replica is a worker, or a group of workers
         that share samples."""
         terms = sum(self.terms(micro) for _, micro in micros)
@@ -68,7 +70,7 @@ class PlainLoop:
             self.model.zero_grad()
             for seed, micro in micros[replica::replicas]:
                 torch.manual_seed(seed)
-                loss = self.recipe.loss(self.model, micro)
+                loss = self.definition.loss(self.model, micro)
                 minimised = loss.sum / terms
                 for part in loss.parts.values():
                     minimised = minimised + part.value * (part.weight / len(micros))
@@ -106,8 +108,8 @@ class PlainLoop:
     def _kept(self) -> dict[str, torch.Tensor]:
         return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self.trained.items()}
 
-    def terms(self, micro: Batch) -> int:
-        return (self.recipe.terms_per_sample or 0) * self.job.train.micro_batch_size or self.recipe.terms(micro)
+    def terms(self, micro: Any) -> int:
+        return (self.recipe.terms_per_sample or 0) * self.job.train.micro_batch_size or self.definition.terms(micro)
 
     def step(self, weights: compare.Tensors, gradients: compare.Tensors) -> dict[str, torch.Tensor]:
         """Runs the optimizer from these weights with these gradients. Returns each parameter's update."""

@@ -147,6 +147,7 @@ def host(folder: Path) -> int:
 
 def _describe(trial: SmallTrial) -> dict[str, object]:
     from heliostat.numerics import small
+    from heliostat.recipes.text.causal_lm import CausalLM
 
     train, other = trial.job.train, small.elsewhere(trial.job)
     return {
@@ -160,7 +161,7 @@ def _describe(trial: SmallTrial) -> dict[str, object]:
         "steps": small.STEPS,
         "global_batch_size": train.global_batch_size,
         "micro_batch_size": train.micro_batch_size,
-        "sequence_length": trial.job.data.sequence_length,
+        "sequence_length": trial.recipe.length if isinstance(trial.recipe, CausalLM) else None,
         "resumed": {"workers": 1, "stage": other.train.zero.stage, "step": small.SAVED},
     }
 

@@ -19,8 +19,10 @@ from heliostat import schema
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.config.train_section import Offload, Parallel, Zero
+from heliostat.data.content import Content
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.numerics import shortening
 from heliostat.parallel import tiny
 from heliostat.recipes import adapters, loading, quantized
 from heliostat.recipes.protocol import Batch, Recipe
@@ -33,6 +35,7 @@ LARGEST = 20_000_000  # most parameters of a model that isn't reduced
 LONGEST = 512  # most tokens per sample of a model that isn't reduced
 TILE = 7  # tokens per tile of an MLP
 BATCH = 16  # most samples per step, if the job has more
+FOLDED = ("input_ids", "labels")  # tensors of a batch that contain tokens
 ELSEWHERE: dict[int, Literal[1, 3]] = {0: 1, 1: 3, 2: 3, 3: 1}  # by ZeRO stage, the stage that loads the checkpoint
 
 
@@ -51,7 +54,9 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
     size = _size(loading.load(job, sources, weights=False))
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
-        return SmallTrial(small, _loaded(small, sources), f"the complete model, {size:,} parameters{left_out(job)}")
+        recipe = _loaded(small, sources)
+        _shorten(recipe, LONGEST)
+        return SmallTrial(small, recipe, f"the complete model, {size:,} parameters{left_out(job)}")
     small = small_job(job, folder, gpus, tiny.LENGTH)
     recipe = _loaded(small, sources)
     if not isinstance(recipe, CausalLM):
@@ -60,6 +65,7 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
             f"shrink only models of CausalLM. Make this model smaller with --set model.KEY=VALUE"
         )
     reduced = _cut(recipe, job)
+    _shorten(recipe, tiny.LENGTH)
     if recipe.adapter:
         _keep_base(recipe, folder / "base")
     return SmallTrial(small, recipe, f"the model, reduced from {size:,} to {reduced:,} parameters{left_out(job)}")
@@ -145,7 +151,7 @@ def _cut(recipe: CausalLM, job: Job) -> int:
     of parameters. Raises ConfigError if no such model can be built."""
     whole, recipe.pretrained = recipe.config, None
     heads = 2 * WORKERS if job.train.parallel.tensor > 1 else 2  # so that each worker has query heads and key/value heads
-    for config in tiny.shrunk(whole, job.data.sequence_length or tiny.LENGTH, heads):
+    for config in tiny.shrunk(whole, job.data.sequence_length or recipe.length, heads):
         recipe.config = config
         try:
             size = _size(recipe)
@@ -173,12 +179,25 @@ def _keep_base(recipe: CausalLM, folder: Path) -> None:
     recipe.pretrained = str(folder)
 
 
-def _fold(recipe: CausalLM, vocabulary: int) -> None:
-    """Maps the samples' tokens into a smaller vocabulary: token id modulo vocabulary size."""
-    unfolded: Callable[..., Batch] = recipe.batch
-    recipe.end %= vocabulary
+def _shorten(recipe: Recipe, longest: int) -> None:
+    """Shortens the rows of a language model. The samples of tokens are short already, because the small job cuts them."""
+    if not isinstance(recipe, CausalLM) or recipe.kind != "rows":
+        return
+    made: Callable[..., Batch] = recipe.batch
+    recipe.length = min(recipe.length, longest)
 
-    def batch(content: np.ndarray, keys: np.ndarray | None = None) -> Batch:
-        return unfolded(content % vocabulary, keys)
+    def batch(content: Content, keys: np.ndarray | None = None) -> Batch:
+        return made(shortening.shortened(content, recipe.length), keys)
+
+    recipe.batch = batch  # type: ignore[method-assign]
+
+
+def _fold(recipe: CausalLM, vocabulary: int) -> None:
+    """Maps the tokens of batches into a smaller vocabulary: token id modulo vocabulary size."""
+    unfolded: Callable[..., Batch] = recipe.batch
+
+    def batch(content: Content, keys: np.ndarray | None = None) -> Batch:
+        made = unfolded(content, keys)
+        return made | {name: torch.where(made[name] < 0, made[name], made[name] % vocabulary) for name in FOLDED}
 
     recipe.batch = batch  # type: ignore[method-assign]

@@ -137,8 +137,13 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
         )
 
 
+def is_language_model(recipe: object) -> bool:
+    """Checks whether a recipe, or a recipe class, trains a language model: on tokens, or with the attribute `language_model`."""
+    return getattr(recipe, "kind", None) == "tokens" or getattr(recipe, "language_model", False)
+
+
 def _draws(recipe: Recipe) -> bool:
-    return isinstance(recipe, Draws) and recipe.draws
+    return isinstance(recipe, Draws) and getattr(recipe, "draws", True)
 
 
 def _require_room_makers(job: Job, recipe: Recipe) -> None:

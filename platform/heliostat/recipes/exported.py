@@ -21,7 +21,7 @@ from heliostat.recipes.protocol import GUIDE, Exports, Generated, Generates, Req
 from heliostat.storage.records import Format, Whole, open_
 from heliostat.text import brief, printable
 
-RECORD = "heliostat.json"
+RECORD, ADAPTER = "heliostat.json", "heliostat_adapter.json"
 LANGUAGE_MODEL = "heliostat.recipes:CausalLM"
 
 
@@ -52,6 +52,7 @@ class Exported(TypedDict):
 
 
 EXPORTED = Format(Exported, "record of an exported model", ConfigError, fix="Export the model again")
+ADAPTER_ORIGIN = Format(dict[str, object], "record of an exported adapter", ConfigError, fix="Export the adapter again")
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,16 @@ def read(folder: Path) -> Export:
 def record(folder: Path) -> Exported:
     """Reads the record of an exported folder, `heliostat.json`. Raises FileNotFoundError if the folder has no record."""
     return EXPORTED.read(folder / RECORD)
+
+
+def run_of(folder: Path) -> str | None:
+    """Returns the id of the MLflow run that trained the model or adapter in a folder. None if the folder has no record."""
+    try:
+        origin = record(folder).get("origin", {}) if (folder / RECORD).is_file() else ADAPTER_ORIGIN.read(folder / ADAPTER)
+    except FileNotFoundError:
+        return None
+    run_id = origin.get("run_id")
+    return run_id if isinstance(run_id, str) else None
 
 
 def generator(folder: Path, options: dict[str, object]) -> Callable[[list[Request]], list[Generated]]:

@@ -71,7 +71,6 @@ class Recipe(ABC):
     """Defines the methods of every recipe. The engine calls a method on every rank, unless its description says otherwise."""
 
     kind: str  # kind of the datasets: "tokens" or "rows"
-    language_model: bool = False  # trains a language model on rows (see `is_language_model`)
     terms_per_sample: int | None = None  # loss terms per sample; None if samples differ
     tiles: bool = False  # supports `train.tiled_loss` and `train.tiled_mlp`
     selects: bool = False  # can checkpoint only some layers; supports `train.activation_offload`
@@ -159,11 +158,6 @@ class Recipe(ABC):
             return " ".join(map(str, content[0].tolist()))
         row = cast("pa.Table", content).to_pylist()[0]
         return ", ".join(f"{k} {f'({len(v)} bytes)' if isinstance(v, bytes) else v}" for k, v in row.items())
-
-
-def is_language_model(recipe: object) -> bool:
-    """Checks whether a recipe, or a recipe class, trains a language model: on tokens, or on conversations."""
-    return getattr(recipe, "kind", None) == "tokens" or getattr(recipe, "language_model", False)
 
 
 class CouplesSamples(Recipe):
@@ -359,9 +353,7 @@ class Serves(Exports):
 
 
 class Draws(ABC):
-    """Generates images, or answers to prompts, after every evaluation. `draws`: whether the job asks for them."""
-
-    draws: bool = True
+    """Generates images, or answers to prompts, after every evaluation. Not if the recipe sets its attribute `draws` to false."""
 
     @abstractmethod
     def gallery(self) -> Gallery | None:
@@ -369,7 +361,7 @@ class Draws(ABC):
 
 
 class Gallery(Protocol):
-    """Generates `count` images after every evaluation, and scores these images. Text is an array of tokens, int64 [tokens]."""
+    """Generates `count` images after every evaluation, and scores these images. A text is an array of tokens."""
 
     count: int
 
@@ -377,8 +369,7 @@ class Gallery(Protocol):
         """Generates the images with these numbers, each uint8 [height, width, channels]. Runs on any rank."""
 
     def judge(self, pictures: list[np.ndarray], progressed: Callable[[], None]) -> tuple[dict[str, float], dict[str, bytes]]:
-        """Scores all images, in order, on rank 0. Returns the scores, and files for the log, both by name. A file is a PNG image,
-        unless its name has the ending `.json`."""
+        """Scores all images, in order, on rank 0. Returns the scores, and files (PNG, or NAME.json) for the log, both by name."""
 
 
 @dataclass(frozen=True)

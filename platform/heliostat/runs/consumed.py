@@ -10,7 +10,9 @@ from typing import NotRequired
 import numpy as np
 from typing_extensions import TypedDict
 
-from heliostat.data import coverage
+from heliostat.data import ancestry, coverage
+from heliostat.data.ancestry import MADE_FROM, SourceDataset
+from heliostat.data.conversations import row_tokens
 from heliostat.data.coverage import Segment
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.data.manifest import Manifest
@@ -71,6 +73,8 @@ class ConsumedSource(TypedDict):
     ranges_left_out: int
     forgotten: NotRequired[list[Forgotten]]
     hub: NotRequired[dict[str, str]]  # the dataset's inputs from the Hugging Face Hub, each with its commit
+    made_from: NotRequired[list[SourceDataset]]
+    inputs: NotRequired[list[str]]  # the folders of `made_from`, and the input of the first pipeline
 
 
 class Taken(TypedDict):
@@ -150,7 +154,7 @@ def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin
         "tokenizer": manifest.meta.get("tokenizer"),
         "weights": [(step, weights[number]) for step, weights in data.plan.mix],
         "samples": samples,
-        "tokens": samples * (data.plan.sequence_length or 0),
+        "tokens": round(samples * (data.plan.sequence_length or row_tokens(manifest))),
         "range": (begin, end),
         "left_out": left_out,
         "epochs": samples / int(data.order.epoch_samples[number]),
@@ -163,6 +167,10 @@ def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin
         source["forgotten"] = manifest.meta["forgotten"]
     if HUB in manifest.meta:
         source["hub"] = manifest.meta[HUB]
+    if MADE_FROM in manifest.meta:
+        source["made_from"] = manifest.meta[MADE_FROM]
+    if inputs := ancestry.inputs_of(manifest):
+        source["inputs"] = inputs
     return source
 
 

@@ -14,6 +14,7 @@ logs/ATTEMPT.000000.log      logs of a submitted job (`submit.logs`)
 stacks/TIME.txt              the stacks of the workers when they stalled
 profiles/ID/                 traces of a worker's steps; `profiles/request.json` requests one (`runs.profile`)
 run.json                     the id of the MLflow run (`runs.mlflow_id`)
+exports.json                 the folders to which checkpoints were exported (`runs.exports`)
 attempts.json                each start of the workers: code, machines (`tracking.run_facts`)
 unlogged.jsonl               points that MLflow has not accepted yet (`tracking.outbox`)
 clone.json                   the last checkpoint that population based training copied here (`tune.trial`)
@@ -30,6 +31,7 @@ CHECKPOINTS, RECEIPTS, SEGMENTS, QUARANTINE, CURVES = "checkpoints", "receipts",
 AVERAGES = "averages"
 LEDGER, LEASE, LOGS, STACKS, BENCHMARKS, PROFILES = "ledger", "lease", "logs", "stacks", "benchmarks", "profiles"
 MLFLOW_RUN, ATTEMPTS, UNLOGGED, CLONE = "run.json", "attempts.json", "unlogged.jsonl", "clone.json"
+EXPORTS = "exports.json"
 SUMMARY, RESULT, PROBE = "summary.json", "result.json", "probe"
 BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders whose files are named after the last step that they cover
 

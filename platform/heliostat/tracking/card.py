@@ -8,39 +8,33 @@ from the Hugging Face Hub, the card shows the commit, and the license from the p
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import NotRequired
 
-import yaml
 from typing_extensions import TypedDict
 
 from heliostat.config import pretrained
 from heliostat.config.spec import Job
+from heliostat.data import ancestry
 from heliostat.data.manifest import Manifest
-from heliostat.recipes import exported
-from heliostat.storage.hub import files
+from heliostat.recipes import model_origins
+from heliostat.recipes.model_origins import ModelOrigin
 from heliostat.storage.records import Json
 
 FILE = "README.md"
 
 
-class ParentModel(TypedDict):
-    """Describes a folder or Hub model whose weights initialize another model. `parents.json` contains a list of these
-    entries."""
+class ParentModel(ModelOrigin):
+    """Describes a folder or Hub model on which another model depends. `parents.json` contains a list of these entries.
+
+    `key`: the key of the job whose model initializes the other model. For the reference model of a dataset of preferences, the
+    key of the dataset, and `.reference`.
+    """
 
     key: str
-    folder: str
-    config: str  # digest of the model's configuration files
     changed: NotRequired[dict[str, Json]]  # keys of the job next to `pretrained`; older records lack this field
-    bytes: int  # size of the weights
-    name: str | None
-    run_id: str | None
-    step: int | None
-    license: str | None
 
 
 class Parents(TypedDict):
@@ -49,7 +43,17 @@ class Parents(TypedDict):
 
 def parents(job: Job) -> list[ParentModel]:
     """Describes each folder or Hub model from which the job's model is initialized."""
-    return [_parent(key, named, changed) for key, named, changed in _folders(job.model, "model")]
+    return [
+        {"key": key, "changed": changed, **model_origins.of(named, pretrained.folder(named))}
+        for key, named, changed in _folders(job.model, "model")
+    ]
+
+
+def references(manifests: list[Manifest]) -> list[ParentModel]:
+    """Describes the reference models of the datasets, in the job's order, whose log-probabilities a model computed."""
+    known = [(number, ancestry.reference_of(one)) for number, one in enumerate(manifests)]
+    return [{"key": f"data.sources.{number}.reference", **model_origins.ORIGIN.build(raw, manifests[number].location)}
+            for number, raw in known if raw]  # fmt: skip
 
 
 def _folders(tree: Mapping[str, Json], prefix: str) -> Iterator[tuple[str, str, dict[str, Json]]]:
@@ -62,43 +66,6 @@ def _folders(tree: Mapping[str, Json], prefix: str) -> Iterator[tuple[str, str, 
             for number, one in enumerate(value):
                 if isinstance(one, Mapping):
                     yield from _folders(one, f"{prefix}.{key}.{number}")
-
-
-def _parent(key: str, named: str, changed: dict[str, Json]) -> ParentModel:
-    folder = pretrained.folder(named)
-    configs = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    config = hashlib.sha256(b"".join(p.read_bytes() for p in configs if p.name in ("config.json", "model_index.json")))
-    origin: dict[str, Any] = {}  # the record of the run in an exported model
-    record = folder / exported.RECORD
-    if record.is_file():
-        raw = exported.record(folder)
-        card = raw["job"].get("card") or {}
-        origin = {"name": raw["job"]["name"], "license": card.get("license"), **raw.get("origin", {})}
-    elif pretrained.hub_name(named):
-        origin = {"license": _license(folder / FILE)}
-    return {
-        "key": key,
-        "folder": named,
-        "config": config.hexdigest()[:16],
-        "changed": changed,
-        "bytes": files.weight_bytes(folder),
-        "name": origin.get("name"),
-        "run_id": origin.get("run_id"),
-        "step": origin.get("step"),
-        "license": origin.get("license"),
-    }
-
-
-def _license(readme: Path) -> str | None:
-    """Reads the license in the header of a model's card; None if the header has no license."""
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    try:
-        known = yaml.safe_load(header[1]) if header else None
-    except yaml.YAMLError:
-        return None
-    license = known.get("license") if isinstance(known, dict) else None
-    return license if isinstance(license, str) else None
 
 
 def note(job: Job, manifests: list[Manifest]) -> str:

@@ -1,6 +1,6 @@
 """Finds the origins of a model, and the models that have trained on a shard. Reads only MLflow and the run's folder.
 
-lineage(client, uri, "models:/name@champion")    # or NAME/VERSION, a run id, a run's folder
+lineage(client, uri, "models:/name@champion")    # or NAME/VERSION, a run id, the folder of a run or of an exported model
 Seen(client).answer(shard="part-00017.parquet")
 """
 
@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from typing_extensions import TypedDict
 
 from heliostat.cluster.capacity import LivingNode
+from heliostat.data.ancestry import REFERENCE
 from heliostat.errors import ConfigError, HeliostatError
-from heliostat.runs import consumed, goodput
+from heliostat.recipes import exported
+from heliostat.runs import consumed, exports, goodput
 from heliostat.runs.consumed import Consumed
+from heliostat.runs.exports import ExportedFolder
 from heliostat.runs.goodput import Outline
 from heliostat.storage import run_folder
 from heliostat.storage.hub import names
@@ -78,6 +83,7 @@ class Traced(About):
     data: Consumed
     tokenizers: list[str]
     checkpoints: list[CheckpointFacts]
+    exports: list[ExportedFolder]
     models: list[TracedModel]
     parents: list[Ancestor]
 
@@ -93,7 +99,9 @@ def lineage(client: MlflowClient, uri: str, what: str) -> Lineage:
     """Traces the lineage of a model or a run. `what`: any name of the model or the run. Raises ConfigError if no run belongs to
     `what`."""
     version, run_id = None, what
-    if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # an unregistered model belongs to its run
+    if exporting := exported.run_of(Path(what)):
+        run_id = exporting
+    elif logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # an unregistered model belongs to its run
         run_id = str(client.get_logged_model(logged[1]).source_run_id)
     elif not re.fullmatch(r"[0-9a-f]{32}", what) and not _is_folder(what):
         version = registry.find(client, what)
@@ -147,6 +155,7 @@ def run_node(client: MlflowClient, run: Run, depth: int = DEPTH) -> Traced:
         "data": data,
         "tokenizers": distinct([s["tokenizer"] for g in data["segments"] for s in g["sources"] if s["tokenizer"]]),
         "checkpoints": checkpoint_models.history(client, run),
+        "exports": exports_of(run),
         "models": [model_node(client, v) for v in versions(client, run_id)],
         "parents": [{**p, "run": _parent_node(client, p, depth)} for p in _parents(client, run_id)],
     }
@@ -192,6 +201,14 @@ def data_of(client: MlflowClient, run: Run) -> Consumed:
     return recorded or {"steps": 0, "segments": [], "replaced": [], "replaced_count": 0}
 
 
+def exports_of(run: Run) -> list[ExportedFolder]:
+    """Lists the folders to which the run's checkpoints were exported; empty if the run's folder isn't readable."""
+    try:
+        return exports.read(Location(run.data.tags[tags.FOLDER]))
+    except (HeliostatError, OSError):
+        return []
+
+
 def versions(client: MlflowClient, run_id: str) -> list[ModelVersion]:
     """Lists the registered versions of a run, by name and number."""
     return sorted(client.search_model_versions(f"run_id = '{run_id}'"), key=lambda v: (v.name, int(v.version)))
@@ -204,13 +221,15 @@ def distinct(values: list[T]) -> list[T]:
 
 class Descendant(TypedDict):
     """Describes a run that has trained on the requested samples. `inherited`: run ids of the run's ancestors that have trained
-    on these samples."""
+    on these samples. `outdated`: the run's datasets whose log-probabilities come from a model of such an ancestor."""
 
     run_id: str
     name: str
     status: str
     inherited: list[str]
+    outdated: list[str]
     models: list[str]
+    exports: list[ExportedFolder]
 
 
 class LineageRow(Descendant):
@@ -250,8 +269,15 @@ class Seen:
             if samples or inherited:
                 models = [f"models:/{v.name}/{v.version}" for v in versions(self.client, run_id)]
                 rows.append({"run_id": run_id, "name": run.data.tags[tags.NAME], "status": run.info.status, "samples": samples,
-                             "inherited": inherited, "models": models})  # fmt: skip
+                             "inherited": inherited, "outdated": self._outdated(run, inherited), "models": models,
+                             "exports": exports_of(run)})  # fmt: skip
         return rows
+
+    def _outdated(self, run: Run, inherited: list[str]) -> list[str]:
+        """Lists the run's datasets whose reference model comes from one of the runs in `inherited`."""
+        sources = [f"data.sources.{n}.path" for p in _parents(self.client, run.info.run_id) if p["run_id"] in inherited
+                   for n in re.findall(rf"^data\.sources\.(\d+)\.{REFERENCE}$", p["key"])]  # fmt: skip
+        return [run.data.params[key] for key in sources]
 
     def _inherited(self, run: Run, taken: Taken, depth: int) -> list[str]:
         """Lists the run ids of ancestors that have trained on the samples that `taken` counts. For each ancestor, counts only
@@ -272,7 +298,7 @@ def lines(traced: Lineage) -> list[tuple[int, str]]:
     out: list[tuple[int, str]] = []
     if model := traced["model"]:
         out += _model_lines(model, 0)
-    return out + _run_lines(traced["run"], 1 if traced["model"] else 0)
+    return out + _run_lines(traced["run"], 1 if traced["model"] else 0, set())
 
 
 def _model_lines(model: TracedModel, depth: int) -> list[tuple[int, str]]:
@@ -289,7 +315,11 @@ def _model_lines(model: TracedModel, depth: int) -> list[tuple[int, str]]:
     return out
 
 
-def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
+def _run_lines(run: Traced, depth: int, shown: set[str]) -> list[tuple[int, str]]:
+    """Formats a run. `shown`: the ids of runs that an earlier line describes. The function adds this run's id."""
+    if run["run_id"] in shown:
+        return [(depth, f"run {run['name']} ({run['run_id']}), see above")]
+    shown.add(run["run_id"])
     reason = f": {run['reason']}" if run["reason"] else ""
     out = [(depth, f"run {run['name']} ({run['run_id']}), {run['status']}{reason}")]
     below = depth + 1
@@ -317,12 +347,17 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
     for c in run["checkpoints"]:
         scores = "  ".join(f"{k} {v:.5g}" for k, v in c["scores"].items())
         out.append((below, f"checkpoint of step {c['step']:,}{' (deleted)' if c['deleted'] else ''}: {c['uri']}  {scores}"))
+    for export in run["exports"]:
+        what = "adapter" if export["adapter"] else "model"
+        out.append((below, f"{what} of step {export['step']:,} exported to {export['folder']}"))
     for parent in run["parents"]:
         at = f", step {parent['step']:,}" if parent["step"] is not None else ""
         changed = f", with {', '.join(keys)} changed" if (keys := parent.get("changed")) else ""
         kind = "a model of the Hugging Face Hub" if names.model(parent["folder"]) else "a folder"
-        out.append((below, f"initialized from {parent['key']}: {parent['name'] or kind}{at} ({parent['folder']}){changed}"))
-        out += _run_lines(parent["run"], below + 1) if parent["run"] else []
+        role = "log-probabilities by" if parent["key"].endswith(f".{REFERENCE}") else "initialized from"
+        digest = f", digest {digest}" if (digest := parent.get("digest")) else ""
+        out.append((below, f"{role} {parent['key']}: {parent['name'] or kind}{at} ({parent['folder']}){digest}{changed}"))
+        out += _run_lines(parent["run"], below + 1, shown) if parent["run"] else []
     return out
 
 
@@ -339,7 +374,9 @@ def _source_line(s: consumed.ConsumedSource) -> str:
         f", made from version {old['digest'][:12]} without the documents {', '.join(old['ids'])}"
         for old in s.get("forgotten", [])
     )
-    forgotten += "".join(f", from {name}" for name in s.get("hub", {}).values())
+    names_of = [f"{one['name']} {one['digest'][:12]} of " for one in s.get("made_from", [])]
+    origin = "".join(f", made from {name}{place}" for name, place in zip_longest(names_of, s.get("inputs", []), fillvalue=""))
+    origin += "".join(f", from {name}" for name in s.get("hub", {}).values())
     weights = ", ".join(f"{w:g}" + (f" from step {step + 1:,}" if step else "") for step, w in s["weights"])
     return (f"{s['name']} {s['digest'][:12]}, weight {weights}: {s['samples']:,} samples, {s['epochs']:.2f} epochs, "
-            f"{s['shards']['seen']} of {s['shards']['total']} shards ({shown}) of {s['uri']}{forgotten}")  # fmt: skip
+            f"{s['shards']['seen']} of {s['shards']['total']} shards ({shown}) of {s['uri']}{origin}{forgotten}")  # fmt: skip

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from typing_extensions import TypedDict
+
 from heliostat.config import workspace
 from heliostat.curation import reasons, recording
-from heliostat.data import documents
+from heliostat.data import ancestry, documents
 from heliostat.data.coverage import Visit, visits
 from heliostat.data.dataset import open_dataset
 from heliostat.data.documents import Piece
 from heliostat.data.manifest import Manifest
 from heliostat.errors import DataError
 from heliostat.runs import consumed
-from heliostat.runs.consumed import Consumed, ConsumedPlace, Replaced
+from heliostat.runs.consumed import Consumed, ConsumedPlace, ConsumedSource, Replaced
 from heliostat.storage.locations import Location
 from heliostat.tracking import tags
-from heliostat.tracking.lineage import Descendant, Seen, data_of
+from heliostat.tracking.lineage import Descendant, Seen, data_of, exports_of
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient
@@ -52,9 +55,18 @@ class Reached(Descendant):
     fault: str | None
 
 
+class CopiedDataset(TypedDict):
+    """Describes a dataset that was made from the rows of another dataset."""
+
+    name: str
+    uri: str
+    digest: str
+
+
 @dataclass
 class TrainedOnDocument:
-    """Finds the runs that have trained on the document `id` of a dataset."""
+    """Finds the runs that have trained on the document `id` of a dataset: on any version of the dataset, on a dataset from which
+    it was made, or on a dataset that was made from it."""
 
     client: MlflowClient
     dataset: Manifest
@@ -62,13 +74,7 @@ class TrainedOnDocument:
     places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict)  # (shard, piece), by the digest of a dataset version
     samples: dict[str, list[DocumentSample]] = field(default_factory=dict)  # by run id
     faults: dict[str, str] = field(default_factory=dict)  # by run id
-
-    @property
-    def digests(self) -> set[str]:
-        """Returns the digests of the dataset, of its parts (for a collection), and of the earlier versions from which documents
-        were removed (`forgotten`)."""
-        parts = self.dataset.meta.get("digests", {}).values()
-        return {self.dataset.digest, *parts, *(earlier["digest"] for earlier in self.dataset.meta.get("forgotten", []))}
+    copies: list[CopiedDataset] = field(default_factory=list)  # with the document, made from this dataset; known after `runs`
 
     def runs(self, only: str | None = None) -> list[Reached]:
         """Lists the runs that have trained on the document, directly or through a model from which they were initialized.
@@ -78,7 +84,7 @@ class TrainedOnDocument:
         known = {row["run_id"] for row in rows}
         unknown = [seen.runs[run_id] for run_id in self.faults if run_id not in known and only in (None, run_id)]
         rows += [{"run_id": run.info.run_id, "name": run.data.tags[tags.NAME], "status": run.info.status, "inherited": [],
-                  "models": []} for run in unknown]  # fmt: skip
+                  "outdated": [], "models": [], "exports": exports_of(run)} for run in unknown]  # fmt: skip
         return [self._reached(row) for row in rows]
 
     def _reached(self, row: Descendant) -> Reached:
@@ -101,17 +107,24 @@ class TrainedOnDocument:
         return [s for s in self.samples[run_id] if before is None or s["step"] <= before]
 
     def _samples(self, data: Consumed) -> list[DocumentSample]:
-        samples, rows_of = list[DocumentSample](), dict[Chunk, range]()
+        samples, rows_of = list[DocumentSample](), dict[Chunk, set[int]]()
         for segment, taken in zip(consumed.parse(data), data["segments"], strict=True):
             for number, source in enumerate(taken["sources"]):
-                if source["digest"] not in self.digests and not same_folder(source["uri"], str(self.dataset.location)):
+                if not self._may_contain(source):
                     continue
-                for shard, piece in self._pieces(open_dataset(segment.plan).sources[number]):
+                for shard, piece in (located := self._pieces(open_dataset(segment.plan).sources[number])):
                     rows = piece.samples(segment.plan.sequence_length or 1)
                     chunk = source["uri"], shard, piece.row_group
-                    rows_of[chunk] = rows
+                    rows_of.setdefault(chunk, set()).update(rows)
                     samples += [_sample(chunk, visit) for visit in visits(segment, number, piece.chunk, rows)]
+                copy: CopiedDataset = {"name": source["name"], "uri": source["uri"], "digest": source["digest"]}
+                if located and self.dataset.digest in ancestry.sources(source) and copy not in self.copies:
+                    self.copies.append(copy)
         return with_replaced(samples, data["replaced"], rows_of)
+
+    def _may_contain(self, source: ConsumedSource) -> bool:
+        shared = ancestry.related(source) & ancestry.related(self.dataset.meta)
+        return bool(shared) or same_folder(source["uri"], str(self.dataset.location))
 
     def _pieces(self, version: Manifest) -> list[tuple[str, Piece]]:
         """Locates the document in a version of the dataset; empty if that version doesn't contain the document."""
@@ -140,7 +153,9 @@ def _sample(chunk: Chunk, visit: Visit) -> DocumentSample:
             "place": visit.place, "epoch": visit.epoch, "row": visit.row}  # fmt: skip
 
 
-def with_replaced(samples: list[DocumentSample], replaced: list[Replaced], rows_of: dict[Chunk, range]) -> list[DocumentSample]:
+def with_replaced(
+    samples: list[DocumentSample], replaced: list[Replaced], rows_of: Mapping[Chunk, Container[int]]
+) -> list[DocumentSample]:
     """Removes the bad samples that were replaced, and adds the replacements that contain the document.
 
     `rows_of` maps each row group to the rows that contain the document.
@@ -153,7 +168,7 @@ def with_replaced(samples: list[DocumentSample], replaced: list[Replaced], rows_
     kept = [s for s in samples if (s["step"], at(s), s["row"]) not in gone]
     for bad in replaced:
         by = bad["replaced_by"]
-        if by["row"] in rows_of.get(at(by), range(0)):
+        if by["row"] in rows_of.get(at(by), ()):
             kept.append({"dataset": by["dataset"], "shard": by["shard"], "row_group": by["row_group"], "row": by["row"],
                          "step": bad["step"], "lane": None, "place": None, "epoch": None})  # fmt: skip
     return sorted(kept, key=lambda s: (s["step"], s["lane"] or 0, s["place"] or 0))

@@ -93,6 +93,14 @@ def write_json(client: MlflowClient, run_id: str, value: object, artifact: str) 
     client.log_dict(run_id, value, artifact)  # type: ignore[arg-type]  # it takes any JSON value
 
 
+def write_bytes(client: MlflowClient, run_id: str, data: bytes, artifact: str) -> None:
+    """Writes an artifact of a run. Replaces an earlier artifact with this name."""
+    with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
+        file = Path(folder) / Path(artifact).name
+        file.write_bytes(data)
+        client.log_artifact(run_id, str(file), str(Path(artifact).parent))
+
+
 def pages(search: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
     """Yields the results of a search, page by page. `search` is called with the token of each page."""
     page = search(None)

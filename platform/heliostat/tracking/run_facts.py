@@ -21,11 +21,12 @@ from heliostat.cluster.capacity import LivingNode
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
+from heliostat.recipes.auditing import MaskAudit
 from heliostat.runs import consumed
 from heliostat.runs.events import AttemptStarted
 from heliostat.storage.records import Format, Json
 from heliostat.storage.run_folder import ATTEMPTS
-from heliostat.tracking.card import parents
+from heliostat.tracking.card import parents, references
 from heliostat.tracking.checkpoint_models import Checkpoints
 from heliostat.tracking.metrics import SPIKE
 from heliostat.tracking.mlflow_client import read_json, write_json
@@ -58,6 +59,7 @@ class RecordedStart(CommandCode):
 
 
 STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="Delete the file to start a new list")
+MASK_AUDIT = "mask_audit.json"
 SPIKES_SHOWN = 100  # maximum number of spikes in the tag (the newest)
 
 
@@ -70,16 +72,19 @@ class RunRecord:
         self._source: source_code.SourceCode | None = None
         self._environment = ""
 
-    def begin(self, manifests: list[Manifest], data_version: int) -> None:
-        """Writes the facts of a new run before its first step: params, job, datasets, and parents."""
+    def begin(self, manifests: list[Manifest], data_version: int, audit: MaskAudit | None = None) -> None:
+        """Writes the facts of a new run before its first step: params, job, datasets, parents, and the audit of loss masks."""
         from mlflow.entities import Param
 
-        params = [Param(k, v) for k, v in params_of(self.job.dump()).items()]
+        masks = {"masks": {str(i): dict(source) for i, source in enumerate(audit["sources"])}} if audit else {}
+        params = [Param(k, v) for k, v in params_of({**self.job.dump(), **masks}).items()]
         for i in range(0, len(params), 100):
             self.client.log_batch(self.run_id, params=params[i : i + 100])
         write_json(self.client, self.run_id, self.job.dump(), "job.json")
+        if audit:
+            write_json(self.client, self.run_id, audit, MASK_AUDIT)
         self._log_inputs(manifests, data_version)
-        origins = parents(self.job)
+        origins = [*parents(self.job), *references(manifests)]
         write_json(self.client, self.run_id, {"parents": origins}, "parents.json")
         if ids := [p["run_id"] for p in origins if p["run_id"]]:
             self.client.set_tag(self.run_id, PARENT_RUNS, ",".join(ids))

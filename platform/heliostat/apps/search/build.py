@@ -34,7 +34,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.inference.batch.run import claim, flow_on_ray, model_digest, origin
 from heliostat.recipes import exported
-from heliostat.recipes.protocol import is_language_model
+from heliostat.recipes.conformance import is_language_model
 from heliostat.recipes.text import sentence_folder
 from heliostat.storage import lease
 from heliostat.storage.locations import Location

@@ -11,8 +11,9 @@ from typing import Any, NotRequired, TypedDict
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
+from heliostat.recipes.conformance import is_language_model
 from heliostat.recipes.images import clip_folder
-from heliostat.recipes.protocol import Paints, is_language_model
+from heliostat.recipes.protocol import Paints
 from heliostat.recipes.text import sentence_folder
 
 TEXT, IMAGES, EMBEDDINGS = "text", "images", "embeddings"

@@ -76,6 +76,10 @@ class ConversationMaking(Reading):
         return True
 
     @property
+    def columns(self) -> list[str]:
+        return [reading.COUNTS]
+
+    @property
     def packs(self) -> bool:
         """Checks whether the rows are packs, or preferences."""
         return self.source.rules.shape not in shapes.PAIRS
@@ -147,7 +151,7 @@ def write_shard(folder: Location, number: int, runs: list[SpilledRun], plan: Sha
     data, output = encoded(groups, [place for _, place in chunks]), Location(plan.output)
     path = versions.store(output, f"{SHARDS}/{number:05d}/", data, ".parquet")
     ends = gathering.spill_kept(folder, path, table, gathering.Duplicates(folder, False), plan.every)
-    shard = {**row_groups.written(output, path, data, None), "documents": len(ids), "bytes": int(table["bytes"].to_numpy().sum()),
+    shard = {**row_groups.written(output, path, data, None), "documents": len(ids), "bytes": counts.pop("bytes"),
              "counts": dict(counts)}  # fmt: skip
     return {"shards": [shard], "ends": ends, "files": ends}
 

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from heliostat.curation.conversations import dialects, rendering, shapes
+from heliostat.curation import reasons
+from heliostat.curation.conversations import dialects, reading, rendering, shapes
 from heliostat.curation.conversations.dialects import ExistingTokenizer
 from heliostat.curation.conversations.making import VERSION, ConversationMaking
 from heliostat.curation.conversations.reading import ConversationSource, RecordRules, StoredDialect, TooLong
 from heliostat.curation.conversations.rendering import Dialect, Renderer, Turns
-from heliostat.curation.prepare import InputFile
+from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.sampled import SampledParts
 from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.text import sources
@@ -65,9 +66,6 @@ class RenderedPipeline(StagedPipeline):
     def renderer(self) -> Renderer:
         return Renderer(self.dialect)
 
-    def rules(self, shape: str) -> RecordRules:
-        return RecordRules(normalise="none", shape=shape, names=tuple(sorted(self.columns.items())))
-
     def check(self) -> None:
         for name in self.columns:
             if name not in shapes.COLUMNS:
@@ -100,16 +98,35 @@ class RenderedPipeline(StagedPipeline):
         config["stages"] = [stage.identity() for stage in self.stages]
         return config
 
-    def _making(self, flow: Flow, output: Location, source: dict[str, Any], best_fit: bool, every: int) -> ConversationMaking:
+    @property
+    def shaped(self) -> str:
+        """Returns the shape of the records."""
+        return "pairs"
+
+    @property
+    def fitting(self) -> TooLong:
+        """Returns what happens to records of more than `sequence_length` tokens."""
+        return "drop"
+
+    def source(self, output: Location, tokenizer: str) -> ConversationSource:
+        """Returns the reader of the input. `tokenizer`: the path of the tokenizer in the dataset's folder."""
+        renderer, dialect = self.renderer(), self.dialect
+        special = tuple(sorted(dialect.special.items()))
+        stored = StoredDialect(output.uri, tokenizer, dialect.template, special, dialect.end_of_document)
+        rules = RecordRules(normalise="none", shape=self.shaped, names=tuple(sorted(self.columns.items())))
+        return ConversationSource(self.input, rules, stored, renderer.turns, renderer.end_of_turn, self.sequence_length,
+                                  self.fitting)  # fmt: skip
+
+    def uncovered(self) -> dict[str, dict[str, Any]]:
+        by = reading.made_by(self.source(place(self.output, "output"), ""))
+        by["stages"] = [stage.entry() for stage in self.stages]
+        return {reasons.PIPELINE: by, **super().uncovered()}
+
+    def _making(self, flow: Flow, output: Location, best_fit: bool, every: int) -> ConversationMaking:
         renderer, dialect = self.renderer(), self.dialect
         path = versions.store(output, f"{FILES}/tokenizer-", dialect.definition.encode(), ".json")
-        stored = StoredDialect(
-            output.uri, path, dialect.template, tuple(sorted(dialect.special.items())), dialect.end_of_document
-        )
         return ConversationMaking(
-            flow=flow, output=output, stages=self.stages, memory_limit=self.memory_limit,
-            source=ConversationSource(self.input, stored=stored, turns=renderer.turns, end_of_turn=renderer.end_of_turn,
-                                      sequence_length=self.sequence_length, **source),
+            flow=flow, output=output, stages=self.stages, memory_limit=self.memory_limit, source=self.source(output, path),
             tokenizer={"end_of_document": dialect.end_of_document}, given_tokenizer=dialect.definition,
             shard_bytes=self.shard_bytes, renderer=renderer, chunk_tokens=self.chunk_tokens, best_fit=best_fit, every=every,
         )  # fmt: skip
@@ -131,6 +148,14 @@ class ConversationPipeline(RenderedPipeline):
     packing: Literal["best_fit", "none"] = "best_fit"
     """`best_fit`: a row has several conversations, up to `sequence_length` tokens. `none`: a row has one conversation."""
 
+    @property
+    def shaped(self) -> str:
+        return self.shape
+
+    @property
+    def fitting(self) -> TooLong:
+        return self.too_long
+
     def renderer(self) -> Renderer:
         return Renderer(self.dialect, self.turns, self.end_of_turn)
 
@@ -143,8 +168,7 @@ class ConversationPipeline(RenderedPipeline):
         super().check()
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> ConversationMaking:
-        source = {"rules": self.rules(self.shape), "too_long": self.too_long}
-        return self._making(flow, output, source, self.packing == "best_fit", self.every(sample))
+        return self._making(flow, output, self.packing == "best_fit", self.every(sample))
 
 
 class PreferencePipeline(RenderedPipeline):
@@ -155,5 +179,4 @@ class PreferencePipeline(RenderedPipeline):
         return Renderer(self.dialect, "last")
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> ConversationMaking:
-        source = {"rules": self.rules("pairs"), "too_long": "drop"}
-        return self._making(flow, output, source, False, self.every(sample))
+        return self._making(flow, output, False, self.every(sample))

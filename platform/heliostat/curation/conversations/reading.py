@@ -6,7 +6,7 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -21,13 +21,17 @@ from heliostat.curation.pairs import extracting
 from heliostat.curation.pairs import reading as pairs
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.stage import Document, Dropped
+from heliostat.curation.text import sources
 from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.tasks import TextSource
+from heliostat.data.conversations import TEMPLATE
+from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
 TooLong = Literal["drop", "cut", "split"]
 SOURCE, PROMPT, TEXT, ROWS, COUNTS = "record", "prompt", "digest", "rows", "counts"  # columns of a document
+RECORD = "conversations"  # key of the dataset's record of its pipeline
 Record = ParsedConversation | shapes.ParsedPreference
 REASONS = {
     **{reason: pairs.REASONS[reason] for reason in ("unparsed", "no_pairs")},
@@ -145,9 +149,11 @@ class ConversationSource(TextSource):
     def _document(self, id: str, record: Record) -> Document | Dropped:
         first = record if isinstance(record, ParsedConversation) else record.with_answer(None)
         try:
-            return Document(id, record.text, {PROMPT: first.prompt, TEXT: _digest(record.text), **self.rendered(record)})
+            rendered = self.rendered(record)
         except FaultError as e:
             return Dropped(id, e.reason, e.detail)
+        rendered[COUNTS]["bytes"] = len(record.text.encode("utf-8", "surrogatepass"))
+        return Document(id, record.text, {PROMPT: first.prompt, TEXT: _digest(record.text), **rendered})
 
     def finish(self, document: Document) -> Document | Dropped:
         assert isinstance(document.text, str)
@@ -216,6 +222,27 @@ class ConversationSource(TextSource):
 @lru_cache(maxsize=4)
 def _renderer(stored: StoredDialect, turns: rendering.Turns, end_of_turn: bool) -> Renderer:
     return Renderer(_dialect(stored), turns, end_of_turn)
+
+
+def source_again(dataset: Manifest, by: dict[str, Any]) -> ConversationSource:
+    """Returns an object that reads a dataset's input again. `by`: the dataset's record of its pipeline, from `made_by`."""
+    rules, keys = by["rules"], dict(by[RECORD])
+    special, end = keys.pop("special"), keys.pop("end_of_document")
+    template = dataset.file(TEMPLATE).read().decode()
+    stored = StoredDialect(
+        dataset.location.uri, dataset.meta["files"]["tokenizer.json"], template, tuple(sorted(special.items())), end
+    )
+    names = tuple((name, column) for name, column in rules["names"])
+    rules = RecordRules(**{**rules, "columns": tuple(rules["columns"]), "names": names})
+    return ConversationSource(by["input"], rules=rules, stored=stored, **keys)
+
+
+def made_by(source: ConversationSource) -> dict[str, Any]:
+    """Returns everything that `source_again` needs and the dataset's files don't contain, as JSON values."""
+    stored = source.stored
+    keys = {name: getattr(source, name) for name in ("turns", "end_of_turn", "sequence_length", "too_long")}
+    own = {**keys, "special": dict(stored.special), "end_of_document": stored.end_of_document}
+    return {"input": sources.absolute(source.input), "rules": asdict(source.rules), RECORD: own}
 
 
 def _digest(text: str) -> str:

@@ -12,6 +12,7 @@ from pyarrow.fs import FileType
 
 from heliostat.curation import readers, reasons, recording, registry, segment, tally
 from heliostat.curation.chain import bytes_of
+from heliostat.curation.conversations import reading
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers import clones
 from heliostat.curation.repeated import RepeatingStage
@@ -43,7 +44,7 @@ def find(dataset: Manifest, id: str | None = None, url: str | None = None, text:
     else:
         assert text is not None
         if dataset.kind != "tokens":
-            raise ConfigError("--text: the dataset contains images. Pass --id or --url")
+            raise ConfigError("--text: the dataset contains images or conversations. Pass --id or --url")
         hashes, fate = _hashes(dataset, text)
         rows = [row for digest in hashes for row in reasons.kept_as(dataset, digest)]
         what = f"--text: no document has this text, neither as given nor after the stages{fate}"
@@ -58,7 +59,7 @@ def _hashes(dataset: Manifest, raw: bytes) -> tuple[list[str], str]:
     """Returns two values: the hashes that a text may have in the dataset, before and after the stages, and a sentence for the
     error message. The sentence names the stage that drops or changes the text, and is "" without such a stage."""
     by, fate = reasons.made_by(dataset), ""
-    document = documents.clean("--text", raw, source_of(by).rules if by else documents.TextRules())
+    document = documents.clean("--text", raw, source_of(dataset, by).rules if by else documents.TextRules())
     if isinstance(document, documents.Dropped):
         raise ConfigError(f"--text: the text isn't a valid document: {document.reason} ({documents.REASONS[document.reason]})")
     hashes, last = [_hash(document)], document
@@ -71,7 +72,7 @@ def _hashes(dataset: Manifest, raw: bytes) -> tuple[list[str], str]:
         elif after is None:
             fate = f". Stage {step['stage']} would drop this text: {step['reason']}"
         last = after or last
-    finished = source_of(by).finish(last) if by and not fate else None
+    finished = source_of(dataset, by).finish(last) if by and not fate else None
     if isinstance(finished, Document):
         hashes.append(_hash(finished))
     return list(dict.fromkeys(hashes)), fate
@@ -91,13 +92,13 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     funnel, notes = reasons.funnel(dataset), list[str]()
     by, steps = reasons.made_by(dataset), list[dict[str, Any]]()
     try:
-        steps = _again(by, end, funnel, notes) if by and end["reason"] not in (CRASHED, UNREAD) else []
+        steps = _again(dataset, by, end, funnel, notes) if by and end["reason"] not in (CRASHED, UNREAD) else []
     except HeliostatError as e:
         notes.append(str(e))
     if not steps:
         if end["reason"] in (CRASHED, UNREAD):
             notes.append("heliostat doesn't run the stages again, because the document would crash this process too")
-        elif dataset.kind == "tokens":
+        elif by or dataset.kind == "tokens":
             notes.append("the input has changed, so heliostat doesn't know how the stages changed the document")
         steps = _recorded(funnel, end)
     for step in steps:
@@ -111,7 +112,7 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     pieces_held = places.pieces(dataset, path, last["id"]) if path else []
     return {
         "id": end["id"],
-        "images": dataset.kind != "tokens",
+        "rows": dataset.kind != "tokens",
         "columns": end["columns"],
         "read": origin(end["id"]),
         "stages": steps,
@@ -123,10 +124,12 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
+def _again(
+    dataset: Manifest, by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], notes: list[str]
+) -> list[dict[str, Any]]:
     """Runs the document through the stages again, and returns each stage's action. From a stage that removed text shared with
     other documents on, returns the recorded actions instead. Returns an empty list if the document can't be read."""
-    document = read_again(source_of(by), end["id"])
+    document = read_again(source_of(dataset, by), end["id"])
     if document is None:
         return []
     read = {"stage": segment.READ, "did": "kept", "reason": "", "detail": "", "measures": {}, "counts": {}}
@@ -193,9 +196,11 @@ def _meaning(funnel: dict[str, Any], end: dict[str, Any]) -> str:
     return meanings.get(end["reason"], "")
 
 
-def source_of(made_by: dict[str, Any]) -> TextSource:
+def source_of(dataset: Manifest, made_by: dict[str, Any]) -> TextSource:
     """Returns an object that reads the dataset's input again. `made_by`: the dataset's record of its pipeline
     (`reasons.made_by`)."""
+    if reading.RECORD in made_by:
+        return reading.source_again(dataset, made_by)
     rules = made_by["rules"]
     return TextSource(made_by["input"], documents.TextRules(**{**rules, "columns": tuple(rules["columns"])}))
 

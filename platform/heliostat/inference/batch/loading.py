@@ -15,8 +15,8 @@ from heliostat.curation import scoring
 from heliostat.errors import ConfigError
 from heliostat.inference.sampling import WRITES
 from heliostat.recipes import exported
+from heliostat.recipes.conformance import is_language_model
 from heliostat.recipes.images import clip_folder
-from heliostat.recipes.protocol import is_language_model
 from heliostat.recipes.text import sentence_folder
 from heliostat.text import brief
 

@@ -26,7 +26,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from heliostat.config.spec import Job
-from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.parallel import language_model
@@ -46,7 +45,6 @@ from heliostat.recipes.protocol import (
 )
 from heliostat.recipes.text import expert_keys, initial, plain_keys
 from heliostat.recipes.text.adapted import AdaptedText
-from heliostat.storage.hub import files
 
 if TYPE_CHECKING:  # importing torch and transformers takes three seconds, and most jobs are checked without them
     import torch
@@ -174,7 +172,9 @@ class CausalLM(AdaptedText, Recipe, Evaluates, CutsSamples, DividesExperts, Divi
         self.sources, self.tokenizer_json = sources, tokenizing.definition(sources)
         size, self.end = sources[0].fact("vocab_size"), sources[0].fact("end_of_document")
         if self.pretrained:
-            self._check_tokenizer(Path(self.pretrained), sources[0])
+            from heliostat.recipes.text import vocabulary
+
+            vocabulary.require_same(Path(self.pretrained), sources[0], self.tokenizer_json)
         if self.vocabulary_given:
             vocab_size = (self.plain or self.config).vocab_size
             if vocab_size < size:
@@ -198,24 +198,6 @@ class CausalLM(AdaptedText, Recipe, Evaluates, CutsSamples, DividesExperts, Divi
         if "config" in vars(self):
             for name, value in values.items():
                 setattr(self.config, name, value)
-
-    def _check_tokenizer(self, folder: Path, source: Manifest) -> None:
-        """Raises ConfigError if the same token has different text in the model's tokenizer and in the dataset's tokenizer."""
-        from heliostat.recipes.text import vocabulary
-
-        its = vocabulary.of_folder(folder)
-        if its == self.tokenizer_json:
-            return
-        field = f"model.pretrained: {files.shown(folder)!r}"
-        ids = [self.end, *source.meta.get(FACT, {}).get("markers", [])]
-        what = vocabulary.difference(self.raw_tokenizer, vocabulary.load(its, field), ids)
-        if what:
-            raise ConfigError(
-                f"{field}: the model's tokenizer differs from the tokenizer of data.sources.0.path {str(source.location)!r} "
-                f"({what}). "
-                f"Prepare the dataset with the model's tokenizer: write `tokenizer: {{path: {files.shown(folder)}}}` in the "
-                "pipeline file"
-            )
 
     def build(self) -> PreTrainedModel:
         import torch

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from heliostat.parallel import experts
 from heliostat.recipes.batches import segments
 from heliostat.recipes.protocol import IGNORED, Batch, Loss, Part
 from heliostat.recipes.text import expert_keys, masks, tiled_loss
+
+PREDICTED = "predicted"  # in a batch: places of the tokens that have a target, int64, in the order of all samples' tokens
 
 
 class Outputs(Protocol):
@@ -53,6 +57,12 @@ def terms(batch: Batch) -> int:
     return int((targets(batch) != IGNORED).sum())
 
 
+def with_places(batch: Batch) -> Batch:
+    """Adds the places of tokens that have a target to a batch on the CPU, so that `loss` computes logits only for these
+    tokens."""
+    return {**batch, PREDICTED: torch.nonzero(targets(batch).flatten() != IGNORED).flatten()}
+
+
 def targets(batch: Batch) -> torch.Tensor:
     """Returns the target of each token, which is the label of the next token. At a sample's end, the target is IGNORED (not in
     the loss)."""
@@ -80,12 +90,27 @@ def loss(model: torch.nn.Module, batch: Batch, routing: Routing, tiled: bool = F
 
 
 def _summed(model: torch.nn.Module, batch: Batch, tiled: bool) -> tuple[torch.Tensor, Outputs]:
-    if tiled:
-        with tiled_loss.summed(model, targets(batch)):
-            outputs = _outputs(model, batch)
-        return outputs.logits, outputs
-    outputs = _outputs(model, batch)
-    return SummedCrossEntropy.apply(*_flat(outputs, batch)), outputs
+    goals, places = targets(batch).flatten(), batch.get(PREDICTED)
+    if places is not None:
+        goals = goals.index_select(0, places)
+    with _only(model, places), tiled_loss.summed(model, goals) if tiled else nullcontext():
+        outputs = _outputs(model, batch)
+    return outputs.logits if tiled else SummedCrossEntropy.apply(outputs.logits.flatten(0, 1), goals), outputs
+
+
+@contextmanager
+def _only(model: torch.nn.Module, places: torch.Tensor | None) -> Iterator[None]:
+    """Opens a context in which the model's last layer gets only the tokens at these places, as one sample. None: all tokens."""
+    if places is None:
+        yield
+        return
+    module: Any = getattr(model, "module", model)
+    head = module.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: inputs[0].flatten(0, 1).index_select(0, places).unsqueeze(0))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _parts(outputs: Outputs, routing: Routing, seen: experts.RoutingWatch | None) -> dict[str, Part]:
@@ -127,7 +152,7 @@ def _each(model: torch.nn.Module, batch: Batch, measure: tiled_loss.Measure, til
 
 def _outputs(model: torch.nn.Module, batch: Batch) -> Outputs:
     with masks.unread(whole="position_ids" not in batch):
-        return model(**{k: v for k, v in batch.items() if k not in ("labels", "targets")})
+        return model(**{k: v for k, v in batch.items() if k not in ("labels", "targets", PREDICTED)})
 
 
 def _flat(outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,22 +16,39 @@ from heliostat.recipes.protocol import IGNORED, Batch
 MULTIPLE = 64  # rows are padded to a multiple of this number of tokens, so that there are few different shapes
 
 
+class RowsMask(NamedTuple):
+    """Contains the tokens of packs, one after another. `tokens`: int32 [tokens]. `trained`: bool [tokens]. `begins`,
+    `row_begins`: the index of the first token of each conversation, and of each row."""
+
+    tokens: np.ndarray
+    trained: np.ndarray
+    begins: np.ndarray
+    row_begins: np.ndarray
+
+
+def mask(content: pa.Table, length: int, vocabulary: int) -> RowsMask:
+    """Returns the tokens and the mask of packs. `length`: the maximum tokens of a row. `vocabulary`: the number of tokens. Raises
+    DataError for a row that isn't a valid pack."""
+    tokens, trained, lengths = (_values(content, name) for name in ("tokens", "trained", "lengths"))
+    sizes = _counts(content, "tokens")
+    _require_valid(content, tokens, lengths, sizes, length, vocabulary)
+    return RowsMask(tokens, trained, np.cumsum(lengths) - lengths, np.cumsum(sizes) - sizes)
+
+
 def batch(content: pa.Table, length: int, fill: int, vocabulary: int, apart: bool, fixed: bool) -> Batch:
     """Makes a batch of packs: `input_ids` and `labels`, int64 [rows, width].
 
     A token has a label if it is trained, except a conversation's first token. `apart`: adds `position_ids`, which restart at each
     conversation and at the padding, so that attention keeps conversations apart.
 
-    `length`: the maximum tokens of a row. `fill`: the token of the padding. `vocabulary`: the number of tokens. `fixed`: pads all
-    rows to `length`; otherwise pads only to the longest row. Raises DataError for a row that isn't a valid pack.
+    `length`, `vocabulary`: see `mask`. `fill`: the token of the padding. `fixed`: pads all rows to `length`; otherwise pads only
+    to the longest row. Raises DataError for a row that isn't a valid pack.
     """
-    tokens, trained, lengths = (_values(content, name) for name in ("tokens", "trained", "lengths"))
-    sizes = _counts(content, "tokens")
-    _require_valid(content, tokens, lengths, sizes, length, vocabulary)
+    tokens, trained, begins, row_begins = mask(content, length, vocabulary)
+    sizes = np.diff(row_begins, append=len(tokens))
     width = length if fixed else min(length, max(MULTIPLE, -(-int(sizes.max()) // MULTIPLE) * MULTIPLE))
-    begins = np.cumsum(lengths) - lengths  # of the conversations, in the tokens of all rows
     learned = trained.copy()
-    learned[begins[lengths > 0]] = False
+    learned[begins] = False
     columns = np.arange(width)
     real = columns < sizes[:, None]
     ids, labels = np.full((len(sizes), width), fill, np.int64), np.full((len(sizes), width), IGNORED, np.int64)
@@ -40,7 +57,7 @@ def batch(content: pa.Table, length: int, fill: int, vocabulary: int, apart: boo
     tensors = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
     if apart:
         positions = columns - sizes[:, None]  # of the padding
-        positions[real] = np.arange(len(tokens)) - np.repeat(begins, lengths)
+        positions[real] = np.arange(len(tokens)) - np.repeat(begins, np.diff(begins, append=len(tokens)))
         tensors["position_ids"] = torch.from_numpy(positions)
     return tensors
 
@@ -92,7 +109,8 @@ def _require_valid(
     counts = _counts(content, "lengths")
     sums = np.add.reduceat(np.append(lengths, 0), np.cumsum(counts) - counts) * (counts > 0)
     masks = _counts(content, "trained")
-    wrong = (sums != sizes) | (masks != sizes) | (sizes > length) | (sizes == 0)
+    empty = np.add.reduceat(np.append(lengths < 1, 0), np.cumsum(counts) - counts) * (counts > 0)
+    wrong = (sums != sizes) | (masks != sizes) | (sizes > length) | (sizes == 0) | (empty > 0)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise DataError(

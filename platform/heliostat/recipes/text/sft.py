@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.recipes.auditing import Audits, MaskAudit
 from heliostat.recipes.protocol import Batch
 from heliostat.recipes.text.conversations import LearnsConversations
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 BUILT_IN = {"SFT": ("transformers",)}
 
 
-class SFT(LearnsConversations):
+class SFT(LearnsConversations, Audits):
     form = "packs"
     pipeline = "heliostat.pipelines:ConversationPipeline"
     scores = ("loss", "perplexity", "accuracy")
@@ -50,17 +51,23 @@ class SFT(LearnsConversations):
                     "packing: none"
                 )
 
+    def audit(self) -> MaskAudit:
+        from heliostat.recipes.text import mask_audit
+
+        return mask_audit.audit(self.sources, self.facts, self.raw_tokenizer)
+
     def presume(self, rows: int) -> pa.Table:
         from heliostat.recipes.text import packs
 
         return packs.placeholder(rows, self.length)
 
     def rows(self, content: pa.Table) -> Batch:
-        from heliostat.recipes.text import packs
+        from heliostat.recipes.text import next_token, packs
 
         train = self.job.train
         fixed = bool(train.compile) or train.parallel.sequence > 1
-        return packs.batch(content, self.length, self.end, self.sources[0].fact("vocab_size"), self.document_mask, fixed)
+        made = packs.batch(content, self.length, self.end, self.sources[0].fact("vocab_size"), self.document_mask, fixed)
+        return made if fixed else next_token.with_places(made)
 
     def prompts_of(self, content: pa.Table) -> Iterator[Prompt]:
         from heliostat.recipes.text import packs

@@ -36,7 +36,7 @@ def tile_rows(hidden: torch.Tensor, vocabulary: int) -> int:
 @contextmanager
 def summed(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
     """Opens a context in which the model's forward pass returns the sum of the tokens' losses instead of logits."""
-    with _answering(model, lambda hidden, weight, bias: TiledCrossEntropy.apply(hidden, weight, bias, targets)):
+    with answering(model, lambda hidden, weight, bias: TiledCrossEntropy.apply(hidden, weight, bias, targets)):
         yield
 
 
@@ -60,12 +60,12 @@ def each(model: torch.nn.Module, targets: torch.Tensor, measure: Measure) -> Ite
         tiles = zip(hidden.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
         return torch.cat([measure(F.linear(tile, weight, bias), goal) for tile, goal in tiles])
 
-    with _answering(model, measured):
+    with answering(model, measured):
         yield
 
 
 @contextmanager
-def _answering(model: torch.nn.Module, answer: Answer) -> Iterator[None]:
+def answering(model: torch.nn.Module, answer: Answer) -> Iterator[None]:
     """Makes the last layer return the result of `answer`, a function of its input, weight, and bias. The call is inside the
     layer, where ZeRO-3 has gathered the weight and bias."""
     module: Any = getattr(model, "module", model)
@@ -85,8 +85,8 @@ class TiledCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> torch.Tensor:
         rows, flat = tile_rows(hidden, len(weight)), hidden.flatten(0, -2)
-        of_hidden, of_bias = torch.empty_like(flat), None if bias is None else _sums(bias)
-        of_weight = _sums(weight) if ctx.needs_input_grad[1] else None  # not if an adapter is trained
+        of_hidden, of_bias = torch.empty_like(flat), None if bias is None else fp32_sums(bias)
+        of_weight = fp32_sums(weight) if ctx.needs_input_grad[1] else None  # not if an adapter is trained
         total = torch.zeros((), device=hidden.device)
         for tile, goal, out in zip(flat.split(rows), targets.flatten().split(rows), of_hidden.split(rows), strict=True):
             loss, gradient = cross_entropy(F.linear(tile, weight, bias), goal)
@@ -110,7 +110,7 @@ class TiledCrossEntropy(torch.autograd.Function):
         return of_hidden.mul_(by), of_weight, of_bias, None
 
 
-def _sums(parameter: torch.Tensor) -> torch.Tensor:
+def fp32_sums(parameter: torch.Tensor) -> torch.Tensor:
     return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
 
 
