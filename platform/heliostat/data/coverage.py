@@ -6,7 +6,8 @@ The counts are exact. The complete windows before a step contain a prefix of eve
 epoch are counted at once. Only the samples of the last window are located one by one.
 
 In each epoch of its source, a sample is in exactly one window; the window's permutation decides its position. So `visits`
-computes only the windows that contain samples of the row group. In most cases, this is one window per epoch.
+computes only the windows that contain samples of the row group, each once. In most cases, this is one window per epoch. If epochs
+are smaller than windows, this is every window.
 """
 
 from __future__ import annotations
@@ -134,19 +135,31 @@ def visits(segment: Segment, source: int, chunk: int, rows: range) -> list[Visit
     train = order.splits[source].train
     begin = order.window_at(order.round_of(segment.first).begin)[1]
     end = order.window_at(order.round_of(segment.end - 1).end - 1)[2]  # complete windows: samples are permuted within them
-    size = int(order.epoch_samples[source])
-    for epoch in range(int(order.before(begin)[source]) // size, -(-int(order.before(end)[source]) // size)):
-        chunks = order.epoch(source, epoch).chunks
-        at = int(np.flatnonzero(chunks == chunk)[0])
-        first = epoch * size + int(train[chunks[:at]].sum())
-        for low, high in _windows(order, source, first, first + int(train[chunk]), begin, end):
-            samples = order.locate(np.arange(low, high))
-            mine = (samples.source == source) & (samples.epoch == epoch) & (samples.chunk == chunk)
-            for i in np.flatnonzero(mine & (samples.row >= rows.start) & (samples.row < rows.stop)).tolist():
-                step, lane, place = order.step_of(low + i)
-                if step is not None and segment.first <= step < segment.end:
-                    taken.append(Visit(step + 1, lane, place, epoch, int(samples.row[i])))
+    size, windows = int(order.epoch_samples[source]), set[tuple[int, int]]()
+    epochs = range(int(order.before(begin)[source]) // size, -(-int(order.before(end)[source]) // size))
+    if len(epochs) * (order.window_at(begin)[2] - begin) >= end - begin:  # on average, each window has an epoch
+        windows.update(_all_windows(order, begin, end))
+    else:
+        for epoch in epochs:
+            chunks = order.epoch(source, epoch).chunks
+            at = int(np.flatnonzero(chunks == chunk)[0])
+            first = epoch * size + int(train[chunks[:at]].sum())
+            windows.update(_windows(order, source, first, first + int(train[chunk]), begin, end))
+    for low, high in sorted(windows):
+        samples = order.locate(np.arange(low, high))
+        mine = (samples.source == source) & (samples.chunk == chunk)
+        for i in np.flatnonzero(mine & (samples.row >= rows.start) & (samples.row < rows.stop)).tolist():
+            step, lane, place = order.step_of(low + i)
+            if step is not None and segment.first <= step < segment.end:
+                taken.append(Visit(step + 1, lane, place, int(samples.epoch[i]), int(samples.row[i])))
     return sorted(taken, key=lambda v: (v.step, v.lane, v.place))
+
+
+def _all_windows(order: Order, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yields (begin, end) of each window between the positions `begin` and `end`, which are limits of windows."""
+    while begin < end:
+        _, low, begin = order.window_at(begin)
+        yield low, begin
 
 
 def _windows(order: Order, source: int, first: int, stop: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
