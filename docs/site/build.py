@@ -20,6 +20,8 @@ from pathlib import Path
 from heliostat.cli.main import app
 from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
+from heliostat.curation.conversations import reading as conversations
+from heliostat.curation.conversations.pipeline import ConversationPipeline, PreferencePipeline
 from heliostat.curation.images import pictures
 from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.pairs import reading
@@ -60,12 +62,15 @@ GENERATED: dict[str, Callable[[], str]] = {
     "keys of a pipeline of pairs": lambda: keys.reference(PairPipeline),
     "keys of DPO": lambda: keys.reference(DPOSettings, "model.dpo"),
     "keys of a pipeline of references": lambda: keys.reference(ReferencePipeline),
+    "keys of a pipeline of conversations": lambda: keys.reference(ConversationPipeline),
+    "keys of a pipeline of preferences": lambda: keys.reference(PreferencePipeline),
     "keys of stages": keys.stages,
     "keys of a sweep": lambda: keys.reference(Sweep),
     "keys of a suite": lambda: keys.reference(Suite),
     "reasons of the text pipeline": lambda: reasons(documents.REASONS),
     "reasons of the image pipeline": lambda: reasons(pictures.REASONS),
     "reasons of the pipeline of pairs": lambda: reasons(reading.REASONS),
+    "reasons of the pipelines of conversations": lambda: reasons(conversations.REASONS),
     "commands": lambda: commands.reference(app),
     "exit codes": commands.exit_codes,
     "error classes": api.errors,

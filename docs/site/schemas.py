@@ -15,6 +15,7 @@ from typing import Any, get_args
 from heliostat.config.fields import Filled
 from heliostat.config.spec import Job
 from heliostat.curation import registry
+from heliostat.curation.conversations.pipeline import ConversationPipeline, PreferencePipeline
 from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.pairs.pipeline import PairPipeline
 from heliostat.curation.prepare import Pipeline
@@ -39,6 +40,7 @@ ALSO: dict[str, dict[str, Any]] = {  # what a validator takes in addition to the
 PIPELINES: dict[str, type[Pipeline]] = {
     "text-pipeline": TextPipeline, "image-pipeline": ImagePipeline, "pairs-pipeline": PairPipeline,
     "references-pipeline": ReferencePipeline,
+    "conversations-pipeline": ConversationPipeline, "preferences-pipeline": PreferencePipeline,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from heliostat.curation.conversations import packing, shapes
-from heliostat.curation.conversations.messages import Conversation, FaultError, parse
+from heliostat.curation.conversations.messages import FaultError, ParsedConversation, parse
 
 ASK, ANSWER = {"role": "user", "content": "which?"}, {"role": "assistant", "content": "amber"}
 SAME = [ASK, ANSWER]
@@ -38,7 +38,7 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type":
 )
 def test_equal_conversations_of_all_shapes_are_equal(record: dict[str, Any]) -> None:
     made = shapes.conversation(record, "auto")
-    assert made == Conversation(SAME) and made.text == "user: which?\n\nassistant: amber"
+    assert made == ParsedConversation(SAME) and made.text == "user: which?\n\nassistant: amber"
 
 
 def test_a_system_prompt_and_calls_keep_their_places() -> None:
@@ -114,16 +114,15 @@ def test_what_is_no_preference_is_dropped_with_the_reason(record: dict[str, Any]
 
 def test_conversations_with_the_same_first_question_have_the_same_prompt() -> None:
     system, late = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "and?"}
-    prompts = {
-        Conversation(m).prompt for m in ([ASK, ANSWER], [system, ASK, ANSWER], [ANSWER, ASK, ANSWER], [ASK, ANSWER, late, ANSWER])
-    }
-    assert len(prompts) == 1 and prompts != {Conversation([late, ANSWER]).prompt}
+    pair = [ASK, ANSWER]
+    prompts = {ParsedConversation(m).prompt for m in (pair, [system, *pair], [ANSWER, *pair], [*pair, late, ANSWER])}
+    assert len(prompts) == 1 and prompts != {ParsedConversation([late, ANSWER]).prompt}
 
 
 def test_exchanges_begin_with_the_user_and_have_an_answer() -> None:
     system = {"role": "system", "content": "Be brief."}
     messages = parse([system, ASK, ASK, ANSWER, ASK, CALL, {"role": "tool", "content": "3"}, ANSWER, ANSWER, ASK, ANSWER])
-    head, exchanges = Conversation(messages).exchanges()
+    head, exchanges = ParsedConversation(messages).exchanges()
     assert head == [system] and [m for exchange in exchanges for m in exchange] == messages[1:]
     assert [len(exchange) for exchange in exchanges] == [3, 5, 2]
     assert all(one[0] == ASK and any(m["role"] == "assistant" for m in one) for one in exchanges)

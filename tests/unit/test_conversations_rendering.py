@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 from heliostat.curation.conversations import packing, templates
-from heliostat.curation.conversations.messages import Conversation, FaultError, parse
+from heliostat.curation.conversations.messages import FaultError, ParsedConversation, parse
 from heliostat.curation.conversations.rendering import Renderer
-from heliostat.curation.conversations.shapes import Preference
+from heliostat.curation.conversations.shapes import ParsedPreference
 from heliostat.errors import ConfigError
 
 from tests.unit import build_chat_templates as chat
@@ -26,7 +26,7 @@ def talk(*contents: str) -> list[dict[str, Any]]:
     return [{"role": "assistant" if n % 2 else "user", "content": content} for n, content in enumerate(contents)]
 
 
-def parts(renderer: Renderer, conversation: Conversation) -> tuple[str, list[str]]:
+def parts(renderer: Renderer, conversation: ParsedConversation) -> tuple[str, list[str]]:
     """Returns the text of all tokens, and of each run of trained tokens."""
     rendered, runs = renderer.conversation(conversation), list[list[int]]()
     for number, (token, trained) in enumerate(zip(rendered.tokens.tolist(), rendered.trained.tolist(), strict=True)):
@@ -47,20 +47,20 @@ def parts(renderer: Renderer, conversation: Conversation) -> tuple[str, list[str
 def test_the_answers_and_their_ends_are_trained_and_nothing_else(template: str, before: str, end: str) -> None:
     """The whole text has the tokens of the template, and the prompt of each answer is the prompt at inference."""
     renderer, messages = Renderer(chat.dialect(template)), talk(*THREE)
-    text, trained = parts(renderer, Conversation(messages))
+    text, trained = parts(renderer, ParsedConversation(messages))
     assert text == renderer.text(messages) and renderer.end == end
     assert trained == [f"{before}{answer}{end}" for answer in THREE[1::2]]
-    rendered = renderer.conversation(Conversation(messages))
+    rendered = renderer.conversation(ParsedConversation(messages))
     prompt = renderer.encode(renderer.text(messages[:1], answer=True))
     assert rendered.tokens[: len(prompt)].tolist() == prompt.tolist() and not rendered.trained[: len(prompt)].any()
     assert [turn.ended for turn in rendered.turns] == [True] * 3 and not rendered.retokenized
     assert rendered.trained[[turn.stop - 1 for turn in rendered.turns]].all()
 
-    _, last = parts(Renderer(chat.dialect(template), turns="last"), Conversation(messages))
+    _, last = parts(Renderer(chat.dialect(template), turns="last"), ParsedConversation(messages))
     assert last == trained[-1:]
     unended = Renderer(chat.dialect(template), end_of_turn=False)
-    assert parts(unended, Conversation(messages))[1] == [f"{before}{answer}" for answer in THREE[1::2]]
-    assert not any(turn.ended for turn in unended.conversation(Conversation(messages)).turns)
+    assert parts(unended, ParsedConversation(messages))[1] == [f"{before}{answer}" for answer in THREE[1::2]]
+    assert not any(turn.ended for turn in unended.conversation(ParsedConversation(messages)).turns)
 
 
 def test_the_mask_agrees_with_the_mask_of_transformers(tmp_path) -> None:
@@ -68,7 +68,7 @@ def test_the_mask_agrees_with_the_mask_of_transformers(tmp_path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(chat.folder(tmp_path, chat.GENERATION))
     given = tokenizer.apply_chat_template(talk(*THREE), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    rendered = Renderer(chat.dialect(chat.GENERATION)).conversation(Conversation(talk(*THREE)))
+    rendered = Renderer(chat.dialect(chat.GENERATION)).conversation(ParsedConversation(talk(*THREE)))
     assert rendered.tokens.tolist() == given["input_ids"] and rendered.trained.tolist() == [
         bool(m) for m in given["assistant_masks"]
     ]
@@ -76,27 +76,30 @@ def test_the_mask_agrees_with_the_mask_of_transformers(tmp_path) -> None:
 
 def test_a_template_without_ends_gets_the_end_of_the_document() -> None:
     renderer, messages = Renderer(chat.dialect(chat.UNENDED)), talk(*THREE[:4])
-    text, trained = parts(renderer, Conversation(messages))
+    text, trained = parts(renderer, ParsedConversation(messages))
     assert text == "User: which word?\n\nAssistant: amber\n\nUser: and then?\n\nAssistant: birch of all\n\n</s>"
     assert trained == ["amber", "birch of all", "</s>"] and renderer.end == "" and renderer.end_id == renderer.encode("</s>")[0]
-    assert parts(Renderer(chat.dialect(chat.UNENDED), end_of_turn=False), Conversation(messages))[1] == ["amber", "birch of all"]
+    assert parts(Renderer(chat.dialect(chat.UNENDED), end_of_turn=False), ParsedConversation(messages))[1] == [
+        "amber",
+        "birch of all",
+    ]
 
 
 def test_a_template_that_rewrites_earlier_answers_trains_only_the_last() -> None:
     messages = talk("which?", "<think>a</think>amber", "and?", "<think>b</think>birch")
     dialect = chat.dialect(chat.THOUGHTS)
-    text, trained = parts(Renderer(dialect, turns="last"), Conversation(messages))
+    text, trained = parts(Renderer(dialect, turns="last"), ParsedConversation(messages))
     assert trained == ["<think>b</think>birch<|im_end|>"] and "<think>a" not in text
     with pytest.raises(FaultError, match="rewritten"):
-        Renderer(dialect).conversation(Conversation(messages))
-    plain = Conversation(talk("which?", "amber", "and?", "<think>b</think>birch"))  # nothing to rewrite
+        Renderer(dialect).conversation(ParsedConversation(messages))
+    plain = ParsedConversation(talk("which?", "amber", "and?", "<think>b</think>birch"))  # nothing to rewrite
     assert parts(Renderer(dialect), plain)[1] == ["amber<|im_end|>", "<think>b</think>birch<|im_end|>"]
 
 
 def test_a_call_with_a_special_token_is_trained_to_the_end_of_its_turn() -> None:
-    _, trained = parts(Renderer(chat.dialect(chat.INSTRUCTIONS)), Conversation([*talk("add 1"), CALL]))
+    _, trained = parts(Renderer(chat.dialect(chat.INSTRUCTIONS)), ParsedConversation([*talk("add 1"), CALL]))
     assert trained == ['[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}]</s>']
-    _, trained = parts(Renderer(chat.dialect(templates.CHATML)), Conversation([*talk("add 1"), CALL], [TOOL]))
+    _, trained = parts(Renderer(chat.dialect(templates.CHATML)), ParsedConversation([*talk("add 1"), CALL], [TOOL]))
     assert trained == ['<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>']
 
 
@@ -112,7 +115,7 @@ def test_a_call_with_a_special_token_is_trained_to_the_end_of_its_turn() -> None
 )
 def test_a_conversation_that_the_template_leaves_out_is_dropped_with_the_reason(template, messages, tools, reason) -> None:
     with pytest.raises(FaultError) as fault:
-        Renderer(chat.dialect(template)).conversation(Conversation(messages, tools))
+        Renderer(chat.dialect(template)).conversation(ParsedConversation(messages, tools))
     assert fault.value.reason == reason
 
 
@@ -142,13 +145,14 @@ def test_special_tokens_of_other_models_are_known() -> None:
 
 def test_answers_of_a_preference_begin_after_the_same_prompt() -> None:
     renderer = Renderer(chat.dialect(chat.ENDS_TWICE))
-    answers = renderer.preference(Preference(talk("which?", "amber", "and?"), *(talk("", word)[1] for word in ("birch", "the"))))
+    first, second = (talk("", word)[1] for word in ("birch", "the"))
+    answers = renderer.preference(ParsedPreference(talk("which?", "amber", "and?"), first, second))
     texts = [renderer.tokenizer.decode(one.tolist(), skip_special_tokens=False) for one in answers]
     assert texts == [renderer.text(talk("which?", "amber", "and?"), answer=True), "birch<|end|>", "the<|end|>"]
 
 
 def test_a_cut_conversation_ends_with_a_trained_token_and_counts_only_what_is_left() -> None:
-    rendered = Renderer(chat.dialect(chat.DEFAULT_SYSTEM)).conversation(Conversation(parse(talk(*THREE))))
+    rendered = Renderer(chat.dialect(chat.DEFAULT_SYSTEM)).conversation(ParsedConversation(parse(talk(*THREE))))
     for length in range(len(rendered.tokens) + 1):
         kept = packing.cut(rendered.trained, length)
         cut = rendered.cut(kept)

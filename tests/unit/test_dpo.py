@@ -268,6 +268,23 @@ def test_a_dataset_of_packs_and_a_model_without_weights_are_errors(base: Path, d
         dpo(base, data, model=BASE["model"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.parallel.sequence": 2, "workers.count": 2}, r"^train\.parallel\.sequence: not supported for DPO"),
+        ({"train.parallel.tensor": 2, "workers.count": 2}, r"^train\.parallel\.tensor: not supported for DPO"),
+        ({"model.attention_dropout": 0.1}, r"^model\.attention_dropout: dropout \(0\.1\) would add noise"),
+        ({"data.document_mask": True}, r"^data\.document_mask: only for packs"),
+        ({"data.sequence_length": 64}, r"^data\.sequence_length: only for token datasets"),
+    ],
+)
+def test_settings_that_dpo_doesnt_support_are_errors_before_the_datasets_are_read(
+    base: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DPO(described(base, base, **changes)).probe()
+
+
 def test_measures_follow_their_definitions() -> None:
     answers = preference_loss.ComparedAnswers(
         torch.tensor([[-1.0, -3.0], [-4.0, -2.0]]), torch.tensor([[-2.0, -2.0], [-2.0, -2.0]]), torch.tensor([[1, 2], [2, 1]])

@@ -17,6 +17,7 @@ import transformers
 from heliostat.data.conversations import PACKS
 from heliostat.data.manifest import Manifest, read
 from heliostat.errors import ConfigError, DataError
+from heliostat.evaluation import documents
 from heliostat.recipes import loading
 from heliostat.recipes.protocol import IGNORED
 from heliostat.recipes.text import next_token, packs, templates
@@ -297,3 +298,15 @@ def test_a_job_without_samples_answers_nothing(data: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.samples: not supported with train.parallel.sequence"):
         bound(data, **{"model": {**build_conversations.MODEL, "samples": {"held_out": 2}}, "train.parallel": {"sequence": 2},
                        "workers.count": 2})  # fmt: skip
+
+
+def test_the_texts_of_a_model_s_conversations_are_compared_with_tasks(data: Path, tmp_path: Path) -> None:
+    """`model benchmark` searches these texts for the examples of a suite."""
+    pairs = build_conversations.preferences(tmp_path / "pairs", number=3)
+    with pytest.raises(ConfigError, match="Only text datasets"):
+        documents.open_text(Location(str(data)))
+    for folder, number in ((data, 96), (pairs, 6)):
+        reader = documents.Documents(documents.open_text(Location(str(folder)), chats=True))
+        texts = [text for some in reader.texts(range(len(sources(folder)[0].chunks))) for text in some]
+        assert len(texts) == number and not reader.damaged
+        assert texts[0].startswith(("system\n", "user\n")) and "assistant\n" in texts[0]

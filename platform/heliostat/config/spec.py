@@ -52,7 +52,7 @@ class Job(Strict):
     """Keys of the recipe. CausalLM: `arch`, any key of this architecture's `transformers` config, and `init`
     (docs/training/initial-weights.md). Or `pretrained: FOLDER` or `pretrained: ORG/NAME[@REVISION]` of the Hugging Face Hub
     (docs/guides/hub.md), and keys that change the model's configuration. The model's tokenizer must have the same content as the
-    datasets' tokenizer. TextToImage and Autoencoder: see docs/diffusion.md#models"""
+    datasets' tokenizer. SFT: see docs/fine-tuning.md#keys. TextToImage and Autoencoder: see docs/diffusion.md#models"""
     data: Data
     """Datasets to train on, and the order of their samples."""
     train: Train

@@ -7,6 +7,7 @@ the facts of token datasets: `tokenizer.json`, `vocab_size`, and `end_of_documen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -66,6 +67,18 @@ class ConversationFacts(TypedDict):
     end_of_turn: bool  # whether the token that ends a turn is trained
     counts: dict[str, int]
     reference: Reference | None
+
+
+def token_lists(content: pa.Table) -> list[list[int]]:
+    """Returns the tokens of each conversation of packs, or of each prompt with an answer of preferences."""
+    if "lengths" not in content.column_names:
+        rows = content.select(["prompt", "chosen", "rejected"]).to_pylist()
+        return [row["prompt"] + row[answer] for row in rows for answer in ("chosen", "rejected")]
+    lists = list[list[int]]()
+    for row in content.select(["lengths", "tokens"]).to_pylist():
+        ends = itertools.accumulate(row["lengths"])
+        lists += [row["tokens"][end - size : end] for end, size in zip(ends, row["lengths"], strict=True)]
+    return lists
 
 
 def row_tokens(source: Manifest) -> float:

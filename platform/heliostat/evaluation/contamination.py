@@ -52,14 +52,14 @@ def of_model(folder: Path) -> Training:
     version = {"version": export.data_version} if export.data_version else {}
     sources = []
     for source in data["sources"]:
-        dataset = documents.open_text(Location(source["path"]).absolute(workspace.root()))
-        sources.append((dataset, documents.trained(dataset, data["sequence_length"], held_out, **version)))
+        dataset = documents.open_text(Location(source["path"]).absolute(workspace.root()), chats=True)
+        sources.append((dataset, documents.trained(dataset, data.get("sequence_length"), held_out, **version)))
     return Training(sources)
 
 
 def of_datasets(paths: Sequence[str]) -> Training:
     """Opens the datasets at these paths, with all their chunks."""
-    opened = [documents.open_text(Location(path).absolute(workspace.root())) for path in paths]
+    opened = [documents.open_text(Location(path).absolute(workspace.root()), chats=True) for path in paths]
     return Training([(dataset, np.arange(len(dataset.chunks))) for dataset in opened])
 
 

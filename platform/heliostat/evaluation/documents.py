@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from tokenizers import Tokenizer
 
-from heliostat.data import infilling, manifest
+from heliostat.data import conversations, infilling, manifest
 from heliostat.data.chunks import Chunks, DamagedError
 from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST, split
@@ -16,17 +16,18 @@ from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
 
-def open_text(place: Location) -> Manifest:
-    """Opens a prepared dataset. Raises ConfigError if the dataset contains no text."""
+def open_text(place: Location, chats: bool = False) -> Manifest:
+    """Opens a prepared dataset. Raises ConfigError if the dataset contains no text. `chats`: also opens datasets of
+    conversations, whose row groups aren't held out completely."""
     dataset = manifest.read(place)
-    if dataset.kind != "tokens":
+    if dataset.kind != "tokens" and not (chats and conversations.FACT in dataset.meta):
         raise ConfigError(
             f"{place}: contains {dataset.kind!r}. Only text datasets can be compared or searched. Pass a text dataset"
         )
     return dataset
 
 
-def trained(dataset: Manifest, length: int, fraction: float, version: int = NEWEST) -> np.ndarray:
+def trained(dataset: Manifest, length: int | None, fraction: float, version: int = NEWEST) -> np.ndarray:
     """Returns the numbers of the chunks that training uses, for a sequence length and a held-out fraction.
 
     `version`: the version of the rules that split the dataset.
@@ -44,7 +45,8 @@ class Documents:
     are left out."""
 
     def __init__(self, dataset: Manifest) -> None:
-        self._chunks, self._end = Chunks([dataset], 1), dataset.meta.get("end_of_document")
+        length = 1 if dataset.kind == "tokens" else None
+        self._chunks, self._end = Chunks([dataset], length), dataset.meta.get("end_of_document")
         self._markers = infilling.Markers.of(dataset.meta)
         self._tokenizer = Tokenizer.from_str(dataset.file("tokenizer.json").read().decode())
         self.damaged: list[str] = []
@@ -56,13 +58,17 @@ class Documents:
     def texts(self, chunks: Iterable[int]) -> Iterator[list[str]]:
         """Yields the texts of each chunk's documents.
 
-        A document in several chunks yields a text for each chunk. A document that was rearranged for filling in the middle yields
-        a text for each span.
+        A pack yields the text of each conversation, and a preference yields its prompt with each answer. A document in several
+        chunks yields a text for each chunk. A document that was rearranged for filling in the middle yields a text for each span.
         """
         for chunk in chunks:
             try:
-                flat = self._chunks.read(0, int(chunk))[:, 0]
+                content = self._chunks.read(0, int(chunk))
             except DamagedError as e:
                 self.damaged.append(str(e))
                 continue
-            yield self._tokenizer.decode_batch(infilling.texts(flat, self._end, self._markers), skip_special_tokens=True)
+            if isinstance(content, np.ndarray):
+                ids = infilling.texts(content[:, 0], self._end, self._markers)
+            else:
+                ids = conversations.token_lists(content)
+            yield self._tokenizer.decode_batch(ids, skip_special_tokens=True)

@@ -23,7 +23,7 @@ class FaultError(Exception):
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ParsedConversation:
     """Holds a conversation: its messages in the form of chat templates, and JSON schemas of functions that the model may call.
 
     `trailing`: the number of messages after the last answer, which the conversation leaves out.

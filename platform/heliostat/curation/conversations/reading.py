@@ -15,7 +15,7 @@ import xxhash
 
 from heliostat.curation import readers
 from heliostat.curation.conversations import packing, rendering, shapes
-from heliostat.curation.conversations.messages import Conversation, FaultError
+from heliostat.curation.conversations.messages import FaultError, ParsedConversation
 from heliostat.curation.conversations.rendering import Dialect, Rendered, Renderer
 from heliostat.curation.pairs import extracting
 from heliostat.curation.pairs import reading as pairs
@@ -32,7 +32,7 @@ from heliostat.storage.locations import Location
 TooLong = Literal["drop", "cut", "split"]
 SOURCE, PROMPT, TEXT, ROWS, COUNTS = "record", "prompt", "digest", "rows", "counts"  # columns of a document
 RECORD = "conversations"  # key of the dataset's record of its pipeline
-Record = Conversation | shapes.Preference
+Record = ParsedConversation | shapes.ParsedPreference
 REASONS = {
     **{reason: pairs.REASONS[reason] for reason in ("unparsed", "no_pairs")},
     "no_shape": "a record without the columns of a shape",
@@ -147,7 +147,7 @@ class ConversationSource(TextSource):
             yield self._document(f"{item.id}#{pair.line}", shapes.function(pair.query, pair.text))
 
     def _document(self, id: str, record: Record) -> Document | Dropped:
-        first = record if isinstance(record, Conversation) else record.with_answer(None)
+        first = record if isinstance(record, ParsedConversation) else record.with_answer(None)
         try:
             rendered = self.rendered(record)
         except FaultError as e:
@@ -163,7 +163,7 @@ class ConversationSource(TextSource):
 
     def rendered(self, record: Record) -> dict[str, Any]:
         """Renders a record. Returns the columns ROWS and COUNTS. FaultError if the record must be dropped."""
-        if isinstance(record, shapes.Preference):
+        if isinstance(record, shapes.ParsedPreference):
             return self._answers(record)
         rows, counts = self._fitted(record)
         counts.update(
@@ -178,7 +178,7 @@ class ConversationSource(TextSource):
         )
         return {ROWS: [[_packed(row.tokens), _packed(np.packbits(row.trained))] for row in rows], COUNTS: dict(counts)}
 
-    def _answers(self, preference: shapes.Preference) -> dict[str, Any]:
+    def _answers(self, preference: shapes.ParsedPreference) -> dict[str, Any]:
         answers = self.renderer.preference(preference)
         longest = len(answers.prompt) + max(len(answers.chosen), len(answers.rejected))
         if longest > self.sequence_length:
@@ -188,7 +188,7 @@ class ConversationSource(TextSource):
                   "ended": 0 if self.renderer.end else 1}  # fmt: skip
         return {ROWS: [[_packed(one) for one in answers]], COUNTS: counts}
 
-    def _fitted(self, conversation: Conversation) -> tuple[list[Rendered], Counter[str]]:
+    def _fitted(self, conversation: ParsedConversation) -> tuple[list[Rendered], Counter[str]]:
         """Renders a conversation as one row or, if it is too long, as `too_long` says."""
         row = self.renderer.conversation(conversation)
         if len(row.tokens) <= self.sequence_length:
@@ -199,7 +199,7 @@ class ConversationSource(TextSource):
             return [row.cut(kept)], Counter(cut=1)
         raise FaultError("too_long", f"{len(row.tokens):,} tokens")
 
-    def _split(self, conversation: Conversation) -> list[Rendered]:
+    def _split(self, conversation: ParsedConversation) -> list[Rendered]:
         """Splits a conversation before messages of the user. Each part has the system prompt, and as many exchanges as fit."""
         head, exchanges = conversation.exchanges()
         rows, waiting = list[Rendered](), list[list[dict[str, Any]]]()
@@ -214,9 +214,9 @@ class ConversationSource(TextSource):
             waiting, last = [*waiting, exchange], both
         return [*rows, *([last] if last else [])]
 
-    def _part(self, conversation: Conversation, head: list[Any], exchanges: list[list[Any]]) -> Rendered:
+    def _part(self, conversation: ParsedConversation, head: list[Any], exchanges: list[list[Any]]) -> Rendered:
         messages = [*head, *(message for exchange in exchanges for message in exchange)]
-        return self.renderer.conversation(Conversation(messages, conversation.tools))
+        return self.renderer.conversation(ParsedConversation(messages, conversation.tools))
 
 
 @lru_cache(maxsize=4)

@@ -20,8 +20,8 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer
 
-from heliostat.curation.conversations.messages import Conversation, FaultError, Message
-from heliostat.curation.conversations.shapes import Preference
+from heliostat.curation.conversations.messages import FaultError, Message, ParsedConversation
+from heliostat.curation.conversations.shapes import ParsedPreference
 from heliostat.errors import ConfigError
 from heliostat.text import brief
 
@@ -34,7 +34,7 @@ DATE = """{% macro strftime_now(form) %}{{ {"%d %b %Y": "26 Jul 2024", "%Y-%m-%d
 """
 
 
-class Span(NamedTuple):
+class AnswerSpan(NamedTuple):
     """Locates an answer in a text. `stop`: after the token that ends the turn, if there is one (`ended`)."""
 
     start: int
@@ -171,7 +171,7 @@ class Renderer:
         """Returns the token ids of a text with special tokens, int32."""
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def conversation(self, conversation: Conversation) -> Rendered:
+    def conversation(self, conversation: ParsedConversation) -> Rendered:
         """Returns the tokens of a conversation that ends with a turn of the assistant, and the mask of trained tokens. FaultError
         if the template can't render it."""
         self._check(conversation)
@@ -201,7 +201,7 @@ class Renderer:
             raise FaultError("untrained")
         return Rendered(tokens, trained, tuple(turns), retokenized)
 
-    def preference(self, preference: Preference) -> Answers:
+    def preference(self, preference: ParsedPreference) -> Answers:
         """Returns the tokens of a prompt, and of each answer with the end of its turn. FaultError if the template can't render
         them."""
         prompt, answers = np.zeros(0, np.int32), list[np.ndarray]()
@@ -218,7 +218,7 @@ class Renderer:
             raise FaultError("same_answers", "after the template")
         return Answers(prompt, *answers)
 
-    def _span(self, conversation: Conversation, number: int, whole: str) -> Span:
+    def _span(self, conversation: ParsedConversation, number: int, whole: str) -> AnswerSpan:
         """Locates an answer in the conversation's text. FaultError if the answer has another text there than as the last message,
         which is its text at inference."""
         messages, tools = conversation.messages, conversation.tools
@@ -229,16 +229,16 @@ class Renderer:
         stop = match.end() if match else start + len(until[start:].rstrip())
         if not (until.startswith(prompt) and whole.startswith(until[:stop])):
             raise FaultError("rewritten", f"messages.{number}")
-        return Span(start, stop, match is not None)
+        return AnswerSpan(start, stop, match is not None)
 
-    def _check(self, conversation: Conversation) -> None:
+    def _check(self, conversation: ParsedConversation) -> None:
         for text in conversation.strings():
             if match := self.special.search(text):
                 raise FaultError("special_token", match[0])
         if conversation.tools and "tools" not in self.dialect.template:
             raise FaultError("unrendered", "tools")
 
-    def _check_shown(self, conversation: Conversation, whole: str, answers: dict[int, Span]) -> None:
+    def _check_shown(self, conversation: ParsedConversation, whole: str, answers: dict[int, AnswerSpan]) -> None:
         """Raises FaultError if the template has left out the content of a message, or a call. `answers`: by their messages."""
         for number, message in enumerate(conversation.messages):
             span = answers.get(number)

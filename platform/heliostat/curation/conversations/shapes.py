@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from heliostat.curation.conversations import messages
-from heliostat.curation.conversations.messages import Conversation, FaultError, Message
+from heliostat.curation.conversations.messages import FaultError, Message, ParsedConversation
 
 VERSION = 1  # increase it when the same records give different conversations
 Shape = Literal["auto", "messages", "completion", "alpaca", "sharegpt"]
@@ -37,7 +37,7 @@ SPEAKERS = {
 
 
 @dataclass(frozen=True)
-class Preference:
+class ParsedPreference:
     """Holds a prompt with two answers, each one message of the assistant."""
 
     prompt: list[Message]
@@ -48,11 +48,11 @@ class Preference:
     @property
     def text(self) -> str:
         """Returns roles and contents as plain text, for the comparison of documents."""
-        answers = (Conversation([one]).text.partition(": ")[2] for one in (self.chosen, self.rejected))
+        answers = (ParsedConversation([one]).text.partition(": ")[2] for one in (self.chosen, self.rejected))
         return "\n\n".join([self.with_answer(None).text, *map(": ".join, zip(("chosen", "rejected"), answers, strict=True))])
 
-    def with_answer(self, answer: Message | None) -> Conversation:
-        return Conversation([*self.prompt, *([answer] if answer else [])], self.tools)
+    def with_answer(self, answer: Message | None) -> ParsedConversation:
+        return ParsedConversation([*self.prompt, *([answer] if answer else [])], self.tools)
 
 
 def missing(names: Collection[str], shape: str, shapes: Mapping[str, tuple[str, ...]] = NEEDS) -> str:
@@ -63,10 +63,10 @@ def missing(names: Collection[str], shape: str, shapes: Mapping[str, tuple[str, 
     return f"needs the columns {' or '.join(' and '.join(columns) for columns in wanted.values())}, and has {', '.join(names)}"
 
 
-def function(question: str, answer: str) -> Conversation:
+def function(question: str, answer: str) -> ParsedConversation:
     """Makes a conversation of the first sentence of a function's docstring, and the function without the docstring."""
     prompt, code = f"Write a Python function. Its docstring: {question}", f"```python\n{textwrap.dedent(answer).rstrip()}\n```"
-    return Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": code}])
+    return ParsedConversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": code}])
 
 
 def shape_of(record: Mapping[str, Any]) -> str:
@@ -78,7 +78,7 @@ def shape_of(record: Mapping[str, Any]) -> str:
     return shapes[0]
 
 
-def conversation(record: Mapping[str, Any], shape: str) -> Conversation:
+def conversation(record: Mapping[str, Any], shape: str) -> ParsedConversation:
     """Converts a record to a conversation that ends with a turn of the assistant. FaultError if this isn't possible.
 
     `shape`: a key of NEEDS, or "auto".
@@ -91,7 +91,7 @@ def conversation(record: Mapping[str, Any], shape: str) -> Conversation:
     if not answers:
         raise FaultError("no_answer")
     end = answers[-1] + 1
-    return Conversation(turns[:end], messages.tools_of(record.get("tools")), len(turns) - end)
+    return ParsedConversation(turns[:end], messages.tools_of(record.get("tools")), len(turns) - end)
 
 
 def _messages(record: Mapping[str, Any]) -> list[Message]:
@@ -139,7 +139,7 @@ def _sharegpt(record: Mapping[str, Any]) -> list[Message]:
     return [*_system(record), *messages.parse(turns, "conversations")]
 
 
-def preference(record: Mapping[str, Any]) -> Preference:
+def preference(record: Mapping[str, Any]) -> ParsedPreference:
     """Converts a record to a preference. If the record has no `prompt`, the prompt is the common beginning of both
     conversations. FaultError if this isn't possible."""
     if absent := [column for column in PAIRS["pairs"] if record.get(column) is None]:
@@ -157,4 +157,4 @@ def preference(record: Mapping[str, Any]) -> Preference:
         raise FaultError("several_turns", "the conversations differ in more than the last turn of the assistant")
     if not prompt:
         raise FaultError("no_prompt")
-    return Preference(prompt, answers[0][0], answers[1][0], tools)
+    return ParsedPreference(prompt, answers[0][0], answers[1][0], tools)

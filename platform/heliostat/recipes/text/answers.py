@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -53,11 +52,7 @@ class AnswerGallery:
     of the answer's tokens, int64."""
 
     def __init__(self, recipe: AnsweringRecipe) -> None:
-        self.recipe = recipe
-
-    @cached_property
-    def count(self) -> int:
-        return len(self.recipe.answered)
+        self.recipe, self.count = recipe, len(recipe.answered)
 
     def draw(self, model: torch.nn.Module, device: torch.device | str, numbers: list[int]) -> list[np.ndarray]:
         prompts = [self.recipe.answered[number].tokens for number in numbers]

@@ -50,9 +50,9 @@ class DPOSettings(Strict):
 
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
     """`sigmoid`: DPO. `ipo`: a squared loss of the mean log-probabilities per token, which stops at a finite margin."""
-    beta: Float = Field(0.1, gt=0)
+    beta: Float = Field(default=0.1, gt=0)
     """Strength of the reference: a larger value keeps the model closer to the reference."""
-    label_smoothing: Float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: Float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of pairs whose answers are swapped (conservative DPO). Only for `sigmoid`."""
     reference: Literal["dataset", "base"] | None = None
     """`dataset`: the dataset's log-probabilities. `base`: the model with its adapter off, which takes a second forward pass.

@@ -39,8 +39,8 @@ def batch(content: pa.Table, longest: int, reference: bool) -> Batch:
     filled = pad(sequences, longest=longest, multiple=MULTIPLE)
     prompts = torch.tensor([len(row.prompt) for row in rows])
     answered = filled.mask & (torch.arange(filled.values.shape[1]) >= prompts.repeat_interleave(2).unsqueeze(1))
-    made = {"input_ids": filled.values, "labels": filled.values.masked_fill(~answered, IGNORED)}
-    batch_tensors = {name: tensor.view(len(rows), 2, -1) for name, tensor in made.items()} | {"host_prompts": prompts}
+    tensors = {"input_ids": filled.values, "labels": filled.values.masked_fill(~answered, IGNORED)}
+    batch_tensors = {name: tensor.view(len(rows), 2, -1) for name, tensor in tensors.items()} | {"host_prompts": prompts}
     return batch_tensors | {"reference": _reference(content)} if reference else batch_tensors
 
 
