@@ -1,7 +1,9 @@
 """Tests datasets of conversations and of preferences: they are the same however the work is distributed, and hold out complete
 prompts."""
 
+import ast
 import csv
+import inspect
 import json
 import random
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from heliostat.curation import pieces, reasons
+from heliostat.curation import pieces, reasons, registry
 from heliostat.curation.conversations import shapes
 from heliostat.curation.conversations.pipeline import ConversationPipeline, PreferencePipeline
 from heliostat.curation.conversations.rendering import Renderer
+from heliostat.curation.repeated import RepeatingStage
 from heliostat.data import manifest, split
 from heliostat.data.conversations import FACT, PACKS, PREFERENCES, TEMPLATE
 from heliostat.data.manifest import Manifest
@@ -101,7 +104,11 @@ def test_packs_have_each_conversation_once_from_any_cut_of_the_input(tmp_path, m
     assert first.meta["dropped"] == {"too_long": 249 - len(fits) - first.meta["duplicates"]} and 0 < first.meta["duplicates"] <= 9
     assert pq.read_schema(f"{first.location.path}/{first.paths[0]}").equals(PACKS) and len(set(first.paths)) > 2
     assert first.file(TEMPLATE).read().decode() == chat.DEFAULT_SYSTEM and packs < len(fits)
-    assert (facts["end"], facts["turns"], first.fact("end_of_document")) == (renderer.end_id, "all", renderer.encode(chat.END)[0])
+    assert (facts["end"], facts["turns"], first.fact("end_of_document")) == (
+        renderer.end_id,
+        "all",
+        renderer.encode(chat.END)[0][0],
+    )
 
     monkeypatch.setattr(pieces, "size", lambda total: 4000)
     again = make(ConversationPipeline, "again", model, tmp_path, seed=3, memory_limit="64MiB")
@@ -161,7 +168,7 @@ def test_long_conversations_are_cut_or_split_and_counted(tmp_path, model, too_lo
     assert counts[too_long] == long > 5 and dataset.meta["dropped"] == {}
     found = parts(dataset)
     assert counts["conversations"] == len(found) and all(any(mask) for _, _, mask in found)
-    head = renderer.encode(renderer.text(rows[0]["messages"][:1])).tolist()
+    head = renderer.encode(renderer.text(rows[0]["messages"][:1]))[0].tolist()
     assert all(tokens[: len(head)] == head for _, tokens, _ in found)  # each part has the system prompt
     if too_long == "split":
         assert counts["trained"] == sum(int(one.trained.sum()) for one in whole) and len(found) > 60
@@ -169,6 +176,28 @@ def test_long_conversations_are_cut_or_split_and_counted(tmp_path, model, too_lo
         assert len(found) == 60 and counts["turns"] < sum(len(one.turns) for one in whole)
     if packing == "none":
         assert sum(map(len, groups(dataset))) == len(found)
+
+
+def test_a_conversation_with_an_example_of_an_evaluation_is_dropped(tmp_path, model) -> None:
+    question, answer = "which word comes first of amber and birch", {"role": "assistant", "content": "amber"}
+    texts = (f"Tell me: {question}?", "which of all is first?")
+    write(tmp_path / "in/a.jsonl", [{"messages": [{"role": "user", "content": text}, answer]} for text in texts])
+    write(tmp_path / "eval.jsonl", [{"question": question}])
+    stage = {"stage": "decontaminate", "sets": {"words": f"{tmp_path}/eval.jsonl"}, "n": 6}
+    dataset = make(ConversationPipeline, "out", model, tmp_path, stages=[stage])
+    assert dataset.meta["dropped"] == {"0 decontaminate: contaminated": 1} and [id for id, *_ in parts(dataset)] == ["a.jsonl#2"]
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_a_stage_that_changes_texts_says_so(name: str) -> None:
+    """A dataset of conversations rejects such stages at the start, because the tokens wouldn't follow from the text."""
+    cls = registry.find(name)
+    (path,) = {inspect.getsourcefile(cls)}
+    targets = [target for node in ast.walk(ast.parse(Path(str(path)).read_text())) if isinstance(node, ast.Assign)
+               for target in node.targets]  # fmt: skip
+    assigns = any(isinstance(target, ast.Attribute) and target.attr == "text" for target in targets)
+    masks = "edits" in vars(cls)  # depends on the stage's keys
+    assert (cls.changes or masks) == (assigns or issubclass(cls, RepeatingStage))
 
 
 def test_each_dropped_and_each_kept_conversation_is_recorded(tmp_path, model) -> None:
@@ -184,6 +213,7 @@ def test_each_dropped_and_each_kept_conversation_is_recorded(tmp_path, model) ->
     fates = {line: (end["stage"], end["reason"]) for line, end in ends.items()}
     assert fates == {1: ("shard", "kept"), 2: ("exact", "duplicate"), 3: ("read", "special_token"), 4: ("0 length", "short"),
                      5: ("shard", "kept"), 6: ("read", "unknown_role"), 7: ("read", "no_shape")}  # fmt: skip
+    assert reasons.funnel(dataset)["read"]["what"]["too_long"] == "more than sequence_length tokens"
     assert ends[2]["detail"] == "a.jsonl#1" and ends[1]["detail"] in dataset.paths
     assert sorted(id for id, _, _ in parts(dataset)) == ["a.jsonl#1", "a.jsonl#5"]
 
@@ -225,7 +255,7 @@ def test_preferences_are_the_same_from_any_cut_of_the_input(tmp_path, model, mon
         ({"model": None, "tokenizer": {"path": "TOKENIZER"}, "template": "plain"}, "tokenizer.end_of_document: "),
         ({"template": "alpaca"}, "template: 'alpaca' isn't a template"),
         ({"template": "missing.jinja"}, "template: 'missing.jinja': no such file"),
-        ({"template": "OTHER"}, r"template: .* writes <\|channel\|>, which the tokenizer doesn't have"),
+        ({"template": "OTHER"}, r"template: writes <\|channel\|>, which the tokenizer doesn't have"),
         ({"stages": [{"stage": "pii"}]}, "stages.0: pii changes texts"),
         ({"columns": {"promt": "a"}}, "columns: 'promt' isn't a column of a shape. Did you mean 'prompt'"),
         ({"too_long": "split", "turns": "last"}, "too_long: with turns: last"),

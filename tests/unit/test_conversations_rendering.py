@@ -51,7 +51,7 @@ def test_the_answers_and_their_ends_are_trained_and_nothing_else(template: str, 
     assert text == renderer.text(messages) and renderer.end == end
     assert trained == [f"{before}{answer}{end}" for answer in THREE[1::2]]
     rendered = renderer.conversation(ParsedConversation(messages))
-    prompt = renderer.encode(renderer.text(messages[:1], answer=True))
+    (prompt,) = renderer.encode(renderer.text(messages[:1], answer=True))
     assert rendered.tokens[: len(prompt)].tolist() == prompt.tolist() and not rendered.trained[: len(prompt)].any()
     assert [turn.ended for turn in rendered.turns] == [True] * 3 and not rendered.retokenized
     assert rendered.trained[[turn.stop - 1 for turn in rendered.turns]].all()
@@ -78,7 +78,9 @@ def test_a_template_without_ends_gets_the_end_of_the_document() -> None:
     renderer, messages = Renderer(chat.dialect(chat.UNENDED)), talk(*THREE[:4])
     text, trained = parts(renderer, ParsedConversation(messages))
     assert text == "User: which word?\n\nAssistant: amber\n\nUser: and then?\n\nAssistant: birch of all\n\n</s>"
-    assert trained == ["amber", "birch of all", "</s>"] and renderer.end == "" and renderer.end_id == renderer.encode("</s>")[0]
+    assert (
+        trained == ["amber", "birch of all", "</s>"] and renderer.end == "" and renderer.end_id == renderer.encode("</s>")[0][0]
+    )
     assert parts(Renderer(chat.dialect(chat.UNENDED), end_of_turn=False), ParsedConversation(messages))[1] == [
         "amber",
         "birch of all",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from heliostat.curation.conversations import rendering, templates
+from heliostat.curation.conversations import templates
 from heliostat.curation.conversations.rendering import Dialect
 from heliostat.curation.prepare import place
 from heliostat.curation.text import tokens
@@ -29,15 +29,11 @@ class ExistingTokenizer(Strict):
 
 
 def of(model: str | None, tokenizer: ExistingTokenizer | None, template: str | None) -> Dialect:
-    """Returns the tokenizer and the template of a pipeline's keys. Raises ConfigError if one of them is missing, or if the
-    template is of another model."""
+    """Returns the tokenizer and the template of a pipeline's keys. Raises ConfigError if one of them is missing."""
     if (model is None) == (tokenizer is None):
         raise ConfigError("model: set either model, or tokenizer and template. They must be the ones of the model that you train")
     named = None if template is None else _template(template)
-    dialect = _of_model(model, named) if model is not None else _of_tokenizer(tokenizer, named)
-    if template is not None:
-        _check_special(template, dialect)
-    return dialect
+    return _of_model(model, named) if model is not None else _of_tokenizer(tokenizer, named)
 
 
 def _template(name: str) -> str:
@@ -82,13 +78,3 @@ def _of_model(model: str, named: str | None) -> Dialect:
             raise ConfigError(f"template: the tokenizer of {model!r} has no chat template, or several. {SET}") from e
     special = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     return Dialect(tokenizer.backend_tokenizer.to_str(), named, special, tokenizer.eos_token)
-
-
-def _check_special(name: str, dialect: Dialect) -> None:
-    """Raises ConfigError if a template writes special tokens that the tokenizer doesn't have."""
-    known = {token.content for token in rendering.loaded(dialect.definition).get_added_tokens_decoder().values()}
-    if absent := sorted(templates.special(dialect.template) - known):
-        raise ConfigError(
-            f"template: {name!r} writes {', '.join(absent)}, which the tokenizer doesn't have. Use the template of the model, or "
-            "template: plain"
-        )

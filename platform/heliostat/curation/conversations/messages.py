@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from heliostat.recipes.text.chat import filled
+
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 PARTS = ("text", "input_text", "output_text")  # types of a message's parts that are text
 THOUGHTS = "reasoning_content"  # key of a message
@@ -41,9 +43,10 @@ class ParsedConversation:
 
     @property
     def prompt(self) -> str:
-        """Returns the digest (hex) of the first message of the user. Conversations with the same prompt are held out together."""
-        first = next((m for m in self.messages if m["role"] == "user"), self.messages[0])
-        return hashlib.sha256(first["content"].encode("utf-8", "surrogatepass")).hexdigest()
+        """Returns the beginning and the digest of the first message of the user. Conversations with the same prompt are held out
+        together."""
+        first = next((m for m in self.messages if m["role"] == "user"), self.messages[0])["content"]
+        return f"{first[:60]} ({hashlib.sha256(first.encode()).hexdigest()})"
 
     def exchanges(self) -> tuple[list[Message], list[list[Message]]]:
         """Splits the messages before messages of the user. Returns the messages before the first exchange, which are the system
@@ -90,13 +93,6 @@ def listed(value: object, name: str) -> list[Any]:
 def tools_of(value: object) -> list[dict[str, Any]] | None:
     """Returns the functions of a conversation; None if there are none."""
     return (listed(filled(value), "tools") or None) if value not in (None, "") else None
-
-
-def filled(value: Any) -> Any:
-    """Removes keys with the value null at all levels, because a table's rows have all columns, many of them empty."""
-    if isinstance(value, dict):
-        return {k: filled(v) for k, v in value.items() if v is not None}
-    return [filled(one) for one in value] if isinstance(value, list) else value
 
 
 def parse(value: object, name: str = "messages") -> list[Message]:

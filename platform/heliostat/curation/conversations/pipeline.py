@@ -175,5 +175,8 @@ class PreferencePipeline(RenderedPipeline):
     """Defines the keys of a pipeline's YAML for preferences. A record has the columns `chosen` and `rejected`, and maybe
     `prompt`. The dataset trains `heliostat.recipes:DPO`."""
 
+    def renderer(self) -> Renderer:
+        return Renderer(self.dialect, "last")
+
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> ConversationMaking:
         return self._making(flow, output, False, self.every(sample))

@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer
 
+from heliostat.curation.conversations import templates
 from heliostat.curation.conversations.messages import FaultError, Message, ParsedConversation
 from heliostat.curation.conversations.shapes import ParsedPreference
 from heliostat.errors import ConfigError
@@ -128,7 +129,7 @@ class Renderer:
     @cached_property
     def end(self) -> str:
         """Returns the token that ends a turn of the assistant; "" if the template has none. Raises ConfigError if the template
-        rejects a conversation, or has no start of the answer."""
+        rejects a conversation, has no start of the answer, or is of another model."""
         question: list[Message] = [{"role": "user", "content": QUESTION}]
         try:
             prompt = self.text(question, answer=True)
@@ -142,6 +143,11 @@ class Renderer:
                 "template: a conversation must begin with its prompt, which ends where the answer starts. "
                 f"Prompt: {brief(json.dumps(prompt), 200)}, conversation: {brief(json.dumps(whole), 200)}. "
                 "Render the start of the answer `if add_generation_prompt`, or use another template"
+            )
+        if absent := sorted(name for name in templates.special(whole) if self.tokenizer.token_to_id(name) is None):
+            raise ConfigError(
+                f"template: writes {', '.join(absent)}, which the tokenizer doesn't have. Use the template of the model, or set "
+                "template: plain"
             )
         match = self.special.search(behind)
         return match[0] if match else ""
@@ -167,9 +173,10 @@ class Renderer:
         except Exception as e:  # a template can raise any error
             raise FaultError("template", brief(e, 200)) from e
 
-    def encode(self, text: str) -> np.ndarray:
-        """Returns the token ids of a text with special tokens, int32."""
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+    def encode(self, *texts: str) -> list[np.ndarray]:
+        """Returns the token ids of each text with special tokens, int32."""
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def conversation(self, conversation: ParsedConversation) -> Rendered:
         """Returns the tokens of a conversation that ends with a turn of the assistant, and the mask of trained tokens. FaultError
@@ -184,8 +191,8 @@ class Renderer:
         edges = [0, *(edge for span in spans.values() for edge in (span.start, span.stop)), len(whole)]
         if any(b < a for a, b in pairwise(edges)):
             raise FaultError("rewritten")
-        segments = [self.encode(whole[a:b]) for a, b in pairwise(edges)]
-        retokenized = not np.array_equal(np.concatenate(segments), self.encode(whole))
+        together, *segments = self.encode(whole, *(whole[a:b] for a, b in pairwise(edges)))
+        retokenized = not np.array_equal(np.concatenate(segments), together)
         if not self.end:  # no token says that the last answer ends
             segments.append(np.array([self.end_id], np.int32))
         tokens, stops = np.concatenate(segments), np.cumsum([len(segment) for segment in segments]).tolist()
@@ -212,7 +219,7 @@ class Renderer:
             number = len(preference.prompt)
             span = self._span(conversation, number, whole)
             self._check_shown(conversation, whole, {number: span})
-            prompt, tokens = self.encode(whole[: span.start]), self.encode(whole[span.start : span.stop])
+            prompt, tokens = self.encode(whole[: span.start], whole[span.start : span.stop])
             answers.append(tokens if self.end else np.append(tokens, np.int32(self.end_id)))
         if np.array_equal(answers[0], answers[1]):
             raise FaultError("same_answers", "after the template")

@@ -47,6 +47,6 @@ NAMED = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN}
 TOKEN = re.compile(r"<\|[^|<>\s{}]+\|>")
 
 
-def special(template: str) -> set[str]:
-    """Returns the special tokens that a template writes, by their usual form `<|NAME|>`."""
-    return set(TOKEN.findall(template))
+def special(text: str) -> set[str]:
+    """Returns the special tokens in a text, by their usual form `<|NAME|>`."""
+    return set(TOKEN.findall(text))

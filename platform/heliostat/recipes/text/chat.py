@@ -6,7 +6,7 @@ The template comes from the model's author, and transformers runs it in a sandbo
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
@@ -47,7 +47,7 @@ MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 def read(text: str) -> list[dict[str, str]]:
     """Reads messages from JSON, in the form of chat templates. Raises ConfigError, which names the problem."""
     try:
-        messages = _filled(json.loads(text))  # a table's rows have all columns, many of them empty
+        messages = filled(json.loads(text))
     except (ValueError, RecursionError) as e:
         raise ConfigError("isn't a JSON list of messages") from e
     try:
@@ -58,11 +58,11 @@ def read(text: str) -> list[dict[str, str]]:
         raise ConfigError(f"{where + ': ' if where else ''}{brief(fault['msg'])}") from e
 
 
-def _filled(value: object) -> object:
-    """Removes keys with the value null, including keys inside the parts of messages."""
+def filled(value: Any) -> Any:
+    """Removes keys with the value null, including keys inside the parts of messages, because a table's rows have all columns."""
     if isinstance(value, dict):
-        return {k: _filled(v) for k, v in value.items() if v is not None}
-    return [_filled(one) for one in value] if isinstance(value, list) else value
+        return {k: filled(v) for k, v in value.items() if v is not None}
+    return [filled(one) for one in value] if isinstance(value, list) else value
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
