@@ -28,12 +28,17 @@ def build(folder: Path) -> None:
     for name, pack in (("packed", True), ("single", False)):
         build_conversations.packs(folder / name, length=LENGTH, pack=pack, chats=chats, raw=raw)
     build_conversations.preferences(folder / "pairs", 8, LENGTH, raw=raw)
+    base(folder / "base", raw)
+    refer(folder, raw)
+
+
+def base(folder: Path, raw: Tokenizer) -> None:
+    """Writes a model with random weights, and the tokenizer of the datasets."""
     config = LlamaConfig(vocab_size=raw.get_vocab_size(), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=LENGTH)  # fmt: skip
     torch.manual_seed(SEED)
-    LlamaForCausalLM(config).save_pretrained(folder / "base")
-    (folder / "base/tokenizer.json").write_text(raw.to_str())
-    refer(folder, raw)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(raw.to_str())
 
 
 def fits(raw: Tokenizer, chats: list[build_conversations.Messages]) -> bool:

@@ -205,9 +205,9 @@ def everything(player: play.Player, table: pa.Table) -> StepSamples:
     return replace(mine, content=table.take(places).combine_chunks())
 
 
-def ran(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+def ran(names: list[str], folder: Path, deadline_s: int = ranks.DEADLINE_S) -> dict[str, dict[str, Any]]:
     build(folder)
-    return {row["case"]: row for row in ranks.run(f"{__name__}:trained", (1, 2), str(folder), *names)}
+    return {row["case"]: row for row in ranks.run(f"{__name__}:trained", (1, 2), str(folder), *names, deadline_s=deadline_s)}
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_every_configuration_trains_like_one_plain_process(case: Case, played: d
 
 @pytest.mark.slow
 def test_the_complete_grid_trains_like_one_plain_process(tmp_path: Path) -> None:
-    rows = ran([str(case) for case in WHOLE], tmp_path)
+    rows = ran([str(case) for case in WHOLE], tmp_path, 3600)
     assert len(rows) == len(set(map(str, WHOLE)))
     for case in WHOLE:
         same(rows[str(case)], case)

@@ -128,18 +128,19 @@ def test_an_adapter_computes_what_one_plain_process_does(adapter, adapted) -> No
 # fine-tuning ----------------------------------------------------------------------------------------------------------
 
 TUNED: dict[str, dict[str, Any]] = {
-    "sft-0": {"train.zero.stage": 0, "train.tiled_loss": True, "train.micro_batch_size": 1},
-    "sft-3": {"train.zero.stage": 3, "train.attention": "eager"},
-    "sft-sequence": {"train.zero.stage": 1, "train.parallel.sequence": 2},
+    "sft-3": {"train.zero.stage": 3, "train.attention": "eager", "train.tiled_loss": True},
+    "sft-sequence": {"train.zero.stage": 1, "train.parallel.sequence": 2, "train.micro_batch_size": 1},
     "sft-bf16": {"train.zero.stage": 2, "train.precision": "bf16"},
-    "sft-lora": {"train.zero.stage": 3, "model.adapter": {"rank": 4}, "train.activation_checkpointing": True},
-    "sft-nf4": {"train.zero.stage": 2, "model.adapter": {"rank": 4, "base": "nf4"}},
-    "sft-whole": {"train.zero.stage": 1},
-    "dpo-1": {"train.zero.stage": 1, "model.dpo": {"label_smoothing": 0.1, "reference_model": "any"}, "train.attention": "eager"},
+    "sft-nf4": {"train.zero.stage": 2, "model.adapter": {"rank": 4, "base": "nf4"}, "train.activation_checkpointing": True},
+    "sft-whole": {"train.zero.stage": 0},
     "dpo-3": {"train.zero.stage": 3, "model.dpo": {"loss": "ipo", "reference_model": "any"}, "train.tiled_loss": True},
-    "dpo-lora": {"train.zero.stage": 3, "model.adapter": {"rank": 4}, "train.micro_batch_size": 1},
     "dpo-nf4": {"train.zero.stage": 2, "model.adapter": {"rank": 4, "base": "nf4"}, "train.activation_checkpointing": True},
+    "sft-leak": {},  # with planted faults
+    "sft-mean": {},
+    "sft-shift": {},
+    "dpo-prompt": {"model.adapter": {"rank": 4}},
 }  # fmt: skip
+PLANTED = "sft-leak", "sft-mean", "sft-shift", "dpo-prompt"
 
 
 def fine_tuned(name: str, folder: Path) -> Job:
@@ -159,7 +160,7 @@ def tuned(request, tmp_path_factory) -> dict[str, dict[str, Any]]:
     return trials.run([fine_tuned(name, folder) for name in selection.asked(request, "tuned_as")], folder)
 
 
-@pytest.mark.parametrize("tuned_as", selection.kept(TUNED, "sft-3"))
+@pytest.mark.parametrize("tuned_as", selection.kept([name for name in TUNED if name not in PLANTED], "sft-3"))
 def test_fine_tuning_computes_what_one_plain_process_does(tuned_as, tuned) -> None:
     """The plain process computes each conversation and each answer alone, so packs, padding, and masks are checked, too."""
     one = tuned[tuned_as]
@@ -168,6 +169,37 @@ def test_fine_tuning_computes_what_one_plain_process_does(tuned_as, tuned) -> No
     rows = {row["what"]: row for row in one["rows"]}
     assert rows["gradients"]["count"] == rows["updates"]["count"] > 0
     assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
+
+
+def spoil(name: str) -> None:
+    """Changes the batches, or the number of terms, of this process's workers. The plain process doesn't use these functions."""
+    from heliostat.recipes.text import packs, preference_rows
+    from heliostat.recipes.text.sft import SFT
+
+    def changed(batch: Any, change: Any) -> Any:
+        return lambda *arguments: change(batch(*arguments))
+
+    if name == "sft-leak":
+        packs.batch = changed(packs.batch, lambda made: {k: v for k, v in made.items() if k != "position_ids"})
+    if name == "sft-mean":
+        SFT.terms = lambda self, batch: batch["input_ids"].numel()
+    if name == "sft-shift":
+        packs.batch = changed(packs.batch, lambda made: made | {"labels": made["labels"].roll(1, 1)})
+    if name == "dpo-prompt":
+        preference_rows.batch = changed(preference_rows.batch, lambda made: made | {"labels": made["labels"].roll(1, 0)})
+
+
+@pytest.mark.ci
+def test_faults_of_fine_tuning_are_found_at_the_first_step(tmp_path) -> None:
+    """Packs whose conversations see each other, a mean over untrained tokens, a shifted mask, and labels of another prompt."""
+    fine_tuning_data.build(tmp_path)
+    wide(tmp_path / "wide", tmp_path / "packed", 400)
+    spoiled = trials.run([fine_tuned(name, tmp_path) for name in PLANTED], tmp_path, f"{__name__}:spoil")
+    for name in PLANTED:
+        assert not spoiled[name]["ok"]
+        assert min(fault["step"] for fault in named(spoiled[name], "loss")) == 1 or name == "dpo-prompt", name
+        assert min(fault["step"] for fault in named(spoiled[name], "gradients")) == 1, name
+    assert all("a wrong scale" in fault["text"] for fault in named(spoiled["sft-mean"], "gradients"))
 
 
 # faults that are planted in the workers of a trial -------------------------------------------------------------------
