@@ -63,7 +63,7 @@ test-slow: .venv/.installed  ## chaos, several hosts made of network namespaces 
 	$(BIN)/python -m pytest tests/integration -m slow
 
 # which want a model, an index or a corpus to be named
-WITH_INPUT := adapters curated curation_corpus curation_pages curation_pipeline curation_stages diffusion_steps dry_run dump_experiment fim \
+WITH_INPUT := adapters curated curation_corpus curation_pages curation_pipeline curation_stages diffusion_steps dry_run dump_experiment fim fine_tuning \
 	image_ablation infer infer_chaos lite0_folder minhash_recall picture_scores planted_pairs retrieval
 # no benchmarks themselves
 SHARED := harness one_process planted_web recombined

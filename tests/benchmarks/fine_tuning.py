@@ -263,8 +263,14 @@ def tokenizer(folder: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=f"{folder}/base/tokenizer.json", eos_token=STOP, pad_token=END)
 
 
-def trl_sft(folder: str, data: str, steps: int, kept: str = "") -> dict[str, Any]:
-    """Trains with SFTTrainer on the rows of heliostat's steps. `data`: packed, or single."""
+class Uncounted(LlamaForCausalLM):
+    """Declares that its loss doesn't use the number of trained tokens of a step, as 46 families of transformers 5.24 do."""
+
+    accepts_loss_kwargs = False
+
+
+def trl_sft(folder: str, data: str, steps: int, kept: str = "", uncounted: bool = False) -> dict[str, Any]:
+    """Trains with SFTTrainer on the rows of heliostat's steps. `data`: packed, or single. `uncounted`: trains `Uncounted`."""
     import datasets
     from trl import SFTConfig, SFTTrainer
 
@@ -273,7 +279,8 @@ def trl_sft(folder: str, data: str, steps: int, kept: str = "") -> dict[str, Any
         labelled(row["tokens"], row["trained"]) | ({"seq_lengths": row["lengths"]} if data == "packed" else {}) for row in rows
     ]
     asked = SFTConfig(**settings(folder, data, steps), packing=data == "packed", packing_strategy="bfd")
-    return trained(in_their_order(SFTTrainer), folder, kept, args=asked, train_dataset=datasets.Dataset.from_list(made))
+    named = {"args": asked, "train_dataset": datasets.Dataset.from_list(made)}
+    return trained(in_their_order(SFTTrainer), folder, kept, Uncounted if uncounted else LlamaForCausalLM, **named)
 
 
 def trl_dpo(folder: str, steps: int, precomputed: bool, kept: str = "") -> dict[str, Any]:
@@ -285,15 +292,15 @@ def trl_dpo(folder: str, steps: int, precomputed: bool, kept: str = "") -> dict[
     made = [{f"{name}_ids": row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
     asked = DPOConfig(**settings(folder, "pairs", steps), beta=BETA, precompute_ref_log_probs=precomputed)
     reference = None if precomputed else LlamaForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32)
-    return trained(in_their_order(DPOTrainer), folder, kept, ref_model=reference, args=asked,
+    return trained(in_their_order(DPOTrainer), folder, kept, LlamaForCausalLM, ref_model=reference, args=asked,
                    train_dataset=datasets.Dataset.from_list(made))  # fmt: skip
 
 
-def trained(trainer: type, folder: str, kept: str, **named: Any) -> dict[str, Any]:
+def trained(trainer: type, folder: str, kept: str, family: Any, **named: Any) -> dict[str, Any]:
     torch.set_num_threads(1)
     watch, before = Steps(kept), harness.memory("VmRSS")
     harness.forget_peak()
-    model = LlamaForCausalLM.from_pretrained(f"{folder}/base", dtype=torch.float32)
+    model = family.from_pretrained(f"{folder}/base", dtype=torch.float32)
     made = trainer(model, processing_class=tokenizer(folder), callbacks=[watch], **named)
     made.train()
     result = _result([entry["loss"] for entry in made.state.log_history if "loss" in entry], watch.seconds, before)
@@ -376,9 +383,15 @@ def equal(call: Any, folder: str) -> None:
         mine, theirs = f"{folder}/heliostat-{data}.npz", f"{folder}/trl-{data}.npz"
         ours = call(heliostat, folder, data, COMPARED, {}, mine)[0]
         more = (trl_dpo, folder, COMPARED, False, theirs) if data == "pairs" else (trl_sft, folder, data, COMPARED, theirs)
-        others = call(*more)[0]
-        losses = [abs(a - b) / b for a, b in zip(ours["losses"], others["losses"], strict=True)]
-        harness.row(data, f"{max(losses):.1e}", ", ".join(f"{value:.1e}" for value in apart(mine, theirs)))
+        compared(data, ours, call(*more)[0], mine, theirs)
+        if data == "single":
+            uncounted = call(trl_sft, folder, data, COMPARED, theirs, True)[0]
+            compared("single, TRL without the number of tokens", ours, uncounted, mine, theirs)
+
+
+def compared(name: str, ours: dict[str, Any], others: dict[str, Any], mine: str, theirs: str) -> None:
+    losses = [abs(a - b) / b for a, b in zip(ours["losses"], others["losses"], strict=True)]
+    harness.row(name, f"{max(losses):.1e}", ", ".join(f"{value:.1e}" for value in apart(mine, theirs)))
 
 
 if __name__ == "__main__":

@@ -183,11 +183,11 @@ def _shorten(recipe: Recipe, longest: int) -> None:
     """Shortens the rows of a language model. The samples of tokens are short already, because the small job cuts them."""
     if not isinstance(recipe, CausalLM) or recipe.kind != "rows":
         return
-    made: Callable[..., Batch] = recipe.batch
+    unshortened: Callable[..., Batch] = recipe.batch
     recipe.length = min(recipe.length, longest)
 
     def batch(content: Content, keys: np.ndarray | None = None) -> Batch:
-        return made(shortening.shortened(content, recipe.length), keys)
+        return unshortened(shortening.shortened(content, recipe.length), keys)
 
     recipe.batch = batch  # type: ignore[method-assign]
 
@@ -197,7 +197,7 @@ def _fold(recipe: CausalLM, vocabulary: int) -> None:
     unfolded: Callable[..., Batch] = recipe.batch
 
     def batch(content: Content, keys: np.ndarray | None = None) -> Batch:
-        made = unfolded(content, keys)
-        return made | {name: torch.where(made[name] < 0, made[name], made[name] % vocabulary) for name in FOLDED}
+        tensors = unfolded(content, keys)
+        return tensors | {name: torch.where(tensors[name] < 0, tensors[name], tensors[name] % vocabulary) for name in FOLDED}
 
     recipe.batch = batch  # type: ignore[method-assign]

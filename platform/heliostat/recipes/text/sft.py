@@ -66,8 +66,8 @@ class SFT(LearnsConversations, Audits):
 
         train = self.job.train
         fixed = bool(train.compile) or train.parallel.sequence > 1
-        made = packs.batch(content, self.length, self.end, self.sources[0].fact("vocab_size"), self.document_mask, fixed)
-        return made if fixed else next_token.with_places(made)
+        padded = packs.batch(content, self.length, self.end, self.sources[0].fact("vocab_size"), self.document_mask, fixed)
+        return padded if fixed else next_token.with_places(padded)
 
     def prompts_of(self, content: pa.Table) -> Iterator[Prompt]:
         from heliostat.recipes.text import packs
