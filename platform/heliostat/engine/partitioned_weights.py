@@ -77,7 +77,7 @@ def _read(
 def _sent(
     tensor: torch.Tensor, stored: dict[int, folder_weights.Stored | folder_weights.ComputedWeight], group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """Sends the stored values of a tensor from the first worker to all workers. Returns them in the tensor's type, on the host."""
+    """Sends the stored values of a tensor from the first worker to all. Returns them in the tensor's type, on the host."""
     if dist.get_rank() == 0:
         values = stored[id(tensor)].read().to(tensor.dtype).contiguous()
     else:
