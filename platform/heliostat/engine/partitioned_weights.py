@@ -2,7 +2,7 @@
 
 Constructors partition each parameter among the workers. If the weights come from a pretrained folder, the first worker then reads
 one tensor at a time (`recipes.folder_weights`), and each worker keeps its part of it. If a folder can't be read tensor by tensor,
-the library loads it, and each worker's host memory has the folder's files for a while. heliostat logs a warning.
+the library loads it, and the first worker's host memory has the complete model for a while. heliostat logs a warning.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def build(job: Job, recipe: Recipe, streams: bool = True) -> torch.nn.Module:
     group = dist.new_group(backend="gloo")
     why = first(group, find)
     if why:
-        log.warning("model: each worker loads all weights at once, because the first worker can't read them one by one (%s)", why)
+        log.warning("model: the first worker loads all weights at once, because it can't load them tensor by tensor (%s)", why)
         del model
         torch.manual_seed(job.train.seed)
         model = building.build(recipe)
@@ -61,6 +61,9 @@ def _read(
     """Sets all parameters, and the buffers that the folders have, to the stored values."""
     reads = dist.get_rank() == 0
     for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):  # small: the library of the adapter doesn't partition its matrices
+            parameter.copy_(_sent(parameter, stored, group))
+            continue
         with partitioning.whole(parameter):
             if reads:
                 parameter.copy_(stored[id(parameter)].read())
@@ -68,6 +71,16 @@ def _read(
         has = [id(buffer) in stored]
         dist.broadcast_object_list(has, 0, group=group)
         if has[0]:
-            values = stored[id(buffer)].read().to(buffer.dtype) if reads else torch.empty_like(buffer, device="cpu")
-            dist.broadcast(values, 0, group=group)
-            building.put_buffer(model, name, values.to(buffer.device))
+            building.put_buffer(model, name, _sent(buffer, stored, group).to(buffer.device))
+
+
+def _sent(
+    tensor: torch.Tensor, stored: dict[int, folder_weights.Stored | folder_weights.ComputedWeight], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Sends the stored values of a tensor from the first worker to all. Returns them in the tensor's type, on the host."""
+    if dist.get_rank() == 0:
+        values = stored[id(tensor)].read().to(tensor.dtype).contiguous()
+    else:
+        values = torch.empty_like(tensor, device="cpu")
+    dist.broadcast(values.reshape(-1).view(torch.uint8), 0, group=group)
+    return values

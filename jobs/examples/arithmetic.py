@@ -1,6 +1,6 @@
 """Writes exercises whose answers a program can check: conversations to learn from, pairs of answers, and a held-out task.
 
-python jobs/examples/arithmetic/exercises.py                     # needs reasoning-gym
+python jobs/examples/arithmetic.py                               # needs reasoning-gym
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from reasoning_gym import create_dataset
 
-RAW, SUITE = Path(".heliostat/raw/arithmetic"), Path(__file__).parent
+RAW, SUITE = Path(".heliostat/raw/arithmetic"), Path("suites/arithmetic")
 LEARN, PAIRS, TEST = 1600, 600, 300
 SLIPS = (-10, -1, 1, 10)  # a wrong digit in the result
 
