@@ -304,8 +304,8 @@ def test_plain_diffusers_loads_both_exports_of_a_pipeline(pictures, tmp_path, me
     model = trained(checkpoint)
     with torch.no_grad():
         right = recipe.answer(model)
-        adapters.switch_off(model)
-        assert (recipe.answer(model) - right).abs().max() > 1e-2
+        with adapters.switched_off(model):
+            assert (recipe.answer(model) - right).abs().max() > 1e-2
     export(checkpoint, tmp_path / "merged")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert type(pipeline).__name__ == "StableDiffusionPipeline"

@@ -283,8 +283,8 @@ def looped(ahead: Any, steps: int, stop: int, order: list[str], **changes: Any) 
     loop.unsealed = SimpleNamespace(steps=counted, replaced=0, add=lambda step, samples: counted.append(samples))
     loop.consensus = SimpleNamespace(ask=lambda code: None, result=lambda: INTERRUPTED if len(counted) == stop else RUN)
     loop.stepper = object.__new__(Stepper)
-    loop.stepper._norms, loop.stepper._unread = [], deque()
-    loop.stepper.step = lambda step, batches: loop.stepper._unread.append((step, LateRead(torch.tensor(step + 1.0))))
+    loop.stepper._norms, loop.stepper._unread, loop.stepper.untrained = [], deque(), set()
+    loop.stepper.step = lambda step, batches: loop.stepper._unread.append((step, LateRead(torch.tensor(step + 1.0)), None))
     return loop
 
 
@@ -339,8 +339,10 @@ def test_norms_are_judged_before_workers_are_compared(made):
 def watching() -> Any:
     """Returns the monitor of gradient norms for a dataset with one sample per step."""
     watch: Any = object.__new__(LossWatch)
-    watch.job, watch.saved = job(), lambda: None
-    watch.dataset = SimpleNamespace(order=SimpleNamespace(step=lambda step: np.array([step]), locate=lambda positions: Places()))
+    watch.job, watch.saved, watch.untrained = job(), lambda: None, set()
+    watch.dataset = SimpleNamespace(
+        sources=[], order=SimpleNamespace(step=lambda step: np.array([step]), locate=lambda positions: Places())
+    )
     return watch
 
 
@@ -358,6 +360,19 @@ def test_an_error_names_the_step_whose_norm_is_not_finite():
         watch.on_norm(3, math.inf)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_without_a_trained_token_is_an_error_that_names_its_samples(precision: str):
+    stepper, watch = object.__new__(Stepper), watching()
+    stepper._norms, stepper.untrained = [], watch.untrained
+    stepper._unread = deque((step, LateRead(torch.tensor(norm)), LateRead(torch.tensor(terms)))
+                            for step, norm, terms in ((0, 2.0, 5.0), (1, math.nan, 0.0)))  # fmt: skip
+    watch.job = job(**{"train.precision": precision, "workers.gpus": 1})
+    (first, second) = stepper.read_norms()
+    watch.on_norm(*first)
+    with pytest.raises(NonFiniteError, match=r"step 2: no token of its samples is trained.*before the next checkpoint.*0:0:7"):
+        watch.on_norm(*second)
+
+
 def failing(made: Callable[..., BatchesAhead], norm: float) -> Any:
     """Returns a loop whose recipe raises its own error in step 3, after a step with this norm."""
     loop = looped(made(Samples(), batches), 9, 0, [], **{"train.log_every": 100, "checkpoint.every": 100})
@@ -365,7 +380,7 @@ def failing(made: Callable[..., BatchesAhead], norm: float) -> Any:
     def step(number: int, batches: Any) -> None:
         if number == 2:
             raise ValueError("the latents aren't finite")
-        loop.stepper._unread.append((number, LateRead(torch.tensor(norm if number == 1 else 1.0))))
+        loop.stepper._unread.append((number, LateRead(torch.tensor(norm if number == 1 else 1.0)), None))
 
     loop.stepper.step, loop.hooks = step, [watching()]
     loop.hooks[0].saved = lambda: pytest.fail("other workers may not have failed, and wait elsewhere")

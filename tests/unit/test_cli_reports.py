@@ -125,7 +125,7 @@ def test_what_a_dataset_leaves_out_is_named_by_its_stage_and_its_reason():
     dropped = {"0 symbols: symbols": 1, "1 gopher_quality: short": 2, "3 gopher_quality: short": 3, "empty": 4}
     report = {"up_to_date": True, "documents": 5, "tokens": 6, "dropped": dropped, "duplicates": 0, "listed": None,
               "dataset": "d", "chunks": 1, "digest": "0" * 12, "written_by": None, "hub": {}, "rearranged": None,
-              "recorded_every": 1}  # fmt: skip
+              "conversations": None, "recorded_every": 1}  # fmt: skip
     assert explain(report)[1:] == ["dropped: 4 empty, 5 gopher_quality: short, 1 symbols"]
     assert "records only one document in 1,000 (record_documents: sample)" in explain(report | {"recorded_every": 1000})[2]
     assert "records only crashed and unread documents" in explain(report | {"recorded_every": 0})[2]

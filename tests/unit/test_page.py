@@ -133,6 +133,8 @@ FACTS = {
                 "attempts": [{"started": 0.0, "seconds": 9.0, "start_step": 0, "reached": 12, "workers": 2, "outcome": "failed",
                               "reason": "<gone>"}]},
     "samples": [("say <b>", "1 < 2 & 3")],
+    "masks": None,
+    "answers": [],
     "pictures": [Series("<img>", [Shot(1, "png", b"\x89PNG"), Shot(20, "png", b"\x89PNG")], 30, 1)],
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ def test_the_prompts_of_prose_are_words_of_its_held_out_documents(monkeypatch, t
     assert len(recipe.prompts) == 2 and all(p.split()[1:] == ["walked", "home", "through"] for p in recipe.prompts)
     data = open_dataset(plan(recipe.job, [source]))
     held = data.gather(data.order.held_out(1000)).content
-    texts = [recipe._raw_tokenizer.decode(tokens.tolist()) for tokens in held]
+    texts = [recipe.raw_tokenizer.decode(tokens.tolist()) for tokens in held]
     assert all(any(prompt in text for text in texts) for prompt in recipe.prompts)
 
 

@@ -150,7 +150,7 @@ def test_bits_per_byte_is_nats_by_the_bytes_of_the_text(kind, tmp_path):
 
 def _bytes_of_the_rest(made: CausalLM, tokens: np.ndarray, text: str) -> int:
     """Returns the bytes of a document that the sample truncates: of the text up to there, as its tokens decode."""
-    part = made._raw_tokenizer.decode(tokens.tolist())
+    part = made.raw_tokenizer.decode(tokens.tolist())
     assert text.startswith(part)
     return len(part.encode())
 

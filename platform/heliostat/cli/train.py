@@ -61,6 +61,12 @@ def check(
         epochs = steps * shape.batch / samples
         result |= {"samples": samples, "steps": steps, "epochs": epochs, "lanes": shape.lanes,
                   "steps_per_block": shape.steps_per_block, "window": shape.window}  # fmt: skip
+        if checked.audit:
+            from heliostat.validation import audit_lines
+
+            result["audit"] = checked.audit
+            for line in audit_lines.lines(checked.audit, out.is_terminal and not out.no_color):
+                out.print(line)
         right = (f"right. {samples:,} training samples, {epochs:.2f} epochs in {steps:,} steps; "
                 f"{shape.lanes} virtual ranks, blocks of {shape.steps_per_block} steps, "
                 f"shuffle windows of {shape.window:,} samples")  # fmt: skip

@@ -19,6 +19,7 @@ from heliostat.config.fields import LARGEST
 Raw = dict[str, Any]
 RECIPES = {"backbone": "TextToImage", "pooling": "Embedder"}  # key of `model` that only one recipe has -> this recipe
 LANGUAGE_MODEL = "heliostat.recipes:CausalLM"
+PACKED = "heliostat.recipes:SFT"  # the recipe whose samples are conversations that must not see each other
 WIDTHS, DEPTHS = ("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LENGTHS = ("steps", "epochs", "tokens")
 GLOBAL_BATCH, MICRO_BATCH = 64, 4
@@ -57,6 +58,8 @@ def fill(raw: Raw, devices: Callable[[], Devices] = here) -> tuple[Raw, list[Def
     """
     job = _Filling(raw)
     job.give("", "recipe", *_recipe(job.part("model")))
+    if job.raw.get("recipe") == PACKED:
+        job.give("data", "document_mask", True, "packed conversations don't see each other")
     _fill_workers(job, devices)
     _fill_batches(job)
     _fill_tokens(job)

@@ -39,7 +39,7 @@ from heliostat.curation.leftovers import remove_old_samples, sample_folder
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare_report import in_words
 from heliostat.curation.watching import PipelineWatch
-from heliostat.data import collection, manifest, versions
+from heliostat.data import collection, conversations, manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import Manifest
 from heliostat.data.manifest_table import HUB, Rows
@@ -382,6 +382,7 @@ def _report(
         "recorded_every": recording.every_of(dataset),
         "duplicates": meta.get("duplicates", 0),
         "rearranged": meta.get(COUNTS),
+        "conversations": meta.get(conversations.FACT),
         "vocab_size": meta.get("vocab_size"),
         "written_by": written_by,
         "hub": meta.get(HUB, {}),

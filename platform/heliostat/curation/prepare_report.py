@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from heliostat.curation import recording
+from heliostat.data.conversations import ConversationFacts
 
 
 def in_words(reason: str) -> str:
@@ -38,4 +39,27 @@ def explain(report: dict[str, Any]) -> list[str]:
     if counts := report["rearranged"]:
         lines.append(f"rearranged for fill in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
             f"{counts['suffix_first']:,} of them with the suffix first")  # fmt: skip
+    if facts := report["conversations"]:
+        lines += _of_conversations(facts)
     return lines
+
+
+def _of_conversations(facts: ConversationFacts) -> list[str]:
+    counts = Counter(facts["counts"])
+    what, share = facts["form"], counts["trained"] / counts["tokens"]
+    if what == "preferences":
+        lines = [f"preferences: {counts['conversations']:,} with {counts['tokens']:,} tokens, {share:.0%} in answers"]
+    else:
+        full = counts["tokens"] / (counts["tokens"] + counts["padding"])
+        lines = [
+            f"conversations: {counts['conversations']:,} with {counts['tokens']:,} tokens, in rows that are {full:.1%} full",
+            f"trained: {share:.0%} of the tokens, in {counts['turns']:,} turns; {counts['trained_ends']:,} turns with their end",
+        ]
+    meanings = {
+        "cut": "conversations cut to sequence_length",
+        "split": "conversations split at sequence_length",
+        "trailing": "messages after the last answer left out",
+        "retokenized": "conversations whose complete text has other tokens than its segments",
+        "ended": "conversations ended with the end-of-document token, because the template has no token that ends a turn",
+    }
+    return [*lines, *(f"{counts[name]:,} {meaning}" for name, meaning in meanings.items() if counts[name])]

@@ -195,6 +195,7 @@ class RepeatingStage(GlobalStage):
     """Removes parts that several documents share, such as lines, except the first occurrence. A subclass defines the parts and
     the removal."""
 
+    changes: ClassVar[bool] = True
     version: ClassVar[int] = 3  # version 3: words as in `comparable`, and texts that become too short are dropped
     reasons: ClassVar = {
         "repeated": "a larger share of words in what is repeated than max_removed_words",

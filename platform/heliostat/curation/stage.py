@@ -144,6 +144,8 @@ class Stage(Strict):
     it runs in its own tasks."""
     of_images: ClassVar[bool] = False
     """Whether the stage reads images instead of captions."""
+    changes: ClassVar[bool] = False
+    """Whether the stage may change a document's text. Other stages only keep or drop documents."""
     version: ClassVar[int] = 1
     """Version of the stage's results. Increase it if a change of the code gives different documents for the same keys:
     heliostat then computes the results again."""
@@ -207,6 +209,10 @@ class Stage(Strict):
     def entry(self) -> dict[str, object]:
         """Returns the stage's entry in a pipeline file, with all keys."""
         return {"stage": self.named(), **self.model_dump(mode="json")}
+
+    def edits(self) -> bool:
+        """Checks whether the stage, with its keys, may change a document's text."""
+        return self.changes
 
     def made(self) -> set[str]:
         """Returns the names of the columns that the stage adds to documents."""

@@ -7,12 +7,16 @@ the facts of token datasets: `tokenizer.json`, `vocab_size`, and `end_of_documen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import pyarrow as pa
 from typing_extensions import TypedDict
 
-FACT = "conversations"  # key of `Facts` in the manifest's metadata
+from heliostat.data.dataset import DataPlan
+from heliostat.data.manifest import Manifest
+
+FACT = "conversations"  # key of `ConversationFacts` in the manifest's metadata
 TEMPLATE = "chat_template.jinja"  # file of the dataset: the template that rendered its conversations
 
 PACKS = pa.schema(
@@ -43,18 +47,37 @@ class Reference(TypedDict):
     precision: str
 
 
-class Facts(TypedDict):
+class ConversationFacts(TypedDict):
     """Describes a dataset of conversations.
 
-    `template`: XXH3-128 digest of the template's text, in hex. `turns`: the assistant's turns that the model learns.
+    `template`: XXH3-128 digest of the template's text, in hex. `turns`: the assistant's turns that the model learns. `end`: id of
+    the token that ends an answer. If the template has no such token, `end` is `end_of_document`, which follows each conversation.
     `counts`: the numbers of `conversations`, `tokens`, `trained` tokens, `turns`, `trained_ends` (turns whose end is trained),
-    `untrained` conversations (without trained tokens), `cut`, `split`, and `padding` (tokens that are missing in packs).
+    `untrained` conversations (without trained tokens), `cut`, `split`, `retokenized` (their tokens differ if the text is
+    tokenized as a whole), `ended` (conversations to which `end_of_document` was added), and `padding` (tokens that are missing in
+    packs).
     """
 
     form: Literal["packs", "preferences"]
     sequence_length: int  # maximum tokens of a row; for preferences, of the prompt with an answer
     template: str
     turns: Literal["all", "last"]
+    end: int
     end_of_turn: bool  # whether the token that ends a turn is trained
     counts: dict[str, int]
     reference: Reference | None
+
+
+def row_tokens(source: Manifest) -> float:
+    """Returns the mean tokens of a row, without padding. 0 if the dataset has no conversations."""
+    facts = source.meta.get(FACT)
+    return facts["counts"]["tokens"] / max(1, source.rows) if facts else 0.0
+
+
+def sample_tokens(sources: Sequence[Manifest], plan: DataPlan) -> float:
+    """Returns the tokens of a sample. For conversations, returns the mean over the sources, by their first weights. 0 if samples
+    have no tokens."""
+    if plan.sequence_length:
+        return plan.sequence_length
+    weighted = (weight * row_tokens(source) for weight, source in zip(plan.weights, sources, strict=True))
+    return sum(weighted) / (sum(plan.weights) or 1.0)

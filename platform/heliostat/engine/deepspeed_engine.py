@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,16 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from heliostat.config.spec import Job
-from heliostat.engine import expert_group, first_weights, matrix_cut, patches, stream_patches, tensor_group, zero_state
+from heliostat.engine import (
+    expert_group,
+    first_weights,
+    matrix_cut,
+    partitioned_weights,
+    patches,
+    stream_patches,
+    tensor_group,
+    zero_state,
+)
 from heliostat.engine.engine_config import engine_config
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.engine.state_group import StateGroup
@@ -68,9 +77,8 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
         model = first_weights.build(job, recipe)
         _require_dimensions(model)
         return model
-    torch.manual_seed(job.train.seed)
     with group.dividing() if group else nullcontext(), _partitioned(config):
-        model = building.build(recipe)
+        model = partitioned_weights.build(job, recipe, streams=group is None)
     for p in model.parameters():
         division.note(p, zero_state.shape(p))
     return model
@@ -101,12 +109,6 @@ class ZeroInit:
         from deepspeed import zero
 
         return zero.GatheredParameters([parameter], modifier_rank=0)
-
-    def fill(self, parameter: torch.Tensor, read: Callable[[], torch.Tensor]) -> None:
-        within: Any = parameter
-        with self.whole(parameter), torch.no_grad():
-            if dist.get_rank(within.ds_process_group) == 0:
-                parameter.copy_(read())
 
     def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
         return zero_state.shape(parameter)

@@ -18,6 +18,7 @@ from heliostat.evaluation import measures, unit_tests
 from heliostat.evaluation.suite import Row, Suite
 from heliostat.evaluation.tasks import EvalTask
 from heliostat.recipes import exported
+from heliostat.recipes.conformance import is_language_model
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text.generator import whole
 from heliostat.text import brief
@@ -32,7 +33,7 @@ RESAMPLES = 1000  # bootstrap samples, for metrics whose standard error has no f
 
 def require_language_model(folder: Path) -> None:
     """Raises ConfigError unless the folder contains a language model."""
-    if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
+    if not is_language_model(exported.read(folder).recipe):
         raise ConfigError(
             f"{folder}: isn't a language model, but benchmarks need a language model. Score the model on its dataset: heliostat "
             "model evaluate"
@@ -47,6 +48,8 @@ def load(folder: Path, suite: Suite) -> HFLM:
     with exported.using(folder):
         model = whole("model", folder, dtype=DTYPES[suite.dtype]).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
+        if suite.chat and tokenizer.chat_template is None:
+            raise ConfigError(f"chat: the tokenizer in {folder} has no chat template. Remove this key from the suite")
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=suite.batch)
 
 
@@ -61,7 +64,13 @@ def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, Sequence[floa
     np.random.seed(suite.seed)
     torch.manual_seed(suite.seed)
     try:
-        evaluated = evaluate(model, {"tasks": {task.name: task.task}}, limit=suite.examples, bootstrap_iters=RESAMPLES)
+        evaluated = evaluate(
+            model,
+            {"tasks": {task.name: task.task}},
+            limit=suite.examples,
+            bootstrap_iters=RESAMPLES,
+            apply_chat_template=suite.chat,
+        )
     except HeliostatError:
         raise
     except Exception as e:

@@ -115,8 +115,8 @@ def require_same(
         for name in checkpoint.names("buffer"):
             building.put_buffer(model, name, checkpoint.read(f"buffer.{name}").view(model.get_buffer(name).shape))
         right = recipe.answer(model.eval())
-        adapters.switch_off(model)
-        plain = recipe.answer(model)
+        with adapters.switched_off(model):
+            plain = recipe.answer(model)
         del model, trained
         exported = recipe.answer(recipe.reload(folder, adapter).eval())
     largest = float(right.abs().max()) or 1.0

@@ -26,6 +26,7 @@ from heliostat.plan.counts import Counts
 from heliostat.plan.estimate import Planner
 from heliostat.plan.hardware import GIB, Device, Prices
 from heliostat.plan.layouts import Candidate
+from heliostat.recipes.conformance import is_language_model
 from heliostat.recipes.loading import make
 from heliostat.recipes.protocol import CutsSamples, Recipe
 from heliostat.validation import check
@@ -83,6 +84,7 @@ def planners(
     result of `ranking.degrees`; None means only the job's own sequence parallelism. `counts`: numbers of workers to plan for,
     instead of the job's own minimum and maximum.
     """
+    job = sized(job, recipe)
     numbers = counts or job.worker_counts()
     most, fewest = job.on(numbers[-1]), job.on(numbers[0])
     name, instance = _device_of(cluster) if cluster and not device else (device, None)
@@ -96,6 +98,14 @@ def planners(
     if exchanged is None:
         exchanged = {parts: recipe.exchanged(parts) if isinstance(recipe, CutsSamples) and parts > 1 else 0}
     return [Planner(one, counted, where, prices, exchanged, selects) for one in (fewest, most)]
+
+
+def sized(job: Job, recipe: Recipe) -> Job:
+    """Returns the job with the tokens per sample of a language model that takes this number from its datasets. A plan assumes
+    that all samples have this length."""
+    if job.data.sequence_length or not is_language_model(recipe):
+        return job
+    return job.model_copy(update={"data": job.data.model_copy(update={"sequence_length": getattr(recipe, "length", None)})})
 
 
 def _count(job: Job, recipe: Recipe, built: torch.nn.Module | None) -> Counts:
@@ -113,6 +123,7 @@ def plan(
 
     `built`: the recipe's model from `model_stats.build`, if it exists already. Don't use this model afterwards.
     """
+    job = sized(job, recipe)
     both = planners(job, recipe, cluster, device, prices or hardware.table(), built)
     for one in both:  # an elastic run must also fit on its minimum number of workers
         if not (mine := one.chosen()).fits:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:  # so that editors and type checkers know the type of each nam
     from heliostat.recipes.images.embedder import ImageEmbedder as ImageEmbedder
     from heliostat.recipes.images.text_to_image import TextToImage as TextToImage
     from heliostat.recipes.text.causal_lm import CausalLM as CausalLM
+    from heliostat.recipes.text.dpo import DPO as DPO
     from heliostat.recipes.text.embedder import Embedder as Embedder
+    from heliostat.recipes.text.sft import SFT as SFT
 
 
 def __getattr__(name: str) -> object:

@@ -102,7 +102,7 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
     if job.train.parallel.sequence > 1:
         if not isinstance(recipe, CutsSamples):
             raise _lacks("train.parallel.sequence", job, "doesn't support sequence parallelism", CutsSamples, "Set this key to 1")
-        if isinstance(recipe, Draws) or (isinstance(recipe, Evaluates) and recipe.gathered):
+        if _draws(recipe) or (isinstance(recipe, Evaluates) and recipe.gathered):
             raise ConfigError(
                 f"train.parallel.sequence: {job.recipe} generates or measures, which needs complete samples, so workers "
                 "can't split samples. Set train.parallel.sequence to 1"
@@ -112,7 +112,12 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
     if job.train.parallel.tensor > 1:
         if not isinstance(recipe, DividesMatrices):
             raise _lacks("train.parallel.tensor", job, "doesn't support tensor parallelism", DividesMatrices, "Set this key to 1")
-        if isinstance(recipe, Draws | CouplesSamples) or (isinstance(recipe, Evaluates) and recipe.gathered) or recipe.balances:
+        if (
+            _draws(recipe)
+            or isinstance(recipe, CouplesSamples)
+            or (isinstance(recipe, Evaluates) and recipe.gathered)
+            or recipe.balances
+        ):
             raise ConfigError(
                 "train.parallel.tensor: not supported with recipes that generate, couple samples, balance "
                 f"experts, or measure arrays ({job.recipe}). Set this key to 1"
@@ -130,6 +135,15 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
         raise ConfigError(
             f"checkpoint.best.metric: {best.metric!r} isn't a score of {job.recipe}{nearest(best.metric, list(recipe.scores))}"
         )
+
+
+def is_language_model(recipe: object) -> bool:
+    """Checks whether a recipe, or a recipe class, trains a language model: on tokens, or with the attribute `language_model`."""
+    return getattr(recipe, "kind", None) == "tokens" or getattr(recipe, "language_model", False)
+
+
+def _draws(recipe: Recipe) -> bool:
+    return isinstance(recipe, Draws) and getattr(recipe, "draws", True)
 
 
 def _require_room_makers(job: Job, recipe: Recipe) -> None:

@@ -353,7 +353,7 @@ class Serves(Exports):
 
 
 class Draws(ABC):
-    """Generates images after every evaluation."""
+    """Generates images, or answers to prompts, after every evaluation. Not if the recipe sets its attribute `draws` to false."""
 
     @abstractmethod
     def gallery(self) -> Gallery | None:
@@ -361,7 +361,7 @@ class Draws(ABC):
 
 
 class Gallery(Protocol):
-    """Generates `count` images after every evaluation, and scores these images."""
+    """Generates `count` images after every evaluation, and scores these images. A text is an array of tokens."""
 
     count: int
 
@@ -369,7 +369,7 @@ class Gallery(Protocol):
         """Generates the images with these numbers, each uint8 [height, width, channels]. Runs on any rank."""
 
     def judge(self, pictures: list[np.ndarray], progressed: Callable[[], None]) -> tuple[dict[str, float], dict[str, bytes]]:
-        """Scores all images, in order, on rank 0. Returns the scores, and PNG images for the log, both by name."""
+        """Scores all images, in order, on rank 0. Returns the scores, and files (PNG, or NAME.json) for the log, both by name."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from heliostat.data import coverage
+from heliostat.data.conversations import row_tokens
 from heliostat.data.coverage import Segment
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
 from heliostat.data.manifest import Manifest
@@ -150,7 +151,7 @@ def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin
         "tokenizer": manifest.meta.get("tokenizer"),
         "weights": [(step, weights[number]) for step, weights in data.plan.mix],
         "samples": samples,
-        "tokens": samples * (data.plan.sequence_length or 0),
+        "tokens": round(samples * (data.plan.sequence_length or row_tokens(manifest))),
         "range": (begin, end),
         "left_out": left_out,
         "epochs": samples / int(data.order.epoch_samples[number]),

@@ -32,13 +32,13 @@ def write(run: Location, summary: Mapping[str, object]) -> None:
     run.join(run_folder.SUMMARY).write(json.dumps(summary).encode())
 
 
-def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
+def read(run: Location, last: SavedCheckpoint, job: Job, sample_tokens: float = 0.0) -> Ending:
     """Reads the summary of the training that ended with checkpoint `last`. If there is no such summary, computes it from the
-    checkpoint and the ledger."""
+    checkpoint and the ledger. `sample_tokens`: the mean tokens of a sample; 0 if samples have no tokens."""
     ending = _of_step(run.join(run_folder.SUMMARY), last.step)
     if ending is None:
         log.info("%s: no command recorded the end of training, so heliostat uses the last checkpoint and the ledger", run)
-        ending = from_checkpoint(last.step, last.index.metrics, job, _attempts(run))
+        ending = from_checkpoint(last.step, last.index.metrics, job, _attempts(run), sample_tokens)
     return ending
 
 
@@ -48,22 +48,25 @@ def result(run: Location, step: int) -> Ending | None:
     return _of_step(run.join(run_folder.RESULT), step)
 
 
-def from_checkpoint(step: int, metrics: Mapping[str, float | None], job: Job, attempts: list[RecordedAttempt]) -> Ending:
+def from_checkpoint(
+    step: int, metrics: Mapping[str, float | None], job: Job, attempts: list[RecordedAttempt], sample_tokens: float = 0.0
+) -> Ending:
     """Computes the summary of a training from its last checkpoint and its ledger.
 
-    `metrics`: from the checkpoint's index. `attempts`: from the ledger.
+    `metrics`: from the checkpoint's index. `attempts`: from the ledger. `sample_tokens`: as for `read`.
     """
     ordered = sorted(attempts, key=lambda a: a.started)
     trained = next((a for a in reversed(ordered) if a.reached > a.start_step), None)
     parts = trained.parts if trained else {}
     seconds = sum(parts.get(p, 0.0) for p in TRAINING)
     done = trained.reached - trained.start_step if trained else 0
+    size = job.data.sequence_length or sample_tokens or 1
     begun = max((i for i, a in enumerate(ordered) if not a.restart and trained and a.started <= trained.started), default=0)
     return {
         "steps": step,
         "train_loss": metrics["train_loss"],
         "eval": {k: v for k, v in metrics.items() if k != "train_loss"},
-        "tokens_per_second": done * job.train.global_batch_size * (job.data.sequence_length or 1) / seconds if seconds else 0.0,
+        "tokens_per_second": done * job.train.global_batch_size * size / seconds if seconds else 0.0,
         "data_wait": parts.get("data", 0.0) / seconds if seconds else 0.0,
         "checkpoint_blocked_s": parts.get("checkpoint", 0.0),
         "seconds_to_first_step": sum(ordered[begun].parts.get(p, 0.0) for p in ("queued", "starting")) if ordered else 0.0,

@@ -49,7 +49,7 @@ class Parents(TypedDict):
 
 def parents(job: Job) -> list[ParentModel]:
     """Describes each folder or Hub model from which the job's model is initialized."""
-    return [_parent(key, named, changed) for key, named, changed in _folders(job.model, "model")]
+    return [_parent(job, key, named, changed) for key, named, changed in _folders(job.model, "model")]
 
 
 def _folders(tree: Mapping[str, Json], prefix: str) -> Iterator[tuple[str, str, dict[str, Json]]]:
@@ -64,8 +64,8 @@ def _folders(tree: Mapping[str, Json], prefix: str) -> Iterator[tuple[str, str, 
                     yield from _folders(one, f"{prefix}.{key}.{number}")
 
 
-def _parent(key: str, named: str, changed: dict[str, Json]) -> ParentModel:
-    folder = pretrained.folder(named)
+def _parent(job: Job, key: str, named: str, changed: dict[str, Json]) -> ParentModel:
+    folder = pretrained.folder(named, job.mlflow.uri)
     configs = sorted(folder.glob("*.json")) if folder.is_dir() else []
     config = hashlib.sha256(b"".join(p.read_bytes() for p in configs if p.name in ("config.json", "model_index.json")))
     origin: dict[str, Any] = {}  # the record of the run in an exported model

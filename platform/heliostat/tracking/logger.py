@@ -29,6 +29,7 @@ from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.data.split import NEWEST
 from heliostat.errors import HeliostatError, TrackingError
+from heliostat.recipes.auditing import MaskAudit
 from heliostat.runs import goodput
 from heliostat.runs.events import (
     AttemptStarted,
@@ -47,7 +48,7 @@ from heliostat.storage import run_folder
 from heliostat.storage.retries import Backoff
 from heliostat.tracking import card, local_curves, mlflow_client, outbox, tags
 from heliostat.tracking.metrics import SPIKE, points
-from heliostat.tracking.mlflow_client import read_json, write_json
+from heliostat.tracking.mlflow_client import read_json, write_bytes, write_json
 from heliostat.tracking.run_facts import RunRecord
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
@@ -94,6 +95,7 @@ class RunOwner:
         `extra`: tags of a new run (`mlflow.parentRunId` makes a nested run). `data_version`: the data plan's version.
         """
         self.job, self.manifests, self._tags, self._data_version = job, manifests, extra or {}, data_version
+        self.audit: MaskAudit | None = None  # of the loss masks, if the recipe has one
         self.run_id = self._made = ""
         self._queue: queue.Queue[Event] = queue.Queue()
         self._answers = threading.Event()  # set if the last exchange with MLflow succeeded
@@ -339,7 +341,7 @@ class RunOwner:
         job.run_folder.join(run_folder.MLFLOW_RUN).write(json.dumps(known).encode())
         self._made = self._made or self._make(known["token"])
         self._record = RunRecord(self._client, self._made, job)
-        self._record.begin(self.manifests, self._data_version)
+        self._record.begin(self.manifests, self._data_version, self.audit)
         job.run_folder.join(run_folder.MLFLOW_RUN).write(json.dumps({**known, "run_id": self._made}).encode())
         self.run_id = self._made
 
@@ -360,11 +362,9 @@ class RunOwner:
 
     def _log_images(self) -> None:
         while self._images:
-            name, step, png = self._images[0]
-            with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
-                file = Path(folder) / f"step-{step:08d}.png"
-                file.write_bytes(png)
-                self._client.log_artifact(self.run_id, str(file), f"images/{name}")
+            name, step, data = self._images[0]
+            place = Path(name) if Path(name).suffix else Path("images", f"{name}.png")
+            write_bytes(self._client, self.run_id, data, f"{place.with_suffix('')}/step-{step:08d}{place.suffix}")
             self._images.popleft()
 
     def _log_profile(self, event: Profiled) -> None:

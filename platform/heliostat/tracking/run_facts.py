@@ -21,6 +21,7 @@ from heliostat.cluster.capacity import LivingNode
 from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
+from heliostat.recipes.auditing import MaskAudit
 from heliostat.runs import consumed
 from heliostat.runs.events import AttemptStarted
 from heliostat.storage.records import Format, Json
@@ -58,6 +59,7 @@ class RecordedStart(CommandCode):
 
 
 STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="Delete the file to start a new list")
+MASK_AUDIT = "mask_audit.json"
 SPIKES_SHOWN = 100  # maximum number of spikes in the tag (the newest)
 
 
@@ -70,14 +72,17 @@ class RunRecord:
         self._source: source_code.SourceCode | None = None
         self._environment = ""
 
-    def begin(self, manifests: list[Manifest], data_version: int) -> None:
-        """Writes the facts of a new run before its first step: params, job, datasets, and parents."""
+    def begin(self, manifests: list[Manifest], data_version: int, audit: MaskAudit | None = None) -> None:
+        """Writes the facts of a new run before its first step: params, job, datasets, parents, and the audit of loss masks."""
         from mlflow.entities import Param
 
-        params = [Param(k, v) for k, v in params_of(self.job.dump()).items()]
+        masks = {"masks": {str(i): dict(source) for i, source in enumerate(audit["sources"])}} if audit else {}
+        params = [Param(k, v) for k, v in params_of({**self.job.dump(), **masks}).items()]
         for i in range(0, len(params), 100):
             self.client.log_batch(self.run_id, params=params[i : i + 100])
         write_json(self.client, self.run_id, self.job.dump(), "job.json")
+        if audit:
+            write_json(self.client, self.run_id, audit, MASK_AUDIT)
         self._log_inputs(manifests, data_version)
         origins = parents(self.job)
         write_json(self.client, self.run_id, {"parents": origins}, "parents.json")

@@ -33,10 +33,11 @@ from heliostat.recipes import adapters, built_in, loading
 from heliostat.runs import summary as endings
 from heliostat.storage import lease
 from heliostat.storage.run_folder import require_one_way
+from heliostat.terminal import console
 from heliostat.tracking.tags import SOURCE_NAME
 from heliostat.training import AHEAD
 from heliostat.training.driver.run import DrivenRun, RunHooks
-from heliostat.validation import check
+from heliostat.validation import audit_lines, check
 from heliostat.validation.check import Checked
 
 log = logging.getLogger(__name__)
@@ -92,12 +93,15 @@ def train_job(
         if overwrite:
             taken.fence.check()
             lease.clear(job.run_folder)
+        if checked.audit and last is None:
+            for line in audit_lines.lines(checked.audit, console.is_terminal and not console.no_color):
+                console.print(line, soft_wrap=True)
         return _carry_out(DrivenRun(checked, taken, last.step if last else 0, started, verbose, tags), last)
 
 
 def _as_recorded(job: Job) -> Job:
     """Returns the job with Hub models pinned to the commits that the run began with."""
-    last = layout.latest(job.run_folder) if pretrained.on_hub(job) else None
+    last = layout.latest(job.run_folder) if pretrained.moves(job) else None
     return pretrained.as_recorded(job, last.index.job) if last else job
 
 
@@ -199,7 +203,7 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
         if checkpoint is None or checkpoint.step < job.last_step:
             return run.train_only()
         run.catch_up()
-        return endings.read(job.run_folder, checkpoint, job)
+        return endings.read(job.run_folder, checkpoint, job, checked.sample_tokens)
 
 
 def finalize(job: Job) -> dict[str, Any]:

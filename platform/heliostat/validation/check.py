@@ -28,12 +28,13 @@ from heliostat.config.defaults import Default
 from heliostat.config.fields import LARGEST
 from heliostat.config.sections import Benchmarks
 from heliostat.config.spec import Job
-from heliostat.data import collection
+from heliostat.data import collection, conversations
 from heliostat.data.dataset import DataPlan, make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
 from heliostat.errors import ConfigError, HeliostatError, TrackingError
-from heliostat.recipes.conformance import require_abilities
+from heliostat.recipes.auditing import Audits, MaskAudit
+from heliostat.recipes.conformance import is_language_model, require_abilities
 from heliostat.recipes.loading import make, recipe_class
 from heliostat.recipes.protocol import Recipe
 from heliostat.storage.local_files import require_database
@@ -59,6 +60,12 @@ class Checked:
     manifests: list[Manifest]
     plan: DataPlan
     order: Order
+    audit: MaskAudit | None = None
+
+    @property
+    def sample_tokens(self) -> float:
+        """Returns the mean tokens of a sample. 0 if samples have no tokens."""
+        return conversations.sample_tokens(self.manifests, self.plan)
 
 
 def check_path(
@@ -177,7 +184,7 @@ def _check_place(job: Job, cluster: Path | None, resume: bool, faults: Faults) -
 def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
     """Raises ConfigError if the job's checkpoints can't be scored on tasks. The suite itself is checked when heliostat reads
     it."""
-    if recipe.kind != "tokens":
+    if not is_language_model(recipe):
         raise ConfigError(
             "evaluate.benchmarks: benchmark tasks need a language model, but this recipe trains another kind of model. "
             "Remove evaluate.benchmarks"
@@ -222,7 +229,8 @@ def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, chang
         recipe = make(type(recipe), job)
     manifests = _manifests(job, recipe, recorded, change_at)
     recipe.bind(manifests)
-    return Checked(job, recipe, manifests, *_ordered(job, manifests, recorded, change_at))
+    audit = recipe.audit() if isinstance(recipe, Audits) else None
+    return Checked(job, recipe, manifests, *_ordered(job, manifests, recorded, change_at), audit)
 
 
 def _reach_sources(job: Job, recorded: DataPlan | None) -> None:

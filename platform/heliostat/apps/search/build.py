@@ -34,6 +34,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.inference.batch.run import claim, flow_on_ray, model_digest, origin
 from heliostat.recipes import exported
+from heliostat.recipes.conformance import is_language_model
 from heliostat.recipes.text import sentence_folder
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
@@ -114,7 +115,7 @@ def describe(embedder: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    if sentence_folder.read(embedder) is None and getattr(exported.read(embedder).recipe, "kind", None) != "tokens":
+    if sentence_folder.read(embedder) is None and not is_language_model(exported.read(embedder).recipe):
         raise ConfigError(f"--embedder: {embedder}: is neither a text embedder nor a language model. Pass another model")
     with exported.using(embedder):
         dims = AutoConfig.from_pretrained(embedder).get_text_config().hidden_size

@@ -11,6 +11,7 @@ from typing import Any, NotRequired, TypedDict
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
+from heliostat.recipes.conformance import is_language_model
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.protocol import Paints
 from heliostat.recipes.text import sentence_folder
@@ -104,7 +105,7 @@ def kind_of(folder: Path) -> str:
     if sentence_folder.embeds(folder) or clip_folder.is_one(folder):
         return EMBEDDINGS
     recipe = exported.read(folder).recipe
-    if getattr(recipe, "kind", None) == "tokens":
+    if is_language_model(recipe):
         return TEXT
     if issubclass(recipe, Paints):
         return IMAGES

@@ -14,6 +14,7 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, decoded, unpacked, whole
 from heliostat.curation.stage import Document, Dropped
 
+ROWS = 1024  # rows that become Python objects at once
 BUFFER = 4 << 20  # bytes of a column per read, because a row group may be larger than memory
 
 
@@ -68,12 +69,17 @@ def documents(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -
 
 def _documents(path: str, file: pq.ParquetFile, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
     names, total = file.schema_arrow.names, 0
-    if limits.text_column not in names:
+    if limits.lacks(names):
         if part.start == 0:
             yield Dropped(path, "no_text")
         return
+    if limits.by_row:
+        for first, batch in batches(file, tuple(names), limits.max_file_bytes, part, ROWS):
+            for number, values in enumerate(batch.to_pylist(), first):
+                yield limits.document(f"{path}#{number}", values)
+        return
     others = [name for name in (names if limits.columns is None else limits.columns) if name in names]
-    for first, batch in batches(file, (limits.text_column, *others), limits.max_file_bytes, part, 1024):
+    for first, batch in batches(file, (limits.text_column, *others), limits.max_file_bytes, part, ROWS):
         if (values := limits.texts_of(batch.column(limits.text_column))) is None:
             if part.start == 0:
                 yield Dropped(path, "no_text")

@@ -9,7 +9,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import pyarrow as pa
 
@@ -58,6 +58,25 @@ class ReadLimits:
     def text_of(self, value: object) -> str | None:
         """Returns a record's value if the value is a string; otherwise None."""
         return value if isinstance(value, str) else None
+
+    by_row: ClassVar[bool] = False
+    """Whether `document` needs more columns of a Parquet row than the text column and `columns`."""
+
+    def lacks(self, names: list[str]) -> str:
+        """Explains what a table with these columns lacks; "" if its rows can be documents."""
+        return "" if self.text_column in names else f"no column {self.text_column!r}"
+
+    def document(self, id: str, values: dict[str, Any]) -> Document | Dropped:
+        """Returns a record as a document with the requested columns; a `Dropped` if the record has no text or too much text."""
+        text = self.text_of(values.get(self.text_column))
+        if text is None:
+            return Dropped(id, "no_text")
+        if len(text) > self.max_document_bytes:
+            return Dropped(id, "too_large", f"more than {self.max_document_bytes:,} bytes")
+        if self.columns is not None:
+            return Document(id, text, {name: values[name] for name in self.columns if name in values})
+        columns = {k: v for k, v in values.items() if k not in (self.text_column, "id") and v is not None}
+        return Document(id, text, columns | ({"source_id": values["id"]} if values.get("id") is not None else {}))
 
     def texts_of(self, values: pa.Array) -> pa.Array | None:
         """Returns a column's values if they are strings or a dictionary of strings; otherwise None."""

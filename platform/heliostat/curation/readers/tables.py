@@ -21,19 +21,6 @@ CONTINUES, DICTIONARY, BATCH = b"\xff\xff\xff\xff", 2, 3  # Arrow messages: thei
 PACKED_BEFORE = b"ARROW:experimental_compression"  # Arrow 0.17's name for the compression of buffers
 
 
-def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document | Dropped:
-    """Returns a record as a document with the requested columns; a `Dropped` if the record has no text or too much text."""
-    text = limits.text_of(values.get(limits.text_column))
-    if text is None:
-        return Dropped(id, "no_text")
-    if len(text) > limits.max_document_bytes:
-        return Dropped(id, "too_large", f"more than {limits.max_document_bytes:,} bytes")
-    if limits.columns is not None:
-        return Document(id, text, {name: values[name] for name in limits.columns if name in values})
-    columns = {k: v for k, v in values.items() if k not in (limits.text_column, "id") and v is not None}
-    return Document(id, text, columns | ({"source_id": values["id"]} if values.get("id") is not None else {}))
-
-
 def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
     """Yields a document for each line that begins in `part`; a `Dropped` for a line that isn't a JSON object. An id ends in the
     number of the line."""
@@ -53,7 +40,7 @@ def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> It
                 continue
             except (ValueError, RecursionError):
                 values = None
-            yield record(id, values, limits) if isinstance(values, dict) else Dropped(id, "invalid_json")
+            yield limits.document(id, values) if isinstance(values, dict) else Dropped(id, "invalid_json")
 
 
 def separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Iterator[Document | Dropped]:
@@ -78,11 +65,11 @@ def separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Ite
             continue
         if header is None:
             header = [name.strip() for name in row]
-            if limits.text_column not in header or len(header) > MOST_COLUMNS:
-                yield Dropped(path, "no_text", f"no column {limits.text_column!r} in its first line")
+            if why := limits.lacks(header) or ("too many columns" if len(header) > MOST_COLUMNS else ""):
+                yield Dropped(path, "no_text", f"{why} in its first line")
                 return
         elif len(row) == len(header):
-            yield record(id, dict(zip(header, row, strict=True)), limits)
+            yield limits.document(id, dict(zip(header, row, strict=True)))
         elif row:
             yield Dropped(id, "corrupt", f"line {source.line:,}: {len(row):,} fields, and {len(header):,} in the header")
         number += bool(row)
@@ -112,8 +99,8 @@ def arrow(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document 
     try:
         bounded.skip_magic()
         reader = pa.ipc.open_stream(pa.PythonFile(bounded, "r"))
-        if limits.text_column not in reader.schema.names:
-            yield Dropped(path, "no_text", f"no column {limits.text_column!r}")
+        if why := limits.lacks(reader.schema.names):
+            yield Dropped(path, "no_text", why)
             return
         rows = 1 if any(map(_shares, reader.schema.types)) else ROWS
         for batch in reader:
@@ -121,7 +108,7 @@ def arrow(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document 
             for start in range(0, len(batch), rows):
                 for values in batch.slice(start, rows).to_pylist():
                     row += 1
-                    yield record(f"{path}#{row}", values, limits)
+                    yield limits.document(f"{path}#{row}", values)
     except (pa.ArrowException, ValueError, MemoryError, OSError) as e:
         if isinstance(e, OSError) and e.errno is not None:  # an error of the stream itself
             raise

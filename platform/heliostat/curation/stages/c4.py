@@ -30,6 +30,7 @@ _POLICIES = re.compile(r"terms of use|privacy policy|cookie policy|uses cookies|
 
 
 class C4(Stage):
+    changes: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {
         "lorem_ipsum": "a line with `lorem ipsum`",

@@ -145,6 +145,9 @@ class DetectSecrets(Stage):
                 raise ValueError(f"{name!r} isn't a detector{nearest(name, FORMS + OWN + WIDE)}")
         return self
 
+    def edits(self) -> bool:
+        return self.action == "mask"
+
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class

@@ -25,6 +25,7 @@ from heliostat.schema import Float
 
 
 class Extract(Stage):
+    changes: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("lxml_html_clean", "pypdfium2", "resiliparse", "trafilatura")
     makes: ClassVar[tuple[str, ...]] = ("encoding", "title")
     reasons: ClassVar[dict[str, str]] = {

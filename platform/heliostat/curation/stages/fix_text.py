@@ -28,6 +28,7 @@ _FOREIGN = re.compile(rf"[^\x00-\x7f]++(?:[\x00-\x7f]{{1,{2 * _NEAR}}}+[^\x00-\x
 
 
 class FixText(Stage):
+    changes: ClassVar[bool] = True
     needs: ClassVar = ("curation", "ftfy")
     libraries: ClassVar[tuple[str, ...]] = ("ftfy",)
 

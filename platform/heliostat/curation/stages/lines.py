@@ -32,6 +32,7 @@ _NUMBERS = re.compile(r"[\d\W_]+")
 
 
 class Lines(Stage):
+    changes: ClassVar[bool] = True
     reasons: ClassVar[dict[str, str]] = {"empty": "no line is left"}
     limits: ClassVar = {
         "removed_words": ("removed_words", "max_removed_words", "a larger share of words in removed lines than {}")

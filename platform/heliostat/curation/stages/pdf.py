@@ -23,6 +23,7 @@ from heliostat.schema import Float
 
 
 class Pdf(Stage):
+    changes: ClassVar[bool] = True
     makes: ClassVar[tuple[str, ...]] = ("pages", "title")
     reasons: ClassVar[dict[str, str]] = {
         "no_text": "no text on any page, as of scanned ones",

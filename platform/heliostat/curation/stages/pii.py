@@ -69,6 +69,9 @@ class Pii(Stage):
             if self.region is not None:
                 personal.require_region(self.region)
 
+    def edits(self) -> bool:
+        return self.action == "mask"
+
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()
         finders: dict[str, Callable[[str], Iterator[personal.Span]]] = {

@@ -106,6 +106,41 @@ class Reading(Making):
             names = [name for record in records for name, *_ in record["runs"]]
         return names
 
+    def regrouped(self, curated: Curated, together: Together, problem: str, fix: str) -> tuple[int, list[str]]:
+        """Replaces the temporary files of kept documents with files in which related documents are next to each other. Drops
+        exact duplicates. Returns their number, and the names of the temporary files that list them.
+
+        Raises ConfigError if a group is too large; `problem` and `fix` are the beginning and the end of the message.
+        """
+        parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
+        more = {"by": together.model_dump(), "explained": self.explained, **recording.arguments(self.every)}
+        records = self.flow.all("regroup", gathering.regroup, self._ranged(curated.runs, parts, **more))
+        curated.runs = [SpilledRun(*run) for record in records for run in record["runs"]]
+        self._check_largest(curated.runs, together.column, parts, problem, fix)
+        return sum(record["duplicates"] for record in records), [name for record in records for name in record["ends"]]
+
+    def _ranged(self, runs: list[SpilledRun], parts: int, **more: object) -> Iterator[Task]:
+        """Yields one task for each of `parts` equal ranges of hashes. Each task reads its own range from all temporary files of
+        documents."""
+        for one in self.ranges(runs, parts):
+            follows, shared = key(identities(one.runs), more), {"runs": self.flow.share(one.runs)}
+            for part in range(one.first, one.stop):
+                low, high = tasks.bounds(part, parts)
+                yield Task(key(follows, low, high), {"low": low, "high": high, **more}, shared, int(one.part * len(one.runs)))
+
+    def _check_largest(self, runs: list[SpilledRun], column: str, parts: int, problem: str, fix: str) -> None:
+        """Raises ConfigError if a group of related documents, which are all in one shard, is too large for the memory of the
+        shard's task."""
+        work = self._ranged(runs, parts, column=column)
+        largest = max(self.flow.all("largest", gathering.largest, work), key=lambda record: record["bytes"])
+        needs = largest["bytes"] * SHARD_SHARE
+        if needs > self.memory_limit:
+            raise ConfigError(
+                f"{problem}: the documents of {largest['value']!r} have "
+                f"{largest['bytes']:,} bytes in one shard. The shard's task needs {SHARD_SHARE} times as much memory, "
+                f"more than memory_limit ({self.memory_limit:,}). Set memory_limit to {needs:,}, {fix}"
+            )
+
 
 @dataclass
 class TextMaking(Reading):
@@ -128,7 +163,9 @@ class TextMaking(Reading):
         facts = self.tokenizer_facts(definition, self.tokenizer["end_of_document"])
         totals, ends = Totals(facts["vocab_size"]), list[str]()
         if self.together is not None:  # grouping drops exact duplicates
-            ends += self._regrouped(curated, self.together, totals)
+            fix = "use a column with smaller groups, or remove this value from the documents"
+            problem = f"together.column: {self.together.column!r}"
+            totals.duplicates, ends = self.regrouped(curated, self.together, problem, fix)
         for record in self._shards(curated, definition, facts["end_of_document"], infill):
             ends += record["ends"]
             for shard in record["shards"]:
@@ -168,40 +205,6 @@ class TextMaking(Reading):
             log.log(level, message, many, totals.together["groups"], self.together.column, alone)
         if totals.cut:
             log.info("chunk_tokens: split longer documents at %d places. No token is lost", totals.cut)
-
-    def _regrouped(self, curated: Curated, together: Together, totals: Totals) -> list[str]:
-        """Replaces the temporary files of kept documents with files in which related documents are next to each other. Returns
-        the names of the temporary files that list the exact duplicates."""
-        parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
-        more = {"by": together.model_dump(), "explained": self.explained, **recording.arguments(self.every)}
-        records = self.flow.all("regroup", gathering.regroup, self._ranged(curated.runs, parts, **more))
-        curated.runs = [SpilledRun(*run) for record in records for run in record["runs"]]
-        self._check_largest(curated.runs, together, parts)
-        totals.duplicates += sum(record["duplicates"] for record in records)
-        return [name for record in records for name in record["ends"]]
-
-    def _ranged(self, runs: list[SpilledRun], parts: int, **more: object) -> Iterator[Task]:
-        """Yields one task for each of `parts` equal ranges of hashes. Each task reads its own range from all temporary files of
-        documents."""
-        for one in self.ranges(runs, parts):
-            follows, shared = key(identities(one.runs), more), {"runs": self.flow.share(one.runs)}
-            for part in range(one.first, one.stop):
-                low, high = tasks.bounds(part, parts)
-                yield Task(key(follows, low, high), {"low": low, "high": high, **more}, shared, int(one.part * len(one.runs)))
-
-    def _check_largest(self, runs: list[SpilledRun], together: Together, parts: int) -> None:
-        """Raises ConfigError if a group of related documents, which are all in one shard, is too large for the memory of the
-        shard's task."""
-        work = self._ranged(runs, parts, column=together.column)
-        largest = max(self.flow.all("largest", gathering.largest, work), key=lambda record: record["bytes"])
-        needs = largest["bytes"] * SHARD_SHARE
-        if needs > self.memory_limit:
-            raise ConfigError(
-                f"together.column: {together.column!r}: the documents of {largest['value']!r} have "
-                f"{largest['bytes']:,} bytes in one shard. The shard's task needs {SHARD_SHARE} times as much memory, "
-                f"more than memory_limit ({self.memory_limit:,}). Set memory_limit to {needs:,}, use a column "
-                "with smaller groups, or remove this value from the documents"
-            )
 
     def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """Writes the shards, and yields their records. If there are many shards, each task writes several, one after another."""

@@ -195,6 +195,17 @@ def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -
     return out
 
 
+def documents_in(lengths: np.ndarray, target: int, places: np.ndarray) -> list[tuple[int, int]]:
+    """Plans row groups of complete documents. Returns, for each row group, the number of its documents, and its hold-out
+    position. The arguments are those of `ranges`."""
+    groups = list[tuple[int, int]]()
+    for start, stop in ranges(lengths, places, target):
+        together = places[start] == places[stop - 1]  # documents with equal positions may be many
+        parts = cut(lengths[start:stop], target) if together else [(0, stop - start)]
+        groups += [(b - a, int(places[start:stop].max())) for a, b in parts]
+    return groups
+
+
 def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: np.ndarray | None = None) -> bytes:
     """Returns a shard as the bytes of a Parquet file. The same documents in the same order always give the same bytes.
 

@@ -15,6 +15,7 @@ from heliostat.curation import scoring
 from heliostat.errors import ConfigError
 from heliostat.inference.sampling import WRITES
 from heliostat.recipes import exported
+from heliostat.recipes.conformance import is_language_model
 from heliostat.recipes.images import clip_folder
 from heliostat.recipes.text import sentence_folder
 from heliostat.text import brief
@@ -83,7 +84,7 @@ def require(folder: Path, task: str, options: dict[str, object] | None = None) -
     elif sentence_folder.read(folder):
         if task != "embed":
             raise ConfigError(f"--task {task}: {folder} is an embedder. Use --task embed")
-    elif getattr(exported.read(folder).recipe, "kind", None) != "tokens":
+    elif not is_language_model(exported.read(folder).recipe):
         raise ConfigError(
             f"{folder}: isn't a language model. To generate images from prompts: heliostat model generate --prompts"
         )

@@ -26,7 +26,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from heliostat.config.spec import Job
-from heliostat.data.infilling import FACT
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.parallel import language_model
@@ -46,7 +45,6 @@ from heliostat.recipes.protocol import (
 )
 from heliostat.recipes.text import expert_keys, initial, plain_keys
 from heliostat.recipes.text.adapted import AdaptedText
-from heliostat.storage.hub import files
 
 if TYPE_CHECKING:  # importing torch and transformers takes three seconds, and most jobs are checked without them
     import torch
@@ -54,6 +52,7 @@ if TYPE_CHECKING:  # importing torch and transformers takes three seconds, and m
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from heliostat.recipes.constants import Constant
+    from heliostat.recipes.text.exporting import Chat
     from heliostat.recipes.text.generator import TextGenerator
 BUILT_IN = {"CausalLM": ("transformers",)}
 SHOWN: dict[str, object] = {
@@ -64,15 +63,12 @@ SHOWN: dict[str, object] = {
 
 class CausalLM(AdaptedText, Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
     kind = "tokens"
+    language_model = True
     tiles = selects = chooses = True
     scores = ("loss", "perplexity", "bits_per_byte")
 
     def __init__(self, job: Job) -> None:
-        if not job.data.sequence_length:
-            raise ConfigError(
-                "data.sequence_length: required for a language model. Set this key to the number of tokens per sample"
-            )
-        self.job, self.length = job, job.data.sequence_length
+        self.job, self.length = job, self.sample_length(job)
         self.checkpointing, self.offload = job.train.activation_checkpointing, job.train.activation_offload
         self.document_mask, self.tiled, self.tiled_mlp = job.data.document_mask, job.train.tiled_loss, job.train.tiled_mlp
         self.attention: str | None = job.train.attention
@@ -96,6 +92,14 @@ class CausalLM(AdaptedText, Recipe, Evaluates, CutsSamples, DividesExperts, Divi
             return
         self.routes, self.router_weight = False, None
         self._require_positions(self.plain.max_position_embeddings)
+
+    def sample_length(self, job: Job) -> int:
+        """Returns the tokens per sample. Raises ConfigError if the job doesn't set this number."""
+        if not job.data.sequence_length:
+            raise ConfigError(
+                "data.sequence_length: required for a language model. Set this key to the number of tokens per sample"
+            )
+        return job.data.sequence_length
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -168,7 +172,9 @@ class CausalLM(AdaptedText, Recipe, Evaluates, CutsSamples, DividesExperts, Divi
         self.sources, self.tokenizer_json = sources, tokenizing.definition(sources)
         size, self.end = sources[0].fact("vocab_size"), sources[0].fact("end_of_document")
         if self.pretrained:
-            self._check_tokenizer(Path(self.pretrained), sources[0])
+            from heliostat.recipes.text import vocabulary
+
+            vocabulary.require_same(Path(self.pretrained), sources[0], self.tokenizer_json)
         if self.vocabulary_given:
             vocab_size = (self.plain or self.config).vocab_size
             if vocab_size < size:
@@ -192,24 +198,6 @@ class CausalLM(AdaptedText, Recipe, Evaluates, CutsSamples, DividesExperts, Divi
         if "config" in vars(self):
             for name, value in values.items():
                 setattr(self.config, name, value)
-
-    def _check_tokenizer(self, folder: Path, source: Manifest) -> None:
-        """Raises ConfigError if the same token has different text in the model's tokenizer and in the dataset's tokenizer."""
-        from heliostat.recipes.text import vocabulary
-
-        its = vocabulary.of_folder(folder)
-        if its == self.tokenizer_json:
-            return
-        field = f"model.pretrained: {files.shown(folder)!r}"
-        ids = [self.end, *source.meta.get(FACT, {}).get("markers", [])]
-        what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, field), ids)
-        if what:
-            raise ConfigError(
-                f"{field}: the model's tokenizer differs from the tokenizer of data.sources.0.path {str(source.location)!r} "
-                f"({what}). "
-                f"Prepare the dataset with the model's tokenizer: write `tokenizer: {{path: {files.shown(folder)}}}` in the "
-                "pipeline file"
-            )
 
     def build(self) -> PreTrainedModel:
         import torch
@@ -342,15 +330,15 @@ class CausalLM(AdaptedText, Recipe, Evaluates, CutsSamples, DividesExperts, Divi
 
         from heliostat.recipes.text import vocabulary
 
-        return torch.tensor(vocabulary.sizes(self._raw_tokenizer, self.config.vocab_size))
+        return torch.tensor(vocabulary.sizes(self.raw_tokenizer, self.config.vocab_size))
 
     # for people ------------------------------------------------------------------------------------------------------
 
     def describe(self, content: np.ndarray) -> str:
-        return self._raw_tokenizer.decode(content[0].tolist(), skip_special_tokens=False)
+        return self.raw_tokenizer.decode(content[0].tolist(), skip_special_tokens=False)
 
     @cached_property
-    def _raw_tokenizer(self) -> Tokenizer:
+    def raw_tokenizer(self) -> Tokenizer:
         return Tokenizer.from_str(self.tokenizer_json.decode())
 
     # the export ------------------------------------------------------------------------------------------------------
@@ -365,14 +353,18 @@ class CausalLM(AdaptedText, Recipe, Evaluates, CutsSamples, DividesExperts, Divi
     def save_config(self, folder: Path) -> None:
         from heliostat.recipes.text import exporting
 
-        exporting.write(folder, self.config, self.pretrained, self.tokenizer, self.sources)
+        exporting.write(folder, self.config, self.pretrained, self.tokenizer, self.sources, self.chat())
+
+    def chat(self) -> Chat | None:
+        """Returns the chat template and the end tokens of the export. None if the export keeps those of the model."""
+        return None
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:  # type: ignore[override]
         """Chooses prompts to demonstrate the exported model: the first words of held-out documents."""
         from heliostat.recipes.text import exporting
 
-        return tuple(exporting.of_held_out(self.job, self.sources, self._raw_tokenizer, self.end))
+        return tuple(exporting.of_held_out(self.job, self.sources, self.raw_tokenizer, self.end))
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         continued = self.generator(folder, SHOWN)([Request(prompt, 0, None) for prompt in self.prompts])

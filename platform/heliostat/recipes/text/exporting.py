@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,11 +14,20 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from heliostat.config.spec import Job
-from heliostat.data.dataset import Dataset, open_dataset, plan
+from heliostat.data import content
+from heliostat.data.content import Content
+from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import Manifest
 from heliostat.errors import DataError, StorageError
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text import infilling, vocabulary
+
+
+class Chat(NamedTuple):
+    """Describes how a model chats: the template of its prompts, and the tokens that end its answers."""
+
+    template: str
+    ends: list[int]
 
 
 def write(
@@ -26,20 +36,35 @@ def write(
     pretrained: str | None,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     sources: list[Manifest],
+    chat: Chat | None = None,
 ) -> None:
     """Writes the files into the model's folder. Copies the tokenizer of a pretrained model; otherwise, `tokenizer` builds the
-    tokenizer."""
+    tokenizer. `chat`: replaces the tokenizer's chat template, and adds to the tokens that end an answer."""
     config = type(as_pretrained).from_dict(as_pretrained.to_dict())
     config.use_cache = True
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(folder)
-    _generation(pretrained, config).save_pretrained(folder)
+    generation = _generation(pretrained, config)
+    saved = tokenizer_of(pretrained, tokenizer, chat)
+    if chat:
+        named = generation.eos_token_id
+        before = named if isinstance(named, list) else [] if named is None else [named]
+        generation.eos_token_id = sorted({*before, *chat.ends})
+    generation.save_pretrained(folder)
+    saved.save_pretrained(folder)
     if pretrained:
-        from_folder("model.pretrained", AutoTokenizer, pretrained).save_pretrained(folder)
         (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(pretrained)))  # the original file, unchanged
-    else:
-        tokenizer().save_pretrained(folder)
     infilling.write(folder, sources)
+
+
+def tokenizer_of(
+    pretrained: str | None, tokenizer: Callable[[], PreTrainedTokenizerBase], chat: Chat | None
+) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of a pretrained model, or the result of `tokenizer`, with the chat template of `chat`."""
+    own = from_folder("model.pretrained", AutoTokenizer, pretrained) if pretrained else tokenizer()
+    if chat:
+        own.chat_template = chat.template
+    return own
 
 
 def _generation(pretrained: str | None, config: PreTrainedConfig) -> GenerationConfig:
@@ -60,21 +85,26 @@ PLAIN = "The"
 def of_held_out(job: Job, sources: list[Manifest], tokenizer: Tokenizer, end: int, count: int = 2) -> list[str]:
     """Chooses prompts from the held-out documents of a job's datasets, or from training documents if nothing is held out."""
     try:
-        samples = _samples(job, open_dataset(plan(job, sources)))
+        samples = some(job, sources)
     except (DataError, StorageError, OSError) as e:
         log.warning("can't read the datasets, so the prompt is %r: %s", PLAIN, e)
         return [PLAIN]
-    starts = [opening(tokenizer.decode(_beginning(tokens, end).tolist(), skip_special_tokens=True)) for tokens in samples]
+    starts = [
+        opening(tokenizer.decode(_beginning(tokens, end).tolist(), skip_special_tokens=True))
+        for tokens in cast("np.ndarray", samples)
+    ]
     return list(dict.fromkeys(filter(None, starts)))[:count] or [PLAIN]
 
 
-def _samples(job: Job, data: Dataset) -> np.ndarray:
-    """Reads some held-out samples, int32 [n, sequence length], and leaves out damaged samples."""
+def some(job: Job, sources: list[Manifest]) -> Content:
+    """Reads at most LOOKED_AT held-out samples, or training samples if nothing is held out. Leaves out damaged samples. Raises
+    DataError or StorageError if the datasets can't be read."""
+    data = open_dataset(plan(job, sources))
     taken = data.order.held_out(LOOKED_AT) if job.evaluate else None
     if taken is None or not len(taken):
         taken = data.order.locate(data.order.step(0).ravel()[:LOOKED_AT])
     gathered = data.gather(taken)
-    return np.delete(gathered.content, list(gathered.faults), axis=0)
+    return content.take(gathered.content, np.setdiff1d(np.arange(len(gathered.content)), list(gathered.faults)))
 
 
 def _beginning(tokens: np.ndarray, end: int) -> np.ndarray:

@@ -100,17 +100,29 @@ def evaluate(
 ) -> dict[str, torch.Tensor]:
     """Scores each sample: nats, predicted tokens, and their bytes. `token_bytes`: int64 [2, vocabulary], the bytes of a token
     inside a document and as a document's first token, on the batch's device. `tiled`: doesn't materialize all logits."""
-    goals = targets(batch)
-    if tiled:
-        with tiled_loss.each(model, goals):
-            losses = _outputs(model, batch).logits.view(goals.shape)
-    else:
-        logits, flat = _flat(_outputs(model, batch), batch)
-        losses = F.cross_entropy(logits.float(), flat, ignore_index=IGNORED, reduction="none").view(goals.shape)
+    goals, losses = targets(batch), _each(model, batch, tiled_loss.losses, tiled)
     predicted = goals != IGNORED
     first = batch["input_ids"] == end  # the target is a document's first token
     size = token_bytes[first.long(), goals.clamp(min=0)]
     return {"nats": losses.sum(1), "tokens": predicted.sum(1).float(), "bytes": (size * predicted).sum(1).float()}
+
+
+def accuracy(model: torch.nn.Module, batch: Batch, tiled: bool = False) -> dict[str, torch.Tensor]:
+    """Scores each sample: nats, predicted tokens, and `right`, the number of tokens that are the model's first choice. `tiled`:
+    doesn't materialize all logits."""
+    losses, right = _each(model, batch, tiled_loss.losses_and_hits, tiled).unbind(-1)
+    return {"nats": losses.sum(1), "tokens": (targets(batch) != IGNORED).sum(1).float(), "right": right.sum(1)}
+
+
+def _each(model: torch.nn.Module, batch: Batch, measure: tiled_loss.Measure, tiled: bool) -> torch.Tensor:
+    """Computes the values of each token, [batch, length, ...]."""
+    goals = targets(batch)
+    if tiled:
+        with tiled_loss.each(model, goals, measure):
+            values = _outputs(model, batch).logits
+    else:
+        values = measure(*_flat(_outputs(model, batch), batch))
+    return values.view(*goals.shape, *values.shape[1:])
 
 
 def _outputs(model: torch.nn.Module, batch: Batch) -> Outputs:

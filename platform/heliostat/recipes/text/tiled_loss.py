@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 KEY = "train.tiled_loss"
 TOLERANCE = 1e-3  # relative difference of the loss, and of the gradient in fp32
 Answer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [tokens, vocabulary], targets [tokens] -> [tokens, ...]
 
 
 def tile_rows(hidden: torch.Tensor, vocabulary: int) -> int:
@@ -35,27 +36,36 @@ def tile_rows(hidden: torch.Tensor, vocabulary: int) -> int:
 @contextmanager
 def summed(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
     """Opens a context in which the model's forward pass returns the sum of the tokens' losses instead of logits."""
-    with _answering(model, lambda hidden, weight, bias: TiledCrossEntropy.apply(hidden, weight, bias, targets)):
+    with answering(model, lambda hidden, weight, bias: TiledCrossEntropy.apply(hidden, weight, bias, targets)):
         yield
 
 
-@contextmanager
-def each(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
-    """Opens a context in which the model's forward pass returns each token's loss instead of the token's logits, without
-    gradients."""
+def losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Computes each token's loss in fp32, [tokens], from logits [tokens, vocabulary]."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
 
-    def losses(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+
+def losses_and_hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Computes each token's loss, and 1 if the target has the largest logit, else 0: fp32 [tokens, 2]."""
+    return torch.stack([losses(logits, targets), (logits.argmax(-1) == targets).float()], -1)
+
+
+@contextmanager
+def each(model: torch.nn.Module, targets: torch.Tensor, measure: Measure) -> Iterator[None]:
+    """Opens a context in which the model's forward pass returns the values of `measure` for each token instead of the token's
+    logits, without gradients."""
+
+    def measured(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = tile_rows(hidden, len(weight))
         tiles = zip(hidden.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True)
-        return torch.cat([F.cross_entropy(F.linear(tile, weight, bias).float(), goal, ignore_index=IGNORED, reduction="none")
-                          for tile, goal in tiles])  # fmt: skip
+        return torch.cat([measure(F.linear(tile, weight, bias), goal) for tile, goal in tiles])
 
-    with _answering(model, losses):
+    with answering(model, measured):
         yield
 
 
 @contextmanager
-def _answering(model: torch.nn.Module, answer: Answer) -> Iterator[None]:
+def answering(model: torch.nn.Module, answer: Answer) -> Iterator[None]:
     """Makes the last layer return the result of `answer`, a function of its input, weight, and bias. The call is inside the
     layer, where ZeRO-3 has gathered the weight and bias."""
     module: Any = getattr(model, "module", model)
@@ -75,8 +85,8 @@ class TiledCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
     ) -> torch.Tensor:
         rows, flat = tile_rows(hidden, len(weight)), hidden.flatten(0, -2)
-        of_hidden, of_bias = torch.empty_like(flat), None if bias is None else _sums(bias)
-        of_weight = _sums(weight) if ctx.needs_input_grad[1] else None  # not if an adapter is trained
+        of_hidden, of_bias = torch.empty_like(flat), None if bias is None else fp32_sums(bias)
+        of_weight = fp32_sums(weight) if ctx.needs_input_grad[1] else None  # not if an adapter is trained
         total = torch.zeros((), device=hidden.device)
         for tile, goal, out in zip(flat.split(rows), targets.flatten().split(rows), of_hidden.split(rows), strict=True):
             loss, gradient = cross_entropy(F.linear(tile, weight, bias), goal)
@@ -100,7 +110,7 @@ class TiledCrossEntropy(torch.autograd.Function):
         return of_hidden.mul_(by), of_weight, of_bias, None
 
 
-def _sums(parameter: torch.Tensor) -> torch.Tensor:
+def fp32_sums(parameter: torch.Tensor) -> torch.Tensor:
     return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
 
 

@@ -17,7 +17,10 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 
+from heliostat.data.infilling import FACT
+from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
+from heliostat.storage.hub import files
 
 STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pre-tokenizers"}
 
@@ -42,6 +45,24 @@ def load(definition: bytes, owner: str) -> Tokenizer:
         return Tokenizer.from_str(definition.decode())
     except Exception as e:  # the library raises bare Exception
         raise ConfigError(f"{owner}: the tokenizers library can't read tokenizer.json ({e}). Copy this file again") from e
+
+
+def require_same(folder: Path, source: Manifest, definition: bytes) -> None:
+    """Raises ConfigError if the same token has different text in a model's tokenizer and in a dataset's tokenizer. `definition`:
+    the dataset's tokenizer.json."""
+    its = of_folder(folder)
+    if its == definition:
+        return
+    field = f"model.pretrained: {files.shown(folder)!r}"
+    ids = [source.fact("end_of_document"), *source.meta.get(FACT, {}).get("markers", [])]
+    what = difference(load(definition, str(source.location)), load(its, field), ids)
+    if what:
+        raise ConfigError(
+            f"{field}: the model's tokenizer differs from the tokenizer of data.sources.0.path {str(source.location)!r} "
+            f"({what}). "
+            f"Prepare the dataset with the model's tokenizer: write `tokenizer: {{path: {files.shown(folder)}}}` in the "
+            "pipeline file"
+        )
 
 
 def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | None:

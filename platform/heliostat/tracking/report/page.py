@@ -13,11 +13,12 @@ from datetime import datetime
 from html import escape
 from typing import TYPE_CHECKING, TypedDict
 
+from heliostat.recipes.auditing import MaskAudit
 from heliostat.runs import goodput
 from heliostat.tracking import lineage, run_table
 from heliostat.tracking.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed
 from heliostat.tracking.mlflow_client import read_json
-from heliostat.tracking.report import galleries, svg
+from heliostat.tracking.report import conversations, galleries, svg
 from heliostat.tracking.report.frame import boxes, document, side_by_side, table
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
@@ -40,6 +41,8 @@ class PageFacts(TypedDict):
     goodput: goodput.GoodputReport | None
     samples: list[tuple[str, str]]  # prompt, text
     pictures: list[galleries.Series]
+    masks: MaskAudit | None
+    answers: list[conversations.StepAnswers]
 
 
 def gather(client: MlflowClient, run: Run) -> PageFacts:
@@ -54,6 +57,8 @@ def gather(client: MlflowClient, run: Run) -> PageFacts:
         "goodput": lineage.goodput_of(client, run),
         "samples": [(row[0], row[1]) for row in samples],
         "pictures": galleries.gather(client, run_id),
+        "masks": conversations.audit_of(client, run_id),
+        "answers": conversations.answers_of(client, run_id),
     }
 
 
@@ -89,6 +94,8 @@ def page(facts: PageFacts) -> str:
         spans = svg.timeline("starts of the workers", [_span(i, a) for i, a in enumerate(report["attempts"], 1)])
         parts.append(side_by_side([svg.waterfall(f"goodput {report['goodput']:.1%}", report["parts"], goodput.COLOURS), spans]))
     parts += _samples(facts["samples"], facts["pictures"])
+    parts += conversations.answer_section(facts["answers"])
+    parts += conversations.mask_section(facts["masks"])
     traced = lineage.lines({"model": None, "run": facts["node"]})
     tree = "".join(f"<div style='margin-left:{14 * depth}px'>{escape(text)}</div>" for depth, text in traced)
     parts += ["<h2>Lineage</h2>", f"<div class='tree'>{tree}</div>"]

@@ -75,16 +75,16 @@ def finalize(
     result = {"run_id": owner.run_id, **summary, "model_uri": model_uri, "checkpoint": str(last.location)}
     result["reference"] = {m.location.name: m.meta.get("unigram_entropy") for m in checked.manifests}
     result["goodput"] = goodput.summary(ledger.report())
-    result["unit"] = unit(job)
+    result["unit"] = unit(checked)
     result["samples"] = [{"prompt": p, "text": t} for p, t in samples]
     lease.fence.check()
     job.run_folder.join(paths.RESULT).write(json.dumps(result, indent=2).encode())
     return result
 
 
-def unit(job: Job) -> str:
+def unit(checked: Checked) -> str:
     """Returns the unit of rates: tokens or samples."""
-    return "tokens" if job.data.sequence_length else "samples"
+    return "tokens" if checked.sample_tokens else "samples"
 
 
 class WarmUp:

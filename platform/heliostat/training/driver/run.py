@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
+from heliostat.data.conversations import row_tokens
 from heliostat.data.dataset import make_order
 from heliostat.errors import AccessError, CorruptionError, HeliostatError, LeaseError, LimitError, StoppedError, StorageError
 from heliostat.runs import liveness, segments
@@ -116,7 +117,7 @@ class DrivenRun:
 
     def finalize(self, last: SavedCheckpoint) -> endings.Ending:
         """Finalizes from the last checkpoint, without training, if an earlier command didn't complete this work."""
-        summary = endings.read(self.job.run_folder, last, self.job)
+        summary = endings.read(self.job.run_folder, last, self.job, self.checked.sample_tokens)
         self._follow(states.AllDone())
         return self._with_mlflow_run(lambda: self._finalize(last, summary))
 
@@ -132,6 +133,7 @@ class DrivenRun:
     def _with_mlflow_run(self, work: Callable[[], endings.Ending]) -> endings.Ending:
         """Runs `work` while this process owns the MLflow run, and sets the correct final status even if `work` raises."""
         self.owner = RunOwner(self.job, self.checked.manifests, self.tags, self.plan.version)
+        self.owner.audit = self.checked.audit
         self.ledger.beat(force=True)  # from now on, the ledger shows that the run has a driver
         try:
             result = work()
@@ -170,7 +172,7 @@ class DrivenRun:
 
         workers = self.job.workers
         most = max(self.counts)
-        with ProgressReporter(console, self.job.name, self.course.start, self.job.last_step, unit(self.job)) as self.show:
+        with ProgressReporter(console, self.job.name, self.course.start, self.job.last_step, unit(self.checked)) as self.show:
             # data tasks need separate CPUs; on a small machine these are logical CPUs, and the tasks mostly wait
             connect(
                 cpus=max(os.cpu_count() or 1, round(most * workers.cpus) + 2),
@@ -375,7 +377,7 @@ class DrivenRun:
         taken = order.consumed(step)
         return {
             name if names.count(name) == 1 else f"{name}.{i}": {
-                "tokens": float(taken[i] * (self.job.data.sequence_length or 0)),
+                "tokens": float(taken[i] * (self.job.data.sequence_length or row_tokens(manifests[i]))),
                 "samples": float(taken[i]),
                 "epochs": float(taken[i] / order.epoch_samples[i]),
             }

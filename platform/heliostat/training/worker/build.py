@@ -113,7 +113,7 @@ class Worker:
         if start_step:
             context.phase("restore")
             state.restore(copies.source if copies else None)
-        hooks: list[Hook] = [self.profiler, LossWatch(context, dataset, state.settle)]
+        hooks: list[Hook] = [self.profiler, LossWatch(context, dataset, state.settle, stepper.untrained)]
         if job.train.sdc_check:
             where = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
             hooks.append(CorruptionCheck(context, engine, recipe, dataset, batches, where))

@@ -72,7 +72,8 @@ class Stepper:
         self.losses: list[torch.Tensor] = []
         self.added: list[torch.Tensor] = []
         self._norms: list[float] = []
-        self._unread: deque[tuple[int, LateRead]] = deque()  # norms, by step, that are being copied to the host
+        self._unread: deque[tuple[int, LateRead, LateRead | None]] = deque()  # see `_read_late`
+        self.untrained: set[int] = set()  # steps, counted from 0, without loss terms; known once their norms are read
         self._agreed = False
 
     @property
@@ -87,7 +88,8 @@ class Stepper:
     def read_norms(self, but: int = 0) -> list[tuple[int, float]]:
         """Waits for the unread norms, except for the last `but` steps. Returns (step, norm) pairs."""
         steps = [self._unread.popleft() for _ in range(len(self._unread) - but)]
-        norms = [(step, float(norm.values())) for step, norm in steps]
+        self.untrained |= {step for step, _, terms in steps if terms is not None and not float(terms.values())}
+        norms = [(step, float(norm.values())) for step, norm, _ in steps]
         self._norms += [norm for _, norm in norms]
         return norms
 
@@ -119,18 +121,23 @@ class Stepper:
             self.experts.add(share.routed)
             last = i + 1 == len(micros)
             if last and not engine.zero_optimization_stage():
-                self._unread.append((step, LateRead(deepspeed_engine.gradient_norm(engine, train.grad_clip))))
+                self._read_late(step, terms)
             with device_ranges.named("optimizer") if last else nullcontext():
                 engine.step()
         if self.average and engine.was_step_applied():
             self.average.update(step + 1)
         if engine.zero_optimization_stage():
-            self._unread.append((step, LateRead(deepspeed_engine.gradient_norm(engine, train.grad_clip))))
+            self._read_late(step, terms)
         with self.ledger("communicating"):
             self.experts.end_step()
         self.losses.append(self._counted(total / terms))
         if added is not None:
             self.added.append(self._counted(added))
+
+    def _read_late(self, step: int, terms: Terms) -> None:
+        """Begins to copy a step's gradient norm, and the number of loss terms if it differs between steps, to the host."""
+        norm = LateRead(deepspeed_engine.gradient_norm(self.engine, self.job.train.grad_clip))
+        self._unread.append((step, norm, LateRead(terms) if isinstance(terms, torch.Tensor) else None))
 
     def _terms(self, batches: StepBatches) -> Terms:
         """Counts the loss terms in the global batch."""

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from heliostat.cluster.peak_flops import peak_flops
+from heliostat.data.conversations import sample_tokens
 from heliostat.engine import sharded_state
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Steps
@@ -69,6 +70,7 @@ class StepReports:
         self._reported, self._since = context.start_step, time.perf_counter()
         self._waited = 0.0  # seconds waited for data, up to the last report
         self._steady_s = self._steady_wait = 0.0
+        self._sample_tokens = sample_tokens(unsealed.dataset.sources, context.plan)
         self._reported_peak = False  # whether the unknown peak of this GPU was reported
 
     def begin(self) -> None:
@@ -144,7 +146,7 @@ class StepReports:
         return self.skipped, scale
 
     def _per_second(self, steps: int, seconds: float) -> float:
-        return steps * self.job.train.global_batch_size * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
+        return steps * self.job.train.global_batch_size * (self._sample_tokens or 1) / seconds if seconds else 0.0
 
     def _mfu(self, steps: int, seconds: float) -> float | None:
         device = self.engine.device

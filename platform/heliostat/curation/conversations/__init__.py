@@ -1,0 +1,4 @@
+"""Makes datasets of conversations: reads their shapes, renders them with a chat template, and packs their tokens.
+
+Start at `pipeline`.
+"""

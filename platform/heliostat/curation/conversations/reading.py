@@ -1,0 +1,236 @@
+"""Reads records as conversations and preferences in a Ray task, renders them, and fits them into the maximum length."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import xxhash
+
+from heliostat.curation import readers
+from heliostat.curation.conversations import packing, rendering, shapes
+from heliostat.curation.conversations.messages import Conversation, FaultError
+from heliostat.curation.conversations.rendering import Dialect, Rendered, Renderer
+from heliostat.curation.pairs import extracting
+from heliostat.curation.pairs import reading as pairs
+from heliostat.curation.pieces import FilePart
+from heliostat.curation.stage import Document, Dropped
+from heliostat.curation.text.documents import TextRules
+from heliostat.curation.text.tasks import TextSource
+from heliostat.errors import ConfigError
+from heliostat.storage.locations import Location
+
+TooLong = Literal["drop", "cut", "split"]
+SOURCE, PROMPT, TEXT, ROWS, COUNTS = "record", "prompt", "digest", "rows", "counts"  # columns of a document
+Record = Conversation | shapes.Preference
+REASONS = {
+    **{reason: pairs.REASONS[reason] for reason in ("unparsed", "no_pairs")},
+    "no_shape": "a record without the columns of a shape",
+    "several_shapes": "a record with the columns of several shapes; set `shape`",
+    "invalid_messages": "messages that aren't a list of mappings with a role and a text",
+    "unknown_role": "a role that isn't system, developer, user, assistant, or tool",
+    "empty_turn": "a message without text and calls",
+    "no_answer": "no message of the assistant",
+    "no_prompt": "a preference without a prompt",
+    "several_turns": "answers that aren't one message of the assistant each",
+    "same_answers": "a preference whose answers are equal",
+    "invalid_tool_call": "a call without a function's name, or with arguments that aren't a JSON mapping",
+    "special_token": "a text that contains a special token of the tokenizer",
+    "template": "messages that the chat template rejects",
+    "rewritten": "a template that changes earlier turns, so that answers don't follow their prompts; try `turns: last`",
+    "unrendered": "a message, a call, or tools that the chat template leaves out",
+    "untrained": "no token to train after the template",
+    "too_long": "more than sequence_length tokens",
+}
+
+
+@dataclass(frozen=True)
+class StoredDialect:
+    """Locates the parts of a dialect: the tokenizer's file in the dataset's folder, the template, and special tokens."""
+
+    output: str
+    tokenizer: str
+    template: str
+    special: tuple[tuple[str, str], ...]
+    end_of_document: str
+
+
+@lru_cache(maxsize=2)
+def _dialect(stored: StoredDialect) -> Dialect:
+    definition = Location(stored.output).join(stored.tokenizer).read().decode()
+    return Dialect(definition, stored.template, dict(stored.special), stored.end_of_document)
+
+
+@dataclass(frozen=True)
+class RecordRules(TextRules):
+    """Converts records to documents: a document's text is the plain conversation, and its column SOURCE is the record."""
+
+    by_row: ClassVar[bool] = True
+
+    shape: str = "auto"
+    names: tuple[tuple[str, str], ...] = ()  # (column of a shape, its name in the input)
+
+    def lacks(self, names: Collection[str]) -> str:
+        if why := shapes.missing(self._renamed(names), self.shape, shapes.PAIRS if self.shape in shapes.PAIRS else shapes.NEEDS):
+            raise ConfigError(f"input: a file {why}. Set `columns`, or exclude the file")
+        return ""
+
+    def document(self, id: str, values: dict[str, Any]) -> Document | Dropped:
+        if len(json.dumps(values, default=str)) > self.max_document_bytes:
+            return Dropped(id, "too_large", f"more than {self.max_document_bytes:,} bytes")
+        try:
+            record = self.parsed({name: values[column] for name, column in self._renamed(values).items()})
+        except FaultError as e:
+            return Dropped(id, e.reason, e.detail)
+        return Document(id, record.text, {SOURCE: record})
+
+    def _renamed(self, columns: Collection[str]) -> dict[str, str]:
+        """Returns the input's column for each name in the shapes."""
+        renamed = {name: column for name, column in self.names if column in columns}
+        return {column: column for column in columns if column not in renamed.values()} | renamed
+
+    def parsed(self, values: dict[str, Any]) -> Record:
+        values = {name: None if value == "" and name != "input" else value for name, value in values.items()}  # CSV has no null
+        return shapes.preference(values) if self.shape in shapes.PAIRS else shapes.conversation(values, self.shape)
+
+
+@dataclass(frozen=True)
+class ConversationSource(TextSource):
+    """Reads the conversations of an input. Each conversation is a document; its columns have its tokens (`ROWS`)."""
+
+    by_text: ClassVar[bool] = False
+
+    rules: RecordRules
+    stored: StoredDialect
+    turns: rendering.Turns
+    end_of_turn: bool
+    sequence_length: int
+    too_long: TooLong
+
+    @property
+    def renderer(self) -> Renderer:
+        return _renderer(self.stored, self.turns, self.end_of_turn)
+
+    def read(self, part: FilePart) -> Iterator[Document | Dropped]:
+        for item in super().read(part):
+            if isinstance(item, Dropped):
+                yield item
+            elif SOURCE in item.columns:
+                yield self._document(item.id, item.columns[SOURCE])
+            else:
+                yield from self._functions(item)
+
+    def _functions(self, item: Document) -> Iterator[Document | Dropped]:
+        """Yields conversations from the docstrings of a Python file. Drops other files of text."""
+        name = item.id.partition("#")[0].lower()
+        if not isinstance(item.text, str) or readers.suffix_of(name) != ".py" or self.rules.shape in shapes.PAIRS:
+            yield Dropped(item.id, "no_shape", "a text")
+            return
+        try:
+            functions = list(extracting.docstrings(item.text))
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
+            yield Dropped(item.id, "unparsed", f"{type(e).__name__}: {e}"[:200])
+            return
+        if not functions:
+            yield Dropped(item.id, "no_pairs")
+        for pair in functions:
+            yield self._document(f"{item.id}#{pair.line}", shapes.function(pair.query, pair.text))
+
+    def _document(self, id: str, record: Record) -> Document | Dropped:
+        first = record if isinstance(record, Conversation) else record.with_answer(None)
+        try:
+            return Document(id, record.text, {PROMPT: first.prompt, TEXT: _digest(record.text), **self.rendered(record)})
+        except FaultError as e:
+            return Dropped(id, e.reason, e.detail)
+
+    def finish(self, document: Document) -> Document | Dropped:
+        assert isinstance(document.text, str)
+        if document.columns[TEXT] != _digest(document.text):
+            raise ConfigError("stages: a stage has changed a text, but conversations keep their tokens. Remove this stage")
+        return document
+
+    def rendered(self, record: Record) -> dict[str, Any]:
+        """Renders a record. Returns the columns ROWS and COUNTS. FaultError if the record must be dropped."""
+        if isinstance(record, shapes.Preference):
+            return self._answers(record)
+        rows, counts = self._fitted(record)
+        counts.update(
+            trailing=record.trailing,
+            conversations=len(rows),
+            tokens=sum(len(row.tokens) for row in rows),
+            trained=sum(int(row.trained.sum()) for row in rows),
+            turns=sum(len(row.turns) for row in rows),
+            trained_ends=sum(turn.ended for row in rows for turn in row.turns),
+            retokenized=sum(row.retokenized for row in rows),
+            ended=0 if self.renderer.end else len(rows),
+        )
+        return {ROWS: [[_packed(row.tokens), _packed(np.packbits(row.trained))] for row in rows], COUNTS: dict(counts)}
+
+    def _answers(self, preference: shapes.Preference) -> dict[str, Any]:
+        answers = self.renderer.preference(preference)
+        longest = len(answers.prompt) + max(len(answers.chosen), len(answers.rejected))
+        if longest > self.sequence_length:
+            raise FaultError("too_long", f"{longest:,} tokens")
+        trained = len(answers.chosen) + len(answers.rejected)
+        counts = {"conversations": 1, "tokens": len(answers.prompt) + trained, "trained": trained, "turns": 2, "trained_ends": 2,
+                  "ended": 0 if self.renderer.end else 1}  # fmt: skip
+        return {ROWS: [[_packed(one) for one in answers]], COUNTS: counts}
+
+    def _fitted(self, conversation: Conversation) -> tuple[list[Rendered], Counter[str]]:
+        """Renders a conversation as one row or, if it is too long, as `too_long` says."""
+        row = self.renderer.conversation(conversation)
+        if len(row.tokens) <= self.sequence_length:
+            return [row], Counter()
+        if self.too_long == "split":
+            return self._split(conversation), Counter(split=1)
+        if self.too_long == "cut" and (kept := packing.cut(row.trained, self.sequence_length)):
+            return [row.cut(kept)], Counter(cut=1)
+        raise FaultError("too_long", f"{len(row.tokens):,} tokens")
+
+    def _split(self, conversation: Conversation) -> list[Rendered]:
+        """Splits a conversation before messages of the user. Each part has the system prompt, and as many exchanges as fit."""
+        head, exchanges = conversation.exchanges()
+        rows, waiting = list[Rendered](), list[list[dict[str, Any]]]()
+        last: Rendered | None = None
+        for exchange in exchanges:
+            both = self._part(conversation, head, [*waiting, exchange])
+            if len(both.tokens) > self.sequence_length and last is not None:
+                rows.append(last)
+                waiting, both = [], self._part(conversation, head, [exchange])
+            if len(both.tokens) > self.sequence_length:
+                raise FaultError("too_long", f"{len(both.tokens):,} tokens in one exchange")
+            waiting, last = [*waiting, exchange], both
+        return [*rows, *([last] if last else [])]
+
+    def _part(self, conversation: Conversation, head: list[Any], exchanges: list[list[Any]]) -> Rendered:
+        messages = [*head, *(message for exchange in exchanges for message in exchange)]
+        return self.renderer.conversation(Conversation(messages, conversation.tools))
+
+
+@lru_cache(maxsize=4)
+def _renderer(stored: StoredDialect, turns: rendering.Turns, end_of_turn: bool) -> Renderer:
+    return Renderer(_dialect(stored), turns, end_of_turn)
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _packed(values: np.ndarray) -> str:
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def unpacked_tokens(text: str) -> np.ndarray:
+    """Returns the tokens of a column ROWS, int32."""
+    return np.frombuffer(base64.b64decode(text), np.int32)
+
+
+def unpacked_mask(text: str, count: int) -> np.ndarray:
+    """Returns the mask of `count` tokens of a column ROWS, bool."""
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), np.uint8), count=count).astype(bool)

@@ -1,0 +1,160 @@
+"""Converts records of the usual shapes to conversations and to preferences. All functions are pure.
+
+messages      {"messages": [{"role": "user", "content": ...}, ...], "tools": [...]}
+completion    {"prompt": ..., "completion": ...}, both strings or both lists of messages
+alpaca        {"instruction": ..., "input": ..., "output": ...}
+sharegpt      {"conversations": [{"from": "human", "value": ...}, ...]}
+pairs         {"prompt": ..., "chosen": ..., "rejected": ...}, strings or lists of messages
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from heliostat.curation.conversations import messages
+from heliostat.curation.conversations.messages import Conversation, FaultError, Message
+
+VERSION = 1  # increase it when the same records give different conversations
+Shape = Literal["auto", "messages", "completion", "alpaca", "sharegpt"]
+NEEDS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+}
+PAIRS = {"pairs": ("chosen", "rejected")}
+COLUMNS = {*(name for names in (NEEDS | PAIRS).values() for name in names), "input", "prompt", "system", "tools"}
+# roles of ShareGPT, by the names that its sets use
+SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Holds a prompt with two answers, each one message of the assistant."""
+
+    prompt: list[Message]
+    chosen: Message
+    rejected: Message
+    tools: list[dict[str, Any]] | None = None
+
+    @property
+    def text(self) -> str:
+        """Returns roles and contents as plain text, for the comparison of documents."""
+        answers = (Conversation([one]).text.partition(": ")[2] for one in (self.chosen, self.rejected))
+        return "\n\n".join([self.with_answer(None).text, *map(": ".join, zip(("chosen", "rejected"), answers, strict=True))])
+
+    def with_answer(self, answer: Message | None) -> Conversation:
+        return Conversation([*self.prompt, *([answer] if answer else [])], self.tools)
+
+
+def missing(names: Collection[str], shape: str, shapes: Mapping[str, tuple[str, ...]] = NEEDS) -> str:
+    """Explains which columns a table lacks for the shape; "" if it has the columns of a shape."""
+    wanted = shapes if shape == "auto" else {shape: shapes[shape]}
+    if any(set(columns) <= set(names) for columns in wanted.values()):
+        return ""
+    return f"needs the columns {' or '.join(' and '.join(columns) for columns in wanted.values())}, and has {', '.join(names)}"
+
+
+def function(question: str, answer: str) -> Conversation:
+    """Makes a conversation of the first sentence of a function's docstring, and the function without the docstring."""
+    prompt, code = f"Write a Python function. Its docstring: {question}", f"```python\n{textwrap.dedent(answer).rstrip()}\n```"
+    return Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": code}])
+
+
+def shape_of(record: Mapping[str, Any]) -> str:
+    """Returns the only shape whose columns the record has. FaultError if the record has those of none, or of several."""
+    shapes = [name for name, columns in NEEDS.items() if all(record.get(column) is not None for column in columns)]
+    if len(shapes) != 1:
+        reason, which = ("several_shapes", " and ".join(shapes)) if shapes else ("no_shape", ", ".join(sorted(record))[:200])
+        raise FaultError(reason, which)
+    return shapes[0]
+
+
+def conversation(record: Mapping[str, Any], shape: str) -> Conversation:
+    """Converts a record to a conversation that ends with a turn of the assistant. FaultError if this isn't possible.
+
+    `shape`: a key of NEEDS, or "auto".
+    """
+    name = shape_of(record) if shape == "auto" else shape
+    if absent := [column for column in NEEDS[name] if record.get(column) is None]:
+        raise FaultError("no_shape", f"without {', '.join(absent)}")
+    turns = {"messages": _messages, "completion": _completion, "alpaca": _alpaca, "sharegpt": _sharegpt}[name](record)
+    answers = [number for number, message in enumerate(turns) if message["role"] == "assistant"]
+    if not answers:
+        raise FaultError("no_answer")
+    end = answers[-1] + 1
+    return Conversation(turns[:end], messages.tools_of(record.get("tools")), len(turns) - end)
+
+
+def _messages(record: Mapping[str, Any]) -> list[Message]:
+    return messages.parse(record["messages"])
+
+
+def _system(record: Mapping[str, Any]) -> list[Message]:
+    text = record.get("system")
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
+
+
+def _completion(record: Mapping[str, Any]) -> list[Message]:
+    return [*_system(record), *_turns(record["prompt"], "user", "prompt"),
+            *_turns(record["completion"], "assistant", "completion")]  # fmt: skip
+
+
+def _turns(value: object, role: str, name: str) -> list[Message]:
+    """Returns messages that are given as a list, as the JSON of a list, or as the text of one turn."""
+    if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[{")):
+        try:
+            return messages.parse(value, name)
+        except FaultError:
+            if isinstance(value, list):
+                raise
+    if not isinstance(value, str):
+        raise FaultError("invalid_messages", f"{name}: neither text nor a list of messages")
+    return messages.parse([{"role": role, "content": value}], name)
+
+
+def _alpaca(record: Mapping[str, Any]) -> list[Message]:
+    texts = [record["instruction"], record.get("input") or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise FaultError("invalid_messages", "instruction or input: not a string")
+    prompt = "\n\n".join(text for text in texts if text.strip())
+    return [*_system(record), *_turns(prompt, "user", "instruction"), *_turns(record["output"], "assistant", "output")]
+
+
+def _sharegpt(record: Mapping[str, Any]) -> list[Message]:
+    turns = list[Any]()
+    for number, raw in enumerate(messages.listed(record["conversations"], "conversations")):
+        speaker = raw.get("from", raw.get("role"))
+        if speaker not in SPEAKERS:
+            raise FaultError("unknown_role", f"conversations.{number}: {str(speaker)[:40]!r}")
+        turns.append({"role": SPEAKERS[speaker], "content": raw.get("value", raw.get("content", ""))})
+    return [*_system(record), *messages.parse(turns, "conversations")]
+
+
+def preference(record: Mapping[str, Any]) -> Preference:
+    """Converts a record to a preference. If the record has no `prompt`, the prompt is the common beginning of both
+    conversations. FaultError if this isn't possible."""
+    if absent := [column for column in PAIRS["pairs"] if record.get(column) is None]:
+        raise FaultError("no_shape", f"without {', '.join(absent)}")
+    tools, question = messages.tools_of(record.get("tools")), record.get("prompt")
+    prompt = [*_system(record), *(_turns(question, "user", "prompt") if question is not None else [])]
+    chosen, rejected = (_turns(record[name], "assistant", name) for name in PAIRS["pairs"])
+    if chosen == rejected:
+        raise FaultError("same_answers")
+    shared = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+    begin = chosen[:shared]
+    prompt = begin if prompt and begin[: len(prompt)] == prompt else [*prompt, *begin]  # some sets repeat the prompt
+    answers = [chosen[shared:], rejected[shared:]]
+    if any(len(one) != 1 or one[0]["role"] != "assistant" for one in answers):
+        raise FaultError("several_turns", "the conversations differ in more than the last turn of the assistant")
+    if not prompt:
+        raise FaultError("no_prompt")
+    return Preference(prompt, answers[0][0], answers[1][0], tools)

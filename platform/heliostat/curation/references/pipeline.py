@@ -1,0 +1,173 @@
+"""Adds the log-probabilities of a reference model to a dataset of preferences, on Ray. Run: `heliostat data prepare
+pipelines/references.yaml`.
+
+Training then needs neither the reference's memory nor its forward passes. The rows, their order, and their hold-out positions
+stay the same. The dataset follows from the input's digest, the model's digest, and the precision. The last bits of a
+log-probability also depend on the machine and the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pyarrow as pa
+from pydantic import Field, PrivateAttr
+from tokenizers import Tokenizer
+
+from heliostat.curation import scoring
+from heliostat.curation.prepare import InputFile, Pipeline, place
+from heliostat.curation.references import computing
+from heliostat.curation.references.computing import ReferenceModel, SourceShard
+from heliostat.curation.watching import PipelineWatch
+from heliostat.data import manifest, versions
+from heliostat.data.conversations import FACT, Reference
+from heliostat.data.manifest import FILES, SHARDS, Manifest
+from heliostat.data.row_groups import ShardCollector
+from heliostat.errors import ConfigError
+from heliostat.recipes.folder_digests import weights_digest
+from heliostat.schema import Float
+from heliostat.storage.locations import Location
+from heliostat.tasks import libraries, shipping
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.progress import Progress
+from heliostat.tasks.work import Work, key
+
+OF_INPUT = ("digest", "name", "config", "listing", "hub", "files", "also", "curation")  # metadata that a new dataset doesn't have
+DERIVED = "derived_from"  # key of the input's digest in the metadata
+
+
+class ReferencePipeline(Pipeline):
+    """Defines the keys of a pipeline's YAML for the log-probabilities of a reference. `input` is a dataset of preferences."""
+
+    beside = frozenset({"batch_tokens", "workers", "gpus"})
+    ray_data: ClassVar[bool] = False
+
+    input: str = Field(min_length=1)
+    """Dataset of preferences: a folder, or an `s3://` prefix."""
+    model: str = Field(min_length=1)
+    """Reference model, from which the training starts: a folder, or `ORG/NAME` of the Hugging Face Hub (docs/guides/hub.md)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the model. Use the precision of the training."""
+    batch_tokens: int = Field(4096, gt=0)
+    """Maximum tokens of a batch, with padding. A longer pair is a batch of its own."""
+    workers: int = Field(1, gt=0)
+    """Number of actors, each of which loads the model."""
+    gpus: Float = Field(0.0, ge=0)
+    """GPUs per actor; 0 computes on CPUs."""
+
+    _watch: PipelineWatch | None = PrivateAttr(default=None)
+
+    @cached_property
+    def dataset(self) -> Manifest:
+        """Reads the input's manifest. Raises ConfigError if the input isn't a dataset of preferences without a reference."""
+        dataset = manifest.read(place(self.input, "input"))
+        facts = dataset.meta.get(FACT)
+        if facts is None or facts["form"] != "preferences":
+            contents = f"a dataset of {facts['form']}" if facts else "no dataset of conversations"
+            raise ConfigError(
+                f"input: {self.input!r} contains {contents}. Prepare a dataset with heliostat.pipelines:PreferencePipeline"
+            )
+        if facts["reference"]:
+            raise ConfigError(f"input: {self.input!r} has a reference already. Set this key to the dataset without a reference")
+        return dataset
+
+    def check(self) -> None:
+        config, longest = scoring.describe(self.model), self.dataset.meta[FACT]["sequence_length"]
+        most = config.get("max_position_embeddings")
+        if isinstance(most, int) and 0 < most < longest:
+            raise ConfigError(
+                f"model: {self.model!r} has {most} positions, but the rows of {self.input!r} have up to {longest} tokens. "
+                f"Prepare the preferences with sequence_length: {most}"
+            )
+        self._check_tokenizer()
+        if place(self.output, "output").path == place(self.input, "input").path:
+            raise ConfigError(f"output: {self.output!r} is also the input. Set output to another folder")
+
+    def _check_tokenizer(self) -> None:
+        """Raises ConfigError if the model's tokenizer differs from the dataset's."""
+        from heliostat.recipes import tokenizing
+        from heliostat.recipes.text import vocabulary
+
+        own = Tokenizer.from_str(tokenizing.definition([self.dataset]).decode())
+        its = vocabulary.load(vocabulary.of_folder(Path(self.model)), f"model: {self.model!r}")
+        if what := vocabulary.difference(own, its, [self.dataset.fact("end_of_document")]):
+            raise ConfigError(
+                f"model: {self.model!r}: the model's tokenizer differs from the tokenizer of {self.input!r} ({what}). Prepare "
+                "the preferences with this model"
+            )
+
+    def inputs(self) -> list[InputFile]:
+        return [InputFile(path, size, 0) for path, size in sorted(self.dataset.sizes.items())]
+
+    @cached_property
+    def reference(self) -> Reference:
+        return {"digest": weights_digest(Path(self.model)), "precision": self.precision}
+
+    def identity(self) -> dict[str, Any]:
+        return super().identity() | {"model": self.reference["digest"], "input": self.dataset.digest}
+
+    def write(self, output: Location, inputs: list[InputFile]) -> tuple[pa.Table, dict[str, Any]]:
+        facts, collected = self.dataset.meta, ShardCollector()
+        with self.flow() as flow:
+            for record in self._written(flow, output, inputs):
+                for shard in record["shards"]:
+                    collected.add(shard)
+        kept = {name: value for name, value in facts.items() if name not in OF_INPUT}
+        copied = {name: self._copied(name, output) for name in facts.get(FILES, {}) or ("tokenizer.json", "chat_template.jinja")}
+        referenced = {FACT: {**facts[FACT], "reference": self.reference}, FILES: copied, DERIVED: self.dataset.digest}
+        return collected.table(), kept | referenced
+
+    def _written(self, flow: Flow, output: Location, inputs: list[InputFile]) -> list[dict[str, Any]]:
+        """Runs the tasks. Returns the records of the shards."""
+        chunks = self.dataset.chunks.select(["path", "footer"]).to_pylist()
+        footers = {one["path"]: one["footer"] for one in chunks}
+        shards = [SourceShard(self.dataset.location.uri, file.path, footers[file.path]) for file in inputs]
+        model = ReferenceModel(
+            shipping.describe("model", self.model), self.precision, self.gpus > 0, self.dataset.meta[FACT]["sequence_length"],
+            self.batch_tokens,
+        )  # fmt: skip
+        uses = libraries.versions(libraries.MODELS)
+        of_model = [self.reference, self.batch_tokens, self.gpus > 0, uses]
+        tasks = (
+            Task(key("reference", shard.footer, of_model), {"shard": shard, "model": model}, bytes=file.bytes)
+            for shard, file in zip(shards, inputs, strict=True)
+        )
+        values = flow.taken("reference", computing.compute, tasks, lambda record: record["values"],
+                            actors=self.workers, gpus=self.gpus)  # fmt: skip
+        present = dict(output.files())
+
+        def whole(record: dict[str, Any]) -> bool:
+            return all(present.get(shard["path"]) == shard["file_bytes"] for shard in record["shards"])
+
+        def writing() -> Iterator[Task]:
+            for number, (shard, name, file) in enumerate(zip(shards, values, inputs, strict=True)):
+                arguments = {"shard": shard, "values": name, "prefix": f"{SHARDS}/{number:05d}/", "output": output.uri}
+                yield Task(key("referenced", shard.footer, name, number), arguments, bytes=file.bytes)
+
+        return flow.all("shards", computing.write_shard, writing(), valid=whole)
+
+    def _copied(self, name: str, output: Location) -> str:
+        """Copies a file of the input to the output. Returns its path."""
+        stem, _, suffix = name.rpartition(".")
+        return versions.store(output, f"{FILES}/{stem}-", self.dataset.file(name).read(), f".{suffix}")
+
+    # running -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def worked(self) -> Work:
+        return Work(place(self.output, "output").ending(".work"))
+
+    def flow(self) -> Flow:
+        return Flow(self.worked, self.labels, progress=Progress(self._watch.show) if self._watch else Progress())
+
+    def watched(self, watch: PipelineWatch) -> None:
+        self._watch = watch
+
+    def begin_anew(self) -> None:
+        self.worked.clear()
+
+    def finish(self, dataset: Manifest) -> None:
+        self.worked.clear()

@@ -1,0 +1,59 @@
+"""Defines the audit of loss masks: what a recipe finds in its datasets before the first step, as plain data."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from typing_extensions import TypedDict
+
+
+class SourceAudit(TypedDict):
+    """Describes the loss mask of a source.
+
+    - `name`, `path`, `template`: the dataset's name, its folder, and the digest of its chat template
+    - `conversations`, `rows`, `tokens`, `trained`, `trained_share`, `fill`: of the complete dataset. `fill`: the share of the
+      packs' tokens that aren't padding
+    - `sampled_rows`, `untrained_rows`, `sampled_turns`, `trained_ends`: of the rows that the audit read. `sampled_turns`: trained
+      turns; `trained_ends`: those whose end is trained. `unreadable`: damaged row groups, which the audit left out
+    """
+
+    name: str
+    path: str
+    template: str
+    conversations: int
+    rows: int
+    tokens: int
+    trained: int
+    trained_share: float
+    fill: float
+    sampled_rows: int
+    untrained_rows: int
+    sampled_turns: int
+    trained_ends: int
+    unreadable: int
+
+
+class MarkedText(TypedDict):
+    """Contains a part of a conversation. `trained`: whether the model learns to write this text."""
+
+    text: str
+    trained: bool
+
+
+class MaskAudit(TypedDict):
+    """Contains the audit of each source, some conversations with their loss masks, and warnings, one line each."""
+
+    sources: list[SourceAudit]
+    examples: list[list[MarkedText]]
+    warnings: list[str]
+
+
+class Audits(ABC):
+    """Audits its loss mask before the first step."""
+
+    @abstractmethod
+    def audit(self) -> MaskAudit:
+        """Reads some rows of the bound datasets, and compares them with the datasets' facts. Runs on the driver.
+
+        Raises ConfigError if too many rows have nothing to train, or if the rows contradict the facts.
+        """

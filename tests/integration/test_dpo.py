@@ -1,0 +1,123 @@
+"""Tests training with DPO on ranks without Ray: every ZeRO stage, worker count, and micro-batch size trains like a plain loop
+over single sequences, with the dataset's reference and with the adapter off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from heliostat.config.spec import Job
+from heliostat.numerics import play
+from heliostat.recipes.folder_digests import weights_digest
+
+from tests.integration import layouts, ranks
+from tests.unit import build_conversations
+from tests.unit.test_dpo import plain_losses, referenced, write_base
+
+
+@dataclass(frozen=True)
+class Case:
+    stage: int
+    workers: int
+    micro: int = 1
+    adapter: bool = False  # and the reference is the base
+    loss: str = "sigmoid"
+    thrifty: bool = False  # tiled loss, and checkpointed activations
+
+    def __str__(self) -> str:
+        more = "-adapter" * self.adapter + f"-{self.loss}" * (self.loss != "sigmoid") + "-thrifty" * self.thrifty
+        return f"zero{self.stage}-{self.workers}-{self.micro}{more}"
+
+
+CASES = [
+    Case(0, 1, 2), Case(1, 2), Case(2, 2, 2), Case(3, 2, thrifty=True), Case(3, 1, 2, loss="ipo"),
+    Case(0, 1, adapter=True), Case(3, 2, 2, adapter=True), Case(3, 2, adapter=True, thrifty=True),
+    Case(2, 2, adapter=True, thrifty=True, loss="ipo"), Case(1, 1, 2, adapter=True),
+]  # fmt: skip
+
+
+def _job(case: Case, folder: Path) -> Job:
+    settings = {"loss": case.loss, "beta": 0.2, "label_smoothing": 0.0 if case.loss == "ipo" else 0.1}
+    model: dict[str, Any] = {"pretrained": str(folder / "model"), "dpo": settings, "samples": None}
+    changes = {"recipe": "heliostat.recipes:DPO", "data.sequence_length": None, "workers.count": case.workers}
+    changes |= {"train.zero.stage": case.stage, "train.deepspeed": layouts.SMALL_STAYS_DIVIDED}
+    changes |= {"data.sources": [{"path": str(folder / ("preferences" if case.adapter else "referenced"))}]}
+    if case.adapter:
+        changes |= {"model": {**model, "adapter": {"rank": 2}}}
+    else:
+        changes |= {"model": model}
+    if case.thrifty:
+        changes |= {"train.tiled_loss": True, "train.activation_checkpointing": True}
+    return layouts.described(case, folder, **{**changes, "train.micro_batch_size": case.micro})
+
+
+GRID = layouts.Grid(CASES, _job, {}, lambda case: case)
+
+
+def gradients(group: Any, everyone: Any, place: str) -> Iterator[dict[str, Any]]:
+    """Yields the differences of each case's losses and gradients in two steps from those of a plain loop in fp64."""
+    folder = Path(place)
+    for case in (case for case in CASES if case.workers == torch.distributed.get_world_size()):
+        made = _job(case, folder)
+        with layouts._alone(GRID, case, folder) as one:
+            computed: list[dict[str, torch.Tensor]] = []
+            backward = one.engine.backward
+
+            def kept(*given: Any, one: Any = one, backward: Any = backward, computed: Any = computed, **named: Any) -> Any:
+                result = backward(*given, **named)
+                if one.engine.is_gradient_accumulation_boundary():
+                    computed.append(play.gradients(one.engine))
+                return result
+
+            one.engine.backward = kept
+            for step in range(2):
+                weights = play.masters(one.engine)
+                (loss,) = one.losses(step, step + 1)
+                content = one.dataset.read(one.dataset.order.locate(one.dataset.order.step(step).ravel()))
+                yield {"case": str(case), "step": step, **_compared(made, one.recipe, content, weights, loss, computed[step])}
+
+
+def _compared(
+    made: Job, recipe: Any, content: Any, weights: dict[str, torch.Tensor], loss: float, mine: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    model, base = (recipe.build().double() for _ in range(2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(weights[name].view(parameter.shape))
+    rows = content.to_pylist()
+    if recipe.from_dataset:
+        references = np.array([[row["reference_chosen"], row["reference_rejected"]] for row in rows])
+    else:  # a new adapter changes nothing
+        references = np.array([[_logprob(base, row, side) for side in ("chosen", "rejected")] for row in rows])
+    settings = recipe.settings
+    right = plain_losses(model, rows, references, settings.loss, settings.beta, settings.label_smoothing) / len(rows)
+    right.backward()
+    differences = [
+        float((mine[name] - p.grad).abs().max() / p.grad.abs().max().clamp(min=1e-9))
+        for name, p in model.named_parameters() if p.grad is not None
+    ]  # fmt: skip
+    return {"loss": abs(loss - float(right)) / float(right), "worst": max(differences), "compared": len(differences)}
+
+
+@torch.no_grad()
+def _logprob(model: torch.nn.Module, row: dict[str, Any], side: str) -> float:
+    from tests.unit.test_dpo import plain_logprob
+
+    return float(plain_logprob(model, row["prompt"], row[side]))
+
+
+@pytest.mark.ci
+def test_losses_and_gradients_equal_those_of_a_plain_loop_over_single_sequences(tmp_path: Path) -> None:
+    """In two steps, at ZeRO stages 0 to 3, on one and two workers, with one or two pairs per micro-batch."""
+    write_base(tmp_path)
+    data = build_conversations.preferences(tmp_path / "preferences", 48)
+    referenced(data, tmp_path / "referenced", weights_digest(tmp_path / "model"))
+    rows = ranks.run(f"{__name__}:gradients", (1, 2), str(tmp_path))
+    assert len(rows) == sum(2 * case.workers for case in CASES)
+    assert [row for row in rows if not (row["loss"] < 1e-5 and row["worst"] < 1e-4 and row["compared"])] == []
