@@ -52,7 +52,7 @@ def built(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     read, load = Stored.read, diffusers.ModelMixin.from_pretrained.__func__
     Stored.read = lambda self: reads.append(1) or read(self)
     diffusers.ModelMixin.from_pretrained = classmethod(lambda cls, *a, **k: loads.append(cls.__name__) or load(cls, *a, **k))
-    logging.getLogger("heliostat.recipes.images.config").addFilter(lambda record: said.append(record.getMessage()) or False)
+    logging.getLogger("heliostat.engine.partitioned_weights").addFilter(lambda record: said.append(record.getMessage()) or False)
     for case, precision in CASES:
         made, recipe = _bound(case, precision, Path(folder))
         for counts in (reads, loads, said):
@@ -114,7 +114,7 @@ def test_workers_begin_with_the_weights_in_the_folder(case: tuple[str, str], tol
         streams = case[0] != "unreadable"
         assert row["loads"] == ([] if streams else ["UNet2DConditionModel"])
         assert row["reads"] == (row["tensors"] if streams and rank == 0 else 0), "only the first worker reads weights"
-        assert bool(row["said"]) != streams and all("can't load them tensor by tensor" in line for line in row["said"])
+        assert bool(row["said"]) != streams and all("can't read them one by one" in line for line in row["said"])
 
 
 def test_no_worker_has_the_complete_model(told: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -112,6 +113,17 @@ def test_a_key_that_changes_the_bases_layers_is_rejected(base, key):
 def test_an_adapter_needs_a_pretrained_model():
     with pytest.raises(ConfigError, match=r"^model.adapter: needs a pretrained model as its base. Set model.pretrained"):
         CausalLM(job(model={**BASE["model"], "adapter": {"rank": 4}}))
+
+
+def test_a_base_that_also_has_an_adapter_is_rejected(base, tmp_path):
+    """transformers would load both, so a run would train, and export, the layers of peft as if they were the model's."""
+    folder = shutil.copytree(base, tmp_path / "both")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    for made in (recipe(folder), CausalLM(job(model={"pretrained": str(folder)}))):
+        for work in (made.probe, made.build):
+            with pytest.raises(ConfigError, match=r"^model\.pretrained: .*both' also has an adapter \(adapter_config\.json\)"):
+                work()
 
 
 def trained(made: CausalLM) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -109,12 +109,6 @@ class ZeroInit:
         from deepspeed import zero
 
         return zero.GatheredParameters([parameter], modifier_rank=0)
-
-    def fill(self, parameter: torch.Tensor, read: Callable[[], torch.Tensor]) -> None:
-        within: Any = parameter
-        with self.whole(parameter), torch.no_grad():
-            if dist.get_rank(within.ds_process_group) == 0:
-                parameter.copy_(read())
 
     def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
         return zero_state.shape(parameter)

@@ -44,11 +44,21 @@ def no_model(path: Path) -> str:
 
 def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
     """Loads a folder's model. Raises ConfigError if a weight is missing, because transformers would initialize this weight at
-    random."""
+    random, or if the folder also has an adapter."""
+    require_no_adapter(key, folder)
     model, loading = from_folder(key, auto, folder, output_loading_info=True, **options)
     tied = getattr(model, "all_tied_weights_keys", {})
     _require_none(folder, set(loading["missing_keys"]) - set(tied))
     return model
+
+
+def require_no_adapter(key: str, folder: str | Path) -> None:
+    """Raises ConfigError if a model's folder also has an adapter, because transformers would add its layers to the model."""
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{key}: {str(folder)!r} also has an adapter (adapter_config.json), which transformers would add to the model. Move "
+            "the adapter's files to another folder, or merge the adapter into the model"
+        )
 
 
 def whole_part(cls: Any, folder: str | Path, dtype: torch.dtype, **options: Any) -> Any:

@@ -102,12 +102,14 @@ def _require_kernels(recipe: ProbedModel) -> None:
 
 
 def _require_weights(recipe: ProbedModel) -> None:
-    """Raises ConfigError if the job's keys change the shapes of the pretrained weights."""
+    """Raises ConfigError if the folder also has an adapter, or if the job's keys change the shapes of the pretrained weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from heliostat.recipes.pretrained import require_no_adapter
     from heliostat.recipes.text import model_config
 
+    require_no_adapter("model.pretrained", str(recipe.pretrained))
     if changed_keys := model_config.changed(recipe.job.model, adapters.KEY):
         with torch.device("meta"):
             model_config.require_same_weights(model_config.read(recipe.job.model), changed_keys, AutoModelForCausalLM.from_config)
