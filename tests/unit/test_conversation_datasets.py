@@ -188,6 +188,14 @@ def test_each_dropped_and_each_kept_conversation_is_recorded(tmp_path, model) ->
     assert sorted(id for id, _, _ in parts(dataset)) == ["a.jsonl#1", "a.jsonl#5"]
 
 
+def test_json_of_too_many_levels_is_dropped(tmp_path, model) -> None:
+    write(tmp_path / "in/a.jsonl", records(2))
+    lines = [f'{{"messages": [{{"role": "user", "content": {"[" * levels}{"]" * levels}}}]}}\n' for levels in (450, 700, 900)]
+    (tmp_path / "in/b.jsonl").write_text("".join(lines))
+    dataset = make(ConversationPipeline, "out", model, tmp_path)
+    assert sum(dataset.meta["dropped"].values()) == 3 and dataset.meta[FACT]["counts"]["conversations"] == 2
+
+
 def test_functions_are_instructions_and_other_texts_are_counted(tmp_path, model) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.py").write_text('def first(words):\n    """Returns the first word. Never fails."""\n    return words[0]\n')

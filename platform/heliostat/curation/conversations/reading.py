@@ -82,13 +82,15 @@ class RecordRules(TextRules):
         return ""
 
     def document(self, id: str, values: dict[str, Any]) -> Document | Dropped:
-        if len(json.dumps(values, default=str)) > self.max_document_bytes:
-            return Dropped(id, "too_large", f"more than {self.max_document_bytes:,} bytes")
         try:
+            if len(json.dumps(values, default=str)) > self.max_document_bytes:
+                return Dropped(id, "too_large", f"more than {self.max_document_bytes:,} bytes")
             record = self.parsed({name: values[column] for name, column in self._renamed(values).items()})
+            return Document(id, record.text, {SOURCE: record})
         except FaultError as e:
             return Dropped(id, e.reason, e.detail)
-        return Document(id, record.text, {SOURCE: record})
+        except RecursionError:
+            return Dropped(id, "invalid_messages", "too many levels")
 
     def _renamed(self, columns: Collection[str]) -> dict[str, str]:
         """Returns the input's column for each name in the shapes."""
@@ -148,6 +150,8 @@ class ConversationSource(TextSource):
             return Document(id, record.text, {PROMPT: first.prompt, TEXT: _digest(record.text), **self.rendered(record)})
         except FaultError as e:
             return Dropped(id, e.reason, e.detail)
+        except RecursionError:
+            return Dropped(id, "invalid_messages", "too many levels")
 
     def finish(self, document: Document) -> Document | Dropped:
         assert isinstance(document.text, str)
