@@ -168,7 +168,7 @@ def test_a_function_among_the_tools_is_not_a_call() -> None:
     """LFM2's template shows tools, and leaves out calls."""
     messages = [*talk("which?"), CALL, {"role": "tool", "content": "3"}, talk("", "3")[1]]
     renderer = Renderer(chat.dialect("{{ tools | tojson }}" + chat.DEFAULT_SYSTEM), turns="last")
-    with pytest.raises(FaultError, match="unrendered.*messages.1"):
+    with pytest.raises(FaultError, match=r"unrendered.*messages.1"):
         renderer.conversation(ParsedConversation(messages, [TOOL]))
     assert parts(renderer, ParsedConversation([*talk("which?", "I add.", "and?", "3")], [TOOL]))[1] == ["3<|im_end|>"]
 
