@@ -29,6 +29,8 @@ from heliostat.storage.locations import Location
 TooLong = Literal["drop", "cut", "split"]
 SOURCE, PROMPT, TEXT, ROWS, COUNTS = "record", "prompt", "digest", "rows", "counts"  # columns of a document
 Record = ParsedConversation | shapes.ParsedPreference
+MANY_MESSAGES = 64  # above which the length is measured first
+SURELY_LONG = 2  # times the maximum length: more tokens than differ between a text and its segments
 REASONS = {
     **{reason: pairs.REASONS[reason] for reason in ("unparsed", "no_pairs")},
     "no_shape": "a record without the columns of a shape",
@@ -188,6 +190,10 @@ class ConversationSource(TextSource):
 
     def _fitted(self, conversation: ParsedConversation) -> tuple[list[Rendered], Counter[str]]:
         """Renders a conversation as one row or, if it is too long, as `too_long` says."""
+        if self.too_long == "drop" and len(conversation.messages) > MANY_MESSAGES:  # rendering each turn takes their square
+            length = len(self.renderer.encode(self.renderer.text(conversation.messages, conversation.tools)))
+            if length > SURELY_LONG * self.sequence_length:
+                raise FaultError("too_long", f"{length:,} tokens")
         row = self.renderer.conversation(conversation)
         if len(row.tokens) <= self.sequence_length:
             return [row], Counter()
