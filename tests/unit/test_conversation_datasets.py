@@ -218,6 +218,23 @@ def test_each_dropped_and_each_kept_conversation_is_recorded(tmp_path, model) ->
     assert sorted(id for id, _, _ in parts(dataset)) == ["a.jsonl#1", "a.jsonl#5"]
 
 
+def test_the_turns_of_a_conversation_that_is_far_too_long_are_not_rendered(tmp_path, model, monkeypatch) -> None:
+    counts, text = set[int](), Renderer.text  # counts: of the messages that were rendered
+    monkeypatch.setattr(Renderer, "text", lambda *a, **k: counts.add(len(a[1])) or text(*a, **k))
+    exchange = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "amber"}]
+    write(tmp_path / "in/a.jsonl", [{"messages": exchange * 200}, {"messages": exchange}])
+    dataset = make(ConversationPipeline, "out", model, tmp_path)
+    assert dataset.meta["dropped"] == {"too_long": 1} and counts == {1, 2, 400}
+
+
+def test_json_of_too_many_levels_is_dropped(tmp_path, model) -> None:
+    write(tmp_path / "in/a.jsonl", records(2))
+    lines = [f'{{"messages": [{{"role": "user", "content": {"[" * levels}{"]" * levels}}}]}}\n' for levels in (450, 700, 900)]
+    (tmp_path / "in/b.jsonl").write_text("".join(lines))
+    dataset = make(ConversationPipeline, "out", model, tmp_path)
+    assert sum(dataset.meta["dropped"].values()) == 3 and dataset.meta[FACT]["counts"]["conversations"] == 2
+
+
 def test_functions_are_instructions_and_other_texts_are_counted(tmp_path, model) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.py").write_text('def first(words):\n    """Returns the first word. Never fails."""\n    return words[0]\n')

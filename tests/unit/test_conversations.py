@@ -71,6 +71,10 @@ def test_a_system_prompt_and_calls_keep_their_places() -> None:
         ({"prompt": "a", "completion": ""}, "empty_turn"),
         ({"messages": [ASK]}, "no_answer"),
         ({"messages": []}, "no_answer"),
+        ({"messages": [{**ASK, "role": ["user"]}]}, "unknown_role"),
+        ({"conversations": [{"from": {"a": 1}, "value": "a"}]}, "unknown_role"),
+        ({"prompt": "a", "completion": "b", "system": ["c"]}, "invalid_messages"),
+        ({"messages": [ASK, {**ANSWER, "weight": 0.5}]}, "invalid_messages"),
         ({"messages": [ASK, {**CALL, "tool_calls": [{"function": {"name": "add", "arguments": "{a}"}}]}]}, "invalid_tool_call"),
         ({"messages": [ASK, {**CALL, "tool_calls": [{"function": {"name": "add", "arguments": "[1]"}}]}]}, "invalid_tool_call"),
         ({"messages": [ASK, {**CALL, "tool_calls": [{"function": {"arguments": "{}"}}]}]}, "invalid_tool_call"),
@@ -90,10 +94,25 @@ def test_the_common_beginning_of_two_conversations_is_the_prompt() -> None:
         {"prompt": [ASK], "chosen": [ANSWER], "rejected": [other]},
         {"chosen": [ASK, ANSWER], "rejected": [ASK, other]},
         {"prompt": "which?", "chosen": json.dumps([ASK, ANSWER]), "rejected": json.dumps([ASK, other])},
+        {"prompt": "which? ", "chosen": [ASK, ANSWER], "rejected": [ASK, other]},
     ):
         made = shapes.preference(record)
         assert (made.prompt, made.chosen, made.rejected) == ([ASK], ANSWER, other)
         assert made.text == "user: which?\n\nchosen: amber\n\nrejected: birch"
+
+
+def test_a_question_after_a_system_prompt_is_not_repeated() -> None:
+    system, other = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "birch"}
+    for head in ({"system": "Be brief.", "prompt": "which?"}, {"prompt": [system, ASK]}):
+        for begin in ([], [ASK], [system, ASK]):
+            assert shapes.preference({**head, "chosen": [*begin, ANSWER], "rejected": [*begin, other]}).prompt == [system, ASK]
+    record = {"prompt": "which?", "chosen": [system, ASK, ANSWER], "rejected": [system, ASK, other]}
+    assert shapes.preference(record).prompt == [system, ASK]
+
+
+def test_an_output_that_is_json_stays_a_text() -> None:
+    record = {"instruction": "Write messages.", "output": json.dumps(SAME)}
+    assert shapes.conversation(record, "auto").messages[1] == {"role": "assistant", "content": json.dumps(SAME)}
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,14 @@ def test_the_mask_agrees_with_the_mask_of_transformers(tmp_path) -> None:
     ]
 
 
+def test_an_answer_of_weight_0_is_not_trained() -> None:
+    """OpenAI's files of conversations mark bad answers so."""
+    messages = [{**message, "weight": int(number == 3)} if number % 2 else message for number, message in enumerate(talk(*THREE))]
+    renderer = Renderer(chat.dialect(chat.DEFAULT_SYSTEM))
+    text, trained = parts(renderer, ParsedConversation(messages))
+    assert text == renderer.text(messages) and trained == [f"{THREE[3]}<|im_end|>"]
+
+
 def test_a_template_without_ends_gets_the_end_of_the_document() -> None:
     renderer, messages = Renderer(chat.dialect(chat.UNENDED)), talk(*THREE[:4])
     text, trained = parts(renderer, ParsedConversation(messages))
@@ -132,6 +140,8 @@ def test_a_call_with_a_special_token_is_trained_to_the_end_of_its_turn() -> None
         (chat.DEFAULT_SYSTEM, talk("add 1", "2"), [TOOL], "unrendered"),
         (chat.INSTRUCTIONS, [{"role": "system", "content": "a"}, *talk("b", "c")], None, "template"),
         (chat.INSTRUCTIONS, talk("b", "c")[1:], None, "template"),
+        (chat.DEFAULT_SYSTEM, [{**talk("b")[0], "name": "\ud800"}, talk("b", "c")[1]], None, "invalid_messages"),
+        (chat.DEFAULT_SYSTEM, [talk("b")[0], {**talk("b", "c")[1], "weight": 0}], None, "untrained"),
     ],
 )
 def test_a_conversation_that_the_template_leaves_out_is_dropped_with_the_reason(template, messages, tools, reason) -> None:
@@ -154,6 +164,15 @@ def test_a_template_that_cannot_be_trained_is_refused_at_the_start(template: str
         _ = Renderer(chat.dialect(template)).end
 
 
+def test_a_function_among_the_tools_is_not_a_call() -> None:
+    """LFM2's template shows tools, and leaves out calls."""
+    messages = [*talk("which?"), CALL, {"role": "tool", "content": "3"}, talk("", "3")[1]]
+    renderer = Renderer(chat.dialect("{{ tools | tojson }}" + chat.DEFAULT_SYSTEM), turns="last")
+    with pytest.raises(FaultError, match=r"unrendered.*messages.1"):
+        renderer.conversation(ParsedConversation(messages, [TOOL]))
+    assert parts(renderer, ParsedConversation([*talk("which?", "I add.", "and?", "3")], [TOOL]))[1] == ["3<|im_end|>"]
+
+
 def test_the_date_of_the_day_does_not_change_a_dataset() -> None:
     dated = chat.DEFAULT_SYSTEM.replace("Be brief.", "' + strftime_now('%d %b %Y') + '")
     assert "system\n26 Jul 2024<|im_end|>" in Renderer(chat.dialect(dated)).text(talk("a", "b"))
@@ -166,9 +185,8 @@ def test_special_tokens_of_other_models_are_known() -> None:
 
 def test_answers_of_a_preference_begin_after_the_same_prompt() -> None:
     renderer = Renderer(chat.dialect(chat.ENDS_TWICE))
-    answers = renderer.preference(
-        ParsedPreference(talk("which?", "amber", "and?"), *(talk("", word)[1] for word in ("birch", "the")))
-    )
+    first, second = (talk("", word)[1] for word in ("birch", "the"))
+    answers = renderer.preference(ParsedPreference(talk("which?", "amber", "and?"), first, second))
     texts = [renderer.tokenizer.decode(one.tolist(), skip_special_tokens=False) for one in answers]
     assert texts == [renderer.text(talk("which?", "amber", "and?"), answer=True), "birch<|end|>", "the<|end|>"]
 

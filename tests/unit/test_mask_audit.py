@@ -73,6 +73,17 @@ def test_a_dataset_whose_ends_are_not_trained_is_warned_about(tmp_path: Path) ->
     assert "the model doesn't learn to stop" in warning
 
 
+def test_a_dataset_of_conversations_that_are_cut_is_warned_about(tmp_path: Path) -> None:
+    """Its facts say that ends are trained, and that no conversation reaches its end."""
+    source = manifest.read(Location(str(build_conversations.packs(tmp_path / "unended", end_of_turn=False))))
+    rows = pq.read_table(tmp_path / "unended/shards/0.parquet").to_pylist()
+    known = {**source.meta[FACT], "end_of_turn": True}
+    found = audited(build_conversations.write(tmp_path / "cut", rows, PACKS, build_conversations.tokenizer(), known))
+    assert "the model doesn't learn to stop" in found["warnings"][0]
+    with pytest.raises(ConfigError, match="no trained turn of the rows ends with token 0"):
+        audited(changed(tmp_path / "end", {"end": 0}))
+
+
 def silent(number: int) -> list[Messages]:
     return [[{"role": "user", "content": "amber"}]] * number
 

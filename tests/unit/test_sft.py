@@ -293,6 +293,13 @@ def test_the_prompts_end_where_the_first_answer_begins(data: Path) -> None:
         assert recipe.raw_tokenizer.decode(prompt.wanted) == words[0]
 
 
+def test_a_prompt_that_leaves_no_positions_for_its_answer_is_an_error(data: Path) -> None:
+    samples = {"prompts": ["birch", "birch " * 300], "held_out": 0, "max_tokens": 10}
+    model = {**build_conversations.MODEL, "max_position_embeddings": 300, "samples": samples}
+    with pytest.raises(ConfigError, match=r"model.samples.prompts.1: 3\d\d tokens, and max_tokens leaves 290 of"):
+        bound(data, **{"model": model}).gallery()
+
+
 def test_a_job_without_samples_answers_nothing(data: Path) -> None:
     assert bound(data, **{"model": {**build_conversations.MODEL, "samples": None}}).gallery() is None
     with pytest.raises(ConfigError, match=r"model.samples: not supported with train.parallel.sequence"):

@@ -13,6 +13,7 @@ from heliostat.recipes.text.chat import filled
 ROLES = {"system", "developer", "user", "assistant", "tool"}
 PARTS = ("text", "input_text", "output_text")  # types of a message's parts that are text
 THOUGHTS = "reasoning_content"  # key of a message
+WEIGHT = "weight"  # key of an answer: 0 if the model doesn't learn the answer
 Message = dict[str, Any]
 
 
@@ -105,6 +106,8 @@ def _message(raw: dict[str, Any], where: str) -> Message:
     role = raw.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise FaultError("unknown_role", f"{where}: {str(role)[:40]!r}")
+    if role == "assistant" and raw.get(WEIGHT, 1) not in (0, 1):
+        raise FaultError("invalid_messages", f"{where}.{WEIGHT}: neither 0 nor 1")
     message: Message = {**raw, "content": _text(raw.get("content", ""), where)}
     if calls := message.pop("tool_calls", None):
         if role != "assistant":

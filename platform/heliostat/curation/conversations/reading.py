@@ -33,6 +33,8 @@ TooLong = Literal["drop", "cut", "split"]
 SOURCE, PROMPT, TEXT, ROWS, COUNTS = "record", "prompt", "digest", "rows", "counts"  # columns of a document
 RECORD = "conversations"  # key of the dataset's record of its pipeline
 Record = ParsedConversation | shapes.ParsedPreference
+MANY_MESSAGES = 64  # above which the length is measured first
+SURELY_LONG = 2  # times the maximum length: more tokens than differ between a text and its segments
 REASONS = {
     **{reason: pairs.REASONS[reason] for reason in ("unparsed", "no_pairs")},
     "no_shape": "a record without the columns of a shape",
@@ -86,13 +88,15 @@ class RecordRules(TextRules):
         return ""
 
     def document(self, id: str, values: dict[str, Any]) -> Document | Dropped:
-        if len(json.dumps(values, default=str)) > self.max_document_bytes:
-            return Dropped(id, "too_large", f"more than {self.max_document_bytes:,} bytes")
         try:
+            if len(json.dumps(values, default=str)) > self.max_document_bytes:
+                return Dropped(id, "too_large", f"more than {self.max_document_bytes:,} bytes")
             record = self.parsed({name: values[column] for name, column in self._renamed(values).items()})
+            return Document(id, record.text, {SOURCE: record})
         except FaultError as e:
             return Dropped(id, e.reason, e.detail)
-        return Document(id, record.text, {SOURCE: record})
+        except RecursionError:
+            return Dropped(id, "invalid_messages", "too many levels")
 
     def _renamed(self, columns: Collection[str]) -> dict[str, str]:
         """Returns the input's column for each name in the shapes."""
@@ -152,6 +156,8 @@ class ConversationSource(TextSource):
             rendered = self.rendered(record)
         except FaultError as e:
             return Dropped(id, e.reason, e.detail)
+        except RecursionError:
+            return Dropped(id, "invalid_messages", "too many levels")
         rendered[COUNTS]["bytes"] = len(record.text.encode("utf-8", "surrogatepass"))
         return Document(id, record.text, {PROMPT: first.prompt, TEXT: _digest(record.text), **rendered})
 
@@ -190,6 +196,10 @@ class ConversationSource(TextSource):
 
     def _fitted(self, conversation: ParsedConversation) -> tuple[list[Rendered], Counter[str]]:
         """Renders a conversation as one row or, if it is too long, as `too_long` says."""
+        if self.too_long == "drop" and len(conversation.messages) > MANY_MESSAGES:  # rendering each turn takes their square
+            length = len(self.renderer.encode(self.renderer.text(conversation.messages, conversation.tools)))
+            if length > SURELY_LONG * self.sequence_length:
+                raise FaultError("too_long", f"{length:,} tokens")
         row = self.renderer.conversation(conversation)
         if len(row.tokens) <= self.sequence_length:
             return [row], Counter()

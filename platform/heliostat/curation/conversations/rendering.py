@@ -21,7 +21,7 @@ import xxhash
 from tokenizers import Tokenizer
 
 from heliostat.curation.conversations import templates
-from heliostat.curation.conversations.messages import FaultError, Message, ParsedConversation
+from heliostat.curation.conversations.messages import WEIGHT, FaultError, Message, ParsedConversation
 from heliostat.curation.conversations.shapes import ParsedPreference
 from heliostat.errors import ConfigError
 from heliostat.text import brief
@@ -204,6 +204,9 @@ class Renderer:
         answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         whole = self.text(messages, conversation.tools)
         learned = answers[0 if self.turns == "all" else -1 :]
+        learned = [number for number in learned if messages[number].get(WEIGHT, 1)]
+        if not learned:
+            raise FaultError("untrained")
         spans = {number: self._span(conversation, number, whole) for number in learned}
         self._check_shown(conversation, whole, spans)
         edges = [0, *(edge for span in spans.values() for edge in (span.start, span.stop)), len(whole)]
@@ -257,6 +260,8 @@ class Renderer:
 
     def _check(self, conversation: ParsedConversation) -> None:
         for text in conversation.strings():
+            if not text.isascii() and re.search(r"[\ud800-\udfff]", text):
+                raise FaultError("invalid_messages", "half a character (a lone surrogate)")
             if match := self.special.search(text):
                 raise FaultError("special_token", match[0])
         if conversation.tools and "tools" not in self.dialect.template:
@@ -264,12 +269,23 @@ class Renderer:
 
     def _check_shown(self, conversation: ParsedConversation, whole: str, answers: dict[int, AnswerSpan]) -> None:
         """Raises FaultError if the template has left out the content of a message, or a call. `answers`: by their messages."""
+        begin = 0  # where a message can begin; templates may write the system prompt later
         for number, message in enumerate(conversation.messages):
-            span = answers.get(number)
-            text = whole[span.start : span.stop] if span else whole
-            for part in _essential(message):
-                if part not in text and json.dumps(part, ensure_ascii=False)[1:-1] not in text:
-                    raise FaultError("unrendered", f"messages.{number}")
+            in_order = message["role"] not in ("system", "developer")
+            start, stop = answers[number][:2] if number in answers else (begin if in_order else 0, len(whole))
+            ends = [_end(part, whole, start, stop) for part in _essential(message)]
+            if None in ends:
+                raise FaultError("unrendered", f"messages.{number}")
+            if in_order:
+                begin = min(filter(None, ends), default=begin)
+
+
+def _end(part: str, text: str, start: int, stop: int) -> int | None:
+    """Returns the end of the first occurrence of a message's part in a range of a text, plain or as JSON; None if it isn't
+    there."""
+    forms = (part, json.dumps(part, ensure_ascii=False)[1:-1])
+    ends = [begin + len(form) for form in forms if (begin := text.find(form, start, stop)) >= 0]
+    return min(ends, default=None)
 
 
 def _essential(message: Message) -> Iterator[str]:

@@ -99,8 +99,10 @@ def _messages(record: Mapping[str, Any]) -> list[Message]:
 
 
 def _system(record: Mapping[str, Any]) -> list[Message]:
-    text = record.get("system")
-    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
+    text = record.get("system") or ""
+    if not isinstance(text, str):
+        raise FaultError("invalid_messages", "system: not a string")
+    return [{"role": "system", "content": text}] if text.strip() else []
 
 
 def _completion(record: Mapping[str, Any]) -> list[Message]:
@@ -122,11 +124,12 @@ def _turns(value: object, role: str, name: str) -> list[Message]:
 
 
 def _alpaca(record: Mapping[str, Any]) -> list[Message]:
-    texts = [record["instruction"], record.get("input") or ""]
-    if not all(isinstance(text, str) for text in texts):
-        raise FaultError("invalid_messages", "instruction or input: not a string")
+    *texts, output = record["instruction"], record.get("input") or "", record["output"]
+    if not all(isinstance(text, str) for text in (*texts, output)):
+        raise FaultError("invalid_messages", "instruction, input, or output: not a string")
     prompt = "\n\n".join(text for text in texts if text.strip())
-    return [*_system(record), *_turns(prompt, "user", "instruction"), *_turns(record["output"], "assistant", "output")]
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
+    return [*_system(record), *messages.parse(turns, "alpaca")]
 
 
 def _sharegpt(record: Mapping[str, Any]) -> list[Message]:
@@ -135,8 +138,21 @@ def _sharegpt(record: Mapping[str, Any]) -> list[Message]:
         speaker = raw.get("from", raw.get("role"))
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise FaultError("unknown_role", f"conversations.{number}: {str(speaker)[:40]!r}")
-        turns.append({"role": SPEAKERS[speaker], "content": raw.get("value", raw.get("content", ""))})
+        content = raw.get("value", raw.get("content", ""))
+        turns.append({"role": SPEAKERS[speaker], "content": content, messages.WEIGHT: raw.get(messages.WEIGHT)})
     return [*_system(record), *messages.parse(turns, "conversations")]
+
+
+def _joined(prompt: list[Message], begin: list[Message]) -> list[Message]:
+    """Joins a prompt and the common beginning of the answers, which repeats the prompt's last messages in some sets."""
+    if any(_stripped(begin[n : n + len(prompt)]) == _stripped(prompt) for n in range(len(begin))):
+        return begin
+    repeated = next((n for n in range(len(prompt)) if _stripped(prompt[n:]) == _stripped(begin[: len(prompt) - n])), len(prompt))
+    return [*prompt[:repeated], *begin]
+
+
+def _stripped(turns: list[Message]) -> list[Message]:
+    return [{**turn, "content": turn["content"].strip()} for turn in turns]
 
 
 def preference(record: Mapping[str, Any]) -> ParsedPreference:
@@ -151,7 +167,7 @@ def preference(record: Mapping[str, Any]) -> ParsedPreference:
         raise FaultError("same_answers")
     shared = next((n for n, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
     begin = chosen[:shared]
-    prompt = begin if prompt and begin[: len(prompt)] == prompt else [*prompt, *begin]  # some sets repeat the prompt
+    prompt = _joined(prompt, begin)
     answers = [chosen[shared:], rejected[shared:]]
     if any(len(one) != 1 or one[0]["role"] != "assistant" for one in answers):
         raise FaultError("several_turns", "the conversations differ in more than the last turn of the assistant")

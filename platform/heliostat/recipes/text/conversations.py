@@ -183,6 +183,12 @@ class LearnsConversations(CausalLM, Draws):
         questions = answers.asked(tokenizer, samples.prompts) if tokenizer else []
         content = cast("pa.Table", exporting.some(self.job, self.sources))
         room = (getattr(self.config, "max_position_embeddings", None) or sys.maxsize) - self.max_answer
+        for number, question in enumerate(questions):
+            if len(question.tokens) > room:
+                raise ConfigError(
+                    f"model.samples.prompts.{number}: {len(question.tokens):,} tokens, and max_tokens leaves {room:,} of the "
+                    "model's positions. Shorten this prompt, or lower max_tokens"
+                )
         held_out = (prompt for prompt in self.prompts_of(content) if len(prompt.tokens) <= room)
         return [*questions, *itertools.islice(held_out, samples.held_out)]
 

@@ -118,7 +118,8 @@ def _require_confirmed(field: str, source: Manifest, known: ConversationFacts, c
             raise ConfigError(
                 f"{field}: the rows have {read:,} of {name!r}, but the manifest says {total[name]:,}. Prepare the dataset again"
             )
-    if known["end_of_turn"] and counts.turns and not counts.trained_ends:
+    mostly_ended = 2 * total["trained_ends"] > total["turns"]  # conversations that are cut have no end
+    if known["end_of_turn"] and mostly_ended and counts.turns and not counts.trained_ends:
         raise ConfigError(
             f"{field}: the manifest says that ends of turns are trained, but no trained turn of the rows ends with token "
             f"{known['end']}. Prepare the dataset again"
