@@ -29,6 +29,7 @@ MODULES = {
     "vllm": ("vllm",),
     "play": ("starlette", "uvicorn"),
     "benchmark": ("lm_eval",),
+    "gguf": ("gguf",),
     "retrieval": ("lance",),
     "server": ("psycopg", "flask_wtf"),
     "gcp": ("googleapiclient", "google_auth_httplib2"),

@@ -78,6 +78,7 @@ LATE = {  # modules of the core that import what an extra brings, once `extras.r
     **{f"apps/search/{name}.py": "retrieval" for name in ("build", "search", "table")},
     "curation/images/drawings.py": "pictures",
     "inference/vllm_engine.py": "vllm",
+    "inference/gguf_files.py": "gguf",
     **{f"recipes/{name}.py": "adapters" for name in ("adapters", "text/adapted")},
 }  # fmt: skip
 

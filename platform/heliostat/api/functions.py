@@ -125,7 +125,7 @@ def generate(
     `steps=20`.
     """
     from heliostat.inference.generate import answer
-    from heliostat.tracking.mlflow_client import default_uri
+    from heliostat.storage.model_sources import default_uri
     from heliostat.tracking.models import resolve
 
     if not isinstance(prompts, str) and not (isinstance(prompts, Sequence) and all(isinstance(p, str) for p in prompts)):

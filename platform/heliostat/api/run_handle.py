@@ -36,7 +36,7 @@ class Run:
     def __init__(self, run: str | os.PathLike[str], tracking_uri: str | None = None) -> None:
         """Finds a run by its folder (STORAGE/NAME, local or on S3) or by its MLflow run id. `tracking_uri`: the MLflow store that
         has the run with this id."""
-        from heliostat.tracking.mlflow_client import default_uri
+        from heliostat.storage.model_sources import default_uri
         from heliostat.tracking.models import find_run
 
         if not isinstance(run, str | os.PathLike):

@@ -198,7 +198,7 @@ def store_uri(uri: str | None) -> str:
         )
     from heliostat.config.spec import require_store
     from heliostat.storage.local_files import require_database
-    from heliostat.tracking.mlflow_client import default_uri
+    from heliostat.storage.model_sources import default_uri
 
     if not uri:
         return default_uri()

@@ -1,4 +1,4 @@
-"""Runs models on inputs, and exports models: `heliostat model` generate, infer, evaluate, export."""
+"""Runs models on inputs, and imports and exports models: `heliostat model` generate, infer, evaluate, export, import."""
 
 from __future__ import annotations
 
@@ -216,3 +216,25 @@ def export(
         count = len(average.steps)
         out.print(f"average of length {average.length:g} from {count} snapshots, error of its profile {average.error:.2%}")
     finish({"folder": str(to), "step": checkpoint.step, **facts})
+
+
+@command(MODEL, "import", example="models/SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2")
+def import_(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A GGUF file, or a folder with one GGUF file", show_default=False)],
+    to: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; it must be empty or missing", show_default=False)
+    ],
+) -> None:
+    """Convert a GGUF file to a Hugging Face folder, and compare the outputs of both."""
+    from heliostat.inference import importing
+
+    imported = importing.convert(path, to)
+    for line in importing.facts(imported):
+        out.print(line)
+    out.print(f"the model is in {to}")
+    file = imported.file
+    finish({
+        "folder": str(to), "file": str(file.path), "sha256": imported.digest, "architecture": file.architecture,
+        "types": file.types, "bits_per_weight": file.bits, "precision": file.precision, "difference": imported.difference,
+        "spread": imported.spread, "agreement": imported.agreement, "chat_template": imported.has_template,
+    })  # fmt: skip

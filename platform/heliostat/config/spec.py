@@ -28,6 +28,7 @@ from heliostat.config.train_section import NEWEST_RECIPES, RETIRED, Train
 from heliostat.errors import ConfigError
 from heliostat.optim import optimizers
 from heliostat.schema import Strict, explain
+from heliostat.storage import model_sources
 from heliostat.storage.hub import names
 from heliostat.storage.locations import Location
 from heliostat.text import brief
@@ -50,8 +51,9 @@ class Job(Strict):
     """Import path of the recipe: the class that defines the model, the batch, and the loss."""
     model: dict[str, Any]
     """Keys of the recipe. CausalLM: `arch`, any key of this architecture's `transformers` config, and `init`
-    (docs/training/initial-weights.md). Or `pretrained: FOLDER` or `pretrained: ORG/NAME[@REVISION]` of the Hugging Face Hub
-    (docs/guides/hub.md), and keys that change the model's configuration. The model's tokenizer must have the same content as the
+    (docs/training/initial-weights.md). Or `pretrained`, and keys that change the model's configuration: `FOLDER`,
+    `ORG/NAME[@REVISION]` of the Hugging Face Hub, `s3://BUCKET/PREFIX`, or `models:/NAME/VERSION`
+    (docs/training/pretrained.md#where-a-model-can-be). The model's tokenizer must have the same content as the
     datasets' tokenizer. SFT: see docs/fine-tuning.md#keys. TextToImage and Autoencoder: see docs/diffusion.md#models"""
     data: Data
     """Datasets to train on, and the order of their samples."""
@@ -355,8 +357,8 @@ def require_store(key: str, uri: str) -> None:
 
 
 def _pretrained(model: object, root: Path) -> object:
-    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, at any depth, also in lists. The name of a Hub model stays
-    unchanged, unless there is a folder with this name."""
+    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, at any depth, also in lists. The name of a model of
+    the Hub, S3, or MLflow stays unchanged, unless there is a folder with this name."""
     if isinstance(model, list):
         return [_pretrained(one, root) for one in model]
     if not isinstance(model, dict):
@@ -366,6 +368,8 @@ def _pretrained(model: object, root: Path) -> object:
 
 def _folder(value: str, root: Path) -> str:
     folder = root / value
+    if model_sources.is_source(value) and not folder.exists():
+        return value
     return value if names.model(value) and not folder.exists() else str(folder)
 
 

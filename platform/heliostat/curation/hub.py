@@ -20,6 +20,7 @@ import yaml
 
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
+from heliostat.storage import model_sources
 from heliostat.storage.hub import files, names
 from heliostat.storage.hub.files import HubFile
 from heliostat.storage.hub.names import HubName
@@ -63,8 +64,15 @@ def _models(value: Any, key: str, pinned: dict[str, str]) -> Any:
 
 
 def _folder(key: str, value: str, tokenizer: bool, pinned: dict[str, str]) -> str:
-    """Returns the local folder of a model of the Hub. Returns `value` unchanged if it is an existing path, or doesn't have the
-    form of a model's name."""
+    """Returns the local folder of a model of the Hub, S3, or MLflow. Returns `value` unchanged if it is an existing path, or
+    doesn't have the form of a model's name."""
+    if model_sources.is_source(value):
+        store = model_sources.default_uri()
+        try:
+            pinned[key] = model_sources.pinned(value, store)
+            return str(model_sources.fetched(pinned[key], store))
+        except ConfigError as e:
+            raise ConfigError(f"{key}: {e}") from e
     name = None if Path(value).exists() else names.model(value)
     if name is None:
         return value

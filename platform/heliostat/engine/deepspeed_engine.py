@@ -20,7 +20,16 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from heliostat.config.spec import Job
-from heliostat.engine import expert_group, first_weights, matrix_cut, patches, stream_patches, tensor_group, zero_state
+from heliostat.engine import (
+    expert_group,
+    first_weights,
+    matrix_cut,
+    partitioned_weights,
+    patches,
+    stream_patches,
+    tensor_group,
+    zero_state,
+)
 from heliostat.engine.engine_config import engine_config
 from heliostat.engine.sample_group import SampleGroup
 from heliostat.engine.state_group import StateGroup
@@ -68,9 +77,8 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
         model = first_weights.build(job, recipe)
         _require_dimensions(model)
         return model
-    torch.manual_seed(job.train.seed)
     with group.dividing() if group else nullcontext(), _partitioned(config):
-        model = building.build(recipe)
+        model = partitioned_weights.build(job, recipe, streams=group is None)
     for p in model.parameters():
         division.note(p, zero_state.shape(p))
     return model

@@ -48,6 +48,8 @@ def load(folder: Path, suite: Suite) -> HFLM:
     with exported.using(folder):
         model = whole("model", folder, dtype=DTYPES[suite.dtype]).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
+        if suite.chat and tokenizer.chat_template is None:
+            raise ConfigError(f"chat: the tokenizer in {folder} has no chat template. Remove this key from the suite")
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=suite.batch)
 
 
@@ -62,7 +64,13 @@ def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, Sequence[floa
     np.random.seed(suite.seed)
     torch.manual_seed(suite.seed)
     try:
-        evaluated = evaluate(model, {"tasks": {task.name: task.task}}, limit=suite.examples, bootstrap_iters=RESAMPLES)
+        evaluated = evaluate(
+            model,
+            {"tasks": {task.name: task.task}},
+            limit=suite.examples,
+            bootstrap_iters=RESAMPLES,
+            apply_chat_template=suite.chat,
+        )
     except HeliostatError:
         raise
     except Exception as e:

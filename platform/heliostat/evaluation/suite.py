@@ -68,6 +68,9 @@ class Suite(Strict):
     """Number of questions that the model answers in one batch."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the weights; `auto` uses the precision of the model's files."""
+    chat: bool = False
+    """Asks each question as the message of a user, rendered by the model's chat template. Set it for models that were fine-tuned
+    on conversations."""
     contamination: Contamination = Contamination()
     """Reports which examples share text with the training data (docs/benchmark.md#contamination)."""
     run_code: bool = False

@@ -5,11 +5,12 @@ heliostat never runs code from a folder ("remote code"). Initial weights are the
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import partitioning
+from heliostat.recipes import partitioning, weightless
 
 
 def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
@@ -25,6 +26,17 @@ def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
         raise ConfigError(
             f"{key}: {str(folder)!r} needs its own code, which heliostat doesn't run. Use a model whose class is in transformers"
         ) from e
+
+
+def no_model(path: Path) -> str:
+    """Explains why a path without config.json isn't a model's folder, and what to do."""
+    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+        return f"is a GGUF file or a folder with one. Convert it: heliostat model import {path} --out FOLDER"
+    if (path / "adapter_config.json").is_file():
+        return "is an adapter without its base. Merge it into its base: heliostat model export RUN --out FOLDER"
+    if (path / "checkpoints").is_dir():
+        return f"is a run, not a model. Export its model: heliostat model export {path} --out FOLDER"
+    return "isn't a model folder (no config.json)"
 
 
 def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
@@ -46,7 +58,8 @@ def from_config(auto: Any, config: Any, **options: Any) -> Any:
 
     make = getattr(auto, "from_config", None) or auto._from_config
     if partitioning.wanted():
-        return make(config, dtype=torch.float32, **options)
+        with no_init_weights() if weightless.wanted() else nullcontext():
+            return make(config, dtype=torch.float32, **options)
     with no_init_weights():  # so that constructors draw no random numbers, as at ZeRO-3
         model = make(config, dtype=torch.float32, **options)
     model.init_weights()

@@ -96,7 +96,7 @@ def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = Fal
     if not endpoint.here:
         written = schema.validate(Job, spec.complete(raw, str(path), samples, devices)[0], str(path))
         paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
-        if isinstance(parent := written.model.get("pretrained"), str) and not pretrained.hub_name(parent):
+        if isinstance(parent := written.model.get("pretrained"), str) and pretrained.is_folder(parent):
             paths["model.pretrained"] = parent
         uri = written.mlflow.uri
         if uri.startswith("sqlite:"):

@@ -44,7 +44,7 @@ class Parents(TypedDict):
 def parents(job: Job) -> list[ParentModel]:
     """Describes each folder or Hub model from which the job's model is initialized."""
     return [
-        {"key": key, "changed": changed, **model_origins.of(named, pretrained.folder(named))}
+        {"key": key, "changed": changed, **model_origins.of(named, pretrained.folder(named, job.mlflow.uri))}
         for key, named, changed in _folders(job.model, "model")
     ]
 

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, TypedDict
 
 from heliostat.errors import CheckpointError
+from heliostat.storage import model_sources
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 from heliostat.tracking import tags
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
     from heliostat.checkpoint.index import CheckpointIndex
 
-KIND = "heliostat.checkpoint"  # MLflow type of the logged models
+KIND = model_sources.CHECKPOINT  # MLflow type of the logged models
 GONE = "checkpoints.json"  # artifact with the facts of deleted checkpoints, by the id of their deleted logged model
 
 log = logging.getLogger(__name__)

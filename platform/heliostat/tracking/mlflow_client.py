@@ -34,7 +34,6 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
 T = TypeVar("T")
 
-DEFAULT = ".heliostat/mlflow.db"  # the store that the quickstart uses
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # default ports of databases, by the beginning of their URI
 ARTIFACT: Format[JsonValue] = Format(cast(type[JsonValue], JsonValue), "record in MLflow", TrackingError)
 ANSWER_S = 5.0  # timeout for a database's connection or a server's answer; MLflow itself tries for 100 s
@@ -53,12 +52,6 @@ def set_client() -> None:
     """Limits how long MLflow's client retries, and how much it prints. Doesn't change variables that are already set."""
     for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
-
-
-def default_uri() -> str:
-    """Returns the default tracking URI: MLFLOW_TRACKING_URI, or if that isn't set, the quickstart's store in the current
-    folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT).absolute()}"
 
 
 def send(client: MlflowClient, run_id: str, points: list[Point]) -> None:

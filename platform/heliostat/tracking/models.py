@@ -22,11 +22,11 @@ from unittest.mock import patch
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, TrackingError
 from heliostat.recipes import exported
+from heliostat.recipes.pretrained import no_model
 from heliostat.recipes.protocol import Serves
-from heliostat.storage import run_folder
+from heliostat.storage import model_sources, run_folder
 from heliostat.storage.hub import files, names
 from heliostat.storage.locations import Location
-from heliostat.text import brief
 from heliostat.tracking import card, mlflow_client, registry, tags
 from heliostat.tracking.card import parents
 from heliostat.tracking.checkpoint_models import KIND
@@ -168,41 +168,24 @@ def _describe(
 def resolve(model: str, tracking_uri: str) -> Path:
     """Returns the local folder of a model for `from_pretrained`. Downloads the model if necessary.
 
-    `model`: a folder, `models:/NAME/VERSION`, a run id, or `ORG/NAME` of the Hugging Face Hub. Raises ConfigError if there is
-    no such model.
+    `model`: a folder, `s3://BUCKET/PREFIX`, `models:/NAME/VERSION`, a run id, or `ORG/NAME` of the Hugging Face Hub. Raises
+    ConfigError if there is no such model.
     """
-    if Path(model).is_dir():
+    if Path(model).exists():
         if not exported.is_model(Path(model)):
-            raise ConfigError(f"{model}: is a folder without a model (no config.json). Export a model: heliostat model export")
+            raise ConfigError(f"{model}: {no_model(Path(model))}")
         return Path(model)
     if (name := names.model(model)) and not re.fullmatch(r"[^/]+/\d+", model):  # NAME/NUMBER is more likely a version in MLflow
         pinned = files.resolve("MODEL", name)
         log.info("%s: using this model of the Hugging Face Hub", pinned)
         return files.model("MODEL", pinned)
-    if not model.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", model):
-        what = "a run id (32 hex digits), a model's folder, or ORG/NAME of the Hugging Face Hub"
+    if not model_sources.is_source(model):
+        what = "a run id (32 hex digits), s3://BUCKET/PREFIX, a model's folder, or ORG/NAME of the Hugging Face Hub"
         raise ConfigError(f"{model!r}: no such folder, and not a run id. Pass models:/NAME/VERSION, {what}")
+    if model.startswith(model_sources.S3):
+        return model_sources.fetched(model, tracking_uri)
     with mlflow_client.asking(tracking_uri):
-        return _download(model, tracking_uri)
-
-
-def _download(model: str, tracking_uri: str) -> Path:
-    import mlflow
-
-    client = mlflow_client.connect(tracking_uri)
-    try:
-        uri = model
-        if not model.startswith("models:/"):
-            whole = [m.model_id for m in models_of(client, client.get_run(model)) if m.status.value == "READY"]
-            if not whole:
-                raise ConfigError(f"run {model} has no logged model. Wait until the run has finished")
-            uri = f"models:/{whole[-1]}"
-        folder = Path(mlflow.artifacts.download_artifacts(uri))
-    except mlflow.exceptions.MlflowException as e:
-        raise ConfigError(
-            f"{model}: not found in {tracking_uri} ({brief(e)}). See the registered models: heliostat run ui"
-        ) from e
-    return folder / "artifacts" / "model"
+        return model_sources.fetched(model, tracking_uri)
 
 
 def find_run(run: str, tracking_uri: str) -> Location:

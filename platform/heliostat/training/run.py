@@ -101,7 +101,7 @@ def train_job(
 
 def _as_recorded(job: Job) -> Job:
     """Returns the job with Hub models pinned to the commits that the run began with."""
-    last = layout.latest(job.run_folder) if pretrained.on_hub(job) else None
+    last = layout.latest(job.run_folder) if pretrained.moves(job) else None
     return pretrained.as_recorded(job, last.index.job) if last else job
 
 

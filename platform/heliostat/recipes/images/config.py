@@ -259,7 +259,8 @@ def load_or_build(cls: Any, folder: str | Path) -> Any:
     """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, and on the meta device, builds the model
     without weights instead. Raises ConfigError if a weight is missing, because diffusers would only log a warning."""
     if weightless.wanted() or torch.get_default_device().type == "meta":
-        model = cls.from_config(cls.load_config(folder))
+        with partitioning.constructing():
+            model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
         return model
     model, loading = cls.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)

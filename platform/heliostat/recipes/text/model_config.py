@@ -120,7 +120,7 @@ def read(model: Mapping[str, object], wanted: ModelKind = CAUSAL_LM) -> PreTrain
     """Reads the configuration in the folder of a pretrained model, unchanged."""
     folder = Path(str(model["pretrained"]))
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.pretrained: {str(folder)!r} isn't a model folder (no config.json)")
+        raise ConfigError(f"model.pretrained: {str(folder)!r} {pretrained.no_model(folder)}")
     with exported.using(folder):
         config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
     if config.model_type not in wanted.archs:

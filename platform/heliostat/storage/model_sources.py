@@ -1,0 +1,198 @@
+"""Finds models in S3 and in MLflow, and copies them to this machine's cache, once per content.
+
+    s3://BUCKET/PREFIX      a folder in Hugging Face format
+    models:/NAME/VERSION    a registered model in MLflow; also models:/NAME@ALIAS, and models:/ID for a logged model
+    RUN                     an MLflow run (32 hex digits): the newest model that this run logged
+
+From S3, heliostat copies only safetensors, JSON, text, and tokenizer files, as from the Hub. A model of MLflow may have code and
+pickles around the model's folder, which heliostat never loads. A model in a local folder of MLflow is used in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heliostat.errors import ConfigError, StorageError
+from heliostat.storage import local_files
+from heliostat.storage.hub.files import ABOUT, BLOCK, WEIGHTS, readable
+from heliostat.storage.locations import Location
+from heliostat.text import brief
+
+if TYPE_CHECKING:  # importing MLflow takes seconds
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+DEFAULT = ".heliostat/mlflow.db"  # the store that the quickstart uses
+CHECKPOINT = "heliostat.checkpoint"  # MLflow type of logged models that are checkpoints, without files
+S3, REGISTRY = "s3://", "models:/"
+RUN = re.compile(r"[0-9a-f]{32}")
+VERSION = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[\w-]+))")
+COPIED = (*ABOUT, WEIGHTS)
+WAIT_S, BYTES_PER_S = (
+    600.0,
+    10 << 20,
+)  # to wait for another process that copies the model
+
+
+def default_uri() -> str:
+    """Returns the default tracking URI: MLFLOW_TRACKING_URI, or if that isn't set, the quickstart's store in the current
+    folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT).absolute()}"
+
+
+def is_source(value: str) -> bool:
+    """Returns whether a value names a model in S3 or in MLflow. An existing folder takes precedence over a run's id."""
+    return value.startswith((S3, REGISTRY)) or bool(RUN.fullmatch(value) and not Path(value).exists())
+
+
+def pinned(value: str, store: str) -> str:
+    """Returns a name that stays the same: the version of an alias, and the logged model of a run. `store`: MLflow's URI.
+
+    A folder in S3 has no versions, so its name doesn't change. Raises ConfigError if MLflow doesn't have the model.
+    """
+    if value.startswith(S3):
+        return value
+    with _asking(value, store) as client:
+        if match := VERSION.fullmatch(value):
+            version = match["version"] or client.get_model_version_by_alias(match["name"], match["alias"]).version
+            return f"{REGISTRY}{match['name']}/{version}"
+        return value if value.startswith(REGISTRY) else f"{REGISTRY}{_newest(client, value)}"
+
+
+def recorded(value: str, before: str) -> str:
+    """Returns the model of a job that resumes: `before`, the recorded name, if `value` is an alias of the same model."""
+    now, then = VERSION.fullmatch(value), VERSION.fullmatch(before)
+    return before if now and then and now["alias"] and now["name"] == then["name"] else value
+
+
+def fetched(value: str, store: str) -> Path:
+    """Returns the folder of a model on this machine. If the model is in S3, or in MLflow's remote storage, first copies it to the
+    cache. `store`: MLflow's URI.
+
+    Raises ConfigError if there is no such model, or if it has no safetensors.
+    """
+    if value.startswith(S3):
+        return _of_s3(value)
+    name = pinned(value, store)
+    with _asking(value, store):
+        return _of_mlflow(name, store)
+
+
+def _newest(client: MlflowClient, run_id: str) -> str:
+    """Returns the id of the newest complete model that a run logged."""
+    run, token = client.get_run(run_id), None
+    while True:
+        page = client.search_logged_models(
+            [run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'",
+            order_by=[{"field_name": "creation_timestamp", "ascending": False}], page_token=token,
+        )  # fmt: skip
+        for model in page:
+            if model.status.value == "READY" and model.model_type != CHECKPOINT:
+                return str(model.model_id)
+        if not (token := page.token):
+            raise ConfigError(f"run {run_id} has no logged model. Wait until the run has finished")
+
+
+@contextmanager
+def _asking(value: str, store: str) -> Iterator[MlflowClient]:
+    """Converts MLflow's errors within the context into a ConfigError of one line."""
+    import mlflow
+
+    try:
+        yield mlflow.MlflowClient(tracking_uri=store)
+    except mlflow.exceptions.MlflowException as e:
+        raise ConfigError(f"{value}: not found in {store} ({brief(e)}). See the registered models: heliostat run ui") from e
+
+
+def _of_mlflow(name: str, store: str) -> Path:
+    from mlflow import artifacts
+
+    def get(to: Path | None) -> Path:
+        return Path(artifacts.download_artifacts(name, dst_path=to and str(to), tracking_uri=store, registry_uri=store))
+
+    source = _artifacts(name, store)
+    if Path(source.removeprefix("file://")).is_dir():
+        return _model_in(get(None), name)
+    return _model_in(_cached([store, name], 0, get), name)
+
+
+def _artifacts(name: str, store: str) -> str:
+    """Returns the URI of the folder with a model's files."""
+    import mlflow
+
+    client, match = mlflow.MlflowClient(tracking_uri=store), VERSION.fullmatch(name)
+    if match is None:
+        return str(client.get_logged_model(name.removeprefix(REGISTRY)).artifact_location)
+    source = str(client.get_model_version(match["name"], match["version"]).source)
+    return _artifacts(source, store) if source.startswith(REGISTRY) else source
+
+
+def _model_in(folder: Path, name: str) -> Path:
+    """Finds the model's folder in the files of MLflow: of a model that heliostat logged, or of the flavor `transformers`."""
+    for inner in ("artifacts/model", "model", "."):
+        if any((folder / inner / file).is_file() for file in ("config.json", "adapter_config.json", "model_index.json")):
+            return folder / inner
+    raise ConfigError(f"{name}: contains no model of transformers (no config.json). Use a model that heliostat trained")
+
+
+def _of_s3(uri: str) -> Path:
+    place = Location(uri)
+    tree = place.tree()
+    listed = [(one.path.removeprefix(f"{place.path}/"), one) for one in tree]
+    copied = [(name, one) for name, one in listed if name.endswith(COPIED)]
+    if not any(name.endswith("config.json") or name == "model_index.json" for name, _ in copied):
+        problem = "no such folder" if not listed else "isn't a model folder (no config.json)"
+        raise ConfigError(f"{uri}: {problem}. Copy a model's folder there")
+    if not any(name.endswith(WEIGHTS) for name, _ in copied):
+        raise ConfigError(f"{uri}: has no safetensors. Save the model with save_pretrained, and copy its folder there")
+    size = sum(one.size for _, one in copied)
+
+    def get(to: Path | None) -> Path:
+        assert to
+        log.info("%s: copying %s to %s", uri, readable(size), to)
+        for name, one in copied:
+            _copy(place.join(*name.split("/")), to.joinpath(*name.split("/")), one.size)
+        return to
+
+    return _cached([uri, *([name, one.size, one.etag or one.mtime_ns] for name, one in copied)], size, get)
+
+
+def _copy(source: Location, target: Path, size: int) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open() as content, target.open("wb") as file:
+        while block := content.read(BLOCK):
+            file.write(block)
+    if target.stat().st_size != size:
+        raise StorageError(f"{source}: has {target.stat().st_size:,} bytes, but the listing has {size:,}. Run the command again")
+
+
+def _cached(identity: list[Any], size: int, get: Callable[[Path], Path]) -> Path:
+    """Returns the folder that `get` fills, in the cache. Other processes on this machine wait for the first one. A copy is unused
+    for a day before another copy may remove it."""
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    entry = local_files.cache("models") / digest
+    complete, partial = entry / "model", entry / "partial"
+    try:
+        with local_files.alone(entry, WAIT_S + size / BYTES_PER_S):
+            entry.mkdir(exist_ok=True)
+            os.utime(entry)
+            if not complete.is_dir():
+                local_files.remove_unused(entry)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                get(partial).rename(complete)
+    except BlockingIOError as e:
+        raise StorageError(f"{entry}: another process has been copying this model for too long. Run the command again") from e
+    except OSError as e:
+        raise StorageError(f"{entry}: can't store the model here ({e.strerror or e}). Free some space, or set TMPDIR") from e
+    return complete

@@ -1,0 +1,190 @@
+"""Tests that a pretrained model may come from S3 and from MLflow, and that each name gives the same weights as its folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from heliostat.config import pretrained
+from heliostat.config.spec import resolve as absolute
+from heliostat.curation import hub
+from heliostat.errors import ConfigError
+from heliostat.recipes import loading
+from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.storage import local_files, model_sources
+from heliostat.storage.locations import Location
+from heliostat.tracking import models
+from heliostat.validation import check
+
+from tests import stores
+from tests.unit import build_job
+from tests.unit.build_language_model import ARCHITECTURES, write_model
+from tests.unit.test_samples import make_text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("source"), ARCHITECTURES["llama"])
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_files, "cache", lambda kind: tmp_path / f"cache-{kind}")
+    for name, value in stores.AWS.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def in_s3(folder, s3, request) -> str:
+    bucket = f"models-{abs(hash(request.node.name)) % 10**8}"
+    place = Location(f"s3://{bucket}/tiny?{stores.bucket(s3, bucket)}")
+    for file in folder.iterdir():
+        place.join(file.name).upload(file)
+    place.join("pytorch_model.bin").write(b"a pickle")
+    return place.uri
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Returns the URI of an MLflow store. Creating one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+class Registry:
+    """An experiment of an MLflow store with a run, and with versions of a model."""
+
+    def __init__(self, uri: str, artifacts: str, name: str) -> None:
+        self.uri, self.name = uri, name
+        mlflow.set_tracking_uri(self.uri)
+        self.client = mlflow.MlflowClient(tracking_uri=self.uri)
+        self.experiment = self.client.create_experiment(name, artifact_location=artifacts)
+        self.run = self.client.create_run(self.experiment).info.run_id
+        self.client.create_registered_model(name)
+
+    def log(self, folder: Path, place: Path, kind: str | None = None) -> str:
+        """Logs a folder as heliostat does, in `artifacts/model`. Returns the id of the logged model."""
+        shutil.copytree(folder, place / "artifacts" / "model")
+        one = self.client.create_logged_model(self.experiment, name="model", source_run_id=self.run, model_type=kind)
+        self.client.log_model_artifacts(one.model_id, str(place))
+        self.client.finalize_logged_model(one.model_id, "READY")
+        return one.model_id
+
+    def register(self, model_id: str) -> str:
+        return self.client.create_model_version(self.name, f"models:/{model_id}", run_id=self.run, model_id=model_id).version
+
+
+def names(source: str, store: str, text: Path) -> torch.nn.Module:
+    """Builds the model of a job with this `model.pretrained`, as a worker does."""
+    job = build_job.job(**{"model": {"pretrained": source}, "mlflow.uri": store, "data.sequence_length": 32})
+    return loading.load(pretrained.pinned(job), [make_text(text)]).build()
+
+
+def equal(model: torch.nn.Module, folder: Path) -> bool:
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "model.safetensors")
+    return all(torch.equal(p, stored[name]) for name, p in model.named_parameters() if name in stored)
+
+
+def test_a_folder_in_s3_gives_the_weights_of_the_folder_and_is_copied_once_without_pickles(in_s3, folder, tmp_path, monkeypatch):
+    assert equal(names(in_s3, "sqlite://", tmp_path / "text"), folder)
+    copy = model_sources.fetched(in_s3, "")
+    assert {p.name for p in copy.iterdir()} == {p.name for p in folder.iterdir()}
+    monkeypatch.setattr(model_sources, "_copy", None)  # a second copy would call it
+    assert model_sources.fetched(in_s3, "") == copy == models.resolve(in_s3, "sqlite://")
+
+
+def test_a_changed_folder_in_s3_is_copied_again(in_s3, folder):
+    before = model_sources.fetched(in_s3, "")
+    Location(in_s3).join("README.md").write(b"changed")
+    after = model_sources.fetched(in_s3, "")
+    assert after != before and (after / "README.md").read_bytes() == b"changed"
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_version_an_alias_a_logged_model_and_a_run_of_mlflow_are_the_same_model(
+    folder, tmp_path, store, s3, monkeypatch, remote
+):
+    artifacts = (tmp_path / "artifacts").as_uri()
+    if remote:
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://{s3}")
+        stores.bucket(s3, "of-mlflow")
+        artifacts = "s3://of-mlflow/artifacts"
+    registry = Registry(store, artifacts, name := f"tiny-{remote}")
+    model_id = registry.log(folder, tmp_path / "logged")
+    version = registry.register(model_id)
+    registry.log(folder.parent, tmp_path / "checkpoint", model_sources.CHECKPOINT)  # newer, but not a model to load
+    registry.client.set_registered_model_alias(name, "champion", version)
+    for source in (f"models:/{name}/{version}", f"models:/{name}@champion", f"models:/{model_id}", registry.run):
+        assert equal(names(source, registry.uri, tmp_path / "text"), folder), source
+        assert (models.resolve(source, registry.uri) / "config.json").is_file()
+    assert (tmp_path / "cache-models").exists() == remote  # files on this machine are used in place
+
+
+def test_a_run_that_resumes_keeps_the_version_that_its_alias_had(folder, tmp_path, store):
+    registry = Registry(store, (tmp_path / "artifacts").as_uri(), "tiny")
+    versions = [registry.register(registry.log(folder, tmp_path / f"logged-{n}")) for n in range(2)]
+    job = build_job.job(**{"model": {"pretrained": "models:/tiny@best"}, "mlflow.uri": registry.uri})
+    registry.client.set_registered_model_alias("tiny", "best", versions[0])
+    began = pretrained.pinned(job)
+    registry.client.set_registered_model_alias("tiny", "best", versions[1])
+    assert began.model["pretrained"] == "models:/tiny/1" and pretrained.pinned(job).model["pretrained"] == "models:/tiny/2"
+    assert pretrained.moves(job) and pretrained.as_recorded(job, began.dump()).model["pretrained"] == "models:/tiny/1"
+    other = build_job.job(**{"model": {"pretrained": "models:/other@best"}, "mlflow.uri": registry.uri})
+    assert pretrained.as_recorded(other, began.dump()).model["pretrained"] == "models:/other@best"
+
+
+def test_names_stay_as_written_when_a_job_is_read_and_submitted(in_s3, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source in (in_s3, "models:/tiny@best", "models:/tiny/3", "0" * 32):
+        job = absolute(build_job.job(**{"model": {"pretrained": source}}))
+        assert job.model["pretrained"] == source and not pretrained.is_folder(source)
+    assert pretrained.is_folder("/models/tiny")
+    assert hub.resolved({"model": in_s3})[0]["model"] == str(model_sources.fetched(in_s3, ""))
+
+
+def test_check_describes_the_model_and_each_mistake_is_one_line_with_the_key(in_s3, folder, tmp_path, store, caplog):
+    caplog.set_level("INFO")
+    build = {"data.sequence_length": 32, "model.vocab_size": None}
+    job = build_job.job(**{**build, "model": {"pretrained": in_s3}, "mlflow.uri": "sqlite://"})
+    check.check_job(job)
+    assert f"model.pretrained: {in_s3}, " in caplog.text
+    registry, empty = Registry(store, (tmp_path / "artifacts").as_uri(), "empty"), Location(in_s3).join("nothing").uri
+    for source, reason in {
+        empty: "no such folder",
+        "models:/empty/7": "not found in",
+        "models:/absent@best": "not found in",
+        registry.run: "has no logged model",
+        "f" * 32: "not found in",
+    }.items():
+        with pytest.raises(ConfigError) as raised:
+            pretrained.located(build_job.job(**{"model": {"pretrained": source}, "mlflow.uri": registry.uri}))
+        assert str(raised.value).startswith("model.pretrained: ") and reason in str(raised.value)
+        assert "\n" not in str(raised.value)
+    place = Location(in_s3).join("pickled")
+    place.join("config.json").write((folder / "config.json").read_bytes())
+    place.join("pytorch_model.bin").write(b"")
+    with pytest.raises(ConfigError, match="has no safetensors"):
+        model_sources.fetched(place.uri, "")
+
+
+def test_a_gguf_file_a_run_and_an_adapter_name_the_command_that_makes_a_model_of_them(tmp_path):
+    for name, file, command in (
+        ("gguf", "model.gguf", "heliostat model import"),
+        ("run", "checkpoints/step", "heliostat model export"),
+        ("adapter", "adapter_config.json", "Merge it into its base"),
+        ("empty", "notes.txt", "no config.json"),
+    ):
+        (tmp_path / name / file).parent.mkdir(parents=True)
+        (tmp_path / name / file).write_bytes(b"")
+        for raises in (
+            lambda path: loading.make(CausalLM, build_job.job(**{"model": {"pretrained": path}})).config,
+            lambda path: models.resolve(path, "sqlite://"),
+        ):
+            with pytest.raises(ConfigError, match=command):
+                raises(str(tmp_path / name))
+    with pytest.raises(ConfigError, match="heliostat model import"):
+        models.resolve(str(tmp_path / "gguf" / "model.gguf"), "sqlite://")
