@@ -39,8 +39,8 @@ ALSO: dict[str, dict[str, Any]] = {  # what a validator takes in addition to the
 }
 PIPELINES: dict[str, type[Pipeline]] = {
     "text-pipeline": TextPipeline, "image-pipeline": ImagePipeline, "pairs-pipeline": PairPipeline,
-    "references-pipeline": ReferencePipeline,
     "conversations-pipeline": ConversationPipeline, "preferences-pipeline": PreferencePipeline,
+    "references-pipeline": ReferencePipeline,
 }  # fmt: skip
 
 
