@@ -8,6 +8,7 @@ import torch
 from heliostat.cli.main import app
 from heliostat.errors import ConfigError
 from heliostat.inference import importing
+from heliostat.recipes import model_origins
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit import build_gguf
@@ -48,6 +49,8 @@ def test_the_tokenizer_splits_numbers_as_the_file_says_and_has_the_template(tmp_
     assert split == {"smollm": ["a", "Ġ", "1", "2"], "gpt-2": ["a", "Ġ12"]}
     assert tokenizers["smollm"].apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<|user|>hi"
     assert "license: mit" in (tmp_path / "smollm" / "README.md").read_text()
+    source = model_origins.of("smollm", tmp_path / "smollm")["converted_from"]
+    assert source and source["file"].endswith(".gguf") and len(source["digest"]) == 64
 
 
 def test_a_file_that_cannot_be_converted_gives_one_line_and_leaves_no_folder(tmp_path):

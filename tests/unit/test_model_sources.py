@@ -58,8 +58,7 @@ class Registry:
 
     def __init__(self, uri: str, artifacts: str, name: str) -> None:
         self.uri, self.name = uri, name
-        mlflow.set_tracking_uri(self.uri)
-        self.client = mlflow.MlflowClient(tracking_uri=self.uri)
+        self.client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
         self.experiment = self.client.create_experiment(name, artifact_location=artifacts)
         self.run = self.client.create_run(self.experiment).info.run_id
         self.client.create_registered_model(name)

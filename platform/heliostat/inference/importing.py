@@ -20,6 +20,7 @@ from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference import gguf_files
 from heliostat.inference.export import DTYPES
 from heliostat.inference.gguf_files import GgufFile
+from heliostat.recipes.exported import CONVERTED, IMPORT
 from heliostat.recipes.pretrained import from_folder, whole
 from heliostat.storage.locations import Location
 from heliostat.text import brief
@@ -93,6 +94,7 @@ def _write(file: GgufFile, model: PreTrainedModel, tokenizer: PreTrainedTokenize
             f"explains (standard deviation {imported.spread:.3g}). The folder is removed. Convert the original model instead"
         )
     (folder / "README.md").write_text(card(imported), encoding="utf-8")
+    (folder / IMPORT).write_bytes(CONVERTED.encode({"file": file.path.name, "digest": imported.digest}))
     return imported
 
 

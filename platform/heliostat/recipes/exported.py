@@ -21,7 +21,7 @@ from heliostat.recipes.protocol import GUIDE, Exports, Generated, Generates, Req
 from heliostat.storage.records import Format, Whole, open_
 from heliostat.text import brief, printable
 
-RECORD, ADAPTER = "heliostat.json", "heliostat_adapter.json"
+RECORD, ADAPTER, IMPORT = "heliostat.json", "heliostat_adapter.json", "heliostat_import.json"
 LANGUAGE_MODEL = "heliostat.recipes:CausalLM"
 
 
@@ -69,6 +69,25 @@ class Export:
 def write(folder: Path, job: Job, origin: dict[str, object]) -> None:
     """Writes the record of an exported model into its folder. `origin`: the model's run and step."""
     (folder / RECORD).write_text(json.dumps({"recipe": job.recipe, "job": job.dump(), "origin": origin}, indent=1))
+
+
+@open_
+class ConvertedFile(TypedDict):
+    """Describes the file from which a folder was converted, by its name and SHA-256."""
+
+    file: str
+    digest: str
+
+
+CONVERTED = Format(ConvertedFile, "record of a converted model", ConfigError, fix="Convert the model again")
+
+
+def converted_from(folder: Path) -> ConvertedFile | None:
+    """Reads the record of a folder that was converted from another format; None for other folders."""
+    try:
+        return CONVERTED.read(folder / IMPORT)
+    except FileNotFoundError:
+        return None
 
 
 def is_model(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from heliostat.config import pretrained
 from heliostat.recipes import exported
+from heliostat.recipes.exported import ConvertedFile
 from heliostat.recipes.folder_digests import weights_digest
 from heliostat.storage.hub import files
 from heliostat.storage.records import Format, open_
@@ -31,6 +32,7 @@ class ModelOrigin(TypedDict):
     config: str  # digest of the model's configuration files
     digest: NotRequired[str | None]  # of the weights and config.json; None for a folder of several models
     bytes: int  # size of the weights
+    converted_from: NotRequired[ConvertedFile | None]
     name: str | None
     run_id: str | None
     step: int | None
@@ -57,6 +59,7 @@ def of(named: str, folder: Path) -> ModelOrigin:
         "config": config.hexdigest()[:16],
         "digest": weights_digest(folder) if (folder / "config.json").is_file() else None,
         "bytes": files.weight_bytes(folder),
+        "converted_from": exported.converted_from(folder),
         "name": origin.get("name"),
         "run_id": origin.get("run_id"),
         "step": origin.get("step"),

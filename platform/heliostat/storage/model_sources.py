@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from heliostat.errors import ConfigError, StorageError
 from heliostat.storage import local_files
@@ -103,13 +104,23 @@ def _newest(client: MlflowClient, run_id: str) -> str:
             raise ConfigError(f"run {run_id} has no logged model. Wait until the run has finished")
 
 
+def _registry(store: str) -> str:
+    return os.environ.get("MLFLOW_REGISTRY_URI") or store  # otherwise MLflow takes the registry of its own default store
+
+
+def _client(store: str) -> MlflowClient:
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri=store, registry_uri=_registry(store))
+
+
 @contextmanager
 def _asking(value: str, store: str) -> Iterator[MlflowClient]:
     """Converts MLflow's errors within the context into a ConfigError of one line."""
     import mlflow
 
     try:
-        yield mlflow.MlflowClient(tracking_uri=store)
+        yield _client(store)
     except mlflow.exceptions.MlflowException as e:
         raise ConfigError(f"{value}: not found in {store} ({brief(e)}). See the registered models: heliostat run ui") from e
 
@@ -117,20 +128,20 @@ def _asking(value: str, store: str) -> Iterator[MlflowClient]:
 def _of_mlflow(name: str, store: str) -> Path:
     from mlflow import artifacts
 
-    def get(to: Path | None) -> Path:
-        return Path(artifacts.download_artifacts(name, dst_path=to and str(to), tracking_uri=store, registry_uri=store))
-
     source = _artifacts(name, store)
-    if Path(source.removeprefix("file://")).is_dir():
-        return _model_in(get(None), name)
+    local = Path(unquote(source.removeprefix("file://")))
+    if local.is_dir():
+        return _model_in(local, name)
+
+    def get(to: Path) -> Path:
+        return Path(artifacts.download_artifacts(source, dst_path=str(to), tracking_uri=store))
+
     return _model_in(_cached([store, name], 0, get), name)
 
 
 def _artifacts(name: str, store: str) -> str:
     """Returns the URI of the folder with a model's files."""
-    import mlflow
-
-    client, match = mlflow.MlflowClient(tracking_uri=store), VERSION.fullmatch(name)
+    client, match = _client(store), VERSION.fullmatch(name)
     if match is None:
         return str(client.get_logged_model(name.removeprefix(REGISTRY)).artifact_location)
     source = str(client.get_model_version(match["name"], match["version"]).source)
@@ -157,8 +168,7 @@ def _of_s3(uri: str) -> Path:
         raise ConfigError(f"{uri}: has no safetensors. Save the model with save_pretrained, and copy its folder there")
     size = sum(one.size for _, one in copied)
 
-    def get(to: Path | None) -> Path:
-        assert to
+    def get(to: Path) -> Path:
         log.info("%s: copying %s to %s", uri, readable(size), to)
         for name, one in copied:
             _copy(place.join(*name.split("/")), to.joinpath(*name.split("/")), one.size)

@@ -356,6 +356,8 @@ def _run_lines(run: Traced, depth: int, shown: set[str]) -> list[tuple[int, str]
         kind = "a model of the Hugging Face Hub" if names.model(parent["folder"]) else "a folder"
         role = "log-probabilities by" if parent["key"].endswith(f".{REFERENCE}") else "initialized from"
         digest = f", digest {digest}" if (digest := parent.get("digest")) else ""
+        if source := parent.get("converted_from"):
+            digest += f", converted from {source['file']} {source['digest'][:12]}"
         out.append((below, f"{role} {parent['key']}: {parent['name'] or kind}{at} ({parent['folder']}){digest}{changed}"))
         out += _run_lines(parent["run"], below + 1, shown) if parent["run"] else []
     return out

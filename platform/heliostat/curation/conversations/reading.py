@@ -197,9 +197,9 @@ class ConversationSource(TextSource):
     def _fitted(self, conversation: ParsedConversation) -> tuple[list[Rendered], Counter[str]]:
         """Renders a conversation as one row or, if it is too long, as `too_long` says."""
         if self.too_long == "drop" and len(conversation.messages) > MANY_MESSAGES:  # rendering each turn takes their square
-            length = len(self.renderer.encode(self.renderer.text(conversation.messages, conversation.tools)))
-            if length > SURELY_LONG * self.sequence_length:
-                raise FaultError("too_long", f"{length:,} tokens")
+            (tokens,) = self.renderer.encode(self.renderer.text(conversation.messages, conversation.tools))
+            if len(tokens) > SURELY_LONG * self.sequence_length:
+                raise FaultError("too_long", f"{len(tokens):,} tokens")
         row = self.renderer.conversation(conversation)
         if len(row.tokens) <= self.sequence_length:
             return [row], Counter()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FILE = "answers.json"
 
 
-class Prompt(NamedTuple):
+class TokenPrompt(NamedTuple):
     """Contains a prompt up to the start of the answer, and the dataset's own answer (`wanted`; empty if there is none), both as
     token ids."""
 
@@ -38,7 +38,7 @@ class AnsweringRecipe(Protocol):
     """Lists the attributes of a recipe whose model answers prompts."""
 
     @property
-    def answered(self) -> Sequence[Prompt]: ...
+    def answered(self) -> Sequence[TokenPrompt]: ...
     @property
     def max_answer(self) -> int: ...
     @property
@@ -113,12 +113,12 @@ def _own_settings(module: Any) -> Iterator[None]:
         module.generation_config = before
 
 
-def asked(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[Prompt]:
+def asked(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[TokenPrompt]:
     """Renders user messages with a tokenizer's chat template. Raises ConfigError if the template rejects a message."""
     prompts = []
     for number, text in enumerate(questions):
         try:
-            prompts.append(Prompt(chat.encode(tokenizer, [{"role": "user", "content": text}]), []))
+            prompts.append(TokenPrompt(chat.encode(tokenizer, [{"role": "user", "content": text}]), []))
         except ConfigError as e:
             raise ConfigError(f"model.samples.prompts.{number}: {e}") from e
     return prompts

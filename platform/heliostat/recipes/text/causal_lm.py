@@ -52,7 +52,7 @@ if TYPE_CHECKING:  # importing torch and transformers takes three seconds, and m
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
     from heliostat.recipes.constants import Constant
-    from heliostat.recipes.text.exporting import Chat
+    from heliostat.recipes.text.exporting import ExportedChat
     from heliostat.recipes.text.generator import TextGenerator
 BUILT_IN = {"CausalLM": ("transformers",)}
 SHOWN: dict[str, object] = {
@@ -355,7 +355,7 @@ class CausalLM(AdaptedText, Recipe, Evaluates, CutsSamples, DividesExperts, Divi
 
         exporting.write(folder, self.config, self.pretrained, self.tokenizer, self.sources, self.chat())
 
-    def chat(self) -> Chat | None:
+    def chat(self) -> ExportedChat | None:
         """Returns the chat template and the end tokens of the export. None if the export keeps those of the model."""
         return None
 

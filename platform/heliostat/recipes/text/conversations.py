@@ -28,8 +28,8 @@ from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.schema import Strict, validate
 
 if TYPE_CHECKING:
-    from heliostat.recipes.text.answers import Prompt
-    from heliostat.recipes.text.exporting import Chat
+    from heliostat.recipes.text.answers import TokenPrompt
+    from heliostat.recipes.text.exporting import ExportedChat
 
 SHOWN_PROMPTS, SHOWN_TOKENS = 2, 64  # prompts, and tokens per answer, to show a finished run
 ASSUMED = 2048  # tokens per sample until the dataset exists
@@ -151,15 +151,15 @@ class LearnsConversations(CausalLM, Draws):
         """Returns the tokens that end the assistant's turns."""
         return sorted({facts["end"] for facts in self.facts})
 
-    def chat(self) -> Chat:
-        from heliostat.recipes.text.exporting import Chat
+    def chat(self) -> ExportedChat:
+        from heliostat.recipes.text.exporting import ExportedChat
 
-        return Chat(templates.of_dataset(self.sources[0], self.facts[0]["template"]), self.ends)
+        return ExportedChat(templates.of_dataset(self.sources[0], self.facts[0]["template"]), self.ends)
 
     # answers ---------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def prompts_of(self, content: pa.Table) -> Iterator[Prompt]:
+    def prompts_of(self, content: pa.Table) -> Iterator[TokenPrompt]:
         """Yields the prompts of rows, and the dataset's own answers."""
 
     def gallery(self) -> Gallery | None:
@@ -173,7 +173,7 @@ class LearnsConversations(CausalLM, Draws):
         return self.keys.samples.max_tokens if self.keys.samples else SHOWN_TOKENS
 
     @cached_property
-    def answered(self) -> list[Prompt]:
+    def answered(self) -> list[TokenPrompt]:
         """Returns the prompts to answer: those of the job, and those of held-out conversations. Leaves out prompts after which
         the model has no positions for an answer."""
         from heliostat.recipes.text import answers, exporting

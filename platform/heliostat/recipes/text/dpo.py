@@ -37,7 +37,7 @@ from heliostat.storage.hub import files
 if TYPE_CHECKING:
     import torch
 
-    from heliostat.recipes.text.answers import Prompt
+    from heliostat.recipes.text.answers import TokenPrompt
     from heliostat.recipes.text.preference_loss import ComparedAnswers
 BUILT_IN = {"DPO": ("heliostat.recipes.text.answer_logprobs", "transformers")}
 ANY = "any"
@@ -210,11 +210,11 @@ class DPO(LearnsConversations):
 
     # for people, and the export ------------------------------------------------------------------------------------------
 
-    def prompts_of(self, content: pa.Table) -> Iterator[Prompt]:
-        from heliostat.recipes.text.answers import Prompt
+    def prompts_of(self, content: pa.Table) -> Iterator[TokenPrompt]:
+        from heliostat.recipes.text.answers import TokenPrompt
 
         for row in content.select(["prompt", "chosen"]).to_pylist():
-            yield Prompt(row["prompt"], row["chosen"])
+            yield TokenPrompt(row["prompt"], row["chosen"])
 
     def describe(self, content: pa.Table) -> str:
         row = content.to_pylist()[0]

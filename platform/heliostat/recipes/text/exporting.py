@@ -23,7 +23,7 @@ from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text import infilling, vocabulary
 
 
-class Chat(NamedTuple):
+class ExportedChat(NamedTuple):
     """Describes how a model chats: the template of its prompts, and the tokens that end its answers."""
 
     template: str
@@ -36,7 +36,7 @@ def write(
     pretrained: str | None,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     sources: list[Manifest],
-    chat: Chat | None = None,
+    chat: ExportedChat | None = None,
 ) -> None:
     """Writes the files into the model's folder. Copies the tokenizer of a pretrained model; otherwise, `tokenizer` builds the
     tokenizer. `chat`: replaces the tokenizer's chat template, and adds to the tokens that end an answer."""
@@ -58,7 +58,7 @@ def write(
 
 
 def tokenizer_of(
-    pretrained: str | None, tokenizer: Callable[[], PreTrainedTokenizerBase], chat: Chat | None
+    pretrained: str | None, tokenizer: Callable[[], PreTrainedTokenizerBase], chat: ExportedChat | None
 ) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of a pretrained model, or the result of `tokenizer`, with the chat template of `chat`."""
     own = from_folder("model.pretrained", AutoTokenizer, pretrained) if pretrained else tokenizer()

@@ -30,7 +30,7 @@ from heliostat.recipes.text.conversations import LearnsConversations
 if TYPE_CHECKING:
     import torch
 
-    from heliostat.recipes.text.answers import Prompt
+    from heliostat.recipes.text.answers import TokenPrompt
 BUILT_IN = {"SFT": ("transformers",)}
 
 
@@ -69,15 +69,15 @@ class SFT(LearnsConversations, Audits):
         padded = packs.batch(content, self.length, self.end, self.sources[0].fact("vocab_size"), self.document_mask, fixed)
         return padded if fixed else next_token.with_places(padded)
 
-    def prompts_of(self, content: pa.Table) -> Iterator[Prompt]:
+    def prompts_of(self, content: pa.Table) -> Iterator[TokenPrompt]:
         from heliostat.recipes.text import packs
-        from heliostat.recipes.text.answers import Prompt
+        from heliostat.recipes.text.answers import TokenPrompt
 
         for conversation in packs.conversations(content):
             trained = np.append(conversation.trained, False)
             if (first := int(trained.argmax())) > 0:
                 stop = first + int((~trained[first:]).argmax())
-                yield Prompt(conversation.tokens[:first].tolist(), conversation.tokens[first:stop].tolist())
+                yield TokenPrompt(conversation.tokens[:first].tolist(), conversation.tokens[first:stop].tolist())
 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         from heliostat.recipes.text import next_token
