@@ -66,13 +66,18 @@ class Registry:
     def log(self, folder: Path, place: Path, kind: str | None = None) -> str:
         """Logs a folder as heliostat does, in `artifacts/model`. Returns the id of the logged model."""
         shutil.copytree(folder, place / "artifacts" / "model")
+        mlflow.set_tracking_uri(self.uri)  # MLflow's own calls below take it; what is tested must not
         one = self.client.create_logged_model(self.experiment, name="model", source_run_id=self.run, model_type=kind)
         self.client.log_model_artifacts(one.model_id, str(place))
         self.client.finalize_logged_model(one.model_id, "READY")
+        mlflow.set_tracking_uri(None)
         return one.model_id
 
     def register(self, model_id: str) -> str:
-        return self.client.create_model_version(self.name, f"models:/{model_id}", run_id=self.run, model_id=model_id).version
+        mlflow.set_tracking_uri(self.uri)
+        made = self.client.create_model_version(self.name, f"models:/{model_id}", run_id=self.run, model_id=model_id)
+        mlflow.set_tracking_uri(None)
+        return made.version
 
 
 def names(source: str, store: str, text: Path) -> torch.nn.Module:
