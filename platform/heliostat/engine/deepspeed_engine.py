@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +77,18 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
         model = first_weights.build(job, recipe)
         _require_dimensions(model)
         return model
-    with group.dividing() if group else nullcontext(), _partitioned(config):
-        model = partitioned_weights.build(job, recipe, streams=group is None)
+    with group.dividing() if group else nullcontext():
+        read = partitioned_weights.read(job, recipe, config, group.within if group else None)
+        model = _build_partitioned(job, recipe, config) if read is None else read
     for p in model.parameters():
         division.note(p, zero_state.shape(p))
     return model
+
+
+def _build_partitioned(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Module:
+    torch.manual_seed(job.train.seed)
+    with _partitioned(config):
+        return building.build(recipe)
 
 
 def _require_dimensions(model: torch.nn.Module) -> None:
@@ -109,12 +116,6 @@ class ZeroInit:
         from deepspeed import zero
 
         return zero.GatheredParameters([parameter], modifier_rank=0)
-
-    def fill(self, parameter: torch.Tensor, read: Callable[[], torch.Tensor]) -> None:
-        within: Any = parameter
-        with self.whole(parameter), torch.no_grad():
-            if dist.get_rank(within.ds_process_group) == 0:
-                parameter.copy_(read())
 
     def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
         return zero_state.shape(parameter)

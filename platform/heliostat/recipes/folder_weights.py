@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from heliostat.checkpoint.safetensors_file import DTYPES
-from heliostat.recipes import building, partitioning, weightless
 from heliostat.recipes.weightless import Computed, Pretrained
 
 NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # file names of transformers and of diffusers
@@ -86,28 +85,6 @@ def find(model: torch.nn.Module, noted: list[Pretrained | Computed]) -> dict[int
     return {**stored, **by_tensor}
 
 
-def partitioned(make: Callable[[], torch.nn.Module], folder: Path) -> torch.nn.Module:
-    """Builds a model, which workers partition (`partitioning`), with the weights of a folder. No worker has more than one
-    complete parameter. Collective. Raises UnreadableError before it reads a weight.
-
-    `make`: builds the model without its weights. The engine rounds the numbers that a constructor computes while it partitions
-    the model. So buffers come from another model, which has no weights.
-    """
-    with weightless.building():
-        exact = make()
-    with partitioning.constructing():
-        model = make()
-    stored = find(model, [Pretrained(model, folder, dict(model.state_dict(keep_vars=True)))])
-    parameters, buffers = list(model.parameters()), dict(exact.named_buffers())
-    for parameter in parameters:
-        partitioning.fill(parameter, stored[id(parameter)].read)
-    for name, old in list(model.named_buffers()):
-        values = stored[id(old)].read() if id(old) in stored else buffers[name]
-        dtype = parameters[0].dtype if values.is_floating_point() else values.dtype
-        building.put_buffer(model, name, values.to(parameters[0].device, dtype))
-    return model
-
-
 def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
     folder, module = pretrained.folder, pretrained.module
     config = json.loads((folder / "config.json").read_text())
@@ -130,7 +107,7 @@ def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
         if any(transform.rename_source_key(key) != (key, None) for transform in converts):
             raise UnreadableError(f"{folder}: transformers renames or converts the tensor {key!r}")
         one = stored[key]
-        if one.shape != partitioning.shape(tensor) or one.dtype.is_floating_point != tensor.dtype.is_floating_point:
+        if one.shape != tuple(tensor.shape) or one.dtype.is_floating_point != tensor.dtype.is_floating_point:
             raise UnreadableError(
                 f"{folder}: the tensor {key!r} has {one.dtype} {list(one.shape)}, which doesn't match the model"
             )

@@ -6,7 +6,7 @@ functions of this module. If no `Partitioner` is set, for example at stages 0 to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Protocol
@@ -26,9 +26,6 @@ class Partitioner(Protocol):
     def whole(self, parameter: torch.Tensor) -> AbstractContextManager[object]:
         """Opens a context in which a parameter is complete. When the context ends, all workers get the first worker's values.
         Collective."""
-
-    def fill(self, parameter: torch.Tensor, read: Callable[[], torch.Tensor]) -> None:
-        """Sets a parameter to the values that `read` returns on the first worker. Collective."""
 
     def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
         """Returns the shape of the complete parameter. This worker may have only a part of the parameter."""
@@ -62,13 +59,6 @@ def whole(parameter: torch.Tensor) -> AbstractContextManager[object]:
     """Opens a context in which a parameter is complete, so that you can set its values."""
     partitioner = _partitioner.get()
     return partitioner.whole(parameter) if partitioner else nullcontext()
-
-
-def fill(parameter: torch.Tensor, read: Callable[[], torch.Tensor]) -> None:
-    """Sets a partitioned parameter to the values that `read` returns. Only the first worker calls `read`. Collective."""
-    partitioner = _partitioner.get()
-    assert partitioner, "the engine is building a model with partitioned parameters"
-    partitioner.fill(parameter, read)
 
 
 def shape(parameter: torch.Tensor) -> tuple[int, ...]:

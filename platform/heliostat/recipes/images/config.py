@@ -7,7 +7,6 @@ text's width) are optional. Frozen encoders come from folders. ZeRO never shards
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +22,7 @@ from transformers import (
 )
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import folder_weights, partitioning, weightless
+from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.adapters import Adapter
 from heliostat.recipes.exported import using
 from heliostat.recipes.folder_digests import digest_of, sha256
@@ -52,8 +51,6 @@ CONFIG = Format(Keys, "model's configuration", ConfigError)
 PRETRAINED = "model.backbone.pretrained"
 FOLDER_FIX = "Set this key to such a folder, for example after hf download NAME --local-dir FOLDER"
 VOCABULARIES = (".txt", ".model", ".tiktoken")  # suffixes of tokenizer files other than JSON: merges.txt, vocab.txt, spiece.model
-
-log = logging.getLogger(__name__)
 
 Padding = Literal["seen", "kept", "zero", "masked"]
 Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
@@ -262,19 +259,12 @@ def folder_config(key: str, folder: str) -> Keys:
 def load_or_build(cls: Any, folder: str | Path) -> Any:
     """Loads a diffusers model in fp32 from a folder. Raises ConfigError if a weight is missing.
 
-    Inside `weightless.building`, and on the meta device, builds the model without weights instead. While the engine partitions
-    models, no worker has more than one complete tensor, if heliostat can read the folder's tensors one by one.
+    Inside `weightless.building`, and on the meta device, builds the model without weights instead.
     """
     if weightless.wanted() or torch.get_default_device().type == "meta":
-        with partitioning.constructing():
-            model = cls.from_config(cls.load_config(folder))
+        model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
         return model
-    if partitioning.wanted():
-        try:
-            return folder_weights.partitioned(lambda: cls.from_config(cls.load_config(folder)), Path(folder))
-        except folder_weights.UnreadableError as e:
-            log.warning("every worker loads all weights at once, because it can't load them tensor by tensor (%s)", e)
     return whole_part(cls, folder, torch.float32)
 
 
