@@ -289,8 +289,27 @@ def test_a_pipeline_that_makes_no_sense_is_refused(tmp_path, model, keys: Row, m
 def test_a_table_without_the_columns_of_a_shape_is_one_clear_error(tmp_path, model) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.csv").write_text("question,answer\na,b\n")
-    message = "input: a file needs the columns messages or prompt and completion or .*, and has question, answer. Set `columns`"
+    message = r"input: a file has the columns question, answer, but needs messages, or prompt and completion, or .* Set `columns`"
     with pytest.raises(ConfigError, match=message):
         make(ConversationPipeline, "out", model, tmp_path)
-    with pytest.raises(ConfigError, match="input: a file needs the columns chosen and rejected, and has question, answer"):
+    with pytest.raises(
+        ConfigError, match=r"a file has the columns question, answer, but needs chosen and rejected. Set `columns`"
+    ):
         make(PreferencePipeline, "out", model, tmp_path)
+
+
+def test_a_table_of_another_pipelines_shape_names_this_pipeline(tmp_path, model) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.csv").write_text("prompt,chosen,rejected\na,b,c\n")
+    with pytest.raises(ConfigError, match=r"Prepare it with heliostat.pipelines:PreferencePipeline"):
+        make(ConversationPipeline, "out", model, tmp_path)
+    (tmp_path / "in/a.csv").write_text("prompt,completion\na,b\n")
+    with pytest.raises(ConfigError, match=r"Prepare it with heliostat.pipelines:ConversationPipeline"):
+        make(PreferencePipeline, "out", model, tmp_path)
+
+
+def test_a_gguf_file_as_a_pipelines_model_names_the_command_that_converts_it(tmp_path, model) -> None:
+    write(tmp_path / "in/a.jsonl", records(2))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"model: '.*m.gguf' is a GGUF file .*: heliostat model import .*m.gguf --out FOLDER"):
+        make(ConversationPipeline, "out", model, tmp_path, model=str(tmp_path / "m.gguf"))

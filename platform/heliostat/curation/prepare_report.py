@@ -19,7 +19,9 @@ def in_words(reason: str) -> str:
 def explain(report: dict[str, Any]) -> list[str]:
     """Formats the report as sentences: the dataset's content, and the dropped documents."""
     state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
-    contents = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
+    of_form = {"packs": "conversations", "preferences": "preferences"}
+    form = of_form[report["conversations"]["form"]] if report["conversations"] else "rows"
+    contents = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else form)
     left_out = Counter(duplicate=report["duplicates"])
     for reason, count in report["dropped"].items():
         left_out[in_words(reason)] += count
@@ -50,9 +52,10 @@ def _of_conversations(facts: ConversationFacts) -> list[str]:
     if what == "preferences":
         lines = [f"preferences: {counts['conversations']:,} with {counts['tokens']:,} tokens, {share:.0%} in answers"]
     else:
-        full = counts["tokens"] / (counts["tokens"] + counts["padding"])
+        space = counts["tokens"] + counts["padding"]
         lines = [
-            f"conversations: {counts['conversations']:,} with {counts['tokens']:,} tokens, in rows that are {full:.1%} full",
+            f"conversations: {counts['conversations']:,} with {counts['tokens']:,} tokens, "
+            f"in {space // facts['sequence_length']:,} rows that are {counts['tokens'] / space:.1%} full",
             f"trained: {share:.0%} of the tokens, in {counts['turns']:,} turns; {counts['trained_ends']:,} turns with their end",
         ]
     meanings = {

@@ -12,7 +12,7 @@ from heliostat.curation.prepare import place
 from heliostat.curation.text import tokens
 from heliostat.curation.text.pipeline import TokenizerConfig
 from heliostat.errors import ConfigError
-from heliostat.recipes.pretrained import from_folder
+from heliostat.recipes.pretrained import from_folder, no_model
 from heliostat.schema import Strict
 from heliostat.text import brief
 
@@ -61,6 +61,8 @@ def _of_model(model: str, named: str | None) -> Dialect:
     from transformers import AutoTokenizer  # takes seconds
 
     folder = place(model, "model").path
+    if Path(folder).suffix == ".gguf":
+        raise ConfigError(f"model: {model!r} {no_model(Path(folder))}")
     if not Path(folder).is_dir():
         raise ConfigError(f"model: {model!r}: no such folder. Run: hf download {model} --local-dir models/NAME")
     try:

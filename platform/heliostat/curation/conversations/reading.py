@@ -37,7 +37,7 @@ MANY_MESSAGES = 64  # above which the length is measured first
 SURELY_LONG = 2  # times the maximum length: more tokens than differ between a text and its segments
 REASONS = {
     **{reason: pairs.REASONS[reason] for reason in ("unparsed", "no_pairs")},
-    "no_shape": "a record without the columns of a shape",
+    "no_shape": "a record without the columns of a shape; set `columns`, or for `chosen` and `rejected` use PreferencePipeline",
     "several_shapes": "a record with the columns of several shapes; set `shape`",
     "invalid_messages": "messages that aren't a list of mappings with a role and a text",
     "unknown_role": "a role that isn't system, developer, user, assistant, or tool",
@@ -84,7 +84,7 @@ class RecordRules(TextRules):
 
     def lacks(self, names: Collection[str]) -> str:
         if why := shapes.missing(self._renamed(names), self.shape, shapes.PAIRS if self.shape in shapes.PAIRS else shapes.NEEDS):
-            raise ConfigError(f"input: a file {why}. Set `columns`, or exclude the file")
+            raise ConfigError(f"input: a file {why}")
         return ""
 
     def document(self, id: str, values: dict[str, Any]) -> Document | Dropped:

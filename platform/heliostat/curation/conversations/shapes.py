@@ -56,11 +56,16 @@ class ParsedPreference:
 
 
 def missing(names: Collection[str], shape: str, shapes: Mapping[str, tuple[str, ...]] = NEEDS) -> str:
-    """Explains which columns a table lacks for the shape; "" if it has the columns of a shape."""
+    """Explains which columns a table lacks for the shape, and the fix; "" if it has the columns of a shape."""
     wanted = shapes if shape == "auto" else {shape: shapes[shape]}
     if any(set(columns) <= set(names) for columns in wanted.values()):
         return ""
-    return f"needs the columns {' or '.join(' and '.join(columns) for columns in wanted.values())}, and has {', '.join(names)}"
+    needs = ", or ".join(" and ".join(columns) for columns in wanted.values())
+    others = {**dict.fromkeys(PAIRS, "PreferencePipeline"), **dict.fromkeys(NEEDS, "ConversationPipeline")}
+    pipeline = next((others[name] for name, columns in (NEEDS | PAIRS).items()
+                     if name not in shapes and set(columns) <= set(names)), None)  # fmt: skip
+    fix = f"Prepare it with heliostat.pipelines:{pipeline}" if pipeline else "Set `columns`, or exclude the file"
+    return f"has the columns {', '.join(names)}, but needs {needs}. {fix}"
 
 
 def function(question: str, answer: str) -> ParsedConversation:
