@@ -47,7 +47,11 @@ def weights_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"]
+    """Lists `config.json`, and the files from which transformers loads weights: safetensors, or pickles if there are no
+    safetensors."""
+    listed = sorted(folder.iterdir())
+    weights = [p for p in listed if p.suffix == ".safetensors"] or [p for p in listed if p.match("pytorch_model*.bin")]
+    return [*(p for p in listed if p.name == "config.json"), *weights]
 
 
 def sha256(path: Path) -> str:
