@@ -93,3 +93,6 @@ def test_a_digest_depends_on_the_weights_that_transformers_loads(weights):
         digests.append(folder_digests.weights_digest(folder))
         assert [name for name, *_ in folder_digests.weights_state(folder)] == ["config.json", pickle.name]
     assert len(set(digests)) == 3
+    pickle_digest, config = digests[2], folder_digests.sha256(folder / "config.json")
+    assert folder_digests.matches(folder, pickle_digest, folder_digests.digest_of({"config.json": config})), "earlier versions"
+    assert not folder_digests.matches(folder, pickle_digest, digests[1])

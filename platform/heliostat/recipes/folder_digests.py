@@ -40,6 +40,15 @@ def weights_digest(folder: Path) -> str:
     return digest_of({**files.absent_weights(folder), **listed})
 
 
+def matches(folder: Path, digest: str, recorded: str | None) -> bool:
+    """Checks whether a recorded digest is that of a folder's weights, `digest`. Earlier versions left pickled weights out, so
+    their digest of such a folder is accepted too."""
+    if recorded == digest:
+        return True
+    kept = [path for path in _weights(folder) if path.suffix != ".bin"]
+    return recorded == digest_of({**files.absent_weights(folder), **{path.name: sha256(path) for path in kept}})
+
+
 def weights_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Lists the files of `weights_digest` with their sizes in bytes and times of change in ns. Reads no content."""
     stats = sorted((path.name, path.stat()) for path in _weights(folder))
