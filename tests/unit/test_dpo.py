@@ -183,6 +183,20 @@ def test_log_probabilities_dont_depend_on_the_other_rows_of_the_batch(base: Path
     torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-5)
 
 
+def test_a_compiled_model_gets_one_shape_whatever_the_rows(base: Path, data: Path) -> None:
+    """Otherwise torch would compile it for each shape, with the adapter on and off, and soon give up without an error."""
+    keys = {"model": {"pretrained": str(base), "adapter": {"rank": 2}}}
+    recipe, plain, rows = dpo(base, data, **keys, **{"train.compile": True}), dpo(base, data, **keys), rows_of(data)
+    model = recipe.build()
+    contents = [rows.slice(0, 2), lengthened(rows).slice(3, 2), pa.concat_tables([rows.slice(5, 1), long_row(rows)])]
+    shapes = {(tuple(batch["input_ids"].shape), preference_rows.last(batch)) for batch in map(recipe.batch, contents)}
+    assert shapes == {((2, 2, recipe.length), recipe.length)}
+    for content in contents:
+        with torch.no_grad():
+            ours, right = (one.compared(model, one.batch(content)).policy for one in (recipe, plain))
+        torch.testing.assert_close(ours, right, rtol=1e-6, atol=1e-5)
+
+
 def lengthened(rows: pa.Table) -> pa.Table:
     """Adds 70 tokens to the beginning of each prompt."""
     lists = rows.to_pylist()
@@ -222,6 +236,9 @@ def test_rows_without_a_preference_are_errors_that_name_the_row(base: Path, data
     faults = [
         (changed(rows, prompt=[]), "row 'pair-0003': `prompt` has no tokens"),
         (changed(rows, rejected=[]), "row 'pair-0003': `rejected` has no tokens"),
+        (changed(rows, rejected=None), "row 'pair-0003': `rejected` has no tokens"),
+        (changed(rows, chosen=[7, VOCABULARY]), "row 'pair-0003': `chosen` has tokens from 7 to 448, but the vocabulary has"),
+        (changed(rows, prompt=[-100, 7]), "row 'pair-0003': `prompt` has tokens from -100 to 7, but the vocabulary has"),
         (changed(rows, rejected=rows["chosen"][3].as_py()), "row 'pair-0003': `chosen` and `rejected` are equal"),
         (changed(rows, chosen=[7] * 96), "row 'pair-0003': the prompt and an answer have .* above the dataset's 96"),
         (changed(rows, reference_chosen=float("nan")), "row 'pair-0003': a log-probability of the reference isn't finite"),

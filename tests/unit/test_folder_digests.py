@@ -78,3 +78,21 @@ def test_without_a_cache_each_process_reads_the_file(weights, caplog):
     assert folder_digests.sha256(weights) == hashlib.sha256(CONTENT).hexdigest()
     assert "can't share the digest of model.safetensors" in caplog.text
     assert not [*cache.iterdir()]
+
+
+def test_a_digest_depends_on_the_weights_that_transformers_loads(weights):
+    """Pickles if the folder has no safetensors, and otherwise only these."""
+    folder = weights.parent
+    (folder / "config.json").write_text("{}")
+    pickle, digests = folder / "pytorch_model-00001-of-00001.bin", [folder_digests.weights_digest(folder)]
+    pickle.write_bytes(b"other weights")
+    assert folder_digests.weights_digest(folder) == digests[0]
+    weights.unlink()
+    for content in (b"first", b"second"):
+        pickle.write_bytes(content)
+        digests.append(folder_digests.weights_digest(folder))
+        assert [name for name, *_ in folder_digests.weights_state(folder)] == ["config.json", pickle.name]
+    assert len(set(digests)) == 3
+    pickle_digest, config = digests[2], folder_digests.sha256(folder / "config.json")
+    assert folder_digests.matches(folder, pickle_digest, folder_digests.digest_of({"config.json": config})), "earlier versions"
+    assert not folder_digests.matches(folder, pickle_digest, digests[1])

@@ -17,7 +17,7 @@ import torch
 from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.errors import CheckpointError, ConfigError
 from heliostat.inference.post_hoc import PostHocAverage
-from heliostat.recipes import adapters, building, folder_weights, weightless
+from heliostat.recipes import adapters, building, folder_digests, folder_weights, weightless
 from heliostat.recipes.adapters import Adapts
 from heliostat.recipes.exported import ADAPTER as RECORD
 from heliostat.recipes.protocol import Recipe
@@ -72,7 +72,7 @@ def require(checkpoint: SavedCheckpoint, recipe: Recipe) -> Adapts:
     if not isinstance(recipe, Adapts) or recipe.adapter is None:
         raise ConfigError(f"--adapter: {checkpoint.location}: the run has no adapter (model.adapter). Remove --adapter")
     base = recipe.base()
-    if (digest := adapters.weights_digest(base)) != checkpoint.index.base:
+    if not folder_digests.matches(base, digest := folder_digests.weights_digest(base), checkpoint.index.base):
         raise ConfigError(
             f"{checkpoint.location}: the adapter was trained on another base than {files.shown(base)!r} (digest "
             f"{checkpoint.index.base}, found {digest}). Restore the base's folder"

@@ -40,6 +40,15 @@ def weights_digest(folder: Path) -> str:
     return digest_of({**files.absent_weights(folder), **listed})
 
 
+def matches(folder: Path, digest: str, recorded: str | None) -> bool:
+    """Checks whether a recorded digest is that of a folder's weights, `digest`. Earlier versions left pickled weights out, so
+    their digest of such a folder is accepted too."""
+    if recorded == digest:
+        return True
+    kept = [path for path in _weights(folder) if path.suffix != ".bin"]
+    return recorded == digest_of({**files.absent_weights(folder), **{path.name: sha256(path) for path in kept}})
+
+
 def weights_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Lists the files of `weights_digest` with their sizes in bytes and times of change in ns. Reads no content."""
     stats = sorted((path.name, path.stat()) for path in _weights(folder))
@@ -47,7 +56,11 @@ def weights_state(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json"]
+    """Lists `config.json`, and the files from which transformers loads weights: safetensors, or pickles if there are no
+    safetensors."""
+    listed = sorted(folder.iterdir())
+    weights = [p for p in listed if p.suffix == ".safetensors"] or [p for p in listed if p.match("pytorch_model*.bin")]
+    return [*(p for p in listed if p.name == "config.json"), *weights]
 
 
 def sha256(path: Path) -> str:

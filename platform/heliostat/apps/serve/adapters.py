@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from heliostat.errors import ConfigError
 from heliostat.inference.adapter_export import RECORD
-from heliostat.recipes.folder_digests import weights_digest
+from heliostat.recipes.folder_digests import matches, weights_digest
 from heliostat.storage.hub import files
 from heliostat.storage.records import Format
 
@@ -92,7 +92,7 @@ def require_base(name: str, folder: Path, model: Path) -> None:
     if not (folder / RECORD).is_file():
         return
     origin, digest = ORIGIN.read(folder / RECORD), weights_digest(model)
-    if (base := origin.get("base_digest")) != digest:
+    if not matches(model, digest, base := origin.get("base_digest")):
         raise ConfigError(
             f"--adapter: {name}: {folder}: was trained on the base {origin.get('base')!r} (digest {base}), but the served model "
             f"is {files.shown(model)!r} (digest {digest}). Serve this base, or the merged model (model export --merge)"

@@ -85,8 +85,9 @@ def logprobs(loaded: torch.nn.Module, rows: pa.Table, model: ReferenceModel) -> 
     from heliostat.recipes.text import answer_logprobs, preference_rows
 
     values, device = np.empty((len(rows), 2)), next(loaded.parameters()).device
+    vocabulary = loaded.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr, operator]
     for some in batches(preference_rows.lengths(rows), model.batch_tokens):
-        batch = preference_rows.batch(rows.take(pa.array(some)), model.longest, reference=False)
+        batch = preference_rows.batch(rows.take(pa.array(some)), model.longest, vocabulary, reference=False)
         placed = {name: tensor if name.startswith("host_") else tensor.to(device) for name, tensor in batch.items()}
         with torch.inference_mode():
             values[some] = answer_logprobs.of_pairs(loaded, placed).cpu().numpy()

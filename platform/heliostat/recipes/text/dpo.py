@@ -163,7 +163,8 @@ class DPO(LearnsConversations):
     def rows(self, content: pa.Table) -> Batch:
         from heliostat.recipes.text import preference_rows
 
-        return preference_rows.batch(content, self.length, self.from_dataset)
+        vocabulary, fixed = self.sources[0].fact("vocab_size"), bool(self.job.train.compile)
+        return preference_rows.batch(content, self.length, vocabulary, self.from_dataset, fixed)
 
     def compared(self, model: torch.nn.Module, batch: Batch) -> ComparedAnswers:
         """Computes the log-probabilities of a batch's answers under the model and its reference."""

@@ -29,6 +29,7 @@ from heliostat.data import device_ranges
 from heliostat.engine import ema, sharded_state
 from heliostat.engine.sharded_state import MASTER
 from heliostat.errors import AccessError, CheckpointError, StorageError
+from heliostat.recipes import folder_digests
 from heliostat.runs.events import Saved
 from heliostat.storage import wire
 from heliostat.storage.records import Format, Whole
@@ -298,7 +299,7 @@ class TrainingState(Hook):
             return
         if saved.index.base is None:
             raise CheckpointError(f"{saved.location}: contains no adapter. Remove model.adapter, or use another name for the run")
-        if (digest := base.digest) != saved.index.base:
+        if not folder_digests.matches(base.folder, digest := base.digest, saved.index.base):
             raise CheckpointError(
                 f"{saved.location}: this adapter was trained on another base than {base.folder} (digest {saved.index.base}, "
                 f"found {digest}). Set model.pretrained to the base that the run began with"
