@@ -8,11 +8,14 @@ from heliostat.tracking import lineage
 
 
 def outline(start_step: int, reached: int, workers: int) -> dict[str, Any]:
-    return {"start_step": start_step, "reached": reached, "workers": workers, "restart": False, "reason": "", "outcome": "finished"}
+    ended = {"restart": False, "reason": "", "outcome": "finished"}
+    return {"start_step": start_step, "reached": reached, "workers": workers, **ended}
 
 
 def test_an_attempt_that_only_exported_the_model_shows_no_steps() -> None:
-    lists = dict.fromkeys(("code", "changes", "nodes", "tokenizers", "checkpoints", "exports", "models", "parents"), [])
+    lists: dict[str, Any] = {
+        key: [] for key in ("code", "changes", "nodes", "tokenizers", "checkpoints", "exports", "models", "parents")
+    }
     run: dict[str, Any] = {
         **lists, "run_id": "0a", "name": "sft", "status": "FINISHED", "reason": "", "sweep": None, "reproduces": None,
         "recipe": "heliostat.recipes:SFT", "job": {"seed": "0", "data_seed": "0"}, "data": {"segments": [], "replaced_count": 0},
