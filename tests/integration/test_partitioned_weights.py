@@ -1,117 +1,171 @@
-"""Tests that at ZeRO stage 3, a pretrained folder streams into the workers' shards: no process holds the model, and every weight
-arrives."""
+"""Tests that at ZeRO stage 3, a pretrained model is read tensor by tensor into the workers' parts: no worker has the complete
+model, only the first worker of each shard group reads the folder, and every value arrives."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
-from collections.abc import Callable, Iterator
+import math
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+import torch.distributed as dist
+import transformers
 from heliostat.config.spec import Job
-from heliostat.engine import deepspeed_engine, partitioned_weights
+from heliostat.data.manifest import read as read_manifest
+from heliostat.engine import deepspeed_engine, partitioned_weights, zero_state
 from heliostat.engine.engine_config import engine_config
-from heliostat.recipes import building
-from heliostat.recipes.images.config import load_or_build
+from heliostat.recipes.folder_weights import Stored
+from heliostat.recipes.images.text_to_image import TextToImage
+from heliostat.recipes.partitioning import assign
+from heliostat.recipes.protocol import Recipe
 from heliostat.recipes.text.causal_lm import CausalLM
+from heliostat.storage.locations import Location
 
 from tests.integration import ranks
+from tests.integration.layouts import SMALL_STAYS_DIVIDED
+from tests.integration.test_first_weights import peak_mib
+from tests.unit import build_images, build_text_to_image
+from tests.unit.build_images import PIXART, UNET
 from tests.unit.build_job import BASE, job
 
-DEEP = {**BASE["model"], "hidden_size": 512, "intermediate_size": 16384, "num_hidden_layers": 8}  # 800 MiB in fp32
-KINDS = {
+pytestmark = pytest.mark.ci
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DEEP = {**BASE["model"], "hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 8}  # 232 MiB in fp32
+TEXTS: dict[str, dict[str, Any]] = {
     "full": {},
     "adapter": {"adapter": {"rank": 4}},
     "dora": {"adapter": {"rank": 4, "method": "dora"}},
-    "backbone": {},
     "changed": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "own": {},
+    "groups": {},
 }
+CASES = [
+    *((name, "fp32") for name in TEXTS),
+    ("full", "bf16"),
+    ("unet", "fp32"),
+    ("pixart", "bf16"),
+    ("unreadable", "fp32"),
+]
 
 
-class Backbone(CausalLM):
-    """Builds an image backbone of diffusers from its folder."""
+class Changed(CausalLM):
+    """Changes a weight after it is loaded."""
 
     def build(self) -> Any:
-        return load_or_build(SD3Transformer2DModel, Path(self.job.model["pretrained"]).with_name("backbone")).train()
+        model = super().build()
+        assign(model.model.norm.weight, torch.tensor(0.5))
+        return model
 
 
-def _mib(what: str) -> float:
-    return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-
-
-def _peak_mib(work: Callable[[], torch.nn.Module]) -> tuple[float, torch.nn.Module]:
-    """Returns the peak of additional memory during the work, and its result."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    before = _mib("VmRSS")
-    made = work()
-    return _mib("VmHWM") - before, made
-
-
-def _job(model: dict[str, Any], precision: str) -> Job:
-    return job(model=model, **{"workers.count": 2, "train.zero.stage": 3, "train.precision": precision})
+def _bound(case: str, precision: str, folder: Path) -> tuple[Job, Recipe]:
+    workers = 4 if case == "groups" else 2
+    changes = {"train.zero.stage": 3, "train.precision": precision, "workers.count": workers}
+    changes |= {"train.deepspeed": SMALL_STAYS_DIVIDED, "train.global_batch_size": 4, "train.micro_batch_size": 1}
+    if case in TEXTS or case == "deep":
+        model = {"pretrained": str(folder / ("deep" if case == "deep" else "small")), **TEXTS.get(case, {})}
+        made = job(model=model, **changes, **({"train.zero.shard_group_size": 2} if case == "groups" else {}))
+        return made, (Changed if case == "own" else CausalLM)(made)
+    text = {"pretrained": str(folder / "clip"), "length": 8}
+    made = job(**{**build_images.job(folder / "digits", backbone={"pretrained": str(folder / case)}, text=text), **changes})
+    recipe = TextToImage(made)
+    recipe.bind([read_manifest(Location(str(folder / "digits")))])
+    return made, recipe
 
 
 def built(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In both ranks, yields the number of weights that differ from those that the library loads, and the peak of memory."""
-    from deepspeed import zero
-
-    said: list[str] = []
+    """In each rank, yields the tensors that differ from those of one process, the number of tensors that the rank read, the
+    classes whose models it loaded completely, and what it logged. At last, yields the peak of host memory."""
+    reads, loads, said = list[int](), list[str](), list[str]()
+    read = Stored.read
+    Stored.read = lambda self: reads.append(1) or read(self)
+    for library in (diffusers.ModelMixin, transformers.PreTrainedModel):
+        load = library.from_pretrained.__func__
+        counted = classmethod(lambda cls, *a, load=load, **k: loads.append(cls.__name__) or load(cls, *a, **k))
+        library.from_pretrained = counted
     partitioned_weights.log.addFilter(lambda record: said.append(record.getMessage()) or False)
-    for case, changes in KINDS.items():
-        made = _job({"pretrained": f"{folder}/small", **changes}, "fp32")
-        recipe = Backbone(made) if case == "backbone" else CausalLM(made)
+    world = dist.get_world_size()
+    for case, precision in (one for one in CASES if (one[0] == "groups") == (world == 4)):
+        made, recipe = _bound(case, precision, Path(folder))
+        for counts in (reads, loads, said):
+            counts.clear()
+        dist.barrier(group)
+        engine = deepspeed_engine.build_engine(made, recipe)
+        row = {"case": case, "precision": precision, "reads": len(reads), "loads": [*loads], "said": [*said]}
         torch.manual_seed(made.train.seed)
-        right = dict(building.build(recipe).named_parameters())
-        model = deepspeed_engine.build_model(made, recipe, engine_config(made))
-        differ = []
-        for name, p in model.named_parameters():
-            with zero.GatheredParameters([p]):
-                differ += [] if torch.equal(p.detach(), right[name].detach()) else [name]
-        yield {
-            "case": case,
-            "differ": differ,
-            "names": [name for name, _ in model.named_parameters()] == list(right),
-            "said": said,
-        }
-    made = _job({"pretrained": f"{folder}/deep"}, "bf16")
-    recipe = CausalLM(made)
-    mib, model = _peak_mib(lambda: deepspeed_engine.build_model(made, recipe, engine_config(made)))
-    yield {"case": "memory", "mib": mib, "whole": 4 * sum(p.ds_numel for p in model.parameters()) / 2**20}
+        right, low = recipe.build(), TYPES[precision]
+        differ = list[str]()
+        for (name, p), (other, wanted) in zip(engine.module.named_parameters(), right.named_parameters(), strict=True):
+            assert (name, zero_state.shape(p), p.requires_grad) == (other, tuple(wanted.shape), wanted.requires_grad)
+            assert zero_state.part(p).numel() <= wanted.numel() // 2 + 1
+            with engine.sharded_state.gathered(p):
+                differ += [] if torch.equal(p.detach(), wanted.detach().to(low)) else [name]
+        for name, wanted in right.named_buffers():  # those of transformers, such as rotary positions, stay in fp32
+            value = wanted.to(low) if wanted.is_floating_point() and case not in TEXTS else wanted
+            buffer = engine.module.get_buffer(name)
+            differ += [] if buffer.dtype == value.dtype and torch.equal(buffer, value) else [name]
+        yield row | {"differ": differ, "tensors": len([*right.parameters()])}
+        del engine, right
+        deepspeed_engine.destroy_engines()
+        deepspeed_engine.forget_groups()
+    for case in ("deep", "wide") if world == 2 else ():
+        made, recipe = _bound(case, "bf16", Path(folder))
+        mib, model = peak_mib(lambda made=made, recipe=recipe: deepspeed_engine.build_model(made, recipe, engine_config(made)))
+        whole = sum(4 * math.prod(zero_state.shape(p)) for p in model.parameters()) / 2**20
+        yield {"case": case, "mib": mib, "whole_mib": whole}
+        del model
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("weights")
+    folder = tmp_path_factory.mktemp("partitioned")
     torch.manual_seed(7)
     CausalLM(job(model={**BASE["model"], "vocab_size": 96})).build().save_pretrained(folder / "small")
-    SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=16, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
-    ).save_pretrained(folder / "backbone")  # fmt: skip
-    CausalLM(job(model=DEEP)).build().save_pretrained(folder / "deep", max_shard_size="500MB")
-    return ranks.run(f"{__name__}:built", (2,), str(folder))
+    CausalLM(job(model=DEEP)).build().save_pretrained(folder / "deep", max_shard_size="100MB")
+    build_images.digits(folder / "digits", 40)
+    build_text_to_image.clip(folder / "clip", folder / "digits")
+    for name, widths in (("unet", {}), ("wide", {"block_out_channels": [64, 512], "norm_num_groups": 8})):
+        own = {key: value for key, value in {**UNET, **widths}.items() if key != "arch"}
+        unet = diffusers.UNet2DConditionModel(in_channels=1, out_channels=1, sample_size=8, cross_attention_dim=16, **own)
+        unet.save_pretrained(folder / name)
+    text = {"pretrained": str(folder / "clip"), "length": 8}
+    recipe = build_text_to_image.recipe(folder / "digits", backbone=PIXART, text=text)
+    recipe.parts.backbone(recipe.build()).save_pretrained(folder / "pixart")
+    shutil.copytree(folder / "unet", folder / "unreadable")
+    (folder / "unreadable/adapter_config.json").write_text("{}")
+    return ranks.run(f"{__name__}:built", (2, 4), str(folder))
 
 
-@pytest.mark.parametrize("case", KINDS)
-def test_the_shards_have_the_weights_of_the_folder(case, told) -> None:
-    """To the bit those that the library loads, and of an adapter those that a job without shards begins with."""
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_workers_begin_with_the_values_that_one_process_has(case: tuple[str, str], told: list[dict[str, Any]]) -> None:
+    """To the bit, in the precision of training, of weights, adapters, and buffers, however the weights are read."""
+    rows = [row for row in told if (row["case"], row.get("precision")) == case]
+    assert len(rows) == (4 if case[0] == "groups" else 2) and not any(row["differ"] for row in rows), [
+        row["differ"] for row in rows
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_only_the_first_worker_of_a_shard_group_reads(case: tuple[str, str], told: list[dict[str, Any]]) -> None:
+    """A folder that can't be read tensor by tensor is one warning, and then each worker loads the model. So does a `build` that
+    isn't heliostat's, because it may change weights."""
+    for row in (row for row in told if (row["case"], row.get("precision")) == case):
+        streams, first = case[0] not in ("unreadable", "own"), row["rank"] % 2 == 0
+        assert bool(row["loads"]) != streams
+        assert bool(row["reads"]) == (streams and first)
+        if case[0] in ("full", "groups", "unet", "pixart") and row["reads"]:
+            assert row["reads"] == row["tensors"]
+        assert len(row["said"]) == (case[0] == "unreadable" and first)
+        assert all("can't load them tensor by tensor" in line for line in row["said"])
+
+
+@pytest.mark.parametrize("case", ["deep", "wide"])
+def test_no_worker_has_the_complete_model(case: str, told: list[dict[str, Any]]) -> None:
+    """Each has its half in bf16, which is a quarter of the size in fp32, and one tensor."""
     rows = [row for row in told if row["case"] == case]
     assert len(rows) == 2
     for row in rows:
-        assert (row["names"], row["differ"], row["said"]) == (True, [], []), row
-
-
-def test_no_worker_holds_the_model(told) -> None:
-    """Two workers have half of the model each, in bf16, and the first one reads one matrix at a time. Before, the first one
-    had 1.4 times the model in fp32."""
-    for row in told:
-        if row["case"] == "memory":
-            assert row["whole"] > 750 and row["mib"] < 0.7 * row["whole"], row
+        assert row["whole_mib"] > 150 and row["mib"] < 0.5 * row["whole_mib"], row

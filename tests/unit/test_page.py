@@ -126,7 +126,7 @@ FACTS = {
     "node": {"run_id": "a" * 32, "name": "x<y", "experiment": "e&f", "status": "FAILED", "reason": None, "sweep": "s1",
              "reproduces": None, "recipe": "r:R", "job": {"seed": "1", "data_seed": "2"},
              "code": [{"commit": "c0ffee", "diff": "d1"}], "nodes": [], "changes": [], "attempts": [], "tokenizers": [],
-             "data": {"segments": [], "replaced_count": 0}, "checkpoints": [], "models": [], "parents": []},
+             "data": {"segments": [], "replaced_count": 0}, "checkpoints": [], "models": [], "parents": [], "exports": []},
     "spikes": [(7, 9.5, 4.25)],
     "curves": CURVES,
     "goodput": {"goodput": 0.4, "parts": {"computing": 4.0, "idle": 6.0},

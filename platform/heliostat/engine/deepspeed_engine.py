@@ -77,11 +77,18 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
         model = first_weights.build(job, recipe)
         _require_dimensions(model)
         return model
-    with group.dividing() if group else nullcontext(), _partitioned(config):
-        model = partitioned_weights.build(job, recipe, streams=group is None)
+    with group.dividing() if group else nullcontext():
+        read = partitioned_weights.read(job, recipe, config, group.within if group else None)
+        model = _build_partitioned(job, recipe, config) if read is None else read
     for p in model.parameters():
         division.note(p, zero_state.shape(p))
     return model
+
+
+def _build_partitioned(job: Job, recipe: Recipe, config: dict[str, Any]) -> torch.nn.Module:
+    torch.manual_seed(job.train.seed)
+    with _partitioned(config):
+        return building.build(recipe)
 
 
 def _require_dimensions(model: torch.nn.Module) -> None:

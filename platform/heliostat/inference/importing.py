@@ -76,7 +76,8 @@ def _write(file: GgufFile, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         tokens = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) * STRIDE % model.config.vocab_size
         expected = model(input_ids=tokens, use_cache=False).logits.float()
     tokenizer.save_pretrained(folder)
-    model.to(DTYPES[file.precision]).save_pretrained(folder, max_shard_size="4GB")
+    torch.nn.Module.to(model, DTYPES[file.precision])
+    model.save_pretrained(folder, max_shard_size="4GB")
     written = whole("--out", transformers.AutoModelForCausalLM, folder, dtype=torch.float32)
     with torch.inference_mode():
         logits = written(input_ids=tokens, use_cache=False).logits.float()

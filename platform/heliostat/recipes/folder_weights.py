@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from heliostat.checkpoint.safetensors_file import DTYPES
-from heliostat.recipes import partitioning
 from heliostat.recipes.weightless import Computed, Pretrained
 
 NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # file names of transformers and of diffusers
@@ -108,7 +107,7 @@ def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
         if any(transform.rename_source_key(key) != (key, None) for transform in converts):
             raise UnreadableError(f"{folder}: transformers renames or converts the tensor {key!r}")
         one = stored[key]
-        if one.shape != partitioning.shape(tensor) or one.dtype.is_floating_point != tensor.dtype.is_floating_point:
+        if one.shape != tuple(tensor.shape) or one.dtype.is_floating_point != tensor.dtype.is_floating_point:
             raise UnreadableError(
                 f"{folder}: the tensor {key!r} has {one.dtype} {list(one.shape)}, which doesn't match the model"
             )

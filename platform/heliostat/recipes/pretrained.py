@@ -5,12 +5,11 @@ heliostat never runs code from a folder ("remote code"). Initial weights are the
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import partitioning, weightless
+from heliostat.recipes import partitioning
 
 if TYPE_CHECKING:
     import torch
@@ -84,8 +83,7 @@ def from_config(auto: Any, config: Any, **options: Any) -> Any:
 
     make = getattr(auto, "from_config", None) or auto._from_config
     if partitioning.wanted():
-        with no_init_weights() if weightless.wanted() else nullcontext():
-            return make(config, dtype=torch.float32, **options)
+        return make(config, dtype=torch.float32, **options)
     with no_init_weights():  # so that constructors draw no random numbers, as at ZeRO-3
         model = make(config, dtype=torch.float32, **options)
     model.init_weights()

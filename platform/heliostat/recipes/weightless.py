@@ -64,17 +64,6 @@ def starts_as(parameter: torch.Tensor, make: Callable[..., torch.Tensor], source
 
 
 @contextmanager
-def noting() -> Iterator[list[Pretrained | Computed]]:
-    """Makes recipes record where weights come from, instead of loading them. Yields this list. Parameters keep their memory."""
-    noted: list[Pretrained | Computed] = []
-    token = _building.set(noted)
-    try:
-        yield noted
-    finally:
-        _building.reset(token)
-
-
-@contextmanager
 def building() -> Iterator[list[Pretrained | Computed]]:
     """Makes modules that are built inside the context register parameters without memory. Yields a list. Recipes add the folders
     with the model's weights to this list, and functions that compute the values of other parameters."""
@@ -85,12 +74,14 @@ def building() -> Iterator[list[Pretrained | Computed]]:
         if type(param) is torch.nn.Parameter and not param.is_meta:
             empty(param)
 
+    noted: list[Pretrained | Computed] = []
+    token = _building.set(noted)
     torch.nn.Module.register_parameter = without  # type: ignore[method-assign,assignment]
     try:
-        with noting() as noted:
-            yield noted
+        yield noted
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        _building.reset(token)
 
 
 def empty(param: torch.nn.Parameter) -> None:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import building, partitioning, weightless
+from heliostat.recipes import partitioning, weightless
 from heliostat.recipes.adapters import Adapter
 from heliostat.recipes.exported import using
 from heliostat.recipes.folder_digests import digest_of, sha256
@@ -257,26 +257,15 @@ def folder_config(key: str, folder: str) -> Keys:
 
 
 def load_or_build(cls: Any, folder: str | Path) -> Any:
-    """Loads a diffusers model in fp32 from a folder. Inside `weightless.building` or `noting`, and on the meta device,
-    builds the model without these weights instead. Raises ConfigError if a weight is missing."""
+    """Loads a diffusers model in fp32 from a folder. Raises ConfigError if a weight is missing.
+
+    Inside `weightless.building`, and on the meta device, builds the model without weights instead.
+    """
     if weightless.wanted() or torch.get_default_device().type == "meta":
-        with partitioning.constructing():
-            model = cls.from_config(cls.load_config(folder))
-        if partitioning.wanted():
-            _compute_buffers(model, cls, folder)
+        model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
         return model
     return whole_part(cls, folder, torch.float32)
-
-
-def _compute_buffers(model: torch.nn.Module, cls: Any, folder: str | Path) -> None:
-    """Sets the buffers of a partitioned model to the numbers that its constructor computes in fp32. The engine makes constructors
-    of partitioned models compute in the precision of training."""
-    with weightless.building():
-        exact = dict(cls.from_config(cls.load_config(folder)).named_buffers())
-    like = next(model.parameters())
-    for name, values in exact.items():
-        building.put_buffer(model, name, values.to(like.device, like.dtype if values.is_floating_point() else values.dtype))
 
 
 def build_backbone(keys: Keys, defaults: dict[str, object]) -> Any:
