@@ -95,7 +95,7 @@ def test_a_job_of_images_has_a_plan_and_a_dry_run_at_full_size(name, trained, tm
 def test_every_job_file_passes_the_check(path, tmp_path):
     """Keys, rules, and model are valid. The job has its file's name, so no two jobs write to one run. The base of an adapter is a
     folder, which a test must make."""
-    bases = {"flux-lora": flux, **dict.fromkeys(("lora", "dpo", "assistant-sft", "assistant-dpo"), language_model)}
+    bases = {"flux-lora": flux, **dict.fromkeys(("lora", "sft", "dpo", "assistant-sft", "assistant-dpo"), language_model)}
     changes = [bases[path.stem](tmp_path)] if path.stem in bases else None
     job, recipe = check.check_file(path, changes)
     assert job.name == path.stem

@@ -11,8 +11,10 @@ import torch
 from heliostat.config import pretrained
 from heliostat.config.spec import resolve as absolute
 from heliostat.curation import hub
+from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import loading
+from heliostat.recipes.folder_digests import weights_digest
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.storage import local_files, model_sources
 from heliostat.storage.locations import Location
@@ -20,8 +22,9 @@ from heliostat.tracking import models
 from heliostat.validation import check
 
 from tests import stores
-from tests.unit import build_job
+from tests.unit import build_conversations, build_job
 from tests.unit.build_language_model import ARCHITECTURES, write_model
+from tests.unit.test_dpo import referenced, write_base
 from tests.unit.test_samples import make_text
 
 
@@ -126,6 +129,29 @@ def test_a_version_an_alias_a_logged_model_and_a_run_of_mlflow_are_the_same_mode
         assert equal(names(source, registry.uri, tmp_path / "text"), folder), source
         assert (models.resolve(source, registry.uri) / "config.json").is_file()
     assert (tmp_path / "cache-models").exists() == remote  # files on this machine are used in place
+
+
+@pytest.mark.parametrize("recipe", ["SFT", "DPO"])
+def test_fine_tuning_starts_from_s3_and_from_an_alias_as_from_the_folder(recipe, tmp_path, store, s3):
+    base, data = write_base(tmp_path), tmp_path / "data"
+    if recipe == "SFT":
+        build_conversations.packs(data)
+    else:  # with the digest of the base, which `bind` compares
+        referenced(build_conversations.preferences(tmp_path / "pairs", number=12), data, weights_digest(base))
+    place = Location(f"s3://base-{recipe.lower()}/tiny?{stores.bucket(s3, f'base-{recipe.lower()}')}")
+    for file in base.iterdir():
+        place.join(file.name).upload(file)
+    registry = Registry(store, (tmp_path / "artifacts").as_uri(), f"base-{recipe}")
+    version = registry.register(registry.log(base, tmp_path / "logged"))
+    registry.client.set_registered_model_alias(registry.name, "champion", version)
+    for source in (place.uri, f"models:/{registry.name}@champion"):
+        job = build_conversations.sft(
+            data,
+            **{"recipe": f"heliostat.recipes:{recipe}", "model": {"pretrained": source}, "mlflow.uri": store},
+            **({} if recipe == "SFT" else {"data.document_mask": False}),
+        )
+        loaded = loading.load(pretrained.pinned(job), [manifest.read(Location(str(data)))])
+        assert type(loaded).__name__ == recipe and equal(loaded.build(), base), source
 
 
 def test_a_run_that_resumes_keeps_the_version_that_its_alias_had(folder, tmp_path, store):

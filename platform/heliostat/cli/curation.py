@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -229,10 +229,15 @@ def _did(stage: Report) -> str:
     return text + (f"; {', '.join(figures)}" if figures else "")
 
 
+def _s(rows: list[Any]) -> str:
+    return "" if len(rows) == 1 else "s"
+
+
 def _print_runs(report: Report) -> None:
     for row in report["runs"]:
         steps = ", ".join(f"{step:,}" for step in row["steps"][:MOST]) + (" ..." if len(row["steps"]) > MOST else "")
-        how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "no sample in this run"
+        used = f"{len(row['samples']):,} sample{_s(row['samples'])} in step{_s(row['steps'])} {steps}"
+        how = used if row["samples"] else "no sample in this run"
         how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
         how += f"; the run's samples are unknown: {row['fault']}" if row["fault"] else ""
         how += f"; {row['unsure']:,} replaced samples are not listed" if row["unsure"] else ""

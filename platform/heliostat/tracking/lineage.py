@@ -26,6 +26,7 @@ from heliostat.storage import run_folder
 from heliostat.storage.hub import names
 from heliostat.storage.locations import Location
 from heliostat.storage.run_folder import ATTEMPTS
+from heliostat.text import plural
 from heliostat.tracking import checkpoint_models, mlflow_client, registry, tags
 from heliostat.tracking.card import ParentModel, Parents
 from heliostat.tracking.checkpoint_models import CheckpointFacts
@@ -336,7 +337,8 @@ def _run_lines(run: Traced, depth: int, shown: set[str]) -> list[tuple[int, str]
     for number, a in enumerate(run["attempts"], 1):
         how = "restart" if a["restart"] else "command"
         why = f": {a['reason']}" if a["reason"] else ""
-        span = f"steps {a['start_step'] + 1:,} to {a['reached']:,} on {a['workers']} workers"
+        span = f"steps {a['start_step'] + 1:,} to {a['reached']:,}" if a["reached"] > a["start_step"] else "no step"
+        span += f" on {plural(a['workers'], 'worker')}"
         out.append((below, f"attempt {number} ({how}): {span}, {a['outcome'] or 'no recorded end'}{why}"))
     for segment in run["data"]["segments"]:
         out.append((below, f"data of steps {segment['first'] + 1:,} to {segment['end']:,} (plan {segment['digest'][:12]})"))

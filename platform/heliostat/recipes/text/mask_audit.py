@@ -102,7 +102,7 @@ def _require_trained(field: str, counts: MaskCounts) -> None:
     if share > MOST_UNTRAINED:
         raise ConfigError(
             f"{field}: {counts.untrained_rows:,} of {counts.rows:,} rows ({share:.1%}) have no trained token, which is above "
-            f"{MOST_UNTRAINED:.1%}. Look at the dataset (heliostat data show), and prepare it again with another `turns` or "
+            f"{MOST_UNTRAINED:.1%}. Prepare the dataset again with another `turns` or "
             "`template`, or without these conversations"
         )
 
