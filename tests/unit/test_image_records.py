@@ -71,7 +71,7 @@ def test_what_became_of_every_image_is_told(tmp_path):
 def test_what_images_cannot_be_asked_is_one_error(tmp_path):
     make_input(tmp_path / "in", 12)
     made, _ = prepared(keys(tmp_path, stages=STAGES))
-    with pytest.raises(ConfigError, match=r"--text: the dataset contains images\. Pass --id or --url"):
+    with pytest.raises(ConfigError, match=r"--text: the dataset contains images or conversations\. Pass --id or --url"):
         trace.find(made, text=b"x")
 
 
