@@ -33,7 +33,10 @@ def test_an_attempt_that_only_exported_the_model_shows_no_steps() -> None:
     ("steps", "shown"),
     [([], "no sample in this run"), ([49], "1 sample in step 49"), ([2, 49], "2 samples in steps 2, 49")],
 )
-def test_samples_and_steps_are_counted_in_words(capsys: pytest.CaptureFixture[str], steps: list[int], shown: str) -> None:
+def test_samples_and_steps_are_counted_in_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, steps: list[int], shown: str
+) -> None:
+    monkeypatch.setattr(curation.out, "quiet", False)  # an earlier test's --json sets it
     place = {"lane": 0, "place": 1, "epoch": 0, "row_group": 0, "row": 2}
     samples = [{"step": step, **place} for step in steps]
     run = {"name": "sft", "run_id": "0a", "steps": steps, "samples": samples, "models": ["models:/sft/1"],

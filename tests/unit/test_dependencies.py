@@ -68,6 +68,7 @@ NOT_IMPORTED = {
     "pymdown-extensions": "Zensical imports it",
 }
 IMAGES = re.compile(r"(recipes|curation)/images/")
+EXAMPLES = {"jobs/examples/arithmetic.py": ("reasoning_gym",)}  # which the tutorial installs: docs/tutorials/assistant.md
 LATE = {  # modules of the core that import what an extra brings, once `extras.require` was asked, or for types alone
     "tune/searchers.py": "tune",
     **{f"curation/{name}.py": "curation" for name in ("encodings", "html", "licenses", "linear", "pdf", "personal")},
@@ -121,6 +122,8 @@ def test_what_the_core_imports_is_a_core_dependency_and_the_rest_is_in_the_extra
     core, faults = modules(""), []
     for name, path in shipped().items():
         for module, at_module_level in imports(path):
+            if module in EXAMPLES.get(name, ()):
+                continue
             late = None if at_module_level else LATE.get(name)
             extra = late or ("images" if IMAGES.match(name) else None)
             if module not in core and not (extra and module in modules(extra)):

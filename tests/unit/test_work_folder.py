@@ -21,7 +21,12 @@ from tests.unit.build_curation import HereFlow, curate, left
 from tests.unit.test_curation_engine import texts
 
 STAGES = [{"stage": "length", "min_words": 90}]
-PUBLISHED = ("heliostat.curation.text.tokens", "heliostat.curation.pairs.making")  # row groups of datasets, a chunk each
+PUBLISHED = (  # row groups of datasets, a chunk each
+    "heliostat.curation.text.tokens",
+    "heliostat.curation.pairs.making",
+    "heliostat.curation.conversations.making",
+    "heliostat.curation.references.computing",
+)
 
 
 def spilled(folder: Path) -> list[Path]:

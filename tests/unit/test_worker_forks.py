@@ -138,7 +138,7 @@ def test_the_fork_server_is_used_with_tested_versions_of_ray_unless_switched_off
 
 def test_all_modules_that_are_imported_ahead_are_there():
     """Otherwise each worker would import a moved module again."""
-    archs = {"CausalLM": "llama", "Embedder": "bert", "ImageEmbedder": "clip"}
+    archs = {"CausalLM": "llama", "SFT": "llama", "DPO": "llama", "Embedder": "bert", "ImageEmbedder": "clip"}
     of_recipes = (built_in.modules(f"heliostat.recipes:{name}", {"arch": archs.get(name)}) for name in recipes.__all__)
     names = {*training.AHEAD, *tune.AHEAD}.union(*of_recipes)
     assert [name for name in sorted(names) if importlib.util.find_spec(name) is None] == []

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from heliostat.checkpoint.agreement import first, together
 from heliostat.config.spec import Job
+from heliostat.engine import zero_state
 from heliostat.engine.first_weights import DTYPES
 from heliostat.recipes import building, folder_weights, weightless
 from heliostat.recipes.protocol import Recipe
@@ -76,7 +77,7 @@ def _partition(model: torch.nn.Module, stored: Values, reads: bool, dtype: torch
         own = dtype if p.is_floating_point() else p.dtype
         values = stored[id(p)].read().to(own) if reads else torch.empty(p.shape, dtype=own)
         weightless.put(p, values.to(partitioner.local_device).contiguous())
-        partitioner._convert_to_zero_parameters([p])  # sends the values of the group's first worker
+        zero_state.partition(partitioner, p)
 
 
 def _set_buffers(model: torch.nn.Module, stored: Values, dtype: torch.dtype, group: dist.ProcessGroup) -> None:

@@ -253,3 +253,9 @@ def _own(p: Any) -> tuple[int, int]:
     per = p.ds_tensor.ds_numel
     start = min(dist.get_rank(p.ds_process_group) * per, p.ds_numel)
     return start, min(per, p.ds_numel - start)
+
+
+def partition(partitioner: Any, parameter: torch.nn.Parameter) -> None:
+    """Partitions a parameter among the workers of a `deepspeed.zero.Init`. All workers get their part of the first worker's
+    values. Collective."""
+    partitioner._convert_to_zero_parameters([parameter])

@@ -30,15 +30,16 @@ def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
         ) from e
 
 
-def no_model(path: Path) -> str:
-    """Explains why a path without config.json isn't a model's folder, and what to do."""
+def no_model(path: Path, otherwise: str = "isn't a model folder (no config.json)") -> str:
+    """Explains why a path without config.json isn't a model's folder, and what to do. `otherwise`: the explanation for a folder
+    that contains nothing known."""
     if path.suffix == ".gguf" or any(path.glob("*.gguf")):
         return f"is a GGUF file or a folder with one. Convert it: heliostat model import {path} --out FOLDER"
     if (path / "adapter_config.json").is_file():
         return "is an adapter without its base. Merge it into its base: heliostat model export RUN --out FOLDER"
     if (path / "checkpoints").is_dir():
         return f"is a run, not a model. Export its model: heliostat model export {path} --out FOLDER"
-    return "isn't a model folder (no config.json)"
+    return otherwise
 
 
 def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:

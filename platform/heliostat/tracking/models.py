@@ -173,7 +173,8 @@ def resolve(model: str, tracking_uri: str) -> Path:
     """
     if Path(model).exists():
         if not exported.is_model(Path(model)):
-            raise ConfigError(f"{model}: {no_model(Path(model))}")
+            nothing = "is a folder without a model (no config.json). Export a model: heliostat model export"
+            raise ConfigError(f"{model}: {no_model(Path(model), nothing)}")
         return Path(model)
     if (name := names.model(model)) and not re.fullmatch(r"[^/]+/\d+", model):  # NAME/NUMBER is more likely a version in MLflow
         pinned = files.resolve("MODEL", name)
