@@ -300,6 +300,16 @@ def test_a_prompt_that_leaves_no_positions_for_its_answer_is_an_error(data: Path
         bound(data, **{"model": model}).gallery()
 
 
+def test_prompts_without_evaluations_are_warned_about(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = {"model": {**build_conversations.MODEL, "samples": {"prompts": ["birch"]}}}
+    bound(data, **samples).probe()
+    assert not caplog.messages
+    bound(data, **samples, evaluate=None).probe()
+    assert caplog.messages == [
+        "model.samples.prompts: answered only at the end of the run. To answer them during the run, set evaluate.every"
+    ]
+
+
 def test_a_job_without_samples_answers_nothing(data: Path) -> None:
     assert bound(data, **{"model": {**build_conversations.MODEL, "samples": None}}).gallery() is None
     with pytest.raises(ConfigError, match=r"model.samples: not supported with train.parallel.sequence"):

@@ -7,6 +7,7 @@ has the dataset's template, and its answers stop at the tokens that end the assi
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ from heliostat.schema import Strict, validate
 if TYPE_CHECKING:
     from heliostat.recipes.text.answers import TokenPrompt
     from heliostat.recipes.text.exporting import ExportedChat
+
+log = logging.getLogger(__name__)
 
 SHOWN_PROMPTS, SHOWN_TOKENS = 2, 64  # prompts, and tokens per answer, to show a finished run
 ASSUMED = 2048  # tokens per sample until the dataset exists
@@ -95,6 +98,13 @@ class LearnsConversations(CausalLM, Draws):
             raise ConfigError(
                 f"data.sources: the samples have up to {self.length} tokens, which is above the model's max_position_embeddings. "
                 f"Prepare the dataset with sequence_length: {longest}"
+            )
+
+    def probe(self) -> None:
+        super().probe()
+        if self.keys.samples and self.keys.samples.prompts and not self.job.evaluate:
+            log.warning(
+                "model.samples.prompts: answered only at the end of the run. To answer them during the run, set evaluate.every"
             )
 
     def assumed(self) -> str:
