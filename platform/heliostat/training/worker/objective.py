@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from heliostat.checkpoint.agreement import together
 from heliostat.data import device_ranges
+from heliostat.data.device_streams import LateRead
+from heliostat.engine import deepspeed_engine
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import GUIDE, Batch, CouplesSamples, Loss, Recipe
 from heliostat.tracking.metrics import RESERVED
@@ -127,6 +129,13 @@ class Objective:
                     f"recipe: {self._whose}.loss returns a part {name!r}, which can't be logged as train/{name}. "
                     f"Choose another name; reserved: {', '.join(RESERVED)}"
                 )
+
+
+def late_norm(engine: DeepSpeedEngine, clip: float, terms: Terms) -> LateRead:
+    """Begins to copy a step's gradient norm to the host (`deepspeed_engine.gradient_norm`). If steps differ in their number of
+    loss terms, copies this number together with the norm."""
+    norm = deepspeed_engine.gradient_norm(engine, clip)
+    return LateRead(torch.stack([norm.to(terms), terms]) if isinstance(terms, torch.Tensor) else norm)
 
 
 def _added(loss: Loss, micros: int) -> torch.Tensor | None:

@@ -38,7 +38,7 @@ from heliostat.training.worker.context import Context, Due, Hook
 from heliostat.training.worker.coupled import Terms
 from heliostat.training.worker.heartbeat import Heartbeat, StopConsensus
 from heliostat.training.worker.micro_batches import BatchesAhead, BatchPlan, Micro, StepBatches
-from heliostat.training.worker.objective import ExpertLoad, Objective
+from heliostat.training.worker.objective import ExpertLoad, Objective, late_norm
 from heliostat.training.worker.step_reports import StepReports, StepResults
 from heliostat.training.worker.unsealed import Unsealed
 
@@ -69,10 +69,9 @@ class Stepper:
         self.job, self.engine, self.recipe, self.average = job, engine, recipe, average
         self.batch_plan, self.sharing, self.ledger = batch_plan, sharing, ledger
         self.objective, self.experts = Objective(recipe, sharing.averaged, progressed), ExpertLoad(recipe, engine)
-        self.losses: list[torch.Tensor] = []
-        self.added: list[torch.Tensor] = []
+        self.losses, self.added = list[torch.Tensor](), list[torch.Tensor]()
         self._norms: list[float] = []
-        self._unread: deque[tuple[int, LateRead, LateRead | None]] = deque()  # see `_read_late`
+        self._unread: deque[tuple[int, LateRead]] = deque()  # by step: the values of `late_norm`, on their way to the host
         self.untrained: set[int] = set()  # steps, counted from 0, without loss terms; known once their norms are read
         self._agreed = False
 
@@ -88,10 +87,10 @@ class Stepper:
     def read_norms(self, but: int = 0) -> list[tuple[int, float]]:
         """Waits for the unread norms, except for the last `but` steps. Returns (step, norm) pairs."""
         steps = [self._unread.popleft() for _ in range(len(self._unread) - but)]
-        self.untrained |= {step for step, _, terms in steps if terms is not None and not float(terms.values())}
-        norms = [(step, float(norm.values())) for step, norm, _ in steps]
-        self._norms += [norm for _, norm in norms]
-        return norms
+        read = [(step, *values.values().flatten().tolist()) for step, values in steps]
+        self.untrained |= {step for step, _, *terms in read if 0.0 in terms}
+        self._norms += [norm for _, norm, *_ in read]
+        return [(step, norm) for step, norm, *_ in read]
 
     def prepare(self, step: int, mine: StepSamples) -> StepBatches:
         """Makes this worker's batches of a step, counted from 0, from its samples. Any thread may call this method."""
@@ -121,23 +120,18 @@ class Stepper:
             self.experts.add(share.routed)
             last = i + 1 == len(micros)
             if last and not engine.zero_optimization_stage():
-                self._read_late(step, terms)
+                self._unread.append((step, late_norm(engine, train.grad_clip, terms)))
             with device_ranges.named("optimizer") if last else nullcontext():
                 engine.step()
         if self.average and engine.was_step_applied():
             self.average.update(step + 1)
         if engine.zero_optimization_stage():
-            self._read_late(step, terms)
+            self._unread.append((step, late_norm(engine, train.grad_clip, terms)))
         with self.ledger("communicating"):
             self.experts.end_step()
         self.losses.append(self._counted(total / terms))
         if added is not None:
             self.added.append(self._counted(added))
-
-    def _read_late(self, step: int, terms: Terms) -> None:
-        """Begins to copy a step's gradient norm, and the number of loss terms if it differs between steps, to the host."""
-        norm = LateRead(deepspeed_engine.gradient_norm(self.engine, self.job.train.grad_clip))
-        self._unread.append((step, norm, LateRead(terms) if isinstance(terms, torch.Tensor) else None))
 
     def _terms(self, batches: StepBatches) -> Terms:
         """Counts the loss terms in the global batch."""
