@@ -120,7 +120,7 @@ def built(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def reported(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("partitioned")
     torch.manual_seed(7)
     CausalLM(job(model={**BASE["model"], "vocab_size": 96})).build().save_pretrained(folder / "small")
@@ -140,19 +140,19 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_workers_begin_with_the_values_that_one_process_has(case: tuple[str, str], told: list[dict[str, Any]]) -> None:
+def test_workers_begin_with_the_values_that_one_process_has(case: tuple[str, str], reported: list[dict[str, Any]]) -> None:
     """To the bit, in the precision of training, of weights, adapters, and buffers, however the weights are read."""
-    rows = [row for row in told if (row["case"], row.get("precision")) == case]
+    rows = [row for row in reported if (row["case"], row.get("precision")) == case]
     assert len(rows) == (4 if case[0] == "groups" else 2) and not any(row["differ"] for row in rows), [
         row["differ"] for row in rows
     ]
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_only_the_first_worker_of_a_shard_group_reads(case: tuple[str, str], told: list[dict[str, Any]]) -> None:
+def test_only_the_first_worker_of_a_shard_group_reads(case: tuple[str, str], reported: list[dict[str, Any]]) -> None:
     """A folder that can't be read tensor by tensor is one warning, and then each worker loads the model. So does a `build` that
     isn't heliostat's, because it may change weights."""
-    for row in (row for row in told if (row["case"], row.get("precision")) == case):
+    for row in (row for row in reported if (row["case"], row.get("precision")) == case):
         streams, first = case[0] not in ("unreadable", "own"), row["rank"] % 2 == 0
         assert bool(row["loads"]) != streams
         assert bool(row["reads"]) == (streams and first)
@@ -163,9 +163,9 @@ def test_only_the_first_worker_of_a_shard_group_reads(case: tuple[str, str], tol
 
 
 @pytest.mark.parametrize("case", ["deep", "wide"])
-def test_no_worker_has_the_complete_model(case: str, told: list[dict[str, Any]]) -> None:
+def test_no_worker_has_the_complete_model(case: str, reported: list[dict[str, Any]]) -> None:
     """Each has its half in bf16, which is a quarter of the size in fp32, and one tensor."""
-    rows = [row for row in told if row["case"] == case]
+    rows = [row for row in reported if row["case"] == case]
     assert len(rows) == 2
     for row in rows:
         assert row["whole_mib"] > 150 and row["mib"] < 0.5 * row["whole_mib"], row

@@ -143,7 +143,7 @@ def test_layers_that_4_bits_do_not_suit_stay_and_are_logged(caplog):
     adapters.add(adapter, plain, 0, "fp32")
     assert set(quantized.layers_of(plain)) == {"odd.base_layer", "unused.base_layer"}
     assert isinstance(plain.router, Router) and isinstance(plain.even.base_layer, torch.nn.Linear)
-    assert (plain(inputs) - wanted).abs().max() < 0.2 * wanted.abs().max(), "the model computes as before, but for rounding"
+    assert (plain(inputs) - wanted).abs().max() < 0.2 * wanted.abs().max(), "the model computes as before, except for rounding"
 
 
 @pytest.fixture(scope="module")

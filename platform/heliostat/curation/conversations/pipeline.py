@@ -48,7 +48,7 @@ class RenderedPipeline(StagedPipeline):
     """Folder of the model to train, or `ORG/NAME` of the Hugging Face Hub. Its tokenizer and its chat template render the
     conversations."""
     tokenizer: ExistingTokenizer | None = None
-    """Tokenizer, if there is no folder of a model. Set `template`, too."""
+    """Tokenizer, if `model` is unset. Set `template`, too."""
     template: str | None = None
     """Chat template: `chatml`, `llama3`, `plain` (for any tokenizer), or the path of a `.jinja` file. Unset: the template of the
     model's tokenizer."""
