@@ -284,7 +284,7 @@ def looped(ahead: Any, steps: int, stop: int, order: list[str], **changes: Any) 
     loop.consensus = SimpleNamespace(ask=lambda code: None, result=lambda: INTERRUPTED if len(counted) == stop else RUN)
     loop.stepper = object.__new__(Stepper)
     loop.stepper._norms, loop.stepper._unread, loop.stepper.untrained = [], deque(), set()
-    loop.stepper.step = lambda step, batches: loop.stepper._unread.append((step, LateRead(torch.tensor(step + 1.0)), None))
+    loop.stepper.step = lambda step, batches: loop.stepper._unread.append((step, LateRead(torch.tensor(step + 1.0))))
     return loop
 
 
@@ -364,8 +364,8 @@ def test_an_error_names_the_step_whose_norm_is_not_finite():
 def test_a_step_without_a_trained_token_is_an_error_that_names_its_samples(precision: str):
     stepper, watch = object.__new__(Stepper), watching()
     stepper._norms, stepper.untrained = [], watch.untrained
-    stepper._unread = deque((step, LateRead(torch.tensor(norm)), LateRead(torch.tensor(terms)))
-                            for step, norm, terms in ((0, 2.0, 5.0), (1, math.nan, 0.0)))  # fmt: skip
+    read = {0: torch.tensor([2.0, 5.0]), 1: torch.tensor([math.nan, 0.0])}  # by step: norm, number of loss terms
+    stepper._unread = deque((step, LateRead(values)) for step, values in read.items())
     watch.job = job(**{"train.precision": precision, "workers.gpus": 1})
     (first, second) = stepper.read_norms()
     watch.on_norm(*first)
@@ -380,7 +380,7 @@ def failing(made: Callable[..., BatchesAhead], norm: float) -> Any:
     def step(number: int, batches: Any) -> None:
         if number == 2:
             raise ValueError("the latents aren't finite")
-        loop.stepper._unread.append((number, LateRead(torch.tensor(norm if number == 1 else 1.0)), None))
+        loop.stepper._unread.append((number, LateRead(torch.tensor(norm if number == 1 else 1.0))))
 
     loop.stepper.step, loop.hooks = step, [watching()]
     loop.hooks[0].saved = lambda: pytest.fail("other workers may not have failed, and wait elsewhere")

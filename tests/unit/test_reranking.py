@@ -137,7 +137,7 @@ def test_a_question_finds_its_passages_in_the_rerankers_order(model, place, monk
     text = run(monkeypatch, capsys, *ask, "--reranker", str(model))[1]
     assert f"    rerank score {wanted[0]['rerank_score']:.4g}, bm25 score " in text
     code, _, said = run(monkeypatch, capsys, *ask, "--reranker", str(place))
-    assert code == 2 and "isn't a model folder" in said
+    assert code == 2 and "is a folder without a model (no config.json)" in said
 
 
 def test_an_index_is_judged_with_and_without_the_reranker(model, place, monkeypatch, capsys, tmp_path):
