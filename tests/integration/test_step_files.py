@@ -19,7 +19,7 @@ from heliostat.training.worker.heartbeat import Heartbeat
 from heliostat.training.worker.loss_watch import LossWatch
 from heliostat.training.worker.micro_batches import BatchesAhead
 from heliostat.training.worker.step import Loop
-from heliostat.training.worker.step_reports import StepReports
+from heliostat.training.worker.step_reports import StepReports, TrainedTokens
 
 from tests.golden import data
 from tests.integration import layouts, ranks
@@ -77,7 +77,8 @@ def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     heartbeat._ordered, heartbeat.step, heartbeat.micro = 0, 0, 0
     context = one.state.context
     hooks = [recorder, LossWatch(context, one.dataset, one.state.settle), one.state, Collector()]
-    reports = StepReports(context, one.engine, one.recipe, one.unsealed, hooks, one.stepper.report)
+    reports = StepReports(context, one.engine, one.recipe, one.unsealed, hooks, one.stepper.report,
+                          TrainedTokens(one.recipe, one.dataset.order, one.sharing.counts))  # fmt: skip
     ahead = BatchesAhead(lambda: one.sharing.share(one._read), one.stepper.prepare)
     loop = Loop(context, one.stepper, one.unsealed, reports, heartbeat, hooks, (), ahead)
     try:

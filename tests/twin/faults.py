@@ -27,7 +27,7 @@ from heliostat.runs.time_ledger import Ledger
 from heliostat.training.worker.loss_watch import LossWatch
 from heliostat.training.worker.micro_batches import StepBatches
 from heliostat.training.worker.step import Loop
-from heliostat.training.worker.step_reports import StepReports
+from heliostat.training.worker.step_reports import StepReports, TrainedTokens
 
 from tests.twin import cuda, device
 from tests.twin.steps import Setup, step
@@ -92,9 +92,11 @@ def _loop(one: play.Player, batches: StepBatches) -> tuple[Any, Any]:
     loop.heartbeat, loop.consensus = SimpleNamespace(), SimpleNamespace(ask=lambda code: None, result=lambda: 0)
     loop.ahead = SimpleNamespace(take=lambda step: batches, begin=lambda step: None)
     loop.heartbeat.stop = 0
+    trained = TrainedTokens(one.recipe, one.dataset.order, one.sharing.counts)
     reports: Any = object.__new__(StepReports)
     reports.context, reports.job, reports.ledger, reports.engine = context, one.job, loop.ledger, one.engine
     reports.hooks, reports.unsealed, reports.sums = loop.hooks, one.unsealed, one.stepper.report
+    loop.reports, reports.trained = reports, trained
     return loop, reports
 
 

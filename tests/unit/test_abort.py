@@ -77,7 +77,7 @@ def loop_in_step(step: Callable[[], object]) -> Any:
     loop.heartbeat = SimpleNamespace(stop=0)
     loop.consensus = SimpleNamespace(ask=lambda code: None, result=lambda: 0)
     loop.stepper = SimpleNamespace(step=lambda *given: step())
-    loop.unsealed = Never()
+    loop.unsealed, loop.reports = Never(), SimpleNamespace(trained=Never())
     return loop
 
 
@@ -98,18 +98,20 @@ def test_a_norm_that_was_read_after_the_abort_is_not_judged():
 def test_a_step_before_the_abort_counts():
     loop, noted = loop_in_step(lambda: None), list[Any]()
     loop.unsealed = SimpleNamespace(add=lambda *given: noted.append(given))
+    loop.reports = SimpleNamespace(trained=SimpleNamespace(add=lambda *given: None))
     assert loop._make(5) == 0 and noted == [(5, "samples")]
 
 
 def test_numbers_of_an_aborted_report_are_neither_judged_nor_logged():
     def report(*given: Any) -> StepResults:
         ordered()
-        return StepResults([math.nan], [1.0], {}, {}, 10**9)
+        return StepResults([math.nan], [1.0], {}, {}, [10**9])
 
     reports: Any = object.__new__(StepReports)
     reports.sums, reports.job = report, job()
     reports.context = SimpleNamespace(control=None, progressed=process_group.check, posts=Never(), latest=Never())
     reports.hooks, reports.unsealed = Never(), SimpleNamespace(replaced=0, dataset=Never())
+    reports.trained = SimpleNamespace(take=list)
     with pytest.raises(PeerLostError):
         reports._post(0, 1, 1.0, 0.0)
 

@@ -217,6 +217,14 @@ class Order:
                 self._epochs.pop(next(iter(self._epochs)), None)
         return known
 
+    def sources(self, positions: np.ndarray) -> np.ndarray:
+        """Computes the sources of positions of the global sequence: int64 [n, m] to [n, m]. The positions of a row follow one
+        another."""
+        if len(self.splits) == 1:
+            return np.zeros_like(positions)
+        rows = ((int(row[0]), int(row[-1]) + 1) for row in positions)
+        return np.stack([self._at(begin).lay_out(begin, end)[0] for begin, end in rows])
+
     def locate(self, positions: np.ndarray) -> SamplePlaces:
         """Locates the samples at positions of the global sequence: int64 [n], in any order."""
         positions = np.asarray(positions, dtype=np.int64)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 from typing_extensions import TypedDict
+
+if TYPE_CHECKING:
+    import torch
+
+    from heliostat.recipes.protocol import Batch
 
 
 class SourceAudit(TypedDict):
@@ -49,7 +55,7 @@ class MaskAudit(TypedDict):
 
 
 class Audits(ABC):
-    """Audits its loss mask before the first step."""
+    """Audits its loss mask before the first step, and counts the trained tokens of each source."""
 
     @abstractmethod
     def audit(self) -> MaskAudit:
@@ -57,3 +63,7 @@ class Audits(ABC):
 
         Raises ConfigError if too many rows have nothing to train, or if the rows contradict the facts.
         """
+
+    @abstractmethod
+    def trained(self, batch: Batch) -> torch.Tensor:
+        """Counts the trained tokens of each sample of a batch on the host, int64 [samples]. Their sum is the batch's `terms`."""

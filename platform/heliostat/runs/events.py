@@ -64,6 +64,7 @@ class Steps(Event):
     experts: dict[str, list[float]] = field(default_factory=dict)  # measures of the load of a mixture's experts, by name
     skipped_steps: float | None = None  # number of skipped steps until now, in fp16
     loss_scale: float | None = None
+    trained: list[float] = field(default_factory=list)  # trained tokens per step of each source, if samples have a loss mask
     sources: dict[str, dict[str, float]] = field(default_factory=dict)  # set by the driver: values of each source
 
     @property

@@ -109,6 +109,8 @@ METRICS = (
            formerly="data/*/epochs"),
     Metric("train/data/*/samples", Steps, _of_source("samples"), formerly="data/*/samples"),
     Metric("train/data/*/tokens", Steps, _of_source("tokens"), formerly="data/*/tokens"),
+    Metric("train/data/*/trained_tokens", Steps, _of_source("trained_tokens"), "Trained tokens of each source", "per step",
+           "Data"),
     Metric("train/data/bad_samples", Steps, _of("bad_samples"), "Bad samples, replaced", section="Data",
            formerly="train/bad_samples"),
     Metric("train/experts/imbalance", Steps, _of_experts("imbalance"), "Load of experts", "busiest over mean", "Experts"),

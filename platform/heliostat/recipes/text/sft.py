@@ -24,7 +24,7 @@ import pyarrow as pa
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.auditing import Audits, MaskAudit
-from heliostat.recipes.protocol import Batch
+from heliostat.recipes.protocol import IGNORED, Batch
 from heliostat.recipes.text.conversations import LearnsConversations
 
 if TYPE_CHECKING:
@@ -55,6 +55,11 @@ class SFT(LearnsConversations, Audits):
         from heliostat.recipes.text import mask_audit
 
         return mask_audit.audit(self.sources, self.facts, self.raw_tokenizer)
+
+    def trained(self, batch: Batch) -> torch.Tensor:
+        from heliostat.recipes.text import next_token
+
+        return (next_token.targets(batch) != IGNORED).sum(1)
 
     def presume(self, rows: int) -> pa.Table:
         from heliostat.recipes.text import packs

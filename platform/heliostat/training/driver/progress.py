@@ -106,11 +106,19 @@ class ProgressReporter:
             (3, f"{event.tokens_per_second:,.0f} {self.unit}/s"),
             (4, f"MFU {event.mfu:.1%}" if event.mfu else ""),
             (7, f"data wait {event.data_wait:.1%}"),
+            (9, trained(event)),
         ]
         if self._plain:
             left = self._speed.left()
             ahead = f"  ETA {duration(left)}" if left else ""
             log.info("step %d/%d  %s%s", self._done, self._steps, "  ".join(t for _, t in self._parts if t), ahead)
+
+
+def trained(event: Steps) -> str:
+    """Formats the trained tokens per step, of each source if there are several. Returns "" if samples have no loss mask."""
+    tokens = {name: counts["trained_tokens"] for name, counts in event.sources.items() if "trained_tokens" in counts}
+    shown = ", ".join(f"{name} {count:,.0f}" if len(tokens) > 1 else f"{count:,.0f}" for name, count in tokens.items())
+    return shown and f"trained tokens/step {shown}"
 
 
 class Speed:

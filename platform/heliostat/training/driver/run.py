@@ -274,7 +274,7 @@ class DrivenRun:
         if self.course.dropped > dropped:
             return
         if isinstance(event, Steps):
-            event.sources = self._sources(event.done)
+            event.sources = self._sources(event.done, event.trained)
             if event.done >= self.job.last_step and not self.hooks:
                 self.warm_up.begin()
         elif isinstance(event, NodeSample):
@@ -367,8 +367,9 @@ class DrivenRun:
             error = self._stopped("between two attempts", f"{fix} --resume to continue from step {self.course.start}")
             self._follow(states.Asked(error))
 
-    def _sources(self, step: int) -> dict[str, dict[str, float]]:
-        """Counts the tokens, samples, and epochs that each source has contributed before `step`, by source name.
+    def _sources(self, step: int, trained: list[float]) -> dict[str, dict[str, float]]:
+        """Counts the tokens, samples, and epochs that each source has contributed before `step`, by source name. Adds the trained
+        tokens per step, if `trained` has them.
 
         Counts only the current sequence of samples.
         """
@@ -380,6 +381,7 @@ class DrivenRun:
                 "tokens": float(taken[i] * (self.job.data.sequence_length or row_tokens(manifests[i]))),
                 "samples": float(taken[i]),
                 "epochs": float(taken[i] / order.epoch_samples[i]),
+                **({"trained_tokens": trained[i]} if trained else {}),
             }
             for i, name in enumerate(names)
         }

@@ -34,7 +34,7 @@ from heliostat.training.worker.node_metrics import NodeMonitor
 from heliostat.training.worker.profiler import StepProfiler
 from heliostat.training.worker.recheck import CorruptionCheck
 from heliostat.training.worker.step import Loop, Stepper
-from heliostat.training.worker.step_reports import StepReports, StepsSummary
+from heliostat.training.worker.step_reports import StepReports, StepsSummary, TrainedTokens
 from heliostat.training.worker.training_state import TrainingState
 from heliostat.training.worker.unsealed import Unsealed
 
@@ -120,7 +120,8 @@ class Worker:
         if job.evaluate:
             hooks.append(Evaluations(context, state, recipe, dataset, sharing))  # before a save, which records the scores
         hooks += [state, Collector()]
-        self.reports = StepReports(context, engine, recipe, unsealed, hooks, stepper.report)
+        self.reports = StepReports(context, engine, recipe, unsealed, hooks, stepper.report,
+                                   TrainedTokens(recipe, dataset.order, sharing.counts))  # fmt: skip
 
         def read() -> stream.StepSamples:
             """Takes the next step's samples. Called only on the worker that reads for its group."""

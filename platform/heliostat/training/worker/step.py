@@ -147,24 +147,23 @@ class Stepper:
         values."""
         return values if self.sharing.counts else torch.zeros_like(values)
 
-    def report(self, group: dist.ProcessGroup, replaced: int) -> StepResults:
+    def report(self, group: dist.ProcessGroup, counts: list[int]) -> StepResults:
         """Sums the results of the steps since the last report over all workers, which call this method together.
 
-        `group`: a CPU group of all workers. `replaced`: the number of samples that this worker has replaced.
+        `group`: a CPU group of all workers. `counts`: other numbers of this worker to sum; every worker has equally many.
         """
         if not self._agreed:
             self.objective.agree(group)
             self._agreed = True
         names, steps = self.objective.names or [], len(self.losses)
-        last = upload(torch.tensor([replaced], dtype=torch.float32), self.engine.device)
+        last = upload(torch.tensor(counts, dtype=torch.float64), self.engine.device)
         sums = torch.cat([torch.stack(self.losses), *self.added, last]).double()
         with self.ledger("communicating"):
             dist.all_reduce(sums)
-            *values, bad = sums.tolist()
-        with self.ledger("communicating"):
+            values = sums.tolist()
             experts = self.experts.report()
-        added = {name: values[steps + i :: len(names)] for i, name in enumerate(names)}
-        results = StepResults(values[:steps], self.norms, added, experts, int(bad))
+        added = {name: values[steps + i : -len(counts) : len(names)] for i, name in enumerate(names)}
+        results = StepResults(values[:steps], self.norms, added, experts, [int(count) for count in values[-len(counts) :]])
         self.losses, self._norms, self.added = [], [], []
         return results
 
@@ -224,6 +223,7 @@ class Loop:
             raise
         self.context.progressed()  # raises after an abort, before the step counts
         self.unsealed.add(step, batches.samples)
+        self.reports.trained.add(step, batches)
         stop = self._agreed(step)
         self.ledger.move("computing", "checkpoint", sum(hook.blocked_s for hook in self.hooks) - blocked)
         if self.job.train.compile and step <= self.context.start_step + 1:

@@ -1,4 +1,5 @@
-"""Reports steps to the driver: losses, norms, rates, and the numbers of replaced samples and skipped steps, over all workers."""
+"""Reports steps to the driver: losses, norms, rates, trained tokens of each source, and the numbers of replaced samples and
+skipped steps, over all workers."""
 
 from __future__ import annotations
 
@@ -7,15 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from heliostat.cluster.peak_flops import peak_flops
 from heliostat.data.conversations import sample_tokens
+from heliostat.data.order import Order
 from heliostat.engine import sharded_state
+from heliostat.recipes.auditing import Audits
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Steps
 from heliostat.training.worker.context import Context, Hook
+from heliostat.training.worker.micro_batches import StepBatches
 from heliostat.training.worker.unsealed import Unsealed, check_budget
 
 if TYPE_CHECKING:
@@ -25,15 +30,37 @@ if TYPE_CHECKING:
 class StepResults(NamedTuple):
     """Holds the results of steps over all workers, one value per step: losses, and gradient norms before clipping.
 
-    `added`: values of each part of the objective, by name. `experts`: values of the experts' load, by name. `replaced`: the
-    number of samples replaced in the run so far.
+    `added`: values of each part of the objective, by name. `experts`: values of the experts' load, by name. `counts`: sums
+    of the counts that the workers passed to `Stepper.report`.
     """
 
     losses: list[float]
     norms: list[float]
     added: dict[str, list[float]]
     experts: dict[str, list[float]]
-    replaced: int
+    counts: list[int]
+
+
+class TrainedTokens:
+    """Counts this worker's trained tokens of each source since the last report. Reads only tensors on the host, so the device
+    isn't waited for. Without a loss mask (`recipes.auditing`), counts nothing."""
+
+    def __init__(self, recipe: Recipe, order: Order, counts: bool) -> None:
+        """Prepares the counts. `counts`: false if another worker counts this worker's samples."""
+        self.recipe, self.order, self.counts = (recipe if isinstance(recipe, Audits) else None), order, counts
+        self._tokens = np.zeros(len(order.splits), dtype=np.int64)
+
+    def add(self, step: int, batches: StepBatches) -> None:
+        """Adds this worker's share of a step, counted from 0."""
+        if self.recipe and self.counts:
+            sources = self.order.sources(self.order.step(step)[list(batches.samples.lanes)])
+            tokens = np.concatenate([self.recipe.trained(micro.batch).numpy() for micro in batches.micros])
+            np.add.at(self._tokens, sources.ravel(), tokens)
+
+    def take(self) -> list[int]:
+        """Returns the trained tokens of each source, and begins to count from zero. Empty without a loss mask, on all workers."""
+        taken, self._tokens = self._tokens, np.zeros_like(self._tokens)
+        return taken.tolist() if self.recipe else []
 
 
 class StepsSummary(TypedDict):
@@ -61,11 +88,13 @@ class StepReports:
         recipe: Recipe,
         unsealed: Unsealed,
         hooks: Sequence[Hook],
-        sums: Callable[[dist.ProcessGroup, int], StepResults],
+        sums: Callable[[dist.ProcessGroup, list[int]], StepResults],
+        trained: TrainedTokens,
     ) -> None:
-        """Prepares the reports. `sums`: sums the results since the last report over all workers (`step.Stepper.report`)."""
+        """Prepares the reports. `sums`: sums the results since the last report over all workers (`step.Stepper.report`).
+        `trained`: counts the trained tokens of each source."""
         self.context, self.job, self.ledger, self.engine, self.recipe = context, context.job, context.ledger, engine, recipe
-        self.unsealed, self.hooks, self.sums = unsealed, hooks, sums
+        self.unsealed, self.hooks, self.sums, self.trained = unsealed, hooks, sums, trained
         self.skipped = context.start_step - sharded_state.of(engine).steps
         self._reported, self._since = context.start_step, time.perf_counter()
         self._waited = 0.0  # seconds waited for data, up to the last report
@@ -107,9 +136,10 @@ class StepReports:
         }
 
     def _post(self, first: int, done: int, seconds: float, wait: float) -> None:
-        results = self.sums(self.context.control, self.unsealed.replaced)
+        results = self.sums(self.context.control, [self.unsealed.replaced, *self.trained.take()])
         self.context.progressed()  # raises after an abort, before a number is judged or logged
-        check_budget(results.replaced, done, self.job, self.unsealed.dataset.order)
+        replaced, *trained = results.counts
+        check_budget(replaced, done, self.job, self.unsealed.dataset.order)
         for hook in self.hooks:
             hook.on_report(first, results.losses)
         self.context.latest.loss = results.losses[-1]
@@ -126,9 +156,10 @@ class StepReports:
                 tokens_per_second=self._per_second(done - first, seconds),
                 data_wait=wait / seconds,
                 mfu=self._mfu(done - first, seconds),
-                bad_samples=results.replaced,
+                bad_samples=replaced,
                 skipped_steps=skipped,
                 loss_scale=scale,
+                trained=[tokens / (done - first) for tokens in trained],
                 ledger=self.ledger.totals(),
             )
         )
