@@ -21,10 +21,12 @@ from heliostat.curation.text.documents import TextRules
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.inference.batch import loading, reading, run
-from heliostat.inference.batch.engines import Chat, Embed, Input, LoadedModel
+from heliostat.inference.batch.engines import Chat, Continue, Embed, Input, LoadedModel
 from heliostat.inference.batch.tasks import BatchSettings
 from heliostat.recipes.images.embedder import ImageEmbedder
+from heliostat.recipes.protocol import Request
 from heliostat.recipes.text import chat
+from heliostat.recipes.text.generator import TextGenerator
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 from PIL import Image
@@ -103,6 +105,23 @@ def test_a_chat_is_answered_as_plain_transformers_does_in_any_batch(writer):
         assert (answer.bad, answer.values["answer"]) == ("", plain)
         assert answer.values["finish"] == ("stop" if ended else "length")
     assert {answer.values["finish"] for answer in found} == {"stop", "length"}
+
+
+def test_a_command_answers_a_prompt_as_a_chat_unless_it_is_told_not_to(writer, tmp_path):
+    """Both ways are those of batch inference. A model without a template continues its prompts."""
+    options = {"max_tokens": 8, "temperature": 0.0}
+    message = json.dumps([{"role": "user", "content": "a b"}])
+    answers = {True: Chat(writer, 1, options)([Input(message, 0)]), False: Continue(writer, 1, options)([Input("a b", 0)])}
+    wanted = {chats: one.values["answer"] for chats, (one,) in answers.items()}
+    written = {chats: TextGenerator(writer, {**options, "chat": chats})([Request("a b", 0, None)])[0]
+               for chats in (None, True, False)}  # fmt: skip
+    assert wanted[True] != wanted[False]
+    assert [written[chats].facts["text"] for chats in (None, True, False)] == [wanted[True], wanted[True], wanted[False]]
+    assert written[None].shown == wanted[True] and written[False].shown == f"a b{wanted[False]}"
+    with pytest.raises(ConfigError, match=r"^chat: has no effect with a suffix"):
+        TextGenerator(write_model(tmp_path, BASE["model"]), {"chat": True, "suffix": "c"})
+    with pytest.raises(ConfigError, match=r"^chat: the model has no chat template"):
+        TextGenerator(tmp_path / "model", {"chat": True})
 
 
 def test_what_is_no_chat_is_said_and_stops_nothing(writer):

@@ -247,6 +247,22 @@ def test_functions_are_instructions_and_other_texts_are_counted(tmp_path, model)
     assert id == "a.py#1" and "Returns the first word.<" not in text and "def first(words):\n    return words[0]\n```" in text
 
 
+def test_the_rejected_answer_to_a_docstring_is_another_function_of_the_file(tmp_path, model) -> None:
+    (tmp_path / "in").mkdir()
+    functions = [f'def f{n}(word):\n    """Does {n}."""\n    return word + "{n}"\n' for n in range(3)]
+    (tmp_path / "in/a.py").write_text("\n".join(functions))
+    (tmp_path / "in/b.py").write_text(functions[0])
+    (tmp_path / "in/c.py").write_text(functions[0] * 2)
+    dataset = make(PreferencePipeline, "out", model, tmp_path)
+    assert dataset.meta["dropped"] == {"no_pairs": 1, "same_answers": 2}
+    decode = Renderer(chat.dialect(chat.DEFAULT_SYSTEM)).tokenizer.decode
+    rows = [row for group in groups(dataset) for row in group]
+    assert len(rows) == 3
+    for row in rows:
+        (n,) = (n for n in range(3) if f"Does {n}." in decode(row["prompt"]))
+        assert f"def f{n}(" in decode(row["chosen"]) and f"def f{(n + 1) % 3}(" in decode(row["rejected"])
+
+
 def test_preferences_are_the_same_from_any_cut_of_the_input(tmp_path, model, monkeypatch) -> None:
     rows: list[Row] = [{"prompt": f"question {i % 9}", "chosen": f"amber {i}", "rejected": f"birch {i}"} for i in range(60)]
     rows += [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b" * 400, "rejected": "c"}, rows[0]]
@@ -289,11 +305,11 @@ def test_a_pipeline_that_makes_no_sense_is_refused(tmp_path, model, keys: Row, m
 def test_a_table_without_the_columns_of_a_shape_is_one_clear_error(tmp_path, model) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.csv").write_text("question,answer\na,b\n")
-    message = r"input: a file has the columns question, answer, but needs messages, or prompt and completion, or .* Set `columns`"
+    message = r"input: 'a.csv' has the columns question, answer, but needs messages, or prompt and .* Set `columns`"
     with pytest.raises(ConfigError, match=message):
         make(ConversationPipeline, "out", model, tmp_path)
     with pytest.raises(
-        ConfigError, match=r"a file has the columns question, answer, but needs chosen and rejected. Set `columns`"
+        ConfigError, match=r"'a.csv' has the columns question, answer, but needs chosen and rejected. Set `columns`"
     ):
         make(PreferencePipeline, "out", model, tmp_path)
 

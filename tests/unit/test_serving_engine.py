@@ -87,7 +87,7 @@ def test_infer_serve_generate_and_mlflow_write_the_same_whatever_the_folder_says
 def test_an_empty_prompt_that_no_token_begins_is_an_error_line_of_the_command():
     generator = TextGenerator.__new__(TextGenerator)
     generator.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
-    generator.infilling, generator.suffix, generator.ends = None, None, []
+    generator.infilling, generator.suffix, generator.ends, generator.chat = None, None, [], False
     with pytest.raises(ConfigError, match=r"^prompt: is empty, and the tokenizer has no beginning-of-document token"):
         generator([Request("", 0, None)])
 

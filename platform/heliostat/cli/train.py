@@ -231,7 +231,9 @@ def next_commands(result: Ending, job: Job, usual: str) -> list[str]:
     commands = []
     if model and result["samples"]:
         drawn = ["--out", "sample.png"] if result["unit"] == "samples" else []
-        commands.append([program(), "model", "generate", model, "--prompt", result["samples"][0]["prompt"], *drawn, *store])
+        sample = result["samples"][0]
+        plain = ["--no-chat"] if sample.get("rendered") else []  # runs of older versions don't have the field
+        commands.append([program(), "model", "generate", model, *plain, "--prompt", sample["prompt"], *drawn, *store])
     commands.append([program(), "run", "verify", str(job.run_folder)])
     commands.append([program(), "run", "ui", *store])
     return [shlex.join(words) for words in commands]

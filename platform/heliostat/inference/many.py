@@ -47,9 +47,11 @@ def generate_many(
     place.probe()
     place.require_writable()
     with exported.using(folder):
-        exported.generator(folder, options)  # first, so that errors come before Ray's start
+        first = exported.generator(folder, options)  # first, so that errors come before Ray's start
     identity = {"model": model_digest(folder), "options": options, "seed": seed,
              "set of prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}  # fmt: skip
+    if getattr(first, "chat", False):
+        identity["chat"] = True  # earlier versions continued the prompts of such a model
     claim(place, identity, "answers", "answers of `heliostat model generate --prompts`")
     import torch
 

@@ -306,6 +306,7 @@ class Generates(Exports):
     """Answers prompts with exported models. Required for `heliostat model generate`."""
 
     prompts: tuple[str, ...] = ()  # prompts for the exported model at the end of a run
+    rendered: bool = False  # a chat template has rendered these prompts
 
     @staticmethod
     @abstractmethod

@@ -36,7 +36,8 @@ Record = ParsedConversation | shapes.ParsedPreference
 MANY_MESSAGES = 64  # above which the length is measured first
 SURELY_LONG = 2  # times the maximum length: more tokens than differ between a text and its segments
 REASONS = {
-    **{reason: pairs.REASONS[reason] for reason in ("unparsed", "no_pairs")},
+    "unparsed": pairs.REASONS["unparsed"],
+    "no_pairs": "a Python file without functions with docstrings; for preferences, with fewer than two",
     "no_shape": "a record without the columns of a shape; set `columns`, or for `chosen` and `rejected` use PreferencePipeline",
     "several_shapes": "a record with the columns of several shapes; set `shape`",
     "invalid_messages": "messages that aren't a list of mappings with a role and a text",
@@ -84,7 +85,7 @@ class RecordRules(TextRules):
 
     def lacks(self, names: Collection[str]) -> str:
         if why := shapes.missing(self._renamed(names), self.shape, shapes.PAIRS if self.shape in shapes.PAIRS else shapes.NEEDS):
-            raise ConfigError(f"input: a file {why}")
+            raise FaultError("no_shape", why)
         return ""
 
     def document(self, id: str, values: dict[str, Any]) -> Document | Dropped:
@@ -126,18 +127,22 @@ class ConversationSource(TextSource):
         return _renderer(self.stored, self.turns, self.end_of_turn)
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
-        for item in super().read(part):
-            if isinstance(item, Dropped):
-                yield item
-            elif SOURCE in item.columns:
-                yield self._document(item.id, item.columns[SOURCE])
-            else:
-                yield from self._functions(item)
+        try:
+            for item in super().read(part):
+                if isinstance(item, Dropped):
+                    yield item
+                elif SOURCE in item.columns:
+                    yield self._document(item.id, item.columns[SOURCE])
+                else:
+                    yield from self._functions(item)
+        except FaultError as e:  # of a complete table
+            raise ConfigError(f"input: {part.path!r} {e.detail}") from e
 
     def _functions(self, item: Document) -> Iterator[Document | Dropped]:
-        """Yields conversations from the docstrings of a Python file. Drops other files of text."""
+        """Yields conversations from the docstrings of a Python file, or preferences, whose rejected answer is the file's next
+        function. Drops other files of text."""
         name = item.id.partition("#")[0].lower()
-        if not isinstance(item.text, str) or readers.suffix_of(name) != ".py" or self.rules.shape in shapes.PAIRS:
+        if not isinstance(item.text, str) or readers.suffix_of(name) != ".py":
             yield Dropped(item.id, "no_shape", "a text")
             return
         try:
@@ -145,10 +150,19 @@ class ConversationSource(TextSource):
         except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
             yield Dropped(item.id, "unparsed", f"{type(e).__name__}: {e}"[:200])
             return
-        if not functions:
+        preferences = self.rules.shape in shapes.PAIRS
+        if len(functions) < 1 + preferences:
             yield Dropped(item.id, "no_pairs")
-        for pair in functions:
-            yield self._document(f"{item.id}#{pair.line}", shapes.function(pair.query, pair.text))
+            return
+        for pair, other in zip(functions, [*functions[1:], functions[0]], strict=True):
+            id, right = f"{item.id}#{pair.line}", shapes.function(pair.query, pair.text)
+            wrong = shapes.function(pair.query, other.text)
+            if not preferences:
+                yield self._document(id, right)
+            elif wrong.text == right.text:
+                yield Dropped(id, "same_answers")
+            else:
+                yield self._document(id, shapes.better(right, wrong))
 
     def _document(self, id: str, record: Record) -> Document | Dropped:
         first = record if isinstance(record, ParsedConversation) else record.with_answer(None)

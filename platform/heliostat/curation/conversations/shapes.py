@@ -74,6 +74,11 @@ def function(question: str, answer: str) -> ParsedConversation:
     return ParsedConversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": code}])
 
 
+def better(chosen: ParsedConversation, rejected: ParsedConversation) -> ParsedPreference:
+    """Makes a preference of two conversations that differ only in the last message, the answer."""
+    return ParsedPreference(chosen.messages[:-1], chosen.messages[-1], rejected.messages[-1], chosen.tools)
+
+
 def shape_of(record: Mapping[str, Any]) -> str:
     """Returns the only shape whose columns the record has. FaultError if the record has those of none, or of several."""
     shapes = [name for name, columns in NEEDS.items() if all(record.get(column) is not None for column in columns)]

@@ -58,6 +58,7 @@ BUILT_IN = {"CausalLM": ("transformers",)}
 SHOWN: dict[str, object] = {
     "max_tokens": 96,
     "temperature": 0.5,
+    "chat": False,
 }  # to show a finished run: a small model needs likely tokens
 
 

@@ -67,6 +67,7 @@ class LearnsConversations(CausalLM, Draws):
     """Reads the facts of datasets of conversations. `form`: the form of the rows that the recipe trains on."""
 
     kind = "rows"
+    rendered = True
     form: ClassVar[str]
     pipeline: ClassVar[str]  # makes datasets of this form
     own: ClassVar[type[ConversationKeys]] = ConversationKeys

@@ -19,7 +19,7 @@ import psutil
 from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.cluster import processes
 from heliostat.config.spec import Job
-from heliostat.recipes.protocol import Exports, Recipe, Serves
+from heliostat.recipes.protocol import Exports, Generates, Recipe, Serves
 from heliostat.runs import goodput
 from heliostat.runs.summary import Ending
 from heliostat.runs.time_ledger import LedgerRecorder
@@ -76,7 +76,8 @@ def finalize(
     result["reference"] = {m.location.name: m.meta.get("unigram_entropy") for m in checked.manifests}
     result["goodput"] = goodput.summary(ledger.report())
     result["unit"] = unit(checked)
-    result["samples"] = [{"prompt": p, "text": t} for p, t in samples]
+    rendered = isinstance(checked.recipe, Generates) and checked.recipe.rendered
+    result["samples"] = [{"prompt": p, "text": t, "rendered": rendered} for p, t in samples]
     lease.fence.check()
     job.run_folder.join(paths.RESULT).write(json.dumps(result, indent=2).encode())
     return result
