@@ -90,6 +90,24 @@ def test_tokens_that_running_trials_may_still_need_are_promised(plan) -> None:
     assert state.affords_another()  # 0.4, one that runs, and one more
 
 
+def test_the_budget_of_a_dataset_of_conversations_counts_tokens_and_not_rows(plan) -> None:
+    """Tokens per row are known once the datasets are read."""
+    made = plan(set={"recipe": "heliostat.recipes:SFT", "data.sequence_length": None}, budget={"tokens": 100 * 8 * 250.5})
+    assert made.tokens_per_trial == 100 * 8
+    read = made.with_rows(125.25)
+    state = SweepState(read, [], 1, "", 0.0)
+    assert read.tokens_per_trial == 100 * 8 * 125.25
+    first = state.add(0, {LR: 1e-3})
+    assert state.affords_another()
+    state.add(1, {LR: 1e-3})
+    assert not state.affords_another()
+    first.step = 40
+    assert state._keep(first).tokens == 40 * 8 * 125.25
+    with pytest.raises(ConfigError, match=r"^budget.tokens: 200,400 is below one trial's 240,000 tokens"):
+        made.with_rows(300)
+    assert plan().with_rows(64.0).tokens_per_trial == 100 * 8 * 64, "the job's sequence_length counts"
+
+
 def test_a_used_up_budget_stops_the_trials_behind_a_checkpoint(plan) -> None:
     """The budget includes the hours of earlier commands, and its end isn't an interruption."""
     made = plan(budget={"trials": 4, "hours": 2})

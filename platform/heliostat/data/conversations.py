@@ -81,10 +81,15 @@ def token_lists(content: pa.Table) -> list[list[int]]:
     return lists
 
 
+def tokens(source: Manifest) -> int:
+    """Returns the tokens of a dataset of texts or conversations, without padding. 0 if the dataset has no tokens."""
+    facts = source.meta.get(FACT)
+    return facts["counts"]["tokens"] if facts else source.tokens
+
+
 def row_tokens(source: Manifest) -> float:
     """Returns the mean tokens of a row, without padding. 0 if the dataset has no conversations."""
-    facts = source.meta.get(FACT)
-    return facts["counts"]["tokens"] / max(1, source.rows) if facts else 0.0
+    return tokens(source) / max(1, source.rows) if FACT in source.meta else 0.0
 
 
 def sample_tokens(sources: Sequence[Manifest], plan: DataPlan) -> float:

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from heliostat.config import pretrained
 from heliostat.config.spec import Job
-from heliostat.data import ancestry
+from heliostat.data import ancestry, conversations
 from heliostat.data.manifest import Manifest
 from heliostat.recipes import model_origins
 from heliostat.recipes.model_origins import ModelOrigin
@@ -74,7 +74,7 @@ def note(job: Job, manifests: list[Manifest]) -> str:
     what = f"`{job.recipe}`: {job.train.steps:,} steps of {job.train.global_batch_size:,} samples{length}"
     lines = [job.card.summary, f"{what}, {job.train.precision}, ZeRO stage {job.train.zero.stage}."]
     for source, m in zip(job.data.sources, manifests, strict=True):
-        size = f"{m.tokens:,} tokens" if m.tokens else f"{m.rows:,} samples"
+        size = f"{tokens:,} tokens" if (tokens := conversations.tokens(m)) else f"{m.rows:,} samples"
         lines.append(f"- data: **{_name(m)}**, {size}, weight {source.weight:g}")
     lines.append("`report.html`, one of the run's artifacts, shows the complete run on one page.")
     return "\n\n".join(line for line in lines if line)
@@ -115,7 +115,7 @@ def text(
         lines += [f"## {title}", "", said or "Not stated.", ""]
     lines += ["## Data", "", "| dataset | weight | rows | tokens | digest |", "|---|---|---|---|---|"]
     lines += [
-        f"| {name} | {source.weight:g} | {m.rows:,} | {m.tokens:,} | `{m.digest[:12]}` |"
+        f"| {name} | {source.weight:g} | {m.rows:,} | {conversations.tokens(m):,} | `{m.digest[:12]}` |"
         for name, source, m in zip(names, job.data.sources, manifests, strict=True)
     ]
     lines += _features(job, manifests)

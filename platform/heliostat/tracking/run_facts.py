@@ -20,6 +20,7 @@ from heliostat.cluster import source_code
 from heliostat.cluster.capacity import LivingNode
 from heliostat.config import spec
 from heliostat.config.spec import Job
+from heliostat.data import conversations
 from heliostat.data.manifest import Manifest
 from heliostat.recipes.auditing import MaskAudit
 from heliostat.runs import consumed
@@ -137,7 +138,8 @@ class RunRecord:
         inputs = []
         held_out = str(self.job.evaluate.fraction if self.job.evaluate else 0.0)
         for source, manifest in zip(self.job.data.sources, manifests, strict=True):
-            profile = json.dumps({"rows": manifest.rows, "tokens": manifest.tokens, "chunks": len(manifest.chunks)})
+            profile = json.dumps({"rows": manifest.rows, "tokens": conversations.tokens(manifest),
+                                  "chunks": len(manifest.chunks)})  # fmt: skip
             # MLflow keeps at most 36 characters of a digest; the tag has the complete digest
             dataset = Dataset(manifest.meta.get("name", manifest.location.name), manifest.digest[:36], "heliostat",
                               json.dumps({"uri": source.path}), profile=profile)  # fmt: skip

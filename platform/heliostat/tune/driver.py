@@ -69,7 +69,7 @@ def tune(
     plan = load(path, settings)
     base = Job.model_validate(plan.base)
     job, recipe = check.check_job(base)
-    check.check_stores(job, recipe, resume=resume)
+    plan = plan.with_rows(check.check_stores(job, recipe, resume=resume).sample_tokens)
     if plan.sweep.searcher.name == "optuna":
         from heliostat.tune.searchers import require_optuna
 

@@ -172,8 +172,7 @@ class SweepState:
 
     def _per_step(self, record: TrialRecord) -> float:
         batch = record.params.get("train.global_batch_size", self.plan.base["train"]["global_batch_size"])
-        length = record.params.get("data.sequence_length", self.plan.base["data"].get("sequence_length"))
-        return float(spaces.number(batch) * spaces.number(length or 1))
+        return float(spaces.number(batch) * self.plan.sample_tokens(record.params))
 
     @property
     def gpu_hours(self) -> float:

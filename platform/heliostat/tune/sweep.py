@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -137,11 +137,15 @@ def _below(key: str, parents: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """Holds a sweep's file, its base job as plain data, and the number of planned trials (None if it is unknown)."""
+    """Holds a sweep's file, its base job as plain data, and the number of planned trials (None if it is unknown).
+
+    `row_tokens`: the mean tokens of a row in datasets of conversations; 0 for other datasets, and until the datasets are read.
+    """
 
     sweep: Sweep
     base: dict[str, Any]
     trials: int | None
+    row_tokens: float = 0.0
 
     @property
     def folder(self) -> Location:
@@ -163,7 +167,27 @@ class SweepPlan:
     def tokens_per_trial(self) -> int:
         """Returns the number of tokens that a complete trial of the base job trains on, or samples if the job has no tokens."""
         train = self.base["train"]
-        return train["steps"] * train["global_batch_size"] * (self.base["data"].get("sequence_length") or 1)
+        return round(train["steps"] * train["global_batch_size"] * self.sample_tokens({}))
+
+    def sample_tokens(self, params: Params) -> float:
+        """Returns the mean tokens of a sample in a trial with these parameters. 1 if samples have no tokens."""
+        length = params.get("data.sequence_length", self.base["data"].get("sequence_length"))
+        return spaces.number(length) if length else self.row_tokens or 1.0
+
+    def with_rows(self, row_tokens: float) -> SweepPlan:
+        """Returns the plan with the mean tokens of its datasets' rows. Raises ConfigError if the budget is below one trial."""
+        plan = replace(self, row_tokens=0.0 if self.base["data"].get("sequence_length") else row_tokens)
+        if fault := plan.token_fault():
+            raise ConfigError(fault)
+        return plan
+
+    def token_fault(self) -> str:
+        """Explains that the token budget is below one trial; "" if it isn't."""
+        tokens, one = self.sweep.budget.tokens, self.tokens_per_trial
+        if tokens is None or tokens >= one:
+            return ""
+        unit = "tokens" if self.base["data"].get("sequence_length") or self.row_tokens else "samples"
+        return f"budget.tokens: {tokens:,.0f} is below one trial's {one:,} {unit}. Raise budget.tokens or lower train.steps"
 
 
 def place(raw: dict[str, Any], params: Params) -> dict[str, Any]:
@@ -308,13 +332,8 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
 
 
 def _budget_faults(plan: SweepPlan, base: Job) -> list[str]:
-    budget, one = plan.sweep.budget, plan.tokens_per_trial
-    faults = []
-    if budget.tokens is not None and budget.tokens < one:
-        unit = "tokens" if base.data.sequence_length else "samples"
-        faults.append(
-            f"budget.tokens: {budget.tokens:,.0f} is below one trial's {one:,} {unit}. Raise budget.tokens or lower train.steps"
-        )
+    budget = plan.sweep.budget
+    faults = list(filter(None, [plan.token_fault()]))
     if budget.gpu_hours is not None and not base.workers.gpus:
         faults.append("budget.gpu_hours: the job's workers have no GPUs (workers.gpus is 0). Use budget.hours")
     if plan.sweep.searcher.name == "grid":
