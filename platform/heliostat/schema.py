@@ -347,6 +347,14 @@ def validate(model: type[M], raw: object, where: str, context: object = None) ->
         raise ConfigError(listed(where, explain(e, model))) from e
 
 
+def validate_key(model: type[M], raw: object, key: str) -> M:
+    """Validates the value of a key. One ConfigError has a line for each fault, which begins with the complete key."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as e:
+        raise ConfigError("\n  ".join(explain(e, model, key))) from e
+
+
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
     """Reads and validates a file of a kind (`KIND_KEYS`), with settings applied. Raises ConfigError for another kind."""
     return validate(model, read(model, kind, path, settings), str(path))

@@ -149,7 +149,7 @@ def test_evaluation_and_sampling_use_no_projector_and_exports_leave_it_out(featu
         ({"repa": {"layer": 5}}, {}, r"^model\.repa\.layer: 5 given, but the backbone has 4 blocks\. Use at most 4"),
         ({"repa": {"layer": 3}, "tread": {"from": 2, "to": 4}}, {}, r"^model\.repa\.layer: 3 is inside model\.tread \(2 to 4\)"),
         ({"repa": {"layer": 3}}, {"train.compile": True}, r"^model\.repa: not supported with train\.compile"),
-        ({"repa": {"layer": 0}}, {}, r"^model: repa\.layer: 0 is too small"),
+        ({"repa": {"layer": 0}}, {}, r"^model\.repa\.layer: 0 is too small"),
     ],
 )
 def test_what_does_not_fit_is_one_error(model: dict, changes: dict, said: str, featured: Path) -> None:

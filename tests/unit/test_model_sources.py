@@ -201,11 +201,19 @@ def test_check_describes_the_model_and_each_mistake_is_one_line_with_the_key(in_
         model_sources.fetched(place.uri, "")
 
 
+def test_an_adapter_in_a_store_names_its_base_and_how_to_serve_it(in_s3):
+    place = Location(in_s3).join("adapter")
+    place.join("adapter_config.json").write(b'{"base_model_name_or_path": "models/my base"}')
+    place.join("adapter_model.safetensors").write(b"")
+    with pytest.raises(ConfigError, match=r"is an adapter without its base. .* heliostat model serve 'models/my base' --adapter"):
+        models.resolve(place.uri, "sqlite://")
+
+
 def test_a_gguf_file_a_run_and_an_adapter_name_the_command_that_makes_a_model_of_them(tmp_path):
     for name, file, command in (
         ("gguf", "model.gguf", "heliostat model import"),
         ("run", "checkpoints/step", "heliostat model export"),
-        ("adapter", "adapter_config.json", "Merge it into its base"),
+        ("adapter", "adapter_config.json", r"model serve BASE --adapter NAME=.* Or merge it into its base"),
         ("empty", "notes.txt", "no config.json"),
     ):
         (tmp_path / name / file).parent.mkdir(parents=True)

@@ -20,7 +20,7 @@ from heliostat.errors import ConfigError, DataError
 from heliostat.evaluation import documents
 from heliostat.recipes import loading
 from heliostat.recipes.protocol import IGNORED
-from heliostat.recipes.text import next_token, packs, templates
+from heliostat.recipes.text import conversations, next_token, packs, templates
 from heliostat.recipes.text.sft import SFT
 from heliostat.storage.locations import Location
 
@@ -218,6 +218,15 @@ def test_an_export_has_the_template_of_the_dataset_and_stops_at_the_end_of_a_tur
     chat = [{"role": "user", "content": "amber birch"}, {"role": "assistant", "content": "amber"}]
     raw = build_conversations.tokenizer()
     assert tokenizer.apply_chat_template(chat, return_dict=False) == build_conversations.render(raw, chat).tokens
+
+
+def test_an_export_also_stops_at_other_ends_that_the_template_writes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 3 ends calls of built-in tools with another token than answers."""
+    recipe = bound(data)
+    assert "<|im_start|>" in CHATML and "<|endoftext|>" not in CHATML
+    before, start = recipe.chat().ends, recipe.raw_tokenizer.token_to_id("<|im_start|>")
+    monkeypatch.setattr(conversations, "ALSO_END", ("<|im_start|>", "<|endoftext|>", "<|eom_id|>"))
+    assert start not in before and recipe.chat().ends == sorted([*before, start])
 
 
 def pretrained(folder: Path) -> dict[str, Any]:

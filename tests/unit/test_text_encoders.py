@@ -212,8 +212,8 @@ def test_encoders_that_a_family_cannot_join_are_one_line(backbone, kinds, says, 
     [
         ([], "text: a list has one to three text encoders"),
         ([{"hidden_size": 16}], "text: a list has one to three text encoders, each with pretrained"),
-        ([{"pretrained": "x", "lenght": 3}], "model: text.0.lenght: unknown key. Did you mean 'length'?"),
-        ({"lenght": 3}, "model: text.lenght: unknown key. Did you mean 'length'?"),
+        ([{"pretrained": "x", "lenght": 3}], "model.text.0.lenght: unknown key. Did you mean 'length'?"),
+        ({"lenght": 3}, "model.text.lenght: unknown key. Did you mean 'length'?"),
         ({"padding": "masked"}, "padding needs a pretrained encoder. Set pretrained, or remove padding"),
     ],
 )

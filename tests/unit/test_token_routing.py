@@ -142,7 +142,7 @@ def test_rotary_positions_go_with_their_tokens() -> None:
         ("unet", {"tread": TREAD}, r"^model\.tread: not supported with UNet2DConditionModel.*use one of: PixArt"),
         ("pixart", {"tread": {"from": 2, "to": 9}}, r"^model\.tread\.to: 9 given, but the backbone has 4 blocks"),
         ("pixart", {"tread": {"from": 3, "to": 2}}, r"to: 2 is before from: 3"),
-        ("pixart", {"tread": {"from": 1, "to": 2, "share": 1.0}}, r"^model: tread\.share: 1\.0 is too large"),
+        ("pixart", {"tread": {"from": 1, "to": 2, "share": 1.0}}, r"^model\.tread\.share: 1\.0 is too large"),
     ],
 )
 def test_what_does_not_fit_is_one_error(arch: str, model: dict[str, Any], said: str, digits: Path) -> None:

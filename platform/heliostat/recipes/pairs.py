@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import xxhash
-from pydantic import ValidationError
 
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes import tokenizing
 from heliostat.recipes.protocol import CouplesSamples, Evaluates, Exports, Loss, Part
-from heliostat.schema import Float, Strict, explain
+from heliostat.schema import Float, Strict, validate_key
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -169,10 +168,7 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
 
 def _own_keys(kind: type[K], model: dict[str, object]) -> K:
     """Reads the keys of a job's `model` that don't belong to the architecture. Raises ConfigError for invalid values."""
-    try:
-        return kind.model_validate({k: v for k, v in model.items() if k in kind.model_fields})
-    except ValidationError as e:
-        raise ConfigError("\n  ".join(explain(e, kind, "model"))) from e
+    return validate_key(kind, {k: v for k, v in model.items() if k in kind.model_fields}, "model")
 
 
 def present(content: pa.Table, column: str) -> list[Any]:

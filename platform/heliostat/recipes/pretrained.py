@@ -5,11 +5,14 @@ heliostat never runs code from a folder ("remote code"). Initial weights are the
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning
+from heliostat.text import printable
 
 if TYPE_CHECKING:
     import torch
@@ -36,10 +39,23 @@ def no_model(path: Path, otherwise: str = "isn't a model folder (no config.json)
     if path.suffix == ".gguf" or any(path.glob("*.gguf")):
         return f"is a GGUF file or a folder with one. Convert it: heliostat model import {path} --out FOLDER"
     if (path / "adapter_config.json").is_file():
-        return "is an adapter without its base. Merge it into its base: heliostat model export RUN --out FOLDER"
+        base = _base_of(path / "adapter_config.json")
+        return (
+            f"is an adapter without its base. Serve it with its base: heliostat model serve {base} --adapter NAME={path}. Or "
+            "merge it into its base: heliostat model export RUN --out FOLDER"
+        )
     if (path / "checkpoints").is_dir():
         return f"is a run, not a model. Export its model: heliostat model export {path} --out FOLDER"
     return otherwise
+
+
+def _base_of(config: Path) -> str:
+    """Returns the name of an adapter's base in the adapter's configuration; `BASE` if it has none."""
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "BASE"
+    return shlex.quote(printable(base)) if base and isinstance(base, str) else "BASE"
 
 
 def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:

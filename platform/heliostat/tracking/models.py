@@ -14,7 +14,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -183,10 +183,11 @@ def resolve(model: str, tracking_uri: str) -> Path:
     if not model_sources.is_source(model):
         what = "a run id (32 hex digits), s3://BUCKET/PREFIX, a model's folder, or ORG/NAME of the Hugging Face Hub"
         raise ConfigError(f"{model!r}: no such folder, and not a run id. Pass models:/NAME/VERSION, {what}")
-    if model.startswith(model_sources.S3):
-        return model_sources.fetched(model, tracking_uri)
-    with mlflow_client.asking(tracking_uri):
-        return model_sources.fetched(model, tracking_uri)
+    with nullcontext() if model.startswith(model_sources.S3) else mlflow_client.asking(tracking_uri):
+        folder = model_sources.fetched(model, tracking_uri)
+    if (folder / "adapter_config.json").is_file() and not exported.is_model(folder):
+        raise ConfigError(f"{model}: {no_model(folder)}")
+    return folder
 
 
 def find_run(run: str, tracking_uri: str) -> Location:

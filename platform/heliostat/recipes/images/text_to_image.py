@@ -66,7 +66,7 @@ from heliostat.recipes.protocol import (
     Serves,
     Serving,
 )
-from heliostat.schema import validate
+from heliostat.schema import validate_key
 
 if TYPE_CHECKING:
     from heliostat.recipes.images.generator import ImageCanvas, ImageGenerator
@@ -90,7 +90,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
     def __init__(self, job: Job) -> None:
         if job.data.sequence_length:
             raise ConfigError("data.sequence_length: not used for images. Remove this key")
-        self.job, self.model = job, validate(Model, job.model, "model")
+        self.job, self.model = job, validate_key(Model, job.model, "model")
         self.adapter = adapters.read(job.model, self.model.backbone.get("pretrained"), "model.backbone.pretrained")
         self.version, bf16 = job.train.rules, job.train.precision == "bf16"
         frozen_type = torch.bfloat16 if self.version > 1 and bf16 else torch.float32

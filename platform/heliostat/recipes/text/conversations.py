@@ -26,7 +26,7 @@ from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Batch, Draws, Gallery
 from heliostat.recipes.text import templates
 from heliostat.recipes.text.causal_lm import CausalLM
-from heliostat.schema import Strict, validate
+from heliostat.schema import Strict, validate_key
 
 if TYPE_CHECKING:
     from heliostat.recipes.text.answers import TokenPrompt
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHOWN_PROMPTS, SHOWN_TOKENS = 2, 64  # prompts, and tokens per answer, to show a finished run
+ALSO_END = ("<|eom_id|>",)  # ends a turn of Llama 3 that calls a built-in tool
 ASSUMED = 2048  # tokens per sample until the dataset exists
 
 
@@ -74,7 +75,7 @@ class LearnsConversations(CausalLM, Draws):
 
     def __init__(self, job: Job) -> None:
         names = self.own.model_fields
-        self.keys = validate(self.own, {key: value for key, value in job.model.items() if key in names}, "model")
+        self.keys = validate_key(self.own, {key: value for key, value in job.model.items() if key in names}, "model")
         self.facts: list[ConversationFacts] = []  # of each dataset; empty until the datasets are known
         super().__init__(job.model_copy(update={"model": {k: v for k, v in job.model.items() if k not in names}}))
         self.terms_per_sample = None
@@ -165,7 +166,9 @@ class LearnsConversations(CausalLM, Draws):
     def chat(self) -> ExportedChat:
         from heliostat.recipes.text.exporting import ExportedChat
 
-        return ExportedChat(templates.of_dataset(self.sources[0], self.facts[0]["template"]), self.ends)
+        template = templates.of_dataset(self.sources[0], self.facts[0]["template"])
+        others = (self.raw_tokenizer.token_to_id(name) for name in ALSO_END if name in template)
+        return ExportedChat(template, sorted({*self.ends, *(token for token in others if token is not None)}))
 
     # answers ---------------------------------------------------------------------------------------------------------
 

@@ -12,13 +12,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from pydantic import ValidationError
-
 from heliostat.config.fields import NonNegative, divisors
 from heliostat.errors import ConfigError
 from heliostat.parallel import language_model
 from heliostat.parallel.language_model import LanguageModel
-from heliostat.schema import Strict, explain
+from heliostat.schema import Strict, validate_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -52,10 +50,7 @@ class MixtureModel(LanguageModel, Protocol):
 
 def read(model: Mapping[str, object]) -> ExpertKeys:
     """Reads the experts' keys in a job's `model`. Raises ConfigError for invalid values."""
-    try:
-        return ExpertKeys.model_validate({k: model[k] for k in KEYS if k in model})
-    except ValidationError as e:
-        raise ConfigError("\n  ".join(explain(e, ExpertKeys, "model"))) from e
+    return validate_key(ExpertKeys, {k: model[k] for k in KEYS if k in model}, "model")
 
 
 def require(recipe: MixtureModel) -> None:
