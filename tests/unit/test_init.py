@@ -29,7 +29,9 @@ def test_the_files_are_those_of_heliostats_own_workspace():
     assert not stale, f"cp {stale[0]} platform/heliostat/cli/template/{stale[0]}"
     quickstart = {str(p.relative_to(ROOT)) for f in ("jobs", "pipelines") for p in (ROOT / f).rglob("quickstart*.yaml")}
     schemas = {f"jobs/schemas/{p.name}" for p in (ROOT / "jobs/schemas").iterdir()}
-    assert shipped.keys() == quickstart | {"clusters/local.yaml"} | schemas
+    tuning = {f"pipelines/{name}.yaml" for name in ("conversations", "preferences")}
+    tuning |= {f"jobs/examples/{name}.yaml" for name in ("sft", "dpo")}
+    assert shipped.keys() == quickstart | tuning | {"clusters/local.yaml"} | schemas
 
 
 def test_a_workspace_is_made_in_a_new_folder_and_the_next_commands_are_told(tmp_path, monkeypatch):
@@ -46,6 +48,7 @@ def test_a_workspace_is_made_in_a_new_folder_and_the_next_commands_are_told(tmp_
         "/from-python-model/",
         "/my-model/",
         "/report.html",
+        "/models/",
     ]
     assert made == {path: content for path, content in written(TEMPLATE).items() if path != "gitignore"}
     monkeypatch.chdir(tmp_path / "a")
@@ -68,7 +71,7 @@ def test_a_gitignore_that_is_there_gets_the_lines_that_it_lacks(tmp_path):
     create(tmp_path)
     assert (
         tmp_path / ".gitignore"
-    ).read_text() == "*.log\n.venv/\n.heliostat/\n__pycache__/\n/from-python-model/\n/my-model/\n/report.html\n"
+    ).read_text() == "*.log\n.venv/\n.heliostat/\n__pycache__/\n/from-python-model/\n/my-model/\n/report.html\n/models/\n"
 
 
 @pytest.mark.parametrize("block", ["folder", "below"])
