@@ -178,6 +178,28 @@ def test_long_conversations_are_cut_or_split_and_counted(tmp_path, model, too_lo
         assert sum(map(len, groups(dataset))) == len(found)
 
 
+def test_each_turn_can_be_a_row_with_its_prompt_at_inference(tmp_path, model) -> None:
+    """Qwen3's template removes thoughts from earlier turns, so no single row has all turns as they are at inference."""
+    (tmp_path / "qwen3.jinja").write_text(chat.THOUGHTS)
+    talk = [row["messages"] for row in records(20)[:20]]
+    for number, messages in enumerate(talk):
+        talk[number] = [
+            {**m, "content": f"<think>birch</think>{m['content']}"} if m["role"] == "assistant" else m for m in messages
+        ]
+    write(tmp_path / "in/a.jsonl", [{"messages": messages} for messages in talk])
+    keys = {"template": f"{tmp_path}/qwen3.jinja", "packing": "none", "sequence_length": 64}
+    dataset = make(ConversationPipeline, "out", model, tmp_path, turns="each", **keys)
+    counts, last = dataset.meta[FACT]["counts"], Renderer(chat.dialect(chat.THOUGHTS), turns="last")
+    beginnings = [shapes.conversation({"messages": m[: i + 1]}, "auto") for m in talk for i in range(1, len(m), 2)]
+    wanted = [last.conversation(one) for one in beginnings]
+    fitting = [one for one in wanted if len(one.tokens) <= 64]
+    assert sorted(tokens for _, tokens, _ in parts(dataset)) == sorted(one.tokens.tolist() for one in fitting)
+    assert counts["trained"] == sum(int(one.trained.sum()) for one in fitting) and counts["turns"] == len(fitting) < len(wanted)
+    assert 0 < counts["cut"] < counts["split"] < 20 and dataset.meta["dropped"] == {}
+    dropped = make(ConversationPipeline, "all", model, tmp_path, **keys).meta["dropped"]
+    assert dropped == {"rewritten": sum(len(m) > 2 for m in talk)}
+
+
 def test_a_conversation_with_an_example_of_an_evaluation_is_dropped(tmp_path, model) -> None:
     question, answer = "which word comes first of amber and birch", {"role": "assistant", "content": "amber"}
     texts = (f"Tell me: {question}?", "which of all is first?")
@@ -292,6 +314,7 @@ def test_preferences_are_the_same_from_any_cut_of_the_input(tmp_path, model, mon
         ({"stages": [{"stage": "pii"}]}, "stages.0: pii changes texts"),
         ({"columns": {"promt": "a"}}, "columns: 'promt' isn't a column of a shape. Did you mean 'prompt'"),
         ({"too_long": "split", "turns": "last"}, "too_long: with turns: last"),
+        ({"too_long": "split", "turns": "each"}, "too_long: with turns: each"),
     ],
 )
 def test_a_pipeline_that_makes_no_sense_is_refused(tmp_path, model, keys: Row, message: str) -> None:

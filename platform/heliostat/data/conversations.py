@@ -62,7 +62,7 @@ class ConversationFacts(TypedDict):
     form: Literal["packs", "preferences"]
     sequence_length: int  # maximum tokens of a row; for preferences, of the prompt with an answer
     template: str
-    turns: Literal["all", "last"]
+    turns: Literal["all", "each", "last"]
     end: int
     end_of_turn: bool  # whether the token that ends a turn is trained
     counts: dict[str, int]

@@ -142,7 +142,8 @@ class ConversationPipeline(RenderedPipeline):
     """What happens to a conversation of more than `sequence_length` tokens. `drop`: drops it. `cut`: keeps its beginning, up to
     the last trained token. `split`: splits it before messages of the user, and repeats the system prompt."""
     turns: Turns = "all"
-    """Turns of the assistant that the model learns: `all`, or only the `last`."""
+    """Turns of the assistant that the model learns: `all`, or only the `last`. `each`: all turns, each in a row with the messages
+    before it, for templates that render earlier turns in another way than the last turn."""
     end_of_turn: bool = True
     """Whether the model learns the token that ends a turn. Without it, a model doesn't learn when to stop."""
     packing: Literal["best_fit", "none"] = "best_fit"
@@ -160,10 +161,10 @@ class ConversationPipeline(RenderedPipeline):
         return Renderer(self.dialect, self.turns, self.end_of_turn)
 
     def check(self) -> None:
-        if self.too_long == "split" and self.turns == "last":
+        if self.too_long == "split" and self.turns != "all":
             raise ConfigError(
-                "too_long: with turns: last, only the last part of a split conversation has trained tokens. Set too_long to drop "
-                "or cut, or turns to all"
+                f"too_long: with turns: {self.turns}, only the last part of a split conversation has trained tokens. Set "
+                "too_long to drop or cut, or turns to all"
             )
         super().check()
 

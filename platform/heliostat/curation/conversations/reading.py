@@ -15,7 +15,7 @@ import xxhash
 
 from heliostat.curation import readers
 from heliostat.curation.conversations import packing, rendering, shapes
-from heliostat.curation.conversations.messages import FaultError, ParsedConversation
+from heliostat.curation.conversations.messages import WEIGHT, FaultError, ParsedConversation
 from heliostat.curation.conversations.rendering import Dialect, Rendered, Renderer
 from heliostat.curation.pairs import extracting
 from heliostat.curation.pairs import reading as pairs
@@ -50,7 +50,7 @@ REASONS = {
     "invalid_tool_call": "a call without a function's name, or with arguments that aren't a JSON mapping",
     "special_token": "a text that contains a special token of the tokenizer",
     "template": "messages that the chat template rejects",
-    "rewritten": "a template that changes earlier turns, so that answers don't follow their prompts; try `turns: last`",
+    "rewritten": "a template that changes earlier turns, so that answers don't follow their prompts; set `turns: each`",
     "unrendered": "a message, a call, or tools that the chat template leaves out",
     "untrained": "no token to train after the template",
     "too_long": "more than sequence_length tokens",
@@ -185,7 +185,7 @@ class ConversationSource(TextSource):
         """Renders a record. Returns the columns ROWS and COUNTS. FaultError if the record must be dropped."""
         if isinstance(record, shapes.ParsedPreference):
             return self._answers(record)
-        rows, counts = self._fitted(record)
+        rows, counts = self._by_turn(record) if self.turns == "each" else self._fitted(record)
         counts.update(
             trailing=record.trailing,
             conversations=len(rows),
@@ -222,6 +222,24 @@ class ConversationSource(TextSource):
         if self.too_long == "cut" and (kept := packing.cut(row.trained, self.sequence_length)):
             return [row.cut(kept)], Counter(cut=1)
         raise FaultError("too_long", f"{len(row.tokens):,} tokens")
+
+    def _by_turn(self, conversation: ParsedConversation) -> tuple[list[Rendered], Counter[str]]:
+        """Renders the conversation up to each turn of the assistant as a row of its own, whose last turn is trained. Leaves out
+        rows that don't fit, and counts the conversation as cut; FaultError if no row fits."""
+        rows, faults, counts = list[Rendered](), list[FaultError](), Counter[str]()
+        for number, message in enumerate(conversation.messages, 1):
+            if message["role"] == "assistant" and message.get(WEIGHT, 1):
+                try:
+                    some, cut = self._fitted(ParsedConversation(conversation.messages[:number], conversation.tools))
+                    rows, counts = rows + some, counts | cut
+                except FaultError as e:
+                    if e.reason != "too_long":
+                        raise
+                    faults.append(e)
+        if not rows:
+            raise faults[0] if faults else FaultError("untrained")
+        counts.update(split=int(len(rows) > 1))
+        return rows, counts | Counter(cut=1) if faults else counts
 
     def _split(self, conversation: ParsedConversation) -> list[Rendered]:
         """Splits a conversation before messages of the user. Each part has the system prompt, and as many exchanges as fit."""

@@ -27,7 +27,7 @@ from heliostat.errors import ConfigError
 from heliostat.text import brief
 
 VERSION = 1  # increase it when the same conversations give different tokens
-Turns = Literal["all", "last"]
+Turns = Literal["all", "each", "last"]
 QUESTION, ANSWER = "Which word comes first?", "The first word."  # a conversation that finds the end of turns
 # functions of the date would make a dataset depend on the day; Meta's templates have this date as a default
 DATE = """{% macro strftime_now(form) %}{{ {"%d %b %Y": "26 Jul 2024", "%Y-%m-%d": "2024-07-26"}[form] or "26 July 2024" }}\
@@ -108,8 +108,9 @@ def loaded(definition: str) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Renderer:
-    """Converts conversations to tokens. `turns`: the assistant's turns that are trained. `end_of_turn`: whether the token that
-    ends a turn is trained."""
+    """Converts conversations to tokens. `turns`: the assistant's turns that are trained; `each` trains the last turn, because the
+    reader then passes the beginning of a conversation up to each turn. `end_of_turn`: whether the token that ends a turn is
+    trained."""
 
     dialect: Dialect
     turns: Turns = "all"
