@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer
 from heliostat.config.spec import Job
 from heliostat.data.manifest import read as read_manifest
 from heliostat.engine import deepspeed_engine, partitioned_weights, zero_state
@@ -42,7 +43,10 @@ TEXTS: dict[str, dict[str, Any]] = {
     "changed": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "own": {},
     "groups": {},
+    "copied": {},
+    "quantized": {},
 }
+GROUPED = {"groups": "train.zero.shard_group_size", "copied": "train.zero.hpz_partition_size"}  # two groups of two workers
 CASES = [
     *((name, "fp32") for name in TEXTS),
     ("full", "bf16"),
@@ -50,6 +54,22 @@ CASES = [
     ("pixart", "bf16"),
     ("unreadable", "fp32"),
 ]
+
+
+class Quantizer:
+    """Stands for DeepSpeed's CUDA kernels of ZeRO++ qwZ: 8 bits per weight, and a scale per group, with zero in the middle."""
+
+    Symmetric = 0
+    quantized = 0  # tensors
+
+    def quantize(self, values: torch.Tensor, groups: int, bits: int, kind: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.quantized += 1
+        rows = values.float().view(groups, -1)
+        scale = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+        return (rows / scale).round().to(torch.int8).view(values.shape), scale.flatten()
+
+    def dequantize(self, stored: torch.Tensor, scale: torch.Tensor, groups: int, bits: int, kind: int) -> torch.Tensor:
+        return (stored.float().view(groups, -1) * scale.view(groups, 1)).view(stored.shape)
 
 
 class Changed(CausalLM):
@@ -62,12 +82,15 @@ class Changed(CausalLM):
 
 
 def _bound(case: str, precision: str, folder: Path) -> tuple[Job, Recipe]:
-    workers = 4 if case == "groups" else 2
+    workers = 4 if case in GROUPED else 2
     changes = {"train.zero.stage": 3, "train.precision": precision, "workers.count": workers}
     changes |= {"train.deepspeed": SMALL_STAYS_DIVIDED, "train.global_batch_size": 4, "train.micro_batch_size": 1}
     if case in TEXTS or case == "deep":
         model = {"pretrained": str(folder / ("deep" if case == "deep" else "small")), **TEXTS.get(case, {})}
-        made = job(model=model, **changes, **({"train.zero.shard_group_size": 2} if case == "groups" else {}))
+        made = job(model=model, **changes, **({GROUPED[case]: 2} if case in GROUPED else {}))
+        if case == "quantized":  # which a job needs GPUs for
+            zero = made.train.zero.model_copy(update={"quantize_weights": True})
+            made = made.model_copy(update={"train": made.train.model_copy(update={"zero": zero})})
         return made, (Changed if case == "own" else CausalLM)(made)
     text = {"pretrained": str(folder / "clip"), "length": 8}
     made = job(**{**build_images.job(folder / "digits", backbone={"pretrained": str(folder / case)}, text=text), **changes})
@@ -86,9 +109,10 @@ def built(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         load = library.from_pretrained.__func__
         counted = classmethod(lambda cls, *a, load=load, **k: loads.append(cls.__name__) or load(cls, *a, **k))
         library.from_pretrained = counted
+    CUDAQuantizer.quantizer_cuda_module = quantizer = Quantizer()
     partitioned_weights.log.addFilter(lambda record: said.append(record.getMessage()) or False)
     world = dist.get_world_size()
-    for case, precision in (one for one in CASES if (one[0] == "groups") == (world == 4)):
+    for case, precision in (one for one in CASES if (one[0] in GROUPED) == (world == 4)):
         made, recipe = _bound(case, precision, Path(folder))
         for counts in (reads, loads, said):
             counts.clear()
@@ -101,13 +125,27 @@ def built(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         for (name, p), (other, wanted) in zip(engine.module.named_parameters(), right.named_parameters(), strict=True):
             assert (name, zero_state.shape(p), p.requires_grad) == (other, tuple(wanted.shape), wanted.requires_grad)
             assert zero_state.part(p).numel() <= wanted.numel() // 2 + 1
+            flat, part = wanted.detach().to(low).flatten(), zero_state.part(p)
+            own = flat[dist.get_rank() * len(part) :][: len(part)] if case in ("copied", "quantized") else flat[:0]
+            differ += [] if torch.equal(part[: len(own)], own) else [f"part of {name}"]
+            if case == "copied":
+                copy, rank = p.ds_secondary_tensor.detach(), dist.get_rank() % 2
+                differ += (
+                    [] if torch.equal(copy[: len(half := flat[rank * len(copy) :][: len(copy)])], half) else [f"copy of {name}"]
+                )
             with engine.sharded_state.gathered(p):
                 differ += [] if torch.equal(p.detach(), wanted.detach().to(low)) else [name]
         for name, wanted in right.named_buffers():  # those of transformers, such as rotary positions, stay in fp32
             value = wanted.to(low) if wanted.is_floating_point() and case not in TEXTS else wanted
             buffer = engine.module.get_buffer(name)
             differ += [] if buffer.dtype == value.dtype and torch.equal(buffer, value) else [name]
-        yield row | {"differ": differ, "tensors": len([*right.parameters()])}
+        row |= {"differ": differ, "tensors": len([*right.parameters()])}
+        if case in ("copied", "quantized"):
+            tokens = torch.arange(8).view(1, 8)
+            with torch.no_grad():
+                logits, exact = (model(input_ids=tokens).logits for model in (engine.module, right))
+            row |= {"error": float((logits - exact).abs().max() / exact.std()), "quantized": quantizer.quantized}
+        yield row
         del engine, right
         deepspeed_engine.destroy_engines()
         deepspeed_engine.forget_groups()
@@ -143,9 +181,12 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_workers_begin_with_the_values_that_one_process_has(case: tuple[str, str], reported: list[dict[str, Any]]) -> None:
     """To the bit, in the precision of training, of weights, adapters, and buffers, however the weights are read."""
     rows = [row for row in reported if (row["case"], row.get("precision")) == case]
-    assert len(rows) == (4 if case[0] == "groups" else 2) and not any(row["differ"] for row in rows), [
+    assert len(rows) == (4 if case[0] in GROUPED else 2) and not any(row["differ"] for row in rows), [
         row["differ"] for row in rows
     ]
+    for row in rows:  # of a forward pass, which gathers in 8 bits, and so differs by the rounding of the weights
+        assert case[0] != "copied" or (row["error"] < 1e-5 and not row["quantized"])
+        assert case[0] != "quantized" or (1e-5 < row["error"] < 0.1 and row["quantized"] >= row["tensors"])
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -153,7 +194,7 @@ def test_only_the_first_worker_of_a_shard_group_reads(case: tuple[str, str], rep
     """A folder that can't be read tensor by tensor is one warning, and then each worker loads the model. So does a `build` that
     isn't heliostat's, because it may change weights."""
     for row in (row for row in reported if (row["case"], row.get("precision")) == case):
-        streams, first = case[0] not in ("unreadable", "own"), row["rank"] % 2 == 0
+        streams, first = case[0] not in ("unreadable", "own"), row["rank"] % (2 if case[0] == "groups" else 4) == 0
         assert bool(row["loads"]) != streams
         assert bool(row["reads"]) == (streams and first)
         if case[0] in ("full", "groups", "unet", "pixart") and row["reads"]:

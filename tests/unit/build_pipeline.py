@@ -19,8 +19,9 @@ class Here(TextPipeline):
 
 def make_dataset(pipeline: Here) -> Manifest:
     """Makes the pipeline's dataset like `prepare`."""
-    output = place(pipeline.output, "output")
-    made = manifest.write(output, *pipeline.write(output, pipeline.inputs()))
+    output, inputs = place(pipeline.output, "output"), pipeline.inputs()
+    pipeline._written_by = pipeline.written_by(inputs)
+    made = manifest.write(output, *pipeline.write(output, inputs))
     versions.publish(output, made)
     pipeline.finish(made)
     return manifest.read(output)

@@ -15,8 +15,8 @@ import pytest
 import torch
 import transformers
 from heliostat.cluster import connect
-from heliostat.curation import synthetic
-from heliostat.curation.text import sources
+from heliostat.curation import forget, synthetic
+from heliostat.curation.text import sources, trace
 from heliostat.curation.text.tasks import TextSource
 from heliostat.errors import AccessError, ConfigError, HeliostatError, LeaseError
 from heliostat.inference import generate, many
@@ -26,13 +26,15 @@ from heliostat.inference.batch.run import claim
 from heliostat.inference.batch.tasks import BatchSettings
 from heliostat.inference.many import generate_many
 from heliostat.plan import hardware
-from heliostat.recipes import exported
+from heliostat.recipes import exported, model_origins
 from heliostat.storage import lease, run_folder
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
+from heliostat.tracking import card
 from ray.exceptions import RayTaskError
 
 from tests.unit.build_curation import HereFlow, KilledError
+from tests.unit.test_conversation_records import chats, held, prepared
 
 
 class Echo(engines.BatchEngine):
@@ -180,6 +182,28 @@ def test_what_is_made_of_answers_knows_their_model_settings_and_inputs(echo, tmp
     assert known(str(tmp_path / "in")) is None and not caplog.text
     shutil.copy(one, out / "mine.parquet")
     assert known(str(out)) is None and "inference.json doesn't list mine.parquet" in caplog.text
+
+
+def test_a_dataset_of_answers_leads_to_the_run_of_the_model_that_wrote_them(echo, tmp_path):
+    """A crawled page thus leads to the model that trains on the answers, also through a copy without a conversation. Answers of
+    earlier versions, with less about the model, do too."""
+    lines(tmp_path / "in", "a.jsonl", range(100))
+    of_job = {"name": "writer", "model": {}, "data": {}, "train": {}}
+    record = {"recipe": "r", "job": of_job, "origin": {"run_id": "r" * 32, "step": 7}}
+    (model_in(tmp_path) / exported.RECORD).write_text(json.dumps(record))
+    infer(tmp_path / "in", tmp_path / "out")
+    place = tmp_path / "out" / synthetic.RECORD
+    facts = json.loads(place.read_text())
+    columns = {"prompt": "text", "completion": "answer"}
+    for number, origin in enumerate((model_origins.of("m", model_in(tmp_path)), record["origin"])):
+        place.write_text(json.dumps({**facts, "model": {**facts["model"], "origin": origin}}))
+        made = prepared(tmp_path / f"made-{number}", [], input=str(tmp_path / "out" / "answers"), columns=columns)
+        gone = forget.one(trace.find(made, id=held(made)[0][2]["ids"][0]), "--id")
+        less = forget.forget(made, *gone, Location(f"{made.location}-less"))
+        for dataset in (made, less):
+            (parent,) = card.models_of_data([dataset])
+            assert (parent["key"], parent["run_id"], parent["step"]) == ("data.sources.0.writer", "r" * 32, 7)
+    assert card.models_of_data([prepared(tmp_path / "plain", chats(3))]) == []
 
 
 def test_answers_that_were_lost_are_made_again(echo, tmp_path):

@@ -10,6 +10,7 @@ from heliostat.curation.conversations import packing, shapes
 from heliostat.curation.conversations.messages import FaultError, ParsedConversation, parse
 
 ASK, ANSWER = {"role": "user", "content": "which?"}, {"role": "assistant", "content": "amber"}
+SYSTEM = {"role": "system", "content": "Be brief."}
 SAME = [ASK, ANSWER]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {
     "name": "add", "arguments": '{"a": 1, "b": null}'}}]}  # fmt: skip
@@ -122,7 +123,12 @@ def test_an_output_that_is_json_stays_a_text() -> None:
         ({"prompt": "a", "chosen": "b"}, "no_shape"),
         ({"chosen": "a", "rejected": "b"}, "no_prompt"),
         ({"chosen": [ASK, ANSWER], "rejected": [ASK]}, "several_turns"),
-        ({"chosen": [ASK, ANSWER], "rejected": [{**ASK, "content": "else"}, ANSWER]}, "several_turns"),
+        ({"chosen": [ASK, ANSWER], "rejected": [{**ASK, "content": "else"}, ANSWER]}, "other_prompt"),
+        ({"prompt": "else", "chosen": [ASK, ANSWER], "rejected": [ASK, {**ANSWER, "content": "no"}]}, "other_prompt"),
+        (
+            {"prompt": [ASK], "chosen": [SYSTEM, ASK, ANSWER], "rejected": [SYSTEM, {**ASK, "content": "no"}, ANSWER]},
+            "other_prompt",
+        ),
     ],
 )
 def test_what_is_no_preference_is_dropped_with_the_reason(record: dict[str, Any], reason: str) -> None:

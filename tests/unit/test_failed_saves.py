@@ -1,6 +1,7 @@
 """Tests that a store with occasional failures costs checkpoints, not a healthy attempt; but the last checkpoint must be saved."""
 
 import dataclasses
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from heliostat.config import spec
 from heliostat.data import receipt
 from heliostat.data.dataset import Bad
 from heliostat.errors import AccessError, CheckpointError, LeaseError, StorageError, WorkerError
+from heliostat.recipes.adapters import AdapterBase
+from heliostat.recipes.folder_digests import digest_of, weights_state
 from heliostat.runs import consumed
 from heliostat.runs.events import Evaluation, Saved
 from heliostat.runs.history import receipts
@@ -179,6 +182,19 @@ def training(run: Location, monkeypatch: pytest.MonkeyPatch) -> Any:
     state.sharded = SimpleNamespace(frozen=dict, base=None, steps=1, read_loss_scale=lambda: None)
     state.engine, state.notices = SimpleNamespace(sharded_state=state.sharded), notices
     return state
+
+
+def test_the_base_of_an_adapter_is_read_before_the_first_step_and_not_by_the_first_save(tmp_path, monkeypatch, alone):
+    """A base of 140 GB takes minutes, in which no worker makes progress. The watchdog allows this only before the first step."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    known = training(Location(str(tmp_path / "run")), monkeypatch)
+    base = AdapterBase(tmp_path / "base", {}, weights_state(tmp_path / "base"))
+    sharded = SimpleNamespace(base=base, optimizer=torch.optim.SGD([torch.zeros(1)]))
+    monkeypatch.setattr("heliostat.engine.sharded_state.of", lambda engine: sharded)
+    TrainingState(SimpleNamespace(**vars(known.context) | {"posts": Posts(None, 0)}), known.engine, known.unsealed)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert base.digest == digest_of({"model.safetensors": hashlib.sha256(b"weights").hexdigest()})
 
 
 def train(state: Any, *steps: int) -> None:

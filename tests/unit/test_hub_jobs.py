@@ -11,7 +11,7 @@ from heliostat.curation import prepare, prepare_report
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.plan.plan_file import plan_file
-from heliostat.recipes import loading
+from heliostat.recipes import loading, model_origins
 from heliostat.storage.locations import Location
 from heliostat.tracking import card, models
 from heliostat.validation import check
@@ -135,3 +135,9 @@ def test_a_dataset_of_the_hub_is_prepared_as_a_folder_with_its_commit_recorded(t
     hub.push("org/d", {**content, "data/train-1.parquet": parquet([t.upper() for t in texts[20:]])}, "datasets")
     assert prepare.prepare(file, ["input=hf://datasets/org/d@" + commit], quiet=True)["up_to_date"]
     assert prepare.prepare(file, [], quiet=True)["digest"] != dataset.digest
+
+
+@pytest.mark.parametrize("header", ["date: 2024-99-99", f"a: {'[' * 3000}", "a: {"])
+def test_a_models_card_that_is_not_readable_has_no_license(header, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{header}\n---\n")
+    assert model_origins.of("org/tiny", tmp_path)["license"] is None

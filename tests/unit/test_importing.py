@@ -1,17 +1,20 @@
 """Tests that an imported GGUF file gives a folder with the file's weights, tokenizer, and chat template, or one clear error."""
 
 import json
+import struct
 
 import gguf
 import pytest
 import torch
 from heliostat.cli.main import app
+from heliostat.curation.text import tokens
 from heliostat.errors import ConfigError
 from heliostat.inference import importing
-from heliostat.recipes import model_origins
+from heliostat.recipes import model_origins, pretrained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.unit import build_gguf
+from tests.unit.test_samples import END
 
 F32, F16, Q8 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.Q8_0
 INPUT = torch.arange(40).view(2, 20) * 7 % 300
@@ -87,6 +90,51 @@ def test_a_tokenizer_next_to_the_file_replaces_the_one_of_the_file(tmp_path):
     )
     importing.convert(tmp_path / "known" / "words.gguf", tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == (tmp_path / "known" / "tokenizer.json").read_text()
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ([b"x", 9, struct.pack("<IQ", 0, 1 << 17)], "longer than the file"),
+        ([b"x", 8, struct.pack("<Q", 1 << 40)], "longer than the file"),
+        ([b"general.license", 8, text(b"\xff")], "utf-8"),
+        ([b"llama.block_count", 4, struct.pack("<I", 1 << 30)], "1,073,741,824 layers, but 1 tensors"),
+    ],
+)
+def test_a_hostile_file_is_one_error_and_is_not_read_beyond_its_end(tmp_path, fields, reason):
+    name, kind, value = fields
+    listed = [(b"general.architecture", 8, text(b"llama")), (name, kind, value)]
+    metadata = b"".join(text(key) + struct.pack("<I", kind) + value for key, kind, value in listed)
+    tensor = text(b"a") + struct.pack("<IQQIQ", 2, 2, 2, 0, 0)
+    file = tmp_path / "hostile.gguf"
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, len(listed)) + metadata + tensor + bytes(256))
+    with pytest.raises(ConfigError) as raised:
+        importing.convert(file, tmp_path / "out")
+    assert str(raised.value).startswith("PATH: ") and reason in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_an_import_that_is_killed_leaves_no_folder_that_looks_complete(tmp_path, monkeypatch):
+    file, out = build_gguf.write(tmp_path / "tiny.gguf", build_gguf.model(), F32), tmp_path / "models" / "out"
+    seen = []
+    monkeypatch.setattr(importing, "whole", lambda *a, **k: seen.append(out.exists()) or pretrained.whole(*a, **k))
+    importing.convert(file, out)
+    assert seen == [False, False] and (out / "heliostat_import.json").is_file(), "the folder appears after the comparison"
+    out.rename(out.with_name("out.partial"))  # as a killed import, or one that still runs
+    with pytest.raises(ConfigError, match=r"--out: another import writes to .*out\.partial"):
+        importing.convert(file, out)
+    assert not out.exists()
+
+
+def test_the_tokenizer_of_another_model_next_to_the_file_is_rejected(tmp_path):
+    file = build_gguf.write(tmp_path / "tiny.gguf", build_gguf.model(), F32)
+    (tmp_path / "tokenizer.json").write_text(tokens.train(["Zwei andere Texte von Katzen, Hunden, Fischen"] * 9, 300, END))
+    with pytest.raises(ConfigError, match=r"PATH: the tokenizer\.json next to tiny\.gguf is of another model"):
+        importing.convert(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_prints_what_it_compared(tmp_path, capsys):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -12,7 +16,7 @@ from heliostat.config import pretrained
 from heliostat.config.spec import resolve as absolute
 from heliostat.curation import hub
 from heliostat.data import manifest
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, StorageError
 from heliostat.recipes import loading
 from heliostat.recipes.folder_digests import weights_digest
 from heliostat.recipes.text.causal_lm import CausalLM
@@ -111,6 +115,44 @@ def test_a_changed_folder_in_s3_is_copied_again(in_s3, folder):
     assert after != before and (after / "README.md").read_bytes() == b"changed"
 
 
+def test_a_folder_that_changes_while_it_is_copied_is_never_taken_for_the_old_or_the_new(in_s3, folder, monkeypatch):
+    """A new export with files of the same sizes would otherwise be mixed with the old one, without a word."""
+    copy, place = model_sources._copy, Location(in_s3)
+
+    def slow(source: Location, target: Path, size: int) -> None:
+        copy(source, target, size)
+        if target.name == "config.json":
+            place.join("model.safetensors").write(bytes((folder / "model.safetensors").stat().st_size))
+
+    monkeypatch.setattr(model_sources, "_copy", slow)
+    with pytest.raises(StorageError, match="changed while heliostat copied it"):
+        model_sources.fetched(in_s3, "")
+    monkeypatch.setattr(model_sources, "_copy", copy)
+    assert not any((model_sources.fetched(in_s3, "") / "model.safetensors").read_bytes())
+
+
+def test_a_process_waits_for_another_ones_copy_as_long_as_it_grows(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_sources, "SILENCE_S", 0.05)
+    begun, rest, writes = threading.Event(), threading.Event(), 20
+
+    def get(to: Path) -> Path:
+        begun.set()
+        for number in range(writes):
+            (to / str(number)).write_bytes(b"x")
+            time.sleep(0.03)
+        rest.wait()
+        return to
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(model_sources._cached, ["slow"], get)
+        begun.wait()
+        with pytest.raises(StorageError, match="no longer grows"):
+            model_sources._cached(["slow"], get)
+        written = len(list(next((tmp_path / "cache-models").glob("*/partial")).iterdir()))
+        rest.set()
+        assert written == writes and first.result() == model_sources._cached(["slow"], get)
+
+
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_version_an_alias_a_logged_model_and_a_run_of_mlflow_are_the_same_model(
     folder, tmp_path, store, s3, monkeypatch, remote
@@ -152,6 +194,32 @@ def test_fine_tuning_starts_from_s3_and_from_an_alias_as_from_the_folder(recipe,
         )
         loaded = loading.load(pretrained.pinned(job), [manifest.read(Location(str(data)))])
         assert type(loaded).__name__ == recipe and equal(loaded.build(), base), source
+
+
+def test_a_name_of_mlflow_that_is_deleted_and_registered_again_is_the_new_model(folder, tmp_path, store, s3, monkeypatch):
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://{s3}")
+    stores.bucket(s3, "again")
+    registry, copies = Registry(store, "s3://again/artifacts", "again"), []
+    for number in range(2):
+        (tmp_path / f"model-{number}").mkdir()
+        for file in folder.iterdir():
+            shutil.copy(file, tmp_path / f"model-{number}")
+        (tmp_path / f"model-{number}" / "number.txt").write_text(str(number))
+        version = registry.register(registry.log(tmp_path / f"model-{number}", tmp_path / f"logged-{number}"))
+        copies.append((int(version), (model_sources.fetched(f"models:/again/{version}", store) / "number.txt").read_text()))
+        registry.client.delete_registered_model("again")
+        registry.client.create_registered_model("again")
+    assert copies == [(1, "0"), (1, "1")]
+
+
+def test_a_registry_whose_versions_name_each_other_is_one_error(store, monkeypatch):
+    class Client:
+        def get_model_version(self, name: str, version: str) -> SimpleNamespace:
+            return SimpleNamespace(source="models:/loop/1")
+
+    monkeypatch.setattr(model_sources, "_client", lambda store: Client())
+    with pytest.raises(ConfigError, match="models:/loop/1: after 20 copies of copies"):
+        model_sources.fetched("models:/loop/1", store)
 
 
 def test_a_run_that_resumes_keeps_the_version_that_its_alias_had(folder, tmp_path, store):

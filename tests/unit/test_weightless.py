@@ -2,6 +2,7 @@
 training device."""
 
 import random
+import struct
 import weakref
 
 import numpy as np
@@ -13,6 +14,7 @@ from heliostat.recipes import building, folder_weights, weightless
 from heliostat.recipes.loading import load
 from heliostat.recipes.protocol import Recipe
 from heliostat.recipes.text.causal_lm import CausalLM
+from safetensors.torch import load_file, save_file
 
 from tests.unit import build_images
 from tests.unit.build_job import BASE, job
@@ -118,10 +120,10 @@ def test_a_folder_that_transformers_converts_is_loaded_by_it_and_says_so(worker,
     )
 
 
-@pytest.mark.parametrize("fault", ["cut", "renamed", "adapter"])
+@pytest.mark.parametrize("fault", ["cut", "renamed", "adapter", "list", "nested", "twice"])
 def test_a_folder_that_is_not_as_it_should_be_is_left_to_the_library(fault, worker, tmp_path):
     """The library raises its own error, or handles the folder in its own way."""
-    CausalLM(job()).build().save_pretrained(tmp_path)
+    CausalLM(job()).build().save_pretrained(tmp_path, max_shard_size="20KB" if fault == "twice" else "1GB")
     made = job(model={"pretrained": str(tmp_path)}, **{"train.zero.stage": 1})
     with weightless.building() as noted:
         model = CausalLM(made).build()
@@ -131,9 +133,18 @@ def test_a_folder_that_is_not_as_it_should_be_is_left_to_the_library(fault, work
         file.write_bytes(file.read_bytes()[:-4])
     elif fault == "renamed":
         file.write_bytes(file.read_bytes().replace(b'"lm_head.weight"', b'"lm_hand.weight"'))
-    else:
+    elif fault == "adapter":
         (tmp_path / "adapter_config.json").write_text("{}")
+    elif fault == "twice":  # with two values, of which the library takes the last
+        first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+        save_file({**load_file(second), next(iter(load_file(first))): torch.ones(1)}, second)
+    else:
+        header = {"list": b"[]", "nested": b"[" * 100_000}[fault]
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
     words = {
+        "list": "AttributeError",
+        "nested": "RecursionError",
+        "twice": "other tensors than model.safetensors.index.json lists",
         "cut": "incomplete",
         "renamed": "expected one tensor for 'lm_head.weight', found none",
         "adapter": "contains an adapter",

@@ -241,9 +241,10 @@ def _print_runs(report: Report) -> None:
         how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
         how += f"; the run's samples are unknown: {row['fault']}" if row["fault"] else ""
         how += f"; {row['unsure']:,} replaced samples are not listed" if row["unsure"] else ""
+        how += "; the run is deleted in MLflow" if row["status"] == "DELETED" else ""
         out.print(f"  run {row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
         for dataset in row["outdated"]:
-            out.print(f"    its dataset {dataset} has log-probabilities of a model that contains the document")
+            out.print(f"    its dataset {dataset} has log-probabilities or answers of a model that contains the document")
         for export in row["exports"]:
             what = "adapter" if export["adapter"] else "model"
             out.print(f"    {what} of step {export['step']:,} exported to {export['folder']}")

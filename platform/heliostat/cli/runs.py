@@ -116,6 +116,8 @@ def _backwards(client: MlflowClient, shard: str | None, dataset: str | None) -> 
     for row in rows:
         how = f"{row['samples']:,} samples" if row["samples"] else "no sample in this run"
         how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
+        how += f"; the run's samples are unknown: {row['fault']}" if row["fault"] else ""
+        how += "; the run is deleted in MLflow" if row["status"] == "DELETED" else ""
         out.print(f"{row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
     if not rows:
         out.print(f"no run has trained on {shard or dataset}")

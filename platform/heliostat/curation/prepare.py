@@ -81,6 +81,7 @@ class Pipeline(Strict):
     ray_data: ClassVar[bool] = True  # whether `write` uses Ray Data, which takes a second to import
 
     _hub: dict[str, str] = PrivateAttr(default_factory=dict)  # pinned Hub names (with commits) by key
+    _written_by: dict[str, Any] | None = PrivateAttr(default=None)  # the result of `written_by`
 
     name: str = Field(min_length=1)
     """Name of the dataset, recorded in its manifest."""
@@ -201,6 +202,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
     if why := changed(of_made, wanted, record.get("made", {}).get("stages"), stages):
         log.info("%s: preparing the dataset again, because %s", output, why)
     record, written_by = versions.claim(output, record), pipeline.written_by(inputs)
+    pipeline._written_by = written_by
     if force:
         pipeline.begin_anew()
     before = set(versions.listing(output))

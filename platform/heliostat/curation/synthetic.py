@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import PurePosixPath
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
 from heliostat.curation.prepare import InputFile
+from heliostat.data.ancestry import WRITER
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, Whole, open_
@@ -20,8 +22,12 @@ FOLDER, RECORD = "answers", "inference.json"  # names that `heliostat model infe
 
 @open_
 class ModelFacts(TypedDict):
+    """Describes the model of a batch inference. `origin`: from `recipes.model_origins`; in older records, only the run and step,
+    or missing."""
+
     folder: str
     digest: str
+    origin: NotRequired[dict[str, Any]]
 
 
 @open_
@@ -69,6 +75,15 @@ def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
         )
         return None
     return {name: value for name, value in facts.items() if name in InferenceFacts.__annotations__ and name != "answers_in"}
+
+
+def writer(written_by: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Returns the origin of the model in the result of `answers`, as an entry of a dataset's record of its pipeline. Returns {}
+    if there is no result."""
+    if written_by is None:
+        return {}
+    model, unknown = written_by["model"], dict.fromkeys(("name", "run_id", "step", "license"))
+    return {WRITER: {"folder": model["folder"], "config": "", "bytes": 0, **unknown, **model.get("origin", {})}}
 
 
 def _above(place: Location) -> Location:

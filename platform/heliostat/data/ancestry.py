@@ -14,7 +14,8 @@ from typing_extensions import TypedDict
 from heliostat.data.manifest import UNCOVERED, Manifest
 
 _, PIPELINE = UNCOVERED
-REFERENCE, FOLDERS = "reference", "folders"  # keys of PIPELINE: the reference model's origin, the folders of `made_from`
+# keys of PIPELINE: the origins of the reference model, and of the model that wrote the texts; the folders of `made_from`
+REFERENCE, WRITER, FOLDERS = "reference", "writer", "folders"
 MADE_FROM = "made_from"  # key of a list of `SourceDataset` in the manifest's metadata, the nearest dataset first
 
 
@@ -53,10 +54,11 @@ def inputs_of(dataset: Manifest) -> list[str]:
     return [*record.get(FOLDERS, []), *([record["input"]] if "input" in record else [])]
 
 
-def reference_of(dataset: Manifest) -> dict[str, Any] | None:
-    """Returns the origin of the model that computed a dataset's log-probabilities, as `recipes.model_origins` describes it. None
-    if the dataset has no log-probabilities."""
-    return _record(dataset).get(REFERENCE)
+def models_of(dataset: Manifest) -> dict[str, dict[str, Any]]:
+    """Returns the origins of the models that made a part of a dataset, as `recipes.model_origins` describes them, by their role:
+    REFERENCE computed the log-probabilities, and WRITER wrote the texts (`heliostat model infer`)."""
+    record = _record(dataset)
+    return {role: record[role] for role in (REFERENCE, WRITER) if record.get(role)}
 
 
 def _record(dataset: Manifest) -> dict[str, Any]:

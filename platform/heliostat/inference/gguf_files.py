@@ -8,17 +8,19 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from heliostat import extras
 from heliostat.errors import ConfigError
-from heliostat.text import brief
+from heliostat.text import brief, printable
 
 SUFFIX = ".gguf"
 PART = re.compile(r"-\d{5}-of-\d{5}$")  # the end of a name, if a model is split into several files
 BLOCK = 16 << 20
+OTHER = 0.1  # share of tokens with other ids above which a tokenizer is that of another model; added tokens may differ
+MOST_VALUES = 8_000_000  # of metadata; the tokenizer with the most tokens has about 2 million
 UNQUANTIZED = ("F64", "F32", "F16", "BF16")
 # llama.cpp's names of pre-tokenizers that transformers doesn't list. Both kinds split text as GPT-2 does.
 LIKE_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion")
@@ -29,7 +31,8 @@ DIGITS_ALONE = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exao
 class GgufFile:
     """Describes a GGUF file. `types`: the number of matrices of each type; `bits`: bits per weight, over all tensors.
 
-    `pre_tokenizer`: llama.cpp's name of the rules that split text; None if the tokenizer isn't a byte-level BPE.
+    `pre_tokenizer`: llama.cpp's name of the rules that split text; None if the tokenizer isn't a byte-level BPE. `tokens`: all
+    tokens by id; empty if the file has no tokenizer.
     """
 
     path: Path
@@ -40,6 +43,7 @@ class GgufFile:
     weights: int
     pre_tokenizer: str | None
     has_tokenizer: bool
+    tokens: list[str] = field(repr=False)
 
     @property
     def precision(self) -> str:
@@ -81,34 +85,56 @@ def read(path: Path) -> GgufFile:
     """Reads a file's metadata, but no weights. Raises ConfigError if the file is damaged, and MissingExtraError if the module
     `gguf` is missing."""
     extras.require("gguf", "gguf", what="heliostat model import")
-    from gguf import GGUFReader
-
     try:
-        reader = GGUFReader(path)
+        reader = _reader(path)
         tensors = [(str(t.tensor_type.name), len(t.shape), int(t.n_elements), int(t.n_bytes)) for t in reader.tensors]
-        architecture = str(_value(reader, "general.architecture"))
+        names = ("general.architecture", "general.license", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+        architecture, license, kind, pre = (_text(reader, name) for name in names)
+        listed = reader.get_field("tokenizer.ggml.tokens")
+        tokens = [str(token) for token in listed.contents()] if listed else []
+        layers = reader.get_field(f"{architecture}.block_count")
+        if layers is not None and layers.contents() > len(tensors):
+            raise ValueError(f"it has {layers.contents():,} layers, but {len(tensors):,} tensors")
     except Exception as e:
         raise ConfigError(f"PATH: {path.name} isn't a readable GGUF file ({brief(e)}). Download the file again") from e
     weights = sum(count for *_, count, _ in tensors)
     types = Counter(name for name, dimensions, *_ in tensors if dimensions > 1)
-    if not types:
+    if not types or not weights:
         raise ConfigError(f"PATH: {path.name} has no weights, only metadata. Pass the file with the model's weights")
-    license, kind = _value(reader, "general.license"), _value(reader, "tokenizer.ggml.model")
     return GgufFile(
         path=path,
-        architecture=architecture,
-        license=None if license is None else str(license),
+        architecture=str(architecture),
+        license=license,
         types=dict(types.most_common()),
         bits=8 * sum(size for *_, size in tensors) / weights,
         weights=weights,
-        pre_tokenizer=str(_value(reader, "tokenizer.ggml.pre")) if kind == "gpt2" else None,
+        pre_tokenizer=str(pre) if kind == "gpt2" else None,
         has_tokenizer=kind is not None,
+        tokens=tokens,
     )
 
 
-def _value(reader: Any, key: str) -> object:
+def _reader(path: Path) -> Any:
+    """Reads a file's metadata with the library, which itself reads on after the file's end: 80 bytes can name an array that fills
+    the memory. Raises ValueError there, and for more than MOST_VALUES values."""
+    from gguf import GGUFReader
+
+    class Bounded(GGUFReader):
+        parts_read = 0
+
+        def _get(self, offset: int, dtype: Any, count: Any = 1, *rest: Any, **named: Any) -> Any:
+            values = super()._get(offset, dtype, count, *rest, **named)
+            self.parts_read += 1
+            if len(values) < int(count) or self.parts_read > MOST_VALUES:
+                raise ValueError("its metadata is longer than the file" if len(values) < int(count) else "too much metadata")
+            return values
+
+    return Bounded(path)
+
+
+def _text(reader: Any, key: str) -> str | None:
     field = reader.get_field(key)
-    return None if field is None else field.contents()
+    return None if field is None else printable(str(field.contents()))
 
 
 def split_digits(file: GgufFile) -> bool:
@@ -128,3 +154,14 @@ def split_digits(file: GgufFile) -> bool:
         f"PATH: {file.path.name} has an unknown pre-tokenizer ({name}). Copy the original model's tokenizer.json and "
         "tokenizer_config.json into the folder of this file"
     )
+
+
+def require_own(file: GgufFile, tokens: list[str]) -> None:
+    """Raises ConfigError if a tokenizer.json next to a file is of another model. `tokens`: the tokens of tokenizer.json by id."""
+    shared = min(len(file.tokens), len(tokens))
+    differ = sum(own != other for own, other in zip(file.tokens, tokens, strict=False))
+    if differ > OTHER * shared:
+        raise ConfigError(
+            f"PATH: the tokenizer.json next to {file.path.name} is of another model ({differ:,} of {shared:,} tokens differ). "
+            "Move the file to a folder of its own"
+        )

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROWS, LENGTH, STRIDE = 4, 32, 7919  # of the tokens that compare the written model with the file's weights
+TOKENIZER = "tokenizer.json"
 MOST = {"fp32": 1e-3, "fp16": 0.1, "bf16": 0.3}  # bound of the difference, as a share of the logits' standard deviation
 
 
@@ -50,8 +51,9 @@ def convert(path: Path, folder: Path) -> Imported:
     """Writes the model of a GGUF file to `folder`. `path`: the file, or a folder with one GGUF file.
 
     Needs host memory for the weights in fp32 and in the written precision at once. Raises ConfigError if the file is damaged, if
-    transformers doesn't support its architecture, or if `folder` isn't empty. Removes the folder if the written model's outputs
-    differ from the file's by more than rounding.
+    transformers doesn't support its architecture, or if `folder` isn't empty. Writes to `folder`.partial first, so `folder` has
+    only a complete and compared model. Raises HeliostatError if the written model's outputs differ from the file's by more than
+    rounding.
     """
     file = gguf_files.read(gguf_files.locate(path))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -60,11 +62,18 @@ def convert(path: Path, folder: Path) -> Imported:
     tokenizer = _tokenizer(file)
     with _reading(file):
         model = _model(file)
-    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder.absolute().with_name(f"{folder.absolute().name}.partial")
     try:
-        imported = _write(file, model, tokenizer, folder)
-    except BaseException:  # also Ctrl-C: no unchecked model stays
-        shutil.rmtree(folder)
+        partial.mkdir(parents=True)
+    except FileExistsError as e:
+        raise ConfigError(
+            f"--out: another import writes to {partial}, or was killed. If no import is running, delete this folder"
+        ) from e
+    try:
+        imported = _write(file, model, tokenizer, partial)
+        partial.replace(folder)
+    except BaseException:  # also Ctrl-C
+        shutil.rmtree(partial)
         raise
     return imported
 
@@ -91,8 +100,8 @@ def _write(file: GgufFile, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     )
     if not imported.difference <= MOST[file.precision] * imported.spread:
         raise HeliostatError(
-            f"{folder}: the written model's logits differ from the file's by {imported.difference:.3g}, more than rounding "
-            f"explains (standard deviation {imported.spread:.3g}). The folder is removed. Convert the original model instead"
+            f"PATH: {file.path.name}: the written model's logits differ from the file's by {imported.difference:.3g}, more than "
+            f"rounding explains (standard deviation {imported.spread:.3g}). Convert the original model instead"
         )
     (folder / "README.md").write_text(card(imported), encoding="utf-8")
     (folder / IMPORT).write_bytes(CONVERTED.encode({"file": file.path.name, "digest": imported.digest}))
@@ -118,8 +127,9 @@ def _tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     import transformers
     from tokenizers import pre_tokenizers
 
-    if (file.path.parent / "tokenizer.json").is_file():
+    if (file.path.parent / TOKENIZER).is_file():
         tokenizer: Any = from_folder("PATH", transformers.AutoTokenizer, file.path.parent)
+        gguf_files.require_own(file, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
         return tokenizer
     if not file.has_tokenizer:
         raise ConfigError(f"PATH: {file.path.name} has no tokenizer. Copy the original model's tokenizer.json into its folder")

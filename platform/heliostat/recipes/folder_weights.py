@@ -72,7 +72,7 @@ def find(model: torch.nn.Module, noted: list[Pretrained | Computed]) -> dict[int
     for pretrained in folders:
         try:
             stored |= _of_folder(pretrained)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:  # of a damaged or hostile file
             raise UnreadableError(f"{pretrained.folder}: {type(e).__name__}: {e}") from e
     by_tensor = {
         id(one.tensor): ComputedWeight(one.make, None if one.source is None else stored[id(one.source)])
@@ -136,7 +136,10 @@ def _listed(folder: Path) -> dict[str, Stored]:
     if files[0].suffix == ".safetensors":
         return _header(files[0])
     index: dict[str, str] = json.loads(files[0].read_text())["weight_map"]
-    return {key: one for name in sorted(set(index.values())) for key, one in _header(folder / Path(name).name).items()}
+    headers = {name: _header(folder / Path(name).name) for name in sorted(set(index.values()))}
+    if sum(map(len, headers.values())) != len(index) or any(key not in headers[name] for key, name in index.items()):
+        raise ValueError(f"the files have other tensors than {files[0].name} lists")  # or a tensor twice, with two values
+    return {key: headers[name][key] for key, name in index.items()}
 
 
 def _header(file: Path) -> dict[str, Stored]:

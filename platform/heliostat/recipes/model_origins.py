@@ -68,12 +68,12 @@ def of(named: str, folder: Path) -> ModelOrigin:
 
 
 def _license(readme: Path) -> str | None:
-    """Reads the license in the header of a model's card; None if the header has no license."""
+    """Reads the license in the header of a model's card; None if the header has no license, or isn't readable."""
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
         known = yaml.safe_load(header[1]) if header else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # also an impossible date, or a thousand brackets
         return None
     license = known.get("license") if isinstance(known, dict) else None
     return license if isinstance(license, str) else None

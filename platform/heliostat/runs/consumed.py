@@ -177,7 +177,7 @@ def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin
 def of_digest(raw: Consumed, digest: str, before: int | None = None) -> int:
     """Counts the samples that a run took from the datasets whose digest begins with `digest`.
 
-    `raw`: the run's `data.json`. `before`: counts only steps before this step.
+    `raw`: the run's `data.json`. `before`: counts only this number of steps.
     """
     return sum(int(counts.sum()) for _, manifest, counts in _taken(raw, before, lambda s: s["digest"].startswith(digest)))
 
@@ -186,7 +186,7 @@ def of_shard(raw: Consumed, shard: str, before: int | None = None) -> int:
     """Counts the samples that a run took from one shard. A replaced sample counts for the shard of the sample that replaced it.
 
     `raw`: the run's `data.json`. `shard`: a complete path or URI, or its end, such as `part-00017.parquet`. `before`:
-    counts only steps before this step.
+    counts only this number of steps.
     """
     total = 0
     for uri, manifest, counts in _taken(raw, before, lambda s: True):
@@ -194,7 +194,7 @@ def of_shard(raw: Consumed, shard: str, before: int | None = None) -> int:
             if same(shard, uri, path):
                 total += samples
     for bad in raw["replaced"]:
-        if before is None or bad["step"] < before:
+        if before is None or bad["step"] <= before:  # a list counts steps from 1
             instead = bad["replaced_by"]
             total += same(shard, instead["dataset"], instead["shard"]) - same(shard, bad["dataset"], bad["shard"])
     return total
@@ -217,7 +217,7 @@ def _taken(
     raw: Consumed, before: int | None, wanted: Callable[[ConsumedSource], bool]
 ) -> Iterator[tuple[str, Manifest, np.ndarray]]:
     """Yields (uri, manifest, samples per row group) of every wanted source of every segment. If `before` is given, counts only
-    the steps before step `before`."""
+    this number of steps."""
     for segment, recorded in zip(parse(raw), raw["segments"], strict=True):
         end = segment.end if before is None else min(segment.end, before)
         if end <= segment.first or not any(wanted(s) for s in recorded["sources"]):

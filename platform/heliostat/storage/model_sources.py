@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -26,6 +26,7 @@ from heliostat.errors import ConfigError, StorageError
 from heliostat.storage import local_files
 from heliostat.storage.hub.files import ABOUT, BLOCK, WEIGHTS, readable
 from heliostat.storage.locations import Location
+from heliostat.storage.s3_client import Listed
 from heliostat.text import brief
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
@@ -39,10 +40,8 @@ S3, REGISTRY = "s3://", "models:/"
 RUN = re.compile(r"[0-9a-f]{32}")
 VERSION = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[\w-]+))")
 COPIED = (*ABOUT, WEIGHTS)
-WAIT_S, BYTES_PER_S = (
-    600.0,
-    10 << 20,
-)  # to wait for another process that copies the model
+SILENCE_S = 600.0  # to wait for another process that copies the model, since its copy last grew
+COPIES = 20  # most versions of MLflow, each registered from the one before, between a name and its files
 
 
 def default_uri() -> str:
@@ -136,16 +135,20 @@ def _of_mlflow(name: str, store: str) -> Path:
     def get(to: Path) -> Path:
         return Path(artifacts.download_artifacts(source, dst_path=str(to), tracking_uri=store))
 
-    return _model_in(_cached([store, name], 0, get), name)
+    return _model_in(_cached([store, name, source], get), name)  # a name that was deleted may have a new model
 
 
 def _artifacts(name: str, store: str) -> str:
     """Returns the URI of the folder with a model's files."""
-    client, match = _client(store), VERSION.fullmatch(name)
-    if match is None:
-        return str(client.get_logged_model(name.removeprefix(REGISTRY)).artifact_location)
-    source = str(client.get_model_version(match["name"], match["version"]).source)
-    return _artifacts(source, store) if source.startswith(REGISTRY) else source
+    client, source = _client(store), name
+    for _ in range(COPIES):
+        if not source.startswith(REGISTRY):
+            return source
+        if match := VERSION.fullmatch(source):
+            source = str(client.get_model_version(match["name"], match["version"]).source)
+        else:
+            source = str(client.get_logged_model(source.removeprefix(REGISTRY)).artifact_location)
+    raise ConfigError(f"{name}: after {COPIES} copies of copies, the store names no files. Register the model again")
 
 
 def _model_in(folder: Path, name: str) -> Path:
@@ -158,8 +161,7 @@ def _model_in(folder: Path, name: str) -> Path:
 
 def _of_s3(uri: str) -> Path:
     place = Location(uri)
-    tree = place.tree()
-    listed = [(one.path.removeprefix(f"{place.path}/"), one) for one in tree]
+    listed = _listed(place)
     copied = [(name, one) for name, one in listed if name.endswith(COPIED)]
     if not any(name.endswith("config.json") or name == "model_index.json" for name, _ in copied):
         problem = "no such folder" if not listed else "isn't a model folder (no config.json)"
@@ -172,9 +174,16 @@ def _of_s3(uri: str) -> Path:
         log.info("%s: copying %s to %s", uri, readable(size), to)
         for name, one in copied:
             _copy(place.join(*name.split("/")), to.joinpath(*name.split("/")), one.size)
+        if _listed(place) != listed:
+            raise StorageError(f"{uri}: the folder changed while heliostat copied it. Run the command again")
         return to
 
-    return _cached([uri, *([name, one.size, one.etag or one.mtime_ns] for name, one in copied)], size, get)
+    return _cached([uri, *([name, one.size, one.etag or one.mtime_ns] for name, one in copied)], get)
+
+
+def _listed(place: Location) -> list[tuple[str, Listed]]:
+    """Lists the files below a folder with their paths in it."""
+    return [(one.path.removeprefix(f"{place.path}/"), one) for one in place.tree()]
 
 
 def _copy(source: Location, target: Path, size: int) -> None:
@@ -186,23 +195,40 @@ def _copy(source: Location, target: Path, size: int) -> None:
         raise StorageError(f"{source}: has {target.stat().st_size:,} bytes, but the listing has {size:,}. Run the command again")
 
 
-def _cached(identity: list[Any], size: int, get: Callable[[Path], Path]) -> Path:
-    """Returns the folder that `get` fills, in the cache. Other processes on this machine wait for the first one. A copy is unused
-    for a day before another copy may remove it."""
+def _cached(identity: list[Any], get: Callable[[Path], Path]) -> Path:
+    """Returns the folder that `get` fills, in the cache. Other processes on this machine wait for the first one, while its copy
+    grows. A copy is unused for a day before another copy may remove it."""
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    entry = local_files.cache("models") / digest
+    entry, size = local_files.cache("models") / digest, -1
+    while True:
+        try:
+            with local_files.alone(entry, SILENCE_S):
+                return _filled(entry, get)
+        except BlockingIOError as e:
+            if (now := _bytes(entry)) == size:
+                raise StorageError(f"{entry}: another process's copy of this model no longer grows. Run the command again") from e
+            size = now
+        except OSError as e:
+            raise StorageError(f"{entry}: can't store the model here ({e.strerror or e}). Free some space, or set TMPDIR") from e
+
+
+def _filled(entry: Path, get: Callable[[Path], Path]) -> Path:
+    """Returns the complete copy in an entry, whose lock this process holds."""
     complete, partial = entry / "model", entry / "partial"
-    try:
-        with local_files.alone(entry, WAIT_S + size / BYTES_PER_S):
-            entry.mkdir(exist_ok=True)
-            os.utime(entry)
-            if not complete.is_dir():
-                local_files.remove_unused(entry)
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                get(partial).rename(complete)
-    except BlockingIOError as e:
-        raise StorageError(f"{entry}: another process has been copying this model for too long. Run the command again") from e
-    except OSError as e:
-        raise StorageError(f"{entry}: can't store the model here ({e.strerror or e}). Free some space, or set TMPDIR") from e
+    entry.mkdir(exist_ok=True)
+    os.utime(entry)
+    if not complete.is_dir():
+        local_files.remove_unused(entry)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        get(partial).rename(complete)
     return complete
+
+
+def _bytes(folder: Path) -> int:
+    """Counts the bytes of a folder that another process fills."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # the process has just renamed it
+            total += path.stat().st_size
+    return total

@@ -30,7 +30,7 @@ class ParentModel(ModelOrigin):
     """Describes a folder or Hub model on which another model depends. `parents.json` contains a list of these entries.
 
     `key`: the key of the job whose model initializes the other model. For the reference model of a dataset of preferences, the
-    key of the dataset, and `.reference`.
+    key of the dataset, and `.reference`. For the model that wrote a dataset's texts, the key of the dataset, and `.writer`.
     """
 
     key: str
@@ -49,11 +49,10 @@ def parents(job: Job) -> list[ParentModel]:
     ]
 
 
-def references(manifests: list[Manifest]) -> list[ParentModel]:
-    """Describes the reference models of the datasets, in the job's order, whose log-probabilities a model computed."""
-    known = [(number, ancestry.reference_of(one)) for number, one in enumerate(manifests)]
-    return [{"key": f"data.sources.{number}.reference", **model_origins.ORIGIN.build(raw, manifests[number].location)}
-            for number, raw in known if raw]  # fmt: skip
+def models_of_data(manifests: list[Manifest]) -> list[ParentModel]:
+    """Describes the models that computed the datasets' log-probabilities, or wrote their texts, in the job's order."""
+    return [{"key": f"data.sources.{number}.{role}", **model_origins.ORIGIN.build(raw, one.location)}
+            for number, one in enumerate(manifests) for role, raw in ancestry.models_of(one).items()]  # fmt: skip
 
 
 def _folders(tree: Mapping[str, Json], prefix: str) -> Iterator[tuple[str, str, dict[str, Json]]]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from typing_extensions import TypedDict
 
 from heliostat.cluster.capacity import LivingNode
-from heliostat.data.ancestry import REFERENCE
-from heliostat.errors import ConfigError, HeliostatError
+from heliostat.data.ancestry import REFERENCE, WRITER
+from heliostat.errors import ConfigError, DataError, HeliostatError
 from heliostat.recipes import exported
 from heliostat.runs import consumed, exports, goodput
 from heliostat.runs.consumed import Consumed
@@ -44,7 +44,8 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 T = TypeVar("T")
 Taken = Callable[["Run", int | None], int]  # counts the requested samples that a run took, up to a step if it isn't None
 
-DEPTH = 20  # maximum number of generations of parents
+ROLES = {REFERENCE: "log-probabilities by", WRITER: "answers by"}  # of a parent, by the end of its key
+DEPTH = 20  # maximum number of generations of parents in one lineage
 
 
 class TracedModel(TypedDict):
@@ -62,7 +63,7 @@ class TracedModel(TypedDict):
 
 class Ancestor(ParentModel):
     """Describes a parent model, with the lineage of the run that trained this parent. The lineage is None if that run isn't
-    known."""
+    known, if another parent in the same tree has the lineage, or below DEPTH generations."""
 
     run: Traced | None
 
@@ -135,8 +136,13 @@ def model_node(client: MlflowClient, version: ModelVersion) -> TracedModel:
     }
 
 
-def run_node(client: MlflowClient, run: Run, depth: int = DEPTH) -> Traced:
-    """Describes a run with its origins: at most `depth` generations of parents."""
+def run_node(client: MlflowClient, run: Run, depth: int = DEPTH, known_runs: set[str] | None = None) -> Traced:
+    """Describes a run with its origins: at most `depth` generations of parents, and each run once.
+
+    `known_runs`: ids of the runs that the tree has already. The function adds the ids of its runs.
+    """
+    known_runs = set() if known_runs is None else known_runs
+    known_runs.add(run.info.run_id)
     run_id, known, params = run.info.run_id, run.data.tags, run.data.params
     starts = read_json(client, run_id, ATTEMPTS, list[RecordedStart]) or []
     data = data_of(client, run)
@@ -158,7 +164,7 @@ def run_node(client: MlflowClient, run: Run, depth: int = DEPTH) -> Traced:
         "checkpoints": checkpoint_models.history(client, run),
         "exports": exports_of(run),
         "models": [model_node(client, v) for v in versions(client, run_id)],
-        "parents": [{**p, "run": _parent_node(client, p, depth)} for p in _parents(client, run_id)],
+        "parents": [{**p, "run": _parent_node(client, p, depth, known_runs)} for p in _parents(client, run_id)],
     }
 
 
@@ -166,18 +172,18 @@ def _parents(client: MlflowClient, run_id: str) -> list[ParentModel]:
     return (read_json(client, run_id, "parents.json", Parents) or {"parents": []})["parents"]
 
 
-def _parent_node(client: MlflowClient, parent: ParentModel, depth: int) -> Traced | None:
-    """Builds the node of a parent's run. Returns None if the parent's run isn't known, or if this MLflow store doesn't contain
-    the parent's run."""
+def _parent_node(client: MlflowClient, parent: ParentModel, depth: int, known_runs: set[str]) -> Traced | None:
+    """Builds the node of a parent's run. Returns None if the parent's run isn't known, if this MLflow store doesn't contain the
+    parent's run, or if the tree has it already."""
     from mlflow.exceptions import MlflowException
 
-    if not parent["run_id"] or not depth:
+    if not parent["run_id"] or not depth or parent["run_id"] in known_runs:
         return None
     try:
         run = client.get_run(parent["run_id"])
     except MlflowException:
         return None
-    return run_node(client, run, depth - 1) if tags.FOLDER in run.data.tags else None
+    return run_node(client, run, depth - 1, known_runs) if tags.FOLDER in run.data.tags else None
 
 
 def goodput_of(client: MlflowClient, run: Run) -> goodput.GoodputReport | None:
@@ -222,7 +228,8 @@ def distinct(values: list[T]) -> list[T]:
 
 class Descendant(TypedDict):
     """Describes a run that has trained on the requested samples. `inherited`: run ids of the run's ancestors that have trained
-    on these samples. `outdated`: the run's datasets whose log-probabilities come from a model of such an ancestor."""
+    on these samples. `outdated`: the run's datasets whose log-probabilities or answers come from a model of such an ancestor.
+    `status`: of the run in MLflow, or DELETED."""
 
     run_id: str
     name: str
@@ -234,9 +241,11 @@ class Descendant(TypedDict):
 
 
 class LineageRow(Descendant):
-    """Describes a run that has trained on samples. `samples`: number of samples that the run itself has taken."""
+    """Describes a run that has trained on samples. `samples`: number of samples that the run itself has taken. `fault`: why this
+    number is unknown; None if it is known."""
 
     samples: int
+    fault: str | None
 
 
 class Seen:
@@ -247,48 +256,79 @@ class Seen:
     """
 
     def __init__(self, client: MlflowClient) -> None:
-        self.client = client
-        self.runs = {r.info.run_id: r for r in mlflow_client.runs(client, list(mlflow_client.experiments(client)))}
+        self.client, self.known_parents = client, dict[str, list[ParentModel]]()
+        ids = list(mlflow_client.experiments(client, deleted=True))  # a deleted run still has models and descendants
+        self.runs = {r.info.run_id: r for r in mlflow_client.runs(client, ids, deleted=True)}
 
     def answer(self, shard: str | None = None, digest: str | None = None) -> list[LineageRow]:
-        """Lists the runs that have trained on the shard, or on datasets whose digest begins with `digest`, newest first."""
+        """Lists the runs that have trained on the shard, or on datasets whose digest begins with `digest`, newest first. Also
+        lists the runs that may have, because their dataset can't be read."""
+        faults = dict[str, str]()
 
         def taken(run: Run, before: int | None) -> int:
             data = data_of(self.client, run)
-            return consumed.of_digest(data, digest, before) if digest else consumed.of_shard(data, str(shard), before)
+            try:
+                return consumed.of_digest(data, digest, before) if digest else consumed.of_shard(data, str(shard), before)
+            except DataError as e:
+                faults[run.info.run_id] = str(e)
+                return 0
 
-        return self.rows(taken)
+        rows = {row["run_id"]: row for row in self.rows(taken)}
+        unknown: list[LineageRow] = [{**self.row(run, [], 0), "fault": faults[run_id]} for run_id, run in self.runs.items()
+                                     if run_id in faults and run_id not in rows]  # fmt: skip
+        return [{**row, "fault": faults.get(run_id)} for run_id, row in rows.items()] + unknown
 
     def rows(self, taken: Taken, only: str | None = None) -> list[LineageRow]:
         """Lists the runs that have trained on the samples that `taken` counts, directly or through ancestors. `only`: id of the
         only run to check."""
-        rows = list[LineageRow]()
+        rows, inherited = list[LineageRow](), dict[str, list[str]]()
         for run_id, run in self.runs.items():
             if only not in (None, run_id):
                 continue
-            samples, inherited = taken(run, None), self._inherited(run, taken, DEPTH)
-            if samples or inherited:
-                models = [f"models:/{v.name}/{v.version}" for v in versions(self.client, run_id)]
-                rows.append({"run_id": run_id, "name": run.data.tags[tags.NAME], "status": run.info.status, "samples": samples,
-                             "inherited": inherited, "outdated": self._outdated(run, inherited), "models": models,
-                             "exports": exports_of(run)})  # fmt: skip
+            samples, ancestors = taken(run, None), self._inherited(run_id, taken, inherited)
+            if samples or ancestors:
+                rows.append(self.row(run, ancestors, samples))
         return rows
 
-    def _outdated(self, run: Run, inherited: list[str]) -> list[str]:
-        """Lists the run's datasets whose reference model comes from one of the runs in `inherited`."""
-        sources = [f"data.sources.{n}.path" for p in _parents(self.client, run.info.run_id) if p["run_id"] in inherited
-                   for n in re.findall(rf"^data\.sources\.(\d+)\.{REFERENCE}$", p["key"])]  # fmt: skip
-        return [run.data.params[key] for key in sources]
+    def row(self, run: Run, inherited: list[str], samples: int) -> LineageRow:
+        """Describes a run in the list of the runs that have trained on some samples."""
+        run_id, deleted = run.info.run_id, run.info.lifecycle_stage == "deleted"
+        return {
+            "run_id": run_id,
+            "name": run.data.tags[tags.NAME],
+            "status": "DELETED" if deleted else run.info.status,
+            "samples": samples,
+            "inherited": inherited,
+            "outdated": self._outdated(run, inherited),
+            "models": [f"models:/{v.name}/{v.version}" for v in versions(self.client, run_id)],
+            "exports": exports_of(run),
+            "fault": None,
+        }
 
-    def _inherited(self, run: Run, taken: Taken, depth: int) -> list[str]:
+    def _outdated(self, run: Run, inherited: list[str]) -> list[str]:
+        """Lists the run's datasets whose reference model, or the model that wrote their texts, comes from one of the runs in
+        `inherited`."""
+        sources = [f"data.sources.{n}.path" for p in self._parents(run.info.run_id) if p["run_id"] in inherited
+                   for n in re.findall(rf"^data\.sources\.(\d+)\.(?:{REFERENCE}|{WRITER})$", p["key"])]  # fmt: skip
+        return distinct([run.data.params[key] for key in sources])
+
+    def _inherited(self, run_id: str, taken: Taken, known: dict[str, list[str]]) -> list[str]:
         """Lists the run ids of ancestors that have trained on the samples that `taken` counts. For each ancestor, counts only
-        the samples up to the step whose checkpoint initialized the run."""
-        out: list[str] = []
-        for parent in _parents(self.client, run.info.run_id):
-            above = self.runs.get(run_id := parent["run_id"] or "")
-            if above is not None and depth:
-                out += ([run_id] if taken(above, parent["step"]) else []) + self._inherited(above, taken, depth - 1)
-        return distinct(out)
+        the samples up to the step whose checkpoint initialized the run. `known`: the lists of other runs, by id."""
+        if run_id not in known:
+            known[run_id], ancestors = [], list[str]()
+            for parent in self._parents(run_id):
+                above = self.runs.get(parent_id := parent["run_id"] or "")
+                if above is not None:
+                    ancestors += [parent_id] if taken(above, parent["step"]) else []
+                    ancestors += self._inherited(parent_id, taken, known)
+            known[run_id] = distinct(ancestors)
+        return known[run_id]
+
+    def _parents(self, run_id: str) -> list[ParentModel]:
+        if run_id not in self.known_parents:
+            self.known_parents[run_id] = _parents(self.client, run_id)
+        return self.known_parents[run_id]
 
 
 # text for people ------------------------------------------------------------------------------------------------------
@@ -318,8 +358,6 @@ def _model_lines(model: TracedModel, depth: int) -> list[tuple[int, str]]:
 
 def _run_lines(run: Traced, depth: int, shown: set[str]) -> list[tuple[int, str]]:
     """Formats a run. `shown`: the ids of runs that an earlier line describes. The function adds this run's id."""
-    if run["run_id"] in shown:
-        return [(depth, f"run {run['name']} ({run['run_id']}), see above")]
     shown.add(run["run_id"])
     reason = f": {run['reason']}" if run["reason"] else ""
     out = [(depth, f"run {run['name']} ({run['run_id']}), {run['status']}{reason}")]
@@ -356,12 +394,16 @@ def _run_lines(run: Traced, depth: int, shown: set[str]) -> list[tuple[int, str]
         at = f", step {parent['step']:,}" if parent["step"] is not None else ""
         changed = f", with {', '.join(keys)} changed" if (keys := parent.get("changed")) else ""
         kind = "a model of the Hugging Face Hub" if names.model(parent["folder"]) else "a folder"
-        role = "log-probabilities by" if parent["key"].endswith(f".{REFERENCE}") else "initialized from"
+        role = ROLES.get(parent["key"].rpartition(".")[2], "initialized from")
         digest = f", digest {digest}" if (digest := parent.get("digest")) else ""
         if source := parent.get("converted_from"):
             digest += f", converted from {source['file']} {source['digest'][:12]}"
         out.append((below, f"{role} {parent['key']}: {parent['name'] or kind}{at} ({parent['folder']}){digest}{changed}"))
-        out += _run_lines(parent["run"], below + 1, shown) if parent["run"] else []
+        if parent["run"]:
+            out += _run_lines(parent["run"], below + 1, shown)
+        elif run_id := parent["run_id"]:
+            fix = "see above" if run_id in shown else f"not in this tree; run: heliostat run lineage {run_id}"
+            out.append((below + 1, f"run {parent['name']} ({run_id}), {fix}"))
     return out
 
 

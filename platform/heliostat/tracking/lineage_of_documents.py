@@ -19,8 +19,7 @@ from heliostat.errors import DataError
 from heliostat.runs import consumed
 from heliostat.runs.consumed import Consumed, ConsumedPlace, ConsumedSource, Replaced
 from heliostat.storage.locations import Location
-from heliostat.tracking import tags
-from heliostat.tracking.lineage import Descendant, Seen, data_of, exports_of
+from heliostat.tracking.lineage import Descendant, Seen, data_of
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient
@@ -83,8 +82,7 @@ class TrainedOnDocument:
         rows: list[Descendant] = [*seen.rows(lambda run, before: len(self._before(run, before)), only)]
         known = {row["run_id"] for row in rows}
         unknown = [seen.runs[run_id] for run_id in self.faults if run_id not in known and only in (None, run_id)]
-        rows += [{"run_id": run.info.run_id, "name": run.data.tags[tags.NAME], "status": run.info.status, "inherited": [],
-                  "outdated": [], "models": [], "exports": exports_of(run)} for run in unknown]  # fmt: skip
+        rows += [seen.row(run, [], 0) for run in unknown]
         return [self._reached(row) for row in rows]
 
     def _reached(self, row: Descendant) -> Reached:

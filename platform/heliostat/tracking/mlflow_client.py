@@ -205,9 +205,11 @@ def fault(error: object) -> str:
     return brief(cause[1] if cause else said or type(error).__name__)
 
 
-def experiments(client: MlflowClient, name: str | None = None) -> dict[str, str]:
+def experiments(client: MlflowClient, name: str | None = None, deleted: bool = False) -> dict[str, str]:
     """Maps the ids of all experiments to their names. If `name` is given, returns only this experiment. Raises ConfigError if
-    this experiment doesn't exist."""
+    this experiment doesn't exist. `deleted`: whether to include deleted experiments."""
+    from mlflow.entities import ViewType
+
     if name is not None:
         existing = client.get_experiment_by_name(name)
         if existing is None:
@@ -215,7 +217,8 @@ def experiments(client: MlflowClient, name: str | None = None) -> dict[str, str]
                 f"--experiment: {name!r} isn't an experiment. Experiments: {', '.join(experiments(client).values())}"
             )
         return {existing.experiment_id: existing.name}
-    return {e.experiment_id: e.name for e in pages(lambda token: client.search_experiments(page_token=token))}
+    view = ViewType.ALL if deleted else ViewType.ACTIVE_ONLY
+    return {e.experiment_id: e.name for e in pages(lambda token: client.search_experiments(view, page_token=token))}
 
 
 def experiment(client: MlflowClient, uri: str, name: str) -> str:
@@ -236,10 +239,12 @@ def experiment(client: MlflowClient, uri: str, name: str) -> str:
     return str(existing.experiment_id)
 
 
-def runs(client: MlflowClient, experiment_ids: list[str]) -> list[Run]:
-    """Lists all runs that heliostat made in these experiments, newest first."""
-    ours, newest = f"tags.`{NAME}` LIKE '%'", ["start_time DESC"]
-    return list(pages(lambda token: client.search_runs(experiment_ids, ours, page_token=token, order_by=newest)))
+def runs(client: MlflowClient, experiment_ids: list[str], deleted: bool = False) -> list[Run]:
+    """Lists all runs that heliostat made in these experiments, newest first. `deleted`: whether to include deleted runs."""
+    from mlflow.entities import ViewType
+
+    ours, newest, view = f"tags.`{NAME}` LIKE '%'", ["start_time DESC"], ViewType.ALL if deleted else ViewType.ACTIVE_ONLY
+    return list(pages(lambda token: client.search_runs(experiment_ids, ours, view, page_token=token, order_by=newest)))
 
 
 def find(client: MlflowClient, run: str, uri: str) -> Run:

@@ -27,7 +27,7 @@ from heliostat.runs import consumed
 from heliostat.runs.events import AttemptStarted
 from heliostat.storage.records import Format, Json
 from heliostat.storage.run_folder import ATTEMPTS
-from heliostat.tracking.card import parents, references
+from heliostat.tracking.card import models_of_data, parents
 from heliostat.tracking.checkpoint_models import Checkpoints
 from heliostat.tracking.metrics import SPIKE
 from heliostat.tracking.mlflow_client import read_json, write_json
@@ -85,7 +85,7 @@ class RunRecord:
         if audit:
             write_json(self.client, self.run_id, audit, MASK_AUDIT)
         self._log_inputs(manifests, data_version)
-        origins = [*parents(self.job), *references(manifests)]
+        origins = [*parents(self.job), *models_of_data(manifests)]
         write_json(self.client, self.run_id, {"parents": origins}, "parents.json")
         if ids := [p["run_id"] for p in origins if p["run_id"]]:
             self.client.set_tag(self.run_id, PARENT_RUNS, ",".join(ids))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from heliostat.curation import reasons
+from heliostat.curation import reasons, synthetic
 from heliostat.curation.conversations import dialects, reading, rendering, shapes
 from heliostat.curation.conversations.dialects import ExistingTokenizer
 from heliostat.curation.conversations.making import VERSION, ConversationMaking
@@ -91,6 +91,9 @@ class RenderedPipeline(StagedPipeline):
     def inputs(self) -> list[InputFile]:
         return sources.without(sources.listing(self.input), self.exclude)
 
+    def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
+        return None if self.input == sources.STDLIB else synthetic.answers(sources.root(self.input), inputs)
+
     def identity(self) -> dict[str, Any]:
         config = super().identity() | {"dialect": self.dialect.digest, "versions": [VERSION, rendering.VERSION, shapes.VERSION]}
         for name in ("model", "tokenizer", "template"):  # their content counts, not their location
@@ -120,6 +123,7 @@ class RenderedPipeline(StagedPipeline):
     def uncovered(self) -> dict[str, dict[str, Any]]:
         by = reading.made_by(self.source(place(self.output, "output"), ""))
         by["stages"] = [stage.entry() for stage in self.stages]
+        by |= synthetic.writer(self._written_by)
         return {reasons.PIPELINE: by, **super().uncovered()}
 
     def _making(self, flow: Flow, output: Location, best_fit: bool, every: int) -> ConversationMaking:

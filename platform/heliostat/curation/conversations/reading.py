@@ -46,6 +46,7 @@ REASONS = {
     "no_answer": "no message of the assistant",
     "no_prompt": "a preference without a prompt",
     "several_turns": "answers that aren't one message of the assistant each",
+    "other_prompt": "answers to another prompt than the preference's, or to two different prompts",
     "same_answers": "a preference whose answers are equal",
     "invalid_tool_call": "a call without a function's name, or with arguments that aren't a JSON mapping",
     "special_token": "a text that contains a special token of the tokenizer",

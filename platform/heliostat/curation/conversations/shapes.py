@@ -154,10 +154,13 @@ def _sharegpt(record: Mapping[str, Any]) -> list[Message]:
 
 
 def _joined(prompt: list[Message], begin: list[Message]) -> list[Message]:
-    """Joins a prompt and the common beginning of the answers, which repeats the prompt's last messages in some sets."""
+    """Joins a prompt and the common beginning of the answers, which repeats the prompt's last messages in some sets. Raises
+    FaultError if the beginning is another prompt."""
     if any(_stripped(begin[n : n + len(prompt)]) == _stripped(prompt) for n in range(len(begin))):
         return begin
     repeated = next((n for n in range(len(prompt)) if _stripped(prompt[n:]) == _stripped(begin[: len(prompt) - n])), len(prompt))
+    if prompt and begin and repeated == len(prompt) and begin[0]["role"] in ("system", prompt[-1]["role"]):
+        raise FaultError("other_prompt", "the conversations don't begin with the prompt")
     return [*prompt[:repeated], *begin]
 
 
@@ -179,6 +182,8 @@ def preference(record: Mapping[str, Any]) -> ParsedPreference:
     begin = chosen[:shared]
     prompt = _joined(prompt, begin)
     answers = [chosen[shared:], rejected[shared:]]
+    if all(one and one[0]["role"] != "assistant" for one in answers):
+        raise FaultError("other_prompt", "the conversations have different prompts")
     if any(len(one) != 1 or one[0]["role"] != "assistant" for one in answers):
         raise FaultError("several_turns", "the conversations differ in more than the last turn of the assistant")
     if not prompt:

@@ -239,4 +239,5 @@ class TextPipeline(StagedPipeline):
     def uncovered(self) -> dict[str, dict[str, Any]]:
         stages = [stage.entry() for stage in self.stages]
         by = {"input": sources.absolute(self.input), "rules": asdict(self.rules), "stages": stages}
+        by |= synthetic.writer(self._written_by)
         return {reasons.PIPELINE: by, **super().uncovered()}

@@ -36,7 +36,7 @@ from heliostat.curation.watching import PipelineWatch
 from heliostat.errors import ConfigError
 from heliostat.inference.batch import loading, reading, tasks
 from heliostat.inference.batch.tasks import BatchSettings, PieceRecord
-from heliostat.recipes import exported
+from heliostat.recipes import exported, model_origins
 from heliostat.storage import lease
 from heliostat.storage.locations import Location
 from heliostat.tasks import files as model_files
@@ -78,7 +78,7 @@ def infer(
     gpus = torch.cuda.device_count()
     by, why = loading.choose(engine, model, settings.task, gpus)
     settings = settings.model_copy(update={"engine": by})
-    about = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
+    about = {"folder": str(model), "digest": model_digest(model), "origin": model_origins.of(str(model), model), **known}
     facts = {"model": about, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
     claim(place, {"model": about["digest"], "input": absolute(input), **settings.identity}, "answers", "batch inference")
     with lease.take(place, "written", "Wait for that process, or stop it", field="--out") as lease_:

@@ -80,8 +80,10 @@ class TrainingState(Hook):
             context.run_folder, context.job.checkpoint, context.control, context.fence, context.progressed,
             context.posts.notice_of_any,
         )  # fmt: skip
-        if self.sharded.base:
-            self.saver.promised = {f"{MASTER}.{name}": zero for name, zero in self.sharded.base.trained.items()}
+        if base := self.sharded.base:
+            self.saver.promised = {f"{MASTER}.{name}": zero for name, zero in base.trained.items()}
+            # before the first step, because a save that reads a large base for minutes counts as stalled
+            agreement.first(context.control, lambda: base.digest)
         self.copies = memory is not None
         self.failed = self._in_a_row = 0  # failed saves: in this attempt, and in a row
         self._sealing: tuple[UnsealedPart, int] | None = None  # samples and number of events in the current save
