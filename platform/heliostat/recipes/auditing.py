@@ -1,4 +1,7 @@
-"""Defines the audit of loss masks: what a recipe finds in its datasets before the first step, as plain data."""
+"""Defines two abilities of recipes: to audit the loss masks of the datasets before the first step, and to check the first step.
+
+An audit is plain data.
+"""
 
 from __future__ import annotations
 
@@ -57,3 +60,12 @@ class Audits(ABC):
 
         Raises ConfigError if too many rows have nothing to train, or if the rows contradict the facts.
         """
+
+
+class ChecksFirstStep(ABC):
+    """Checks the first step of a run, when it is reported."""
+
+    @abstractmethod
+    def check_first_step(self, parts: dict[str, float]) -> None:
+        """Raises ConfigError if the step shows a mistake. `parts`: the means of `Loss.parts` over the global batch, by name. All
+        workers call this method with the same values."""

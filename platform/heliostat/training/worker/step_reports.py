@@ -13,6 +13,7 @@ import torch.distributed as dist
 from heliostat.cluster.peak_flops import peak_flops
 from heliostat.data.conversations import sample_tokens
 from heliostat.engine import sharded_state
+from heliostat.recipes.auditing import ChecksFirstStep
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Steps
 from heliostat.training.worker.context import Context, Hook
@@ -112,6 +113,8 @@ class StepReports:
         check_budget(results.replaced, done, self.job, self.unsealed.dataset.order)
         for hook in self.hooks:
             hook.on_report(first, results.losses)
+        if first == 0 and isinstance(self.recipe, ChecksFirstStep):
+            self.recipe.check_first_step({name: values[0] for name, values in results.added.items()})
         self.context.latest.loss = results.losses[-1]
         skipped, scale = self._fp16(done)
         self.context.posts.tell(
