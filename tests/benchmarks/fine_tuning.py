@@ -91,7 +91,7 @@ def prepare(folder: str, number: int) -> None:
     Path(folder, "base/tokenizer.json").write_text(raw.to_str())
     single = [{"ids": [str(i)], "lengths": [len(tokens)], "tokens": tokens, "trained": trained}
               for i, (tokens, trained) in enumerate(conversations(number))]  # fmt: skip
-    compared = [{**row, **referred(model, row)} for row in pairs(PAIRS)]
+    compared = list(referred(model, pairs(PAIRS)))
     for name, rows, columns in (("packed", packs(number), PACKS), ("single", single, PACKS), ("pairs", compared, REFERENCE)):
         form = "preferences" if columns is REFERENCE else "packs"
         build_conversations.write(Path(folder, name), rows, columns, raw, {
@@ -100,16 +100,17 @@ def prepare(folder: str, number: int) -> None:
         })  # fmt: skip
 
 
-@torch.no_grad()
-def referred(model: Any, row: dict[str, Any]) -> dict[str, float]:
-    """Returns the log-probabilities of the answers, with the loss of transformers."""
-    values = {}
-    for name in ("chosen", "rejected"):
-        tokens = torch.tensor([[*row["prompt"], *row[name]]])
-        labels = tokens.clone()
-        labels[:, : len(row["prompt"])] = -100
-        values[f"reference_{name}"] = -float(model(input_ids=tokens, labels=labels, num_items_in_batch=1).loss)
-    return values
+def referred(model: Any, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the rows with the log-probabilities of their answers, which `ReferencePipeline` would write."""
+    import pyarrow as pa
+    from heliostat.data.conversations import PREFERENCES
+    from heliostat.recipes.text import answer_logprobs, preference_rows
+
+    for row in rows:
+        batch = preference_rows.batch(pa.Table.from_pylist([row], PREFERENCES), LENGTH, MODEL["vocab_size"], reference=False)
+        with torch.no_grad():
+            ((chosen, rejected),) = answer_logprobs.of_pairs(model, batch).tolist()
+        yield {**row, "reference_chosen": chosen, "reference_rejected": rejected}
 
 
 def counted(rows: list[dict[str, Any]], form: str) -> dict[str, int]:

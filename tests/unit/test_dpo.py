@@ -17,7 +17,7 @@ from heliostat.data import conversations, manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.folder_digests import weights_digest
 from heliostat.recipes.protocol import Batch
-from heliostat.recipes.text import answer_logprobs, preference_loss, preference_rows, tiled_loss
+from heliostat.recipes.text import answer_logprobs, preference_loss, preference_rows, reference_check, tiled_loss
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.dpo import DPO
 from heliostat.storage.locations import Location
@@ -259,6 +259,53 @@ def test_a_reference_of_another_model_is_an_error_unless_the_job_accepts_it(base
         assert dpo(base, source, model={"pretrained": str(base), "dpo": {"reference_model": accepted}}).from_dataset
     with pytest.raises(ConfigError, match=r"than model\.dpo\.reference_model"):
         dpo(base, source, model={"pretrained": str(base), "dpo": {"reference_model": "00"}})
+
+
+def of_first_step(recipe: DPO, source: Path, moved: float = 0.0) -> dict[str, float]:
+    """Returns the parts of a step with all rows. `moved`: added to the rewards."""
+    with torch.no_grad():
+        parts = recipe.loss(recipe.build(), recipe.batch(rows_of(source))).parts
+    return {name: part.value.item() + moved * name.endswith("reward") for name, part in parts.items()}
+
+
+def test_a_model_that_isnt_its_reference_is_an_error_at_the_first_step(base: Path, data: Path, tmp_path: Path) -> None:
+    """The dataset has the right digest, but values of another model. Without this check, such a run trains without a sign."""
+    digest = weights_digest(base)
+    planted, shown = referenced(data, tmp_path / "planted", digest), rf"\({digest}, fp32\)\."
+    recipe = dpo(base, planted)
+    with pytest.raises(ConfigError, match=rf"^model\.dpo\.reference: at step 1, .* {shown} .* {shown} Run `heliostat"):
+        recipe.check_first_step(of_first_step(recipe, planted))
+    accepted = dpo(base, planted, model={"pretrained": str(base), "dpo": {"reference_model": digest}})
+    accepted.check_first_step(of_first_step(accepted, planted))
+    own = dpo(base, data, model={"pretrained": str(base), "adapter": {"rank": 2}})
+    own.check_first_step(of_first_step(own, data))
+    with pytest.raises(
+        ConfigError, match=r"The reference is the model with its adapter off .* Set model\.dpo\.reference: dataset"
+    ):
+        own.check_first_step(of_first_step(own, data, moved=0.01))
+
+
+def test_rounding_is_within_the_bound_of_the_first_step(base: Path, data: Path) -> None:
+    """Whether the model or its reference is in bf16. The same difference is an error if both are in fp32."""
+    recipe = dpo(base, data, model={"pretrained": str(base), "adapter": {"rank": 2}})
+    models = [transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    batch = recipe.batch(rows_of(data))
+    with torch.no_grad():
+        exact, rounded = (answer_logprobs.of_pairs(model, batch) for model in models)
+    error, pairs = float((exact - rounded).mean(0).abs().max()), len(exact)
+    limits = [reference_check.bound(["fp32", other], recipe.length - 1, pairs) for other in ("fp32", "bf16")]
+    assert limits[0] < error < limits[1]
+
+
+def test_a_reference_in_another_precision_is_warned_about(
+    base: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = referenced(data, tmp_path / "referenced", weights_digest(base))
+    dpo(base, source)
+    assert not caplog.records
+    dpo(base, source, **{"train.precision": "bf16"})
+    (record,) = caplog.records
+    assert "has log-probabilities in fp32, but train.precision is bf16" in record.getMessage()
 
 
 @pytest.mark.parametrize(

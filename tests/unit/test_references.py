@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from heliostat.curation import forget
+from heliostat.curation import forget, streaming
 from heliostat.curation.prepare import place
 from heliostat.curation.references import computing
 from heliostat.curation.references.pipeline import ReferencePipeline
@@ -26,6 +29,7 @@ from tests.unit.build_conversations import WORDS
 from tests.unit.build_curation import HereFlow, KilledError
 from tests.unit.test_conversation_records import Preferences, prepared
 from tests.unit.test_dpo import dpo, plain_logprob, rows_of, write_base
+from tests.unit.test_stream_failures import FailingStream
 
 
 class ReferencesHere(ReferencePipeline):
@@ -97,7 +101,7 @@ def test_values_dont_depend_on_the_batches(base: Path, data: Path) -> None:
     found = []
     for tokens in (1, 300, 100_000):
         settings = computing.ReferenceModel(shipment, "fp32", False, 96, tokens)
-        found.append(computing.logprobs(computing._loaded(str(base), settings), table, settings))
+        found.append(computing.logprobs(computing.loaded_once(str(base), settings), table, settings))
     for one in found[1:]:
         np.testing.assert_allclose(one, found[0], rtol=1e-6, atol=1e-5)
 
@@ -122,6 +126,54 @@ def test_an_interrupted_run_resumes_and_gives_the_same_dataset(base: Path, data:
     resumed, whole = make(made), make(pipeline(base, data, tmp_path / "other"))
     assert flows[0].kept["reference"] == 1 and not flows[0].done.get("reference") and resumed.digest == whole.digest
     assert make(pipeline(write_base(tmp_path, seed=1), data, tmp_path / "third")).digest != whole.digest
+
+
+class StreamedHere(ReferencesHere):
+    """Runs the stream for GPUs on this machine's CPU."""
+
+    gpus: float = 1.0
+
+    @cached_property
+    def described(self) -> computing.ReferenceModel:
+        return replace(super().described, on_gpu=False)
+
+
+def streamed(base: Path, data: Path, output: Path) -> StreamedHere:
+    keys = {"name": "referenced", "input": str(data), "model": str(base), "output": str(output), "batch_tokens": 300}
+    return StreamedHere.model_validate(keys)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_stream_that_loses_blocks_gives_the_dataset_of_recorded_tasks(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Bit for bit, with row groups that end in any order. Recorded tasks compute the shards that the stream doesn't finish, and a
+    second run computes nothing again."""
+    data = in_shards(tmp_path / "data", [6, 3, 11] * 4)
+    plain = make(pipeline(base, data, tmp_path / "plain", batch_tokens=300))
+    monkeypatch.setattr(streaming, "RunningStream", FailingStream)
+    monkeypatch.setattr(FailingStream, "rng", random.Random(seed))
+    monkeypatch.setattr(FailingStream, "ends_after", (6, 99)[seed])
+    made = streamed(base, data, tmp_path / "streamed")
+    made.write(place(made.output, "output"), made.inputs())
+    done = list((tmp_path / "streamed.work/done/stream").iterdir())
+    flow = HereFlow(made.worked)
+    object.__setattr__(made, "flow", lambda: flow)
+    again = make(made)
+    assert rows(again) == rows(plain) and again.digest == plain.digest and 0 < len(done) < 12 and not flow.done
+
+
+def in_shards(folder: Path, sizes: list[int]) -> Path:
+    """Writes a dataset of preferences with a shard of each size, in row groups of 5 pairs."""
+    one, footers, begin = build_conversations.preferences(folder, sum(sizes)), list[Any](), 0
+    location, table = place(str(one), "data"), rows_of(one)
+    meta = {name: value for name, value in manifest.read(location).meta.items() if name != "digest"}
+    for number, size in enumerate(sizes):
+        pq.write_table(table.slice(begin, size), folder / f"shards/{number}.parquet", row_group_size=5, write_page_checksum=True)
+        footers += manifest.read_footer(location, f"shards/{number}.parquet", None)
+        begin += size
+    manifest.write(location, footers, meta)
+    return one
 
 
 def test_inputs_and_models_that_dont_fit_are_errors(base: Path, data: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.registry import parse
 from heliostat.curation.segment import LEFT_OUT
 from heliostat.curation.stages.fix_text import FixText
-from heliostat.curation.streamed import ReadBlocks, ScoreBlocks, Streamed, StreamPlan, WriteBlocks, block, sent
+from heliostat.curation.streamed import StreamForm, block
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
@@ -32,7 +32,7 @@ class FailingStream(streaming.RunningStream):
 
     rng, ends_after = random.Random(), 0
 
-    def __init__(self, flow: Flow, plan: StreamPlan) -> None:
+    def __init__(self, flow: Flow, plan: StreamForm) -> None:
         self.flow, self.plan, self.reason = flow, plan, ""
         self.waiting, self.blocks, self.lasts = {}, {}, {}
         self.started = self.done = self.failed = 0
@@ -40,12 +40,10 @@ class FailingStream(streaming.RunningStream):
         self.received, self.rows = queue.SimpleQueue(), list[dict[str, Any]]()
 
     def start(self, number: int, task: Task) -> bool:
-        before, scoring, after = self.plan.split()
-        plan = self.plan
-        workers = Streamed(self.flow.work.spill, plan.source, plan.run_bytes, plan.explained, plan.every, None)
-        for read in ReadBlocks(workers, before)(pa.table({"id": [sent(number, task.arguments["piece"])]})):
-            for scored in ScoreBlocks(workers, scoring)(read):
-                for written in WriteBlocks(workers, after)(scored):
+        read, scorer, arguments, write = self.plan.operators(self.flow.work.spill, None)
+        for blocks in read(pa.table({"id": [self.plan.sent(number, task)]})):
+            for scored in scorer(*arguments)(blocks):
+                for written in write(scored):
                     self.rows += written.to_pylist() * self.rng.choice([0, 1, 1, 1, 1, 2])
         if self.rng.random() < 0.2:
             self.rows += block(number, 0, True, [], [], '{"message": "failed", "final": false}').to_pylist()

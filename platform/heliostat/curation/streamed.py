@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,6 +26,7 @@ from heliostat.curation.stage import Document, Dropped
 from heliostat.errors import innermost
 from heliostat.storage.locations import Location
 from heliostat.tasks import care, cpu_time, shipping, spill
+from heliostat.tasks.clusters import Task
 from heliostat.tasks.work import key
 
 BLOCK = pa.schema(
@@ -34,8 +35,40 @@ BLOCK = pa.schema(
 )  # fmt: skip
 KIND = "stream"  # of the records and the progress line
 COPY_S = 1.0  # seconds between checks of whether the driver has copied a stage's files to the work folder
+Opened = TypeVar("Opened")
 Item = list[FilePart] | SpilledRun
 """A task's documents: pieces of the pipeline's input, or a temporary file of an earlier task."""
+
+
+class Operators(NamedTuple):
+    """Holds the operators of a stream, from blocks to blocks. `read` gets what `StreamForm.sent` returns. `scorer` is a class for
+    actors, which gets the `arguments`."""
+
+    read: Callable[[pa.Table], Iterator[pa.Table]]
+    scorer: type
+    arguments: tuple[object, ...]
+    write: Callable[[pa.Table], Iterator[pa.Table]]
+
+
+class StreamForm(Protocol):
+    """Declares what a stream needs of a pipeline. `kind`: of the recorded tasks for the same work; `gpus`: the maximum number of
+    actors; `gpus_each`: the GPUs of each."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def gpus(self) -> int: ...
+    @property
+    def gpus_each(self) -> float: ...
+
+    def key(self, task: str) -> str:
+        """Returns the key of a task's record in the stream. `task`: the key of the recorded task."""
+
+    def sent(self, number: int, task: Task) -> bytes:
+        """Encodes a task for the operators."""
+
+    def operators(self, folder: Location, lacking: Queue) -> Operators:
+        """Makes the operators. `folder`: for temporary files; `lacking`: see `with_files`."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +93,45 @@ class StreamPlan:
     explained: bool
     gpus: int
     every: int = 1
+    gpus_each = 1.0
 
     def key(self, task: str) -> str:
         """Returns the key of a task's record in the stream. `task`: the key of the recorded task for the first segment."""
         return key(KIND, task, self.follows)
+
+    @property
+    def kind(self) -> str:
+        return self.parts[0].kind
+
+    def sent(self, number: int, task: Task) -> bytes:
+        return sent(number, task.arguments["run"] if "run" in task.arguments else task.arguments["piece"])
+
+    def operators(self, folder: Location, lacking: Queue) -> Operators:
+        streamed = Streamed(folder, self.source, self.run_bytes, self.explained, self.every, lacking)
+        before, scoring, after = self.split()
+        return Operators(ReadBlocks(streamed, before), ScoreBlocks, (streamed, scoring), WriteBlocks(streamed, after))
 
     def split(self) -> tuple[StreamPart | None, list[StreamPart], list[StreamPart]]:
         """Returns the segment before the scoring stages, the segments from the first to the last scoring stage, and the segments
         after them."""
         first, last = self.scoring.index(True), len(self.scoring) - self.scoring[::-1].index(True)
         return self.parts[0] if first else None, self.parts[first:last], self.parts[last:]
+
+
+def with_files(lacking: Queue, open: Callable[[], Opened]) -> Opened:
+    """Calls a function that needs files from the driver. Puts the files that this node lacks into the queue `lacking`, and waits
+    until the driver has copied these files."""
+    until, requested = time.monotonic() + shipping.WAIT_S, list[shipping.Shipment]()
+    while True:
+        try:
+            return open()
+        except shipping.NotHereError as e:
+            if time.monotonic() > until:
+                raise
+            if e.shipment not in requested:
+                requested.append(e.shipment)
+                lacking.put(e.shipment)
+            time.sleep(COPY_S)
 
 
 @dataclass(frozen=True)
@@ -86,17 +148,7 @@ class Streamed:
 
     def chain(self, part: StreamPart) -> Chain:
         """Opens a part's stages. Waits until the driver has copied the files that this node lacks."""
-        until, requested = time.monotonic() + shipping.WAIT_S, list[shipping.Shipment]()
-        while True:
-            try:
-                return Chain(self.folder, part.stages, part.first)
-            except shipping.NotHereError as e:
-                if time.monotonic() > until:
-                    raise
-                if e.shipment not in requested:
-                    requested.append(e.shipment)
-                    self.lacking.put(e.shipment)
-                time.sleep(COPY_S)
+        return with_files(self.lacking, lambda: Chain(self.folder, part.stages, part.first))
 
     def through(self, part: StreamPart, tables: list[pa.Table]) -> tuple[list[pa.Table], dict[str, Any]]:
         """Runs the documents of some tables through a part's stages. Returns the tables of the kept documents, and the part's

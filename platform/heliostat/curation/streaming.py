@@ -1,6 +1,9 @@
-"""Runs segments of stages as one Ray Data pipeline, so that GPUs score documents while CPUs read and filter.
+"""Runs tasks that need models as one Ray Data pipeline, so that GPUs compute while CPUs read, filter, and write.
 
-    queue of tasks -> ReadBlocks (CPUs) -> ScoreBlocks (actors with a GPU each) -> WriteBlocks (CPUs) -> records
+    queue of tasks -> read (CPUs) -> score (actors with GPUs) -> write (CPUs) -> records
+
+The operators are those of a `StreamForm`: segments of stages (`streamed`), or a reference's log-probabilities
+(`references.stream`).
 
 Documents pass through Ray's object store. Ray Data stops reading when the blocks that wait for a GPU use their share of the
 object store (backpressure by bytes), and starts actors up to the number of GPUs. The driver receives only records. When the
@@ -33,7 +36,7 @@ from ray.util.annotations import RayDeprecationWarning
 from ray.util.queue import Full, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from heliostat.curation.streamed import KIND, ReadBlocks, ScoreBlocks, Streamed, StreamPlan, WriteBlocks, sent
+from heliostat.curation.streamed import KIND, StreamForm
 from heliostat.data import stream
 from heliostat.tasks import care, shipping
 from heliostat.tasks.flow import BATCH, Flow, Task
@@ -51,7 +54,7 @@ Finished = tuple[int, Task, dict[str, Any] | None]
 """A task's number, the task, and its record; None if recorded tasks must run this task."""
 
 
-def dataset(flow: Flow, plan: StreamPlan, feed: Queue, lacking: Queue) -> Dataset:
+def dataset(flow: Flow, plan: StreamForm, feed: Queue, lacking: Queue) -> Dataset:
     """Makes the Ray Dataset, whose rows are blocks without documents (schema BLOCK). `feed` has the tasks, and `lacking` gets the
     files that nodes lack."""
     context = DataContext.get_current().copy()
@@ -63,18 +66,17 @@ def dataset(flow: Flow, plan: StreamPlan, feed: Queue, lacking: Queue) -> Datase
     context.wait_for_min_actors_s = int(PLACE_S)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    streamed = Streamed(flow.work.spill, plan.source, plan.run_bytes, plan.explained, plan.every, lacking)
-    before, scoring, after = plan.split()
+    read, scorer, arguments, write = plan.operators(flow.work.spill, lacking)
     once: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
     task = once | {"num_cpus": 1, "max_retries": 0, "memory": flow.memory_each()}
-    actor = once | {"num_cpus": 0, "num_gpus": 1, "max_restarts": -1, "max_task_retries": 0}
+    actor = once | {"num_cpus": 0, "num_gpus": plan.gpus_each, "max_restarts": -1, "max_task_retries": 0}
     with DataContext.current(context), warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.60 has no other way to limit retries
         tasks = stream.numbered(1 << 20, partial(taken, feed), context)
-        blocks = tasks.map_batches(ReadBlocks(streamed, before), **task)
+        blocks = tasks.map_batches(read, **task)
         pool = ActorPoolStrategy(min_size=1, max_size=plan.gpus)
-        scored = blocks.map_batches(ScoreBlocks, fn_constructor_args=(streamed, scoring), compute=pool, **actor)
-        return scored.map_batches(WriteBlocks(streamed, after), **task)
+        scored = blocks.map_batches(scorer, fn_constructor_args=arguments, compute=pool, **actor)
+        return scored.map_batches(write, **task)
 
 
 def taken(feed: Queue) -> Iterator[bytes]:
@@ -94,7 +96,7 @@ def taken(feed: Queue) -> Iterator[bytes]:
         count = order + 1
 
 
-def run(flow: Flow, plan: StreamPlan, tasks: Iterator[Task]) -> Iterator[Finished]:
+def run(flow: Flow, plan: StreamForm, tasks: Iterator[Task]) -> Iterator[Finished]:
     """Runs tasks in a stream. Yields each task with its record, or with None if recorded tasks must run it.
 
     `tasks`: the recorded tasks for the first segment. Recorded tasks also continue the work that they have begun.
@@ -123,9 +125,9 @@ def run(flow: Flow, plan: StreamPlan, tasks: Iterator[Task]) -> Iterator[Finishe
             running.end()
 
 
-def _looked_up(flow: Flow, plan: StreamPlan, tasks: Iterator[Task]) -> Iterator[tuple[int, Task, dict[str, Any] | None, bool]]:
+def _looked_up(flow: Flow, plan: StreamForm, tasks: Iterator[Task]) -> Iterator[tuple[int, Task, dict[str, Any] | None, bool]]:
     """Yields for each task: its number, the task, its record in the stream, and whether recorded tasks have begun it."""
-    kind, number, whole = plan.parts[0].kind, 0, False
+    kind, number, whole = plan.kind, 0, False
     while not whole:
         batch = list(islice(tasks, BATCH))
         whole = len(batch) < BATCH
@@ -160,7 +162,7 @@ class RunningStream:
     including those that the stream never took.
     """
 
-    def __init__(self, flow: Flow, plan: StreamPlan) -> None:
+    def __init__(self, flow: Flow, plan: StreamForm) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": here}
         self.flow, self.plan, self.reason = flow, plan, ""
@@ -177,8 +179,7 @@ class RunningStream:
 
     def start(self, number: int, task: Task) -> bool:
         """Puts a task into the queue; returns whether the queue had room."""
-        item = task.arguments["run"] if "run" in task.arguments else task.arguments["piece"]
-        if started := self._put((self.started, sent(number, item))):
+        if started := self._put((self.started, self.plan.sent(number, task))):
             self.waiting[number] = task
             self.started += 1
         return started

@@ -1,4 +1,7 @@
-"""Defines the audit of loss masks: what a recipe finds in its datasets before the first step, as plain data."""
+"""Defines two abilities of recipes: to audit the loss masks of the datasets before the first step, and to check the first step.
+
+An audit is plain data.
+"""
 
 from __future__ import annotations
 
@@ -67,3 +70,12 @@ class Audits(ABC):
     @abstractmethod
     def trained(self, batch: Batch) -> torch.Tensor:
         """Counts the trained tokens of each sample of a batch on the host, int64 [samples]. Their sum is the batch's `terms`."""
+
+
+class ChecksFirstStep(ABC):
+    """Checks the first step of a run, when it is reported."""
+
+    @abstractmethod
+    def check_first_step(self, parts: dict[str, float]) -> None:
+        """Raises ConfigError if the step shows a mistake. `parts`: the means of `Loss.parts` over the global batch, by name. All
+        workers call this method with the same values."""

@@ -1,5 +1,6 @@
 """Computes the log-probabilities of a shard's answers under a reference model, and writes the shard with these values: two tasks
-on Ray. The first needs the model, and its result is small. So an interrupted run repeats no finished computation.
+on Ray. The first needs the model, and its result is small. So an interrupted run repeats no finished computation. On GPUs, the
+first runs in a stream (`references.stream`).
 
 A value doesn't depend on the other rows of its batch, except for rounding in the precision of the model.
 """
@@ -28,6 +29,7 @@ from heliostat.tasks.shipping import Shipment
 if TYPE_CHECKING:
     import torch
 
+KIND = "reference"  # of the tasks that compute
 CONTENT = b"content"  # in a shard's footer: a digest of all values
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -58,7 +60,7 @@ class SourceShard:
 
 def compute(folder: Location, shard: SourceShard, model: ReferenceModel) -> dict[str, object]:
     """Computes the log-probabilities of a shard's answers. Returns the name of the temporary file of values, fp64 [rows, 2]."""
-    loaded, file = _loaded(shipping.here(folder, model.shipment), model), shard.read()
+    loaded, file = loaded_once(shipping.here(folder, model.shipment), model), shard.read()
     groups = [logprobs(loaded, file.read_row_group(group, PREFERENCES.names), model) for group in range(file.num_row_groups)]
     values = np.concatenate([np.empty((0, 2)), *groups])
     name = spill.put(folder, values.tobytes(), ".bin")
@@ -66,7 +68,7 @@ def compute(folder: Location, shard: SourceShard, model: ReferenceModel) -> dict
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: str, model: ReferenceModel) -> torch.nn.Module:
+def loaded_once(folder: str, model: ReferenceModel) -> torch.nn.Module:
     """Loads the model once per process."""
     import torch
 
@@ -111,10 +113,14 @@ def batches(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
         order = order[count:]
 
 
-def write_shard(folder: Location, shard: SourceShard, values: str, prefix: str, output: str) -> dict[str, Any]:
-    """Writes a shard with its log-probabilities, in the same row groups. Returns the shard's rows of the manifest."""
-    with spill.whole(folder, values):
-        computed = np.frombuffer(folder.join(values).read()).reshape(-1, 2)
+def write_shard(folder: Location, shard: SourceShard, values: list[str], prefix: str, output: str) -> dict[str, Any]:
+    """Writes a shard with its log-probabilities, in the same row groups. `values`: their temporary files, in the order of the
+    rows. Returns the shard's rows of the manifest."""
+    parts = [np.empty(0)]
+    for name in values:
+        with spill.whole(folder, name):
+            parts.append(np.frombuffer(folder.join(name).read()))
+    computed = np.concatenate(parts).reshape(-1, 2)
     data, place = joined(shard.read(), computed), Location(output)
     path = versions.store(place, prefix, data, ".parquet")
     return {"shards": [{**row_groups.written(place, path, data, None), "documents": len(computed)}], "files": []}

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from heliostat.curation import scoring
 from heliostat.curation.prepare import InputFile, Pipeline, place
 from heliostat.curation.references import computing
-from heliostat.curation.references.computing import ReferenceModel, SourceShard
+from heliostat.curation.references.computing import KIND, ReferenceModel, SourceShard
 from heliostat.curation.watching import PipelineWatch
 from heliostat.data import manifest, versions
 from heliostat.data.ancestry import FOLDERS, MADE_FROM, PIPELINE, REFERENCE, made_from
@@ -129,30 +129,52 @@ class ReferencePipeline(Pipeline):
         chunks = self.dataset.chunks.select(["path", "footer"]).to_pylist()
         footers = {one["path"]: one["footer"] for one in chunks}
         shards = [SourceShard(self.dataset.location.uri, file.path, footers[file.path]) for file in inputs]
-        model = ReferenceModel(
-            shipping.describe("model", self.model), self.precision, self.gpus > 0, self.dataset.meta[FACT]["sequence_length"],
-            self.batch_tokens,
-        )  # fmt: skip
         uses = libraries.versions(libraries.MODELS)
         of_model = [self.reference, self.batch_tokens, self.gpus > 0, uses]
         tasks = (
-            Task(key("reference", shard.footer, of_model), {"shard": shard, "model": model}, bytes=file.bytes)
+            Task(key(KIND, shard.footer, of_model), {"shard": shard, "model": self.described}, bytes=file.bytes)
             for shard, file in zip(shards, inputs, strict=True)
         )
-        values = flow.taken("reference", computing.compute, tasks, lambda record: record["values"],
-                            actors=self.workers, gpus=self.gpus)  # fmt: skip
+        values = self._values(flow, tasks)
         present = dict(output.files())
 
         def whole(record: dict[str, Any]) -> bool:
             return all(present.get(shard["path"]) == shard["file_bytes"] for shard in record["shards"])
 
         def writing() -> Iterator[Task]:
-            for number, (shard, name, file) in enumerate(zip(shards, values, inputs, strict=True)):
+            for number, (shard, names, file) in enumerate(zip(shards, values, inputs, strict=True)):
                 prefix = f"{folder}/" if (folder := shard.path.rpartition("/")[0]) != SHARDS else f"{SHARDS}/{number:05d}/"
-                arguments = {"shard": shard, "values": name, "prefix": prefix, "output": output.uri}
-                yield Task(key("referenced", shard.footer, name, prefix), arguments, bytes=file.bytes)
+                arguments = {"shard": shard, "values": names, "prefix": prefix, "output": output.uri}
+                yield Task(key("referenced", shard.footer, *names, prefix), arguments, bytes=file.bytes)
 
         return flow.all("shards", computing.write_shard, writing(), valid=whole)
+
+    @cached_property
+    def described(self) -> ReferenceModel:
+        """Describes how the tasks compute."""
+        shipment, longest = shipping.describe("model", self.model), self.dataset.meta[FACT]["sequence_length"]
+        return ReferenceModel(shipment, self.precision, self.gpus > 0, longest, self.batch_tokens)
+
+    def _values(self, flow: Flow, tasks: Iterator[Task]) -> list[list[str]]:
+        """Computes log-probabilities: in a stream if actors have GPUs, and what it leaves as recorded tasks. Returns the names of
+        each task's temporary files."""
+        names, left = dict[int, list[str]](), list[tuple[int, Task]]()
+        if self.gpus:
+            from heliostat.curation import streaming  # takes a second, because it imports Ray Data
+            from heliostat.curation.references import stream
+
+            plan = stream.ReferenceStream(self.described, self.workers, self.gpus)
+            for number, task, record in streaming.run(flow, plan, tasks):
+                if record is None:
+                    left.append((number, task))
+                else:
+                    names[number] = stream.values(record)
+        else:
+            left = list(enumerate(tasks))
+        recorded = flow.taken(KIND, computing.compute, (task for _, task in left), lambda record: [record["values"]],
+                              actors=self.workers, gpus=self.gpus) if left else []  # fmt: skip
+        names |= {number: values for (number, _), values in zip(left, recorded, strict=True)}
+        return [names[number] for number in sorted(names)]
 
     def _copied(self, name: str, output: Location) -> str:
         """Copies a file of the input to the output. Returns its path."""

@@ -15,7 +15,9 @@ Held-out scores: loss, accuracy (the share of pairs with a positive margin), and
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,10 +29,13 @@ from heliostat.data.conversations import Reference
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import adapters
+from heliostat.recipes.auditing import ChecksFirstStep
 from heliostat.recipes.folder_digests import weights_digest
 from heliostat.recipes.protocol import Batch, Evaluates, Loss, Part
+from heliostat.recipes.text import reference_check
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.recipes.text.conversations import ConversationKeys, LearnsConversations
+from heliostat.recipes.text.reference_check import ComparedModel
 from heliostat.schema import Float, Strict
 from heliostat.storage.hub import files
 
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 BUILT_IN = {"DPO": ("heliostat.recipes.text.answer_logprobs", "transformers")}
 ANY = "any"
 PIPELINE = "heliostat.pipelines:ReferencePipeline"
+log = logging.getLogger(__name__)
 FIXES = f"Set model.adapter, or add log-probabilities to the dataset with {PIPELINE}"
 
 
@@ -75,7 +81,7 @@ class DPOKeys(ConversationKeys):
     """Loss and reference of DPO."""
 
 
-class DPO(LearnsConversations):
+class DPO(LearnsConversations, ChecksFirstStep):
     form = "preferences"
     pipeline = "heliostat.pipelines:PreferencePipeline"
     own = DPOKeys
@@ -152,6 +158,40 @@ class DPO(LearnsConversations):
                 f"`heliostat data prepare` with {PIPELINE} and the right model, or set model.dpo.reference_model: "
                 f"{reference['digest']}"
             )
+        self._warn_of_precision(dataset, reference["precision"])
+
+    def _warn_of_precision(self, dataset: str, computed: str) -> None:
+        """Logs a warning if a dataset's log-probabilities were computed in another precision than that of training."""
+        trained = self.job.train.precision
+        if computed != trained and self.settings.reference_model != ANY:
+            log.warning(
+                "%s has log-probabilities in %s, but train.precision is %s, so rounding adds noise to the margins. Run "
+                "`heliostat data prepare` with %s and precision: %s", dataset, computed, trained, PIPELINE,
+                "bf16" if trained == "bf16" else "fp32",
+            )  # fmt: skip
+
+    def check_first_step(self, parts: dict[str, float]) -> None:
+        """Raises ConfigError unless the model is its reference at the first step. Doesn't check a reference that the job accepts
+        although it is another model."""
+        if self.settings.reference_model:
+            return
+        ratios = {side: parts[f"{side}_reward"] / self.settings.beta for side in ("chosen", "rejected")}
+        in_4_bits = self.adapter is not None and self.adapter.base is not None
+        precision = "nf4" if in_4_bits else "fp8" if self.fp8 else self.job.train.precision
+        references = [reference for reference in self._references if reference] if self.from_dataset else []
+        precisions = [precision, *(reference["precision"] for reference in references)]
+        limit = reference_check.bound(precisions, self.length - 1, self.job.train.global_batch_size)
+        if max(map(abs, ratios.values())) <= limit:
+            return
+        folder = Path(str(self.pretrained))
+        policy = ComparedModel(f"model.pretrained {files.shown(folder)!r}", weights_digest(folder), precision)
+        shown = [
+            ComparedModel(f"that of {str(source.location)!r}", reference["digest"], reference["precision"])
+            for source, reference in zip(self.sources[: len(references)], references, strict=True)
+        ] or [replace(policy, name="the model with its adapter off")]
+        fix = f"Run `heliostat data prepare` with {PIPELINE} again, or accept the reference with model.dpo.reference_model"
+        fix = fix if self.from_dataset else "Set model.dpo.reference: dataset"
+        raise ConfigError(f"model.dpo.reference: {reference_check.message(policy, shown, ratios, limit)}. {fix}")
 
     # training ----------------------------------------------------------------------------------------------------------
 

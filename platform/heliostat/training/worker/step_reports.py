@@ -16,7 +16,7 @@ from heliostat.cluster.peak_flops import peak_flops
 from heliostat.data.conversations import sample_tokens
 from heliostat.data.order import Order
 from heliostat.engine import sharded_state
-from heliostat.recipes.auditing import Audits
+from heliostat.recipes.auditing import Audits, ChecksFirstStep
 from heliostat.recipes.protocol import Recipe
 from heliostat.runs.events import Steps
 from heliostat.training.worker.context import Context, Hook
@@ -142,6 +142,8 @@ class StepReports:
         check_budget(replaced, done, self.job, self.unsealed.dataset.order)
         for hook in self.hooks:
             hook.on_report(first, results.losses)
+        if first == 0 and isinstance(self.recipe, ChecksFirstStep):
+            self.recipe.check_first_step({name: values[0] for name, values in results.added.items()})
         self.context.latest.loss = results.losses[-1]
         skipped, scale = self._fp16(done)
         self.context.posts.tell(
