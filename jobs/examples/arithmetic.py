@@ -10,7 +10,7 @@ from pathlib import Path
 from reasoning_gym import create_dataset
 
 RAW, SUITE = Path(".heliostat/raw/arithmetic"), Path("suites/arithmetic")
-LEARN, PAIRS, TEST = 1600, 600, 300
+LEARN, PAIRS, TEST = 1600, 600, 1000
 SLIPS = (-10, -1, 1, 10)  # a wrong digit in the result
 
 

@@ -15,6 +15,7 @@ from heliostat.errors import ConfigError, TrackingError
 from heliostat.text import plural
 
 if TYPE_CHECKING:
+    from heliostat.evaluation.paired import PairedResult
     from heliostat.evaluation.run import Benchmark
 
 
@@ -30,12 +31,18 @@ def benchmark(
         int,
         typer.Option(min=1, help="With --follow: score only checkpoints at multiples of this step, and the last checkpoint"),
     ] = 1,
+    compare: Annotated[
+        str | None,
+        typer.Option("--compare", metavar="FILE", help="Result file of another model on this suite: show the paired difference"),
+    ] = None,
     mlflow: TrackingUri = None,
 ) -> None:
     """Score a language model on lm-eval tasks, with confidence intervals, chance levels, and contamination."""
     if every != 1 and not follow:
         raise ConfigError(f"--every: has an effect only with --follow ({every}). Add --follow")
-    from heliostat.evaluation import run
+    if compare is not None and follow:
+        raise ConfigError(f"--compare: not supported with --follow ({compare}). Remove one of the two")
+    from heliostat.evaluation import paired, run
     from heliostat.evaluation.suite import load
     from heliostat.storage.locations import Location
 
@@ -45,16 +52,19 @@ def benchmark(
         if follow:
             _follow(tasks, model, every, to, mlflow)
         else:
-            _once(tasks, model, to, mlflow)
+            other = None if compare is None else paired.read(Location(compare), suite_, tasks.digests)
+            _once(tasks, model, to, mlflow, other)
 
 
-def _once(tasks: Benchmark, model: str, to: str, mlflow: str | None) -> None:
-    from heliostat.evaluation import recording, run, scoring, shown
+def _once(tasks: Benchmark, model: str, to: str, mlflow: str | None, other: PairedResult | None) -> None:
+    from heliostat.evaluation import paired, recording, run, scoring, shown
     from heliostat.storage.locations import Location
 
     folder, fault = model_folder(model, mlflow), None
     scoring.require_language_model(folder)
     result = tasks.score(folder)
+    differences = [] if other is None else paired.differences(result["tasks"], other)
+    result["compared"] = None if other is None else [one._asdict() for one in differences]
     run.write(result, Location(to))
     try:
         result["recorded"] = recording.record(store_uri(mlflow), result)
@@ -62,10 +72,11 @@ def _once(tasks: Benchmark, model: str, to: str, mlflow: str | None) -> None:
         fault, result["recorded"] = e, recording.unrecorded(str(e))
     run.write(result, Location(to))
     print_table(shown.rows(result), left=(0, 1))
-    for note in shown.notes(result):
+    for note in [*map(shown.difference, differences), *shown.notes(result)]:
         out.print(note)
     out.print(f"wrote {to}")
-    finish({**result, "file": to}, fault)
+    rows = [{name: value for name, value in row.items() if name != "values"} for row in result["tasks"]]  # the file has them
+    finish({**result, "tasks": rows, "file": to}, fault)
 
 
 def _follow(tasks: Benchmark, model: str, every: int, to: str, mlflow: str | None) -> None:

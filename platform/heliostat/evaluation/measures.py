@@ -25,6 +25,14 @@ def interval(score: float, stderr: float | None, values: Sequence[object]) -> tu
     return None if stderr is None else (score - Z * stderr, score + Z * stderr)
 
 
+def averaged(score: float, values: Sequence[object]) -> list[float] | None:
+    """Returns each example's value as a number. Returns None if the score isn't the mean of the values, as for perplexity."""
+    numbers = [value for value in values if isinstance(value, int | float)]
+    if not numbers or len(numbers) < len(values) or not math.isclose(math.fsum(numbers) / len(numbers), score, abs_tol=1e-9):
+        return None
+    return [int(value) if value in (0, 1) else float(value) for value in numbers]
+
+
 def chance(kind: str, metric: str, choices: Sequence[tuple[int, int]]) -> float | None:
     """Computes the score that random guessing would get. Returns None if this score isn't defined for the metric.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from heliostat import extras
 from heliostat.curation.watching import PipelineWatch
-from heliostat.evaluation import contamination, measures, sandbox, scoring
+from heliostat.evaluation import contamination, measures, paired, sandbox, scoring
 from heliostat.evaluation.contamination import Examples
 from heliostat.evaluation.suite import Result, Row, Suite
 from heliostat.evaluation.tasks import EvalTask, build
@@ -42,6 +42,7 @@ class Benchmark:
         self._examples: Examples | None = None
         with sandbox.held():
             self.tasks: list[EvalTask] = build(suite, folder, Path(self._cache.name))
+            self.digests = {task.name: paired.digest(scoring.texts(task, suite)) for task in self.tasks}
 
     def close(self) -> None:
         """Removes copies of task files and data sets."""
@@ -67,6 +68,7 @@ class Benchmark:
 
     def _row(self, model: HFLM, task: EvalTask) -> Row:
         row, values = scoring.score(model, task, self.suite)
+        row["examples_digest"] = self.digests[task.name]
         if self._examples is None or self._seen.get("unknown"):
             return row | {"contamination": None}
         return row | {"contamination": contamination.summary(self._examples.shares(task.name), values, row["score"])}

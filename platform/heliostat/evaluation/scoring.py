@@ -79,12 +79,12 @@ def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, Sequence[floa
             f"The model reads at most {model.max_length} tokens"
         ) from e
     samples = [one for one in evaluated["samples"][task.name] if one["filter"] == task.filter]
-    row = _row(task, evaluated, samples, truncated(model, task))
-    if not task.runs_code:
-        return row, [one[task.metric] for one in samples]
-    written = [(task.task.doc_to_text(one["doc"]) + one["filtered_resps"][0], one["target"]) for one in samples]
-    ended = unit_tests.verdicts(written)
-    return unit_tests.row(row, ended), unit_tests.passed(ended)
+    row, values = _row(task, evaluated, samples, truncated(model, task)), [one[task.metric] for one in samples]
+    if task.runs_code:
+        written = [(task.task.doc_to_text(one["doc"]) + one["filtered_resps"][0], one["target"]) for one in samples]
+        ended = unit_tests.verdicts(written)
+        row, values = unit_tests.row(row, ended), unit_tests.passed(ended)
+    return row | {"values": measures.averaged(row["score"], values)}, values
 
 
 def _row(task: EvalTask, evaluated: Sample, samples: list[Sample], cut: int) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from heliostat.evaluation.paired import Difference
 from heliostat.evaluation.suite import Result, Row
 
 HEAD = ["task", "metric", "score", "95 %", "chance", "centred", "n", "seen"]
@@ -37,6 +38,17 @@ def _interval(low: float, high: float) -> str:
 
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def difference(one: Difference) -> str:
+    """Formats a task's difference from the other model, as in `sums: +0.050 (95 % +0.021 to +0.079): 80 examples better, ...`."""
+    if one.difference is None:
+        return f"{one.task}: no difference, because the score isn't a mean over examples"
+    interval = "" if one.low is None else f" (95 % {one.low:+.3f} to {one.high:+.3f})"
+    return (
+        f"{one.task}: {one.difference:+.3f}{interval} compared with the other model; "
+        f"{one.higher:,} examples score higher, {one.lower:,} lower"
+    )
 
 
 def notes(result: Result) -> list[str]:
