@@ -37,8 +37,8 @@ def test_image_models_are_planned_within_fifteen_percent():
 
 @pytest.mark.parametrize("name", published.FORWARD)
 def test_the_operations_of_image_models_are_the_published_ones(name):
-    """A U-Net (Stable Diffusion 1.4 at 512 pixels) and a transformer (DiT-XL/2 at 256 pixels). The plan counts a step: a product's
-    backward pass costs two forward passes."""
+    """A U-Net (Stable Diffusion 1.4 at 512 pixels) and a transformer (DiT-XL/2 at 256 pixels). The plan counts a step: the
+    backward pass of a product costs two forward passes."""
     said, kinds = published.FORWARD[name], {"convolution", "matmul", "attention"}
     if not said["attention"]:
         kinds -= {"attention"}
