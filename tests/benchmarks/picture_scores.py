@@ -4,8 +4,8 @@
 
 TRAINING and HELD_OUT are the datasets of `pipelines/drawings.yaml`. A grid is the image `held_out` in MLflow, which contains the
 drawn pictures exactly. The upper reference is as many training pictures with the same styles, which the comparison then leaves
-out of the training pictures. Memorization is measured by pixels only, so that only some training pictures need features. `rbf_mmd`
-is CMMD's formula, with these features instead of CLIP's.
+out of the training pictures. Memorization is measured by pixels only, so that only some training pictures need features.
+`rbf_mmd` is CMMD's formula, with these features instead of CLIP's.
 """
 
 from __future__ import annotations
