@@ -1,27 +1,30 @@
-"""Compares the CPU seconds of a training step of heliostat's engine with those of a plain loop of diffusers and accelerate.
+"""Compares the CPU seconds of a training step of heliostat's engine with those of plain loops of diffusers and accelerate.
 
     heliostat data prepare pipelines/quickstart-images.yaml --set resolution=32 --set output=FOLDER
-    OMP_NUM_THREADS=1 python -m tests.benchmarks.diffusion_steps FOLDER [--stage 1] [--precision fp32] [--steps 12] [--batch 16]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.diffusion_steps FOLDER [--stages 1 2 3] [--precisions fp32 bf16] [--steps 8]
+        [--batch 32]
 
-Both train the U-Net of `diffusion.py` in one process of one thread, and take turns after each step. So other programs, which
-change the speed of a shared machine, slow both. heliostat's step includes decoding images and tokenizing captions; the plain loop
-has both in memory. Ray, MLflow, and the second worker are left out (see `diffusion.py`).
+All train the U-Net of `diffusion.py`, in one process of one thread each, and take turns after each step. So other programs, which
+change the speed of a shared machine, slow all of them. `deepspeed` is accelerate with its DeepSpeed plugin at the same stage and
+precision; `plain` is accelerate alone, with autocast in bf16. heliostat's step includes decoding images and tokenizing captions;
+the other loops have both in memory. Ray, MLflow, and the second worker are left out (see `diffusion.py`).
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from heliostat.data.dataset import Dataset, open_dataset
-from heliostat.engine import deepspeed_engine, ema
+from heliostat.engine import deepspeed_engine, ema, patches
 from heliostat.recipes.images import rows
 from heliostat.recipes.images.pipeline import tokenize
 from heliostat.validation import check
@@ -32,19 +35,33 @@ from tests.gpu import setting
 WARM = 3  # steps that aren't counted
 
 
-def checked(data: Path, options: Any) -> Any:
-    settings = {
-        "data.path": data, "data.virtual_ranks": 1, "workers.count": 1, "mlflow.register": "null", "model.samples": {},
-        "train.zero.stage": options.stage, "train.precision": options.precision, "train.global_batch_size": options.batch,
-        "train.micro_batch_size": options.batch // 2, **{f"model.backbone.{k}": v for k, v in diffusion.CHANNELS.items()},
-    }  # fmt: skip
-    keys = [f"{key}={value}" for key, value in settings.items()]
-    return check.check(check.load_job(harness.ROOT / "jobs/quickstart-diffusion.yaml", keys))
+class Case(NamedTuple):
+    """Describes a job. `batch`: images per step, in two micro-batches."""
+
+    data: Path
+    stage: int
+    precision: str
+    batch: int
+
+    @property
+    def mixed(self) -> str:
+        return "no" if self.precision == "fp32" else self.precision
+
+    def checked(self) -> Any:
+        settings = {
+            "data.path": self.data, "data.virtual_ranks": 1, "workers.count": 1, "mlflow.register": "null", "model.samples": {},
+            "train.zero.stage": self.stage, "train.precision": self.precision, "train.global_batch_size": self.batch,
+            "train.micro_batch_size": self.batch // 2, **{f"model.backbone.{k}": v for k, v in diffusion.CHANNELS.items()},
+        }  # fmt: skip
+        keys = [f"{key}={value}" for key, value in settings.items()]
+        return check.check(check.load_job(harness.ROOT / "jobs/quickstart-diffusion.yaml", keys))
 
 
-def ours(made: Any, dataset: Dataset) -> Iterator[None]:
+def ours(case: Case) -> Iterator[None]:
     """Trains with heliostat's engine; yields after each step."""
-    job, recipe = made.job, made.recipe
+    setting.start()
+    made = case.checked()
+    job, recipe, dataset = made.job, made.recipe, open_dataset(made.plan)
     engine = deepspeed_engine.build_engine(job, recipe)
     average, size = ema.of(job, engine), job.train.micro_batch_size
     for step in range(job.train.steps):
@@ -62,54 +79,105 @@ def ours(made: Any, dataset: Dataset) -> Iterator[None]:
         yield
 
 
-def plain(made: Any, dataset: Dataset) -> Iterator[None]:
-    """Trains with the loop of diffusers' examples; yields after each step."""
+def with_deepspeed(case: Case) -> Iterator[None]:
+    """Trains with the loop of diffusers' examples, and accelerate's DeepSpeed; yields after each step."""
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0",
+                   "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713"}  # fmt: skip
+    patches.skip_shared_memory_kernel()  # which takes minutes to compile, and which one process doesn't use
+    made = case.checked()
+    import deepspeed
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from diffusers import training_utils
+
+    training_utils.deepspeed = deepspeed  # diffusers imports it only if a plugin with ZeRO-3 exists before
+    train = made.job.train
+
+    def accelerator() -> Any:
+        plugin = DeepSpeedPlugin(gradient_accumulation_steps=2, gradient_clipping=train.grad_clip, zero_stage=case.stage)
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = train.micro_batch_size
+        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+        return Accelerator(mixed_precision=case.mixed, gradient_accumulation_steps=2, deepspeed_plugin=plugin)
+
+    yield from loop(made, accelerator)
+
+
+def plain(case: Case) -> Iterator[None]:
+    """Trains with the loop of diffusers' examples, and accelerate alone; yields after each step."""
+    from accelerate import Accelerator
+
+    yield from loop(case.checked(), lambda: Accelerator(cpu=True, mixed_precision=case.mixed, gradient_accumulation_steps=2))
+
+
+def loop(made: Any, make: Callable[[], Any]) -> Iterator[None]:
+    """Builds the model before the accelerator: under a plugin with ZeRO-3, transformers would shard only the text encoder."""
+    from diffusers.training_utils import EMAModel
+
     job, recipe = made.job, made.recipe
-    accelerator = Accelerator(cpu=True, mixed_precision="no" if job.train.precision == "fp32" else job.train.precision)
+    dataset: Dataset = open_dataset(made.plan)
+    torch.manual_seed(job.train.seed)
     model, scheduler = recipe.build(), recipe.process.scheduler("ddpm")
-    average = EMAModel(model.parameters(), decay=job.train.ema.decay)
+    average = EMAModel(model.parameters(), decay=job.train.ema.decay, foreach=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.optimizer.lr, fused=True)
     content = dataset.read(dataset.order.locate(dataset.order.step(0).ravel()))
     clean, text = rows.pixels(content), tokenize(recipe.parts.tokenizers[0], content["caption"].to_pylist()).input_ids
     empty, size = recipe.parts.empty["text"], job.train.micro_batch_size
+    accelerator = make()
     model, optimizer = accelerator.prepare(model, optimizer)
+    dtype = next(model.parameters()).dtype
     while True:
         for image, ids in zip(clean.split(size), text.split(size), strict=True):
-            noise = torch.randn_like(image)
-            t = torch.randint(0, scheduler.config.num_train_timesteps, (len(image),))
-            ids = torch.where(torch.rand(len(image), 1) < recipe.model.caption_dropout, empty, ids)
-            predicted = model(scheduler.add_noise(image, noise, t), t, ids)
-            loss = F.mse_loss(predicted.float(), scheduler.get_velocity(image, noise, t))
-            accelerator.backward(loss * size / len(clean))
-        accelerator.clip_grad_norm_(model.parameters(), job.train.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+            with accelerator.accumulate(model):
+                noise = torch.randn_like(image)
+                t = torch.randint(0, scheduler.config.num_train_timesteps, (len(image),))
+                ids = torch.where(torch.rand(len(image), 1) < recipe.model.caption_dropout, empty, ids)
+                predicted = model(scheduler.add_noise(image, noise, t).to(dtype), t, ids)
+                loss = F.mse_loss(predicted.float(), scheduler.get_velocity(image, noise, t))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), job.train.grad_clip)
+                optimizer.step()
+                optimizer.zero_grad()
         average.step(model.parameters())
         yield
 
 
-def seconds(loops: dict[str, Iterator[None]], steps: int) -> dict[str, list[float]]:
-    """Takes a step of each loop after another. Returns the CPU seconds of each step."""
-    spent: dict[str, list[float]] = {name: [] for name in loops}
+LOOPS: dict[str, Callable[[Case], Iterator[None]]] = {"ours": ours, "deepspeed": with_deepspeed, "plain": plain}
+
+
+def serve(name: str, case: Case, pipe: Connection) -> None:
+    """Takes a step for each message, and answers with its CPU seconds, until the message is False."""
+    torch.set_num_threads(1)
+    steps = LOOPS[name](case)
+    while pipe.recv():
+        pipe.send(harness.cpu(lambda: next(steps)))
+
+
+def seconds(case: Case, steps: int) -> dict[str, list[float]]:
+    """Takes a step of each loop after another, each loop in a process of its own. Returns the CPU seconds of each step."""
+    context, pipes, spent = multiprocessing.get_context("spawn"), dict[str, Connection](), {name: list[float]() for name in LOOPS}
+    for name in LOOPS:
+        pipes[name], end = context.Pipe()
+        context.Process(target=serve, args=(name, case, end), daemon=True).start()
+        end.close()
     for _ in range(WARM + steps):
-        for name, loop in loops.items():
-            began = time.process_time()
-            next(loop)
-            spent[name].append(time.process_time() - began)
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            spent[name].append(pipe.recv())  # EOFError if the loop failed: its error is above
+    for pipe in pipes.values():
+        pipe.send(False)
     return {name: one[WARM:] for name, one in spent.items()}
 
 
 def main() -> None:
-    options = harness.arguments(__doc__, data=Path, stage=1, precision="fp32", steps=12, batch=16)
-    torch.set_num_threads(1)
-    setting.start()
-    made = checked(options.data, options)
-    dataset = open_dataset(made.plan)
-    found = seconds({"ours": ours(made, dataset), "plain": plain(made, dataset)}, options.steps)
-    harness.head("case", "heliostat, CPU s per step", "plain loop, CPU s per step", "ratio of the speeds", "steps")
-    ratios = [b / a for a, b in zip(found["ours"], found["plain"], strict=True)]
-    harness.row(f"ZeRO-{options.stage}, {options.precision}", *(harness.spread(one) for one in found.values()),
-                harness.spread(ratios), options.steps)  # fmt: skip
+    options = harness.arguments(__doc__, data=Path, stages=[1, 2, 3], precisions=["fp32", "bf16"], steps=8, batch=32)
+    print(f"{options.batch} images per step, {options.steps} steps, {time.strftime('%F')}\n")
+    others = [name for name in LOOPS if name != "ours"]
+    harness.head("case", *(f"{name}, CPU s per step" for name in LOOPS), *(f"speed of ours by {name}'s" for name in others))
+    for precision in options.precisions:
+        for stage in options.stages:
+            spent = seconds(Case(options.data, stage, precision, options.batch), options.steps)
+            ratios = [[b / a for a, b in zip(spent["ours"], spent[name], strict=True)] for name in others]
+            harness.row(f"ZeRO-{stage}, {precision}", *map(harness.spread, spent.values()), *map(harness.spread, ratios))
 
 
 if __name__ == "__main__":

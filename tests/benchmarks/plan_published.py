@@ -109,7 +109,7 @@ def left_out(prices: dict[str, Any], runs: list[dict[str, Any]]) -> None:
 
 
 def count() -> None:
-    runs = {published.key(run): run for run in published.RUNS}
+    runs = {published.key(run): run for run in [*published.RUNS, *({"model": name} for name in published.FORWARD)]}
     found = {key: json.dumps(published.count(run["model"], run.get("length"))) for key, run in sorted(runs.items())}
     published.COUNTED.write_text("{\n" + ",\n".join(f'  "{k}": {v}' for k, v in found.items()) + "\n}\n")
 

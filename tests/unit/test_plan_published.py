@@ -35,6 +35,17 @@ def test_image_models_are_planned_within_fifteen_percent():
     assert wrong["fast-dit dit-xl-2 1"] < 0.15 and np.median(list(wrong.values())) < 0.08
 
 
+@pytest.mark.parametrize("name", published.FORWARD)
+def test_the_operations_of_image_models_are_the_published_ones(name):
+    """A U-Net (Stable Diffusion 1.4 at 512 pixels) and a transformer (DiT-XL/2 at 256 pixels). The plan counts a step: the
+    backward pass of a product costs two forward passes."""
+    said, kinds = published.FORWARD[name], {"convolution", "matmul", "attention"}
+    if not said["attention"]:
+        kinds -= {"attention"}
+    flops = sum(w.count * w.flops for w in published.counted()[name][1] if w.kind in kinds)
+    assert flops == pytest.approx(3 * 2 * said["macs"], rel=0.005)
+
+
 def test_runs_that_nobody_fitted_are_planned_within_ten_percent_and_none_beyond_thirty():
     """For sources outside the fit, among them three GPUs, tensor parallelism, float8, and a mixture of experts."""
     wrong = [abs(published.error(run, PRICES)) for run in published.HELD_OUT]

@@ -22,6 +22,7 @@ from tests.unit.build_job import job
 HERE = Path(__file__).parent
 TABLE: dict[str, Any] = yaml.safe_load((HERE / "runs.yaml").read_text())
 RUNS: list[dict[str, Any]] = TABLE["runs"]
+FORWARD: dict[str, dict[str, Any]] = TABLE["forward"]
 FITTED = [run for run in RUNS if not TABLE["sources"][run["source"]].get("held_out")]
 HELD_OUT = [run for run in RUNS if run not in FITTED]
 COUNTED = HERE / "operations.json"  # made by `python -m tests.benchmarks.plan_published --count`
