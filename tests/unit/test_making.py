@@ -202,3 +202,12 @@ def test_the_driver_holds_little_of_each_task(tmp_path):
     tracemalloc.stop()
     assert len(found.runs) == TASKS and found.reasons == {"empty": 7 * TASKS, "corrupt": TASKS}
     assert peak < 2000 * TASKS
+
+
+@pytest.mark.parametrize("shards", [1, 4096, 4097, 40_000, 1_000_000])
+@pytest.mark.parametrize("shard_bytes", [1 << 20, 60 << 20, 128_000_000, 1 << 30])
+def test_a_task_writes_several_shards_only_if_they_are_small(shards, shard_bytes):
+    """A task of several large shards takes minutes, and the last such tasks leave most CPUs idle."""
+    each = making.shards_each(shards, making.TASK_BYTES, shard_bytes)
+    assert each == 1 or (each * shard_bytes <= making.TASK_BYTES and shards > making.ALONE)
+    assert -(-shards // each) <= making.ALONE or (each + 1) * shard_bytes > making.TASK_BYTES

@@ -107,6 +107,18 @@ def test_records_are_scaled_and_files_get_new_names():
     assert Scaling("other", 2.0).of(record)["files"][0] != scaled["files"][0]
 
 
+def test_a_task_with_more_documents_differs_less_from_the_mean():
+    """The mean rate of the measured tasks stays, so the sum of the CPU seconds doesn't depend on the size of the tasks."""
+    profile, rates = Profile(), (1.0, 2.0, 6.0)
+    profile.begin("read")
+    for rate in rates:
+        profile.add("read", 0, 100, {"seconds": 100 * rate + 5.0, "opening": 5.0})
+    measured = profile.tasks["read", 0]
+    for growth, share in ((0.5, 1.0), (1.0, 1.0), (4.0, 0.5), (100.0, 0.1)):
+        seconds = [profile.seconds("read", 0, task, growth) / growth / 100 for task in measured]
+        assert seconds == pytest.approx([3 + share * (rate - 3) for rate in rates]) and sum(seconds) == pytest.approx(9)
+
+
 @pytest.mark.parametrize("sizes", [[], [100, 300]])
 def test_each_run_has_its_own_list_of_repeated_texts(sizes):
     """A simulated task has another number of runs than the measured one. Without copies in the sample, no run has a list."""
@@ -115,7 +127,7 @@ def test_each_run_has_its_own_list_of_repeated_texts(sizes):
     profile.begin("copies")
     profile.add("copies", 0, 2000, {"copies": names or [None] * 2, "files": names, "seconds": 1.0})
     task = Task("k", {"first": 0, "runs": [run] * 8})
-    record = synthesized(TaskKind("copies", print, exact.copies), 0, task, profile, Sizes())
+    record = synthesized(TaskKind("copies", print, exact.copies), 0, task, Sizes().read(task), profile, Sizes())
     assert len(set(record["copies"])) == (8 if sizes else 1) and len(record["copies"]) == 8
     assert sum(spill.size_of(name) for name in record["files"]) == 4 * sum(sizes)
 

@@ -88,6 +88,26 @@ def test_a_late_call_gets_a_backup_and_the_flow_ends_the_late_one(tmp_path, fork
     assert [asked.get("scheduling_strategy") for asked in forked.asked] == [None] * 12 + ["SPREAD"]
 
 
+def slow_twice(folder: Location, number: int, slow: str) -> dict[str, object]:
+    if number == 3:
+        with Path(slow).open("a") as file:
+            file.write("x")
+        time.sleep(60 if Path(slow).stat().st_size < 3 else 0)
+    return {"number": number}
+
+
+def test_a_late_backup_gets_a_backup_too(tmp_path, forked, monkeypatch):
+    """Of many backups, one is on a slow node too. The other tasks don't wait for it. Two backups are enough."""
+    monkeypatch.setattr(calls, "LATE_S", 0.5)
+    monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
+    monkeypatch.setattr(ray_cluster, "ENDING_S", 0.1)
+    forked.cpus, start, slow = [2, 2], time.monotonic(), tmp_path / "slow"
+    with flow_in(tmp_path) as flow:
+        records = flow.all("some", slow_twice, (Task(f"{n:032}", {"number": n, "slow": str(slow)}) for n in range(18)))
+        assert [record["number"] for record in records] == list(range(18)) and len(flow.repeated) == 2
+    assert slow.read_text() == "xxx" and time.monotonic() - start < 30
+
+
 def test_a_late_call_on_the_only_node_gets_no_backup(tmp_path, forked, monkeypatch):
     monkeypatch.setattr(calls, "LATE_S", 0.1)
     monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)

@@ -25,6 +25,7 @@ ROUNDS = 2  # calls for each free CPU that must remain, so that the last calls e
 KEPT = 256  # calls from whose times the usual time is computed
 LATE, LATE_S = 1.25, 5.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
 ENDED = 3  # calls that have ended, for each running one, before a call can be late
+BACKUPS = 2  # backups of a late call: of many backups, one is late too
 
 
 @dataclass(eq=False)
@@ -57,15 +58,15 @@ class Started:
 
 @dataclass(eq=False)
 class Call:
-    """Describes a call that runs tasks. `began`: when its first task began, as far as the driver can tell; None while the call
-    waits for a CPU. `references`: references of the call and of its backup, if these haven't failed; `repeated`: whether a backup
-    has started."""
+    """Describes a call that runs tasks. `began`: when its first task began, as far as the driver can tell, or when its last
+    backup began; None while the call waits for a CPU. `references`: references of the call and of its backups, if these haven't
+    failed; `backups`: the number of backups that have started."""
 
     tasks: list[Started]
     cpus: int
     began: float | None = None
     references: list[Any] = field(default_factory=list)
-    repeated: bool = False
+    backups: int = 0
     ended: bool = False
 
     @property
@@ -75,9 +76,9 @@ class Call:
 
     @property
     def can_repeat(self) -> bool:
-        """Checks whether a backup may run these tasks. Tasks that have failed write notes, which two copies can't share."""
+        """Checks whether another backup may run these tasks. Tasks that have failed write notes, which two copies can't share."""
         fresh = all(one.task.can_repeat and not (one.trouble.count or one.trouble.crashed) for one in self.tasks)
-        return fresh and not self.repeated
+        return fresh and self.backups < BACKUPS
 
 
 class CallTimes:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
-from heliostat.tasks.calls import Call, CallSlots, CallTimes, Started
+from heliostat.tasks.calls import BACKUPS, Call, CallSlots, CallTimes, Started
 from heliostat.tasks.clusters import Cluster, Executor, TaskKind
 from heliostat.tasks.ray_cluster import END_S, is_lost
 from heliostat.tasks.shipping import NotHereError, Shipment
@@ -111,7 +111,7 @@ class Crew:
         self.group = []
 
     def _call(self, call: Call) -> None:
-        """Starts a call, or the backup of a call that has started."""
+        """Starts a call, or a backup of a call that has started."""
         first, backup = call.tasks[0], bool(call.references)
         task, trouble = first.task, first.trouble
         shared = dict(task.shared)
@@ -119,9 +119,11 @@ class Crew:
             shared["care"] = trouble.care(self.work.note(self.kind, task.key))
         arguments, tasks = (self.work, self.flow.name, self.kind), [one.task for one in call.tasks]
         reference = self.executor.start(arguments, tasks, shared, call.cpus, self.memory, backup)
-        self.under_way[reference], call.repeated = call, backup
+        self.under_way[reference] = call
         call.references.append(reference)
-        if not backup:
+        if backup:
+            call.began, call.backups = self.cluster.now(), call.backups + 1
+        else:
             self.slots.start(call, self.cluster.now())
 
     def finished(self) -> Iterator[tuple[Started, dict[str, Any]]]:
@@ -158,7 +160,7 @@ class Crew:
             self.last = crashed[0]
 
     def _end(self, call: Call, reference: Any) -> None:
-        """Ends a call. If another call with the same tasks still runs, leaves that one to the flow."""
+        """Ends a call. If other calls with the same tasks still run, leaves them to the flow."""
         self.slots.end(call, self.cluster.now())
         for other in call.references:
             if other is not reference and self.under_way.pop(other, None) is not None:
@@ -168,7 +170,8 @@ class Crew:
         """Ends a call that failed, unless another call with the same tasks still runs. Decides which of its tasks run again."""
         call.references.remove(reference)
         if call.references:
-            log.debug("%s: one of two copies of a Ray task failed (%s)", self.kind, care.last_line(error))
+            call.backups = BACKUPS  # no further one, because it may fail too
+            log.debug("%s: one of several copies of a Ray task failed (%s)", self.kind, care.last_line(error))
             return
         self.slots.end(call, self.cluster.now())
         cause = innermost(error)
@@ -208,7 +211,7 @@ class Crew:
         self.looked_late, idle = now, self.slots.count - len(self.under_way) - len(self.later)
         if idle <= 0:
             return
-        for call in self.times.late(list(self.under_way.values()), now)[:idle]:
+        for call in self.times.late(list(dict.fromkeys(self.under_way.values())), now)[:idle]:
             log.info("%s: a Ray task is late. Starting a copy on another node if possible", self.kind)
             self._call(call)
 

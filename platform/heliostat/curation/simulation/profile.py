@@ -6,8 +6,10 @@ read. Spilled files get new names with the scaled size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import xxhash
@@ -47,6 +49,11 @@ class MeasuredTask:
     bytes: int
     record: dict[str, Any]
 
+    @property
+    def seconds(self) -> float:
+        """Returns the task's CPU seconds without the time in which its process opened stages."""
+        return max(0.0, self.record["seconds"] - self.record.get("opening", 0.0))
+
 
 @dataclass
 class Profile:
@@ -57,6 +64,7 @@ class Profile:
     calls: dict[str, int] = field(default_factory=dict)
     web: WebModel | None = None
     """Limits of tasks that fetch URLs, if the pipeline has such tasks."""
+    _chosen: dict[tuple[str, int], tuple[list[MeasuredTask], float]] = field(default_factory=dict)
 
     def begin(self, kind: str) -> int:
         """Counts a call for tasks of a kind; returns the call's number."""
@@ -66,14 +74,33 @@ class Profile:
 
     def add(self, kind: str, call: int, bytes: int, record: dict[str, Any]) -> None:
         self.tasks.setdefault((kind, call), []).append(MeasuredTask(bytes, record))
+        self._chosen.clear()
 
     def like(self, kind: str, call: int, key: str) -> MeasuredTask | None:
-        """Chooses a measured task by the hash of a task's key. Tasks that read less than half the mean aren't chosen, because
-        their fixed costs would be scaled too. Returns None if no task of the kind was measured."""
-        measured = self.tasks.get((kind, min(call, self.calls.get(kind, 0) - 1)), [])
-        mean = sum(task.bytes for task in measured) / max(1, len(measured))
-        usual = [task for task in measured if 2 * task.bytes >= mean]
+        """Chooses a measured task by the hash of a task's key. Returns None if no task of the kind was measured."""
+        usual = self._usual(kind, call)[0]
         return usual[xxhash.xxh64_intdigest(key.encode()) % len(usual)] if usual else None
+
+    def seconds(self, kind: str, call: int, like: MeasuredTask, growth: float) -> float:
+        """Returns the CPU seconds of a task that reads `growth` times the bytes of a measured task.
+
+        Measured tasks have different rates, because their documents differ. With `growth` times the documents, the difference
+        from the mean rate is smaller by the square root of `growth`, as for independent documents.
+        """
+        mean = self._usual(kind, call)[1] * like.bytes
+        return growth * (mean + (like.seconds - mean) / math.sqrt(max(1.0, growth)))
+
+    def _usual(self, kind: str, call: int) -> tuple[list[MeasuredTask], float]:
+        """Returns the measured tasks that represent a kind, and their mean CPU seconds per byte. Tasks that read less than half
+        the mean don't represent it, because their fixed costs would be scaled too."""
+        place = kind, min(call, self.calls.get(kind, 0) - 1)
+        if place not in self._chosen:
+            measured = self.tasks.get(place, [])
+            mean = sum(task.bytes for task in measured) / max(1, len(measured))
+            usual = [task for task in measured if 2 * task.bytes >= mean]
+            seconds, bytes = sum(task.seconds for task in usual), sum(task.bytes for task in usual)
+            self._chosen[place] = usual, seconds / max(1, bytes)
+        return self._chosen[place]
 
 
 class Sizes:
@@ -111,10 +138,12 @@ class Sizes:
         own = spilled_bytes(list(task.arguments.values()))
         return int((spilled + own) * share) or task.bytes
 
-    def loads(self, kind: TaskKind, task: Task) -> tuple[int, int]:
-        """Returns the number of temporary files, and the bytes, that a task reads from the store. The search for copies reads no
-        documents, although the list of its runs is an argument."""
-        loaded = replace(task, arguments={}, bytes=0) if kind.function is exact.copies else task
+    def loads(self, kind: TaskKind, task: Task, read: int) -> tuple[int, int]:
+        """Returns the number of temporary files, and the bytes, that a task reads from the store. `read`: the bytes of its
+        arguments (`read`). The search for copies reads no documents, although the list of its runs is an argument."""
+        if kind.function is not exact.copies:
+            return self.files(task), read
+        loaded = replace(task, arguments={}, bytes=0)
         return self.files(loaded), self.read(loaded)
 
     def of_runs(self, task: Task) -> tuple[int, int]:
@@ -167,24 +196,24 @@ def _share_of_keys(arguments: Mapping[str, Any]) -> float:
     return 1.0
 
 
-def synthesized(kind: TaskKind, call: int, task: Task, profile: Profile, sizes: Sizes) -> dict[str, Any]:
-    """Returns the record that a task would have, with its CPU seconds in `seconds`."""
-    read, like = sizes.read(task), profile.like(kind.name, call, task.key)
+def synthesized(kind: TaskKind, call: int, task: Task, read: int, profile: Profile, sizes: Sizes) -> dict[str, Any]:
+    """Returns the record that a task would have that reads `read` bytes, with its CPU seconds in `seconds`."""
+    like = profile.like(kind.name, call, task.key)
     if kind.name == "metadata":
         listed: Any = sizes.values[id(task.shared["listed"])]
         return images.metadata_record(task, listed) | {"seconds": read / LINES_BYTES_PER_S}
     if like is None:
         return _merged(kind, task, read, profile, sizes)
     growth = read / like.bytes if read and like.bytes else 1.0
+    seconds = profile.seconds(kind.name, call, like, growth)
     if kind.name in SAME_SIZE:
-        return like.record | {"seconds": like.record["seconds"] * growth}
-    opening = like.record.get("opening", 0.0)
+        return like.record | {"seconds": seconds}
     if kind.name == "lists":
-        return images.lists_record(like.record, task.key, growth) | {"seconds": like.record["seconds"] * growth}
+        return images.lists_record(like.record, task.key, growth) | {"seconds": seconds}
     if "chunk_images" in task.arguments:
-        return images.shard_record(like.record, task, growth) | {"seconds": like.record["seconds"] * growth}
+        return images.shard_record(like.record, task, growth) | {"seconds": seconds}
     record = Scaling(task.key, growth).of({k: v for k, v in like.record.items() if k not in ("run", "wall")})
-    record["seconds"] = max(0.0, like.record["seconds"] - opening) * growth
+    record["seconds"] = seconds
     record |= _recorded(record, task, sizes.plan(task))
     if "runs" in record and "run_bytes" in task.arguments:
         record["runs"] = _cut(record["runs"], task.arguments["run_bytes"], task.key)
@@ -218,18 +247,23 @@ class Scaling:
     growth: float
 
     def of(self, value: Any) -> Any:
+        if isinstance(value, str):
+            size = _growing(value)
+            return value if size is None else named(f"{self.key} {value}", round(size * self.growth))
         if isinstance(value, dict):
             return {name: self.of(part) for name, part in value.items()}
         if isinstance(value, list | tuple):
             return [self.of(part) for part in value]
         if isinstance(value, bool) or value is None:
             return value
-        if isinstance(value, int):
-            return round(value * self.growth)
-        if isinstance(value, float):
-            return value * self.growth
-        size = spill.size_of(value)
-        return value if size is None or value.endswith(".json") else named(f"{self.key} {value}", round(size * self.growth))
+        return round(value * self.growth) if isinstance(value, int) else value * self.growth
+
+
+@lru_cache(maxsize=1 << 16)
+def _growing(value: str) -> int | None:
+    """Returns the bytes in the name of a temporary file that grows with the input; None for other strings. Remembers the results,
+    because many records are made from a few measured ones."""
+    return None if value.endswith(".json") else spill.size_of(value)
 
 
 def _merged(kind: TaskKind, task: Task, read: int, profile: Profile, sizes: Sizes) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import math
 import random
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -68,7 +69,12 @@ class _Paused(AbstractContextManager[None]):
         self.cluster, self.left = cluster, time.thread_time()
 
     def __enter__(self) -> None:
-        passed = time.thread_time() - self.left
+        self.count()
+
+    def count(self) -> None:
+        """Counts the driver's processor time since the last count or context."""
+        now = time.thread_time()
+        passed, self.left = now - self.left, now
         self.cluster.driver_seconds += passed
         self.cluster.clock += passed
 
@@ -123,8 +129,8 @@ class VirtualCluster:
         self.clock += seconds
 
     def now(self) -> float:
-        with self.simulating():
-            return self.clock
+        self._paused.count()
+        return self.clock
 
     def sleep(self, seconds: float) -> None:
         with self.simulating():
@@ -174,6 +180,8 @@ class VirtualExecutor:
         self.recorded: dict[str, tuple[float, dict[str, Any]]] = {}
         """Records of tasks that share a call, and their times, until the driver has them. They count even if the call fails."""
         self.keys: dict[int, list[str]] = {}
+        self.copies = Counter[str]()
+        """Number of backups of each call, by the key of its first task."""
 
     def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
               backup: bool = False) -> Any:  # fmt: skip
@@ -207,9 +215,10 @@ class VirtualExecutor:
             if written <= at:
                 records.append(known)
                 continue
-            files, read = cluster.sizes.loads(self.kind, task)
-            record = synthesized(self.kind, self.call, task, cluster.profile, cluster.sizes)
-            seconds = cluster.requests.of_task(self.kind.name, task, record, files, read, at, cpus)
+            read = cluster.sizes.read(task)
+            record = synthesized(self.kind, self.call, task, read, cluster.profile, cluster.sizes)
+            files, loaded = cluster.sizes.loads(self.kind, task, read)
+            seconds = cluster.requests.of_task(self.kind.name, task, record, files, loaded, at, cpus)
             end = at + self._on_web(task, self._stretched(at, seconds * slow))
             fault = self._poison(task, shared, record)
             if (gone := cluster.failure(node, at, at + (end - at) / 2 if fault else end)) is not None:
@@ -268,8 +277,10 @@ class VirtualExecutor:
         return slots
 
     def _slow(self, task: Task, backup: bool) -> float:
-        """Returns how many times longer a call takes. A backup draws again, because it runs on another node."""
-        drawn = _drawn(task.key, "slow backup" if backup else "slow")
+        """Returns how many times longer a call takes. Each backup draws again, because it runs on another node."""
+        if backup:
+            self.copies[task.key] += 1
+        drawn = _drawn(task.key, f"slow backup {self.copies[task.key]}" if backup else "slow")
         return 1 + 9 * drawn / self.cluster.faults.slow if drawn < self.cluster.faults.slow else 1.0
 
     def _on_web(self, task: Task, seconds: float) -> float:

@@ -38,7 +38,8 @@ SAMPLES = 64  # maximum files with the tokenizer's training text
 SAMPLED_RUNS = 256  # maximum runs from which a task selects training text: about half a minute in an object store
 SPARE = 1.5  # bytes of the documents that tasks select / `train_bytes`
 SHARD_SHARE = 6  # a shard's task has its texts, its tokens, and its file in memory
-ALONE = 4096  # maximum number of shards with a task each
+ALONE = 4096  # maximum number of small shards with a task each
+TASK_BYTES = 128 << 20  # bytes of the small shards that a task writes: about a minute
 
 
 @dataclass
@@ -207,7 +208,7 @@ class TextMaking(Reading):
             log.info("chunk_tokens: split longer documents at %d places. No token is lost", totals.cut)
 
     def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-        """Writes the shards, and yields their records. If there are many shards, each task writes several, one after another."""
+        """Writes the shards, and yields their records. If there are many small shards, each task writes several."""
         shards = max(1, round(curated.bytes / self.shard_bytes))
         plan = TextSharding(
             self.output.uri,
@@ -221,7 +222,7 @@ class TextMaking(Reading):
             **recording.arguments(self.every),
         )
         described = {name: value for name, value in vars(plan).items() if value is not None}
-        each = min(max(1, self.memory_limit // 4 // self.shard_bytes), -(-shards // ALONE))
+        each = shards_each(shards, min(TASK_BYTES, self.memory_limit // 4), self.shard_bytes)
         reads, shared = curated.bytes * each // shards, self.flow.share(plan)
 
         def work() -> Iterator[Task]:
@@ -289,6 +290,12 @@ class TextMaking(Reading):
         report.training_grows = rates.training_grows(self.flow.seconds[TOKENIZER], trained, halves) if halves["trained"] else 1.0
         whole = shard["kept_bytes"] * report.sample.of_bytes * report.factors[0][""]
         return rates.of_whole(seen, shard["kept_bytes"], halves, config["train_bytes"], whole)
+
+
+def shards_each(shards: int, task_bytes: int, shard_bytes: int) -> int:
+    """Computes the number of shards that a task writes: one for up to ALONE shards, else as many as fit into `task_bytes`. So a
+    task with several shards takes no longer than one with a shard of the default size."""
+    return min(max(1, task_bytes // shard_bytes), -(-shards // ALONE))
 
 
 def identities(runs: list[SpilledRun]) -> list[list[object]]:
