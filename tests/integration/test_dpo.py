@@ -1,5 +1,5 @@
-"""Tests training with DPO on ranks without Ray: every ZeRO stage, worker count, and micro-batch size trains like a plain loop
-over single sequences, with the dataset's reference and with the adapter off."""
+"""Tests training with DPO on ranks without Ray: it trains like a plain loop over single sequences in fp64, with the dataset's
+reference and with the adapter off, and resumes on other numbers of workers."""
 
 from __future__ import annotations
 
@@ -47,10 +47,7 @@ class Case:
 
 
 SAVED, RESUMED = Case(2, 2, 2), [Case(3, 1), Case(1, 4)]
-CASES = [
-    Case(0, 1, 2), Case(1, 1, loss="ipo"), SAVED, Case(3, 2, thrifty=True),
-    Case(3, 2, 2, adapter=True), Case(2, 2, adapter=True, thrifty=True, loss="ipo"),
-]  # fmt: skip
+CASES = [Case(0, 1, loss="ipo"), SAVED, Case(3, 2, adapter=True, thrifty=True, loss="ipo")]
 
 
 def _job(case: Case, folder: Path) -> Job:
@@ -118,7 +115,7 @@ def _reported(one: play.Player) -> str:
 def _compared(
     made: Job, recipe: Any, content: Any, weights: dict[str, torch.Tensor], loss: float, mine: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    model, base = (recipe.build().double() for _ in range(2))
+    model = recipe.build().double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -127,6 +124,7 @@ def _compared(
     if recipe.from_dataset:
         references = np.array([[row["reference_chosen"], row["reference_rejected"]] for row in rows])
     else:  # a new adapter changes nothing
+        base = recipe.build().double()
         references = np.array([[_logprob(base, row, side) for side in ("chosen", "rejected")] for row in rows])
     settings = recipe.settings
     right = plain_losses(model, rows, references, settings.loss, settings.beta, settings.label_smoothing) / len(rows)
@@ -145,7 +143,7 @@ def _logprob(model: torch.nn.Module, row: dict[str, Any], side: str) -> float:
 
 @pytest.mark.ci
 def test_losses_and_gradients_equal_those_of_a_plain_loop_over_single_sequences(tmp_path: Path) -> None:
-    """In two steps, at ZeRO stages 0 to 3, on one and two workers, with one or two pairs per micro-batch.
+    """In two steps, in fp64. `test_fine_tuning` compares DPO in more configurations, with a plain loop in fp32.
 
     A run that resumes on one or four workers, at another stage, has the losses of the uninterrupted run. All workers report that
     the made-up log-probabilities aren't those of the model, and that a new adapter's model is its own reference.
