@@ -274,9 +274,9 @@ class Seen:
                 return 0
 
         rows = {row["run_id"]: row for row in self.rows(taken)}
-        unknown: list[LineageRow] = [{**self.row(run, [], 0), "fault": faults[run_id]} for run_id, run in self.runs.items()
-                                     if run_id in faults and run_id not in rows]  # fmt: skip
-        return [{**row, "fault": faults.get(run_id)} for run_id, row in rows.items()] + unknown
+        for run_id, fault in faults.items():
+            rows.setdefault(run_id, self.row(self.runs[run_id], [], 0))["fault"] = fault
+        return list(rows.values())
 
     def rows(self, taken: Taken, only: str | None = None) -> list[LineageRow]:
         """Lists the runs that have trained on the samples that `taken` counts, directly or through ancestors. `only`: id of the
