@@ -329,8 +329,9 @@ def test_a_table_without_the_columns_of_a_shape_is_one_clear_error(tmp_path, mod
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.csv").write_text("question,answer\na,b\n")
     message = r"input: 'a.csv' has the columns question, answer, but needs messages, or prompt and .* Set `columns`"
-    with pytest.raises(ConfigError, match=message):
-        make(ConversationPipeline, "out", model, tmp_path)
+    for keys in ({}, {"input": str(tmp_path / "in/a.csv")}):
+        with pytest.raises(ConfigError, match=message):
+            make(ConversationPipeline, "out", model, tmp_path, **keys)
     with pytest.raises(
         ConfigError, match=r"'a.csv' has the columns question, answer, but needs chosen and rejected. Set `columns`"
     ):
