@@ -175,6 +175,23 @@ def test_a_process_waits_for_another_ones_copy_as_long_as_it_grows(tmp_path, mon
         assert len(looks) == writes + 1 and first.result() == model_sources._cached(["slow"], get)
 
 
+def test_a_copy_that_takes_more_than_a_day_is_not_removed_for_another_one(tmp_path):
+    """Another process removes the copies that were not used for a day, before it makes its own."""
+
+    def get(to: Path) -> Path:
+        (to / "weights").write_bytes(b"x")
+        for place in (to.parent, to.parent.with_suffix(local_files.LOCK)):
+            os.utime(place, (0, 0))  # a slow download, or a computer that slept
+        assert (model_sources._cached(["other"], lambda other: other)).is_dir()
+        return to
+
+    copy = model_sources._cached(["slow"], get)
+    assert (copy / "weights").read_bytes() == b"x"
+    os.utime(copy.parent, (0, 0))
+    model_sources._cached(["third"], lambda other: other)
+    assert not copy.exists()
+
+
 def test_a_copy_that_is_renamed_while_a_process_looks_at_it_is_no_error(tmp_path, monkeypatch):
     partial, scan = tmp_path / "partial", os.scandir
     (partial / "vae").mkdir(parents=True)
