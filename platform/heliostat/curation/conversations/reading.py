@@ -227,9 +227,12 @@ class ConversationSource(TextSource):
     def _by_turn(self, conversation: ParsedConversation) -> tuple[list[Rendered], Counter[str]]:
         """Renders the conversation up to each turn of the assistant as a row of its own, whose last turn is trained. Leaves out
         rows that don't fit, and counts the conversation as cut; FaultError if no row fits."""
-        rows, faults, counts = list[Rendered](), list[FaultError](), Counter[str]()
+        rows, faults, counts, before = list[Rendered](), list[FaultError](), Counter[str](), 0
         for number, message in enumerate(conversation.messages, 1):
             if message["role"] == "assistant" and message.get(WEIGHT, 1):
+                if before > SURELY_LONG * self.sequence_length:  # no later turn fits, and each one takes longer
+                    faults.append(FaultError("too_long", f"more than {before:,} tokens"))
+                    break
                 try:
                     some, cut = self._fitted(ParsedConversation(conversation.messages[:number], conversation.tools))
                     rows, counts = rows + some, counts | cut
@@ -237,6 +240,8 @@ class ConversationSource(TextSource):
                     if e.reason != "too_long":
                         raise
                     faults.append(e)
+            shown = message["content"].rpartition("</think>")[2]  # templates may leave out thoughts
+            before += len(self.renderer.encode(shown.encode(errors="ignore").decode())[0])
         if not rows:
             raise faults[0] if faults else FaultError("untrained")
         counts.update(split=int(len(rows) > 1))
