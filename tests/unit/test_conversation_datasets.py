@@ -270,6 +270,30 @@ def test_the_turns_of_a_conversation_that_is_far_too_long_are_not_rendered(tmp_p
     assert dataset.meta["dropped"] == {"too_long": 1} and counts == {1, 2, 400}
 
 
+@pytest.mark.parametrize("too_long", ["drop", "cut"])
+def test_each_turn_is_rendered_only_up_to_a_length_that_cant_fit(tmp_path, model, monkeypatch, too_long: str) -> None:
+    """Otherwise a single conversation of some thousand turns takes minutes. The rows are those of a shorter conversation."""
+    counts, text = set[int](), Renderer.text
+    monkeypatch.setattr(Renderer, "text", lambda *a, **k: counts.add(len(a[1])) or text(*a, **k))
+    exchange = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "amber"}]
+    made = []
+    for name, exchanges in (("short", 40), ("long", 400)):
+        write(tmp_path / name / "a.jsonl", [{"messages": exchange * exchanges}])
+        dataset = make(ConversationPipeline, f"out-{name}", model, tmp_path, turns="each", too_long=too_long,
+                       input=str(tmp_path / name), packing="none")  # fmt: skip
+        made.append([tokens for _, tokens, _ in parts(dataset)])
+        assert (dataset.meta[FACT]["counts"]["cut"], dataset.meta["dropped"]) == (1, {})
+    assert made[0] == made[1] and len(made[0]) > 3 and max(counts) < 200
+
+
+def test_half_a_character_in_a_docstring_is_counted(tmp_path, model) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.py").write_text(
+        'def a():\n    """Does \\ud800."""\n    return 1\n\ndef b():\n    """Does b."""\n    return 2\n'
+    )
+    assert make(ConversationPipeline, "out", model, tmp_path, turns="each").meta["dropped"] == {"invalid_messages": 1}
+
+
 def test_json_of_too_many_levels_is_dropped(tmp_path, model) -> None:
     write(tmp_path / "in/a.jsonl", records(2))
     lines = [f'{{"messages": [{{"role": "user", "content": {"[" * levels}{"]" * levels}}}]}}\n' for levels in (450, 700, 900)]
@@ -350,8 +374,9 @@ def test_a_table_without_the_columns_of_a_shape_is_one_clear_error(tmp_path, mod
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.csv").write_text("question,answer\na,b\n")
     message = r"input: 'a.csv' has the columns question, answer, but needs messages, or prompt and .* Set `columns`"
-    with pytest.raises(ConfigError, match=message):
-        make(ConversationPipeline, "out", model, tmp_path)
+    for keys in ({}, {"input": str(tmp_path / "in/a.csv")}):
+        with pytest.raises(ConfigError, match=message):
+            make(ConversationPipeline, "out", model, tmp_path, **keys)
     with pytest.raises(
         ConfigError, match=r"'a.csv' has the columns question, answer, but needs chosen and rejected. Set `columns`"
     ):

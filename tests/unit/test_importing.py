@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import gguf
 import pytest
@@ -127,6 +128,20 @@ def test_an_import_that_is_killed_leaves_no_folder_that_looks_complete(tmp_path,
     with pytest.raises(ConfigError, match=r"--out: another import writes to .*out\.partial"):
         importing.convert(file, out)
     assert not out.exists()
+
+
+def test_a_link_to_a_folder_stays_and_the_current_folder_is_rejected_first(tmp_path, monkeypatch):
+    file = build_gguf.write(tmp_path / "tiny.gguf", build_gguf.model(), F32)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    importing.convert(file, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "heliostat_import.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(importing, "_model", None)
+    with pytest.raises(ConfigError, match=r"--out: can't replace .* \(.*/here\). Pass a folder in it"):
+        importing.convert(file, Path())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["disk", "here", "link", "tiny.gguf"]
 
 
 def test_the_tokenizer_of_another_model_next_to_the_file_is_rejected(tmp_path):

@@ -93,9 +93,11 @@ def test_a_deleted_run_still_leads_to_its_descendants(store):
 def test_a_run_whose_dataset_is_gone_is_listed_as_unknown_and_hides_no_other(store, tmp_path):
     a, b = make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2)
     runs = [store.run(name, [], **record_of(make_plan(data), 5)) for name, data in (("has-a", a), ("has-b", b))]
+    runs += [store.run("after-a", runs[:1]), store.run("after-b", runs[1:])]
     shutil.rmtree(tmp_path / "a")
     open_dataset.cache_clear()
     rows = {row["run_id"]: row for row in Seen(store.client).answer(shard="shards/0.parquet")}
-    gone, kept = (rows[run] for run in runs)
+    gone, kept, after, sure = (rows[run] for run in runs)
     assert (gone["samples"], kept["fault"]) == (0, None) and str(tmp_path / "a") in gone["fault"] and kept["samples"] > 0
+    assert runs[0] in after["fault"] and after["inherited"] == [] and (sure["fault"], sure["inherited"]) == (None, runs[1:2])
     assert rows.keys() == set(runs)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
-import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,26 +133,79 @@ def test_a_folder_that_changes_while_it_is_copied_is_never_taken_for_the_old_or_
     assert not any((model_sources.fetched(in_s3, "") / "model.safetensors").read_bytes())
 
 
+def test_other_files_of_the_folder_may_change_while_the_model_is_copied(in_s3, folder, monkeypatch):
+    """For example the logs of a run in the same folder, which change all the time."""
+    copy, place = model_sources._copy, Location(in_s3)
+
+    def slow(source: Location, target: Path, size: int) -> None:
+        copy(source, target, size)
+        place.join("events.log").write(target.name.encode())
+
+    monkeypatch.setattr(model_sources, "_copy", slow)
+    assert {p.name for p in model_sources.fetched(in_s3, "").iterdir()} == {p.name for p in folder.iterdir()}
+
+
 def test_a_process_waits_for_another_ones_copy_as_long_as_it_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_sources, "SILENCE_S", 0.05)
-    begun, rest, writes = threading.Event(), threading.Event(), 20
+    monkeypatch.setattr(model_sources, "SILENCE_S", 0.01)
+    begun, rest, asked, written = threading.Event(), threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
+    looks, writes, bytes_of = list[Path](), 6, model_sources._bytes
 
     def get(to: Path) -> Path:
         begun.set()
         for number in range(writes):
+            asked.acquire()
             (to / str(number)).write_bytes(b"x")
-            time.sleep(0.03)
+            written.release()
         rest.wait()
         return to
 
+    def grown(folder: Path) -> int:
+        if len(looks) < writes:
+            asked.release()
+            written.acquire()
+        looks.append(folder)
+        return bytes_of(folder)
+
+    monkeypatch.setattr(model_sources, "_bytes", grown)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(model_sources._cached, ["slow"], get)
         begun.wait()
         with pytest.raises(StorageError, match="no longer grows"):
             model_sources._cached(["slow"], get)
-        written = len(list(next((tmp_path / "cache-models").glob("*/partial")).iterdir()))
         rest.set()
-        assert written == writes and first.result() == model_sources._cached(["slow"], get)
+        assert len(looks) == writes + 1 and first.result() == model_sources._cached(["slow"], get)
+
+
+def test_a_copy_that_takes_more_than_a_day_is_not_removed_for_another_one(tmp_path):
+    """Another process removes the copies that were not used for a day, before it makes its own."""
+
+    def get(to: Path) -> Path:
+        (to / "weights").write_bytes(b"x")
+        for place in (to.parent, to.parent.with_suffix(local_files.LOCK)):
+            os.utime(place, (0, 0))  # a slow download, or a computer that slept
+        assert (model_sources._cached(["other"], lambda other: other)).is_dir()
+        return to
+
+    copy = model_sources._cached(["slow"], get)
+    assert (copy / "weights").read_bytes() == b"x"
+    os.utime(copy.parent, (0, 0))
+    model_sources._cached(["third"], lambda other: other)
+    assert not copy.exists()
+
+
+def test_a_copy_that_is_renamed_while_a_process_looks_at_it_is_no_error(tmp_path, monkeypatch):
+    partial, scan = tmp_path / "partial", os.scandir
+    (partial / "vae").mkdir(parents=True)
+    for place in (tmp_path / "seen", partial / "vae" / "gone"):
+        place.write_bytes(b"xx")
+
+    def late(path: str) -> Iterator[os.DirEntry[str]]:
+        if Path(path) == partial and partial.exists():
+            partial.rename(tmp_path / "model")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    assert model_sources._bytes(tmp_path) == 2
 
 
 @pytest.mark.parametrize("remote", [False, True])

@@ -51,18 +51,20 @@ def convert(path: Path, folder: Path) -> Imported:
     """Writes the model of a GGUF file to `folder`. `path`: the file, or a folder with one GGUF file.
 
     Needs host memory for the weights in fp32 and in the written precision at once. Raises ConfigError if the file is damaged, if
-    transformers doesn't support its architecture, or if `folder` isn't empty. Writes to `folder`.partial first, so `folder` has
-    only a complete and compared model. Raises HeliostatError if the written model's outputs differ from the file's by more than
-    rounding.
+    transformers doesn't support its architecture, or if `folder` isn't empty or can't be replaced. Writes to `folder`.partial
+    first, so `folder` has only a complete and compared model. Raises HeliostatError if the written model's outputs differ from
+    the file's by more than rounding.
     """
-    file = gguf_files.read(gguf_files.locate(path))
+    file, folder = gguf_files.read(gguf_files.locate(path)), folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--out: not empty ({folder}). Pass another folder")
-    Location(str(folder.absolute())).require_writable()
+    if folder.is_mount() or folder == Path.cwd():
+        raise ConfigError(f"--out: can't replace a mount point or the current folder ({folder}). Pass a folder in it")
+    Location(str(folder)).require_writable()
     tokenizer = _tokenizer(file)
     with _reading(file):
         model = _model(file)
-    partial = folder.absolute().with_name(f"{folder.absolute().name}.partial")
+    partial = folder.with_name(f"{folder.name}.partial")
     try:
         partial.mkdir(parents=True)
     except FileExistsError as e:

@@ -93,11 +93,20 @@ def alone(file: Path, wait_s: float) -> Iterator[None]:
 
 
 def remove_unused(file: Path) -> None:
-    """Removes the entries that were not used for a day from the cache of `file`, whose lock this process holds."""
-    for other in file.parent.glob("*"):
+    """Removes the entries that were not used for a day from the cache of `file`, whose lock this process holds. Keeps entries
+    whose lock another process holds, because that process may still fill them."""
+    for other in sorted(file.parent.glob("*"), key=lambda place: place.suffix == LOCK):  # locks after their entries
         with suppress(OSError):  # another process may remove it, too
-            if other != file.with_suffix(LOCK) and time.time() - other.stat().st_mtime > DAY_S:
-                shutil.rmtree(other) if other.is_dir() else other.unlink()
+            if other == file.with_suffix(LOCK) or not _is_unused(other):
+                continue
+            with other.with_suffix(LOCK).open("a") as lock:  # doesn't change the time, as "w" does
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_unused(other):
+                    shutil.rmtree(other) if other.is_dir() else other.unlink()
+
+
+def _is_unused(entry: Path) -> bool:
+    return time.time() - entry.stat().st_mtime > DAY_S
 
 
 def put_new(path: str, data: bytes) -> bool:

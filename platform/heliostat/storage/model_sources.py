@@ -162,7 +162,7 @@ def _model_in(folder: Path, name: str) -> Path:
 def _of_s3(uri: str) -> Path:
     place = Location(uri)
     listed = _listed(place)
-    copied = [(name, one) for name, one in listed if name.endswith(COPIED)]
+    copied = _copied(listed)
     if not any(name.endswith("config.json") or name == "model_index.json" for name, _ in copied):
         problem = "no such folder" if not listed else "isn't a model folder (no config.json)"
         raise ConfigError(f"{uri}: {problem}. Copy a model's folder there")
@@ -174,7 +174,7 @@ def _of_s3(uri: str) -> Path:
         log.info("%s: copying %s to %s", uri, readable(size), to)
         for name, one in copied:
             _copy(place.join(*name.split("/")), to.joinpath(*name.split("/")), one.size)
-        if _listed(place) != listed:
+        if _copied(_listed(place)) != copied:
             raise StorageError(f"{uri}: the folder changed while heliostat copied it. Run the command again")
         return to
 
@@ -184,6 +184,11 @@ def _of_s3(uri: str) -> Path:
 def _listed(place: Location) -> list[tuple[str, Listed]]:
     """Lists the files below a folder with their paths in it."""
     return [(one.path.removeprefix(f"{place.path}/"), one) for one in place.tree()]
+
+
+def _copied(listed: list[tuple[str, Listed]]) -> list[tuple[str, Listed]]:
+    """Returns the files that belong to a copy. Other files of the folder, such as the logs of a run, may change meanwhile."""
+    return [(name, one) for name, one in listed if name.endswith(COPIED)]
 
 
 def _copy(source: Location, target: Path, size: int) -> None:
@@ -226,9 +231,10 @@ def _filled(entry: Path, get: Callable[[Path], Path]) -> Path:
 
 
 def _bytes(folder: Path) -> int:
-    """Counts the bytes of a folder that another process fills."""
+    """Counts the bytes of a folder that another process fills. Ignores what that process renames or removes meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # the process has just renamed it
-            total += path.stat().st_size
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += Path(parent, name).stat().st_size
     return total

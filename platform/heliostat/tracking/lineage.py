@@ -7,7 +7,7 @@ Seen(client).answer(shard="part-00017.parquet")
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -242,7 +242,7 @@ class Descendant(TypedDict):
 
 class LineageRow(Descendant):
     """Describes a run that has trained on samples. `samples`: number of samples that the run itself has taken. `fault`: why this
-    number is unknown; None if it is known."""
+    number, or the number of an ancestor, is unknown; None if it is known."""
 
     samples: int
     fault: str | None
@@ -262,7 +262,7 @@ class Seen:
 
     def answer(self, shard: str | None = None, digest: str | None = None) -> list[LineageRow]:
         """Lists the runs that have trained on the shard, or on datasets whose digest begins with `digest`, newest first. Also
-        lists the runs that may have, because their dataset can't be read."""
+        lists the runs that may have, because their dataset, or an ancestor's, can't be read."""
         faults = dict[str, str]()
 
         def taken(run: Run, before: int | None) -> int:
@@ -274,9 +274,10 @@ class Seen:
                 return 0
 
         rows = {row["run_id"]: row for row in self.rows(taken)}
-        for run_id, fault in faults.items():
-            rows.setdefault(run_id, self.row(self.runs[run_id], [], 0))["fault"] = fault
-        return list(rows.values())
+        unsure = self.unsure(faults, self.runs)
+        unknown: list[LineageRow] = [{**self.row(run, [], 0), "fault": unsure[run_id]} for run_id, run in self.runs.items()
+                                     if run_id in unsure and run_id not in rows]  # fmt: skip
+        return [{**row, "fault": faults.get(run_id)} for run_id, row in rows.items()] + unknown
 
     def rows(self, taken: Taken, only: str | None = None) -> list[LineageRow]:
         """Lists the runs that have trained on the samples that `taken` counts, directly or through ancestors. `only`: id of the
@@ -289,6 +290,16 @@ class Seen:
             if samples or ancestors:
                 rows.append(self.row(run, ancestors, samples))
         return rows
+
+    def unsure(self, faults: Mapping[str, str], run_ids: Iterable[str]) -> dict[str, str]:
+        """Explains which of these runs may have trained on some samples, by id: runs in `faults`, and their descendants."""
+        reasons, known = dict[str, str](), dict[str, list[str]]()
+        for run_id in run_ids if faults else ():
+            if run_id in faults:
+                reasons[run_id] = faults[run_id]
+            elif above := self._inherited(run_id, lambda run, before: run.info.run_id in faults, known):
+                reasons[run_id] = f"the samples that it inherits from {above[0]} are unknown ({faults[above[0]]})"
+        return reasons
 
     def row(self, run: Run, inherited: list[str], samples: int) -> LineageRow:
         """Describes a run in the list of the runs that have trained on some samples."""

@@ -45,7 +45,7 @@ class Reached(Descendant):
     """Describes a run that has trained on the document, or that may have trained on it.
 
     `unsure`: number of bad samples whose replacements the run's record doesn't list, so that they may contain the document.
-    `fault`: why the run's samples of this dataset are unknown; None if they are known.
+    `fault`: why the samples of this dataset that the run has taken or inherited are unknown; None if they are known.
     """
 
     samples: list[DocumentSample]
@@ -81,8 +81,9 @@ class TrainedOnDocument:
         seen = Seen(self.client)
         rows: list[Descendant] = [*seen.rows(lambda run, before: len(self._before(run, before)), only)]
         known = {row["run_id"] for row in rows}
-        unknown = [seen.runs[run_id] for run_id in self.faults if run_id not in known and only in (None, run_id)]
-        rows += [seen.row(run, [], 0) for run in unknown]
+        unsure = seen.unsure(self.faults, [only] if only else seen.runs)
+        self.faults |= {run_id: reason for run_id, reason in unsure.items() if run_id not in known}
+        rows += [seen.row(seen.runs[run_id], [], 0) for run_id in unsure if run_id not in known]
         return [self._reached(row) for row in rows]
 
     def _reached(self, row: Descendant) -> Reached:

@@ -137,7 +137,7 @@ class ConversationSource(TextSource):
                 else:
                     yield from self._functions(item)
         except FaultError as e:  # of a complete table
-            raise ConfigError(f"input: {part.path!r} {e.detail}") from e
+            raise ConfigError(f"input: {part.path or sources.root(self.input).name!r} {e.detail}") from e
 
     def _functions(self, item: Document) -> Iterator[Document | Dropped]:
         """Yields conversations from the docstrings of a Python file, or preferences, whose rejected answer is the file's next
