@@ -58,9 +58,10 @@ def _of_conversations(facts: ConversationFacts) -> list[str]:
             f"in {space // facts['sequence_length']:,} rows that are {counts['tokens'] / space:.1%} full",
             f"trained: {share:.0%} of the tokens, in {counts['turns']:,} turns; {counts['trained_ends']:,} turns with their end",
         ]
+    each = facts["turns"] == "each"
     meanings = {
-        "cut": "conversations cut to sequence_length",
-        "split": "conversations split at sequence_length",
+        "cut": "conversations with turns cut or left out at sequence_length" if each else "conversations cut to sequence_length",
+        "split": "conversations made into one conversation per turn" if each else "conversations split at sequence_length",
         "trailing": "messages after the last answer left out",
         "retokenized": "conversations whose complete text has other tokens than its segments",
         "ended": "conversations ended with the end-of-document token, because the template has no token that ends a turn",
