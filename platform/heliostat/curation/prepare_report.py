@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from heliostat.curation import recording
-from heliostat.data.conversations import ConversationFacts
+from heliostat.data.conversations import CONTENTS, ConversationFacts
 
 
 def in_words(reason: str) -> str:
@@ -19,8 +19,7 @@ def in_words(reason: str) -> str:
 def explain(report: dict[str, Any]) -> list[str]:
     """Formats the report as sentences: the dataset's content, and the dropped documents."""
     state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
-    of_form = {"packs": "conversations", "preferences": "preferences"}
-    form = of_form[report["conversations"]["form"]] if report["conversations"] else "rows"
+    form = CONTENTS[report["conversations"]["form"]] if report["conversations"] else "rows"
     contents = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else form)
     left_out = Counter(duplicate=report["duplicates"])
     for reason, count in report["dropped"].items():
