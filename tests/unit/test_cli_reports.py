@@ -136,7 +136,7 @@ def test_a_dataset_of_packs_is_reported_as_conversations_in_rows():
     from heliostat.curation.prepare_report import explain
 
     counts = {"conversations": 400, "tokens": 900, "trained": 90, "turns": 400, "trained_ends": 400, "padding": 380}
-    facts = {"form": "packs", "sequence_length": 128, "counts": counts}
+    facts = {"form": "packs", "sequence_length": 128, "turns": "all", "counts": counts}
     report = {"up_to_date": True, "documents": 400, "tokens": 0, "dropped": {}, "duplicates": 0, "listed": None,
               "dataset": "d", "chunks": 1, "digest": "0" * 12, "written_by": None, "hub": {}, "rearranged": None,
               "conversations": facts, "recorded_every": 1}  # fmt: skip
@@ -144,3 +144,11 @@ def test_a_dataset_of_packs_is_reported_as_conversations_in_rows():
     assert explain(report)[2] == "conversations: 400 with 900 tokens, in 10 rows that are 70.3% full"
     report["conversations"] = facts | {"form": "preferences"}
     assert ": 400 preferences, " in explain(report)[0]
+    counts |= {"cut": 1, "split": 2}
+    report["conversations"] = facts
+    assert explain(report)[4:] == ["1 conversations cut to sequence_length", "2 conversations split at sequence_length"]
+    report["conversations"] = facts | {"turns": "each"}  # these were reported as split at sequence_length, too
+    assert explain(report)[4:] == [
+        "1 conversations with turns cut or left out at sequence_length",
+        "2 conversations made into one conversation per turn",
+    ]

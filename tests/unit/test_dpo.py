@@ -329,7 +329,7 @@ def test_keys_that_dont_fit_are_errors(base: Path, data: Path, model: dict[str, 
 
 
 def test_a_dataset_of_packs_and_a_model_without_weights_are_errors(base: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^data\.sources\.0\.path: .* contains a dataset of packs, but DPO trains on"):
+    with pytest.raises(ConfigError, match=r"^data\.sources\.0\.path: .* contains a dataset of conversations, but DPO trains on"):
         dpo(base, build_conversations.packs(tmp_path / "packs", 12))
     with pytest.raises(ConfigError, match=r"^model\.pretrained: required for DPO"):
         dpo(base, data, model=BASE["model"])

@@ -29,7 +29,7 @@ def test_the_files_are_those_of_heliostats_own_workspace():
     assert not stale, f"cp {stale[0]} platform/heliostat/cli/template/{stale[0]}"
     quickstart = {str(p.relative_to(ROOT)) for f in ("jobs", "pipelines") for p in (ROOT / f).rglob("quickstart*.yaml")}
     schemas = {f"jobs/schemas/{p.name}" for p in (ROOT / "jobs/schemas").iterdir()}
-    tuning = {f"pipelines/{name}.yaml" for name in ("conversations", "preferences")}
+    tuning = {f"pipelines/{name}.yaml" for name in ("conversations", "preferences", "references")}
     tuning |= {f"jobs/examples/{name}.yaml" for name in ("sft", "dpo")}
     assert shipped.keys() == quickstart | tuning | {"clusters/local.yaml"} | schemas
 

@@ -183,7 +183,7 @@ def test_inputs_and_models_that_dont_fit_are_errors(base: Path, data: Path, tmp_
     other = build_conversations.preferences(tmp_path / "other", 4, raw=other_tokenizer())
     for source, output, message in [
         (tmp_path / "out", "again", r"^input: .* has a reference already"),
-        (packs, "again", "^input: .* contains a dataset of packs"),
+        (packs, "again", "^input: .* contains a dataset of conversations"),
         (long, "again", r"^model: .* has 2048 positions, but the rows of .* have up to 100000 tokens"),
         (other, "again", "^model: .* the model's tokenizer differs from the tokenizer of"),
         (data, str(data), "^output: .* is also the input"),

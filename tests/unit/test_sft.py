@@ -173,7 +173,7 @@ def test_the_scores_are_the_loss_and_the_share_of_right_tokens(data: Path, tiled
 
 def test_a_dataset_of_preferences_is_rejected_by_name(tmp_path: Path) -> None:
     other = build_conversations.preferences(tmp_path / "pairs")
-    with pytest.raises(ConfigError, match=r"data.sources.0.path: .* a dataset of preferences, but SFT trains on packs"):
+    with pytest.raises(ConfigError, match=r"data.sources.0.path: .* a dataset of preferences, but SFT trains on conversations"):
         bound(other)
 
 

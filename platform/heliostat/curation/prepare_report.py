@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from heliostat.curation import recording
-from heliostat.data.conversations import ConversationFacts
+from heliostat.data.conversations import CONTENTS, ConversationFacts
 
 
 def in_words(reason: str) -> str:
@@ -19,8 +19,7 @@ def in_words(reason: str) -> str:
 def explain(report: dict[str, Any]) -> list[str]:
     """Formats the report as sentences: the dataset's content, and the dropped documents."""
     state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
-    of_form = {"packs": "conversations", "preferences": "preferences"}
-    form = of_form[report["conversations"]["form"]] if report["conversations"] else "rows"
+    form = CONTENTS[report["conversations"]["form"]] if report["conversations"] else "rows"
     contents = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else form)
     left_out = Counter(duplicate=report["duplicates"])
     for reason, count in report["dropped"].items():
@@ -58,9 +57,10 @@ def _of_conversations(facts: ConversationFacts) -> list[str]:
             f"in {space // facts['sequence_length']:,} rows that are {counts['tokens'] / space:.1%} full",
             f"trained: {share:.0%} of the tokens, in {counts['turns']:,} turns; {counts['trained_ends']:,} turns with their end",
         ]
+    each = facts["turns"] == "each"
     meanings = {
-        "cut": "conversations cut to sequence_length",
-        "split": "conversations split at sequence_length",
+        "cut": "conversations with turns cut or left out at sequence_length" if each else "conversations cut to sequence_length",
+        "split": "conversations made into one conversation per turn" if each else "conversations split at sequence_length",
         "trailing": "messages after the last answer left out",
         "retokenized": "conversations whose complete text has other tokens than its segments",
         "ended": "conversations ended with the end-of-document token, because the template has no token that ends a turn",

@@ -48,6 +48,9 @@ class Reference(TypedDict):
     precision: str
 
 
+CONTENTS = {"packs": "conversations", "preferences": "preferences"}  # of each form, for people
+
+
 class ConversationFacts(TypedDict):
     """Describes a dataset of conversations.
 

@@ -146,8 +146,8 @@ class ConversationPipeline(RenderedPipeline):
     """What happens to a conversation of more than `sequence_length` tokens. `drop`: drops it. `cut`: keeps its beginning, up to
     the last trained token. `split`: splits it before messages of the user, and repeats the system prompt."""
     turns: Turns = "all"
-    """Turns of the assistant that the model learns: `all`, or only the `last`. `each`: all turns, each in a row with the messages
-    before it, for templates that render earlier turns in another way than the last turn."""
+    """Turns of the assistant that the model learns: `all`, or only the `last`. `each`: all turns, each with the messages
+    before it as a conversation of its own, for templates that render earlier turns in another way than the last turn."""
     end_of_turn: bool = True
     """Whether the model learns the token that ends a turn. Without it, a model doesn't learn when to stop."""
     packing: Literal["best_fit", "none"] = "best_fit"

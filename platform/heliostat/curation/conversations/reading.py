@@ -225,8 +225,8 @@ class ConversationSource(TextSource):
         raise FaultError("too_long", f"{len(row.tokens):,} tokens")
 
     def _by_turn(self, conversation: ParsedConversation) -> tuple[list[Rendered], Counter[str]]:
-        """Renders the conversation up to each turn of the assistant as a row of its own, whose last turn is trained. Leaves out
-        rows that don't fit, and counts the conversation as cut; FaultError if no row fits."""
+        """Renders the conversation up to each turn of the assistant as a conversation of its own, whose last turn is trained.
+        Leaves out those that don't fit, and counts the conversation as cut; FaultError if none fits."""
         rows, faults, counts = list[Rendered](), list[FaultError](), Counter[str]()
         for number, message in enumerate(conversation.messages, 1):
             if message["role"] == "assistant" and message.get(WEIGHT, 1):

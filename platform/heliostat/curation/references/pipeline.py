@@ -25,7 +25,7 @@ from heliostat.curation.references.computing import KIND, ReferenceModel, Source
 from heliostat.curation.watching import PipelineWatch
 from heliostat.data import manifest, versions
 from heliostat.data.ancestry import FOLDERS, MADE_FROM, PIPELINE, REFERENCE, made_from
-from heliostat.data.conversations import FACT, Reference
+from heliostat.data.conversations import CONTENTS, FACT, Reference
 from heliostat.data.manifest import FILES, SHARDS, Manifest, kept_path
 from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import ConfigError
@@ -68,7 +68,7 @@ class ReferencePipeline(Pipeline):
         dataset = manifest.read(place(self.input, "input"))
         facts = dataset.meta.get(FACT)
         if facts is None or facts["form"] != "preferences":
-            contents = f"a dataset of {facts['form']}" if facts else "no dataset of conversations"
+            contents = f"a dataset of {CONTENTS[facts['form']]}" if facts else "no dataset of conversations"
             raise ConfigError(
                 f"input: {self.input!r} contains {contents}. Prepare a dataset with heliostat.pipelines:PreferencePipeline"
             )

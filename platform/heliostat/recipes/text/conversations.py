@@ -20,7 +20,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from heliostat.config.spec import Job
-from heliostat.data.conversations import FACT, ConversationFacts
+from heliostat.data.conversations import CONTENTS, FACT, ConversationFacts
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Batch, Draws, Gallery
@@ -137,10 +137,10 @@ class LearnsConversations(CausalLM, Draws):
         """Returns the facts of a dataset. Raises ConfigError if the dataset doesn't have this recipe's form."""
         facts = source.meta.get(FACT)
         if facts is None or facts["form"] != self.form:
-            contents = f"a dataset of {facts['form']}" if facts else "no dataset of conversations"
+            contents = f"a dataset of {CONTENTS[facts['form']]}" if facts else "no dataset of conversations"
             raise ConfigError(
                 f"data.sources.{number}.path: {str(source.location)!r} contains {contents}, but {type(self).__name__} trains on "
-                f"{self.form}. Prepare the dataset with {self.pipeline}"
+                f"{CONTENTS[self.form]}. Set the path to a dataset of {self.pipeline}, or change recipe"
             )
         return cast("ConversationFacts", facts)
 
