@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from heliostat.cluster.processes import free_port
 from heliostat.data.dataset import Dataset, open_dataset
 from heliostat.engine import deepspeed_engine, ema, patches
 from heliostat.recipes.images import rows
@@ -82,7 +83,7 @@ def ours(case: Case) -> Iterator[None]:
 def with_deepspeed(case: Case) -> Iterator[None]:
     """Trains with the loop of diffusers' examples, and accelerate's DeepSpeed; yields after each step."""
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0",
-                   "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29713"}  # fmt: skip
+                   "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
     patches.skip_shared_memory_kernel()  # which takes minutes to compile, and which one process doesn't use
     made = case.checked()
     import deepspeed

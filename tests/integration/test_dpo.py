@@ -1,5 +1,5 @@
-"""Tests training with DPO on ranks without Ray: every ZeRO stage, worker count, and micro-batch size trains like a plain loop
-over single sequences, with the dataset's reference and with the adapter off."""
+"""Tests training with DPO on ranks without Ray: it trains like a plain loop over single sequences in fp64, with the dataset's
+reference and with the adapter off, and resumes on other numbers of workers."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from heliostat.numerics import play
 from heliostat.recipes.folder_digests import weights_digest
 from heliostat.tracking.models import resolve
 from heliostat.training.run import train
+from heliostat.training.worker.step_reports import StepReports
 from mlflow import MlflowClient
 
 from tests.integration import layouts, ranks
@@ -45,10 +46,8 @@ class Case:
         return f"zero{self.stage}-{self.workers}-{self.micro}{more}"
 
 
-CASES = [
-    Case(0, 1, 2), Case(1, 1, loss="ipo"), Case(2, 2, 2), Case(3, 2, thrifty=True),
-    Case(3, 2, 2, adapter=True), Case(2, 2, adapter=True, thrifty=True, loss="ipo"),
-]  # fmt: skip
+SAVED, RESUMED = Case(2, 2, 2), [Case(3, 1), Case(1, 4)]
+CASES = [Case(0, 1, loss="ipo"), SAVED, Case(3, 2, adapter=True, thrifty=True, loss="ipo")]
 
 
 def _job(case: Case, folder: Path) -> Job:
@@ -70,9 +69,10 @@ GRID = layouts.Grid(CASES, _job, {}, lambda case: case)
 
 
 def gradients(group: Any, everyone: Any, place: str) -> Iterator[dict[str, Any]]:
-    """Yields the differences of each case's losses and gradients in two steps from those of a plain loop in fp64."""
-    folder = Path(place)
-    for case in (case for case in CASES if case.workers == torch.distributed.get_world_size()):
+    """Yields the differences of each case's losses and gradients in two steps from those of a plain loop in fp64, and the error
+    of the report of these steps. Then yields the losses of two more steps of SAVED, and of the cases that resume from it."""
+    folder, workers = Path(place), torch.distributed.get_world_size()
+    for case in (case for case in CASES if case.workers == workers):
         made = _job(case, folder)
         with layouts._alone(GRID, case, folder) as one:
             computed: list[dict[str, torch.Tensor]] = []
@@ -89,13 +89,33 @@ def gradients(group: Any, everyone: Any, place: str) -> Iterator[dict[str, Any]]
                 weights = play.masters(one.engine)
                 (loss,) = one.losses(step, step + 1)
                 content = one.dataset.read(one.dataset.order.locate(one.dataset.order.step(step).ravel()))
-                yield {"case": str(case), "step": step, **_compared(made, one.recipe, content, weights, loss, computed[step])}
+                if one.rank == 0:
+                    yield {"case": str(case), "step": step, **_compared(made, one.recipe, content, weights, loss, computed[step])}
+            if case is SAVED:
+                one.save(2)
+                yield {"resumed": str(case), "losses": one.losses(2, 4)}
+            yield {"reported": str(case), "error": _reported(one)}
+    everyone.wait()
+    for case in (case for case in RESUMED if case.workers == workers):
+        with layouts._alone(GRID, case, folder) as one:
+            one.load(_job(SAVED, folder).run_folder, 2)
+            yield {"resumed": str(case), "losses": one.losses(2, 4)}
+
+
+def _reported(one: play.Player) -> str:
+    """Reports the steps as a worker does. Returns the error."""
+    reports = StepReports(one.state.context, one.engine, one.recipe, one.unsealed, [], one.stepper.report)
+    try:
+        reports.report(len(one.stepper.losses))
+    except ConfigError as e:
+        return str(e)
+    return ""
 
 
 def _compared(
     made: Job, recipe: Any, content: Any, weights: dict[str, torch.Tensor], loss: float, mine: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    model, base = (recipe.build().double() for _ in range(2))
+    model = recipe.build().double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -104,6 +124,7 @@ def _compared(
     if recipe.from_dataset:
         references = np.array([[row["reference_chosen"], row["reference_rejected"]] for row in rows])
     else:  # a new adapter changes nothing
+        base = recipe.build().double()
         references = np.array([[_logprob(base, row, side) for side in ("chosen", "rejected")] for row in rows])
     settings = recipe.settings
     right = plain_losses(model, rows, references, settings.loss, settings.beta, settings.label_smoothing) / len(rows)
@@ -122,13 +143,26 @@ def _logprob(model: torch.nn.Module, row: dict[str, Any], side: str) -> float:
 
 @pytest.mark.ci
 def test_losses_and_gradients_equal_those_of_a_plain_loop_over_single_sequences(tmp_path: Path) -> None:
-    """In two steps, at ZeRO stages 0 to 3, on one and two workers, with one or two pairs per micro-batch."""
+    """In two steps, in fp64. `test_fine_tuning` compares DPO in more configurations, with a plain loop in fp32.
+
+    A run that resumes on one or four workers, at another stage, has the losses of the uninterrupted run. All workers report that
+    the made-up log-probabilities aren't those of the model, and that a new adapter's model is its own reference.
+    """
     write_base(tmp_path)
     data = build_conversations.preferences(tmp_path / "preferences", 48)
     referenced(data, tmp_path / "referenced", weights_digest(tmp_path / "model"))
-    rows = ranks.run(f"{__name__}:gradients", (1, 2), str(tmp_path))
-    assert len(rows) == sum(2 * case.workers for case in CASES)
-    assert [row for row in rows if not (row["loss"] < 1e-5 and row["worst"] < 1e-5 and row["compared"])] == []
+    rows = ranks.run(f"{__name__}:gradients", (1, 2, 4), str(tmp_path), deadline_s=480)
+    compared = [row for row in rows if "case" in row]
+    assert len(compared) == 2 * len(CASES)
+    assert [row for row in compared if not (row["loss"] < 1e-5 and row["worst"] < 1e-5 and row["compared"])] == []
+    resumed = [row for row in rows if "resumed" in row]
+    assert len(resumed) == sum(case.workers for case in (SAVED, *RESUMED))
+    unbroken = next(row["losses"] for row in resumed if row["resumed"] == str(SAVED))
+    assert [row for row in resumed if row["losses"] != pytest.approx(unbroken, rel=1e-5)] == []
+    reported = [row for row in rows if "reported" in row]
+    assert len(reported) == sum(case.workers for case in CASES)
+    for row in reported:
+        assert ("at step 1, the model isn't its reference" in row["error"]) == ("adapter" not in row["reported"])
 
 
 # a run ----------------------------------------------------------------------------------------------------------------
@@ -161,7 +195,7 @@ def test_a_model_learns_preferences_from_files(ray_session: None, tracking: str,
 
     job = tiny_job(made["dataset"], tracking, tmp_path)
     del job["data"]["sequence_length"]
-    job["train"]["steps"], job["evaluate"]["every"], job["checkpoint"]["every"] = 12, 12, 6
+    job["train"]["steps"], job["evaluate"]["every"], job["checkpoint"]["every"], job["workers"]["count"] = 12, 12, 6, 1
     job |= {"name": "preferred", "recipe": "heliostat.recipes:DPO", "model": {"pretrained": str(model), "dpo": {"beta": 0.5}}}
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(job))

@@ -52,6 +52,11 @@ def test_only_results_on_the_same_examples_are_compared(tmp_path: Path) -> None:
         paired.read(place, SUITE.model_copy(update={"chat": True}), same)
     with pytest.raises(ConfigError, match=r"^--compare: no such file \(.*b\.json\)\. Pass"):
         paired.read(Location(str(tmp_path / "b.json")), SUITE, same)
+    for digests in ({}, {"sums": same["sums"], "words": "0"}):  # as lm-eval's groups change
+        with pytest.raises(ConfigError, match=r"^--compare: other examples of (sums|words) "):
+            paired.read(place, SUITE, digests)
+    with pytest.raises(ConfigError, match=r"^--compare: can't be read .*directory"):
+        paired.read(Location(str(tmp_path)), SUITE, same)
     with pytest.raises(
         ConfigError, match=r"c\.json: isn.t a valid result .*values.*Score its model again"
     ):  # of an earlier version

@@ -200,6 +200,27 @@ def test_each_turn_can_be_a_row_with_its_prompt_at_inference(tmp_path, model) ->
     assert dropped == {"rewritten": sum(len(m) > 2 for m in talk)}
 
 
+@pytest.mark.parametrize("too_long", ["drop", "cut"])
+def test_turns_that_cant_fit_cost_nothing(tmp_path, model, monkeypatch, too_long: str) -> None:
+    """Else, a conversation of thousands of turns takes hours. An answer with long thoughts, which later turns leave out, doesn't
+    end the conversation."""
+    (tmp_path / "qwen3.jinja").write_text(chat.THOUGHTS)
+    answers = ["amber", f"<think>{'birch ' * 200}</think>amber", *["amber"] * 400]
+    messages = [
+        {"role": role, "content": text} for answer in answers for role, text in (("user", "first"), ("assistant", answer))
+    ]
+    rendered, text, made = list[int](), Renderer.text, list[Manifest]()
+    monkeypatch.setattr(Renderer, "text", lambda self, m, *more, **keys: rendered.append(len(m)) or text(self, m, *more, **keys))
+    for number in (40, 804):
+        write(tmp_path / "in/a.jsonl", [{"messages": messages[:number]}])
+        keys = {"template": f"{tmp_path}/qwen3.jinja", "packing": "none", "sequence_length": 64, "too_long": too_long}
+        made.append(make(ConversationPipeline, f"out-{number}", model, tmp_path, turns="each", **keys))
+        costs = sum(rendered)
+        rendered.clear()
+    assert costs < 3000 and made[0].meta[FACT]["counts"] == made[1].meta[FACT]["counts"]
+    assert len(parts(made[1])) == 3 + (too_long == "cut")
+
+
 def test_a_conversation_with_an_example_of_an_evaluation_is_dropped(tmp_path, model) -> None:
     question, answer = "which word comes first of amber and birch", {"role": "assistant", "content": "amber"}
     texts = (f"Tell me: {question}?", "which of all is first?")

@@ -40,6 +40,6 @@ def test_samples_and_steps_are_counted_in_words(
     place = {"lane": 0, "place": 1, "epoch": 0, "row_group": 0, "row": 2}
     samples = [{"step": step, **place} for step in steps]
     run = {"name": "sft", "run_id": "0a", "steps": steps, "samples": samples, "models": ["models:/sft/1"],
-           "inherited": [], "fault": "", "unsure": 0, "outdated": [], "exports": []}  # fmt: skip
+           "inherited": [], "fault": "", "unsure": 0, "outdated": [], "status": "FINISHED", "exports": []}  # fmt: skip
     curation._print_runs({"runs": [run], "shard": {}})
     assert capsys.readouterr().out.startswith(f"  run sft (0a): {shown}; models:/sft/1\n")

@@ -306,6 +306,9 @@ def test_a_reference_in_another_precision_is_warned_about(
     dpo(base, source, **{"train.precision": "bf16"})
     (record,) = caplog.records
     assert "has log-probabilities in fp32, but train.precision is bf16" in record.getMessage()
+    caplog.clear()
+    dpo(base, source, **{"train.precision": "fp16", "workers.gpus": 1})
+    assert not caplog.records, "references have no fp16, so nothing is nearer"
 
 
 @pytest.mark.parametrize(

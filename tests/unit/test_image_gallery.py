@@ -122,7 +122,7 @@ def test_options_of_the_other_kind_of_model_are_refused_by_name(dataset, tmp_pat
     ):
         ImageGenerator(tmp_path, {"temperature": 0.5})
     with pytest.raises(
-        ConfigError, match=r"generate: guidance: unknown key\. Use one of: max_tokens, suffix, temperature, top_p"
+        ConfigError, match=r"generate: guidance: unknown key\. Use one of: chat, max_tokens, suffix, temperature, top_p"
     ):
         CausalLM.generator(tmp_path, {"guidance": 4.0})
     with pytest.raises(ConfigError, match="'euler' doesn't support a model with prediction 'epsilon'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -359,6 +360,14 @@ def test_an_adapter_in_a_store_names_its_base_and_how_to_serve_it(in_s3):
     place.join("adapter_model.safetensors").write(b"")
     with pytest.raises(ConfigError, match=r"is an adapter without its base. .* heliostat model serve 'models/my base' --adapter"):
         models.resolve(place.uri, "sqlite://")
+
+
+@pytest.mark.parametrize("base", ["a\u001b[31m", "a" * 9999, None])
+def test_a_hostile_adapter_names_no_base(tmp_path, base):
+    config = json.dumps({"base_model_name_or_path": base}) if base else "[" * 100_000
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(ConfigError, match=r"Serve it with its base: heliostat model serve BASE --adapter"):
+        models.resolve(str(tmp_path), "sqlite://")
 
 
 def test_a_gguf_file_a_run_and_an_adapter_name_the_command_that_makes_a_model_of_them(tmp_path):

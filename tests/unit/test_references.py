@@ -222,10 +222,10 @@ def test_a_pair_is_traced_and_forgotten_like_in_the_dataset_without_a_reference(
         assert ways[0] == ways[1] and ways[1]["notes"] == [] and (ways[1]["kept"] is None) == (number == 11)
         assert all((path in one.paths) == (number == 3) for path, one in zip(paths, (before, made), strict=True))
     assert ancestry.inputs_of(made) == [before.location.uri, str(tmp_path / "in")]
-    origin = ancestry.reference_of(made)
-    assert origin and origin["folder"] == str(base) and ancestry.reference_of(before) is None
+    origin = ancestry.models_of(made)[ancestry.REFERENCE]
+    assert origin["folder"] == str(base) and ancestry.models_of(before) == {}
     (end,) = trace.find(made, id="chats.jsonl#3")
     less = forget.forget(made, "chats.jsonl#3", [end], made.location.ending("-less"))
     assert rows(less) == [row for row in rows(made) if row["id"] != "chats.jsonl#3"] != rows(made)
     assert ancestry.related(less.meta) == {less.digest, made.digest, before.digest}
-    assert ancestry.inputs_of(less) == ancestry.inputs_of(made) and ancestry.reference_of(less) == origin
+    assert ancestry.inputs_of(less) == ancestry.inputs_of(made) and ancestry.models_of(less) == {ancestry.REFERENCE: origin}

@@ -220,6 +220,16 @@ def test_an_export_has_the_template_of_the_dataset_and_stops_at_the_end_of_a_tur
     assert tokenizer.apply_chat_template(chat, return_dict=False) == build_conversations.render(raw, chat).tokens
 
 
+def test_the_trained_tokens_of_samples_are_the_loss_terms_also_if_workers_share_samples(data: Path) -> None:
+    """The dataset's facts count the same tokens."""
+    recipe, table = bound(data), rows(data)
+    batch = recipe.rows(table)
+    trained = recipe.trained(batch)
+    assert len(trained) == table.num_rows and int(trained.sum()) == recipe.terms(batch) == recipe.facts[0]["counts"]["trained"]
+    parts = [recipe.trained(next_token.cut(batch, part, 2)) for part in range(2)]
+    assert torch.equal(parts[0] + parts[1], trained) and parts[1].any()
+
+
 def test_an_export_also_stops_at_other_ends_that_the_template_writes(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Llama 3 ends calls of built-in tools with another token than answers."""
     recipe = bound(data)

@@ -37,12 +37,7 @@ def generate(
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--no-chat", help="Whether the chat template renders the prompt", show_default="if the model has a template"
-        ),
-    ] = None,
+    no_chat: Annotated[bool, typer.Option("--no-chat", help="Continue the prompt without the model's chat template")] = False,
     steps: Annotated[int | None, typer.Option(help="Images: sampler steps")] = None,
     guidance: Annotated[float | None, typer.Option(help="Images: classifier-free guidance scale; 1 turns guidance off")] = None,
     guidance_interval: Annotated[
@@ -61,9 +56,10 @@ def generate(
     """Generate text or images."""
     import heliostat.inference.generate as generating
 
-    flags = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "chat": chat, "steps": steps,
-             "guidance": guidance, "guidance_interval": guidance_interval, "guidance_rescale": guidance_rescale,
-             "sampler": sampler, "grid": grid, "width": width, "height": height}  # fmt: skip
+    flags = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "chat": False if no_chat else None,
+             "steps": steps, "guidance": guidance, "guidance_interval": guidance_interval,
+             "guidance_rescale": guidance_rescale, "sampler": sampler, "grid": grid, "width": width,
+             "height": height}  # fmt: skip
     options: dict[str, object] = {name: value for name, value in flags.items() if value is not None}
     if [prompt, prompts, prefix].count(None) != 2:
         raise ConfigError(

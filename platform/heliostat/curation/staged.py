@@ -133,7 +133,7 @@ class StagedPipeline(Pipeline):
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         """Chooses a sample for a dry run."""
         raise ConfigError(
-            f"--sample: {type(self).__name__} doesn't support dry runs. Remove --sample, or use a text or image pipeline"
+            f"--sample: {type(self).__name__} doesn't support dry runs. Remove --sample, or set input to some of the files"
         )
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[pa.Table, dict[str, Any]]:

@@ -18,6 +18,7 @@ from heliostat.evaluation.suite import Suite, same
 from heliostat.recipes import intervals
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, open_
+from heliostat.text import brief
 
 
 @open_
@@ -57,7 +58,7 @@ def digest(texts: Iterable[str]) -> str:
     """Returns a digest of a task's examples, in their order: of each example's question and right answer."""
     total = hashlib.sha256()
     for text in texts:
-        total.update(hashlib.sha256(text.encode()).digest())
+        total.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     return total.hexdigest()[:16]
 
 
@@ -70,9 +71,12 @@ def read(place: Location, suite: Suite, digests: Mapping[str, str]) -> PairedRes
         other = RESULT.read(place)
     except FileNotFoundError:
         raise ConfigError(f"--compare: no such file ({place}). Pass the --out file of another model on this suite") from None
+    except OSError as e:
+        raise ConfigError(f"--compare: can't be read ({brief(e)}). Pass the --out file of another model on this suite") from e
     if not same(other["suite"], suite):
         raise ConfigError(f"--compare: scored with other settings ({place}). Score its model with this suite again")
-    if changed := [row["task"] for row in other["tasks"] if row["examples_digest"] != digests[row["task"]]]:
+    theirs = {row["task"]: row["examples_digest"] for row in other["tasks"]}
+    if changed := [task for task in {**digests, **theirs} if theirs.get(task) != digests.get(task)]:
         raise ConfigError(f"--compare: other examples of {changed[0]} ({place}). Score its model with this suite again")
     return other
 

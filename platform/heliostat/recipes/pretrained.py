@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning
-from heliostat.text import printable
+from heliostat.text import brief
 
 if TYPE_CHECKING:
     import torch
@@ -50,12 +50,12 @@ def no_model(path: Path, otherwise: str = "isn't a model folder (no config.json)
 
 
 def _base_of(config: Path) -> str:
-    """Returns the name of an adapter's base in the adapter's configuration; `BASE` if it has none."""
+    """Returns the name of an adapter's base in the adapter's configuration; `BASE` if it has none that fits a command."""
     try:
         base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "BASE"
-    return shlex.quote(printable(base)) if base and isinstance(base, str) else "BASE"
+    return shlex.quote(base) if base and isinstance(base, str) and brief(base) == base else "BASE"
 
 
 def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:

@@ -15,7 +15,7 @@ import xxhash
 
 from heliostat.curation import readers
 from heliostat.curation.conversations import packing, rendering, shapes
-from heliostat.curation.conversations.messages import WEIGHT, FaultError, ParsedConversation
+from heliostat.curation.conversations.messages import THOUGHTS, WEIGHT, FaultError, ParsedConversation
 from heliostat.curation.conversations.rendering import Dialect, Rendered, Renderer
 from heliostat.curation.pairs import extracting
 from heliostat.curation.pairs import reading as pairs
@@ -227,25 +227,34 @@ class ConversationSource(TextSource):
     def _by_turn(self, conversation: ParsedConversation) -> tuple[list[Rendered], Counter[str]]:
         """Renders the conversation up to each turn of the assistant as a row of its own, whose last turn is trained. Leaves out
         rows that don't fit, and counts the conversation as cut; FaultError if no row fits."""
-        rows, faults, counts, before = list[Rendered](), list[FaultError](), Counter[str](), 0
+        rows, faults, counts = list[Rendered](), list[FaultError](), Counter[str]()
         for number, message in enumerate(conversation.messages, 1):
             if message["role"] == "assistant" and message.get(WEIGHT, 1):
-                if before > SURELY_LONG * self.sequence_length:  # no later turn fits, and each one takes longer
-                    faults.append(FaultError("too_long", f"more than {before:,} tokens"))
-                    break
+                part = ParsedConversation(conversation.messages[:number], conversation.tools)
                 try:
-                    some, cut = self._fitted(ParsedConversation(conversation.messages[:number], conversation.tools))
+                    some, cut = self._fitted(part)
                     rows, counts = rows + some, counts | cut
                 except FaultError as e:
                     if e.reason != "too_long":
                         raise
                     faults.append(e)
-            shown = message["content"].rpartition("</think>")[2]  # templates may leave out thoughts
-            before += len(self.renderer.encode(shown.encode(errors="ignore").decode())[0])
+                    if self._stays_long(part):
+                        break  # rendering each of thousands of turns takes their square
         if not rows:
             raise faults[0] if faults else FaultError("untrained")
         counts.update(split=int(len(rows) > 1))
         return rows, counts | Counter(cut=1) if faults else counts
+
+    def _stays_long(self, conversation: ParsedConversation) -> bool:
+        """Returns whether the conversation is surely too long, also after more turns, when templates leave out its thoughts."""
+        plain = [{**message, "content": message["content"].rpartition("</think>")[2]} for message in conversation.messages]
+        for message in plain:
+            message.pop(THOUGHTS, None)
+        try:
+            (tokens,) = self.renderer.encode(self.renderer.text(plain, conversation.tools))
+        except FaultError:  # the template needs the thoughts
+            return False
+        return len(tokens) > SURELY_LONG * self.sequence_length
 
     def _split(self, conversation: ParsedConversation) -> list[Rendered]:
         """Splits a conversation before messages of the user. Each part has the system prompt, and as many exchanges as fit."""

@@ -58,10 +58,15 @@ class SourceShard:
         return pq.ParquetFile(pa.BufferReader(Location(self.dataset).join(self.path).read()))
 
 
+def pairs_of(file: pq.ParquetFile, group: int) -> pa.Table:
+    """Reads a row group of a shard."""
+    return file.read_row_group(group, PREFERENCES.names)
+
+
 def compute(folder: Location, shard: SourceShard, model: ReferenceModel) -> dict[str, object]:
     """Computes the log-probabilities of a shard's answers. Returns the name of the temporary file of values, fp64 [rows, 2]."""
     loaded, file = loaded_once(shipping.here(folder, model.shipment), model), shard.read()
-    groups = [logprobs(loaded, file.read_row_group(group, PREFERENCES.names), model) for group in range(file.num_row_groups)]
+    groups = [logprobs(loaded, pairs_of(file, group), model) for group in range(file.num_row_groups)]
     values = np.concatenate([np.empty((0, 2)), *groups])
     name = spill.put(folder, values.tobytes(), ".bin")
     return {"values": name, "documents": len(values), "files": [name]}
@@ -131,7 +136,7 @@ def joined(file: pq.ParquetFile, values: np.ndarray) -> bytes:
     sink, begin, before = pa.BufferOutputStream(), 0, file.metadata.metadata or {}
     with pq.ParquetWriter(sink, REFERENCE, **FORM) as writer:
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group, PREFERENCES.names)
+            table = pairs_of(file, group)
             for name, column in zip(REFERENCE_COLUMNS, values[begin : begin + len(table)].T, strict=True):
                 table = table.append_column(name, pa.array(column))
             writer.write_table(table.cast(REFERENCE), row_group_size=max(1, len(table)))

@@ -19,7 +19,7 @@ from ray.util.queue import Queue
 from heliostat.curation.references import computing
 from heliostat.curation.references.computing import KIND, ReferenceModel, SourceShard
 from heliostat.curation.streamed import Operators, Stopwatch, block, each, guarded, unpacked, with_files
-from heliostat.data.conversations import PREFERENCES, REFERENCE_COLUMNS
+from heliostat.data.conversations import REFERENCE_COLUMNS
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping, spill
 from heliostat.tasks.clusters import Task
@@ -56,7 +56,7 @@ def _row_groups(task: int, shard: SourceShard) -> Iterator[pa.Table]:
     watch = Stopwatch()
     file = shard.read()
     for group in range(file.num_row_groups):
-        rows = file.read_row_group(group, PREFERENCES.names)
+        rows = computing.pairs_of(file, group)
         done = block(task, group, group + 1 == file.num_row_groups, [_record(watch)], [rows])
         with watch.pause():
             yield done

@@ -21,6 +21,7 @@ from heliostat.curation.readers.survey import Mark, Survey
 from heliostat.curation.simulation import images
 from heliostat.curation.simulation.hosts import WebModel
 from heliostat.curation.simulation.requests import input_parts, named
+from heliostat.curation.text import token_counts
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
 from heliostat.curation.web.lists import NAMES
@@ -38,7 +39,10 @@ LISTED_BYTES = 100
 SURVEY_BYTES_PER_S = 100e6
 """Compressed bytes that a CPU surveys per second: an assumption."""
 
-SAME_SIZE = frozenset({"tokenizer", "tally", "rates", "largest"})
+SUMS = {"tally": "tally", token_counts.KIND: "counts"}
+"""Kinds of tasks that sum files, and the names of their results in the records. A simulated sum is the first of its files."""
+
+SAME_SIZE = frozenset({"tokenizer", *SUMS, "rates", "largest"})
 """Kinds of tasks whose files the driver reads, or whose results don't grow with the input. Their records stay as measured."""
 
 
@@ -267,15 +271,15 @@ def _growing(value: str) -> int | None:
 
 
 def _merged(kind: TaskKind, task: Task, read: int, profile: Profile, sizes: Sizes) -> dict[str, Any]:
-    """Returns the record of a task of a kind that a small sample doesn't need: merging, summing tallies, counting lines,
+    """Returns the record of a task of a kind that a small sample doesn't need: merging, summing counts, counting lines,
     surveying compressed files, or listing dropped documents. Raises ConfigError for other kinds."""
     seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
     if kind.function in (merging.merge, merging.merge_spills):
         all_rows, all_bytes = sizes.of_runs(task)
         rows = all_rows * read // max(1, all_bytes)
         return {"runs": _cut([[name, rows, read]], task.arguments["run_bytes"], task.key), "files": [name], "seconds": seconds}
-    if kind.name == "tally":
-        return {"tally": task.arguments["names"][0], "files": [], "seconds": seconds}
+    if kind.name in SUMS:
+        return {SUMS[kind.name]: task.arguments["names"][0], "files": [], "seconds": seconds}
     if kind.name == "select":
         selected = int(read * _listed_share(profile))
         return {"files": [named(task.key, selected)] if selected else [], "seconds": seconds}

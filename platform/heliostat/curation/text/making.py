@@ -21,7 +21,7 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import SHARD, TOKENIZER, Prediction, Rate
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.segment import SpilledRun
-from heliostat.curation.text import documents, gathering, infilling, packing, rates, tasks, tokens
+from heliostat.curation.text import documents, gathering, infilling, packing, rates, tasks, token_counts, tokens
 from heliostat.curation.text.gathering import Together
 from heliostat.curation.text.infilling import FillInTheMiddle
 from heliostat.curation.text.tasks import TextSharding, TextSource
@@ -180,11 +180,12 @@ class TextMaking(Reading):
             **({"together": {**self.together.model_dump(), **totals.together}} if self.together else {}),
             "bytes": totals.bytes,
         }
+        counts = totals.counts + token_counts.summed(self.flow, sorted(totals.files), facts["vocab_size"])
         if len(rows := totals.shards.table()):
-            facts["unigram_entropy"] = tokens.entropy(totals.counts)
+            facts["unigram_entropy"] = tokens.entropy(counts)
         shard = {"documents": totals.documents + totals.duplicates, "kept": totals.documents, "kept_bytes": totals.bytes,
                  "bytes": came, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
-                 "counts": {"tokens": int(totals.counts.sum())}}  # fmt: skip
+                 "counts": {"tokens": int(counts.sum())}}  # fmt: skip
         return WrittenShards(rows, facts, shard, ends)
 
     def _infill(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
@@ -339,13 +340,13 @@ def numbered(cut: Iterable[list[FilePart]], lines: dict[FilePart, int]) -> Itera
 
 
 class Totals:
-    """Sums the counts of all shards: documents, duplicates, bytes, splits, and the occurrences of each token. Collects the
-    shards' rows of the manifest."""
+    """Sums the counts of all shards: documents, duplicates, bytes, and splits. Collects the shards' rows of the manifest, and the
+    temporary files with the occurrences of each token."""
 
     def __init__(self, vocab_size: int) -> None:
         self.documents = self.duplicates = self.bytes = self.cut = 0
         self.shards = ShardCollector()
-        self.counts, self.rearranged = np.zeros(vocab_size, np.int64), Counter[str]()
+        self.counts, self.files, self.rearranged = np.zeros(vocab_size, np.int64), list[str](), Counter[str]()
         self.together = Counter[str](groups=0, documents=0)
 
     def add(self, shard: dict[str, Any]) -> None:
@@ -356,4 +357,7 @@ class Totals:
         self.shards.add(shard)
         self.rearranged.update(shard.get("rearranged", {}))
         self.together.update(shard.get("together", {}))
-        self.counts += np.frombuffer(zlib.decompress(base64.b64decode(shard["counts"])), np.int64)
+        if spill.size_of(shard["counts"]) is None:  # the record of an earlier version has the counts themselves
+            self.counts += np.frombuffer(zlib.decompress(base64.b64decode(shard["counts"])), np.int64)
+        else:
+            self.files.append(shard["counts"])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import itertools
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ from heliostat.curation.readers import archives, clones
 from heliostat.curation.readers.streams import BLOCK
 from heliostat.curation.segment import SpilledRun
 from heliostat.curation.stage import Document, Dropped
-from heliostat.curation.text import documents, gathering, infilling, repositories, sources, tokens
+from heliostat.curation.text import documents, gathering, infilling, repositories, sources, token_counts, tokens
 from heliostat.data import manifest, row_groups, versions
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import FILES, SHARDS
@@ -223,8 +221,8 @@ def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
 def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: TextSharding) -> dict[str, object]:
     """Writes shards one after another. Returns the shards' counts and their rows of the manifest."""
     records = [one for shard in range(first, stop) if (one := _write_shard(folder, runs, shard, plan)) is not None]
-    files = [name for one in records for name in one.pop("ends")]
-    return {"shards": records, "ends": files, "files": files}
+    ends = [name for one in records for name in one.pop("ends")]
+    return {"shards": records, "ends": ends, "files": [*ends, *(one["counts"] for one in records)]}
 
 
 def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: TextSharding) -> dict[str, Any] | None:
@@ -250,7 +248,7 @@ def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: Tex
         "duplicates": duplicates.count,
         "bytes": int(table["bytes"].to_numpy().sum()),
         "cut": sum(len(rows) for rows, _ in groups) - len(ids),
-        "counts": base64.b64encode(zlib.compress(counts.tobytes())).decode(),
+        "counts": token_counts.store(folder, counts),
         "ends": gathering.spill_kept(folder, path, table, duplicates, plan.recorded) if plan.explained else [],
         **({"rearranged": rearranged} if plan.infill else {}),
         **({"together": gathering.counted(table)} if plan.together else {}),

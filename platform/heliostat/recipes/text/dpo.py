@@ -163,11 +163,11 @@ class DPO(LearnsConversations, ChecksFirstStep):
     def _warn_of_precision(self, dataset: str, computed: str) -> None:
         """Logs a warning if a dataset's log-probabilities were computed in another precision than that of training."""
         trained = self.job.train.precision
-        if computed != trained and self.settings.reference_model != ANY:
+        nearest = "bf16" if trained == "bf16" else "fp32"
+        if computed != nearest and self.settings.reference_model != ANY:
             log.warning(
                 "%s has log-probabilities in %s, but train.precision is %s, so rounding adds noise to the margins. Run "
-                "`heliostat data prepare` with %s and precision: %s", dataset, computed, trained, PIPELINE,
-                "bf16" if trained == "bf16" else "fp32",
+                "`heliostat data prepare` with %s and precision: %s", dataset, computed, trained, PIPELINE, nearest,
             )  # fmt: skip
 
     def check_first_step(self, parts: dict[str, float]) -> None:
