@@ -270,22 +270,6 @@ def test_the_turns_of_a_conversation_that_is_far_too_long_are_not_rendered(tmp_p
     assert dataset.meta["dropped"] == {"too_long": 1} and counts == {1, 2, 400}
 
 
-@pytest.mark.parametrize("too_long", ["drop", "cut"])
-def test_each_turn_is_rendered_only_up_to_a_length_that_cant_fit(tmp_path, model, monkeypatch, too_long: str) -> None:
-    """Otherwise a single conversation of some thousand turns takes minutes. The rows are those of a shorter conversation."""
-    counts, text = set[int](), Renderer.text
-    monkeypatch.setattr(Renderer, "text", lambda *a, **k: counts.add(len(a[1])) or text(*a, **k))
-    exchange = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "amber"}]
-    made = []
-    for name, exchanges in (("short", 40), ("long", 400)):
-        write(tmp_path / name / "a.jsonl", [{"messages": exchange * exchanges}])
-        dataset = make(ConversationPipeline, f"out-{name}", model, tmp_path, turns="each", too_long=too_long,
-                       input=str(tmp_path / name), packing="none")  # fmt: skip
-        made.append([tokens for _, tokens, _ in parts(dataset)])
-        assert (dataset.meta[FACT]["counts"]["cut"], dataset.meta["dropped"]) == (1, {})
-    assert made[0] == made[1] and len(made[0]) > 3 and max(counts) < 200
-
-
 def test_half_a_character_in_a_docstring_is_counted(tmp_path, model) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.py").write_text(

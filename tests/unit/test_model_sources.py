@@ -133,6 +133,36 @@ def test_a_folder_that_changes_while_it_is_copied_is_never_taken_for_the_old_or_
     assert not any((model_sources.fetched(in_s3, "") / "model.safetensors").read_bytes())
 
 
+def test_a_read_of_the_store_that_fails_is_repeated(in_s3, folder, monkeypatch):
+    """It was an error that asked for free space on this machine."""
+    opened, faults = Location.open, list[str]()
+
+    class Faulty:
+        def __init__(self, place: Location) -> None:
+            self.place, self.file = place, opened(place)
+
+        def __enter__(self) -> Faulty:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def size(self) -> int:
+            return self.file.size()
+
+        def read_at(self, count: int, begin: int) -> bytes:
+            if self.place.name not in faults:
+                faults.append(self.place.name)
+                raise OSError("When reading: AWS Error NETWORK_CONNECTION during GetObject operation")
+            return self.file.read_at(count, begin)
+
+    monkeypatch.setattr(Location, "open", lambda self: Faulty(self))
+    monkeypatch.setattr(model_sources, "BLOCK", 1 << 10)
+    copy = model_sources.fetched(in_s3, "")
+    assert sorted(faults) == sorted(p.name for p in folder.iterdir())
+    assert all((copy / p.name).read_bytes() == p.read_bytes() for p in folder.iterdir())
+
+
 def test_other_files_of_the_folder_may_change_while_the_model_is_copied(in_s3, folder, monkeypatch):
     """For example the logs of a run in the same folder, which change all the time."""
     copy, place = model_sources._copy, Location(in_s3)

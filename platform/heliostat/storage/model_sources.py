@@ -18,6 +18,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
@@ -194,10 +195,11 @@ def _copied(listed: list[tuple[str, Listed]]) -> list[tuple[str, Listed]]:
 def _copy(source: Location, target: Path, size: int) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open() as content, target.open("wb") as file:
-        while block := content.read(BLOCK):
-            file.write(block)
-    if target.stat().st_size != size:
-        raise StorageError(f"{source}: has {target.stat().st_size:,} bytes, but the listing has {size:,}. Run the command again")
+        if (now := content.size()) != size:
+            raise StorageError(f"{source}: has {now:,} bytes, but the listing has {size:,}. Run the command again")
+        for begin in range(0, size, BLOCK):
+            block = min(BLOCK, size - begin)
+            file.write(source.attempt(partial(content.read_at, block, begin)))
 
 
 def _cached(identity: list[Any], get: Callable[[Path], Path]) -> Path:
@@ -219,14 +221,14 @@ def _cached(identity: list[Any], get: Callable[[Path], Path]) -> Path:
 
 def _filled(entry: Path, get: Callable[[Path], Path]) -> Path:
     """Returns the complete copy in an entry, whose lock this process holds."""
-    complete, partial = entry / "model", entry / "partial"
+    complete, part = entry / "model", entry / "partial"
     entry.mkdir(exist_ok=True)
     os.utime(entry)
     if not complete.is_dir():
         local_files.remove_unused(entry)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        get(partial).rename(complete)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        get(part).rename(complete)
     return complete
 
 
