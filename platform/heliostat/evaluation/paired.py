@@ -42,7 +42,7 @@ class PairedResult(TypedDict):
 RESULT = Format(PairedResult, "result to compare with", ConfigError, fix="Score its model again, with this version of heliostat")
 
 
-class Difference(NamedTuple):
+class PairedDifference(NamedTuple):
     """Contains a task's score minus the other model's score, with its 95 % interval, and the number of examples whose value is
     higher, and lower. All are None if the score isn't the mean of its examples' values."""
 
@@ -81,14 +81,14 @@ def read(place: Location, suite: Suite, digests: Mapping[str, str]) -> PairedRes
     return other
 
 
-def differences(rows: Iterable[PairedRow], other: PairedResult) -> list[Difference]:
+def differences(rows: Iterable[PairedRow], other: PairedResult) -> list[PairedDifference]:
     """Computes the difference of each task's score from the other model's score."""
     before = {row["task"]: row["values"] for row in other["tasks"]}
     return [_difference(row["task"], row["values"], before[row["task"]]) for row in rows]
 
 
-def _difference(task: str, values: list[float] | None, before: list[float] | None) -> Difference:
+def _difference(task: str, values: list[float] | None, before: list[float] | None) -> PairedDifference:
     if values is None or before is None:
-        return Difference(task)
+        return PairedDifference(task)
     change = np.subtract(values, before)
-    return Difference(task, *intervals.mean(change), int((change > 0).sum()), int((change < 0).sum()))
+    return PairedDifference(task, *intervals.mean(change), int((change > 0).sum()), int((change < 0).sum()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from heliostat.evaluation.paired import Difference
+from heliostat.evaluation.paired import PairedDifference
 from heliostat.evaluation.suite import Result, Row
 
 HEAD = ["task", "metric", "score", "95 %", "chance", "centred", "n", "seen"]
@@ -40,7 +40,7 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def difference(one: Difference) -> str:
+def difference(one: PairedDifference) -> str:
     """Formats a task's difference from the other model, as in `sums: +0.050 (95 % +0.021 to +0.079): 80 examples better, ...`."""
     if one.difference is None:
         return f"{one.task}: no difference, because the score isn't a mean over examples"
