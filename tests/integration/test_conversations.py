@@ -1,8 +1,11 @@
 """Tests pipelines of conversations and preferences on real Ray, with input and output in an object store."""
 
+import contextlib
 import csv
 import io
 import json
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +19,10 @@ from heliostat.data.conversations import FACT
 from heliostat.storage.locations import Location
 
 from tests import stores
+from tests.integration import commands
 from tests.integration.pipelines import write_pipeline
 from tests.unit import build_chat_templates as chat
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -76,3 +81,34 @@ def test_pairs_from_a_store_become_preferences(tmp_path: Path, s3_server: str) -
     keys = {"input": uri, "model": str(model), "sequence_length": 128}
     report = prepare(write_pipeline(tmp_path, "PreferencePipeline", **keys), [])
     assert report["conversations"]["form"] == "preferences" and report["documents"] == 50 and not report["dropped"]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("pipeline", ["ConversationPipeline", "PreferencePipeline"])
+def test_killed_in_the_middle_the_same_digest(tmp_path: Path, pipeline: str) -> None:
+    """The driver and all its processes are killed after a few tasks. The next run finishes their work."""
+    model, place = chat.folder(tmp_path / "model", chat.DEFAULT_SYSTEM), Location(str(tmp_path / "in"))
+    if pipeline == "ConversationPipeline":
+        write_input(place, 3)
+    else:
+        pairs = [{"prompt": f"which {n % 7}?", "chosen": f"amber {n}", "rejected": "birch"} for n in range(200)]
+        place.join("a.jsonl").write("\n".join(map(json.dumps, pairs)).encode())
+    keys = {
+        "input": place.path,
+        "output": str(tmp_path / "out"),
+        "model": str(model),
+        "sequence_length": 256,
+        "shard_bytes": 2000,
+    }
+    yaml, log = write_pipeline(tmp_path, pipeline, **keys, keep_work=True), tmp_path / "driver.log"
+    command, done = ["data", "prepare", str(yaml), "--json"], tmp_path / "out.work/done"
+    run = commands.start(*command, log=log)
+    try:
+        until(lambda: len(list(done.glob("*/*.json"))) >= 2 or run.poll() is not None, "records", run=run)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    assert run.returncode == -signal.SIGKILL, "it ended by itself"
+    report = json.loads(commands.run(*command, log=log, timeout=240).out.splitlines()[-1])
+    assert not report["up_to_date"] and prepare(yaml, [f"output={tmp_path}/whole"])["digest"] == report["digest"]
