@@ -277,7 +277,8 @@ class Seen:
         unsure = self.unsure(faults, self.runs)
         unknown: list[LineageRow] = [{**self.row(run, [], 0), "fault": unsure[run_id]} for run_id, run in self.runs.items()
                                      if run_id in unsure and run_id not in rows]  # fmt: skip
-        return [{**row, "fault": faults.get(run_id)} for run_id, row in rows.items()] + unknown
+        known: list[LineageRow] = [{**row, "fault": faults.get(run_id)} for run_id, row in rows.items()]
+        return known + unknown
 
     def rows(self, taken: Taken, only: str | None = None) -> list[LineageRow]:
         """Lists the runs that have trained on the samples that `taken` counts, directly or through ancestors. `only`: id of the
