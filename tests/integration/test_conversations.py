@@ -93,18 +93,12 @@ def test_killed_in_the_middle_the_same_digest(tmp_path: Path, pipeline: str) -> 
     else:
         pairs = [{"prompt": f"which {n % 7}?", "chosen": f"amber {n}", "rejected": "birch"} for n in range(200)]
         place.join("a.jsonl").write("\n".join(map(json.dumps, pairs)).encode())
-    keys = {
-        "input": place.path,
-        "output": str(tmp_path / "out"),
-        "model": str(model),
-        "sequence_length": 256,
-        "shard_bytes": 2000,
-    }
-    yaml, log = write_pipeline(tmp_path, pipeline, **keys, keep_work=True), tmp_path / "driver.log"
+    keys = {"input": place.path, "output": str(tmp_path / "out"), "sequence_length": 256, "shard_bytes": 2000}
+    yaml, log = write_pipeline(tmp_path, pipeline, model=str(model), **keys), tmp_path / "driver.log"
     command, done = ["data", "prepare", str(yaml), "--json"], tmp_path / "out.work/done"
     run = commands.start(*command, log=log)
     try:
-        until(lambda: len(list(done.glob("*/*.json"))) >= 2 or run.poll() is not None, "records", run=run)
+        until(lambda: len(list(done.glob("*/*.json"))) >= 2 or run.poll() is not None, "records")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
