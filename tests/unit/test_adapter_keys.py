@@ -115,6 +115,12 @@ def test_an_adapter_needs_a_pretrained_model():
         CausalLM(job(model={**BASE["model"], "adapter": {"rank": 4}}))
 
 
+def test_null_is_no_adapter_and_the_error_offers_both_fixes():
+    """A person who wants to train all weights writes null. The error was `expected a mapping, got None`, without a fix."""
+    with pytest.raises(ConfigError, match=r"^model.adapter: .* got null. Write for example \{rank: 16\}, or remove this key$"):
+        CausalLM(job(model={"pretrained": "anywhere", "adapter": None}))
+
+
 def test_a_base_that_also_has_an_adapter_is_rejected(base, tmp_path):
     """transformers would load both, so a run would train, and export, the layers of peft as if they were the model's."""
     folder = shutil.copytree(base, tmp_path / "both")

@@ -91,6 +91,7 @@ def test_the_lineage_says_what_was_changed(folder):
     ("keys", "error"),
     [
         ({"rope_scalin": YARN}, "rope_scalin: unknown key for the pretrained 'llama'. Did you mean 'rope_scaling'?"),
+        ({"rope_theta": 100.0}, "rope_theta: unknown key for the pretrained 'llama'. Remove this key"),
         (
             {"atention_dropout": 0.1},
             "atention_dropout: unknown key for the pretrained 'llama'. Did you mean 'attention_dropout'?",

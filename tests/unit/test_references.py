@@ -190,6 +190,19 @@ def test_inputs_and_models_that_dont_fit_are_errors(base: Path, data: Path, tmp_
     ]:
         with pytest.raises(ConfigError, match=message):
             pipeline(base, source, tmp_path / output).check()
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for folder, message in [
+        ("run", "is a run, not a model"),
+        ("adapter", "is an adapter without its base"),
+        ("no", "isn't a model"),
+    ]:
+        with pytest.raises(ConfigError, match=f"^model: .*{folder}' {message}"):
+            pipeline(tmp_path / folder, data, tmp_path / "again").check()
+    with pytest.raises(ConfigError, match=r"^input: .*no: no dataset here \(manifest.parquet is missing\)"):
+        pipeline(base, tmp_path / "no", tmp_path / "again").check()
 
 
 def other_tokenizer() -> Any:

@@ -36,6 +36,10 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 def describe(folder: str, name: str = "model") -> Config:
     """Returns the folder's config.json as a dictionary. Raises ConfigError, which begins with `name`, if a required file is
     missing."""
+    if not (Path(folder) / CONFIG).is_file():
+        from heliostat.recipes.pretrained import no_model
+
+        raise ConfigError(f"{name}: {folder!r} {no_model(Path(folder))}")
     config = read_json(folder, CONFIG, name)
     require_files(folder, name)
     return config

@@ -109,6 +109,8 @@ def read(model: Mapping[str, Any], pretrained: object, key: str = "model.pretrai
     """Reads `model.adapter`. `key`: of the base. Raises ConfigError without a pretrained model, or without peft."""
     if KEY not in model:
         return None
+    if model[KEY] is None:
+        raise ConfigError(f"model.{KEY}: expected a mapping, got null. Write for example {{rank: 16}}, or remove this key")
     if not pretrained:
         raise ConfigError(f"model.{KEY}: needs a pretrained model as its base. Set {key}, or remove this key")
     extras.require("adapters", "peft", what=f"model.{KEY}")

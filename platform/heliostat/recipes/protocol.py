@@ -70,6 +70,7 @@ class Recipe(ABC):
     """Defines the methods of every recipe. The engine calls a method on every rank, unless its description says otherwise."""
 
     kind: str  # kind of the datasets: "tokens" or "rows"
+    pipeline: str | None = None  # makes the datasets, for error messages
     terms_per_sample: int | None = None  # loss terms per sample; None if samples differ
     tiles: bool = False  # supports `train.tiled_loss` and `train.tiled_mlp`
     selects: bool = False  # can checkpoint only some layers; supports `train.activation_offload`

@@ -252,9 +252,10 @@ def _manifests(job: Job, recipe: Recipe | None, recorded: DataPlan | None, chang
         with faults.part():
             shared = read_manifest(i, location, versions.get(str(location)))
             if recipe and shared.kind not in (recipe.kind, collection.KIND):
+                dataset = f"a dataset of {recipe.pipeline}" if recipe.pipeline else "another dataset"
                 raise ConfigError(
                     f"data.sources.{i}.path: expected a dataset of {recipe.kind!r}, which {job.recipe} trains on, "
-                    f"got {shared.kind!r} ({location}). Use another dataset or recipe"
+                    f"got {shared.kind!r} ({location}). Use {dataset}, or another recipe"
                 )
             manifests.append(shared)
     if faults:

@@ -28,7 +28,7 @@ from heliostat.data.ancestry import FOLDERS, MADE_FROM, PIPELINE, REFERENCE, mad
 from heliostat.data.conversations import CONTENTS, FACT, Reference
 from heliostat.data.manifest import FILES, SHARDS, Manifest, kept_path
 from heliostat.data.row_groups import ShardCollector
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, MissingDataError
 from heliostat.recipes import model_origins
 from heliostat.recipes.folder_digests import weights_digest
 from heliostat.schema import Float
@@ -65,7 +65,10 @@ class ReferencePipeline(Pipeline):
     @cached_property
     def dataset(self) -> Manifest:
         """Reads the input's manifest. Raises ConfigError if the input isn't a dataset of preferences without a reference."""
-        dataset = manifest.read(place(self.input, "input"))
+        try:
+            dataset = manifest.read(place(self.input, "input"))
+        except MissingDataError as e:
+            raise ConfigError(f"input: {e}") from e
         facts = dataset.meta.get(FACT)
         if facts is None or facts["form"] != "preferences":
             contents = f"a dataset of {CONTENTS[facts['form']]}" if facts else "no dataset of conversations"

@@ -70,7 +70,7 @@ class LearnsConversations(CausalLM, Draws):
     kind = "rows"
     rendered = True
     form: ClassVar[str]
-    pipeline: ClassVar[str]  # makes datasets of this form
+    pipeline: str  # makes datasets of this form
     own: ClassVar[type[ConversationKeys]] = ConversationKeys
 
     def __init__(self, job: Job) -> None:

@@ -199,7 +199,7 @@ def _changes(config: PreTrainedConfig, keys: Mapping[str, object]) -> dict[str, 
     for key in keys:
         if key not in known:
             near = nearest(key, sorted({*known, SCALING}))
-            raise ConfigError(f"model.{key}: unknown key for the pretrained {config.model_type!r}{near}")
+            raise ConfigError(f"model.{key}: unknown key for the pretrained {config.model_type!r}{near or '. Remove this key'}")
     return {config.attribute_map.get(key, key): value for key, value in keys.items()}
 
 
