@@ -207,7 +207,7 @@ class RunningStream:
             self.writes.popleft().result()
         if self.waiting or self.failed:
             log.warning(
-                "stages: the stream finished %d tasks, but not %d others (%s). Running these as recorded tasks",
+                "Ray Data finished %d tasks, but not %d others (%s). Running these as recorded tasks",
                 self.done, self.failed + len(self.waiting), self.reason if self.waiting else "their errors follow",
             )  # fmt: skip
         yield from ((number, task, None) for number, task in self.waiting.items())
