@@ -43,8 +43,8 @@ def require(flow: Flow, key: str, wanted: float) -> None:
     if (count := max(flow.devices(), _later())) < wanted:
         labels = f" with the labels {flow.labels}" if flow.labels else ""
         raise ConfigError(
-            f"{key}: an actor needs {plural(wanted, 'GPU')}, but the nodes{labels} have {count}. Set {key} to 0 to compute on CPUs, or "
-            "use a cluster with GPUs"
+            f"{key}: an actor needs {plural(wanted, 'GPU')}, but the nodes{labels} have {count}. Set {key} to 0 to "
+            "compute on CPUs, or use a cluster with GPUs"
         )
 
 
