@@ -377,6 +377,14 @@ def test_a_table_of_another_pipelines_shape_names_this_pipeline(tmp_path, model)
         make(PreferencePipeline, "out", model, tmp_path)
 
 
+def test_an_adapter_as_a_pipelines_model_is_named(tmp_path, model) -> None:
+    write(tmp_path / "in/a.jsonl", records(2))
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"^model: '.*lora' is an adapter without its base\. "):
+        make(ConversationPipeline, "out", model, tmp_path, model=str(tmp_path / "lora"))
+
+
 def test_a_gguf_file_as_a_pipelines_model_names_the_command_that_converts_it(tmp_path, model) -> None:
     write(tmp_path / "in/a.jsonl", records(2))
     (tmp_path / "m.gguf").write_bytes(b"GGUF")

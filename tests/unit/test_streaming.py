@@ -109,6 +109,16 @@ def test_a_pipeline_waits_for_gpus_that_can_join_and_logs_if_its_stages_run_on_c
     assert (f"perplexity: {line}" in caplog.text) if line else not caplog.text
 
 
+def test_actors_without_their_gpus_are_an_error_and_do_not_wait_forever(tmp_path, monkeypatch) -> None:
+    flow = GpuFlow(Work(Location(str(tmp_path))))
+    flow.since = 99
+    monkeypatch.setattr(gpus, "_later", lambda: 0)
+    with pytest.raises(ConfigError, match=r"^gpus: an actor needs 0\.5 GPUs, but the nodes have 0\. Set gpus to 0 to compute on"):
+        gpus.require(flow, "gpus", 0.5)
+    monkeypatch.setattr(gpus, "_later", lambda: 1)
+    gpus.require(flow, "gpus", 0.5)
+
+
 class NothingLacks:
     """Is the queue of a stream whose nodes lack no files."""
 

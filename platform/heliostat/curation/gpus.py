@@ -9,7 +9,9 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from heliostat.cluster import ray_internals
+from heliostat.errors import ConfigError
 from heliostat.tasks.flow import Flow
+from heliostat.text import plural
 
 WAIT_S = 600.0  # seconds for an autoscaler to add the first GPU
 LOOK_S = 2.0
@@ -33,6 +35,17 @@ def awaited(flow: Flow, stages: list[str], wait_s: float = WAIT_S) -> int:
     else:
         log.info("%s: the cluster has no node%s with a GPU, so these stages run on CPUs", names, labels)
     return 0
+
+
+def require(flow: Flow, key: str, wanted: float) -> None:
+    """Raises ConfigError, which begins with the key, if the pipeline's nodes have fewer GPUs than an actor needs, and no
+    autoscaler can add them. The actors would wait forever. `wanted`: GPUs per actor, the key's value."""
+    if (count := max(flow.devices(), _later())) < wanted:
+        labels = f" with the labels {flow.labels}" if flow.labels else ""
+        raise ConfigError(
+            f"{key}: an actor needs {plural(wanted, 'GPU')}, but the nodes{labels} have {count}. Set {key} to 0 to "
+            "compute on CPUs, or use a cluster with GPUs"
+        )
 
 
 def _later() -> int:

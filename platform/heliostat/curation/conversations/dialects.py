@@ -68,6 +68,8 @@ def _of_model(model: str, named: str | None) -> Dialect:
     try:
         tokenizer = from_folder("model", AutoTokenizer, folder)
     except (OSError, ValueError, KeyError) as e:
+        if reason := no_model(Path(folder), ""):
+            raise ConfigError(f"model: {model!r} {reason}") from e
         raise ConfigError(f"model: transformers can't read the tokenizer of {model!r} ({brief(e, 200)}). Add its files") from e
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"model: {model!r} has no tokenizer.json. Convert its tokenizer to a fast tokenizer")

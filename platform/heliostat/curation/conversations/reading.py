@@ -38,7 +38,7 @@ SURELY_LONG = 2  # times the maximum length: more tokens than differ between a t
 REASONS = {
     "unparsed": pairs.REASONS["unparsed"],
     "no_pairs": "a Python file without functions with docstrings; for preferences, with fewer than two",
-    "no_shape": "a record without the columns of a shape; set `columns`, or for `chosen` and `rejected` use PreferencePipeline",
+    "no_shape": "a record without the columns of a shape; set `columns` (PreferencePipeline needs `chosen` and `rejected`)",
     "several_shapes": "a record with the columns of several shapes; set `shape`",
     "invalid_messages": "messages that aren't a list of mappings with a role and a text",
     "unknown_role": "a role that isn't system, developer, user, assistant, or tool",

@@ -163,9 +163,10 @@ class ReferencePipeline(Pipeline):
         each task's temporary files."""
         names, left = dict[int, list[str]](), list[tuple[int, Task]]()
         if self.gpus:
-            from heliostat.curation import streaming  # takes a second, because it imports Ray Data
+            from heliostat.curation import gpus, streaming  # takes a second, because it imports Ray Data
             from heliostat.curation.references import stream
 
+            gpus.require(flow, "gpus", self.gpus)
             plan = stream.ReferenceStream(self.described, self.workers, self.gpus)
             for number, task, record in streaming.run(flow, plan, tasks):
                 if record is None:

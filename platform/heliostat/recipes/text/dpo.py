@@ -189,7 +189,8 @@ class DPO(LearnsConversations, ChecksFirstStep):
             ComparedModel(f"that of {str(source.location)!r}", reference["digest"], reference["precision"])
             for source, reference in zip(self.sources[: len(references)], references, strict=True)
         ] or [replace(policy, name="the model with its adapter off")]
-        fix = f"Run `heliostat data prepare` with {PIPELINE} again, or accept the reference with model.dpo.reference_model"
+        accepted = references[0]["digest"] if len(references) == 1 else ANY
+        fix = f"Run `heliostat data prepare` with {PIPELINE} again, or set model.dpo.reference_model: {accepted}"
         fix = fix if self.from_dataset else "Set model.dpo.reference: dataset"
         raise ConfigError(f"model.dpo.reference: {reference_check.message(policy, shown, ratios, limit)}. {fix}")
 
