@@ -14,6 +14,7 @@ import pytest
 import torch
 from heliostat.curation.prepare import prepare
 from heliostat.data import manifest
+from heliostat.errors import ConfigError
 from heliostat.recipes.images import rows as image_rows
 from heliostat.storage.locations import Location
 from PIL import Image
@@ -127,3 +128,5 @@ def test_latents_and_embeddings_are_what_the_frozen_models_give(tmp_path):
         assert np.abs(got - expected).max() < 2e-3
         assert np.abs(np.frombuffer(latents[id]["embedding"], np.float16).reshape(8, 16) - text).max() < 2e-3
     assert (tmp_path / "out" / "empty_caption.bin").stat().st_size == 8 * 16 * 2
+    with pytest.raises(ConfigError, match=r"^latents\.gpus: an actor needs 1 GPU, but the nodes have 0\."):
+        prepare(yaml, [f"output={tmp_path / 'gpus'}", "latents.gpus=1"])

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
 
-from heliostat.curation import pieces, recording, segment, tally
+from heliostat.curation import gpus, pieces, recording, segment, tally
 from heliostat.curation.comparing import RUNS
 from heliostat.curation.engine import RUN_SHARE, Curated, groups
 from heliostat.curation.images import features, pictures, planning, sampling, tasks
@@ -111,6 +111,8 @@ class ImageMaking(Making):
 
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
+        if self.latents:
+            gpus.require(self.flow, "latents.gpus", self.latents.gpus)
         yield from ([part] for part in self._parts(inputs))
 
     def _parts(self, inputs: list[InputFile]) -> Iterator[FilePart]:
