@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -20,7 +19,6 @@ from heliostat.data.content import Content
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import Manifest
 from heliostat.errors import DataError, StorageError
-from heliostat.recipes.adapters import DTYPES
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text import infilling, vocabulary
 
@@ -38,14 +36,12 @@ def write(
     pretrained: str | None,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     sources: list[Manifest],
-    precision: str,
     chat: ExportedChat | None = None,
 ) -> None:
     """Writes the files into the model's folder. Copies the tokenizer of a pretrained model; otherwise, `tokenizer` builds the
-    tokenizer. `precision`: that of the weights, for the configuration. `chat`: replaces the tokenizer's chat template, and
-    adds to the tokens that end an answer."""
+    tokenizer. `chat`: replaces the tokenizer's chat template, and adds to the tokens that end an answer."""
     config = type(as_pretrained).from_dict(as_pretrained.to_dict())
-    config.use_cache, config.dtype = True, getattr(torch, DTYPES[precision])
+    config.use_cache = True
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(folder)
     generation = _generation(pretrained, config)
