@@ -21,7 +21,7 @@ from heliostat.numerics import play
 from heliostat.recipes.folder_digests import weights_digest
 from heliostat.tracking.models import resolve
 from heliostat.training.run import train
-from heliostat.training.worker.step_reports import StepReports
+from heliostat.training.worker.step_reports import StepReports, TrainedTokens
 from mlflow import MlflowClient
 
 from tests.integration import layouts, ranks
@@ -104,7 +104,8 @@ def gradients(group: Any, everyone: Any, place: str) -> Iterator[dict[str, Any]]
 
 def _reported(one: play.Player) -> str:
     """Reports the steps as a worker does. Returns the error."""
-    reports = StepReports(one.state.context, one.engine, one.recipe, one.unsealed, [], one.stepper.report)
+    reports = StepReports(one.state.context, one.engine, one.recipe, one.unsealed, [], one.stepper.report,
+                          TrainedTokens(one.recipe, one.dataset.order, one.sharing.counts))  # fmt: skip
     try:
         reports.report(len(one.stepper.losses))
     except ConfigError as e:

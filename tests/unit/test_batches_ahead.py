@@ -278,6 +278,7 @@ def looped(ahead: Any, steps: int, stop: int, order: list[str], **changes: Any) 
     loop.context = SimpleNamespace(start_step=0, progressed=lambda: order.append("progress"), phase=lambda name: None)
     loop.heartbeat, loop.ahead, loop.pauses = SimpleNamespace(stop=0), ahead, ()
     loop.reports = SimpleNamespace(begin=lambda: None, aside=lambda: loop.ledger("idle"))
+    loop.reports.trained = SimpleNamespace(add=lambda step, batches: None)
     loop.reports.report = lambda done: order.append(f"report {done}")
     counted: list[int] = []
     loop.unsealed = SimpleNamespace(steps=counted, replaced=0, add=lambda step, samples: counted.append(samples))

@@ -221,7 +221,8 @@ def test_a_worker_tells_which_step_and_micro_batch_it_is_at(monkeypatch):
     monkeypatch.setattr("ray.get", lambda answer, timeout: answer)
     worker: Any = Worker.__new__(Worker)
     loop = loop_in_step(lambda: [worker._handed() for _ in range(3)] and None)
-    loop.unsealed, loop.context.progressed = SimpleNamespace(add=lambda *given: None), worker._progressed
+    loop.unsealed = loop.reports.trained = SimpleNamespace(add=lambda *given: None)
+    loop.context.progressed = worker._progressed
     loop.heartbeat = worker.heartbeat = beat
     monkeypatch.setattr(Heartbeat, "stop", 0)
     loop._make(5)

@@ -95,7 +95,7 @@ def test_a_step_after_which_a_save_has_failed_somewhere_is_followed_by_the_next(
     state.saver.blocked_s, loop.hooks = 0.0, [state]
     asked: list[int] = []
     loop.consensus = SimpleNamespace(ask=asked.append, result=lambda: FAILED)
-    loop.unsealed = SimpleNamespace(add=lambda *given: None)
+    loop.unsealed = loop.reports.trained = SimpleNamespace(add=lambda *given: None)
     assert loop._make(5) == RUN and asked == [FAILED] and len(notices) == 1
 
 
