@@ -36,6 +36,8 @@ from tests.unit import build_checkpoint, build_images, build_text_to_image
 from tests.unit.build_images import UNET
 from tests.unit.build_job import BASE, job
 
+pytestmark = pytest.mark.ci
+
 METHODS = ("lora", "rslora", "dora")
 TOKENS = torch.arange(24).view(2, 12) * 5 % 96
 

@@ -22,7 +22,7 @@ from tests.unit.forked import run
 FOUR = {"workers.count": 4, "workers.gpus": 1, "train.global_batch_size": 16}
 MIXTRAL = {"model.arch": "mixtral", "model.num_local_experts": 8, "model.num_experts_per_tok": 2}
 DEEP = {"model.hidden_size": 16384, "model.num_hidden_layers": 3, "model.intermediate_size": 65536, "model.vocab_size": 4096}
-pytestmark = pytest.mark.usefixtures("in_repository")
+pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("in_repository")]
 
 
 def ranked(**changes):

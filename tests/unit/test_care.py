@@ -30,6 +30,8 @@ from ray.exceptions import WorkerCrashedError
 from tests.unit.build_curation import Given, left, left_out
 from tests.unit.build_ray import ForkedRay
 
+pytestmark = pytest.mark.ci
+
 DEADLY, WRONG = "DEADLY", "WRONG"
 
 

@@ -26,7 +26,7 @@ from tests.unit.build_job import job
 from tests.unit.build_text_encoders import texts
 from tests.unit.build_text_to_image import clip, recipe, rows, woken
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("one_thread")]
 TEXTS = [{"text": "{caption}"}, {"text": "a picture of {label}", "weight": 2.0}]
 TERMS: dict[str, dict[str, Any]] = {
     "contrastive": {"objective": {"prediction": "flow"}, "contrastive": {"weight": 0.2}},

@@ -19,6 +19,8 @@ from tests.unit.test_minhash import planted
 from tests.unit.test_repeated_lines import make_texts
 from tests.unit.test_similar_images import images
 
+pytestmark = pytest.mark.ci
+
 
 def bounds(shards: int):
     return lambda first, stop: (spill.share(first, shards)[0], spill.share(stop - 1, shards)[1])

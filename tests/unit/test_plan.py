@@ -39,6 +39,7 @@ def test_networks_of_machine_types_are_those_of_their_cards():
     assert (gigabits["a3-highgpu-8g"], gigabits["a3-megagpu-8g"], gigabits["p5.48xlarge"]) == (800, 1600, 3200)
 
 
+@pytest.mark.ci
 def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     """Parameters, state, and checkpoint follow from arithmetic, and FLOPs from Kaplan's formula. One H100 is rejected with the
     reason, its fp32 sums, and the speed."""
@@ -64,6 +65,7 @@ def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     assert re.search(r"with enough memory, a step would take \d+ s \(MFU \d\d\.\d%\)$", said)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("name", "active"), [("moe-8x1b", 1_861_675_008), pytest.param("qwen3-30b-a3b", 3_353_032_704, marks=pytest.mark.ci)]
 )
@@ -113,6 +115,7 @@ def test_prices_are_overridden_key_by_key_and_typing_errors_are_found(tmp_path):
         hardware.table(file)
 
 
+@pytest.mark.ci
 def test_the_command_prints_one_object_and_a_job_that_cannot_fit_is_exit_code_2(tmp_path):
     """Without the datasets, which a note states, and without Ray."""
     path = str(write(tmp_path, **{"data.sources.0.path": str(tmp_path / "nothing")}))

@@ -16,7 +16,7 @@ from tests.unit.build_job import job as job_of
 from tests.unit.build_text_encoders import texts
 from tests.unit.build_text_to_image import BACKBONES, recipe, rows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize("arch", ["flux", "lumina"])

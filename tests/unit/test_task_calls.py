@@ -19,6 +19,8 @@ from heliostat.tasks.work import Work
 
 from tests.unit.build_ray import ForkedRay
 
+pytestmark = pytest.mark.ci
+
 
 @pytest.fixture
 def forked(monkeypatch) -> ForkedRay:

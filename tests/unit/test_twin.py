@@ -15,7 +15,10 @@ import pytest
 from tests.twin import cases, passes, rules
 from tests.unit.forked import SERVER
 
-pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler (g++, or CXX)")
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler (g++, or CXX)"),
+]
 NEAR = {"text embedder": 1e-5, "autoencoder": 1e-5}  # another order of sums in attention; elsewhere below 1e-6
 BF16 = "frozen encoders in bf16"  # the same in encoders of bf16
 
