@@ -97,7 +97,7 @@ def trained(path: Path, tracking: str, strike: bool, resize: bool, register: str
     if strike:
         strikes.when((lambda: strikes.complete(run, 2), lambda: strikes.kill(strikes.workers()[-1])))
     if resize:
-        with pytest.MonkeyPatch.context() as patch:  # the model of a run that goes on is for nobody, and takes seconds
+        with pytest.MonkeyPatch.context() as patch:  # the model of a run that resumes later is unused, and takes seconds
             patch.setattr(finalize, "Exports", ())
             train(path, [f"train.steps={RESIZED}"])
     result = train(path, [f"mlflow.register={register}", *(["workers.count=1"] if resize else [])], resume=resize)

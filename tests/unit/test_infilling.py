@@ -212,6 +212,6 @@ def test_a_document_that_is_forgotten_takes_its_counts_with_it(pages):
              for i, line in enumerate((pages / "in" / f"{n}.jsonl").read_text().splitlines(), 1)}  # fmt: skip
     (id,) = [name for name, found in lines.items() if found == text]
     (path,) = {p for p in one.paths if forget.documents.pieces(one, p, id)}
-    _, told = forget._shard(one, path, {"id": id}, Location(f"{pages}/without"))
-    assert told["bytes"] == len(text.encode()) and told["documents"] == told["rearranged.documents"] == 1
-    assert told["rearranged.texts"] == len(gone) > 1
+    _, written = forget._shard(one, path, {"id": id}, Location(f"{pages}/without"))
+    assert written["bytes"] == len(text.encode()) and written["documents"] == written["rearranged.documents"] == 1
+    assert written["rearranged.texts"] == len(gone) > 1
