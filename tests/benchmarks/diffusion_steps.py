@@ -6,8 +6,10 @@
 
 All train the U-Net of `diffusion.py`, in one process of one thread each, and take turns after each step. So other programs, which
 change the speed of a shared machine, slow all of them. `deepspeed` is accelerate with its DeepSpeed plugin at the same stage and
-precision; `plain` is accelerate alone, with autocast in bf16. heliostat's step includes decoding images and tokenizing captions;
-the other loops have both in memory. Ray, MLflow, and the second worker are left out (see `diffusion.py`).
+precision, and sums the gradients of micro-batches in fp32, as heliostat does; `plain` is accelerate alone, with autocast in bf16.
+Each step decodes its images and tokenizes its captions, as the examples of diffusers do. The files are in memory. A run of
+heliostat reads each shuffle window once, in other processes: the first line says what this costs per step. Ray, MLflow, and the
+second worker are left out (see `diffusion.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from heliostat.cluster.processes import free_port
@@ -65,19 +68,38 @@ def ours(case: Case) -> Iterator[None]:
     job, recipe, dataset = made.job, made.recipe, open_dataset(made.plan)
     engine = deepspeed_engine.build_engine(job, recipe)
     average, size = ema.of(job, engine), job.train.micro_batch_size
+    content, end = pa.table({}), 0
     for step in range(job.train.steps):
         samples = dataset.order.step(step).ravel()
-        content = dataset.read(dataset.order.locate(samples))
+        if samples[-1] >= end:
+            content, begin, end = window(dataset, samples[0])
+        now = content.take(samples - begin)
         deepspeed_engine.set_lr(engine, job.train.lr(step))
         for first in range(0, len(samples), size):
             keys = step * len(samples) + np.arange(first, first + size)
-            loss = recipe.loss(engine, recipe.batch(content.slice(first, size), keys))
+            loss = recipe.loss(engine, recipe.batch(now.slice(first, size), keys))
             engine.backward(loss.sum / size)
             engine.step()
         deepspeed_engine.gradient_norm(engine, job.train.grad_clip)
         assert average
         average.update(step + 1)
         yield
+
+
+def window(dataset: Dataset, position: int) -> tuple[pa.Table, int, int]:
+    """Reads the shuffle window that contains a position, and returns its samples and their positions [begin, end)."""
+    _, begin, end = dataset.order.window_at(position)
+    content = dataset.read(dataset.order.locate(np.arange(begin, end)))
+    assert isinstance(content, pa.Table)
+    return content, begin, end
+
+
+def reading(case: Case) -> str:
+    dataset = open_dataset(case.checked().plan)
+    _, begin, end = window(dataset, 0)
+    least = min(harness.cpu(lambda: window(dataset, 0)) for _ in range(3))
+    steps = (end - begin) / case.batch
+    return f"heliostat reads a window of {end - begin} images in {least:.3f} CPU s: {least / steps:.4f} CPU s per step"
 
 
 def with_deepspeed(case: Case) -> Iterator[None]:
@@ -97,6 +119,7 @@ def with_deepspeed(case: Case) -> Iterator[None]:
         plugin = DeepSpeedPlugin(gradient_accumulation_steps=2, gradient_clipping=train.grad_clip, zero_stage=case.stage)
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = train.micro_batch_size
         plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+        plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
         return Accelerator(mixed_precision=case.mixed, gradient_accumulation_steps=2, deepspeed_plugin=plugin)
 
     yield from loop(made, accelerator)
@@ -120,14 +143,16 @@ def loop(made: Any, make: Callable[[], Any]) -> Iterator[None]:
     average = EMAModel(model.parameters(), decay=job.train.ema.decay, foreach=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.optimizer.lr, fused=True)
     content = dataset.read(dataset.order.locate(dataset.order.step(0).ravel()))
-    clean, text = rows.pixels(content), tokenize(recipe.parts.tokenizers[0], content["caption"].to_pylist()).input_ids
+    assert isinstance(content, pa.Table)
     empty, size = recipe.parts.empty["text"], job.train.micro_batch_size
     accelerator = make()
     model, optimizer = accelerator.prepare(model, optimizer)
     dtype = next(model.parameters()).dtype
     while True:
-        for image, ids in zip(clean.split(size), text.split(size), strict=True):
+        for first in range(0, len(content), size):
             with accelerator.accumulate(model):
+                part = content.slice(first, size)
+                image, ids = rows.pixels(part), tokenize(recipe.parts.tokenizers[0], part["caption"].to_pylist()).input_ids
                 noise = torch.randn_like(image)
                 t = torch.randint(0, scheduler.config.num_train_timesteps, (len(image),))
                 ids = torch.where(torch.rand(len(image), 1) < recipe.model.caption_dropout, empty, ids)
@@ -172,6 +197,7 @@ def seconds(case: Case, steps: int) -> dict[str, list[float]]:
 def main() -> None:
     options = harness.arguments(__doc__, data=Path, stages=[1, 2, 3], precisions=["fp32", "bf16"], steps=8, batch=32)
     print(f"{options.batch} images per step, {options.steps} steps, {time.strftime('%F')}\n")
+    print(reading(Case(options.data, 1, "fp32", options.batch)) + "\n")
     others = [name for name in LOOPS if name != "ours"]
     harness.head("case", *(f"{name}, CPU s per step" for name in LOOPS), *(f"speed of ours by {name}'s" for name in others))
     for precision in options.precisions:
