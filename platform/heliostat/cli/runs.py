@@ -93,7 +93,8 @@ def lineage(
     mlflow: TrackingUri = None,
 ) -> None:
     """Show a model's provenance: run, restarts, code, machines, shards, parents. Or list the models of a shard or dataset."""
-    from heliostat.tracking import lineage as tracing
+    from heliostat.tracking import lineage_lines
+    from heliostat.tracking.lineage import lineage
 
     if sum(x is not None for x in (what, shard, dataset)) != 1:
         raise ConfigError("MODEL: the command needs one choice. Pass exactly one of MODEL, --shard PATH, and --dataset DIGEST")
@@ -103,14 +104,14 @@ def lineage(
         if what is None:
             _backwards(client, shard, dataset)
             return
-        result = tracing.lineage(client, uri, what)
-    for depth, text in tracing.lines(result):
+        result = lineage(client, uri, what)
+    for depth, text in lineage_lines.lines(result):
         out.print("  " * depth + text)
     finish(result)
 
 
 def _backwards(client: MlflowClient, shard: str | None, dataset: str | None) -> None:
-    from heliostat.tracking.lineage import Seen
+    from heliostat.tracking.descendants import Seen
 
     rows = Seen(client).answer(shard, dataset)
     for row in rows:
