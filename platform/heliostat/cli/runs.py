@@ -26,7 +26,7 @@ from heliostat.cli.common import (
     write_page,
 )
 from heliostat.cli.groups import DEBUG, MODEL, RUN
-from heliostat.cli.options import Keys, Run, Settings, TrackingUri, flag
+from heliostat.cli.options import Keys, Run, Settings, TrackingUri, argument, flag
 from heliostat.errors import ConfigError, VerifyError
 from heliostat.redact import redact
 
@@ -127,13 +127,8 @@ def _backwards(client: MlflowClient, shard: str | None, dataset: str | None) -> 
 
 @command(MODEL, example="quickstart-lm/2 champion --require 'eval/loss<2.1'")
 def promote(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="NAME/VERSION or NAME@ALIAS", metavar="MODEL", show_default=False, autocompletion=completion.registered
-        ),
-    ],
-    alias: Annotated[str, typer.Argument(help="The alias to assign, for example champion", metavar="ALIAS", show_default=False)],
+    model: Annotated[str, argument("MODEL", "NAME/VERSION or NAME@ALIAS", completion.registered)],
+    alias: Annotated[str, argument("ALIAS", "The alias to assign, for example champion")],
     require: Annotated[
         list[str] | None,
         typer.Option(metavar="RULE", help="A score that the model must have, such as 'eval/loss<2.1'; may be repeated"),
