@@ -1,7 +1,7 @@
 """Validates YAML against pydantic models. Each error has the key, the value, and the fix.
 
-`Strict` models reject unknown keys and wrong types. `load` reads a file, applies `key.path=value` settings, and validates the
-result. One ConfigError lists all faults. A renamed key keeps its old name as an alias (`Was`).
+`Strict` models reject unknown keys and wrong types. `apply` applies `key.path=value` settings. One ConfigError lists all faults.
+A renamed key keeps its old name as an alias (`Was`).
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | Non
         if not mark or not path:
             raise ConfigError(f"--set {setting!r}: expected KEY=VALUE. Write, for example, --set train.steps=100")
         if model and (new := renamed_path(model, path)) != path:
-            _say_renamed("--set", path, new)
+            log_renamed("--set", path, new)
             path = new
         try:
             value = yaml.safe_load(text)
@@ -355,54 +355,7 @@ def validate_key(model: type[M], raw: object, key: str) -> M:
         raise ConfigError("\n  ".join(explain(e, model, key))) from e
 
 
-def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
-    """Reads and validates a file of a kind (`KIND_KEYS`), with settings applied. Raises ConfigError for another kind."""
-    return validate(model, read(model, kind, path, settings), str(path))
-
-
-def read(model: type[BaseModel], kind: str, path: Path, settings: list[str] | None = None) -> dict[str, Any]:
-    """Reads a file of a kind, applies settings, and replaces old names of keys. Logs each old name once per file. Raises
-    ConfigError for a file of a different kind."""
-    raw, changes = read_yaml(path), dict[str, str]()
-    require_kind(kind, path, raw)
-    raw = renamed(model, raw, into=changes)
-    for old, new in changes.items():
-        _say_renamed(str(path), old, new)
-    return apply(raw, settings or [], model)
-
-
 @cache
-def _say_renamed(where: str, old: str, new: str) -> None:
+def log_renamed(where: str, old: str, new: str) -> None:
+    """Logs the old name of a key, once per file."""
     log.warning("%s: key %s is now %s. Use the new name", where, old, new)
-
-
-# Keys that only files of one kind have: one of them in a file determines its kind.
-KIND_KEYS = {  # checked in this order, because a sweep may have keys of a job
-    "cluster": ("cluster_name", "provider", "available_node_types", "apiVersion"),
-    "pipeline": ("pipeline",),
-    "sweep": ("space", "searcher", "scheduler"),
-    "job": ("recipe", "train"),
-    "suite": ("tasks",),
-}
-KIND_NAMES = {"cluster": "a cluster file", "pipeline": "a pipeline", "sweep": "a sweep", "job": "a job", "suite": "a suite"}
-KIND_COMMANDS = {
-    "cluster": "heliostat cluster up {0}`, or pass it with `--cluster {0}",
-    "pipeline": "heliostat data prepare {0}",
-    "sweep": "heliostat sweep run {0}",
-    "job": "heliostat train {0}",
-    "suite": "heliostat model benchmark MODEL {0}",
-}
-
-
-def kind_of(raw: object) -> str | None:
-    """Detects the kind of a file from its keys; None if the keys fit no kind."""
-    keys = set(raw) if isinstance(raw, dict) else set()
-    return next((kind for kind, own in KIND_KEYS.items() if keys & set(own)), None)
-
-
-def require_kind(wanted: str, path: Path, raw: object) -> None:
-    """Raises ConfigError, with the right command, if a file's keys are those of a kind other than `wanted`."""
-    other = kind_of(raw)
-    if other and other != wanted and isinstance(raw, dict) and not raw.keys() & set(KIND_KEYS[wanted]):
-        command = KIND_COMMANDS[other].format(path)
-        raise ConfigError(f"{path}: is {KIND_NAMES[other]}, not {KIND_NAMES[wanted]}. Use `{command}`")

@@ -175,15 +175,7 @@ def heliostat(folder: str, data: str, steps: int, changes: dict[str, Any], kept:
     harness.forget_peak()
     player, seconds, gradients = layouts.player(made), list[float](), list[dict[str, torch.Tensor]]()
     if kept:
-        backward = player.engine.backward
-
-        def keeping(*arguments: Any, **named: Any) -> Any:
-            result = backward(*arguments, **named)
-            if player.engine.is_gradient_accumulation_boundary():
-                gradients.append(play.gradients(player.engine))
-            return result
-
-        player.engine.backward = keeping
+        play.watch(player.engine, gradients.append)
     losses: list[float] = []
     for step in range(steps):
         began = time.process_time()

@@ -64,15 +64,7 @@ def heliostat(folder: str, steps: int, kept: str) -> list[float]:
     process_group.join(process_group.WorkerPlace(0, 1, 0, 1, f"file://{folder}-group-{time.time_ns()}", "gloo", ()))
     player = layouts.player(fine_tuning.described(folder, "pairs", steps, {}))
     losses, weights, gradients = list[float](), list[dict[str, torch.Tensor]](), list[dict[str, torch.Tensor]]()
-    backward = player.engine.backward
-
-    def keeping(*arguments: Any, **named: Any) -> Any:
-        result = backward(*arguments, **named)
-        if player.engine.is_gradient_accumulation_boundary():
-            gradients.append(play.gradients(player.engine))
-        return result
-
-    player.engine.backward = keeping
+    play.watch(player.engine, gradients.append)
     for step in range(steps):
         weights.append(play.masters(player.engine))
         losses += player.losses(step, step + 1)

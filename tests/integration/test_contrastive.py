@@ -14,7 +14,7 @@ import torch.distributed as dist
 from heliostat.config.spec import Job
 from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import read
-from heliostat.numerics.play import gradients
+from heliostat.numerics import play
 from heliostat.recipes import building
 from heliostat.recipes.loading import load
 from heliostat.training.worker import coupled
@@ -57,29 +57,16 @@ def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         coupled.SHARED_FROM = case.block or 1024
         data_plan = plan(job, [read(location) for location in job.sources])
         steps = Steps(job, data_plan)
-        kept = _watched(steps.engine)
+        computed = list[Named]()
+        play.watch(steps.engine, computed.append)
         steps.step(0, steps.prepare(0, steps.dealt().next_step()))
         sums = torch.stack([steps.losses[0], *steps.added[0]]).double()
         dist.all_reduce(sums)
         if dist.get_rank() == 0:
-            loss, parts, right = plain(job, data_plan)
+            (kept,), (loss, parts, right) = computed, plain(job, data_plan)
             off = max(float((kept[name] - g).norm() / right["all"].norm()) for name, g in right.items() if name != "all")
             yield {"case": case, "loss": loss, "parts": parts, "told": sums.tolist(), "off": off,
                    "gradients": sorted(kept), "named": sorted(set(right) - {"all"})}  # fmt: skip
-
-
-def _watched(engine: Any) -> Named:
-    """Returns the gradients after the last backward pass of a step."""
-    found, backward = {}, engine.backward
-
-    def kept(*given: Any, **named: Any) -> Any:
-        made = backward(*given, **named)
-        if engine.is_gradient_accumulation_boundary():
-            found.update(gradients(engine))
-        return made
-
-    engine.backward = kept
-    return found
 
 
 def plain(job: Job, data_plan: Any) -> tuple[float, list[float], Named]:

@@ -75,16 +75,8 @@ def gradients(group: Any, everyone: Any, place: str) -> Iterator[dict[str, Any]]
     for case in (case for case in CASES if case.workers == workers):
         made = _job(case, folder)
         with layouts._alone(GRID, case, folder) as one:
-            computed: list[dict[str, torch.Tensor]] = []
-            backward = one.engine.backward
-
-            def kept(*given: Any, one: Any = one, backward: Any = backward, computed: Any = computed, **named: Any) -> Any:
-                result = backward(*given, **named)
-                if one.engine.is_gradient_accumulation_boundary():
-                    computed.append(play.gradients(one.engine))
-                return result
-
-            one.engine.backward = kept
+            computed = list[dict[str, torch.Tensor]]()
+            play.watch(one.engine, computed.append)
             for step in range(2):
                 weights = play.masters(one.engine)
                 (loss,) = one.losses(step, step + 1)

@@ -181,15 +181,8 @@ def trained(group: Any, everyone: Any, place: str, *names: str) -> Iterator[dict
 
 def steps(case: Case, folder: Path) -> list[Step]:
     player = layouts.player(described(case, folder))
-    gradients, backward = list[dict[str, torch.Tensor]](), player.engine.backward
-
-    def kept(*arguments: Any, **named: Any) -> Any:
-        result = backward(*arguments, **named)
-        if player.engine.is_gradient_accumulation_boundary():
-            gradients.append(play.gradients(player.engine))
-        return result
-
-    player.engine.backward = kept
+    gradients = list[dict[str, torch.Tensor]]()
+    play.watch(player.engine, gradients.append)
     player._read = partial(everything, player, pq.read_table(folder / dataset(case) / "shards/0.parquet"))  # type: ignore[method-assign]
     losses = player.losses(0, STEPS)
     deepspeed_engine.destroy_engines()

@@ -179,19 +179,11 @@ def against_peft(group: Any, everyone: Any, place: str) -> Iterator[dict[str, An
             made = _job(case, Path(place))
             with layouts._alone(GRID, case, Path(place)) as one:
                 content = one.dataset.read(one.dataset.order.locate(one.dataset.order.step(0).ravel()))
-                found: list[dict[str, torch.Tensor]] = []
-                backward = one.engine.backward
-
-                def kept(*given: Any, one: Any = one, backward: Any = backward, found: Any = found, **named: Any) -> Any:
-                    result = backward(*given, **named)
-                    if one.engine.is_gradient_accumulation_boundary():
-                        found.append(play.gradients(one.engine))
-                    return result
-
-                one.engine.backward = kept
+                kept = list[dict[str, torch.Tensor]]()
+                play.watch(one.engine, kept.append)
                 one.losses(0, 1)
                 right = plain(made, one.recipe, content)  # type: ignore[attr-defined]
-            (mine,) = found
+            (mine,) = kept
             assert set(mine) == set(right)
             worst = max(float((mine[n] - right[n]).abs().max() / right[n].abs().max().clamp(min=1e-9)) for n in right)
             zero = [n for n in right if not right[n].any() and not n.endswith(adapters.DOWN)]

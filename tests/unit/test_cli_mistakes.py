@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from heliostat import schema
 from heliostat.cli import common, main
 from heliostat.cli.workspace_template import create
 from heliostat.cluster import local
+from heliostat.config.file_kinds import KIND_COMMANDS, kind_of
 from heliostat.curation.text import tokens
 from heliostat.data import manifest
 from heliostat.errors import AccessError, ConfigError, TrainingError
@@ -173,7 +173,7 @@ def test_a_file_of_another_kind_names_its_own_command(monkeypatch, capsys, wante
         if "--cluster" in words:
             continue
         code, _, err = run(monkeypatch, capsys, *words, FILES[given])
-        assert code == 2 and schema.KIND_COMMANDS[given].format(FILES[given]) in err, (words, err)
+        assert code == 2 and KIND_COMMANDS[given].format(FILES[given]) in err, (words, err)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_every_file_of_the_workspace_is_of_its_kind(path):
     from heliostat.schema import read_yaml
 
     wanted = "pipeline" if path.parent.name in ("pipelines", "data") else "sweep" if path.parent.name == "sweeps" else "job"
-    assert schema.kind_of(read_yaml(path)) == wanted
+    assert kind_of(read_yaml(path)) == wanted
 
 
 def test_a_sweep_whose_job_is_no_job_says_so(tmp_path, monkeypatch, capsys):

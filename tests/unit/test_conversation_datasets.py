@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import pieces, reasons, registry
-from heliostat.curation.conversations import shapes
+from heliostat.curation.conversations import reading, shapes
 from heliostat.curation.conversations.pipeline import ConversationPipeline, PreferencePipeline
 from heliostat.curation.conversations.rendering import Renderer
 from heliostat.curation.repeated import RepeatingStage
@@ -219,6 +219,31 @@ def test_turns_that_cant_fit_cost_nothing(tmp_path, model, monkeypatch, too_long
         rendered.clear()
     assert costs < 3000 and made[0].meta[FACT]["counts"] == made[1].meta[FACT]["counts"]
     assert len(parts(made[1])) == 3 + (too_long == "cut")
+
+
+@pytest.mark.parametrize("too_long", ["cut", "split"])
+def test_turns_after_a_cut_are_not_rendered_one_by_one(tmp_path, model, monkeypatch, too_long: str) -> None:
+    """Else, the time grows with the square of the turns. The rows are those of a conversation that is rendered completely."""
+    exchange = [{"role": "user", "content": "first of all"}, {"role": "assistant", "content": "amber"}]
+    rendered, text, made, costs = list[int](), Renderer.text, list[Manifest](), list[int]()
+    monkeypatch.setattr(Renderer, "text", lambda self, m, *more, **keys: rendered.append(len(m)) or text(self, m, *more, **keys))
+    for number, many in ((400, 64), (100, 64), (100, 1000)):
+        monkeypatch.setattr(reading, "MANY_MESSAGES", many)
+        write(tmp_path / "in/a.jsonl", [{"messages": exchange * number}])
+        made.append(make(ConversationPipeline, f"{number}-{many}", model, tmp_path, sequence_length=64, too_long=too_long))
+        costs.append(sum(rendered))
+        rendered.clear()
+    assert costs[0] < 6 * costs[1] < 6 * costs[2] and parts(made[1]) == parts(made[2])
+
+
+@pytest.mark.parametrize(("pipeline", "keys", "number"), [
+    (ConversationPipeline, {}, 1), (ConversationPipeline, {"too_long": "cut"}, 2), (PreferencePipeline, {}, 2),
+])  # fmt: skip
+def test_datasets_whose_rules_have_not_changed_stay_up_to_date(tmp_path, model, pipeline, keys: Row, number: int) -> None:
+    """A new version of other rules would make a large dataset again. Rules that drop other records need one."""
+    usual = {"name": "chat", "input": f"{tmp_path}/in", "output": f"{tmp_path}/out", "model": str(model), "sequence_length": 64}
+    made = pipeline.model_validate({**usual, **keys})
+    assert made.identity()["versions"] == [1, 1, number]
 
 
 def test_a_conversation_with_an_example_of_an_evaluation_is_dropped(tmp_path, model) -> None:

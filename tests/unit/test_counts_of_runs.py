@@ -4,7 +4,8 @@ from typing import Any, cast
 
 import pytest
 from heliostat.cli import curation
-from heliostat.tracking import lineage
+from heliostat.tracking import lineage_lines
+from heliostat.tracking.lineage import Lineage
 
 
 def outline(start_step: int, reached: int, workers: int) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def test_an_attempt_that_only_exported_the_model_shows_no_steps() -> None:
         "recipe": "heliostat.recipes:SFT", "job": {"seed": "0", "data_seed": "0"}, "data": {"segments": [], "replaced_count": 0},
         "attempts": [outline(0, 59, 2), outline(59, 60, 1), outline(60, 60, 2)],
     }  # fmt: skip
-    shown = [text for _, text in lineage.lines(cast("lineage.Lineage", {"model": None, "run": run}))]
+    shown = [text for _, text in lineage_lines.lines(cast(Lineage, {"model": None, "run": run}))]
     assert [text for text in shown if text.startswith("attempt")] == [
         "attempt 1 (command): steps 1 to 59 on 2 workers, finished",
         "attempt 2 (command): steps 60 to 60 on 1 worker, finished",

@@ -35,6 +35,7 @@ TEXTS = {str(p): (ROOT / p).read_text(encoding="utf-8") for p in PAGES}
 PYTHON = [
     p.relative_to(ROOT) for folder in ("platform", "jobs", "pipelines", "tests", "docs") for p in (ROOT / folder).rglob("*.py")
 ]
+GROUP: Any = typer.main.get_command(app)
 FOLDERS = "platform|jobs|pipelines|clusters|tests|docs"
 NO_MODULES = {
     "json",
@@ -118,7 +119,7 @@ def test_a_key_that_may_hold_several_kinds_has_a_section_for_each():
 
 def test_every_command_and_option_is_in_the_reference():
     text = commands.reference(app)
-    for name, command in commands.leaves(typer.main.get_command(app)):
+    for name, command in commands.leaves(GROUP):
         assert f"## `{name}`" in text
         section = text.partition(f"## `{name}`\n")[2].partition("\n## ")[0]
         for parameter in command.params:
@@ -288,16 +289,15 @@ def spoken(text: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_command_and_option_that_a_page_names_exists(page):
-    group = typer.main.get_command(app)
     wrong = []
     for line in spoken(TEXTS[page]):
         _, name, words = groups.current(shlex.split(re.sub(r"[\[\]|()]|\.\.\.", " ", line)))
         words = [*name.split(), *words]
-        command: Any = group
+        command: Any = GROUP
         while words and hasattr(command, "commands") and words[0] in command.commands:
             command = command.commands[words.pop(0)]
         if hasattr(command, "commands"):
-            if (words and command is group) or any(w.startswith("-") for w in words):
+            if (words and command is GROUP) or any(w.startswith("-") for w in words):
                 wrong.append(f"heliostat {line}: no such command")
             continue
         options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}

@@ -319,6 +319,7 @@ def test_a_reference_in_another_precision_is_warned_about(
         ({"dpo": {"reference": "dataset"}, "adapter": {"rank": 2}}, "has no log-probabilities of a reference"),
         ({"dpo": {"loss": "ipo", "label_smoothing": 0.1}}, "label_smoothing .* is only for loss: sigmoid"),
         ({"dpo": {"label_smoothing": 0.5}}, "label_smoothing"),
+        ({"dpo": {"loss": "dpo"}}, r"^model\.dpo\.loss: 'dpo' isn't a choice\. Did you mean 'sigmoid'"),
         ({"dpo": {"beta": 0.0}}, r"^model\.dpo\.beta: 0\.0 "),
         ({"dpo": {"betta": 0.1}}, r"^model\.dpo\.betta: unknown key"),
     ],

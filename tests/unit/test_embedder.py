@@ -74,7 +74,7 @@ def test_padding_is_in_no_pooling(left) -> None:
             assert torch.equal(encoder.pool(states, mask, pooling)[row], right), pooling
 
 
-@pytest.mark.parametrize("pooling", encoder.POOLINGS)
+@pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
 def test_a_text_without_tokens_is_zeros(pooling) -> None:
     states, mask = torch.ones(2, 4, 3), torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
     states[1] = torch.nan  # as attention to nothing may give

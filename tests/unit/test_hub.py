@@ -43,10 +43,10 @@ def here(folder) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
-def refusal(name: str, **options) -> str:
+def refusal(name: str, exit_code: int | None = None, **options) -> str:
     with pytest.raises(HeliostatError) as e:
         files.model("model.pretrained", resolved(name), **options)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and exit_code in (None, e.value.exit_code)
     return str(e.value)
 
 
@@ -215,12 +215,13 @@ def test_each_refusal_is_one_line_that_says_what_to_do(hub, what, says):
 
 
 def test_a_missing_path_whose_parent_is_here_is_an_error_without_a_wait(hub, tmp_path, monkeypatch, caplog):
-    """`org/absent` may be a path or a name of the Hub: the line names both, and nothing is tried again."""
+    """`org/absent` may be a path or a name of the Hub: the line names both, nothing is tried again, and the exit code asks for
+    another command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HELIOSTAT_RETRY_BUDGET_S", "5")
     (tmp_path / "org").mkdir()
     hub.failing = 99
-    message = refusal("org/absent")
+    message = refusal("org/absent", exit_code=2)
     assert message.startswith("model.pretrained: no folder 'org/absent' here, and the Hub fails (503). Correct the path. ")
     assert message.endswith("hf download org/absent") and "retrying" not in caplog.text
 
@@ -231,7 +232,7 @@ def test_a_missing_path_without_a_network_is_an_error_without_a_wait(hub, monkey
         closed.bind(("127.0.0.1", 0))  # and doesn't listen
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         monkeypatch.setenv("HF_ENDPOINT", url)
-        message = refusal("org/absent")
+        message = refusal("org/absent", exit_code=2)
     assert message.startswith(f"model.pretrained: no folder 'org/absent' here, and no answer from {url} (")
     assert ". Correct the path. For a model of the Hub, run on a machine with a network" in message
     assert "retrying" not in caplog.text

@@ -278,7 +278,7 @@ def test_lite0_computes_what_its_weights_were_trained_for():
     deviation = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1) * 255
     imagenet = (crops - torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1) * 255) / deviation
     assert far(imagenet * 128 + 127) > 1.5 * right and far(crops / 2 + 127) > 1.2 * right
-    classes = model.classified(model(crops)).softmax(1)
+    classes = model._fc(model(crops)).softmax(1)
     assert {698, 985} <= set(classes.argmax(1).tolist()), "the palace and the flower are ImageNet's classes palace and daisy"
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from heliostat.data.dataset import open_dataset
-from heliostat.tracking import lineage, mlflow_client, tags
-from heliostat.tracking.lineage import Seen
+from heliostat.tracking import lineage, lineage_lines, mlflow_client, tags
+from heliostat.tracking.descendants import Seen
 from mlflow import MlflowClient
+from mlflow.entities import Run, RunData, RunInfo
 
 from tests.unit.test_coverage import record_of
 from tests.unit.test_dataset import make_dataset, make_plan
@@ -58,14 +60,14 @@ def test_each_run_is_read_and_shown_once_however_many_ways_lead_to_it(store, mon
     for number in range(1, ROUNDS):
         runs.append(store.run(f"round-{number}", runs[-1:], ("model.pretrained", "data.sources.0.reference")))
     calls: list[str] = []
-    monkeypatch.setattr(lineage, "_parents", counted(lineage._parents, calls))
+    monkeypatch.setattr(lineage, "parents_of", counted(lineage.parents_of, calls))
     rows = {row["run_id"]: row for row in Seen(store.client).rows(lambda run, before: int(run.info.run_id == runs[0]))}
     assert [rows[run]["inherited"] for run in runs] == [[], *[runs[:1]] * (ROUNDS - 1)] and len(calls) == ROUNDS
     assert [rows[run]["outdated"] for run in runs] == [[], ["/data/pairs"], *[[]] * (ROUNDS - 2)]
     calls.clear()
     node = lineage.run_node(store.client, store.client.get_run(runs[-1]))
     assert sorted(calls) == sorted(runs)
-    shown = [text for _, text in lineage._run_lines(node, 0, set())]
+    shown = [text for _, text in lineage_lines.run_lines(node, 0, set())]
     for run in runs:
         assert sum(f"({run})" in text and "see above" not in text for text in shown) == 1
     assert sum("see above" in text for text in shown) == ROUNDS - 1
@@ -76,9 +78,8 @@ def test_what_a_lineage_leaves_out_has_its_command(store):
     runs += [store.run("b", runs[-1:])]
     runs += [store.run("c", runs[-1:])]
     for run, depth, absent in ((runs[2], 1, runs[0]), (runs[0], 5, "f" * 32)):  # too deep, and in another store
-        shown = [
-            text for _, text in lineage._run_lines(lineage.run_node(store.client, store.client.get_run(run), depth), 0, set())
-        ]
+        node = lineage.run_node(store.client, store.client.get_run(run), depth)
+        shown = [text for _, text in lineage_lines.run_lines(node, 0, set())]
         assert f"run m ({absent}), not in this tree; run: heliostat run lineage {absent}" in shown
 
 
@@ -101,3 +102,14 @@ def test_a_run_whose_dataset_is_gone_is_listed_as_unknown_and_hides_no_other(sto
     assert (gone["samples"], kept["fault"]) == (0, None) and str(tmp_path / "a") in gone["fault"] and kept["samples"] > 0
     assert runs[0] in after["fault"] and after["inherited"] == [] and (sure["fault"], sure["inherited"]) == (None, runs[1:2])
     assert rows.keys() == set(runs)
+
+
+def test_the_number_of_generations_has_no_limit(store):
+    """A loop that trains each model from the last one can have more generations than Python allows nested calls."""
+    names, seen = [f"generation-{number}" for number in range(3_000)], Seen(store.client)
+    seen.runs = {name: Run(RunInfo(name, "0", "", "FINISHED", 0, 0, "active"), RunData()) for name in names}
+    parent: Any = {"key": "model.pretrained", "step": 3}
+    seen.known_parents = {name: [parent | {"run_id": before}] for before, name in pairwise(names)} | {names[0]: []}
+    assert names[0] in seen.unsure({names[0]: "it is gone"}, names[-1:])[names[-1]]
+    seen.known_parents[names[0]] = [parent | {"run_id": names[-1]}]  # a damaged record, which makes a cycle
+    assert seen.unsure({names[0]: "it is gone"}, names[-1:]).keys() == {names[-1]}

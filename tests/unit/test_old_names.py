@@ -7,7 +7,7 @@ import heliostat
 import pytest
 import yaml
 from heliostat import schema
-from heliostat.config import spec
+from heliostat.config import file_kinds, spec
 from heliostat.config.spec import Job
 from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.pairs.pipeline import PairPipeline
@@ -47,7 +47,7 @@ def now() -> Job:
 def test_a_file_of_an_earlier_version_is_the_same_job_and_each_old_key_is_logged_once(tmp_path, caplog):
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(before()))
-    assert schema.validate(Job, schema.read(Job, "job", path), "job") == now()
+    assert schema.validate(Job, file_kinds.read(Job, "job", path), "job") == now()
     spec.load(path)
     said = [r.message for r in caplog.records if " is now " in r.message]
     assert said == [f"{path}: key {old} is now {OLD[old]}. Use the new name" for old in sorted(VALUES, key=said_order(said))]

@@ -283,7 +283,7 @@ def last_step(o: Order) -> int:
     return step
 
 
-@every_seed(60)
+@every_seed(30)
 def test_steps_use_every_position_once_however_weights_change(seed):
     """Rounds tile the steps and the positions. Blocks and windows tile the positions in order."""
     o = changing_order(seed)
@@ -304,7 +304,7 @@ def test_steps_use_every_position_once_however_weights_change(seed):
     assert [e for w in windows for e in w] == list(range(sum(len(w) for w in windows)))
 
 
-@every_seed(60)
+@every_seed(30)
 def test_a_change_of_weights_falls_on_its_step_and_no_sample_is_lost_or_repeated(seed):
     """A step uses only the sources with a weight. Each source's epochs are complete and exact, and caps hold."""
     o = changing_order(seed)
@@ -323,7 +323,7 @@ def test_a_change_of_weights_falls_on_its_step_and_no_sample_is_lost_or_repeated
             assert {tuple(r) for r in mine[mine[:, 1] == epoch][:, 2:].tolist()} == training_rows(split)
 
 
-@every_seed(60)
+@every_seed(30)
 def test_a_capped_source_gives_its_epochs_and_no_more(seed):
     """It never exceeds the cap, and less than a step of it stays unused. The other sources continue."""
     rng = np.random.default_rng(seed)

@@ -231,14 +231,14 @@ def test_an_export_is_scored_without_the_held_out_pictures(caplog):
     assert caplog.messages[0].startswith("model.samples.held_out: left out, because its scores need the training dataset")
 
 
-def test_the_job_is_planned_before_its_dataset_exists(places, tmp_path):
+def test_a_plan_knows_the_pixels_of_a_dataset_that_does_not_exist(places, tmp_path):
+    """A position of the backbone has four pixels of three channels."""
     from heliostat.plan import planner
 
     backbone = {**BACKBONE, "sample_size": 8, "in_channels": 12, "out_channels": 12, "encoder_hid_dim": WIDTH}
     wanted = job(**build_images.job(tmp_path / "nowhere", **model_keys(places, backbone=backbone)))
-    j, made, _ = planner.bound(wanted, TextToImage(wanted))
-    found = planner.plan(j, made)
-    assert made.parts.facts.size == (16, 16) and made.parts.facts.channels == 3 and found["memory"]["activations"] > 0
+    _, made, _ = planner.bound(wanted, TextToImage(wanted))
+    assert made.parts.facts.size == (16, 16) and made.parts.facts.channels == 3
 
 
 def test_a_job_that_also_trains_on_small_pictures_scores_with_a_judge_of_the_final_size(places, tmp_path):

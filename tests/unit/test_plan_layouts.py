@@ -9,7 +9,7 @@ import yaml
 from heliostat.config import spec
 from heliostat.errors import ConfigError
 from heliostat.plan import hardware, layouts, plan_file, planner, ranking
-from heliostat.plan.layouts import Layout
+from heliostat.plan.layouts import Candidate, Layout
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
@@ -42,6 +42,16 @@ def test_layouts_are_ranked_by_time_within_memory_and_each_says_why_it_loses(wid
     assert copied and all("copies to and from the host" in one["why"] for one in copied)
     replayed = [one for one in fit if one["activation_checkpointing"] and not one["offload_optimizer"]]
     assert replayed and any("recomputed" in one["why"] for one in replayed)
+
+
+def test_a_layout_with_the_same_time_is_ranked_by_its_complexity():
+    """No time per step separates these layouts, so the reason names the difference in one complete phrase."""
+    facts = True, {"total": 1}, {}, {"forward_backward": 1.0}, {"step_s": 1.0}
+    first, *others = (Candidate(Layout(stage, 1, False, False), *facts) for stage in (2, 3, 1))
+    assert [layouts.why(one, first) for one in others] == [
+        "as fast as the first, but more complex",
+        "0.0 ms slower than the first, but simpler",
+    ]
 
 
 def test_one_layout_is_shown_of_those_that_differ_in_the_micro_batch_alone(wide):

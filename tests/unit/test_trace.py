@@ -12,7 +12,7 @@ from heliostat.curation.text.trace import origin
 from heliostat.data import documents, manifest
 from heliostat.data.manifest import PLACES_KEY
 from heliostat.storage.locations import Location
-from heliostat.tracking.lineage import node_line
+from heliostat.tracking.lineage_lines import node_line
 from heliostat.tracking.lineage_of_documents import with_replaced
 
 

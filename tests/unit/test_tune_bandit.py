@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from heliostat.tune import pb2, sweep
+from heliostat.tune import pb2, rungs
 from heliostat.tune.pb2 import Interval
 from heliostat.tune.space import Domain
 from heliostat.tune.trial_record import TrialRecord
@@ -67,8 +67,8 @@ def test_with_one_report_there_is_nothing_to_learn_from():
 @pytest.mark.parametrize("brackets", [1, 2, 4, 6])
 def test_every_budget_is_shared_as_hyperband_shares_its_own(brackets, reduction):
     """After any number of trials, each bracket's count equals its share within one trial."""
-    shares, counts = sweep.shares(brackets, reduction), [0] * brackets
+    shares, counts = rungs.shares(brackets, reduction), [0] * brackets
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1)
     for number in range(120):
-        counts[sweep.bracket_of(number, brackets, reduction)] += 1
+        counts[rungs.bracket_of(number, brackets, reduction)] += 1
         assert all(abs(count - share * (number + 1)) <= 1 for count, share in zip(counts, shares, strict=True))

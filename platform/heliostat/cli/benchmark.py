@@ -10,7 +10,7 @@ import typer
 
 from heliostat.cli.common import command, finish, model_folder, out, print_table, require_file, run_folder, store_uri
 from heliostat.cli.groups import MODEL
-from heliostat.cli.options import Model, TextDataset, TrackingUri, flag
+from heliostat.cli.options import Model, TextDataset, TrackingUri, argument, flag
 from heliostat.errors import ConfigError, TrackingError
 from heliostat.text import plural
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @command(MODEL, example="models:/quickstart-lm/1 suite/suite.yaml --out scores.json")
 def benchmark(
     model: Model,
-    suite: Annotated[Path, typer.Argument(help="A suite of tasks (docs/benchmark.md)", metavar="SUITE", show_default=False)],
+    suite: Annotated[Path, argument("SUITE", "A suite of tasks (docs/benchmark.md)")],
     to: Annotated[str, typer.Option("--out", metavar="FILE", help="JSON file to write, or s3://BUCKET/KEY")] = "benchmark.json",
     follow: Annotated[
         bool, flag("--follow", help="Score each checkpoint of a run as it appears; MODEL is the run's id or folder")

@@ -11,19 +11,11 @@ from heliostat.cli import completion
 from heliostat.cli.common import command, finish, out
 from heliostat.cli.groups import CLUSTER
 from heliostat.cli.jobs import jobs_on
-from heliostat.cli.options import Settings, flag
+from heliostat.cli.options import Settings, argument, flag
 from heliostat.errors import ConfigError
 from heliostat.text import plural
 
-File = Annotated[
-    Path,
-    typer.Argument(
-        help="A cluster file, such as clusters/local.yaml",
-        metavar="FILE",
-        show_default=False,
-        autocompletion=completion.cluster_files,
-    ),
-]
+File = Annotated[Path, argument("FILE", "A cluster file, such as clusters/local.yaml", completion.cluster_files)]
 
 
 @command(CLUSTER, "check", example="clusters/aws-h100.yaml --job jobs/gpt-1b.yaml")
@@ -85,15 +77,7 @@ def up(
 
 @command(CLUSTER, example="clusters/local.yaml")
 def down(
-    target: Annotated[
-        str,
-        typer.Argument(
-            help="A cluster file, or a local cluster's name",
-            metavar="CLUSTER",
-            show_default=False,
-            autocompletion=completion.clusters,
-        ),
-    ],
+    target: Annotated[str, argument("CLUSTER", "A cluster file, or a local cluster's name", completion.clusters)],
 ) -> None:
     """Stop a cluster. A local cluster leaves no process; a joined cluster keeps running."""
     from heliostat.cluster import launch

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,12 +78,18 @@ def _reporting(
     """Defines the option `--json` of all commands that report."""
 
 
+@cache
+def _reporting_options() -> list[Any]:
+    """Returns the option `--json`. All commands share it, because typer needs a millisecond to make one."""
+    return [p for p in typer.main.get_command(REPORTING).params if p.name == "json_"]
+
+
 class Reporting(groups.RenamingCommand):
     """Adds the option `--json`, which prints only the result as a JSON object."""
 
     def __init__(self, name: str | None, **options: Any) -> None:
         super().__init__(name, **options)
-        self.params += [p for p in typer.main.get_command(REPORTING).params if p.name == "json_"]
+        self.params += _reporting_options()
 
 
 def command(

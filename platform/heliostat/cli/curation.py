@@ -12,7 +12,7 @@ import typer
 from heliostat.cli import completion
 from heliostat.cli.common import Report, command, finish, out, print_table, tracking, write_page
 from heliostat.cli.groups import DATA
-from heliostat.cli.options import Prices, TrackingUri
+from heliostat.cli.options import Prices, TrackingUri, argument
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,15 +20,7 @@ if TYPE_CHECKING:
 
 MOST = 20  # maximum printed documents, samples, and steps; --json prints all
 
-Dataset = Annotated[
-    str,
-    typer.Argument(
-        help="A dataset made with stages: a folder or s3:// URI",
-        metavar="DATASET",
-        show_default=False,
-        autocompletion=completion.datasets,
-    ),
-]
+Dataset = Annotated[str, argument("DATASET", "A dataset made with stages: a folder or s3:// URI", completion.datasets)]
 Url = Annotated[
     str | None, typer.Option("--url", help="Choose the document by its value in the dataset's column `url`", metavar="URL")
 ]
@@ -256,8 +248,8 @@ def _print_runs(report: Report) -> None:
         out.print("  no recorded run has trained on the document")
 
 
-Good = Annotated[Path, typer.Argument(help="A folder of documents to keep", metavar="GOOD", show_default=False)]
-Bad = Annotated[Path, typer.Argument(help="Folder with examples of documents to drop", metavar="BAD", show_default=False)]
+Good = Annotated[Path, argument("GOOD", "A folder of documents to keep")]
+Bad = Annotated[Path, argument("BAD", "Folder with examples of documents to drop")]
 
 
 @command(DATA, example="good bad --out models/quality")

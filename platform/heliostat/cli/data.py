@@ -11,7 +11,7 @@ import typer
 from heliostat.cli import completion
 from heliostat.cli.common import command, finish, out, print_table, program
 from heliostat.cli.groups import DATA, TOP
-from heliostat.cli.options import Dataset, Settings, Verbose, flag
+from heliostat.cli.options import Dataset, Settings, Verbose, argument, flag
 from heliostat.errors import ConfigError
 
 
@@ -35,13 +35,7 @@ def init(
 @command(DATA, example="pipelines/quickstart.yaml --set output=.heliostat/data/mine")
 def prepare(
     pipeline: Annotated[
-        Path,
-        typer.Argument(
-            help="A pipeline file, such as pipelines/quickstart.yaml",
-            metavar="PIPELINE",
-            show_default=False,
-            autocompletion=completion.pipeline_files,
-        ),
+        Path, argument("PIPELINE", "A pipeline file, such as pipelines/quickstart.yaml", completion.pipeline_files)
     ],
     setting: Settings = None,
     force: Annotated[bool, flag("--force", help="Make the dataset again, even if it is up to date")] = False,

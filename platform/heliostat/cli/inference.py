@@ -10,7 +10,7 @@ import typer
 from heliostat.cli import completion
 from heliostat.cli.common import command, finish, model_folder, out, run_folder
 from heliostat.cli.groups import MODEL
-from heliostat.cli.options import Engine, MaxTokens, Model, OnCluster, Run, Seed, Temperature, TopP, TrackingUri
+from heliostat.cli.options import Engine, MaxTokens, Model, OnCluster, Run, Seed, Temperature, TopP, TrackingUri, argument
 from heliostat.errors import ConfigError
 
 
@@ -222,7 +222,7 @@ def export(
 
 @command(MODEL, "import", example="models/SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2")
 def import_(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A GGUF file, or a folder with one GGUF file", show_default=False)],
+    path: Annotated[Path, argument("PATH", "A GGUF file, or a folder with one GGUF file")],
     to: Annotated[
         Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; it must be empty or missing", show_default=False)
     ],

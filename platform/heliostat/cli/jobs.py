@@ -12,12 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-import typer
-
 from heliostat.cli import completion
 from heliostat.cli.common import command, finish, out, print_table
 from heliostat.cli.groups import JOB, TOP
-from heliostat.cli.options import Follow, JobFile, Overwrite, Queue, Resume, Settings, Target, flag
+from heliostat.cli.options import Follow, JobFile, Overwrite, Queue, Resume, Settings, Target, argument, flag
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.terminal import duration
 
@@ -28,12 +26,7 @@ if TYPE_CHECKING:
     from heliostat.submit.progress import RunProgress
     from heliostat.submit.submission import SubmissionRecord
 
-Id = Annotated[
-    str,
-    typer.Argument(
-        help="The job's id, which is the name of the run", metavar="ID", show_default=False, autocompletion=completion.jobs
-    ),
-]
+Id = Annotated[str, argument("ID", "The job's id, which is the name of the run", completion.jobs)]
 
 
 def recorded(job_id: str) -> SubmissionRecord | None:

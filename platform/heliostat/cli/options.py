@@ -18,27 +18,14 @@ def flag(*names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, metavar="", **more)
 
 
-JobFile = Annotated[
-    Path,
-    typer.Argument(
-        help="A job file, such as jobs/quickstart.yaml", metavar="JOB", show_default=False, autocompletion=completion.job_files
-    ),
-]
-Run = Annotated[
-    str,
-    typer.Argument(
-        help="A run id, or a run's folder (STORAGE/NAME)", metavar="RUN", show_default=False, autocompletion=completion.runs
-    ),
-]
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="models:/NAME/VERSION, a run id, or a model's folder",
-        metavar="MODEL",
-        show_default=False,
-        autocompletion=completion.models,
-    ),
-]
+def argument(metavar: str, help: str, autocompletion: Any = None, **more: Any) -> Any:
+    """Defines an argument whose default, if there is one, isn't shown."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False, autocompletion=autocompletion, **more)
+
+
+JobFile = Annotated[Path, argument("JOB", "A job file, such as jobs/quickstart.yaml", completion.job_files)]
+Run = Annotated[str, argument("RUN", "A run id, or a run's folder (STORAGE/NAME)", completion.runs)]
+Model = Annotated[str, argument("MODEL", "models:/NAME/VERSION, a run id, or a model's folder", completion.models)]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file; may be repeated"),
@@ -67,24 +54,8 @@ TrackingUri = Annotated[
 Prices = Annotated[
     Path | None, typer.Option("--prices", metavar="FILE", help="A YAML file that changes the price table (docs/plan.md)")
 ]
-Dataset = Annotated[
-    str,
-    typer.Argument(
-        help="A prepared dataset: a folder or s3:// URI",
-        metavar="DATASET",
-        show_default=False,
-        autocompletion=completion.datasets,
-    ),
-]
-TextDataset = Annotated[
-    str,
-    typer.Argument(
-        help="A prepared dataset of text: a folder or s3:// URI",
-        metavar="DATASET",
-        show_default=False,
-        autocompletion=completion.datasets,
-    ),
-]
+Dataset = Annotated[str, argument("DATASET", "A prepared dataset: a folder or s3:// URI", completion.datasets)]
+TextDataset = Annotated[str, argument("DATASET", "A prepared dataset of text: a folder or s3:// URI", completion.datasets)]
 Resume = Annotated[bool, flag("--resume", help="Resume from the run's last checkpoint, if there is one")]
 Overwrite = Annotated[bool, flag("--overwrite", help="Delete the run of this name and start from scratch")]
 MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Text: maximum number of new tokens")]

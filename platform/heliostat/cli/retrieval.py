@@ -10,7 +10,7 @@ import typer
 from heliostat.cli import completion
 from heliostat.cli.common import Report, command, finish, model_folder, out, print_table
 from heliostat.cli.groups import SEARCH
-from heliostat.cli.options import Embedder, Reranker, TextDataset, TrackingUri
+from heliostat.cli.options import Embedder, Reranker, TextDataset, TrackingUri, argument
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,10 +64,7 @@ def _print_made(result: Report, to: str) -> None:
 
 @command(SEARCH, example='.heliostat/index "How do I parse JSON?"')
 def ask(
-    index: Annotated[
-        str,
-        typer.Argument(help="An index of `heliostat search index`: a folder or s3:// URI", metavar="INDEX", show_default=False),
-    ],
+    index: Annotated[str, argument("INDEX", "An index of `heliostat search index`: a folder or s3:// URI")],
     question: Annotated[str | None, typer.Argument(help="The question", show_default=False)] = None,
     model: Annotated[
         str | None,

@@ -26,7 +26,7 @@ from heliostat.cli.common import (
     write_page,
 )
 from heliostat.cli.groups import DEBUG, MODEL, RUN
-from heliostat.cli.options import Keys, Run, Settings, TrackingUri, flag
+from heliostat.cli.options import Keys, Run, Settings, TrackingUri, argument, flag
 from heliostat.errors import ConfigError, VerifyError
 from heliostat.redact import redact
 
@@ -93,7 +93,8 @@ def lineage(
     mlflow: TrackingUri = None,
 ) -> None:
     """Show a model's provenance: run, restarts, code, machines, shards, parents. Or list the models of a shard or dataset."""
-    from heliostat.tracking import lineage as tracing
+    from heliostat.tracking import lineage_lines
+    from heliostat.tracking.lineage import lineage
 
     if sum(x is not None for x in (what, shard, dataset)) != 1:
         raise ConfigError("MODEL: the command needs one choice. Pass exactly one of MODEL, --shard PATH, and --dataset DIGEST")
@@ -103,14 +104,14 @@ def lineage(
         if what is None:
             _backwards(client, shard, dataset)
             return
-        result = tracing.lineage(client, uri, what)
-    for depth, text in tracing.lines(result):
+        result = lineage(client, uri, what)
+    for depth, text in lineage_lines.lines(result):
         out.print("  " * depth + text)
     finish(result)
 
 
 def _backwards(client: MlflowClient, shard: str | None, dataset: str | None) -> None:
-    from heliostat.tracking.lineage import Seen
+    from heliostat.tracking.descendants import Seen
 
     rows = Seen(client).answer(shard, dataset)
     for row in rows:
@@ -126,13 +127,8 @@ def _backwards(client: MlflowClient, shard: str | None, dataset: str | None) -> 
 
 @command(MODEL, example="quickstart-lm/2 champion --require 'eval/loss<2.1'")
 def promote(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="NAME/VERSION or NAME@ALIAS", metavar="MODEL", show_default=False, autocompletion=completion.registered
-        ),
-    ],
-    alias: Annotated[str, typer.Argument(help="The alias to assign, for example champion", metavar="ALIAS", show_default=False)],
+    model: Annotated[str, argument("MODEL", "NAME/VERSION or NAME@ALIAS", completion.registered)],
+    alias: Annotated[str, argument("ALIAS", "The alias to assign, for example champion")],
     require: Annotated[
         list[str] | None,
         typer.Option(metavar="RULE", help="A score that the model must have, such as 'eval/loss<2.1'; may be repeated"),

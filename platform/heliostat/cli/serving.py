@@ -10,20 +10,14 @@ import typer
 from heliostat.cli import completion
 from heliostat.cli.common import command, keys_of, model_folder, out, print_page, store_uri
 from heliostat.cli.groups import MODEL
-from heliostat.cli.options import Embedder, Engine, Keys, OnCluster, Reranker, TrackingUri, flag
+from heliostat.cli.options import Embedder, Engine, Keys, OnCluster, Reranker, TrackingUri, argument, flag
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
     from heliostat.apps.serve.served import ServedModels
 
 AnyModel = Annotated[
-    str | None,
-    typer.Argument(
-        help="models:/NAME/VERSION, models:/NAME@ALIAS, a run id, or a model's folder",
-        metavar="[MODEL]",
-        show_default=False,
-        autocompletion=completion.models,
-    ),
+    str | None, argument("[MODEL]", "models:/NAME/VERSION, models:/NAME@ALIAS, a run id, or a model's folder", completion.models)
 ]
 Index = Annotated[
     str | None,

@@ -14,7 +14,7 @@ import typer
 from heliostat.cli import completion
 from heliostat.cli.common import Report, command, finish, out, print_table, program, store_uri
 from heliostat.cli.groups import DEBUG, TOP
-from heliostat.cli.options import ClusterFile, JobFile, Overwrite, Resume, Settings, Verbose, flag
+from heliostat.cli.options import ClusterFile, JobFile, Overwrite, Resume, Settings, Verbose, argument, flag
 from heliostat.errors import ConfigError, NumericsError, VerifyError
 from heliostat.terminal import console
 
@@ -137,15 +137,7 @@ def explain(faults: list[Report]) -> str:
 
 @command(TOP, example="jobs/quickstart.yaml --set train.steps=50")
 def train(
-    job: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A job file; leave out JOB with --from-sweep",
-            metavar="JOB",
-            show_default=False,
-            autocompletion=completion.job_files,
-        ),
-    ] = None,
+    job: Annotated[Path | None, argument("JOB", "A job file; leave out JOB with --from-sweep", completion.job_files)] = None,
     setting: Settings = None,
     resume: Resume = False,
     overwrite: Overwrite = False,

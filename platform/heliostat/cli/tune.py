@@ -12,7 +12,7 @@ from heliostat.cli import completion
 from heliostat.cli.common import command, finish, out, print_table, program
 from heliostat.cli.groups import SWEEP
 from heliostat.cli.jobs import checked, jobs_on, send
-from heliostat.cli.options import Follow, Queue, Settings, Target, Verbose, flag
+from heliostat.cli.options import Follow, Queue, Settings, Target, Verbose, argument, flag
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,29 +21,13 @@ if TYPE_CHECKING:
 
 DEFAULT_STORAGE = ".heliostat/runs"
 Storage = Annotated[str, typer.Option(metavar="FOLDER", help="Folder or s3:// prefix of runs and sweeps")]
-SweepName = Annotated[
-    str,
-    typer.Argument(
-        help="A sweep's folder (STORAGE/NAME), or its name in --storage",
-        metavar="SWEEP",
-        show_default=False,
-        autocompletion=completion.sweeps,
-    ),
-]
+SweepName = Annotated[str, argument("SWEEP", "A sweep's folder (STORAGE/NAME), or its name in --storage", completion.sweeps)]
 Top = Annotated[int, typer.Option(min=1, help="Number of best trials to show")]
 
 
 @command(SWEEP, "run", example="jobs/sweeps/quickstart.yaml --set budget.trials=8")
 def tune(
-    sweep: Annotated[
-        Path,
-        typer.Argument(
-            help="A sweep file, such as jobs/sweeps/quickstart.yaml",
-            metavar="SWEEP",
-            show_default=False,
-            autocompletion=completion.sweep_files,
-        ),
-    ],
+    sweep: Annotated[Path, argument("SWEEP", "A sweep file, such as jobs/sweeps/quickstart.yaml", completion.sweep_files)],
     setting: Settings = None,
     resume: Annotated[bool, flag("--resume", help="Resume the sweep: finished trials don't run again")] = False,
     retry_failed: Annotated[

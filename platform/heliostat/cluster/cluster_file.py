@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from heliostat import schema
 from heliostat.config import workspace
+from heliostat.config.file_kinds import require_kind
 from heliostat.errors import ConfigError
 from heliostat.schema import documents
 from heliostat.text import brief
@@ -115,7 +115,7 @@ def read(path: Path) -> ClusterFile:
     """Reads a cluster file; raises ConfigError if the file is in neither format, or if the name or another required part is
     missing."""
     documents = _documents(path)
-    schema.require_kind("cluster", path, documents[0])
+    require_kind("cluster", path, documents[0])
     kuberay = [d for d in documents if str(d.get("apiVersion", "")).startswith("ray.io/")]
     if len(kuberay) > 1:
         raise ConfigError(f"{path}: contains {len(kuberay)} Ray resources, expected one. Split the file")

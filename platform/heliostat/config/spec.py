@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import ValidationError, ValidationInfo, model_validator
 
 from heliostat import schema
-from heliostat.config import rules, workspace
+from heliostat.config import file_kinds, rules, workspace
 from heliostat.config.defaults import LENGTHS, Default, Devices, fill, here, set_steps
 from heliostat.config.fields import LARGEST, Filled, Name
 from heliostat.config.rules import sums_on_host
@@ -146,7 +146,7 @@ def load(path: Path, settings: list[str] | None = None, samples: Samples | None 
 
 def read(path: Path, settings: list[str] | None = None) -> dict[str, Any]:
     """Reads a job file, replaces old names of keys, and applies settings. Doesn't validate the content."""
-    return apply(schema.read(Job, "job", path), settings or [])
+    return apply(file_kinds.read(Job, "job", path), settings or [])
 
 
 def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:

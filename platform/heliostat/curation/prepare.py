@@ -30,10 +30,10 @@ from typing import Any, ClassVar
 from pyarrow.fs import FileType
 from pydantic import Field, PrivateAttr
 
-from heliostat import schema
 from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
 from heliostat.config import workspace
+from heliostat.config.file_kinds import require_kind
 from heliostat.curation import hub, recording
 from heliostat.curation.leftovers import remove_old_samples, sample_folder
 from heliostat.curation.pieces import FilePart
@@ -155,7 +155,7 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
     ConfigError that lists all of them."""
     name, path = path, path if path.is_absolute() else workspace.root() / path
     written = read_yaml(path)
-    schema.require_kind("pipeline", name, written)
+    require_kind("pipeline", name, written)
     raw = apply(written, settings)
     if "pipeline" not in raw:
         raise ConfigError(f"{path}: {absent('pipeline', 'heliostat.pipelines:TextPipeline')}")

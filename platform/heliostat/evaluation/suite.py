@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from heliostat import schema
+from heliostat.config import file_kinds
 from heliostat.config.fields import Name, Positive, Seed
 from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
@@ -96,5 +96,5 @@ def same(kept: object, suite: Suite) -> bool:
 def load(path: Path) -> tuple[Suite, Location]:
     """Loads a suite from its file. Returns the suite, and the location of its task files. Raises ConfigError, which names the
     problem, if the file isn't valid."""
-    suite = schema.load(Suite, "suite", path)
+    suite = file_kinds.load(Suite, "suite", path)
     return suite, Location(suite.folder).absolute(path.absolute().parent)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,7 +126,7 @@ def play(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
         segments.begin(job.run_folder, plan, 0)
     player = Player(job, plan, recipe)
     losses, in_use = [], DifferenceRow("weights in use", 0.0)
-    _watch(player, folder)
+    watch(player.engine, lambda computed: _keep(folder / f"gradients-{player.step}", computed))
     for step in range(STEPS):
         weigh(player.engine, job, step + 1, in_use)
         _keep(folder / f"weights-{step}", masters(player.engine))
@@ -152,18 +152,18 @@ def resume(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
     (folder / "resumed.json").write_text(json.dumps({"losses": losses, "row": row.dump()}))
 
 
-def _watch(player: Player, folder: Path) -> None:
-    """Makes the engine write each step's gradient to the folder after the step's last backward pass: reduced over workers, before
+def watch(engine: DeepSpeedEngine, keep: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Makes the engine pass each step's gradients to `keep` after the step's last backward pass: reduced over workers, before
     clipping."""
-    engine, backward = player.engine, player.engine.backward
+    backward = engine.backward
 
-    def kept(*args: object, **named: object) -> object:
+    def watched(*args: object, **named: object) -> object:
         result = backward(*args, **named)
         if engine.is_gradient_accumulation_boundary():
-            _keep(folder / f"gradients-{player.step}", gradients(engine))
+            keep(gradients(engine))
         return result
 
-    engine.backward = kept
+    engine.backward = watched
 
 
 def gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:

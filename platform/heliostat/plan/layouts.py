@@ -189,9 +189,9 @@ def why(one: Candidate, first: Candidate) -> str:
     slower = one.speed["step_s"] - first.speed["step_s"]
     part = max(more, key=lambda p: more[p])
     if slower < 1e-3 or more[part] <= 0:
-        simpler = complexity(one.layout) < complexity(first.layout)
-        return f"{1000 * slower:.1f} ms slower than the first, but simpler" if simpler else "as fast as the first, but more "
-        "complex"
+        if complexity(one.layout) < complexity(first.layout):
+            return f"{1000 * slower:.1f} ms slower than the first, but simpler"
+        return "as fast as the first, but more complex"
     return f"+{more[part]:.2f} s {PARTS[part]}"
 
 

@@ -315,9 +315,7 @@ class Generates(Exports):
         """Loads an exported folder once. Returns a function that answers requests. Raises ConfigError for unsupported options."""
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
-        if not self.prompts:
-            return []
-        answers = self.generator(folder, {})([Request(prompt, 0, None) for prompt in self.prompts])
+        answers = self.generator(folder, {})([Request(prompt, 0, None) for prompt in self.prompts]) if self.prompts else []
         return [(a.prompt, a.shown.removeprefix(a.prompt) if a.shown.startswith(a.prompt) else f" -> {a.shown}") for a in answers]
 
 

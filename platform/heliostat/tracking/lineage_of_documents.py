@@ -19,7 +19,8 @@ from heliostat.errors import DataError
 from heliostat.runs import consumed
 from heliostat.runs.consumed import Consumed, ConsumedPlace, ConsumedSource, Replaced
 from heliostat.storage.locations import Location
-from heliostat.tracking.lineage import Descendant, Seen, data_of
+from heliostat.tracking.descendants import Descendant, Seen
+from heliostat.tracking.lineage import data_of
 
 if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow import MlflowClient

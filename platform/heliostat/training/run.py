@@ -86,7 +86,7 @@ def train_job(
         job = _as_recorded(job)
     if not (resume and job.last_step in layout.steps(job.run_folder)):  # the work after the last step needs no workers
         private_ray.ahead(job.workers.gpus, [*AHEAD, *built_in.modules(job.recipe, job.model)])
-    job, recipe = check.check_setup(job, resume=resume)
+    job, recipe = check.check_setup(job, resume)
     with lease.take(job.run_folder) as taken:
         last = None if overwrite else _last_checkpoint(job, resume)
         checked = _plan(_settled(job, last), recipe, last, recorded, allow_data_change)

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from heliostat import schema
-from heliostat.config import spec, workspace
+from heliostat.config import file_kinds, spec, workspace
 from heliostat.config.fields import Name, Positive
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
@@ -26,6 +26,7 @@ from heliostat.schema import Strict, renamed_path
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 from heliostat.tune import space as spaces
+from heliostat.tune.rungs import bracket_of, rungs
 from heliostat.tune.space import Params, Space
 from heliostat.tune.sweep_sections import MOST, Scheduler, SearcherSection, SweepBudget
 from heliostat.validation import check
@@ -231,40 +232,13 @@ def bracket(sweep: Sweep, steps: int, number: int) -> int:
     return bracket_of(number, brackets(sweep, steps), sweep.scheduler.reduction)
 
 
-def rungs(grace: int, reduction: int, steps: int) -> list[int]:
-    """Lists the rungs below a trial's last step, in steps: grace, grace x reduction, and so on."""
-    waits = []
-    while grace < steps:
-        waits.append(grace)
-        grace *= reduction
-    return waits
-
-
-def shares(brackets: int, reduction: int) -> list[float]:
-    """Computes the share of all trials that each bracket gets (Li et al. 2018, arXiv 1603.06560, algorithm 1).
-
-    Bracket 0 begins at the first rung, bracket 1 at the second, and so on. The last bracket has no rungs.
-    """
-    counts = [math.ceil(brackets / (s + 1) * reduction**s) for s in reversed(range(brackets))]
-    return [count / sum(counts) for count in counts]
-
-
-def bracket_of(number: int, brackets: int, reduction: int) -> int:
-    """Assigns the trial with this number to a bracket. At any time, each bracket has about its share of the trials."""
-    parts, counts = shares(brackets, reduction), [0] * brackets
-    for i in range(number + 1):
-        chosen = max(range(brackets), key=lambda b: parts[b] * (i + 1) - counts[b])
-        counts[chosen] += 1
-    return chosen
-
-
 def load(path: Path, changes: list[str] | None = None, cluster: ClusterFile | None = None) -> SweepPlan:
     """Loads a sweep from a YAML file, applies `key.path=value` changes to the sweep's keys, and checks the sweep without Ray or
     any store.
 
     `cluster`: the file of the target cluster, which decides `workers.gpus: auto`. ConfigError if the sweep is invalid.
     """
-    sweep = schema.load(Sweep, "sweep", path, changes)
+    sweep = file_kinds.load(Sweep, "sweep", path, changes)
     file = base_file(sweep)
     if not file.is_file():
         raise ConfigError(f"{path}: job: {sweep.job!r}: no such file in {workspace.root()}")

@@ -120,11 +120,11 @@ def check(job: Job, cluster: Path | None = None) -> Checked:
     return check_data(job, recipe)
 
 
-def check_setup(job: Job, cluster: Path | None = None, resume: bool = False) -> tuple[Job, Recipe]:
+def check_setup(job: Job, resume: bool) -> tuple[Job, Recipe]:
     """Checks everything that doesn't depend on the run's progress: the recipe, the model, the machine, and the stores."""
     faults = Faults()
     job, recipe = _check_job(job, faults)
-    _check_place(job, cluster, resume, faults)
+    _check_place(job, None, resume, faults)
     if recipe is None or faults:
         raise faults.error
     return job, recipe

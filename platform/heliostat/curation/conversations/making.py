@@ -68,7 +68,8 @@ class ConversationMaking(Reading):
     def identity(self) -> list[object]:
         source = self.source
         return [source.input, {**vars(source.rules)}, self.renderer.dialect.digest, source.turns, source.end_of_turn,
-                source.sequence_length, source.too_long, rendering.VERSION, shapes.VERSION,
+                source.sequence_length, source.too_long, rendering.VERSION,
+                reading.version(source.rules.shape, source.too_long),
                 libraries.versions(["tokenizers", "transformers", "jinja2"])]  # fmt: skip
 
     @property

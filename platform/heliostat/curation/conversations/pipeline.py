@@ -95,7 +95,8 @@ class RenderedPipeline(StagedPipeline):
         return None if self.input == sources.STDLIB else synthetic.answers(sources.root(self.input), inputs)
 
     def identity(self) -> dict[str, Any]:
-        config = super().identity() | {"dialect": self.dialect.digest, "versions": [VERSION, rendering.VERSION, shapes.VERSION]}
+        versions_of_rules = [VERSION, rendering.VERSION, reading.version(self.shaped, self.fitting)]
+        config = super().identity() | {"dialect": self.dialect.digest, "versions": versions_of_rules}
         for name in ("model", "tokenizer", "template"):  # their content counts, not their location
             del config[name]
         config["stages"] = [stage.identity() for stage in self.stages]

@@ -110,6 +110,12 @@ class RecordRules(TextRules):
         return shapes.preference(values) if self.shape in shapes.PAIRS else shapes.conversation(values, self.shape)
 
 
+def version(shape: str, too_long: TooLong) -> int:
+    """Returns the version of the rules by which records become rows. Increase it when the same records give other rows, but only
+    for the shapes and keys whose rows differ, so that the other datasets stay up to date."""
+    return 1 if shape not in shapes.PAIRS and too_long == "drop" else 2
+
+
 @dataclass(frozen=True)
 class ConversationSource(TextSource):
     """Reads the conversations of an input. Each conversation is a document; its columns have its tokens (`ROWS`)."""
@@ -211,10 +217,14 @@ class ConversationSource(TextSource):
 
     def _fitted(self, conversation: ParsedConversation) -> tuple[list[Rendered], Counter[str]]:
         """Renders a conversation as one row or, if it is too long, as `too_long` says."""
-        if self.too_long == "drop" and len(conversation.messages) > MANY_MESSAGES:  # rendering each turn takes their square
-            (tokens,) = self.renderer.encode(self.renderer.text(conversation.messages, conversation.tools))
-            if len(tokens) > SURELY_LONG * self.sequence_length:
-                raise FaultError("too_long", f"{len(tokens):,} tokens")
+        limit, many = SURELY_LONG * self.sequence_length, len(conversation.messages) > MANY_MESSAGES
+        measured = many and (self.too_long == "drop" or self.turns == "all")  # rendering all turns takes their square
+        if measured and (count := self._length(conversation.messages, conversation.tools)) > limit:
+            if self.too_long == "drop":
+                raise FaultError("too_long", f"{count:,} tokens")
+            if self.too_long == "split":
+                return self._split(conversation), Counter(split=1)
+            conversation = self._beginning(conversation, limit)
         row = self.renderer.conversation(conversation)
         if len(row.tokens) <= self.sequence_length:
             return [row], Counter()
@@ -223,6 +233,21 @@ class ConversationSource(TextSource):
         if self.too_long == "cut" and (kept := packing.cut(row.trained, self.sequence_length)):
             return [row.cut(kept)], Counter(cut=1)
         raise FaultError("too_long", f"{len(row.tokens):,} tokens")
+
+    def _length(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> int:
+        """Counts the tokens of messages that are rendered together."""
+        (tokens,) = self.renderer.encode(self.renderer.text(messages, tools))
+        return len(tokens)
+
+    def _beginning(self, conversation: ParsedConversation, limit: int) -> ParsedConversation:
+        """Returns the first messages of a conversation, up to an answer, with more than `limit` tokens."""
+        answers, most = [n for n, one in enumerate(conversation.messages, 1) if one["role"] == "assistant"], MANY_MESSAGES
+        while True:
+            end = next((n for n in answers if n >= most), answers[-1])
+            begin = ParsedConversation(conversation.messages[:end], conversation.tools)
+            if end == answers[-1] or self._length(begin.messages, begin.tools) > limit:
+                return begin
+            most += most // 4
 
     def _by_turn(self, conversation: ParsedConversation) -> tuple[list[Rendered], Counter[str]]:
         """Renders the conversation up to each turn of the assistant as a conversation of its own, whose last turn is trained.
@@ -251,10 +276,9 @@ class ConversationSource(TextSource):
         for message in plain:
             message.pop(THOUGHTS, None)
         try:
-            (tokens,) = self.renderer.encode(self.renderer.text(plain, conversation.tools))
+            return self._length(plain, conversation.tools) > SURELY_LONG * self.sequence_length
         except FaultError:  # the template needs the thoughts
             return False
-        return len(tokens) > SURELY_LONG * self.sequence_length
 
     def _split(self, conversation: ParsedConversation) -> list[Rendered]:
         """Splits a conversation before messages of the user. Each part has the system prompt, and as many exchanges as fit."""

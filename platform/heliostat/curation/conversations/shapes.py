@@ -17,7 +17,6 @@ from typing import Any, Literal
 from heliostat.curation.conversations import messages
 from heliostat.curation.conversations.messages import FaultError, Message, ParsedConversation
 
-VERSION = 1  # increase it when the same records give different conversations
 Shape = Literal["auto", "messages", "completion", "alpaca", "sharegpt"]
 NEEDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),

@@ -70,11 +70,6 @@ class ImageColumns:
         return {name: row[name] for name in self.others if row.get(name) is not None}
 
 
-def held_back(digit: int) -> str:
-    """Returns the held-out caption of a digit: one of TEMPLATES with the digit's name. No image of the digit has this caption."""
-    return TEMPLATES[digit % len(TEMPLATES)].format(WORDS[digit])
-
-
 def digit_caption(number: int, digit: int) -> str:
     """Returns the caption of an image of scikit-learn's digits. `number`: the image's index; `digit`: the digit in the image."""
     used = [t for i, t in enumerate(TEMPLATES) if i != digit % len(TEMPLATES)]

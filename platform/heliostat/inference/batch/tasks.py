@@ -121,7 +121,8 @@ def answer_piece(
 ) -> dict[str, object]:  # fmt: skip
     """Answers the documents of a piece, and writes the answers in the input's order; returns the task's record.
 
-    `model`: the model's files; `follows`: the digest of these files.
+    `model`: the model's files; `follows`: the digest of these files. Two copies of a late task can write the same files at the
+    same time: each write replaces a complete file by a complete file (`Location.write`).
     """
     items = list(chain.from_iterable(source.read(part) for part in piece))
     read = [item for item in items if isinstance(item, Document)]

@@ -89,10 +89,6 @@ class EfficientNetLite0(nn.Module):
             x = block(x)
         return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
 
-    def classified(self, features: torch.Tensor) -> torch.Tensor:
-        """Computes the logits of ImageNet's classes, [n, 1000], from features."""
-        return self._fc(features)
-
 
 def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3)

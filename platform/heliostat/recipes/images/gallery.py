@@ -93,10 +93,11 @@ class PromptGallery(ComparesImages):
         if self.samples.judge:
             wanted = [self.labels[i // self.samples.per_prompt] for i in range(self.count)]
             labeled = [i for i, label in enumerate(wanted) if label is not None]
-            said = self.judge_of().says([pictures[i] for i in labeled])
+            classifier = self.judge_of(progressed)
+            said = classifier.says([pictures[i] for i in labeled])
             scores["conditional_accuracy"] = float(np.mean([s == wanted[i] for s, i in zip(said, labeled, strict=True)]))
-            scores["classifier_accuracy"] = self.judge_of().accuracy
-            scores["chance"] = 1 / len(self.judge_of().labels)
+            scores["classifier_accuracy"] = classifier.accuracy
+            scores["chance"] = 1 / len(classifier.labels)
         return scores, {"samples": png(grid(pictures, self.samples.per_prompt))}
 
     @cached_property
@@ -114,9 +115,9 @@ class PromptGallery(ComparesImages):
     ) -> tuple[dict[str, float], dict[str, bytes]]:
         return self._quality.compare(pictures, drawn, real, dataset, worker)
 
-    def judge_of(self) -> Judge:
+    def judge_of(self, progressed: Callable[[], None] = lambda: None) -> Judge:
         if self._judge is None:
-            self._judge = Judge(*real_images(self.recipe.sources, shrink=small))
+            self._judge = Judge(*real_images(self.recipe.sources, progressed=progressed, shrink=small))
         return self._judge
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from heliostat.config.spec import Job
 from heliostat.data.conversations import Reference
@@ -66,6 +66,13 @@ class DPOSettings(Strict):
     reference_model: str | None = None
     """Digest of the reference, if the dataset's log-probabilities come from another model than `model.pretrained` on purpose.
     `any`: not checked."""
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        if value == "dpo":  # the most similar name is ipo, which is another loss
+            raise ValueError("'dpo' isn't a choice. Did you mean 'sigmoid', the loss of DPO?")
+        return value
 
     @model_validator(mode="after")
     def _smooths_probabilities(self) -> DPOSettings:

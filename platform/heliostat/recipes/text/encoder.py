@@ -21,7 +21,6 @@ ENCODER = ModelKind(
     tuple({**MODEL_FOR_MASKED_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}),
     "bert, modernbert, qwen3",
 )
-POOLINGS = ("mean", "last", "cls")
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:

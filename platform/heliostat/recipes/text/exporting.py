@@ -82,8 +82,9 @@ WORDS, LETTERS = 4, 40
 PLAIN = "The"
 
 
-def of_held_out(job: Job, sources: list[Manifest], tokenizer: Tokenizer, end: int, count: int = 2) -> list[str]:
-    """Chooses prompts from the held-out documents of a job's datasets, or from training documents if nothing is held out."""
+def of_held_out(job: Job, sources: list[Manifest], tokenizer: Tokenizer, end: int) -> list[str]:
+    """Chooses at most two prompts from the held-out documents of a job's datasets, or from training documents if nothing is held
+    out."""
     try:
         samples = some(job, sources)
     except (DataError, StorageError, OSError) as e:
@@ -93,7 +94,7 @@ def of_held_out(job: Job, sources: list[Manifest], tokenizer: Tokenizer, end: in
         opening(tokenizer.decode(_beginning(tokens, end).tolist(), skip_special_tokens=True))
         for tokens in cast("np.ndarray", samples)
     ]
-    return list(dict.fromkeys(filter(None, starts)))[:count] or [PLAIN]
+    return list(dict.fromkeys(filter(None, starts)))[:2] or [PLAIN]
 
 
 def some(job: Job, sources: list[Manifest]) -> Content:

@@ -43,6 +43,12 @@ class HubAwayError(StorageError):
     reason = ""
 
 
+class AbsentFolderError(HubAwayError):
+    """Reports that no folder has the name of a model, and that the Hub doesn't answer at the first try either."""
+
+    exit_code = 2  # a wrong path is likely
+
+
 def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
@@ -68,7 +74,7 @@ def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None
     """Runs a request about a model or dataset, and repeats the request while the Hub fails.
 
     `key`: the field of the job with which errors begin; `budget_s`: seconds. Raises ConfigError if the Hub rejects the request.
-    Raises HubAwayError if the Hub doesn't answer within the budget.
+    Raises HubAwayError if the Hub doesn't answer within the budget. If the name may be a wrong path, doesn't wait.
     """
 
     def judge(error: Exception) -> None:
@@ -80,12 +86,12 @@ def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None
         if status is None and not _may_pass(error):
             raise _broken(key, name, error) from error
         if _may_be_folder(name) and (_unconnected(error) or Path(name.repo).parent.is_dir()):
-            give_up(FailedAttempts(error, 1, 0.0))  # a retry would only delay the error of a wrong path
+            give_up(FailedAttempts(error, 1, 0.0), AbsentFolderError)  # a retry would only delay the error of a wrong path
 
-    def give_up(failure: FailedAttempts) -> NoReturn:
+    def give_up(failure: FailedAttempts, kind: type[HubAwayError] = HubAwayError) -> NoReturn:
         waited = f" (waited {failure.seconds:.0f} s)" if failure.seconds >= 0.5 else ""
         about, reason = _unless_folder(name) or f"{name.repo}: ", f"{_reason(failure.error)}{waited}"
-        away = HubAwayError(f"{key}: {about}{reason}. {_advice(name, failure.error)}")
+        away = kind(f"{key}: {about}{reason}. {_advice(name, failure.error)}")
         away.reason = reason
         raise away from failure.error
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from heliostat.recipes.auditing import MaskAudit
 from heliostat.runs import goodput
-from heliostat.tracking import lineage, run_table
+from heliostat.tracking import lineage, lineage_lines, run_table
 from heliostat.tracking.metrics import METRICS, SPIKE, SPIKE_LIMIT, Metric, metric_of, renamed
 from heliostat.tracking.mlflow_client import read_json
 from heliostat.tracking.report import conversations, galleries, svg
@@ -96,7 +96,7 @@ def page(facts: PageFacts) -> str:
     parts += _samples(facts["samples"], facts["pictures"])
     parts += conversations.answer_section(facts["answers"])
     parts += conversations.mask_section(facts["masks"])
-    traced = lineage.lines({"model": None, "run": facts["node"]})
+    traced = lineage_lines.lines({"model": None, "run": facts["node"]})
     tree = "".join(f"<div style='margin-left:{14 * depth}px'>{escape(text)}</div>" for depth, text in traced)
     parts += ["<h2>Lineage</h2>", f"<div class='tree'>{tree}</div>"]
     for model in facts["node"]["models"]:
