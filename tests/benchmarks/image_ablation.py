@@ -142,7 +142,7 @@ class Pictures:
 
     @cached_property
     def real(self) -> LabeledPictures:
-        from heliostat.recipes.images.rows import decoded
+        from heliostat.recipes.images.decoding import decoded
 
         rows = self.table(HELD)
         columns = [rows[name].to_pylist() * PER_COMBINATION for name in ("image", "caption", "label", "style")]

@@ -22,7 +22,8 @@ from heliostat.evaluation.losses import evaluate
 from heliostat.recipes import exported
 from heliostat.recipes.batches import in_order
 from heliostat.recipes.comparing import WorkerPart
-from heliostat.recipes.images import distances, efficientnet_lite, extractors, neighbors, quality, rows
+from heliostat.recipes.images import distances, efficientnet_lite, extractors, neighbors, quality
+from heliostat.recipes.images.decoding import decode
 from heliostat.recipes.images.text_to_image import TextToImage
 from heliostat.storage.locations import Location
 from PIL import Image
@@ -74,7 +75,7 @@ def scored(
 
 def held_out(data: Dataset) -> list[np.ndarray]:
     """Returns all held-out digits."""
-    return [rows.decode(image) for image in data.read(data.order.held_out(10_000))["image"].to_pylist()]
+    return [decode(image) for image in data.read(data.order.held_out(10_000))["image"].to_pylist()]
 
 
 def test_generated_images_are_compared_with_held_out_images_and_not_with_training_images(dataset, model):
@@ -123,7 +124,7 @@ def test_a_limit_takes_each_datasets_share(dataset, model):
 def test_copies_of_training_images_are_memorized_and_shown_next_to_their_originals(dataset, model):
     recipe, data, _ = opened(dataset, features={"extractor": str(model)})
     places = recipe.gallery()._quality.places(data, "training")
-    training = [rows.decode(image) for image in data.read(places)["image"].to_pylist()]
+    training = [decode(image) for image in data.read(places)["image"].to_pylist()]
     scores, images, _ = scored(recipe, data, training[50:70])
     assert scores["memorized"] == scores["memorized_pixels"] == 1 and scores["memorized_low"] > 0.8
     shown = np.asarray(Image.open(io.BytesIO(images["nearest"])))
@@ -221,7 +222,7 @@ def test_stored_latents_are_decoded_to_be_compared(dataset, model, tmp_path):
     vae = build_text_to_image.autoencoder(tmp_path / "vae", 1)
     recipe, data, _ = opened(dataset, autoencoder={"pretrained": str(vae)})
     content = data.read(data.order.held_out(6))
-    images = torch.from_numpy(np.stack([rows.decode(i) for i in content["image"].to_pylist()])).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.stack([decode(i) for i in content["image"].to_pylist()])).permute(0, 3, 1, 2)
     coded = recipe.parts.frozen("vae").encode(images.float() / 127.5 - 1).latent_dist
     stored = coded.parameters.half().numpy()
     table = pa.table({"width": [8] * 6, "height": [8] * 6, "latent": [one.tobytes() for one in stored]})
