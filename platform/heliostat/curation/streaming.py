@@ -38,9 +38,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.curation.streamed import KIND, StreamForm
 from heliostat.data import stream
+from heliostat.errors import ConfigError
 from heliostat.tasks import care, shipping
 from heliostat.tasks.flow import BATCH, Flow, Task
 from heliostat.tasks.pool import PLACE_S
+from heliostat.tasks.ray_cluster import RayCluster
 
 FEED = 64  # tasks that wait in the queue
 BLOCKS_LOST = 1000  # blocks that may end with their process or node, before Ray Data ends the stream
@@ -163,6 +165,8 @@ class RunningStream:
     """
 
     def __init__(self, flow: Flow, plan: StreamForm) -> None:
+        if not isinstance(flow.cluster, RayCluster):
+            raise ConfigError(f"--simulate: {plan.kind}: models in actors aren't supported. Remove --simulate, or these models")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": here}
         self.flow, self.plan, self.reason = flow, plan, ""
