@@ -94,6 +94,7 @@ VARIANTS: dict[str, Variant] = {
     "min-SNR 5": Variant(settings=("model.objective.min_snr=5.0",)),
     "contrastive": Variant(settings=("model.contrastive={weight: 0.05}",)),
     "near noise, 4 candidates": Variant(settings=("model.immiscible={candidates: 4}",)),
+    "near noise, groups of 16": Variant(settings=("model.immiscible={group: 16}",)),
     "no caption dropping": Variant(settings=("model.caption_dropout=0.0", "model.samples.guidance=1.0")),
     "captions mixed with the style alone": Variant(
         settings=('model.captions=[{text: "{caption}", weight: 3}, {text: "{style}"}]',), dataset=CAPTIONS
@@ -142,7 +143,7 @@ class Pictures:
 
     @cached_property
     def real(self) -> LabeledPictures:
-        from heliostat.recipes.images.rows import decoded
+        from heliostat.recipes.images.decoding import decoded
 
         rows = self.table(HELD)
         columns = [rows[name].to_pylist() * PER_COMBINATION for name in ("image", "caption", "label", "style")]

@@ -29,8 +29,6 @@ VARIANTS: dict[str, list[str]] = {
     "x": ["model.objective.prediction=x"],
     "logit-normal": ["model.objective.timesteps=logit_normal"],
     "logit-normal, mean 0.5": ["model.objective.timesteps=logit_normal", "model.objective.timestep_mean=0.5"],
-    "mode": ["model.objective.timesteps=mode"],
-    "cosmap": ["model.objective.timesteps=cosmap"],
     "shift 2": ["model.objective.shift=2.0"],
     "min-SNR 5": ["model.objective.min_snr=5.0"],
     "contrastive": ["model.contrastive={weight: 0.05}"],

@@ -19,7 +19,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "objective": {"prediction": "x", "timesteps": "logit_normal", "timestep_mean": 0.5, "shift": 1.5, "min_snr": 5.0},
         "contrastive": {}, "immiscible": {"candidates": 2}, "captions": [{"text": "{caption}"}, {"text": "a picture of {label}"}],
     },
-    "noise": {"objective": {"prediction": "flow", "timesteps": "cosmap"}, "immiscible": {"group": 4}},
+    "noise": {"objective": {"prediction": "flow", "timesteps": "logit_normal"}, "immiscible": {"group": 4}},
 }  # fmt: skip
 
 

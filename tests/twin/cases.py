@@ -20,7 +20,7 @@ from tests.unit.build_text_to_image import BACKBONES, autoencoder, clip
 EXPERTS = {**BASE["model"], "arch": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "router_z_loss_coef": 1e-3}
 FLOW = {"backbone": build_images.SD3, "objective": {"prediction": "flow", "timesteps": "logit_normal"}}
 TERMS = {
-    "objective": {"prediction": "x", "timesteps": "mode"}, "contrastive": {}, "immiscible": {"candidates": 2},
+    "objective": {"prediction": "x", "timesteps": "logit_normal"}, "contrastive": {}, "immiscible": {"candidates": 2},
     "captions": [{"text": "{caption}"}, {"text": "a {label}"}],
 }  # fmt: skip
 PROMPTS = {"prompts": [{"text": "a digit"}], "per_prompt": 1, "steps": 2, "judge": False}

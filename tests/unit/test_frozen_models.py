@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from heliostat.curation.images import tasks
+from heliostat.curation.images import encoding
 from heliostat.curation.images.latents import Latents
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
@@ -189,7 +189,7 @@ def test_a_worker_encodes_by_the_models_that_are_in_the_folders_now(digits, tmp_
     for weights in (next((tmp_path / name).glob("*.safetensors")) for name in ("vae", "clip")):
         save_file({name: weight * 0.9 for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
     second = made("2")
-    tasks._encoder.cache_clear()
+    encoding.loaded.cache_clear()
     assert second == made("3") and second[0] != first[0] and second[1] != first[1]
 
 

@@ -254,7 +254,7 @@ def test_a_list_of_dropped_documents_needs_no_measurement_and_other_unknown_task
 
 
 def test_a_task_on_gpus_is_not_measured():
-    with pytest.raises(ConfigError, match=r"^--simulate: embed: stages on GPUs aren't supported"):
+    with pytest.raises(ConfigError, match=r"^--simulate: embed: models in actors aren't supported"):
         MeasuringCluster(VirtualCluster(1, 1, GB, read(), NONE)).executor(TaskKind("embed", print, print, actors=2))
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from heliostat.curation import gpus, streaming
+from heliostat.curation.simulation.profile import MeasuringCluster
 from heliostat.curation.streamed import StreamPart, StreamPlan
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.ray_cluster import RayCluster
 from heliostat.tasks.work import Work, key
 
 PLAN = StreamPlan(None, [StreamPart("read", 0, []), StreamPart("stages-0", 0, [])], [False, True], [], 1 << 20, True, 1)
@@ -117,6 +119,33 @@ def test_actors_without_their_gpus_are_an_error_and_do_not_wait_forever(tmp_path
         gpus.require(flow, "gpus", 0.5)
     monkeypatch.setattr(gpus, "_later", lambda: 1)
     gpus.require(flow, "gpus", 0.5)
+
+
+@pytest.mark.parametrize("since", [0, 3, 99])
+def test_tasks_wait_for_the_gpus_of_their_actors_and_never_run_without(tmp_path, monkeypatch, since) -> None:
+    """No GPU is late, or one joins late, or none joins in time."""
+    flow, clock = GpuFlow(Work(Location(str(tmp_path)))), [0.0]
+    flow.since = since
+    monkeypatch.setattr(gpus, "_later", lambda: 16)
+    monkeypatch.setattr(gpus, "placement_group", lambda bundles, **more: None)
+    monkeypatch.setattr(gpus, "remove_placement_group", lambda group: None)
+    monkeypatch.setattr(gpus.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpus.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    monkeypatch.setattr(streaming, "run", lambda flow, plan, tasks: ((n, task, {"n": n}) for n, task in enumerate(tasks)))
+    tasks = iter([Task("a", {}), Task("b", {})])
+    if since < 99:
+        assert gpus.taken(flow, PLAN, "gpus", print, tasks, lambda record: record["n"], 9.0) == [0, 1]
+    else:
+        with pytest.raises(HeliostatError, match=r"^gpus: no node with a GPU has joined within 9 s\. Run the command again"):
+            gpus.taken(flow, PLAN, "gpus", print, tasks, lambda record: record["n"], 9.0)
+    assert (clock[0] > 0) is (since > 0)
+
+
+def test_a_simulation_measures_no_stream(tmp_path) -> None:
+    """It would leave out the time of the models without a word."""
+    flow = Flow(Work(Location(str(tmp_path))), cluster=MeasuringCluster(RayCluster()))
+    with pytest.raises(ConfigError, match=r"^--simulate: read: models in actors aren't supported"):
+        list(streaming.run(flow, PLAN, iter([Task("a", {})])))
 
 
 class NothingLacks:

@@ -25,14 +25,6 @@ def logit_normal(s: np.ndarray, mean: float, std: float) -> np.ndarray:
     return np.exp(-((logit - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi) * s * (1 - s))
 
 
-def mode(s: np.ndarray, scale: float) -> np.ndarray:
-    """Computes the density of the paper's map 1 - u - scale (cos^2(pi u / 2) - 1 + u), by inverting the map with a table."""
-    u = np.linspace(1, 0, 200_001)
-    times = 1 - u - scale * (np.cos(math.pi / 2 * u) ** 2 - 1 + u)
-    slope = np.abs(-1 - scale * (1 - math.pi / 2 * np.sin(math.pi * u)))
-    return np.interp(s, times, 1 / slope)
-
-
 def shifted(density: Callable[[np.ndarray], np.ndarray], shift: float) -> Callable[[np.ndarray], np.ndarray]:
     """Returns the density of a s / (1 + (a - 1) s), if s has this density."""
     return lambda t: density(t / (shift - (shift - 1) * t)) * shift / (shift - (shift - 1) * t) ** 2
@@ -46,9 +38,6 @@ DENSITIES: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], np.ndarray]]] 
         {"timesteps": "logit_normal", "timestep_mean": 0.8, "timestep_std": 0.6}, lambda s: logit_normal(s, 0.8, 0.6)
     ),
     "logit-normal, shifted": ({"timesteps": "logit_normal", "shift": 2.5}, shifted(lambda s: logit_normal(s, 0.0, 1.0), 2.5)),
-    "mode": ({"timesteps": "mode"}, lambda s: mode(s, 1.29)),
-    "mode, ends": ({"timesteps": "mode", "mode_scale": -0.8}, lambda s: mode(s, -0.8)),
-    "cosmap": ({"timesteps": "cosmap"}, lambda s: 2 / (math.pi * (1 - 2 * s + 2 * s**2))),
 }  # fmt: skip
 
 

@@ -1,22 +1,29 @@
-"""Finds the GPUs for the stages that run models, and waits for GPUs that the cluster's autoscaler can add."""
+"""Finds the GPUs for tasks that run models, and waits for GPUs that the cluster's autoscaler can add."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from heliostat.cluster import ray_internals
-from heliostat.errors import ConfigError
-from heliostat.tasks.flow import Flow
+from heliostat.errors import ConfigError, HeliostatError
+from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.pool import TaskFunction
 from heliostat.text import plural
+
+if TYPE_CHECKING:
+    from heliostat.curation.streamed import StreamForm
 
 WAIT_S = 600.0  # seconds for an autoscaler to add the first GPU
 LOOK_S = 2.0
 MOST = 10_000  # actors of a stream, if the autoscaler has no maximum
 log = logging.getLogger(__name__)
+Taken = TypeVar("Taken")
 
 
 def awaited(flow: Flow, stages: list[str], wait_s: float = WAIT_S) -> int:
@@ -24,9 +31,8 @@ def awaited(flow: Flow, stages: list[str], wait_s: float = WAIT_S) -> int:
     GPU if the cluster's autoscaler can add one. Logs that the `stages` run on CPUs if the cluster has none.
     """
     names, later = ", ".join(stages), _later()
-    if not flow.devices() and later:
-        log.info("%s: waiting up to %.0f s for a GPU, because the cluster's autoscaler can add %d", names, wait_s, later)
-        _wait(flow, wait_s)
+    if later:
+        _wait(flow, names, 1.0, wait_s)
     if now := flow.devices():
         return max(now, later)
     labels = f" with the labels {flow.labels}" if flow.labels else ""
@@ -48,20 +54,55 @@ def require(flow: Flow, key: str, wanted: float) -> None:
         )
 
 
+def taken(flow: Flow, plan: StreamForm, key: str, function: TaskFunction, tasks: Iterator[Task],
+          take: Callable[[dict[str, Any]], Taken], wait_s: float = WAIT_S) -> list[Taken]:  # fmt: skip
+    """Runs tasks in actors that keep a model, and returns what `take` returns for each record, in the tasks' order.
+
+    If actors have GPUs, a stream runs the tasks (`streaming`), after a wait for GPUs that the cluster's autoscaler can add.
+    Recorded tasks run what the stream doesn't finish. `key`: of the GPUs per actor, for messages.
+    """
+    if not plan.gpus_each:
+        return flow.taken(plan.kind, function, tasks, take, actors=plan.gpus, gpus=0.0)
+    from heliostat.curation import streaming  # takes a second, because it imports Ray Data
+
+    require(flow, key, plan.gpus_each)
+    if not _wait(flow, key, plan.gpus_each, wait_s):
+        raise HeliostatError(
+            f"{key}: no node with a GPU has joined within {wait_s:.0f} s. Run the command again, or set {key} to 0 to compute "
+            "on CPUs"
+        )
+    values, left = dict[int, Taken](), list[tuple[int, Task]]()
+    for number, task, record in streaming.run(flow, plan, tasks):
+        if record is None:
+            left.append((number, task))
+        else:
+            values[number] = take(record)
+    if left:
+        more = (task for _, task in left)
+        recorded = flow.taken(plan.kind, function, more, take, actors=plan.gpus, gpus=plan.gpus_each)
+        values |= {number: value for (number, _), value in zip(left, recorded, strict=True)}
+    return [values[number] for number in sorted(values)]
+
+
 def _later() -> int:
     """Returns the number of GPUs that the cluster has after its autoscaler has added all nodes; 0 without an autoscaler."""
     return min(MOST, int(ray_internals.most_resources().get("GPU", 0))) if ray.is_initialized() else 0
 
 
-def _wait(flow: Flow, wait_s: float) -> None:
-    """Requests a GPU from the autoscaler, and waits for the GPU.
+def _wait(flow: Flow, names: str, wanted: float, wait_s: float) -> bool:
+    """Waits up to `wait_s` seconds until the nodes have `wanted` GPUs. Returns whether they have them.
 
-    The request is a placement group, because `request_resources` would replace the requests of all other programs.
+    Requests a GPU from the autoscaler by a placement group, because `request_resources` would replace the requests of all other
+    programs.
     """
+    if flow.devices() >= wanted:
+        return True
+    log.info("%s: waiting up to %.0f s for a GPU, because the cluster's autoscaler can add %d", names, wait_s, _later())
     labels = [dict(flow.labels)] if flow.labels else None
-    until, group = time.monotonic() + wait_s, placement_group([{"GPU": 1}], bundle_label_selector=labels)
+    until, group = time.monotonic() + wait_s, placement_group([{"GPU": wanted}], bundle_label_selector=labels)
     try:
-        while not flow.devices() and time.monotonic() < until:
+        while flow.devices() < wanted and time.monotonic() < until:
             time.sleep(LOOK_S)
     finally:
         remove_placement_group(group)
+    return flow.devices() >= wanted

@@ -2,8 +2,8 @@
 
     queue of tasks -> read (CPUs) -> score (actors with GPUs) -> write (CPUs) -> records
 
-The operators are those of a `StreamForm`: segments of stages (`streamed`), or a reference's log-probabilities
-(`references.stream`).
+The operators are those of a `StreamForm`: segments of stages (`streamed`), a reference's log-probabilities
+(`references.stream`), or encoders of images (`images.stream`).
 
 Documents pass through Ray's object store. Ray Data stops reading when the blocks that wait for a GPU use their share of the
 object store (backpressure by bytes), and starts actors up to the number of GPUs. The driver receives only records. When the
@@ -38,9 +38,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.curation.streamed import KIND, StreamForm
 from heliostat.data import stream
+from heliostat.errors import ConfigError
 from heliostat.tasks import care, shipping
 from heliostat.tasks.flow import BATCH, Flow, Task
 from heliostat.tasks.pool import PLACE_S
+from heliostat.tasks.ray_cluster import RayCluster
 
 FEED = 64  # tasks that wait in the queue
 BLOCKS_LOST = 1000  # blocks that may end with their process or node, before Ray Data ends the stream
@@ -163,6 +165,8 @@ class RunningStream:
     """
 
     def __init__(self, flow: Flow, plan: StreamForm) -> None:
+        if not isinstance(flow.cluster, RayCluster):
+            raise ConfigError(f"--simulate: {plan.kind}: models in actors aren't supported. Remove --simulate, or these models")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": here}
         self.flow, self.plan, self.reason = flow, plan, ""

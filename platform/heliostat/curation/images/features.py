@@ -76,12 +76,20 @@ class FeatureEncoder:
         return packed, error
 
 
-def described(encoded: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
-    """Returns the manifest's entry about features from the facts of all encoded tables: {} without features."""
+def combined(encoded: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
+    """Returns the entry `features` of a record from the facts of all encoded batches: {} without features."""
     from heliostat.recipes.images.stored_features import FeatureError
 
     facts = [one for one in encoded if one]
     if not facts:
         return {}
     error = sum((FeatureError(**one["error"]) for one in facts), FeatureError())
-    return {"features": {**facts[0]["format"], **error.named()}}
+    return {"features": {"format": facts[0]["format"], "error": vars(error)}}
+
+
+def described(encoded: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
+    """Returns the manifest's entry about features from the facts of all encoded batches: {} without features."""
+    from heliostat.recipes.images.stored_features import FeatureError
+
+    facts = combined(encoded).get("features")
+    return {"features": {**facts["format"], **FeatureError(**facts["error"]).named()}} if facts else {}

@@ -1,23 +1,25 @@
 """Computes latents and text embeddings once, before training, in a pool of actors. So training needs no frozen encoders, which
 ZeRO would shard.
 
-Each actor loads the encoders once, on a GPU if the actor has one. For each image, the dataset stores the distribution of the
-latents (mean and log variance, float16). In every epoch, training draws new latents from this distribution. Without an
-autoencoder, the dataset stores the image. For each caption, the dataset stores the last layer of the text encoder, or this
-layer's mean over the caption's tokens. `empty_caption.bin` contains the text encoder's output for the empty caption.
-The last bits of latents and embeddings depend on the machine and the batch. So the dataset's digest may differ on other hardware.
+Each actor loads the encoders once, on a GPU if the actor has one (`stream`). For each image, the dataset stores the
+distribution of the latents (mean and log variance, float16). In every epoch, training draws new latents from this distribution.
+Without an autoencoder, the dataset stores the image. For each caption, the dataset stores the last layer of the text encoder,
+or this layer's mean over the caption's tokens. `empty_caption.bin` contains the text encoder's output for the empty caption.
+The last bits of latents and embeddings depend on the machine and the batch. So the dataset's digest may differ on other
+hardware.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from heliostat.curation.images.batches import PIXELS, pixels
 from heliostat.curation.images.features import FEATURES, FeatureEncoder, StoredFeatures
 from heliostat.curation.images.pictures import Size
 from heliostat.errors import ConfigError
@@ -25,6 +27,9 @@ from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping
 from heliostat.tasks.shipping import Shipment
+
+if TYPE_CHECKING:
+    import torch
 
 EMPTY = "empty_caption.bin"
 
@@ -73,7 +78,7 @@ class Latents(Strict):
     workers: int = Field(1, gt=0)
     """Number of encoding actors."""
     gpus: Float = Field(0.0, ge=0)
-    """GPUs per actor; 0 encodes on CPUs."""
+    """GPUs per actor; 0 encodes on CPUs. With GPUs, CPUs read and decode images while the actors encode."""
     batch: int = Field(16, gt=0)
     """Batch size of an actor, in images."""
 
@@ -133,6 +138,11 @@ class Latents(Strict):
             return [TextEncoding(text_encoder=self.text_encoder, length=self.length, pooling=self.pooling)]
         return self.text_encoders
 
+    @property
+    def needs_pixels(self) -> bool:
+        """Returns whether an encoder needs decoded images."""
+        return bool(self.autoencoder or self.features)
+
     def identity(self) -> dict[str, Any]:
         """Returns the settings and file digests that determine the latents and embeddings.
 
@@ -187,7 +197,7 @@ class Latents(Strict):
 
 
 class EncodedImages(NamedTuple):
-    """Holds an encoded table, and facts about its stored features; None without features."""
+    """Holds an encoded batch, and facts about its stored features; None without features."""
 
     table: pa.Table
     features: dict[str, Any] | None
@@ -207,16 +217,16 @@ def halves(key: str, values: np.ndarray) -> np.ndarray:
 
 
 class Encoder:
-    """Encodes images and captions in an actor. Input: tables with images. Output: tables with latents, embeddings, or features.
-    With latents, the output has no images."""
+    """Encodes batches (`encoding`) in an actor. Adds columns with latents, embeddings, or features. With latents, the result has
+    no images."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: Latents) -> None:
         import torch
 
         from heliostat.recipes.images import config as diffusion_config
 
         torch.set_num_threads(1)
-        self.config = Latents(**config)
+        self.config = config
         self.device = "cuda" if self.config.gpus else "cpu"
         self.vae, self.texts = None, list[tuple[TextEncoding, Any, Any]]()
         self.features = FeatureEncoder(self.config.features, self.device) if self.config.features else None
@@ -226,55 +236,42 @@ class Encoder:
             encoder = diffusion_config.frozen_text_encoder(one.text_encoder).to(self.device)
             self.texts.append((one, encoder, diffusion_config.frozen_tokenizer(one.text_encoder, one.length)))
 
-    def __call__(self, table: pa.Table, captions: tuple[str, ...] = ()) -> EncodedImages:
-        """Encodes a table. Also returns the facts about its features, if the settings have features. `captions`: names of further
-        captions in the column `columns`. An empty caption has no embedding."""
+    def __call__(self, batch: pa.Table, captions: tuple[str, ...] = ()) -> EncodedImages:
+        """Encodes a batch. `captions`: names of further captions in the column `columns`. An empty caption has no embedding."""
         from heliostat.recipes.images.captions import embedding_column
-        from heliostat.recipes.images.rows import pixels
-        from heliostat.recipes.images.stored_features import FeatureError
 
-        columns: dict[str, list[bytes]] = {name: [b""] * len(table) for name in self.columns()}
-        error = FeatureError()
-        sizes = list(zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True))
-        for size in sorted(set(sizes)):
-            mine = [i for i, one in enumerate(sizes) if one == size]
-            for first in range(0, len(mine), self.config.batch):
-                rows = mine[first : first + self.config.batch]
-                part = table.take(pa.array(rows))
-                image_values = {"latent": self.latents(part)} if self.vae is not None else {}
-                for name, values in {**image_values, **self.embeddings(part["caption"].to_pylist())}.items():
-                    for i, value in zip(rows, values, strict=True):
-                        columns[name][i] = value.tobytes()
-                if self.features is not None:
-                    packed, lost = self.features(pixels(part))
-                    error += lost
-                    for i, one in zip(rows, packed, strict=True):
-                        columns["features"][i] = one
+        columns, facts = self._of_pixels(batch) if self.config.needs_pixels else ({}, None)
+        columns |= self._each_embedding(batch["caption"].to_pylist())
         for name in captions:
-            texts = [str(json.loads(packed).get(name, "")) if packed else "" for packed in table["columns"].to_pylist()]
+            texts = [str(json.loads(packed).get(name, "")) if packed else "" for packed in batch["columns"].to_pylist()]
             columns |= {embedding_column(stored, name): values for stored, values in self._each_embedding(texts).items()}
-        out = table if self.vae is None else table.drop_columns(["image"])
+        out = batch.drop_columns([c for c in (PIXELS, *(["image"] if self.vae is not None else [])) if c in batch.column_names])
         for name, column in columns.items():
             out = out.append_column(name, pa.array(column, pa.large_binary()))
+        return EncodedImages(out, facts)
+
+    def _of_pixels(self, batch: pa.Table) -> tuple[dict[str, list[bytes]], dict[str, Any] | None]:
+        """Encodes a batch's images. Returns the values of each column, and the facts about features."""
+        import torch
+
+        from heliostat.recipes.images.rows import scaled
+
+        images, columns = scaled(torch.from_numpy(pixels(batch)).to(self.device)), dict[str, list[bytes]]()
+        if self.vae is not None:
+            columns["latent"] = [value.tobytes() for value in self.latents(images)]
         if self.features is None:
-            return EncodedImages(out, None)
-        return EncodedImages(out, {"format": self.features.format.named(), "error": vars(error)})
+            return columns, None
+        columns["features"], error = self.features(images)
+        return columns, {"format": self.features.format.named(), "error": vars(error)}
 
     def _each_embedding(self, texts: list[str]) -> dict[str, list[bytes]]:
-        """Embeds texts in batches with each text encoder. Returns the values of each column; b"" for an empty text."""
+        """Embeds texts with each text encoder. Returns the values of each column; b"" for an empty text."""
         out = {name: [b""] * len(texts) for name in self.embedded()}
-        filled = [i for i, text in enumerate(texts) if text]
-        for first in range(0, len(filled), self.config.batch):
-            rows = filled[first : first + self.config.batch]
-            for name, values in self.embeddings([texts[i] for i in rows]).items():
-                for i, value in zip(rows, values, strict=True):
-                    out[name][i] = value.tobytes()
+        rows = [i for i, text in enumerate(texts) if text]
+        for name, values in self.embeddings([texts[i] for i in rows]).items() if rows else ():
+            for i, value in zip(rows, values, strict=True):
+                out[name][i] = value.tobytes()
         return out
-
-    def columns(self) -> list[str]:
-        """Returns the names of the columns with latents, embeddings, and features."""
-        latent = ["latent"] if self.vae is not None else []
-        return [*latent, *self.embedded(), *(["features"] if self.features is not None else [])]
 
     def embedded(self) -> list[str]:
         """Returns the names of the columns with embeddings."""
@@ -297,14 +294,14 @@ class Encoder:
             out.append(StoredText(diffusion_config.folder_digest(one.text_encoder), tokens, width, pooled, **settings))
         return out
 
-    def latents(self, table: pa.Table) -> np.ndarray:
+    def latents(self, images: torch.Tensor) -> np.ndarray:
+        """Encodes images in [-1, 1], [n, channels, height, width]."""
         import torch
 
         from heliostat.recipes.images import frozen_autoencoders
-        from heliostat.recipes.images.rows import pixels
 
         with torch.no_grad():
-            latents = frozen_autoencoders.encode(self.vae, pixels(table).to(self.device)).cpu().numpy()
+            latents = frozen_autoencoders.encode(self.vae, images).cpu().numpy()
         return halves("latents.autoencoder", latents)
 
     def embeddings(self, captions: list[str]) -> dict[str, np.ndarray]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar
 
 from heliostat.curation import gpus, pieces, recording, segment, tally
 from heliostat.curation.comparing import RUNS
 from heliostat.curation.engine import RUN_SHARE, Curated, groups
-from heliostat.curation.images import features, pictures, planning, sampling, tasks
+from heliostat.curation.images import features, pictures, planning, sampling, stream, tasks
 from heliostat.curation.images import sources as image_sources
+from heliostat.curation.images.encoding import Encoding
 from heliostat.curation.images.fetching import REASONS, Fetching
 from heliostat.curation.images.latents import EMPTY, Latents
+from heliostat.curation.images.stream import DealtImages
 from heliostat.curation.images.tasks import END, ImageSource, Shards
 from heliostat.curation.making import Making, WrittenShards, spread
 from heliostat.curation.pieces import FilePart
@@ -92,9 +94,9 @@ class ImageMaking(Making):
             facts |= self._empty_caption(self.latents, folders)
         shards, images, ends = ShardCollector(), 0, list[str]()
         places = self._places(curated, counts)
-        dealt, encoded = self._dealt(curated, places)
-        facts |= features.described(encoded)
-        for shard in self._shards(curated, places, dealt):
+        dealt = self._dealt(curated, places)
+        facts |= features.described(dealt.features)
+        for shard in self._shards(curated, places, dealt.runs):
             images += shard["images"]
             ends += shard["ends"]
             if shard["images"]:
@@ -154,8 +156,8 @@ class ImageMaking(Making):
     def _empty_caption(self, latents: Latents, folders: list[Location]) -> dict[str, Any]:
         meta: dict[str, Any] = {"models": latents.models()}
         if latents.texts:
-            config, follows = latents.model_dump(), latents.identity()
-            work = iter([Task(key("empty", follows), {"latents": config, "shipments": latents.shipments()})])
+            on_cpu = replace(self.encoding(latents), latents=latents.model_copy(update={"gpus": 0.0}))
+            work = iter([Task(key("empty", latents.identity()), {"encoding": on_cpu})])
             (record,) = self.flow.all("empty-caption", tasks.encode_nothing, work)
             data = self.flow.work.spill.join(record["name"]).read()
             (path,) = {versions.store(folder, f"{FILES}/empty_caption-", data, ".bin") for folder in folders}
@@ -174,21 +176,27 @@ class ImageMaking(Making):
         firsts = accumulate(numbers.values(), initial=0)
         return {bucket: (first, numbers[bucket]) for bucket, first in zip(numbers, firsts, strict=False)}
 
-    def _dealt(self, curated: Curated, shards: Shards) -> tuple[list[SpilledRun], list[dict[str, Any] | None]]:
-        """Distributes the kept images to the shards of their buckets, and encodes them. Also returns the facts about the features
-        of each run."""
-        latents = self.latents.model_dump() if self.latents else None
-        follows: Any = self.latents.identity() if self.latents else None
-        shipments = self.latents.shipments() if self.latents else []
-        arguments: dict[str, Any] = {"shards": shards, "latents": latents, "shipments": shipments}
+    def _dealt(self, curated: Curated, shards: Shards) -> DealtImages:
+        """Distributes the kept images to the shards of their buckets, and encodes them."""
+        latents = self.latents
+        encoding = self.encoding(latents) if latents else None
+        follows: Any = latents.identity() if latents else None
         if self.captions and latents:
-            arguments["captions"], follows = self.captions, [follows, self.captions]
-        uses = libraries.versions(("diffusers", *libraries.MODELS) if self.latents else ())
+            follows = [follows, self.captions]
+        uses = libraries.versions(("diffusers", *libraries.MODELS) if latents else ())
+        arguments = {"shards": shards, "encoding": encoding}
         dealing = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **arguments}, bytes=run.bytes)
                    for run in curated.runs)  # fmt: skip
-        actors = {"actors": self.latents.workers, "gpus": self.latents.gpus} if self.latents else {}
-        dealt = self.flow.taken("deal", tasks.deal, dealing, _dealt_run, **actors)
-        return [run for run, _ in dealt], [described for _, described in dealt]
+        if latents is None or encoding is None:
+            each = self.flow.taken(stream.KIND, tasks.deal, dealing, stream.dealt)
+        else:
+            plan = stream.EncodingStream(encoding, shards, latents.workers, latents.gpus)
+            each = gpus.taken(self.flow, plan, "latents.gpus", tasks.deal, dealing, stream.dealt)
+        return DealtImages([run for one in each for run in one.runs], [facts for one in each for facts in one.features])
+
+    def encoding(self, latents: Latents) -> Encoding:
+        """Describes how the tasks encode images."""
+        return Encoding(latents, tuple(latents.shipments()), self.captions)
 
     def _shards(self, curated: Curated, shards: Shards, dealt: list[SpilledRun]) -> Iterator[dict[str, Any]]:
         """Writes the shards of all buckets."""
@@ -221,8 +229,3 @@ class ImageMaking(Making):
         definition = segment.load(self.flow.work.spill, record["definition"])
         folders = [self.output, *(self.output.join(f"{w}x{h}") for w, h in self.source.rules.sizes if self.buckets)]
         return self.tokenizer_facts(definition, END, folders)
-
-
-def _dealt_run(record: dict[str, Any]) -> tuple[SpilledRun, dict[str, Any] | None]:
-    """Returns the run and the facts about its features from a task's record."""
-    return SpilledRun(*record["dealt"]), record.get("features")

@@ -11,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation import recording, segment
-from heliostat.curation.images import drawings, pictures, planning, sources
+from heliostat.curation.images import drawings, features, pictures, planning, sources
+from heliostat.curation.images.encoding import Encoding
 from heliostat.curation.images.fetching import Fetching
 from heliostat.curation.images.pictures import ImageRules, Raw
 from heliostat.curation.images.sources import ImageColumns, ImageLimits
@@ -32,7 +32,6 @@ from heliostat.data import row_groups, versions
 from heliostat.data.manifest import SHARDS
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
-from heliostat.tasks.shipping import Shipment
 from heliostat.tasks.spill import survivors_of
 
 # images of a run, distributed to shards: `key` is the number of the image's shard among all shards
@@ -123,23 +122,27 @@ def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str
 # shards ----------------------------------------------------------------------------------------------------------------
 
 
-def deal(
-    folder: Location, run: SpilledRun, shards: Shards, latents: dict[str, Any] | None, shipments: list[Shipment],
-    captions: tuple[str, ...] = ()
-) -> dict[str, object]:  # fmt: skip
-    """Writes images to a temporary file, sorted by shard. An image's pixel hash selects one of the shards of the image's bucket.
+def deal(folder: Location, run: SpilledRun, shards: Shards, encoding: Encoding | None = None) -> dict[str, object]:
+    """Writes images to a temporary file, sorted by shard. With `encoding`, also encodes the images."""
+    table = dealt(folder, run, shards)
+    if encoding is None:
+        return stored(folder, [table])
+    encoder = encoding.encoder(folder)
+    encoded = [encoder(batch, encoding.captions) for batch in encoding.batches(table)]
+    return stored(folder, [one.table for one in encoded] or [table]) | features.combined(one.features for one in encoded)
 
-    With `latents`, also encodes the images. `shipments`: the files of the encoders. `captions`: columns with further captions to
-    encode.
-    """
-    tables = [_dealt(table, shards) for table in survivors(folder, run)]
-    table = pa.concat_tables([DEALT.empty_table(), *tables])
-    features = {}
-    if latents is not None:
-        table, facts = _encoder(_located(folder, latents, shipments), tuple(shipments))(table, captions)
-        features = {"features": facts} if facts else {}
+
+def dealt(folder: Location, run: SpilledRun, shards: Shards) -> pa.Table:
+    """Reads the images of a temporary file (schema DEALT). An image's pixel hash selects one of the shards of the image's
+    bucket."""
+    return pa.concat_tables([DEALT.empty_table(), *(_dealt(table, shards) for table in survivors(folder, run))])
+
+
+def stored(folder: Location, tables: list[pa.Table]) -> dict[str, Any]:
+    """Writes images to a temporary file, sorted by shard. Returns the file's part of a record."""
+    table = pa.concat_tables(tables)
     name = spill.write(folder, table, ("hash", "id"))
-    return {"dealt": [name, len(table), table.nbytes], **features, "files": [name]}
+    return {"dealt": [name, len(table), table.nbytes], "files": [name]}
 
 
 def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
@@ -152,28 +155,10 @@ def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=DEALT)
 
 
-def _located(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> str:
-    """Returns the pipeline's `latents` settings as JSON, with this node's paths to the models."""
-    from heliostat.curation.images.latents import Latents
-
-    return Latents(**latents).located(folder, shipments).model_dump_json()
-
-
-@lru_cache(maxsize=2)
-def _encoder(config: str, shipments: tuple[Shipment, ...]) -> Any:
-    """Loads the frozen encoders once per process. Later tasks with the same settings and files reuse the loaded encoders.
-
-    `shipments`: the encoders' files. The cache key contains `shipments`, because files may change at the same path.
-    """
-    from heliostat.curation.images.latents import Encoder
-
-    return Encoder(json.loads(config))
-
-
-def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> dict[str, object]:
+def encode_nothing(folder: Location, encoding: Encoding) -> dict[str, object]:
     """Writes the text encoders' outputs for the empty caption to a temporary file, one after the other. Returns the file's name,
     and the output's shape. For a list of text encoders, returns what the dataset stores of each encoder (`texts`)."""
-    encoder = _encoder(_located(folder, {**latents, "gpus": 0.0}, shipments), tuple(shipments))
+    encoder = encoding.encoder(folder)
     embeddings = encoder.embeddings([""])
     name = spill.put(folder, b"".join(values[0].tobytes() for values in embeddings.values()), ".bin")
     shapes = {"shape": list(embeddings["embedding"][0].shape)} if "embedding" in embeddings else {}

@@ -159,26 +159,12 @@ class ReferencePipeline(Pipeline):
         return ReferenceModel(shipment, self.precision, self.gpus > 0, longest, self.batch_tokens)
 
     def _values(self, flow: Flow, tasks: Iterator[Task]) -> list[list[str]]:
-        """Computes log-probabilities: in a stream if actors have GPUs, and what it leaves as recorded tasks. Returns the names of
-        each task's temporary files."""
-        names, left = dict[int, list[str]](), list[tuple[int, Task]]()
-        if self.gpus:
-            from heliostat.curation import gpus, streaming  # takes a second, because it imports Ray Data
-            from heliostat.curation.references import stream
+        """Computes log-probabilities. Returns the names of each task's temporary files."""
+        from heliostat.curation import gpus
+        from heliostat.curation.references import stream
 
-            gpus.require(flow, "gpus", self.gpus)
-            plan = stream.ReferenceStream(self.described, self.workers, self.gpus)
-            for number, task, record in streaming.run(flow, plan, tasks):
-                if record is None:
-                    left.append((number, task))
-                else:
-                    names[number] = stream.values(record)
-        else:
-            left = list(enumerate(tasks))
-        recorded = flow.taken(KIND, computing.compute, (task for _, task in left), lambda record: [record["values"]],
-                              actors=self.workers, gpus=self.gpus) if left else []  # fmt: skip
-        names |= {number: values for (number, _), values in zip(left, recorded, strict=True)}
-        return [names[number] for number in sorted(names)]
+        plan = stream.ReferenceStream(self.described, self.workers, self.gpus)
+        return gpus.taken(flow, plan, "gpus", computing.compute, tasks, stream.values)
 
     def _copied(self, name: str, output: Location) -> str:
         """Copies a file of the input to the output. Returns its path."""

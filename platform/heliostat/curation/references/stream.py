@@ -18,7 +18,17 @@ from ray.util.queue import Queue
 
 from heliostat.curation.references import computing
 from heliostat.curation.references.computing import KIND, ReferenceModel, SourceShard
-from heliostat.curation.streamed import Operators, Stopwatch, block, each, guarded, unpacked, with_files
+from heliostat.curation.streamed import (
+    Operators,
+    Stopwatch,
+    block,
+    blocks,
+    each,
+    guarded,
+    noted,
+    unpacked,
+    with_files,
+)
 from heliostat.data.conversations import REFERENCE_COLUMNS
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping, spill
@@ -49,24 +59,13 @@ def read(batch: pa.Table) -> Iterator[pa.Table]:
     """Reads the row groups of shards, one per block."""
     for sent in filter(None, batch["id"].to_pylist()):
         task, shard = json.loads(sent)
-        yield from guarded(task, _row_groups(task, SourceShard(**shard)))
+        yield from guarded(task, blocks(task, KIND, _row_groups(SourceShard(**shard))))
 
 
-def _row_groups(task: int, shard: SourceShard) -> Iterator[pa.Table]:
-    watch = Stopwatch()
+def _row_groups(shard: SourceShard) -> Iterator[list[pa.Table]]:
     file = shard.read()
     for group in range(file.num_row_groups):
-        rows = computing.pairs_of(file, group)
-        done = block(task, group, group + 1 == file.num_row_groups, [_record(watch)], [rows])
-        with watch.pause():
-            yield done
-        watch = Stopwatch()
-    if not file.num_row_groups:
-        yield block(task, 0, True, [_record(watch)], [])
-
-
-def _record(watch: Stopwatch, **more: object) -> dict[str, Any]:
-    return {"runs": [], "files": [], **more, **watch.times(KIND)}
+        yield [computing.pairs_of(file, group)]
 
 
 class ScoreGroups:
@@ -84,7 +83,7 @@ class ScoreGroups:
         loaded = computing.loaded_once(path, self.model)
         watch.opened()
         scored = [pa.table(list(computing.logprobs(loaded, rows, self.model).T), names=REFERENCE_COLUMNS) for rows in tables]
-        return block(one["task"], one["block"], one["last"], [*json.loads(one["records"]), _record(watch)], scored)
+        return block(one["task"], one["block"], one["last"], [*json.loads(one["records"]), noted(KIND, watch)], scored)
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,10 @@ class WriteValues:
         for table in unpacked(one["tables"]):
             values = np.stack([table[name].to_numpy() for name in REFERENCE_COLUMNS], 1)
             name = spill.put(self.folder, values.tobytes(), ".bin")
-            records.append(_record(watch, passed=len(table), values=name) | {"files": [name]})
+            records.append(noted(KIND, watch, passed=len(table), values=name) | {"files": [name]})
         return block(one["task"], one["block"], one["last"], records, [])
 
 
 def values(record: dict[str, Any]) -> list[str]:
-    """Returns the names of a task's temporary files, in the order of the rows."""
-    return [part["values"] for part in record["records"] if "values" in part]
+    """Returns the names of a task's temporary files, in the order of the rows. `record`: of the stream or not."""
+    return [part["values"] for part in record.get("records", [record]) if "values" in part]

@@ -358,7 +358,7 @@ class MeasuringCluster:
 
     def executor(self, kind: TaskKind) -> Executor:
         if kind.actors:
-            raise ConfigError(f"--simulate: {kind.name}: stages on GPUs aren't supported. Remove --simulate, or these stages")
+            raise ConfigError(f"--simulate: {kind.name}: models in actors aren't supported. Remove --simulate, or these models")
         return _Measuring(self.cluster.executor(kind), kind, self.profile, self.sizes)
 
 

@@ -38,6 +38,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import building, contrastive, exported, tokenizing
 from heliostat.recipes.images import rows
+from heliostat.recipes.images.decoding import decoded
 from heliostat.recipes.pairs import SCORES, EmbedsPairs, PairKeys, named, present
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.recipes.protocol import Batch
@@ -186,7 +187,7 @@ class ImageEmbedder(EmbedsPairs):
     def batch(self, content: pa.Table, keys: np.ndarray) -> Batch:
         captions, images = (present(content, side) for side in self.sides)
         tokens = tokenizing.tokens(self.tokenizer, captions, self.max_tokens)
-        pixels = normalised(self.processor, rows.decoded(images))
+        pixels = normalised(self.processor, decoded(images))
         names, cut = named([captions, images]), torch.from_numpy(tokens.cut).long()
         return {"input_ids": tokens.ids, "attention_mask": tokens.mask, "pixel_values": pixels, "names": names, "cut": cut}
 

@@ -18,6 +18,7 @@ from heliostat.data.chunks import Chunks
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.images import diffusers_folder, neighbors, rows
+from heliostat.recipes.images.decoding import decoded
 from heliostat.recipes.images.extractors import thumbnails
 from heliostat.recipes.images.gallery import DrawingRecipe, PromptGallery, grid, png
 from heliostat.recipes.images.picture_judge import LabeledPictures, PictureJudge
@@ -140,7 +141,7 @@ def labeled(sources: list[Manifest], progressed: Callable[[], None] = lambda: No
     def column(name: str) -> list[str]:
         return [one for table in tables for one in (table[name].to_pylist() if name in table.column_names else [""] * len(table))]
 
-    pictures = rows.decoded([image for table in tables for image in table["image"].to_pylist()])
+    pictures = decoded([image for table in tables for image in table["image"].to_pylist()])
     return LabeledPictures(pictures, column("caption"), column("label"), column("style"))
 
 

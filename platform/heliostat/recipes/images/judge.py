@@ -67,7 +67,7 @@ def real_images(
 ) -> tuple[list[np.ndarray], list[str]]:
     """Reads at most `limit` images of the datasets, with their labels. The images are in the order of the shards, which is by
     hash. Calls `progressed` for every row group that it reads. `shrink`: scales each image, so that less memory is needed."""
-    from heliostat.recipes.images.rows import decode
+    from heliostat.recipes.images.decoding import decode
 
     images: list[np.ndarray] = []
     labels: list[str] = []

@@ -20,15 +20,15 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from heliostat.data import device_threads, shard
+from heliostat.data import shard
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.counter_random import WORD, normals, uniform, words
+from heliostat.recipes.images.decoding import decoded
 from heliostat.recipes.images.stored_features import FeatureFormat
 from heliostat.storage.locations import Location
 
 SCALARS, NOISE, OFFSET, POSTERIOR = range(4)  # streams of a sample's random numbers
-DECODERS = device_threads.pool(4, "decode")  # Pillow releases the GIL while it decodes
 
 
 def footer(place: Location) -> pq.FileMetaData:
@@ -118,19 +118,12 @@ def _facts(m: Manifest) -> DatasetFacts:
 
 def pixels(content: pa.Table) -> torch.Tensor:
     """Decodes a table's images to fp32 [n, channels, height, width] in [-1, 1]."""
-    images = decoded(content["image"].to_pylist())
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return scaled(torch.from_numpy(decoded(content["image"].to_pylist())))
 
 
-def decoded(images: list[bytes]) -> np.ndarray:
-    """Decodes image files of one size to uint8 [n, height, width, channels]."""
-    return np.stack(list(DECODERS.map(decode, images)))
-
-
-def decode(data: bytes) -> np.ndarray:
-    """Decodes an image file to uint8 [height, width, channels]."""
-    image = np.asarray(Image.open(io.BytesIO(data)))
-    return image if image.ndim == 3 else image[:, :, None]
+def scaled(images: torch.Tensor) -> torch.Tensor:
+    """Converts decoded images, uint8 [n, height, width, channels], to fp32 [n, channels, height, width] in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -49,6 +49,7 @@ from heliostat.recipes.images import (
 from heliostat.recipes.images.adapted import AdaptedImages
 from heliostat.recipes.images.conditioning import LENGTHS
 from heliostat.recipes.images.config import Model
+from heliostat.recipes.images.decoding import decoded
 from heliostat.recipes.images.gallery import Predictor, PromptGallery
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
@@ -334,7 +335,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
         """Decodes the images of rows, or their stored latents, to uint8 [height, width, channels]. The rows have one size."""
         assert self.parts.facts
         if self.parts.facts.content == "images":
-            return list(rows.DECODERS.map(rows.decode, content["image"].to_pylist()))
+            return list(decoded(content["image"].to_pylist()))
         size, out = (content["width"][0].as_py(), content["height"][0].as_py()), list[np.ndarray]()
         latents = rows.halves(content, "latent", self.parts.stored_shape(size))
         for part in latents.to(device).split(DECODED):

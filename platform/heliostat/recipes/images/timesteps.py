@@ -6,8 +6,6 @@ twice the weight.
 
 - `uniform`: the density is 1.
 - `logit_normal`: logit(s) is normal, with the mean `timestep_mean` and the standard deviation `timestep_std`.
-- `mode`: s = u - mode_scale (sin^2(pi u / 2) - u). A positive scale prefers the middle, a negative scale the ends.
-- `cosmap`: s = 1 - 1 / (tan(pi u / 2) + 1). The signal-to-noise ratio then has the law of the cosine schedule.
 
 The shift moves times towards noise: s becomes a s / (1 + (a - 1) s). A larger image needs more noise to lose as much information.
 So with `shift: auto`, a is the square root of the image's positions divided by those of `base_size`.
@@ -24,21 +22,16 @@ from pydantic import Field, model_validator
 
 from heliostat.schema import Float, Strict
 
-LEAST_SCALE, MOST_SCALE = -1.0, 2 / (math.pi - 2)  # beyond these, `mode` isn't monotonic
-LAW_KEYS = {"timestep_mean": "logit_normal", "timestep_std": "logit_normal", "mode_scale": "mode"}  # key -> its law
-
 
 class TimestepLaw(Strict):
     """Defines the keys of the times of flow matching."""
 
-    timesteps: Literal["uniform", "logit_normal", "mode", "cosmap"] = "uniform"
-    """Distribution of the sampled times. All except `uniform` need flow matching."""
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the sampled times. `logit_normal` needs flow matching."""
     timestep_mean: Float = 0.0
     """Mean of logit(time) with `timesteps: logit_normal`. A positive mean trains more on noisy images."""
     timestep_std: Float = Field(default=1.0, gt=0)
     """Standard deviation of logit(time) with `timesteps: logit_normal`."""
-    mode_scale: Float = Field(default=1.29, ge=LEAST_SCALE, le=MOST_SCALE)
-    """Scale of `timesteps: mode`. A positive scale prefers times in the middle, a negative scale times at both ends."""
     shift: Float | Literal["auto"] = 1.0
     """Shifts the times of flow matching towards noise, in training and in sampling; use values above 1 for large images. `auto`:
     the shift follows from each image's size and `base_size`."""
@@ -47,9 +40,9 @@ class TimestepLaw(Strict):
 
     @model_validator(mode="after")
     def _complete_law(self) -> TimestepLaw:
-        for key, law in LAW_KEYS.items():
-            if key in self.model_fields_set and self.timesteps != law:
-                raise ValueError(f"{key} needs timesteps {law!r}. Remove {key}, or set timesteps: {law}")
+        for key in ("timestep_mean", "timestep_std"):
+            if key in self.model_fields_set and self.timesteps != "logit_normal":
+                raise ValueError(f"{key} needs timesteps 'logit_normal'. Remove {key}, or set timesteps: logit_normal")
         if not isinstance(self.shift, str) and self.shift <= 0:
             raise ValueError(f"shift must be above 0, not {self.shift:g}. Use 1 for no shift, or auto")
         if (self.shift == "auto") != (self.base_size is not None):
@@ -70,10 +63,6 @@ class TimestepLaw(Strict):
         if self.timesteps == "logit_normal":
             normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-1 + 1e-6, 1 - 1e-6))
             return torch.sigmoid(self.timestep_std * normal + self.timestep_mean)
-        if self.timesteps == "mode":
-            return u - self.mode_scale * ((math.pi / 2 * u).sin().square() - u)
-        if self.timesteps == "cosmap":
-            return 1 - 1 / ((math.pi / 2 * u).tan() + 1)
         return u
 
     def shift_of(self, size: Sequence[int] | None) -> float:

@@ -1,0 +1,83 @@
+"""Tests the stream that encodes images if actors have GPUs: it makes the dataset of the recorded tasks."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from heliostat.curation import streaming
+from heliostat.curation.images import stream
+from heliostat.curation.images.encoding import Encoding
+from heliostat.curation.images.latents import Latents
+from heliostat.curation.images.making import ImageMaking
+from heliostat.curation.images.pipeline import ImagePipeline
+from heliostat.tasks.flow import Flow
+
+from tests.unit.build_image_model import image_model
+from tests.unit.build_images import folder_of, image, prepared
+from tests.unit.build_text_to_image import autoencoder, clip
+from tests.unit.test_stream_failures import FailingStream
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FILES, EACH = 8, 5
+AS_ON_GPUS = ImageMaking.encoding
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Writes images of two shapes with two captions, and the encoders: latents, embeddings, and features."""
+    place = tmp_path_factory.mktemp("given")
+    for number in range(FILES):
+        pictures = [
+            (f"{i}.png", image(*[(40, 20), (20, 40)][i % 2], seed=EACH * number + i),
+             {"caption": f"digit {i} of {number}", "long": "a long caption" if i else ""})
+            for i in range(EACH)
+        ]  # fmt: skip
+        folder_of(place / f"in/{number:02}", pictures)
+    return {"name": "test", "input": str(place / "in"), "resolution": 32, "buckets": {"step": 8, "max_aspect": 2.0},
+            "columns": {"others": ["long"], "captions": ["long"]}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str, Any]:
+    place = tmp_path_factory.mktemp("models")
+    models = {"autoencoder": str(autoencoder(place / "vae")), "text_encoder": str(clip(place / "clip", digits)), "length": 8}
+    return {**models, "features": {"encoder": str(image_model(place / "vit")), "dtype": "int8"}, "batch": 2}
+
+
+def on_cpu(self: ImageMaking, latents: Latents) -> Encoding:
+    """Describes tasks that compute on this machine's CPU although actors have GPUs."""
+    return AS_ON_GPUS(self, latents.model_copy(update={"gpus": 0.0}))
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.ci)])
+def test_a_stream_that_loses_blocks_gives_the_dataset_of_recorded_tasks(
+    keys: dict[str, Any], latents: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Latents, embeddings of two captions, features, and their error are the same, bit for bit, with blocks that end in any
+    order. Recorded tasks encode the images of the tasks that the stream doesn't finish. A second run encodes nothing again."""
+    plain, _ = prepared({**keys, "latents": latents, "output": str(tmp_path / "plain")})
+    monkeypatch.setattr(streaming, "RunningStream", FailingStream)
+    monkeypatch.setattr(FailingStream, "rng", random.Random(seed))
+    monkeypatch.setattr(FailingStream, "ends_after", (4, 99)[seed])
+    monkeypatch.setattr(stream, "BLOCK_BYTES", (1, 10_000)[seed])
+    monkeypatch.setattr(Flow, "devices", lambda flow: 1)
+    monkeypatch.setattr(ImageMaking, "encoding", on_cpu)
+    monkeypatch.setattr(ImagePipeline, "finish", lambda *_: None)  # keeps the work folder
+    on_gpus = {**keys, "latents": {**latents, "gpus": 1.0}, "output": str(tmp_path / "streamed")}
+    first, flow = prepared(on_gpus)
+    streamed = len(list((tmp_path / "streamed.work/done/stream").iterdir()))
+    assert first.digest == plain.digest and first.meta["features"] == plain.meta["features"]
+    assert 0 < streamed < flow.done["read"] and flow.done["deal"] > flow.done["read"]
+    again, flow = prepared(on_gpus)
+    assert again.digest == plain.digest and "deal" not in flow.done
+
+
+def test_reading_for_a_stream_needs_no_torch() -> None:
+    """Loading it takes seconds, and hundreds of MB in each process of a CPU."""
+    code = "import sys; from heliostat.curation.images import stream; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
