@@ -54,7 +54,7 @@ def measure(count: int) -> list[float]:
     stored, held = len(record) / PER_SHARD / SHARDS, harness.memory("VmRSS") - start
     harness.forget_peak()
     began = time.process_time()
-    rows = shards.table()
+    rows = shards.rows()
     made = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         manifest.write(Location(folder), rows, {"kind": "tokens", "vocab_size": 50_000})
