@@ -78,10 +78,10 @@ class FeatureEncoder:
 
 def described(encoded: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
     """Returns the manifest's entry about features from the facts of all encoded tables: {} without features."""
-    from heliostat.recipes.images.stored_features import FeatureError
-
     facts = [one for one in encoded if one]
     if not facts:
         return {}
+    from heliostat.recipes.images.stored_features import FeatureError  # imports torch: 180 MB
+
     error = sum((FeatureError(**one["error"]) for one in facts), FeatureError())
     return {"features": {**facts[0]["format"], **error.named()}}
