@@ -333,7 +333,7 @@ def test_a_mistake_is_found_before_ray_starts(tmp_path, monkeypatch, capsys, opt
 
 
 def test_a_shard_has_a_row_group_for_each_chunk_of_tokens(tmp_path):
-    """The driver keeps every row group, so their number follows from `chunk_tokens`."""
+    """Readers of the dataset keep every row group, so their number follows from `chunk_tokens`."""
     measured = {"rows": [9, 8], "tokens": [300, 300], "bytes": [1, 2], "place": [1, 2], "content": ["a", "b"]}
     shard = {"path": "x", "file_bytes": 10, "documents": 4, "duplicates": 0, "bytes": 1000, "cut": 0, "counts": "a", "ends": [],
              "footer": "f", "row_groups": measured}  # fmt: skip

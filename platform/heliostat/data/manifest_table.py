@@ -164,3 +164,4 @@ def encode(chunks: RowGroups, meta: Mapping[str, object], sink: IO[bytes]) -> No
     with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
         for part in parts(chunks, SCHEMA.names, PARQUET_ROWS):
             writer.write_table(part.cast(schema), row_group_size=PARQUET_ROWS)
+            del part  # before the next part is read
