@@ -250,7 +250,8 @@ def write(location: Location, rows: Rows, meta: Mapping[str, object]) -> Manifes
     row_groups = in_order(rows)
     version = Manifest(location, row_groups, {**meta, "digest": digest(row_groups, meta)})
     with _encoded(version) as file:
-        _keep(version, file)
+        if not (kept := _kept(version)).exists():
+            kept.upload_open(file)
         location.join(FILE).upload_open(file)
     return version
 
@@ -261,19 +262,19 @@ def _encoded(version: Manifest) -> Iterator[IO[bytes]]:
     with stored_rows.temporary() as file:
         with stored_rows.explained():
             encode(version.row_groups, version.meta, file)
+            file.flush()
         yield file
 
 
 def keep(version: Manifest) -> None:
     """Stores this version in `manifests/` if it isn't there yet. Older datasets have only `manifest.parquet`."""
-    with _encoded(version) as file:
-        _keep(version, file)
+    if not (kept := _kept(version)).exists():
+        with _encoded(version) as file:
+            kept.upload_open(file)
 
 
-def _keep(version: Manifest, file: IO[bytes]) -> None:
-    place = version.location.join(VERSIONS, version_name(version.digest))
-    if not place.exists():
-        place.upload_open(file)
+def _kept(version: Manifest) -> Location:
+    return version.location.join(VERSIONS, version_name(version.digest))
 
 
 def version_name(digest: str) -> str:
