@@ -4,7 +4,7 @@
 
 The records are synthetic: 30 row groups per shard and 4 shards per task, in any order, as tasks of a text pipeline return them.
 The driver parses each record from JSON, like a run that resumes. Each size runs in a separate process. Memory is
-the process's own growth, without the libraries: held while the tasks run, and the peak while the manifest is written.
+the process's own growth, without the libraries, in MiB: held while the tasks run, and the peak while the manifest is written.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def shard(rng: random.Random, number: int) -> ListedShard:
 
 
 def measure(count: int) -> list[float]:
-    """Collects and writes the rows of `count` row groups. Returns the bytes of a record as JSON, held bytes, and peak bytes, each
-    per row group, then CPU microseconds per row group: parsing and collecting, sorting, writing."""
+    """Collects and writes the rows of `count` row groups. Returns the bytes of a record as JSON per row group, held MiB, and peak
+    MiB, then per row group: bytes of the file, and CPU microseconds for parsing and collecting, sorting, writing."""
     pa.array([0], pa.int64())  # imports pandas
     rng, shards = random.Random(0), ShardCollector()
     tasks, start, received = range(count // (PER_SHARD * SHARDS)), harness.memory("VmRSS"), 0.0
@@ -54,20 +54,19 @@ def measure(count: int) -> list[float]:
     stored, held = len(record) / PER_SHARD / SHARDS, harness.memory("VmRSS") - start
     harness.forget_peak()
     began = time.process_time()
-    rows = shards.table()
+    rows = shards.rows()
     made = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         manifest.write(Location(folder), rows, {"kind": "tokens", "vocab_size": 50_000})
         ended, peak = time.process_time(), harness.memory("VmHWM") - start
         file = Path(folder, manifest.FILE).stat().st_size
-    memory = [size * 2**20 / total for size in (held, peak)]
     seconds = [1e6 * part / total for part in (received, made - began, ended - made)]
-    return [stored, *memory, file / total, *seconds]
+    return [stored, held, peak, file / total, *seconds]
 
 
 def main() -> None:
     options = harness.arguments(__doc__, row_groups=[100_000, 1_000_000], rounds=3)
-    harness.head("row groups", "record, bytes", "held, bytes", "peak, bytes", "file, bytes", "parse, us", "sort, us", "write, us")
+    harness.head("row groups", "record, bytes", "held, MiB", "peak, MiB", "file, bytes", "parse, us", "sort, us", "write, us")
     for count in options.row_groups:
         found = [harness.apart(measure, count)[0] for _ in range(options.rounds)]
         harness.row(f"{count:,}", *(harness.spread(list(values), ".2f") for values in zip(*found, strict=True)))

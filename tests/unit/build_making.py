@@ -12,6 +12,7 @@ from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.gathering import Together
 from heliostat.curation.text.making import TextMaking
 from heliostat.curation.text.tasks import TextSource
+from heliostat.data.manifest_table import in_memory
 from heliostat.storage.locations import Location
 from heliostat.tasks.work import Work
 
@@ -57,4 +58,4 @@ def make(
     rows, meta = text_making(here, source, output, parsed, memory_limit, together=together, shard_bytes=shard_bytes).run(
         sources.listing(str(tmp_path / "in"), ["extract"] * bool(stages))
     )
-    return (rows.to_pylist(), meta), here
+    return (in_memory(rows).to_pylist(), meta), here

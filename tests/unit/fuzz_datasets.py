@@ -163,7 +163,8 @@ def manifests(folder: Path) -> Target:
             try:
                 table = pa.Table.from_pylist(made["rows"], schema=manifest.SCHEMA)
                 meta = {**made["meta"], "digest": manifest_table.digest(table, made["meta"])}
-                path.write_bytes(manifest_table.encode(table, meta))
+                with path.open("wb") as file:
+                    manifest_table.encode(table, meta, file)
             except (pa.ArrowException, TypeError, KeyError, OverflowError, ValueError):
                 continue  # Parquet cannot hold it
             return names

@@ -197,7 +197,7 @@ def test_a_resumed_run_keeps_its_recorded_cut(tmp_path):
 def test_the_split_follows_the_content_not_the_dataset_around_it(tmp_path):
     """A row group has the same held-out rows alone and in a dataset with shards before and after it."""
     whole = make_dataset(tmp_path / "a", 1, shards=4)
-    part = dataclasses.replace(whole, chunks=whole.chunks.slice(5, 6))
+    part = dataclasses.replace(whole, row_groups=whole.chunks.slice(5, 6))
     one, other = split(whole, LENGTH, 0.2), split(part, LENGTH, 0.2)
     assert one.held[5:11].tolist() == other.held.tolist() and one.start[5:11].tolist() == other.start.tolist()
     assert other.held.sum() > 0

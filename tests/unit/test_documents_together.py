@@ -16,6 +16,7 @@ from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.gathering import Together
 from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.curation.text.tasks import TextSource
+from heliostat.data.manifest_table import in_memory
 from heliostat.errors import ConfigError
 from heliostat.schema import validate
 from heliostat.storage.locations import Location
@@ -93,7 +94,7 @@ def test_files_of_archives_follow_each_other_by_their_paths(tmp_path):
     source = TextSource(str(tmp_path / "in"), TextRules())
     made = text_making(here, source, Location(str(tmp_path / "out")), shard_bytes=1 << 20, together=Together(column="repository"))
     rows, meta = made.run(repositories.listing(str(tmp_path / "in")))
-    found = [name for _, _, name in laid(tmp_path / "out", rows.to_pylist())]
+    found = [name for _, _, name in laid(tmp_path / "out", in_memory(rows).to_pylist())]
     repository = [name.partition(".zip#")[0] for name in found]
     assert len(found) == 36 and [key for key, _ in itertools.groupby(repository)] == list(dict.fromkeys(repository))
     assert all(sorted(group) == group for group in (found[i : i + 12] for i in (0, 12, 24)))

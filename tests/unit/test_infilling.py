@@ -17,6 +17,7 @@ from heliostat.curation.text.infilling import Arranged, FillInTheMiddle, arrange
 from heliostat.curation.text.tasks import TextSource
 from heliostat.data import infilling as layout
 from heliostat.data import manifest
+from heliostat.data.manifest_table import in_memory
 from heliostat.errors import ConfigError
 from heliostat.evaluation import held_out as suites
 from heliostat.evaluation.documents import Documents, held_out
@@ -140,7 +141,7 @@ def make(folder, name: str, given: str | None = None, keys: FillInTheMiddle | No
     limits = {"shard_bytes": 60_000, "chunk_tokens": 5000, **options}
     made = text_making(here, source, output, tokenizer=BPE, given_tokenizer=given, infill=keys, **limits)
     rows, meta = made.run(sources.listing(str(folder / "in")))
-    return rows.to_pylist(), meta
+    return in_memory(rows).to_pylist(), meta
 
 
 @pytest.fixture(scope="module")

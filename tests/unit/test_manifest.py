@@ -3,6 +3,7 @@
 import copy
 import random
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -106,14 +107,14 @@ def test_a_version_is_kept_before_it_becomes_the_newest(tmp_path, monkeypatch):
     """After an interruption at any point, the newest manifest is among the versions."""
     place, rng = Location(str(tmp_path)), random.Random(0)
     first = manifest.write(place, some_rows(rng, 3), META)
-    real = Location.write
+    real = Location.upload_open
 
-    def broken(self: Location, data: bytes) -> None:
+    def broken(self: Location, file: IO[bytes]) -> None:
         if self.name == manifest.FILE:
             raise StorageError("pulled the plug")
-        real(self, data)
+        real(self, file)
 
-    monkeypatch.setattr(Location, "write", broken)
+    monkeypatch.setattr(Location, "upload_open", broken)
     with pytest.raises(StorageError):
         manifest.write(place, some_rows(rng, 5), META)
     assert manifest.read(place).digest == manifest.read(place, first.digest).digest == first.digest

@@ -17,6 +17,7 @@ from heliostat.curation.pairs.reading import Least, PairSource
 from heliostat.curation.text import sources
 from heliostat.curation.text.documents import TextRules
 from heliostat.data import manifest, split
+from heliostat.data.manifest_table import in_memory
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks import flow, merging
@@ -142,7 +143,7 @@ def make(tmp_path: Path, name: str, **keys: Any) -> tuple[list[dict[str, Any]], 
         here, source(tmp_path / "in"), output, [], 1 << 30, tokenizer=BPE, given_tokenizer=None, shard_bytes=1500, chunk_pairs=8
     )
     rows, meta = making.run(sources.listing(str(tmp_path / "in"), ("extract", "pdf")))
-    return rows.to_pylist(), meta, output
+    return in_memory(rows).to_pylist(), meta, output
 
 
 def rows_of(chunks: list[dict[str, Any]], output: Location) -> list[list[dict[str, Any]]]:

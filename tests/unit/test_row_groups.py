@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from heliostat.data import manifest, manifest_table, row_groups
+from heliostat.data import collection, manifest, manifest_table, row_groups, stored_rows
 from heliostat.data.manifest_table import LATER, SCHEMA
 from heliostat.data.row_groups import ShardCollector
-from heliostat.errors import DataError
+from heliostat.data.stored_rows import StoredRows
+from heliostat.errors import DataError, StorageError
 from heliostat.storage.locations import Location
 
 from tests.unit.build_making import STAGES, make, make_input
@@ -51,14 +53,14 @@ def earlier_file(rows: list[dict[str, Any]], rows_each: int) -> bytes:
     return sink.getvalue()
 
 
-def collected(shards: list[list[dict[str, Any]]], rng: random.Random) -> pa.Table:
+def collected(shards: list[list[dict[str, Any]]], rng: random.Random) -> StoredRows:
     """Collects shards in any order. Some have the record of an earlier version."""
     collector = ShardCollector()
     for rows in rng.sample(shards, len(shards)):
         old = {"path": rows[0]["path"], "file_bytes": rows[0]["file_bytes"], "chunks": rows}
         record = old if rng.random() < 0.3 else row_groups.listed(rows)
         collector.add(json.loads(json.dumps(record)))
-    return collector.table()
+    return collector.rows()
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -72,8 +74,9 @@ def test_a_manifest_has_the_bytes_that_earlier_versions_wrote(tmp_path, monkeypa
         shards = [[{name: value for name, value in row.items() if name not in LATER} for row in one] for one in shards]
     rows_each, many = rng.choice([1, 7, 50, 1 << 20]), rng.choice([1, 5, 1 << 16])
     monkeypatch.setattr(manifest_table, "PARQUET_ROWS", rows_each)
-    for module in (manifest_table, row_groups):
-        monkeypatch.setattr(module, "SLICE", many)
+    monkeypatch.setattr(manifest_table, "SLICE", many)
+    monkeypatch.setattr(stored_rows, "FILE_BYTES", rng.choice([1, 1 << 20]))
+    monkeypatch.setattr(row_groups, "SHARDS", rng.choice([1, 3, 4096]))
     expected = earlier_file(rows, rows_each)
     mixed = rng.sample(rows, len(rows))
     for number, way in enumerate((mixed, pa.Table.from_pylist(mixed, schema=SCHEMA), collected(shards, rng))):
@@ -110,17 +113,45 @@ def test_a_run_of_an_earlier_version_is_continued(tmp_path):
     assert again == (rows, meta) and flow.kept["shards"] == len(records) > 3 and "shards" not in flow.done
 
 
-def test_the_driver_holds_less_than_a_hundred_bytes_per_row_group(monkeypatch):
-    """Without the values that wait for their conversion, which don't grow with the number of row groups."""
-    monkeypatch.setattr(row_groups, "SLICE", 3000)
-    before, collector, total = pa.total_allocated_bytes(), ShardCollector(), 0
-    record = row_groups.listed(shard_rows(random.Random(0), 0, 30))
-    for number in range(3000):
-        collector.add(record | {"path": f"shards/{number:05d}/{number:016x}.parquet"})
-        total += 30
-    assert (pa.total_allocated_bytes() - before) / total < 100
-    assert all(len(values) < 3000 for values in collector._waiting.values())
-    assert len(collector.table()) == total == 90_000
+def memory_of(shards: int, groups: int) -> int:
+    """Collects and writes row groups. Returns the bytes that the driver still has at the end, in Python and in Arrow."""
+    record = row_groups.listed(shard_rows(random.Random(0), 0, groups))
+    tracemalloc.start()
+    try:
+        before, collector = pa.total_allocated_bytes(), ShardCollector()
+        for number in range(shards):
+            collector.add(record | {"path": f"shards/{number:05d}/{number:016x}.parquet"})
+        rows = collector.rows()
+        manifest_table.digest(rows, META)
+        return tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes() - before
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_driver_holds_150_bytes_per_shard_and_nothing_per_row_group(monkeypatch):
+    monkeypatch.setattr(stored_rows, "FILE_BYTES", 1)
+    memory_of(1, 1)  # imports pandas
+    few, many, larger = memory_of(1_000, 2), memory_of(6_000, 2), memory_of(1_000, 40)
+    assert 50 < (many - few) / 5_000 < 150
+    assert (larger - few) / 38_000 < 1
+
+
+def test_stored_rows_of_a_part_are_those_of_the_table():
+    """A collection's parts are folders, and each part is a dataset with its own manifest."""
+    rng = random.Random(1)
+    shards = [[{**row, "path": f"{name}/{row['path']}"} for row in shard_rows(rng, shard, 3)]
+              for shard in range(20) for name in ("16x16", "16x8")]  # fmt: skip
+    stored = collected(shards, rng)
+    for name in ("16x16", "16x8", "8x8"):
+        part, table = (collection._inside(rows, f"{name}/") for rows in (stored, manifest_table.in_memory(stored)))
+        assert len(part) == len(table) and manifest_table.digest(part, META) == manifest_table.digest(table, META)
+
+
+def test_a_full_disk_names_the_folder(monkeypatch):
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        monkeypatch.setattr(stored_rows, "temporary", lambda: full)
+        with pytest.raises(StorageError, match=r"can't store the rows of the manifest .*No space left.* set TMPDIR"):
+            collected([shard_rows(random.Random(0), 0, 1)], random.Random(0))
 
 
 def test_a_path_that_is_not_text_makes_a_manifest_unreadable(tmp_path):

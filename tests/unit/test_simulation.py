@@ -17,6 +17,7 @@ from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFault
 from heliostat.curation.text import packing, sources
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
+from heliostat.data.manifest_table import in_memory
 from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
@@ -332,7 +333,7 @@ def test_a_mistake_is_found_before_ray_starts(tmp_path, monkeypatch, capsys, opt
 
 
 def test_a_shard_has_a_row_group_for_each_chunk_of_tokens(tmp_path):
-    """The driver keeps every row group, so their number follows from `chunk_tokens`."""
+    """Readers of the dataset keep every row group, so their number follows from `chunk_tokens`."""
     measured = {"rows": [9, 8], "tokens": [300, 300], "bytes": [1, 2], "place": [1, 2], "content": ["a", "b"]}
     shard = {"path": "x", "file_bytes": 10, "documents": 4, "duplicates": 0, "bytes": 1000, "cut": 0, "counts": "a", "ends": [],
              "footer": "f", "row_groups": measured}  # fmt: skip
@@ -348,7 +349,7 @@ def test_a_shard_has_a_row_group_for_each_chunk_of_tokens(tmp_path):
     for record in flow.all("shards", print, tasks):
         for one in record["shards"]:
             shards.add(one)
-    groups = shards.table()
+    groups = in_memory(shards.rows())
     assert len(groups) == 2 * 6 and set(groups["tokens"].to_pylist()) == {1000} and set(groups["rows"].to_pylist()) == {9}
     assert len(set(groups["path"].to_pylist())) == 2
 

@@ -24,6 +24,7 @@ from heliostat.data import collection, documents, infilling, manifest, row_group
 from heliostat.data.conversations import FACT
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import FILES, UNCOVERED, Manifest, kept_path
+from heliostat.data.manifest_table import in_memory
 from heliostat.data.row_groups import ListedShard, ShardCollector
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
@@ -75,7 +76,7 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
         shards = ShardCollector()
         if rest is not None:
             shards.add(rest)
-        chunks = pa.concat_tables([chunks.filter(pc.not_equal(chunks["path"], path)), shards.table()])
+        chunks = pa.concat_tables([chunks.filter(pc.not_equal(chunks["path"], path)), in_memory(shards.rows())])
         if not len(chunks):
             raise ConfigError(
                 f"{dataset.location}: {id!r} is the dataset's only document, and a dataset can't be empty. "

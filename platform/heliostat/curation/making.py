@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import pyarrow as pa
 
 from heliostat.curation import reasons, recording, segment, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine, filled, segments, summed
@@ -31,6 +30,7 @@ from heliostat.curation.stage import Stage
 from heliostat.curation.text import sources, tasks, tokens
 from heliostat.data import manifest, versions
 from heliostat.data.manifest import FILES
+from heliostat.data.manifest_table import RowGroups
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import merging, spill
@@ -49,7 +49,7 @@ class WrittenShards:
     """Describes written shards: their rows and metadata for the manifest, their counts for the funnel, and the temporary files
     that record each document's shard."""
 
-    rows: pa.Table
+    rows: RowGroups
     facts: dict[str, Any]
     shard: dict[str, Any] = field(default_factory=dict)
     ends: list[str] = field(default_factory=list)
@@ -120,11 +120,11 @@ class Making(ABC):
     def write(self, curated: Curated) -> WrittenShards:
         """Writes the shards of the kept documents."""
 
-    def run(self, inputs: list[InputFile]) -> tuple[pa.Table, dict[str, Any]]:
+    def run(self, inputs: list[InputFile]) -> tuple[RowGroups, dict[str, Any]]:
         """Writes everything but the manifest, and returns the manifest's rows and metadata."""
         return self._run(self.curated(inputs))
 
-    def _run(self, curated: Curated) -> tuple[pa.Table, dict[str, Any]]:
+    def _run(self, curated: Curated) -> tuple[RowGroups, dict[str, Any]]:
         dropped = self._dropped(curated)
         meta: dict[str, Any] = {"kind": self.kind, "dropped": dropped, "listed": self._listed(curated, dropped)}
         meta |= recording.facts(self.every)

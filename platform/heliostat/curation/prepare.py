@@ -114,8 +114,8 @@ class Pipeline(Strict):
 
     @abstractmethod
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[Rows, dict[str, Any]]:
-        """Writes everything but the manifest, on Ray. Returns the manifest's rows (a table, or a list of mappings, with the
-        columns of `manifest.SCHEMA`) and its metadata, which includes `kind`.
+        """Writes everything but the manifest, on Ray. Returns the manifest's rows (stored rows, a table, or a list of mappings,
+        with the columns of `manifest.SCHEMA`) and its metadata, which includes `kind`.
 
         Files are named after their content (`versions.store`), because the folder may also contain an older version. In the
         metadata, `files` lists the files that get a second, plain name when they are published. `listed`: the paths of the files
@@ -378,7 +378,7 @@ def _report(
         "documents": meta.get("documents", dataset.rows),
         "tokens": dataset.tokens,
         "shards": len(dataset.paths),
-        "chunks": dataset.chunks.num_rows,
+        "chunks": len(dataset.row_groups),
         "dropped": meta.get("dropped", {}),
         "listed": str(listed) if (listed := dataset.location.join(LISTED)).exists() else None,
         "recorded_every": recording.every_of(dataset),

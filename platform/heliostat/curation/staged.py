@@ -8,7 +8,6 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar
 
-import pyarrow as pa
 from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny, model_validator
 
 from heliostat.curation import reasons, recording, registry
@@ -18,6 +17,7 @@ from heliostat.curation.sampled import SampledParts
 from heliostat.curation.stage import Stage
 from heliostat.curation.watching import PipelineWatch
 from heliostat.data.manifest import Manifest, kept_path
+from heliostat.data.manifest_table import RowGroups
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
 from heliostat.storage.locations import Location
@@ -136,7 +136,7 @@ class StagedPipeline(Pipeline):
             f"--sample: {type(self).__name__} doesn't support dry runs. Remove --sample, or set input to some of the files"
         )
 
-    def write(self, output: Location, inputs: list[InputFile]) -> tuple[pa.Table, dict[str, Any]]:
+    def write(self, output: Location, inputs: list[InputFile]) -> tuple[RowGroups, dict[str, Any]]:
         with self.flow() as flow:
             making = self.making(flow, output)
             rows, meta = making.run(inputs)

@@ -22,7 +22,8 @@ from heliostat.config.spec import Job
 from heliostat.data import manifest, versions
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
-from heliostat.data.manifest_table import Rows, table_of
+from heliostat.data.manifest_table import RowGroups, Rows, in_order, total
+from heliostat.data.stored_rows import StoredRows
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
@@ -35,19 +36,21 @@ def write(location: Location, rows: Rows, meta: Mapping[str, Any]) -> Manifest:
 
     `rows`: manifest rows, with paths `PART/shards/...`; `meta["parts"]`: the metadata that differs between parts, by part.
     """
-    chunks = table_of(rows)
+    chunks = in_order(rows)
     rows_of, digests, common = {}, {}, {k: v for k, v in meta.items() if k not in OF_ALL}
     for name, own in meta["parts"].items():
         if not len(inside := _inside(chunks, f"{name}/")):
             continue
-        special = {"name": f"{meta['name']}-{name}", "documents": pc.sum(inside["rows"]).as_py(), "dropped": {}}
+        special = {"name": f"{meta['name']}-{name}", "documents": total(inside, "rows"), "dropped": {}}
         version = manifest.write(location.join(name), inside, {**common, **special, **own})
         rows_of[name], digests[name] = version.rows, version.digest
     return manifest.write(location, chunks, {**meta, "kind": KIND, "parts": rows_of, "digests": digests})
 
 
-def _inside(chunks: pa.Table, prefix: str) -> pa.Table:
+def _inside(chunks: RowGroups, prefix: str) -> RowGroups:
     """Returns the rows whose path has a prefix, with paths without the prefix."""
+    if isinstance(chunks, StoredRows):
+        return chunks.inside(prefix)
     paths = chunks["path"].chunk(0)
     rest = pa.DictionaryArray.from_arrays(paths.indices, pc.utf8_slice_codeunits(paths.dictionary, len(prefix)))
     rows = pc.starts_with(paths.dictionary, prefix).take(paths.indices)

@@ -20,6 +20,7 @@ import pyarrow as pa
 from heliostat.data import device_threads, manifest, row_groups, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import SHARDS, Manifest
+from heliostat.data.manifest_table import in_memory
 from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
@@ -107,7 +108,7 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
             if not rows:
                 raise DataError(f"{before.location.join(path)}: has no row group. Remove the file")
             shards.add(row_groups.listed(rows))  # this reads no data, so `content` stays unknown
-    added = shards.table()
+    added = in_memory(shards.rows())
     manifest.keep(before)
     return manifest.write(before.location, pa.concat_tables([before.chunks, added]), _meta(before.meta, added))
 

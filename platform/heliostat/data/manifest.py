@@ -14,9 +14,11 @@ It changes with any shard's bytes: `footer` hashes the Parquet footer (sizes, of
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NotRequired
+from functools import cached_property
+from typing import IO, Annotated, Any, NotRequired
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +27,20 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from heliostat.data import mapped, shard
-from heliostat.data.manifest_table import SCHEMA, Rows, by_first_use, compact, digest, encode, table_of
+from heliostat.data import mapped, shard, stored_rows
+from heliostat.data.manifest_table import (
+    SCHEMA,
+    RowGroups,
+    Rows,
+    by_first_use,
+    compact,
+    digest,
+    encode,
+    in_memory,
+    in_order,
+    total,
+)  # fmt: skip
+from heliostat.data.stored_rows import StoredRows
 from heliostat.errors import DataError, MissingDataError
 from heliostat.storage.locations import LEAVES, Location
 from heliostat.storage.records import Format, Whole, open_
@@ -75,11 +89,16 @@ META = Format(Meta, "metadata")
 
 @dataclass(frozen=True)
 class Manifest:
-    """Holds a dataset's row groups (`chunks`), in manifest order, and its metadata. `location`: the dataset's folder."""
+    """Holds a dataset's row groups, in manifest order, and its metadata. `location`: the dataset's folder."""
 
     location: Location
-    chunks: pa.Table
+    row_groups: RowGroups
     meta: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def chunks(self) -> pa.Table:
+        """Returns the row groups as a table. Loads stored row groups into memory."""
+        return in_memory(self.row_groups)
 
     def fact(self, name: str) -> Any:
         """Returns a value from the metadata that the caller needs. Raises DataError if the value is missing."""
@@ -119,6 +138,8 @@ class Manifest:
     @property
     def paths(self) -> list[str]:
         """Lists the paths of the shards, each once, in manifest order."""
+        if isinstance(self.row_groups, StoredRows):
+            return self.row_groups.shards["path"].to_pylist()
         return by_first_use(self.chunks["path"]).chunk(0).dictionary.to_pylist()
 
     @property
@@ -136,11 +157,11 @@ class Manifest:
 
     @property
     def tokens(self) -> int:
-        return int(self.chunks["tokens"].to_numpy().sum())
+        return total(self.row_groups, "tokens")
 
     @property
     def rows(self) -> int:
-        return int(self.chunks["rows"].to_numpy().sum())
+        return total(self.row_groups, "rows")
 
 
 def place(hash: str) -> int:
@@ -224,22 +245,36 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
 def write(location: Location, rows: Rows, meta: Mapping[str, object]) -> Manifest:
     """Sorts the rows by path and row group, computes the digest, and writes the manifest. The dataset now exists.
 
-    `rows`: a table or a list, with the columns of SCHEMA; the columns in `LATER` may be missing.
+    `rows`: stored rows; or a table or a list, with the columns of SCHEMA. The columns in `LATER` may be missing.
     """
-    chunks = table_of(rows)
-    version = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
-    encoded = encode(chunks, version.meta)
-    keep(version, encoded)
-    location.join(FILE).write(encoded)
+    row_groups = in_order(rows)
+    version = Manifest(location, row_groups, {**meta, "digest": digest(row_groups, meta)})
+    with _encoded(version) as file:
+        if not (kept := _kept(version)).exists():
+            kept.upload_open(file)
+        location.join(FILE).upload_open(file)
     return version
 
 
-def keep(version: Manifest, encoded: bytes | None = None) -> None:
-    """Stores this version in `manifests/` if it isn't there yet. Older datasets have only `manifest.parquet`. `encoded`: the
-    version's file, if the caller already has it."""
-    place = version.location.join(VERSIONS, version_name(version.digest))
-    if not place.exists():
-        place.write(encoded or encode(version.chunks, version.meta))
+@contextmanager
+def _encoded(version: Manifest) -> Iterator[IO[bytes]]:
+    """Writes a version's file to a temporary file, which may be larger than the memory."""
+    with stored_rows.temporary() as file:
+        with stored_rows.explained():
+            encode(version.row_groups, version.meta, file)
+            file.flush()
+        yield file
+
+
+def keep(version: Manifest) -> None:
+    """Stores this version in `manifests/` if it isn't there yet. Older datasets have only `manifest.parquet`."""
+    if not (kept := _kept(version)).exists():
+        with _encoded(version) as file:
+            kept.upload_open(file)
+
+
+def _kept(version: Manifest) -> Location:
+    return version.location.join(VERSIONS, version_name(version.digest))
 
 
 def version_name(digest: str) -> str:

@@ -2,20 +2,22 @@
 
 Paths and footers are in dictionary encoding, so the row groups of a shard share one copy. A table may have many millions of rows.
 So the functions that get `Columns` remove each column from this mapping as they go, and at most one column is in memory twice.
+The digest and the encoding also work on `StoredRows`, of which only a part is in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from heliostat.data.stored_rows import StoredRows
 
 HUB = "hub"  # in the metadata: names on the Hub, by the pipeline's keys; no digest covers it
 SCHEMA = pa.schema(
@@ -37,10 +39,36 @@ SHARED = ("path", "footer")  # columns in dictionary encoding
 SLICE = 1 << 16  # rows that are processed together, because all at once could take much memory
 PARQUET_ROWS = 1 << 20  # rows of a row group of the manifest itself
 Columns = dict[str, pa.ChunkedArray]
-Rows: TypeAlias = pa.Table | Sequence[Mapping[str, object]]
+RowGroups: TypeAlias = pa.Table | StoredRows  # in the manifest's order
+Rows: TypeAlias = RowGroups | Sequence[Mapping[str, object]]
 
 
-def table_of(rows: Rows) -> pa.Table:
+def in_order(rows: Rows) -> RowGroups:
+    """Returns rows in the manifest's order."""
+    return rows if isinstance(rows, StoredRows) else table_of(rows)
+
+
+def in_memory(rows: RowGroups) -> pa.Table:
+    """Returns the rows as a table."""
+    if isinstance(rows, pa.Table):
+        return rows
+    (table,) = rows.parts(SCHEMA.names, max(1, len(rows)))
+    return table_of(table)
+
+
+def parts(rows: RowGroups, names: Sequence[str], size: int) -> Iterator[pa.Table]:
+    """Yields some columns as tables of `size` rows; at least one table."""
+    if isinstance(rows, StoredRows):
+        return rows.parts(names, size)
+    return (rows.select(names).slice(start, size) for start in range(0, max(1, len(rows)), size))
+
+
+def total(rows: RowGroups, name: str) -> int:
+    """Sums a column of numbers."""
+    return sum(pc.sum(part[name]).as_py() or 0 for part in parts(rows, [name], SLICE))
+
+
+def table_of(rows: pa.Table | Sequence[Mapping[str, object]]) -> pa.Table:
     """Returns rows with the columns of SCHEMA as a table in the manifest's order: by path, then by row group."""
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=SCHEMA)
     columns = dict(zip(table.column_names, table.columns, strict=True))
@@ -95,23 +123,30 @@ def by_first_use(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([pa.DictionaryArray.from_arrays(used.indices, values.dictionary.take(used.dictionary))])
 
 
-def digest(chunks: pa.Table, meta: Mapping[str, object]) -> str:
+def digest(chunks: RowGroups, meta: Mapping[str, object]) -> str:
     """Computes the digest of the chunk table and of `meta` without `digest`: 64 hex digits, the same for any Parquet encoding."""
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k not in ("digest", HUB)}, sort_keys=True).encode())
     for column in SCHEMA:
-        values = chunks[column.name]
-        if column.name in LATER:
-            values = values.fill_null(LATER[column.name]) if values.null_count else values
-            if pc.all(pc.equal(values, LATER[column.name])).as_py():
-                continue
-        for start in range(0, len(values), SLICE):
-            part = values.slice(start, SLICE)
+        if column.name in LATER and all(_unknown(part, LATER[column.name]) for part in _values(chunks, column.name)):
+            continue
+        for number, part in enumerate(_values(chunks, column.name)):
             if column.type == pa.string():
-                h.update(b"\n" * (start > 0))
+                h.update(b"\n" * (number > 0))
                 h.update(_lines(part.cast(column.type)))
             else:
                 h.update(part.to_numpy().astype("<i8", copy=False))
     return h.hexdigest()
+
+
+def _values(chunks: RowGroups, name: str) -> Iterator[pa.ChunkedArray]:
+    """Yields the values of a column, SLICE at a time, with the value for unknown in place of nulls."""
+    for part in parts(chunks, [name], SLICE):
+        values = part[name]
+        yield values.fill_null(LATER[name]) if name in LATER and values.null_count else values
+
+
+def _unknown(values: pa.ChunkedArray, unknown: int | str) -> bool:
+    return bool(pc.all(pc.equal(values, unknown)).as_py())
 
 
 def _lines(values: pa.ChunkedArray) -> pa.Buffer:
@@ -122,11 +157,11 @@ def _lines(values: pa.ChunkedArray) -> pa.Buffer:
     return pc.binary_join(pa.ListArray.from_arrays(pa.array([0, len(whole)], pa.int32()), whole), "\n")[0].as_buffer()
 
 
-def encode(chunks: pa.Table, meta: Mapping[str, object]) -> bytes:
-    """Returns the manifest file: the table with plain strings as Parquet, with `meta` in the schema's metadata. Converts the
+def encode(chunks: RowGroups, meta: Mapping[str, object], sink: IO[bytes]) -> None:
+    """Writes the manifest file: the table with plain strings as Parquet, with `meta` in the schema's metadata. Converts the
     strings of only PARQUET_ROWS rows at a time."""
-    sink, schema = io.BytesIO(), SCHEMA.with_metadata({"heliostat": json.dumps(meta)})
+    schema = SCHEMA.with_metadata({"heliostat": json.dumps(meta)})
     with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-        for start in range(0, max(1, len(chunks)), PARQUET_ROWS):
-            writer.write_table(chunks.slice(start, PARQUET_ROWS).cast(schema), row_group_size=PARQUET_ROWS)
-    return sink.getvalue()
+        for part in parts(chunks, SCHEMA.names, PARQUET_ROWS):
+            writer.write_table(part.cast(schema), row_group_size=PARQUET_ROWS)
+            del part  # before the next part is read

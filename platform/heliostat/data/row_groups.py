@@ -1,7 +1,7 @@
-"""Describes the row groups of a shard as one record, and collects the records of many shards as the manifest's table.
+"""Describes the row groups of a shard as one record, and collects the records of many shards as the manifest's rows.
 
 A record has a list per column, and the values that all row groups of the shard share once. So a row group takes 82 bytes of JSON.
-The driver of `heliostat data prepare` holds about 80 bytes per row group, in Arrow arrays (docs/benchmarks/curation.md).
+The driver of `heliostat data prepare` holds about 110 bytes per shard, and nothing per row group (docs/benchmarks/curation.md).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import pyarrow as pa
 from typing_extensions import TypedDict
 
 from heliostat.data import manifest, shard
-from heliostat.data.manifest_table import LATER, SCHEMA, SHARED, SLICE, Columns, compact, ordered
+from heliostat.data.manifest_table import LATER
+from heliostat.data.stored_rows import SHARD, ColumnFiles, StoredRows
 from heliostat.storage.locations import Location
 
 
@@ -37,9 +37,8 @@ class ListedShard(TypedDict):
     row_groups: RowGroupColumns
 
 
-OF_SHARD = ("path", "footer", "file_bytes")
 EACH = tuple(RowGroupColumns.__annotations__)
-COUNT = "count"  # number of row groups of a shard
+SHARDS = 4096  # shards whose values are Python objects
 
 
 def listed(rows: Sequence[Mapping[str, Any]]) -> ListedShard:
@@ -60,40 +59,30 @@ class ShardCollector:
     """Collects the row groups of shards, in any order of the shards."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, list[Any]] = {name: [] for name in (*OF_SHARD, COUNT, *EACH)}
-        """Values that aren't in `_arrays` yet: of at most SLICE row groups, and one shard."""
-        self._arrays: dict[str, list[pa.Array]] = {name: [] for name in self._waiting}
+        self._files = ColumnFiles()
+        self._waiting: dict[str, list[Any]] = {name: [] for name in SHARD.names}
+        """Values of shards that aren't in `_tables` yet: of at most SHARDS shards."""
+        self._tables: list[pa.Table] = []
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Adds a shard. `record`: has the keys of `ListedShard`. A record of an earlier version has `chunks` instead, the
         manifest's rows of the shard."""
         one = record if "row_groups" in record else cast("Mapping[str, Any]", listed(record["chunks"]))
         columns: Mapping[str, list[Any]] = one["row_groups"]
-        for name in OF_SHARD:
-            self._waiting[name].append(one[name])
-        self._waiting[COUNT].append(len(columns["rows"]))
-        for name in EACH:
-            self._waiting[name] += columns[name]
-        if len(self._waiting["rows"]) >= SLICE:
+        of_shard = {**one, "first": self._files.count, "count": len(columns["rows"])}
+        self._files.append(columns)
+        for name, values in self._waiting.items():
+            values.append(of_shard[name])
+        if len(self._waiting["path"]) >= SHARDS:
             self._convert()
 
     def _convert(self) -> None:
-        for name, values in self._waiting.items():
-            self._arrays[name].append(pa.array(values, pa.int64() if name == COUNT else SCHEMA.field(name).type))
+        self._tables.append(pa.table(self._waiting, SHARD))
+        for values in self._waiting.values():
             values.clear()
 
-    def table(self) -> pa.Table:
-        """Returns the rows in the manifest's order. Call this once, because it frees each collected column."""
+    def rows(self) -> StoredRows:
+        """Returns the collected rows in the manifest's order."""
         self._convert()
-        counts = pa.concat_arrays(self._arrays.pop(COUNT)).to_numpy()
-        shards = pa.array(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
-        firsts = np.repeat(np.cumsum(counts) - counts, counts)
-        columns: Columns = {"row_group": pa.chunked_array([(np.arange(len(firsts)) - firsts).astype(np.int32)])}
-        del firsts
-        for name in OF_SHARD:
-            values = pa.concat_arrays(self._arrays.pop(name))
-            shared = pa.DictionaryArray.from_arrays(shards, values) if name in SHARED else values.take(shards)
-            columns[name] = pa.chunked_array([shared])
-        for name in EACH:
-            columns[name] = pa.chunked_array(self._arrays.pop(name))
-        return ordered(compact(columns))
+        self._tables = [pa.concat_tables(self._tables).sort_by("path").combine_chunks()]
+        return StoredRows(self._files, self._tables[0])

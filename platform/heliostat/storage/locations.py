@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import IO, NoReturn, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -187,19 +187,28 @@ class Location:
 
     def upload(self, local: Path, sent: Callable[[], None] = lambda: None) -> None:
         """Copies a local file to this location. Calls `sent` whenever UPLOAD_WINDOW bytes have arrived."""
+        with local.open("rb") as file:
+            self.upload_open(file, sent)
+
+    def upload_open(self, file: IO[bytes], sent: Callable[[], None] = lambda: None) -> None:
+        """Copies an open local file to this location, from the file's start."""
 
         def copy(out: pa.NativeFile) -> None:
-            window = 0
-            with local.open("rb") as f:
-                while block := f.read(min(UPLOAD_BLOCK, UPLOAD_WINDOW)):
-                    out.write(block)
-                    window += len(block)
-                    if window >= UPLOAD_WINDOW:
-                        out.flush()  # waits for the parts that are written in the background
-                        window = 0
-                        sent()
+            window = file.seek(0)
+            while block := file.read(min(UPLOAD_BLOCK, UPLOAD_WINDOW)):
+                out.write(block)
+                window += len(block)
+                if window >= UPLOAD_WINDOW:
+                    out.flush()  # waits for the parts that are written in the background
+                    window = 0
+                    sent()
 
-        self.send(copy, local.stat().st_size)
+        size = file.seek(0, os.SEEK_END)
+        if self.is_s3 and size < ONE_REQUEST_BYTES:
+            file.seek(0)
+            self.write(file.read())
+        else:
+            self.send(copy, size)
 
     def send(self, fill: Callable[[pa.NativeFile], object], size: int, synced: bool = False) -> None:
         """Writes the bytes that `fill` puts into the stream, about `size` bytes. Calls `fill` again if the store has a fault."""

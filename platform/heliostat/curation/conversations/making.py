@@ -101,7 +101,7 @@ class ConversationMaking(Reading):
         facts |= {"documents": totals["documents"], "bytes": totals["bytes"], "duplicates": duplicates, FACT: self._facts(counts)}
         part = {"documents": totals["documents"] + duplicates, "kept": totals["documents"], "kept_bytes": totals["bytes"],
                 "bytes": came, "dropped": {"duplicate": duplicates} if duplicates else {}, "counts": dict(counts)}  # fmt: skip
-        return WrittenShards(shards.table(), facts, part, ends)
+        return WrittenShards(shards.rows(), facts, part, ends)
 
     def _facts(self, counts: Counter[str]) -> ConversationFacts:
         return {

@@ -78,18 +78,20 @@ class FeatureEncoder:
 
 def combined(encoded: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
     """Returns the entry `features` of a record from the facts of all encoded batches: {} without features."""
-    from heliostat.recipes.images.stored_features import FeatureError
-
     facts = [one for one in encoded if one]
     if not facts:
         return {}
+    from heliostat.recipes.images.stored_features import FeatureError  # imports torch: 180 MB
+
     error = sum((FeatureError(**one["error"]) for one in facts), FeatureError())
     return {"features": {"format": facts[0]["format"], "error": vars(error)}}
 
 
 def described(encoded: Iterable[dict[str, Any] | None]) -> dict[str, Any]:
     """Returns the manifest's entry about features from the facts of all encoded batches: {} without features."""
-    from heliostat.recipes.images.stored_features import FeatureError
-
     facts = combined(encoded).get("features")
-    return {"features": {**facts["format"], **FeatureError(**facts["error"]).named()}} if facts else {}
+    if not facts:
+        return {}
+    from heliostat.recipes.images.stored_features import FeatureError  # imports torch: 180 MB
+
+    return {"features": {**facts["format"], **FeatureError(**facts["error"]).named()}}

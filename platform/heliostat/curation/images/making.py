@@ -109,7 +109,7 @@ class ImageMaking(Making):
         if 0 < len(labels) <= tasks.CLASSES:
             facts["classes"] = labels
         part = {"documents": images, "kept": images, "bytes": curated.bytes, "kept_bytes": curated.bytes}
-        return WrittenShards(shards.table(), facts, part, ends)
+        return WrittenShards(shards.rows(), facts, part, ends)
 
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))

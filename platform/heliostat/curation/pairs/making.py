@@ -71,7 +71,7 @@ class PairMaking(Reading):
                 kinds.update(shard["kinds"])
                 totals.update({name: shard[name] for name in totals})
         facts |= {**totals, "kinds": dict(sorted(kinds.items()))}
-        return WrittenShards(shards.table(), facts)
+        return WrittenShards(shards.rows(), facts)
 
     def _shards(self, curated: Curated) -> Iterator[dict[str, Any]]:
         plan = PairSharding(self.output.uri, max(1, round(curated.bytes / self.shard_bytes)), self.chunk_pairs)

@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import pyarrow as pa
 from pydantic import Field, PrivateAttr
 from tokenizers import Tokenizer
 
@@ -27,6 +26,7 @@ from heliostat.data import manifest, versions
 from heliostat.data.ancestry import FOLDERS, MADE_FROM, PIPELINE, REFERENCE, made_from
 from heliostat.data.conversations import CONTENTS, FACT, Reference
 from heliostat.data.manifest import FILES, SHARDS, Manifest, kept_path
+from heliostat.data.manifest_table import Rows
 from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import ConfigError, MissingDataError
 from heliostat.recipes import model_origins
@@ -114,7 +114,7 @@ class ReferencePipeline(Pipeline):
     def identity(self) -> dict[str, Any]:
         return super().identity() | {"model": self.reference["digest"], "input": self.dataset.digest}
 
-    def write(self, output: Location, inputs: list[InputFile]) -> tuple[pa.Table, dict[str, Any]]:
+    def write(self, output: Location, inputs: list[InputFile]) -> tuple[Rows, dict[str, Any]]:
         facts, collected = self.dataset.meta, ShardCollector()
         with self.flow() as flow:
             for record in self._written(flow, output, inputs):
@@ -125,7 +125,7 @@ class ReferencePipeline(Pipeline):
         for path in facts.get("also", []):  # the record of each pair's shard, which has the same number in the new dataset
             output.join(path).write(self.dataset.location.join(path).read())
         referenced = {FACT: {**facts[FACT], "reference": self.reference}, FILES: copied, MADE_FROM: made_from(self.dataset)}
-        return collected.table(), kept | referenced
+        return collected.rows(), kept | referenced
 
     def _written(self, flow: Flow, output: Location, inputs: list[InputFile]) -> list[dict[str, Any]]:
         """Runs the tasks. Returns the records of the shards."""

@@ -42,7 +42,7 @@ def explain(report: dict[str, Any]) -> list[str]:
         *_fetching(report["fetching"]),
         f"driver: busy {driver['busy']:.0%} of the time, {driver['seconds_per_task'] * 1e6:,.0f} microseconds per Ray task; "
         f"{driver['memory_bytes'] / 1e6:,.0f} MB of memory",
-        f"dataset: {report['rows']:,} row groups, which the driver and each reader of the dataset keep in memory",
+        f"dataset: {report['rows']:,} row groups, which each reader of the dataset keeps in memory",
         f"failures: {failures['lost']:,} tasks lost with their node, {failures['poisoned']:,} ended by a document, "
         f"{failures['slow']:,} slow, and {failures['repeated']:,} Ray tasks repeated on another node; "
         f"{failures['recorded']:,} tasks have a record",

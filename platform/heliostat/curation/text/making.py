@@ -181,7 +181,7 @@ class TextMaking(Reading):
             "bytes": totals.bytes,
         }
         counts = totals.counts + token_counts.summed(self.flow, sorted(totals.files), facts["vocab_size"])
-        if len(rows := totals.shards.table()):
+        if len(rows := totals.shards.rows()):
             facts["unigram_entropy"] = tokens.entropy(counts)
         shard = {"documents": totals.documents + totals.duplicates, "kept": totals.documents, "kept_bytes": totals.bytes,
                  "bytes": came, "dropped": {"duplicate": totals.duplicates} if totals.duplicates else {},
