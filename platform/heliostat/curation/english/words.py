@@ -20,6 +20,7 @@ import xxhash
 
 from heliostat.curation.comparable import BLOCK, hashed
 from heliostat.curation.english import plain
+from heliostat.curation.english.marked import marked_words
 from heliostat.curation.english.plain import TERMINALS
 from heliostat.curation.english.tokens import LONGEST, ODD_CORES, tokens
 from heliostat.curation.slices import slices
@@ -91,10 +92,12 @@ class Words:
         codes, kinds = plain.looked_up(text)
         parts = plain.parts(codes, kinds)
         which, other = np.flatnonzero(parts.plain), np.flatnonzero(~parts.plain)
+        marked = marked_words(codes, parts.starts[other], parts.stops[other])
+        of_marked, other = other[marked.split], other[~marked.split]
         rows = self._rows([text[a:b] for a, b in zip(parts.starts[other].tolist(), parts.stops[other].tolist(), strict=True)])
         others = np.fromiter(map(len, rows), np.int64, len(rows)) // FACTS.itemsize
         counts = 1 + parts.before.astype(np.int64) + parts.after
-        counts[other] = others
+        counts[of_marked], counts[other] = marked.counts, others
         firsts = np.concatenate([[0], np.cumsum(counts)])  # index of each part's first word
         columns = _columns(firsts[-1])
         sizes = parts.stops - parts.starts - parts.before - parts.after
@@ -102,9 +105,10 @@ class Words:
         before, after = which[parts.before[which]], which[parts.after[which]]
         for places, marks in ((firsts[before], parts.starts[before]), (firsts[after + 1] - 1, parts.stops[after] - 1)):
             _put(columns, places, spill.mixed(codes[marks]), 1, (kinds[marks] & plain.SYMBOL) != 0, False)
-        facts_of_others = np.frombuffer(b"".join(rows), FACTS)
-        places = np.repeat(firsts[other] - (np.cumsum(others) - others), others) + np.arange(len(facts_of_others))
-        _put(columns, places, *(facts_of_others[name] for name in NAMES))
+        kinds = kinds.take(marked.places, mode="clip")
+        of_words = _facts(kinds, marked.starts, marked.stops, marked.hashes), np.frombuffer(b"".join(rows), FACTS)
+        for firsts_of, some, rows_of in zip((firsts[of_marked], firsts[other]), (marked.counts, others), of_words, strict=True):
+            _put(columns, _spread(firsts_of, some), *(rows_of[name] for name in NAMES))
         ends = np.fromiter(accumulate(len(part) + 1 for part in group), np.int64, len(group))
         return columns, np.diff(firsts[np.searchsorted(parts.starts, ends)], prepend=0)
 
@@ -141,20 +145,30 @@ def _put(columns: Columns, places: np.ndarray, *values: np.ndarray | bool | int)
         column[places] = value
 
 
+def _spread(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns the indices of words: `counts[i]` consecutive indices from `firsts[i]` on."""
+    return np.repeat(firsts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
 def facts(words: list[str]) -> np.ndarray:
     """Returns a row of `FACTS` for each word."""
     codes, kinds = plain.looked_up("".join(words))
-    rows, lengths = np.empty(len(words), FACTS), np.fromiter(map(len, words), np.int64, len(words))
-    stops = np.cumsum(lengths)
+    lengths = np.fromiter(map(len, words), np.int64, len(words))
+    stops, hashes = np.cumsum(lengths), np.empty(len(words), np.uint64)
     starts, short = stops - lengths, lengths <= plain.LONGEST_PLAIN
+    hashes[short] = hashed(codes, starts[short], stops[short])
+    for number in np.flatnonzero(~short).tolist():
+        hashes[number] = xxhash.xxh64_intdigest(words[number].encode("utf-8", "surrogatepass"))
+    return _facts(kinds, starts, stops, hashes)
+
+
+def _facts(kinds: np.ndarray, starts: np.ndarray, stops: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    rows, lengths = np.empty(len(starts), FACTS), stops - starts
     letters, symbols = (
         np.diff(np.concatenate([[0], np.cumsum((kinds & bit) != 0, dtype=np.int32)])[[starts, stops]], axis=0)[0]
         for bit in (plain.LETTER, plain.SYMBOL)
     )
-    rows["length"], rows["symbol"], rows["alphabetic"] = lengths, symbols == lengths, letters > 0
-    rows["hash"][short] = hashed(codes, starts[short], stops[short])
-    for number in np.flatnonzero(~short).tolist():
-        rows["hash"][number] = xxhash.xxh64_intdigest(words[number].encode("utf-8", "surrogatepass"))
+    rows["hash"], rows["length"], rows["symbol"], rows["alphabetic"] = hashes, lengths, symbols == lengths, letters > 0
     return rows
 
 
