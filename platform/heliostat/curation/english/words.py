@@ -18,7 +18,7 @@ import numpy as np
 import regex
 import xxhash
 
-from heliostat.curation.comparable import BLOCK, hashed
+from heliostat.curation.comparable import hashed
 from heliostat.curation.english import plain
 from heliostat.curation.english.marked import marked_words
 from heliostat.curation.english.plain import TERMINALS
@@ -27,6 +27,7 @@ from heliostat.curation.slices import slices
 from heliostat.tasks import spill
 
 MOST_CACHED, MOST_CHARS = 1 << 18, 1 << 23  # maximum cached strings, and characters, before a new group of slices
+BLOCK = 1 << 17  # characters of texts that are split at once
 RECENT_TEXTS, RECENT_CHARS = 256, 1 << 22  # texts whose words are cached for the next stages
 
 
