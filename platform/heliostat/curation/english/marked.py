@@ -1,8 +1,8 @@
 """Splits parts with several marks, such as `(well-known)`, `foo.Bar[0],`, or `VT8233A).`, into words, with NumPy.
 
 The rules of `tokens` look at a few neighbors of each character, so NumPy applies them to all characters of many parts at once. A
-part isn't split here if its words may depend on more: on an exception such as "don't", on an emoticon such as ":)", or on whether
-the part is a URL. `tokens` splits these parts.
+part isn't split here if its words may depend on more: on an exception such as "don't", on an emoticon such as ":)", on a unit
+after a number, or on whether the part is a URL. `tokens` splits these parts.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ LETTER, LOWER, UPPER, DIGIT, QUOTE, FIRST, LAST, BEFORE_STOP, SYMBOL, ODD, INNER
 _STOP, _COMMA, _HYPHEN, _PLUS, _DOLLAR, _EM_DASH, _SMALL_S, _CAPITAL_S, _APOSTROPHE, _CURLY = (
     ord(character) + 1 for character in ".,-+$—sS'’"
 )
+_PLACES = 64 - 18  # a hash's place in a table is its first 18 bits
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -67,36 +68,42 @@ def _encoded(strings: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return codes, np.concatenate([[0], stops[:-1]]), stops
 
 
+def _table(hashes: np.ndarray) -> np.ndarray:
+    """Builds a table of hashes for `_among`."""
+    table = np.zeros(1 << (64 - _PLACES), bool)
+    table[hashes >> np.uint64(_PLACES)] = True
+    return table
+
+
+def _among(hashes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Checks which hashes are in a table. A few others are, too, because they have the same place."""
+    return table[hashes >> np.uint64(_PLACES)]
+
+
 @lru_cache(maxsize=1)
 def _units() -> np.ndarray:
-    """Returns the sorted hashes of the units that are split from a number."""
-    return np.sort(hashed(*_encoded(tokens.UNITS)))
+    """Returns the table of the units that are split from a number."""
+    return _table(hashed(*_encoded(tokens.UNITS)))
 
 
 @lru_cache(maxsize=1)
 def _odd_cores() -> np.ndarray:
-    """Returns the sorted hashes of the exceptions' cores."""
+    """Returns the table of the exceptions' cores."""
     parts = _Parts(*_encoded([*tokens.EXCEPTIONS]))
     which = np.flatnonzero(parts.begins < parts.ends)
-    return np.unique(hashed(parts.values, parts.begins[which], parts.ends[which]))
+    return _table(hashed(parts.values, parts.begins[which], parts.ends[which]))
 
 
 @lru_cache(maxsize=1)
 def _pairs() -> np.ndarray:
-    """Returns the sorted hashes of two words that may be a part of an emoticon or abbreviation."""
-    pairs = sorted(tokens.PAIRS)
-    first, second = (hashed(*_encoded([pair[side] for pair in pairs])) for side in (0, 1))
-    return np.sort(first * _FACTOR + second)
-
-
-def _among(values: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Checks which values are in a sorted table."""
-    return table[np.minimum(np.searchsorted(table, values), len(table) - 1)] == values
+    """Returns the table of two words that may be a part of an emoticon or abbreviation."""
+    first, second = (hashed(*_encoded([pair[side] for pair in tokens.PAIRS])) for side in (0, 1))
+    return _table(first * _FACTOR + second)
 
 
 class _Parts:
-    """Finds the core of each part: the marks before and after the core are words, except an ending ('s or a unit) between `ends`
-    and `tails`.
+    """Finds the core of each part: the marks before and after the core are words. Between `ends` and `tails` is an ending such as
+    's, which may be empty.
 
     All positions are in `values`. `sure`: whether the core is certain, except for exceptions.
     """
@@ -106,6 +113,7 @@ class _Parts:
         self.stops = np.cumsum(sizes + 1) - 1
         self.starts = self.stops - sizes
         size = int(self.stops[-1]) + 1 if len(sizes) else 0
+        self.of = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes + 1)  # the part of each value
         self.places = np.arange(size) + np.repeat(starts - self.starts, sizes + 1)
         self._padded = np.zeros(size + 5, np.uint32)  # two zeros before the parts, and three after them
         self.values = self._padded[2 : size + 2]
@@ -137,7 +145,7 @@ class _Parts:
         odd[dollar] = self.has(LETTER, dollar, -1)
         odd[dash] = self.value(dash, 1) == _EM_DASH
         sure = sizes <= LONGEST
-        sure[np.searchsorted(self.stops, np.flatnonzero(odd))] = False
+        sure[self.of[np.flatnonzero(odd)]] = False
         begins, ends = self.begins, self.tails.copy()
         runs = (self.value(begins) == _STOP) & (self.value(begins, 1) == _STOP)
         runs |= (self.value(ends, -1) == _STOP) & (self.value(ends, -2) == _STOP)
@@ -151,9 +159,7 @@ class _Parts:
         if len(digits):
             after = digits[np.searchsorted(digits, ends) - 1] + 1  # after the last digit of the core
             units = np.flatnonzero(sure & (after > begins) & (after < ends) & (after >= ends - tokens.LONGEST_UNIT))
-            units = units[_among(hashed(values, after[units], ends[units]), _units())]
-            ends[units] = after[units]
-            sure[units] &= ~owns[units]
+            sure[units[_among(hashed(values, after[units], ends[units]), _units())]] = False
         self.ends, self.sure = ends, sure
 
 
@@ -173,7 +179,7 @@ def marked_words(codes: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Ma
     cores[ends[which] - 1] -= 1
     new, urls = _inside(p, np.cumsum(cores, dtype=np.int8)[:-1] != 0)
     of_new = np.zeros(len(sure), bool)
-    of_new[np.searchsorted(p.stops, new)] = True
+    of_new[p.of[new]] = True
     sure &= ~(of_new & urls)
     first = np.zeros(len(p.values) + 1, bool)
     first[new] = True
@@ -187,7 +193,7 @@ def marked_words(codes: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Ma
     first[ends[which]] = True
     first[p.stops] = False
     words = np.flatnonzero(first[:-1])
-    of = np.searchsorted(p.stops, words)
+    of = p.of[words]
     kept = sure[of]
     words, of = words[kept], of[kept]
     word_stops = np.minimum(np.append(words[1:], len(p.values)), p.stops[of])
@@ -221,6 +227,6 @@ def _inside(p: _Parts, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     stops = places[stop]
     stop_before, stop_after = p.value(stops, -1) == _STOP, p.value(stops, 1) == _STOP
     new += [stops[~stop_before & stop_after], stops[stop_before & ~stop_after] + 1]
-    urls = np.bincount(np.searchsorted(p.stops, places[stop & digit_before & digit_after]), minlength=len(p.stops)) >= 3
-    urls[np.searchsorted(p.stops, stops[p.has(LOWER, stops, 1) & p.has(LOWER, stops, 2)])] = True
+    urls = np.bincount(p.of[places[stop & digit_before & digit_after]], minlength=len(p.stops)) >= 3
+    urls[p.of[stops[p.has(LOWER, stops, 1) & p.has(LOWER, stops, 2)]]] = True
     return np.concatenate(new), urls
