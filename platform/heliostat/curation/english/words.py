@@ -181,18 +181,20 @@ MOST_PARTS, LONG_PART = 1 << 19, 64  # maximum cached parts, and characters of a
 _PLAIN = (0, False, 1, False)  # the counts of a word
 _WORD_AND_TERMINAL = (0, True, 1, True)
 _TERMINAL = re.compile(f"[{re.escape(''.join(sorted(TERMINALS)))}]")
-_ASCII_TERMINAL = re.compile(f"[{re.escape(''.join(sorted(filter(str.isascii, TERMINALS))))}]")  # the same in ASCII text, faster
+# also finds every character after U+FFFF, because a pattern with only one range of these is faster
+_PERHAPS_TERMINAL = re.compile(f"[{re.escape(''.join(sorted(c for c in TERMINALS if c < chr(1 << 16))))}\U00010000-\U0010ffff]")
 _OTHER_SPACE = regex.compile(r"[^\S ]")
 _parts: dict[str, tuple[int, bool, int, bool]] = {"": _PLAIN}  # a part that isn't a word may begin a sentence
 
 
 def sentences(text: str) -> int:
     """Counts the sentences of a text like spaCy's sentencizer. Returns 0 for a text that has only white space."""
-    first = (_ASCII_TERMINAL if text.isascii() else _TERMINAL).search(text)
+    first = _PERHAPS_TERMINAL.search(text)
     if first is None:
         return int(bool(text) and not text.isspace())
     text = text[text.rfind(" ", 0, first.start()) + 1 :]  # no sentence ends before this part
-    parts = regex.split(r" |([^\S ]\s*)", text) if _OTHER_SPACE.search(text) else text.split(" ")
+    plain_spaces = text.isprintable() or not _OTHER_SPACE.search(text)  # no other white space is printable
+    parts = text.split(" ") if plain_spaces else regex.split(r" |([^\S ]\s*)", text)
     if len(_parts) > MOST_PARTS:
         _parts.clear()
         _parts[""] = _PLAIN
@@ -222,8 +224,8 @@ def _effect(part: str) -> tuple[int, bool, int, bool]:
     """
     if part.isalnum() or part.isspace():
         return _PLAIN
-    if _TERMINAL.search(part) is None:
-        ended = is_punctuation(part)
+    if _PERHAPS_TERMINAL.search(part) is None or _TERMINAL.search(part) is None:
+        ended = not part[0].isalnum() and is_punctuation(part)
         return 0, False, int(not ended), ended
     core, mark = part[:-1], part[-1]
     if core.isalpha() and core not in ODD_CORES and (mark in "!?" or (mark == "." and "a" <= core[-1] <= "z")):
