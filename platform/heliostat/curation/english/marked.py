@@ -170,9 +170,6 @@ def marked_words(codes: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Ma
     begins, ends, tails, sure = p.begins, p.ends, p.tails, p.sure
     which = np.flatnonzero(sure)
     sure[which] = ~_among(hashed(p.values, begins[which], ends[which]), _odd_cores())
-    single = p.stops - p.starts == 1
-    sure |= single
-    begins[single], ends[single], tails[single] = p.starts[single], p.stops[single], p.stops[single]
     cores = np.zeros(len(p.values) + 1, np.int8)
     which = np.flatnonzero(sure & (ends - begins > 2))
     cores[begins[which] + 1] += 1

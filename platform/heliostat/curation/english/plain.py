@@ -1,8 +1,8 @@
 """Splits texts into parts at white space, and the plain parts into words, with NumPy.
 
 A plain part has a core, at most one mark before the core, and at most one mark after the core: `word`, `(word`, `word.`. A core
-has only letters, or it is a number or a name such as `x86_64` and `to_list`. `tokens` splits plain parts into the same words, and
-splits all other parts.
+has only letters, or it is a number or a name such as `x86_64` and `to_list`. A single character is a core, too. `tokens` splits
+plain parts into the same words. `marked` and `tokens` split all other parts.
 """
 
 from __future__ import annotations
@@ -100,12 +100,14 @@ def parts(codes: np.ndarray, kinds: np.ndarray) -> TextParts:
     left, right = spaces[filled], spaces[filled + 1]  # in `others`: the white space around each part
     starts, stops = others[left] + 1, others[right]
     first, last = kinds[starts], kinds[stops - 1]
-    before = (first & MARK) != 0
+    single = stops - starts == 1
+    before = ((first & MARK) != 0) & ~single
     after = ((last & MARK) != 0) | (((last & PERIOD) != 0) & ((kinds[stops - 2] & (LOWER | DIGIT)) != 0))
+    after &= ~single
     begins, ends = starts + before, stops - after
     marks, sizes = before.astype(np.int64) + after, ends - begins
     letters = sizes + marks - (right - left - 1)
-    plain = (letters == sizes) & (sizes > 0) & (sizes <= LONGEST_PLAIN)
+    plain = (letters == sizes) & (sizes > 0) & (sizes <= LONGEST_PLAIN) | single
     # a number or a name has letters, digits, and underscores: a digit at the end, or an underscore and letters
     strange = np.concatenate([[0], np.cumsum((kind & (DIGIT | UNDERSCORE)) == 0, dtype=np.int32)])
     which = np.flatnonzero((letters < sizes) & (sizes <= LONGEST_PLAIN))

@@ -102,7 +102,8 @@ class Words:
         firsts = np.concatenate([[0], np.cumsum(counts)])  # index of each part's first word
         columns = _columns(firsts[-1])
         sizes = parts.stops - parts.starts - parts.before - parts.after
-        _put(columns, (firsts[:-1] + parts.before)[which], parts.hashes[which], sizes[which], False, parts.letters[which])
+        symbols = (kinds[(parts.starts + parts.before)[which]] & plain.SYMBOL) != 0  # only a single character
+        _put(columns, (firsts[:-1] + parts.before)[which], parts.hashes[which], sizes[which], symbols, parts.letters[which])
         before, after = which[parts.before[which]], which[parts.after[which]]
         for places, marks in ((firsts[before], parts.starts[before]), (firsts[after + 1] - 1, parts.stops[after] - 1)):
             _put(columns, places, spill.mixed(codes[marks]), 1, (kinds[marks] & plain.SYMBOL) != 0, False)
