@@ -8,7 +8,7 @@ import regex
 from heliostat.curation import slices
 from heliostat.curation.english import words
 from heliostat.curation.english.plain import CODES, SYMBOLS, TERMINALS
-from heliostat.curation.english.tokens import _ASCII_INFIX, _INFIX, _MARKS, _QUOTES, EXCEPTIONS, LONGEST, by_rules, tokens
+from heliostat.curation.english.tokens import _ASCII_INFIX, _INFIX, _MARKS, EXCEPTIONS, LONGEST, QUOTES, by_rules, tokens
 
 from tests.seeds import every_seed
 
@@ -54,7 +54,7 @@ PIECES = [
 @every_seed(20)
 def test_common_strings_have_the_words_of_the_rules(seed):
     draw = random.Random(seed)
-    marks, known = _MARKS + _QUOTES + ".", list(EXCEPTIONS)
+    marks, known = _MARKS + QUOTES + ".", list(EXCEPTIONS)
     for _ in range(300):
         kinds = [PIECES, marks, known, ["a", "B", "A1", "b_", "1"], [chr(draw.randrange(33, 0x3100))]]
         text = "".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randint(1, 6)))
@@ -91,7 +91,7 @@ def test_words_of_plain_parts_are_those_of_the_rules(seed):
     marked = [*"--.',$+/—°", "10km", "5%", "'s", "---", "US$", "a-B", "b.C", "1.2.3.4", "a.com", "﷼B.", "⽂'s", "a--٪"]
     kinds = [
         PIECES,
-        _MARKS + _QUOTES + ".",
+        _MARKS + QUOTES + ".",
         list(EXCEPTIONS),
         plain,
         plain,

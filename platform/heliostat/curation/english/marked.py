@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from string import digits
 
 import numpy as np
 import regex
 
 from heliostat.curation.comparable import hashed
 from heliostat.curation.english import tokens
+from heliostat.curation.english.plain import CODES, LONGEST_PLAIN, looked_up
 
-CODES = 0x34000  # no later code point is a letter, a mark, a symbol, or white space
-LONGEST = 256  # maximum characters of a part
 # classes of characters, as bits
 LETTER, LOWER, UPPER, DIGIT, QUOTE, FIRST, LAST, BEFORE_STOP, SYMBOL, ODD, INNER, SIGN, DASH, BETWEEN = (
     1 << bit for bit in range(14)
@@ -34,8 +34,8 @@ class MarkedWords:
     """Holds the words of parts of a text.
 
     `split`: whether each part was split. `counts`: the number of words of each part that was split. The other arrays have an
-    entry for each of these words: `starts` and `stops`, positions in `values`, and `hashes`. `values`: the parts' code points
-    plus 1. A zero is after each part. `places`: the position in the text of each value.
+    entry for each of these words: the hash, and the start and stop in `places`. `places`: the positions of the parts' characters
+    in the text, with one more position after each part.
     """
 
     split: np.ndarray
@@ -43,7 +43,6 @@ class MarkedWords:
     starts: np.ndarray
     stops: np.ndarray
     hashes: np.ndarray
-    values: np.ndarray
     places: np.ndarray
 
 
@@ -51,21 +50,23 @@ class MarkedWords:
 def _classes() -> np.ndarray:
     """Returns the classes of each code point, at the code point plus 1: uint16 [CODES + 2]. The first and the last have none."""
     every, classes = "".join(map(chr, range(CODES))), np.zeros(CODES + 2, np.uint16)
-    for bit, members in (
-        (LETTER, tokens.LETTER), (LOWER, tokens.LOWER), (UPPER, tokens.UPPER), (DIGIT, "0-9"), (QUOTE, tokens.QUOTE),
-        (FIRST, tokens.FIRST), (LAST, tokens.LAST), (BEFORE_STOP, tokens.BEFORE_STOP), (SYMBOL, r"\p{So}"), (ODD, "…°"),
-        (INNER, r".,\p{So}:<>=/\-–—~+*\^$"), (SIGN, r"+\-*\^"), (DASH, r"\-–—~"), (BETWEEN, r":<>=/"),
-    ):  # fmt: skip
+    for bit, members in ((LETTER, tokens.LETTER), (LOWER, tokens.LOWER), (UPPER, tokens.UPPER), (SYMBOL, r"\p{So}")):
         for run in regex.finditer(rf"[{members}]+", every, regex.V1):
             classes[run.start() + 1 : run.end() + 1] |= bit
+    for bit, characters in (
+        (DIGIT, digits), (QUOTE, tokens.QUOTES), (FIRST, tokens.FIRST), (LAST, tokens.LAST), (BEFORE_STOP, tokens.BEFORE_STOP),
+        (ODD, "…°"), (INNER, ".,:<>=/-–—~+*^"), (SIGN, "+-*^"), (DASH, "-–—~"), (BETWEEN, ":<>=/"),
+    ):  # fmt: skip
+        classes[[ord(character) + 1 for character in characters]] |= bit
+    classes[(classes & SYMBOL) != 0] |= FIRST | LAST | INNER
+    classes[(classes & LOWER) != 0] |= BEFORE_STOP
     return classes
 
 
 def _encoded(strings: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the code points plus 1 of strings, and the start and stop of each."""
-    codes = np.frombuffer("".join(strings).encode("utf-32-le"), np.uint32) + np.uint32(1)
     stops = np.cumsum([len(string) for string in strings])
-    return codes, np.concatenate([[0], stops[:-1]]), stops
+    return looked_up("".join(strings))[0], np.concatenate([[0], stops[:-1]]), stops
 
 
 def _table(hashes: np.ndarray) -> np.ndarray:
@@ -144,7 +145,7 @@ class _Parts:
         dollar, dash = np.flatnonzero(values == _DOLLAR), np.flatnonzero(values == _EM_DASH)
         odd[dollar] = self.has(LETTER, dollar, -1)
         odd[dash] = self.value(dash, 1) == _EM_DASH
-        sure = sizes <= LONGEST
+        sure = sizes <= LONGEST_PLAIN
         sure[self.of[np.flatnonzero(odd)]] = False
         begins, ends = self.begins, self.tails.copy()
         runs = (self.value(begins) == _STOP) & (self.value(begins, 1) == _STOP)
@@ -155,9 +156,9 @@ class _Parts:
         apostrophe = self.value(ends, -2)
         again = self.has(LAST, ends, -1) | (apostrophe == _APOSTROPHE) | (apostrophe == _CURLY)
         sure &= ~runs & ~(owns & (again | ~self.has(LETTER | DIGIT, ends, -1))) & (begins < ends)
-        digits = np.flatnonzero(classes & np.uint16(DIGIT))
-        if len(digits):
-            after = digits[np.searchsorted(digits, ends) - 1] + 1  # after the last digit of the core
+        numbers = np.flatnonzero(classes & np.uint16(DIGIT))
+        if len(numbers):
+            after = numbers[np.searchsorted(numbers, ends) - 1] + 1  # after the last digit of the core
             units = np.flatnonzero(sure & (after > begins) & (after < ends) & (after >= ends - tokens.LONGEST_UNIT))
             sure[units[_among(hashed(values, after[units], ends[units]), _units())]] = False
         self.ends, self.sure = ends, sure
@@ -200,7 +201,7 @@ def marked_words(codes: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Ma
     sure[of[joined]] = False
     kept = sure[of]
     counts = np.bincount(of[kept], minlength=len(sure))[sure]
-    return MarkedWords(sure, counts, words[kept], word_stops[kept], hashes[kept], p.values, p.places)
+    return MarkedWords(sure, counts, words[kept], word_stops[kept], hashes[kept], p.places)
 
 
 def _inside(p: _Parts, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

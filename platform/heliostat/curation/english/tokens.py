@@ -16,13 +16,20 @@ from itertools import pairwise
 
 import regex
 
+
+def _escaped(marks: str) -> str:
+    """Returns marks as the content of a character class."""
+    return regex.escape(marks, special_only=False)
+
+
 LONGEST = 2000  # maximum characters of a string that is split
-_QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
+QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
 _MARKS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
 _MONEY = "$£€¥฿₽﷼₴₠₡₢₣₤₥₦₧₨₩₪₫₭₮₯₰₱₲₳₵₶₷₸₹₺₻₼₾₿"
-QUOTE, _ANY_MARK, _ANY_MONEY = (regex.escape(marks, special_only=False) for marks in (_QUOTES, _MARKS + _QUOTES, _MONEY))
+# marks that are split off at the start and at the end, and characters before a period that is split off (also \p{So}, LOWER)
+FIRST, LAST, BEFORE_STOP = "§%=—–" + _MARKS + QUOTES + _MONEY, "—–" + _MARKS + QUOTES, "0123456789%²+-|" + _MARKS + QUOTES
 # scripts whose letters the rules know, with and without case
-_SCRIPTS = "Bengali Hebrew Arabic Sinhala Devanagari Kannada Tamil Telugu Hangul Hiragana Katakana Han Ethiopic"
+_SCRIPTS = "Han Hangul Hiragana Katakana Ethiopic Arabic Bengali Hebrew Sinhala Devanagari Kannada Tamil Telugu"
 _CASELESS = "".join(rf"\p{{{script}}}" for script in _SCRIPTS.split()) + "ー"
 _CASED = r"\p{Latin}\p{Greek}\p{Cyrillic}"
 LOWER = rf"[[{_CASED}]&&\p{{Ll}}]{_CASELESS}"
@@ -36,16 +43,13 @@ _UNITS = """
 UNITS = [*_UNITS.split(), *_MONEY, "+"]  # units and currencies, which are split from a number before them
 LONGEST_UNIT = max(map(len, UNITS))
 
-# content of character classes: marks that are split off at the start and at the end, and characters before a final period
-FIRST, LAST = rf"§%=—–{_ANY_MARK}{_ANY_MONEY}\p{{So}}", rf"—–{_ANY_MARK}\p{{So}}"
-BEFORE_STOP = rf"0-9{LOWER}%²+\-|{_ANY_MARK}"
-_PREFIX = regex.compile(rf"\.\.+|(?:US|C|A)\$|\+(?![0-9])|[{FIRST}]")
-_SINGLE = frozenset(_MARKS + _QUOTES + "—–")
+_PREFIX = regex.compile(rf"\.\.+|(?:US|C|A)\$|\+(?![0-9])|[{_escaped(FIRST)}]|\p{{So}}")
+_SINGLE = frozenset(LAST)
 _SYMBOL = regex.compile(r"\p{So}")
 # a unit or currency after a number; searched only in the last characters
 _MEASURE = regex.compile(rf"(?<=[0-9])(?:{'|'.join(map(regex.escape, sorted(UNITS, key=len, reverse=True)))}|(?:US|C|A)\$)\Z")
 _FULL_STOP = regex.compile(
-    rf"(?:(?<=°[FfCcKk])|(?<=[{BEFORE_STOP}])|(?<=[{UPPER}][{UPPER}]))\.\Z",
+    rf"(?:(?<=°[FfCcKk])|(?<=[{LOWER}{_escaped(BEFORE_STOP)}])|(?<=[{UPPER}][{UPPER}]))\.\Z",
     regex.V1,
 )
 
@@ -60,8 +64,8 @@ def _infix(lower: str, upper: str, letter: str, quote: str, symbols: str) -> str
     )
 
 
-_INFIX = regex.compile(_infix(LOWER, UPPER, LETTER, QUOTE, r"|…|\p{So}"), regex.V1)
-_ASCII_QUOTE = re.escape("".join(filter(str.isascii, _QUOTES)))
+_INFIX = regex.compile(_infix(LOWER, UPPER, LETTER, _escaped(QUOTES), r"|…|\p{So}"), regex.V1)
+_ASCII_QUOTE = re.escape("".join(filter(str.isascii, QUOTES)))
 _ASCII_INFIX = re.compile(_infix("a-z", "A-Z", "A-Za-z", _ASCII_QUOTE, ""))  # finds the same in ASCII text, faster
 _SCHEME = regex.compile(r"[\w+\-.]{2,}+://")
 _LABEL = r"(?:[A-Za-z0-9\u00a1-\uffff][A-Za-z0-9\u00a1-\uffff_-]{0,62}+\.)"
@@ -161,7 +165,7 @@ def by_rules(text: str) -> tuple[str, ...]:
 
 # The most common strings: a core in marks, without a period or a currency inside. Each mark is a word. The core begins with a
 # letter or digit. It ends in a digit, or in letters that aren't a unit or an ending such as 's.
-PLAIN_MARKS = frozenset({*_MARKS, *_QUOTES} - {"…"})
+PLAIN_MARKS = frozenset({*_MARKS, *QUOTES} - {"…"})
 _ALPHA, _AROUND = r"[^\W\d_]", re.escape("".join(sorted(PLAIN_MARKS)))
 _COMMON = re.compile(
     rf"([{_AROUND}]*+)(?:"
