@@ -92,6 +92,7 @@ def test_a_large_document_takes_few_bytes_for_each_of_its_own(monkeypatch, stage
     """This holds for any words: tables of words are bounded, and words and lines are Python objects one slice at a time."""
     monkeypatch.setattr(words, "MOST_CACHED", 1 << 11)  # a share of what they are
     monkeypatch.setattr(words, "MOST_CHARS", 1 << 15)
+    monkeypatch.setattr(words, "BLOCK", 1 << 14)
     monkeypatch.setattr(slices, "SLICE", 1 << 12)
     monkeypatch.setattr(repetition, "BLOCK", 1 << 12)
     monkeypatch.setattr(words, "shared", table := words.Words())

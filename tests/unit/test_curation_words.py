@@ -8,7 +8,7 @@ import regex
 from heliostat.curation import slices
 from heliostat.curation.english import words
 from heliostat.curation.english.plain import CODES, SYMBOLS, TERMINALS
-from heliostat.curation.english.tokens import _ASCII_INFIX, _INFIX, _MARKS, _QUOTES, EXCEPTIONS, LONGEST, by_rules, tokens
+from heliostat.curation.english.tokens import _ASCII_INFIX, _INFIX, _MARKS, EXCEPTIONS, LONGEST, QUOTES, by_rules, tokens
 
 from tests.seeds import every_seed
 
@@ -54,7 +54,7 @@ PIECES = [
 @every_seed(20)
 def test_common_strings_have_the_words_of_the_rules(seed):
     draw = random.Random(seed)
-    marks, known = _MARKS + _QUOTES + ".", list(EXCEPTIONS)
+    marks, known = _MARKS + QUOTES + ".", list(EXCEPTIONS)
     for _ in range(300):
         kinds = [PIECES, marks, known, ["a", "B", "A1", "b_", "1"], [chr(draw.randrange(33, 0x3100))]]
         text = "".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randint(1, 6)))
@@ -83,11 +83,22 @@ def by_arrays(spoken):
 
 @every_seed(20)
 def test_words_of_plain_parts_are_those_of_the_rules(seed):
-    """NumPy splits most of a text. It gives the words of `tokens`, whatever else is in the text, and in whatever slices."""
+    """NumPy splits most of a text. It gives the words of `tokens`, whatever else is in the text, and in whatever slices. A random
+    part has up to 60 pieces with marks, so the parts cover all rules of `marked`."""
     draw = random.Random(seed)
     plain = ["word", "it", "Mr", "p", "cannot", "é", "日本", "x" * 257, "don", "US", "C"]
     plain += ["x86_64", "to_list", "2023", "7", "é_2", "1a", "a_1b", "_x1", "1_", "2²", "٣", "x" * 256 + "1"]
-    kinds = [PIECES, _MARKS + _QUOTES + ".", list(EXCEPTIONS), plain, plain, [chr(draw.randrange(0x20, 0x3100)), "\U00020000"]]
+    marked = [*"--.',$+/—°", "10km", "5%", "'s", "---", "US$", "a-B", "b.C", "1.2.3.4", "a.com", "﷼B.", "⽂'s", "a--٪"]
+    kinds = [
+        PIECES,
+        _MARKS + QUOTES + ".",
+        list(EXCEPTIONS),
+        plain,
+        plain,
+        marked,
+        marked,
+        [chr(draw.randrange(0x20, 0x3100)), "\U00020000"],
+    ]
     spaces = ["\n", " ", "\x85", "\x1c", "  ", "\u2028\t"]
     texts = ["".join(draw.choice(draw.choice([*kinds, spaces, spaces])) for _ in range(draw.randint(0, 60))) for _ in range(40)]
     with pytest.MonkeyPatch.context() as patch:

@@ -14,14 +14,20 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication keeps num
 def duplicates(parts: Iterable[list[str]]) -> tuple[int, int, int]:
     """Counts the parts, the duplicates among them, and the duplicates' characters. The parts come in lists. Only a hash of each
     part stays in memory."""
-    hashes, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)]
+    count = chars = 0
+    lengths, earlier = dict[int, int](), list[np.ndarray]()  # by hash
     for some in parts:
-        hashes.append(np.fromiter(map(hash, some), np.int64, len(some)))
-        lengths.append(np.fromiter(map(len, some), np.int32, len(some)))
-    every, sizes = np.concatenate(hashes), np.concatenate(lengths)
-    order = np.argsort(every)
-    again = order[1:][every[order[1:]] == every[order[:-1]]]  # all except one of equal parts
-    return len(every), len(again), int(sizes[again].sum())
+        sizes = list(map(len, some))
+        count, chars = count + len(some), chars + sum(sizes)
+        lengths.update(zip(map(hash, some), sizes, strict=True))
+        if len(lengths) > BLOCK:
+            earlier.append(np.array([[*lengths], [*lengths.values()]]))
+            lengths = {}
+    if not earlier:
+        return count, count - len(lengths), chars - sum(lengths.values())
+    hashes, every = np.concatenate([*earlier, np.array([[*lengths], [*lengths.values()]], np.int64)], axis=1)
+    first = np.unique(hashes, return_index=True)[1]
+    return count, count - len(first), chars - int(every[first].sum())
 
 
 class Repeats:

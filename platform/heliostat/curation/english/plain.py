@@ -1,8 +1,8 @@
 """Splits texts into parts at white space, and the plain parts into words, with NumPy.
 
 A plain part has a core, at most one mark before the core, and at most one mark after the core: `word`, `(word`, `word.`. A core
-has only letters, or it is a number or a name such as `x86_64` and `to_list`. `tokens` splits plain parts into the same words, and
-splits all other parts.
+has only letters, or it is a number or a name such as `x86_64` and `to_list`. A single character is a core, too. `tokens` splits
+plain parts into the same words. `marked` and `tokens` split all other parts.
 """
 
 from __future__ import annotations
@@ -92,34 +92,33 @@ def _special() -> np.ndarray:
 
 def parts(codes: np.ndarray, kinds: np.ndarray) -> TextParts:
     """Splits a text into parts. `codes`, `kinds`: the text's characters, from `looked_up`."""
-    inside = np.zeros(len(kinds) + 2, bool)
-    np.equal(kinds & SPACE, 0, out=inside[1:-1])
-    edges = np.flatnonzero(inside[1:] != inside[:-1])
-    starts, stops = edges[::2], edges[1::2]
+    others = np.concatenate([[-1], np.flatnonzero((kinds & LETTER) == 0), [len(kinds)]])  # no letters; a space at both ends
+    kind = np.full(len(others), SPACE, np.uint8)
+    kind[1:-1] = kinds[others[1:-1]]
+    spaces = np.flatnonzero((kind & SPACE) != 0)
+    filled = np.flatnonzero(np.diff(others[spaces]) > 1)
+    left, right = spaces[filled], spaces[filled + 1]  # in `others`: the white space around each part
+    starts, stops = others[left] + 1, others[right]
     first, last = kinds[starts], kinds[stops - 1]
-    before = (first & MARK) != 0
+    single = stops - starts == 1
+    before = ((first & MARK) != 0) & ~single
     after = ((last & MARK) != 0) | (((last & PERIOD) != 0) & ((kinds[stops - 2] & (LOWER | DIGIT)) != 0))
+    after &= ~single
     begins, ends = starts + before, stops - after
-    letters = np.zeros(len(kinds) + 1, np.int32)
-    np.cumsum((kinds & LETTER) != 0, out=letters[1:])
-    sizes, of_core = ends - begins, letters[ends] - letters[begins]
-    plain = (of_core == sizes) & (sizes > 0) & (sizes <= LONGEST_PLAIN)
-    plain[_names(kinds, begins, ends, np.flatnonzero((of_core < sizes) & (sizes <= LONGEST_PLAIN)))] = True
+    marks, sizes = before.astype(np.int64) + after, ends - begins
+    letters = sizes + marks - (right - left - 1)
+    plain = (letters == sizes) & (sizes > 0) & (sizes <= LONGEST_PLAIN) | single
+    # a number or a name has letters, digits, and underscores: a digit at the end, or an underscore and letters
+    strange = np.concatenate([[0], np.cumsum((kind & (DIGIT | UNDERSCORE)) == 0, dtype=np.int32)])
+    which = np.flatnonzero((letters < sizes) & (sizes <= LONGEST_PLAIN))
+    which = which[strange[right[which] - after[which]] == strange[left[which] + 1 + before[which]]]
+    end = right[which] - 1 - after[which]  # in `others`: the last digit or underscore
+    ending = kind[end] & np.where(others[end] == ends[which] - 1, DIGIT, UNDERSCORE)
+    plain[which] = (ending != 0) & ((kinds[begins[which]] & UNDERSCORE) == 0)
     which = np.flatnonzero(plain)
     hashes = np.zeros(len(starts), np.uint64)
     hashes[which] = hashed(codes, begins[which], ends[which])
-    marked = (before | after)[which]
+    marked = marks[which] > 0
     special = _special()[hashes[which] >> np.uint64(_PLACES)] & np.where(marked, MARKED, BARE).astype(np.uint8)
     plain[which[special != 0]] = False
-    return TextParts(starts, stops, plain, before, after, hashes, of_core > 0)
-
-
-def _names(kinds: np.ndarray, begins: np.ndarray, ends: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """Chooses, from the parts `which`, those whose core [begin, end) is a number or a name: letters, digits, and underscores, but
-    no underscore at the beginning. The core ends with a digit, or with an underscore and letters."""
-    which = which[(kinds[begins[which]] & (LETTER | DIGIT) != 0) & (kinds[ends[which] - 1] & (LETTER | DIGIT) != 0)]
-    others = np.flatnonzero(kinds & (LETTER | DIGIT | UNDERSCORE) == 0)
-    which = which[np.searchsorted(others, begins[which]) == np.searchsorted(others, ends[which])]
-    not_letters = np.flatnonzero(kinds & LETTER == 0)
-    last = not_letters[np.searchsorted(not_letters, ends[which]) - 1]
-    return which[(last == ends[which] - 1) | (kinds[last] & UNDERSCORE != 0)]
+    return TextParts(starts, stops, plain, before, after, hashes, letters > 0)

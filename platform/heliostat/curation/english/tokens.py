@@ -16,36 +16,40 @@ from itertools import pairwise
 
 import regex
 
+
+def _escaped(marks: str) -> str:
+    """Returns marks as the content of a character class."""
+    return regex.escape(marks, special_only=False)
+
+
 LONGEST = 2000  # maximum characters of a string that is split
-_QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
+QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
 _MARKS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
 _MONEY = "$£€¥฿₽﷼₴₠₡₢₣₤₥₦₧₨₩₪₫₭₮₯₰₱₲₳₵₶₷₸₹₺₻₼₾₿"
-_QUOTE, _ANY_MARK = (regex.escape(marks, special_only=False) for marks in (_QUOTES, _MARKS + _QUOTES))
+# marks that are split off at the start and at the end, and characters before a period that is split off (also \p{So}, LOWER)
+FIRST, LAST, BEFORE_STOP = "§%=—–" + _MARKS + QUOTES + _MONEY, "—–" + _MARKS + QUOTES, "0123456789%²+-|" + _MARKS + QUOTES
 # scripts whose letters the rules know, with and without case
-_SCRIPTS = "Bengali Hebrew Arabic Sinhala Devanagari Kannada Tamil Telugu Hangul Hiragana Katakana Han Ethiopic"
+_SCRIPTS = "Han Hangul Hiragana Katakana Ethiopic Arabic Bengali Hebrew Sinhala Devanagari Kannada Tamil Telugu"
 _CASELESS = "".join(rf"\p{{{script}}}" for script in _SCRIPTS.split()) + "ー"
 _CASED = r"\p{Latin}\p{Greek}\p{Cyrillic}"
-_LOWER = rf"[[{_CASED}]&&\p{{Ll}}]{_CASELESS}"
-_UPPER = rf"[[{_CASED}]&&\p{{Lu}}]{_CASELESS}"
-_LETTER = rf"[[{_CASED}]&&\p{{L}}]{_CASELESS}"
+LOWER = rf"[[{_CASED}]&&\p{{Ll}}]{_CASELESS}"
+UPPER = rf"[[{_CASED}]&&\p{{Lu}}]{_CASELESS}"
+LETTER = rf"[[{_CASED}]&&\p{{L}}]{_CASELESS}"
 _UNITS = """
     km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph hPa Pa mbar mb
     MB kb KB gb GB tb TB T G M K % км км² км³ м м² м³ дм дм² дм³ см см² см³ мм мм² мм³ нм кг г мг м/с км/ч кПа Па мбар Кб КБ
     кб Мб МБ мб Гб ГБ гб Тб ТБ
 """
+UNITS = [*_UNITS.split(), *_MONEY, "+"]  # units and currencies, which are split from a number before them
+LONGEST_UNIT = max(map(len, UNITS))
 
-_PREFIX = regex.compile(
-    rf"\.\.+|(?:US|C|A)\$|\+(?![0-9])|[§%=—–]|[{_ANY_MARK}{regex.escape(_MONEY, special_only=False)}]|\p{{So}}"
-)
-_SINGLE = frozenset(_MARKS + _QUOTES + "—–")
+_PREFIX = regex.compile(rf"\.\.+|(?:US|C|A)\$|\+(?![0-9])|[{_escaped(FIRST)}]|\p{{So}}")
+_SINGLE = frozenset(LAST)
 _SYMBOL = regex.compile(r"\p{So}")
 # a unit or currency after a number; searched only in the last characters
-_MEASURE = regex.compile(
-    rf"(?<=[0-9])(?:{'|'.join(sorted(map(regex.escape, _UNITS.split()), key=len, reverse=True))}"
-    rf"|(?:US|C|A)\$|[{regex.escape(_MONEY)}]|\+)\Z"
-)
+_MEASURE = regex.compile(rf"(?<=[0-9])(?:{'|'.join(map(regex.escape, sorted(UNITS, key=len, reverse=True)))}|(?:US|C|A)\$)\Z")
 _FULL_STOP = regex.compile(
-    rf"(?:(?<=°[FfCcKk])|(?<=[0-9{_LOWER}%²+\-|{_ANY_MARK}])|(?<=[{_UPPER}][{_UPPER}]))\.\Z",
+    rf"(?:(?<=°[FfCcKk])|(?<=[{LOWER}{_escaped(BEFORE_STOP)}])|(?<=[{UPPER}][{UPPER}]))\.\Z",
     regex.V1,
 )
 
@@ -60,12 +64,12 @@ def _infix(lower: str, upper: str, letter: str, quote: str, symbols: str) -> str
     )
 
 
-_INFIX = regex.compile(_infix(_LOWER, _UPPER, _LETTER, _QUOTE, r"|…|\p{So}"), regex.V1)
-_ASCII_QUOTE = re.escape("".join(filter(str.isascii, _QUOTES)))
+_INFIX = regex.compile(_infix(LOWER, UPPER, LETTER, _escaped(QUOTES), r"|…|\p{So}"), regex.V1)
+_ASCII_QUOTE = re.escape("".join(filter(str.isascii, QUOTES)))
 _ASCII_INFIX = re.compile(_infix("a-z", "A-Z", "A-Za-z", _ASCII_QUOTE, ""))  # finds the same in ASCII text, faster
 _SCHEME = regex.compile(r"[\w+\-.]{2,}+://")
 _LABEL = r"(?:[A-Za-z0-9\u00a1-\uffff][A-Za-z0-9\u00a1-\uffff_-]{0,62}+\.)"
-_HOST = regex.compile(rf"{_LABEL}++[{_LOWER}]{{2,63}}(?::[0-9]{{2,5}})?(?:[/?#]\S*)?", regex.V1)
+_HOST = regex.compile(rf"{_LABEL}++[{LOWER}]{{2,63}}(?::[0-9]{{2,5}})?(?:[/?#]\S*)?", regex.V1)
 _ADDRESS = regex.compile(r"[1-9][0-9]{0,2}(?:\.[0-9]{1,3}){3}(?::[0-9]{2,5})?(?:[/?#]\S*)?")
 
 # strings that spaCy splits in a special way: contractions, abbreviations, hours, emoticons
@@ -161,7 +165,7 @@ def by_rules(text: str) -> tuple[str, ...]:
 
 # The most common strings: a core in marks, without a period or a currency inside. Each mark is a word. The core begins with a
 # letter or digit. It ends in a digit, or in letters that aren't a unit or an ending such as 's.
-PLAIN_MARKS = frozenset({*_MARKS, *_QUOTES} - {"…"})
+PLAIN_MARKS = frozenset({*_MARKS, *QUOTES} - {"…"})
 _ALPHA, _AROUND = r"[^\W\d_]", re.escape("".join(sorted(PLAIN_MARKS)))
 _COMMON = re.compile(
     rf"([{_AROUND}]*+)(?:"
@@ -261,13 +265,13 @@ def _public(address: str) -> bool:
 
 # The rules split some emoticons and abbreviations. These are joined again, in longer strings, too.
 _SPLIT = {tuple(parts): whole for whole in EXCEPTIONS if len(parts := _split(whole, {})) > 1}
-_FIRST, _PAIRS = {parts[0] for parts in _SPLIT}, {parts[:2] for parts in _SPLIT}
+_FIRST, PAIRS = {parts[0] for parts in _SPLIT}, {parts[:2] for parts in _SPLIT}
 _MOST = max(map(len, _SPLIT))
 ODD_CORES = {match[2] or match[3] for whole in EXCEPTIONS if (match := _COMMON.fullmatch(whole))} | set().union(*_SPLIT)
 
 
 def _joined(parts: list[str]) -> list[str]:
-    if _PAIRS.isdisjoint(pairwise(parts)):
+    if PAIRS.isdisjoint(pairwise(parts)):
         return parts
     spans = [
         (stop - start, start)

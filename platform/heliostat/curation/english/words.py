@@ -18,14 +18,16 @@ import numpy as np
 import regex
 import xxhash
 
-from heliostat.curation.comparable import BLOCK, hashed
+from heliostat.curation.comparable import hashed
 from heliostat.curation.english import plain
+from heliostat.curation.english.marked import marked_words
 from heliostat.curation.english.plain import TERMINALS
 from heliostat.curation.english.tokens import LONGEST, ODD_CORES, tokens
 from heliostat.curation.slices import slices
 from heliostat.tasks import spill
 
 MOST_CACHED, MOST_CHARS = 1 << 18, 1 << 23  # maximum cached strings, and characters, before a new group of slices
+BLOCK = 1 << 17  # characters of texts that are split at once
 RECENT_TEXTS, RECENT_CHARS = 256, 1 << 22  # texts whose words are cached for the next stages
 
 
@@ -91,20 +93,24 @@ class Words:
         codes, kinds = plain.looked_up(text)
         parts = plain.parts(codes, kinds)
         which, other = np.flatnonzero(parts.plain), np.flatnonzero(~parts.plain)
+        marked = marked_words(codes, parts.starts[other], parts.stops[other])
+        of_marked, other = other[marked.split], other[~marked.split]
         rows = self._rows([text[a:b] for a, b in zip(parts.starts[other].tolist(), parts.stops[other].tolist(), strict=True)])
         others = np.fromiter(map(len, rows), np.int64, len(rows)) // FACTS.itemsize
         counts = 1 + parts.before.astype(np.int64) + parts.after
-        counts[other] = others
+        counts[of_marked], counts[other] = marked.counts, others
         firsts = np.concatenate([[0], np.cumsum(counts)])  # index of each part's first word
         columns = _columns(firsts[-1])
         sizes = parts.stops - parts.starts - parts.before - parts.after
-        _put(columns, (firsts[:-1] + parts.before)[which], parts.hashes[which], sizes[which], False, parts.letters[which])
+        symbols = (kinds[(parts.starts + parts.before)[which]] & plain.SYMBOL) != 0  # only a single character
+        _put(columns, (firsts[:-1] + parts.before)[which], parts.hashes[which], sizes[which], symbols, parts.letters[which])
         before, after = which[parts.before[which]], which[parts.after[which]]
         for places, marks in ((firsts[before], parts.starts[before]), (firsts[after + 1] - 1, parts.stops[after] - 1)):
             _put(columns, places, spill.mixed(codes[marks]), 1, (kinds[marks] & plain.SYMBOL) != 0, False)
-        facts_of_others = np.frombuffer(b"".join(rows), FACTS)
-        places = np.repeat(firsts[other] - (np.cumsum(others) - others), others) + np.arange(len(facts_of_others))
-        _put(columns, places, *(facts_of_others[name] for name in NAMES))
+        kinds = kinds.take(marked.places, mode="clip")
+        of_words = _facts(kinds, marked.starts, marked.stops, marked.hashes), np.frombuffer(b"".join(rows), FACTS)
+        for firsts_of, some, rows_of in zip((firsts[of_marked], firsts[other]), (marked.counts, others), of_words, strict=True):
+            _put(columns, _spread(firsts_of, some), *(rows_of[name] for name in NAMES))
         ends = np.fromiter(accumulate(len(part) + 1 for part in group), np.int64, len(group))
         return columns, np.diff(firsts[np.searchsorted(parts.starts, ends)], prepend=0)
 
@@ -141,20 +147,30 @@ def _put(columns: Columns, places: np.ndarray, *values: np.ndarray | bool | int)
         column[places] = value
 
 
+def _spread(firsts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns the indices of words: `counts[i]` consecutive indices from `firsts[i]` on."""
+    return np.repeat(firsts - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+
+
 def facts(words: list[str]) -> np.ndarray:
     """Returns a row of `FACTS` for each word."""
     codes, kinds = plain.looked_up("".join(words))
-    rows, lengths = np.empty(len(words), FACTS), np.fromiter(map(len, words), np.int64, len(words))
-    stops = np.cumsum(lengths)
+    lengths = np.fromiter(map(len, words), np.int64, len(words))
+    stops, hashes = np.cumsum(lengths), np.empty(len(words), np.uint64)
     starts, short = stops - lengths, lengths <= plain.LONGEST_PLAIN
+    hashes[short] = hashed(codes, starts[short], stops[short])
+    for number in np.flatnonzero(~short).tolist():
+        hashes[number] = xxhash.xxh64_intdigest(words[number].encode("utf-8", "surrogatepass"))
+    return _facts(kinds, starts, stops, hashes)
+
+
+def _facts(kinds: np.ndarray, starts: np.ndarray, stops: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    rows, lengths = np.empty(len(starts), FACTS), stops - starts
     letters, symbols = (
         np.diff(np.concatenate([[0], np.cumsum((kinds & bit) != 0, dtype=np.int32)])[[starts, stops]], axis=0)[0]
         for bit in (plain.LETTER, plain.SYMBOL)
     )
-    rows["length"], rows["symbol"], rows["alphabetic"] = lengths, symbols == lengths, letters > 0
-    rows["hash"][short] = hashed(codes, starts[short], stops[short])
-    for number in np.flatnonzero(~short).tolist():
-        rows["hash"][number] = xxhash.xxh64_intdigest(words[number].encode("utf-8", "surrogatepass"))
+    rows["hash"], rows["length"], rows["symbol"], rows["alphabetic"] = hashes, lengths, symbols == lengths, letters > 0
     return rows
 
 
@@ -166,18 +182,20 @@ MOST_PARTS, LONG_PART = 1 << 19, 64  # maximum cached parts, and characters of a
 _PLAIN = (0, False, 1, False)  # the counts of a word
 _WORD_AND_TERMINAL = (0, True, 1, True)
 _TERMINAL = re.compile(f"[{re.escape(''.join(sorted(TERMINALS)))}]")
-_ASCII_TERMINAL = re.compile(f"[{re.escape(''.join(sorted(filter(str.isascii, TERMINALS))))}]")  # the same in ASCII text, faster
+# also finds every character after U+FFFF, because a pattern with only one range of these is faster
+_PERHAPS_TERMINAL = re.compile(f"[{re.escape(''.join(sorted(c for c in TERMINALS if c < chr(1 << 16))))}\U00010000-\U0010ffff]")
 _OTHER_SPACE = regex.compile(r"[^\S ]")
 _parts: dict[str, tuple[int, bool, int, bool]] = {"": _PLAIN}  # a part that isn't a word may begin a sentence
 
 
 def sentences(text: str) -> int:
     """Counts the sentences of a text like spaCy's sentencizer. Returns 0 for a text that has only white space."""
-    first = (_ASCII_TERMINAL if text.isascii() else _TERMINAL).search(text)
+    first = _PERHAPS_TERMINAL.search(text)
     if first is None:
         return int(bool(text) and not text.isspace())
     text = text[text.rfind(" ", 0, first.start()) + 1 :]  # no sentence ends before this part
-    parts = regex.split(r" |([^\S ]\s*)", text) if _OTHER_SPACE.search(text) else text.split(" ")
+    plain_spaces = text.isprintable() or not _OTHER_SPACE.search(text)  # no other white space is printable
+    parts = text.split(" ") if plain_spaces else regex.split(r" |([^\S ]\s*)", text)
     if len(_parts) > MOST_PARTS:
         _parts.clear()
         _parts[""] = _PLAIN
@@ -207,8 +225,8 @@ def _effect(part: str) -> tuple[int, bool, int, bool]:
     """
     if part.isalnum() or part.isspace():
         return _PLAIN
-    if _TERMINAL.search(part) is None:
-        ended = is_punctuation(part)
+    if _PERHAPS_TERMINAL.search(part) is None or _TERMINAL.search(part) is None:
+        ended = not part[0].isalnum() and is_punctuation(part)
         return 0, False, int(not ended), ended
     core, mark = part[:-1], part[-1]
     if core.isalpha() and core not in ODD_CORES and (mark in "!?" or (mark == "." and "a" <= core[-1] <= "z")):

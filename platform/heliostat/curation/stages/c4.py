@@ -26,7 +26,7 @@ from heliostat.curation.stage import Document, Outcome, Stage, text_of
 
 _CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
 _ENDS = (".", "?", "!", '"', "'")
-_POLICIES = re.compile(r"terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies")
+_POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 
 
 class C4(Stage):
@@ -90,6 +90,6 @@ class C4(Stage):
             return "javascript_lines", line
         if self.curly_brackets and "{" in short:
             return "curly_bracket", line
-        if self.policies and _POLICIES.search(small):
+        if self.policies and any(map(small.__contains__, _POLICIES)):  # faster than a pattern
             return "policy_lines", line
         return "", short
