@@ -30,7 +30,7 @@ TRIES, LOST, FAILED = 3, 8, 3
 PAUSE = Backoff(0.5, 10.0)  # pause before a task runs again after its process died, because a lack of memory lasts for a while
 LOOK_S = 10.0  # seconds between checks of the cluster's nodes
 AWAY_S = 0.5  # seconds between checks for a live actor if all are lost, and of copies that tasks wait for
-LATE_LOOK_S = 2.0  # seconds between checks for calls that are late
+LATE_LOOK_S = 1.0  # seconds between checks for calls that are late
 
 
 class Flowing(Protocol):
