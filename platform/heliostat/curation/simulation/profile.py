@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from heliostat.curation.images.sampling import SampledImages
-from heliostat.curation.minhash import exact
+from heliostat.curation.minhash import exact, keep
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers.survey import Mark, Survey
 from heliostat.curation.simulation import images
@@ -144,10 +144,11 @@ class Sizes:
 
     def loads(self, kind: TaskKind, task: Task, read: int) -> tuple[int, int]:
         """Returns the number of temporary files, and the bytes, that a task reads from the store. `read`: the bytes of its
-        arguments (`read`). The search for copies reads no documents, although the list of its runs is an argument."""
-        if kind.function is not exact.copies:
+        arguments (`read`). The search for copies reads no documents, although the list of its runs is an argument. The task that
+        lists near duplicates reads only those in clusters, from a file of their own."""
+        if kind.function not in (exact.copies, keep.decide):
             return self.files(task), read
-        loaded = replace(task, arguments={}, bytes=0)
+        loaded = replace(task, arguments={name: value for name, value in task.arguments.items() if name != "runs"}, bytes=0)
         return self.files(loaded), self.read(loaded)
 
     def of_runs(self, task: Task) -> tuple[int, int]:

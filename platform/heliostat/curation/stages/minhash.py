@@ -85,7 +85,7 @@ class MinHash(GlobalStage):
         edges, _ = components.stars(flow, kind, connected, parts, memory_limit // ROW_BYTES)
         belonging = flow.all(f"{kind}-members", members, by_parts(flow, kind, parts, edges))
         names = [r["members"] for r in belonging]
-        rule = {"rule": self.keep, "column": self.column}
+        rule = {"keep": self.keep, "column": self.column}
         copies = (name for _, _, name in signed)
         groups = by_runs(flow, kind, runs, names, memory_limit, **rule)
         naming = (adding(task, copies=list(islice(copies, len(task.arguments["runs"])))) for task in groups)
