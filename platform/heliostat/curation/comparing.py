@@ -57,8 +57,8 @@ def about(
     firsts = list(accumulate((len(group) for group in groups), initial=0))
     ranges = [(first << 32, stop << 32) for first, stop in pairwise(firsts)]
 
-    def task(group: list[SpilledRun], first: int, names_of_group: tuple[str, object]) -> Task:
-        decisions, bytes = [[run.name, run.decided] for run in group], sum(run.bytes for run in group)
+    def task(group: list[SpilledRun], first: int, names_of_group: tuple[str, object, int]) -> Task:
+        decisions, bytes = [[run.name, run.decided] for run in group], sum(run.bytes for run in group) + names_of_group[2]
         follows, shared = key(names_of_group[0], also, first, decisions, more), {"names": names_of_group[1]}
         return Task(follows, {"first": first, "runs": group, **more}, shared, bytes)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import starmap
+from itertools import groupby, islice, starmap
 from math import ceil, log
 from operator import itemgetter
 from types import MappingProxyType
@@ -64,6 +64,10 @@ class ShardRange:
         return sum(run.bytes for run in self.runs) / max(1, len(self.runs)) / (self.stop - self.first)
 
 
+Cut = tuple[ShardRange, int, float]
+"""A smaller range with the same files, the number of files to merge into one, and the mean bytes of a shard in a file."""
+
+
 def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_bytes: int) -> list[ShardRange]:
     """Divides shards into ranges, and merges each range's temporary files until each shard can be read efficiently (`thin`).
 
@@ -79,9 +83,11 @@ def _passes(flow: Flow, kind: str, function: TaskFunction, ranges: list[ShardRan
         work = CountedTasks(_merges(flow, cut, bounds, run_bytes), sum(-(-len(one.runs) // size) for one, size, _ in cut))
         merged_files = iter(flow.taken(kind, function, work, itemgetter("runs")))
         whole = [one for one in ranges if not thin(one, many)]
-        for one, size, _ in cut:
-            merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(merged_files)]
-            whole.append(ShardRange(one.first, one.stop, merged_runs))
+        for block in _blocks(cut):
+            one, size, _ = block[0]
+            of_groups = [list(islice(merged_files, len(block))) for _ in groups(one.runs, size)]
+            for (one, *_), files in zip(block, zip(*of_groups, strict=True), strict=True):
+                whole.append(ShardRange(one.first, one.stop, [SpilledRun(*run) for some in files for run in some]))
         ranges = sorted(whole, key=lambda one: one.first)
     return ranges
 
@@ -96,7 +102,7 @@ def _thin(runs: int, shards: int, part: float, many: int) -> bool:
     return shards > 1 and part < LEAST and (runs * shards > many or runs > MOST_FILES)
 
 
-def divided(one: ShardRange, run_bytes: int, most_files: int = MOST_FILES) -> Iterator[tuple[ShardRange, int, float]]:
+def divided(one: ShardRange, run_bytes: int, most_files: int = MOST_FILES) -> Iterator[Cut]:
     """Splits a range of shards into smaller ranges. Yields (smaller range with the same files, number of files to merge into
     one, mean bytes of a shard in a file). A smaller range has about one row group or more in each file."""
     shards = one.stop - one.first
@@ -134,23 +140,26 @@ def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
         yield items[at : at + size]
 
 
-def _merges(flow: Flow, cut: list[tuple[ShardRange, int, float]], bounds: Bounds, run_bytes: int) -> Iterator[Task]:
+def _blocks(cut: list[Cut]) -> Iterator[list[Cut]]:
+    """Yields the ranges that have the same files."""
+    return (list(block) for _, block in groupby(cut, lambda part: id(part[0].runs)))
+
+
+def _merges(flow: Flow, cut: list[Cut], bounds: Bounds, run_bytes: int) -> Iterator[Task]:
     """Yields the tasks that merge ranges of shards, from some temporary files each. `cut`: see `divided`.
 
-    Consecutive ranges have the same files. So the list of a task's files is digested once for these ranges, and sent to a node
-    once: with hundreds of names per task, this decides how many tasks per second the driver can start.
+    Consecutive tasks merge different ranges of the same files. So the list of these files is digested once, sent to a node once,
+    and one call can run several of the tasks: with hundreds of names per task, this decides how many tasks per second the driver
+    can start.
     """
-    runs, merges = list[SpilledRun](), list[tuple[int, object, Callable[..., str]]]()
-    for one, size, part in cut:
-        if one.runs is not runs:
-            runs = one.runs
-            merges = [(len(group), flow.share(group), keys("merge", [[run.name, run.decided] for run in group]))
-                      for group in groups(runs, size)]  # fmt: skip
-        low, high = bounds(one.first, one.stop)
-        for count, shared, key_of in merges:
-            arguments = {"low": low, "high": high, "run_bytes": run_bytes}
-            bytes = int(part * (one.stop - one.first) * count)
-            yield Task(key_of(low, high, run_bytes), arguments, {"runs": shared}, bytes)
+    for block in _blocks(cut):
+        for group in groups(block[0][0].runs, block[0][1]):
+            shared, key_of = {"runs": flow.share(group)}, keys("merge", [[run.name, run.decided] for run in group])
+            for one, _, part in block:
+                low, high = bounds(one.first, one.stop)
+                arguments = {"low": low, "high": high, "run_bytes": run_bytes}
+                bytes = int(part * (one.stop - one.first) * len(group))
+                yield Task(key_of(low, high, run_bytes), arguments, shared, bytes)
 
 
 def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
@@ -198,9 +207,10 @@ def _written(folder: Location, table: pa.Table) -> tuple[str, int, int]:
     return spill.write(folder, table, order), len(table), bytes
 
 
-def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object]]:
+def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object, int]]:
     """Yields, for each range of keys, the names of the temporary files that the range's task reads. Each item is (a digest of
-    these names, a Ray reference to these names). If there are many files, merges them first.
+    these names, a Ray reference to these names, the bytes that the task reads, by the mean of all ranges with the same files). If
+    there are many files, merges them first.
 
     `ranges`: [low, high) of keys, ascending.
     """
@@ -212,7 +222,7 @@ def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, i
 
     for one in _passes(flow, f"{kind}-merge", merge_spills, whole, bounds, run_bytes, MANY_RANGES, MOST_SPILLS):
         some = [run.name for run in one.runs]
-        shared = key(some), flow.share(some)
+        shared = key(some), flow.share(some), int(one.part * len(some))
         yield from (shared for _ in range(one.first, one.stop))
 
 
@@ -226,9 +236,9 @@ def by_parts(flow: Flow, kind: str, parts: int, names: list[str], others: Mappin
     spills, ranges = {"names": names, **others}, [spill.share(part, parts) for part in range(parts)]
     exchanged_spills = [exchanged(flow, kind, some, ranges) for some in spills.values()]
 
-    def task(part: int, names_of_part: tuple[tuple[str, object], ...]) -> Task:
-        shared = dict(zip(spills, (names for _, names in names_of_part), strict=True))
-        follows = [follows for follows, _ in names_of_part]
-        return Task(key(follows, part, parts, more), {"part": part, "parts": parts, **more}, shared)
+    def task(part: int, names_of_part: tuple[tuple[str, object, int], ...]) -> Task:
+        follows, names, bytes = zip(*names_of_part, strict=True)
+        shared = dict(zip(spills, names, strict=True))
+        return Task(key(follows, part, parts, more), {"part": part, "parts": parts, **more}, shared, sum(bytes))
 
     return CountedTasks(starmap(task, enumerate(zip(*exchanged_spills, strict=True))), parts)

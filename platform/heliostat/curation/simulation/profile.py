@@ -134,7 +134,8 @@ class Sizes:
             source = task.arguments.get("source")
             rate = source.rate if isinstance(source, SampledTexts | SampledImages) else _whole
             return int(sum(part.length * rate(part) for part in parts))
-        if task.bytes and (task.arguments.keys() & {"run_bytes", "chunk_images"} or self.plan(task)):  # merges, and shards
+        planned = task.arguments.keys() & {"run_bytes", "chunk_images"} or "names" in task.shared or self.plan(task)
+        if task.bytes and planned:  # merges, parts of merged files, and shards
             return task.bytes
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
         share = _share_of_keys(task.arguments)
@@ -148,7 +149,8 @@ class Sizes:
         lists near duplicates reads only those in clusters, from a file of their own."""
         if kind.function not in (exact.copies, keep.decide):
             return self.files(task), read
-        loaded = replace(task, arguments={name: value for name, value in task.arguments.items() if name != "runs"}, bytes=0)
+        loaded = replace(task, arguments={name: value for name, value in task.arguments.items() if name != "runs"})
+        loaded = replace(loaded, bytes=task.bytes - spilled_bytes(task.arguments["runs"]))
         return self.files(loaded), self.read(loaded)
 
     def of_runs(self, task: Task) -> tuple[int, int]:
