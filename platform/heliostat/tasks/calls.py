@@ -18,13 +18,11 @@ from heliostat.tasks.clusters import Task
 from heliostat.tasks.shipping import Shipment
 
 CALL_S = 15.0  # seconds that the tasks of a call take together, if one task is shorter
-SLOT_S = (
-    2e-3  # seconds added for each call that can run at the same time, because the driver starts about one call per millisecond
-)
+SLOT_S = 2e-3  # seconds added for each call that can run at the same time, because the driver starts few calls per second
 MOST_TASKS = 64  # tasks of a call
 MEASURED = 16  # tasks that have ended before tasks are grouped
-START_S = 2e-3  # seconds in which the driver starts a call, with its tasks
-ROUNDS = 1  # calls for each CPU that must remain, so that the last calls end at about the same time
+START_S = 1.25e-3  # seconds in which the driver starts a call
+ROUNDS = 2  # calls for each free CPU that must remain, so that the last calls end at about the same time
 KEPT = 256  # calls from whose times the usual time is computed
 LATE, LATE_S = 1.25, 3.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
 ENDED = 3  # calls that have ended, for each running one, before a call can be late
