@@ -195,6 +195,13 @@ def test_calls_become_shorter_before_the_end_if_the_number_of_tasks_is_known(tmp
     assert clocks[0] < 27 < 30 < clocks[1], clocks
 
 
+def test_short_tasks_share_calls_before_every_cpu_has_one(tmp_path):
+    """The driver starts 1,000 calls per second. With 1,600 CPUs, 3,000 tasks of 0.1 s would be 3,000 calls."""
+    cluster = VirtualCluster(100, 16, 64 * GB, read(), NONE)
+    ran(tmp_path, cluster, 3000, 10)
+    assert cluster.kinds[0].starts < 2000
+
+
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 200])
 def test_the_number_of_tasks_that_follow_is_exact_if_the_number_of_tasks_is_known(tmp_path, monkeypatch, count):
     monkeypatch.setattr(flows, "BATCH", 64)

@@ -150,7 +150,7 @@ class Flow:
                     self._count(self.kept, kind, record)
                     yield number, record
                     continue
-                while crew.full and not crew.stopped:
+                while (crew.full or crew.unmeasured) and not crew.stopped:
                     yield from self._next(kind, crew)
                 if crew.stopped:
                     break
