@@ -64,7 +64,7 @@ class ShardRange:
         return sum(run.bytes for run in self.runs) / max(1, len(self.runs)) / (self.stop - self.first)
 
 
-Cut = tuple[ShardRange, int, float]
+CutRange = tuple[ShardRange, int, float]
 """A smaller range with the same files, the number of files to merge into one, and the mean bytes of a shard in a file."""
 
 
@@ -102,7 +102,7 @@ def _thin(runs: int, shards: int, part: float, many: int) -> bool:
     return shards > 1 and part < LEAST and (runs * shards > many or runs > MOST_FILES)
 
 
-def divided(one: ShardRange, run_bytes: int, most_files: int = MOST_FILES) -> Iterator[Cut]:
+def divided(one: ShardRange, run_bytes: int, most_files: int = MOST_FILES) -> Iterator[CutRange]:
     """Splits a range of shards into smaller ranges. Yields (smaller range with the same files, number of files to merge into
     one, mean bytes of a shard in a file). A smaller range has about one row group or more in each file."""
     shards = one.stop - one.first
@@ -140,12 +140,12 @@ def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
         yield items[at : at + size]
 
 
-def _blocks(cut: list[Cut]) -> Iterator[list[Cut]]:
+def _blocks(cut: list[CutRange]) -> Iterator[list[CutRange]]:
     """Yields the ranges that have the same files."""
     return (list(block) for _, block in groupby(cut, lambda part: id(part[0].runs)))
 
 
-def _merges(flow: Flow, cut: list[Cut], bounds: Bounds, run_bytes: int) -> Iterator[Task]:
+def _merges(flow: Flow, cut: list[CutRange], bounds: Bounds, run_bytes: int) -> Iterator[Task]:
     """Yields the tasks that merge ranges of shards, from some temporary files each. `cut`: see `divided`.
 
     Consecutive tasks merge different ranges of the same files. So the list of these files is digested once, sent to a node once,
