@@ -21,8 +21,9 @@ from heliostat.data.manifest_table import in_memory
 from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
+from heliostat.tasks import flow as flows
 from heliostat.tasks import merging, spill
-from heliostat.tasks.clusters import Task, TaskKind
+from heliostat.tasks.clusters import CountedTasks, Task, TaskKind
 from heliostat.tasks.flow import Flow
 from heliostat.tasks.spill import SpilledRun
 from heliostat.tasks.work import Work, key
@@ -179,6 +180,35 @@ def test_a_full_call_leaves_no_task_alone(tmp_path):
     cluster = VirtualCluster(1, 2, 8 * GB, read(), NONE)
     flow, _ = ran(tmp_path, cluster, 4000, 10)
     assert flow.done == {"read": 4000} and cluster.kinds[0].starts < 120
+
+
+def test_calls_become_shorter_before_the_end_if_the_number_of_tasks_is_known(tmp_path, monkeypatch):
+    """2,000 tasks of 1 s on 80 CPUs need 25 s. On 16,000 CPUs, the last batch of tasks that the driver looks up is too small to
+    shorten calls, like the batches of 64 tasks here. Then long calls end last."""
+    monkeypatch.setattr(flows, "BATCH", 64)
+    clocks = list[float]()
+    for known in (True, False):
+        cluster = VirtualCluster(5, 16, 64 * GB, read(), NONE)
+        flow = Flow(Work(Location(str(tmp_path))), cluster=cluster)
+        tasks = (Task(key("read", i), {"number": i}, bytes=100) for i in range(2000))
+        assert len(flow.all("read", print, CountedTasks(tasks, 2000) if known else tasks)) == 2000
+        clocks.append(cluster.clock)
+    assert clocks[0] < 27 < 30 < clocks[1], clocks
+
+
+def test_short_tasks_share_calls_before_every_cpu_has_one(tmp_path):
+    """The driver starts 1,000 calls per second. With 1,600 CPUs, 3,000 tasks of 0.1 s would be 3,000 calls."""
+    cluster = VirtualCluster(100, 16, 64 * GB, read(), NONE)
+    ran(tmp_path, cluster, 3000, 10)
+    assert cluster.kinds[0].starts < 2000
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 200])
+def test_the_number_of_tasks_that_follow_is_exact_if_the_number_of_tasks_is_known(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(flows, "BATCH", 64)
+    flow, tasks = Flow(Work(Location(str(tmp_path)))), (Task(key("read", i), {}) for i in range(count))
+    left = [left for *_, left in flow._looked_up("read", CountedTasks(tasks, count), lambda record: True)]
+    assert left == list(range(count - 1, -1, -1))
 
 
 def test_a_backup_repeats_the_tasks_that_the_late_call_has_not_finished(tmp_path, monkeypatch):
@@ -354,13 +384,15 @@ def test_a_shard_has_a_row_group_for_each_chunk_of_tokens(tmp_path):
     assert len(set(groups["path"].to_pylist())) == 2
 
 
-@pytest.mark.parametrize(("files", "size"), [(1, 10), (1041, 600 << 20), (225, 152 << 20), (10_410, 6 << 30), (10**6, 10**13)])
-def test_rounds_of_stars_need_no_merge_unless_their_tasks_would_be_long(files, size):
-    """Merges of few edges took longer than the rounds."""
-    names, most = [f"00/{number:032x}-{size // files}.parquet" for number in range(files)], 5000
-    parts = components.parts_of(names, most)
-    assert 1 <= parts <= most and (parts == most or size / parts <= components.MOST_PART)
-    assert parts * files <= merging.MANY_RANGES or parts == 1 or size / (parts - 1) > components.MOST_PART
+@pytest.mark.parametrize("size", [10, 1 << 20, 60 << 20, 600 << 20, 6 << 30, 10**13])
+def test_a_round_of_stars_has_short_tasks_and_few_reads(size):
+    """Each task of a round writes a file, which all tasks of the next round read. A step with 95 tasks that read 4,750 files each
+    took a minute."""
+    parts = components.parts_of([f"00/{number:032x}-{size // 10}.parquet" for number in range(10)], most=10**6)
+    assert parts == 1 or (size / parts <= components.MOST_PART and size / parts >= components.LEAST_PART / 2)
+    if size / parts < components.MOST_PART / 2:
+        assert parts <= merging.MOST_FILES and parts * parts <= merging.MANY_RANGES, "no round needs a merge"
+    assert components.parts_of([f"00/{0:032x}-{size}.parquet"], most=3) <= 3
 
 
 @pytest.mark.parametrize("shards", [1, 3, 100, 9265, 92_650])

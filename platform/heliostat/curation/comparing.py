@@ -19,6 +19,7 @@ from heliostat.curation.segment import SpilledRun, by_run, survivors
 from heliostat.curation.stage import GlobalStage
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
+from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import exchanged
 from heliostat.tasks.pool import TaskFunction
@@ -36,9 +37,9 @@ def parts(bytes: int, memory_limit: int) -> int:
     return max(1, -(-bytes // memory_limit))
 
 
-def by_runs(flow: Flow, kind: str, runs: list[SpilledRun], names: list[str], memory_limit: int, **more: object) -> Iterator[Task]:
-    """Yields tasks that each process some temporary files of documents (`runs`). A task reads the rows about these documents from
-    the files `names`. Each task gets as many files of documents as fit into its memory."""
+def by_runs(flow: Flow, kind: str, runs: list[SpilledRun], names: list[str], memory_limit: int, **more: object) -> CountedTasks:
+    """Returns tasks that each process some temporary files of documents (`runs`). A task reads the rows about these documents
+    from the files `names`. Each task gets as many files of documents as fit into its memory."""
     groups = list(filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES, RUNS))
     return about(flow, kind, groups, names, **more)
 
@@ -50,14 +51,18 @@ def adding(task: Task, **more: object) -> Task:
 
 def about(
     flow: Flow, kind: str, groups: list[list[SpilledRun]], names: list[str], also: object = None, **more: object
-) -> Iterator[Task]:
-    """Yields one task per group of temporary files of documents. Each task reads the rows about its group's documents from the
+) -> CountedTasks:
+    """Returns one task per group of temporary files of documents. Each task reads the rows about its group's documents from the
     files `names`. `also`: additional parts of the tasks' keys."""
     firsts = list(accumulate((len(group) for group in groups), initial=0))
     ranges = [(first << 32, stop << 32) for first, stop in pairwise(firsts)]
-    for group, first, (follows, shared) in zip(groups, firsts, exchanged(flow, kind, names, ranges), strict=False):
-        decisions, bytes = [[run.name, run.decided] for run in group], sum(run.bytes for run in group)
-        yield Task(key(follows, also, first, decisions, more), {"first": first, "runs": group, **more}, {"names": shared}, bytes)
+
+    def task(group: list[SpilledRun], first: int, names_of_group: tuple[str, object, int]) -> Task:
+        decisions, bytes = [[run.name, run.decided] for run in group], sum(run.bytes for run in group) + names_of_group[2]
+        follows, shared = key(names_of_group[0], also, first, decisions, more), {"names": names_of_group[1]}
+        return Task(follows, {"first": first, "runs": group, **more}, shared, bytes)
+
+    return CountedTasks(map(task, groups, firsts, exchanged(flow, kind, names, ranges)), len(groups))
 
 
 def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind: str, judged: list[dict[str, Any]],

@@ -23,6 +23,7 @@ from heliostat.curation.stage import GlobalStage, Stage
 from heliostat.curation.streamed import StreamPart, StreamPlan
 from heliostat.storage.locations import Location
 from heliostat.tasks import libraries, shipping
+from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
@@ -107,6 +108,7 @@ class StageEngine:
                     curated.runs = stage.compare(self.flow, curated, number, self.memory_limit)
             elif some[0] is parts[0]:
                 tasks = self._over_pieces(self._begun(pieces, stages), [s for _, s in some[0]], explained)
+                tasks = CountedTasks(tasks, len(pieces)) if isinstance(pieces, list) else tasks
                 curated.runs = self._through(curated, some, ["read", *kinds(some[1:])], tasks, explained)
             else:
                 tasks = self._over_runs(curated.runs, [s for _, s in some[0]], some[0][0][0])
@@ -198,13 +200,16 @@ class StageEngine:
                                       "explained": explained, **more, **warm}, {}, sum(part.length for part in piece),
                        careful=True, can_repeat=self.can_repeat, before=before)  # fmt: skip
 
-    def _over_runs(self, runs: list[SpilledRun], stages: list[Stage], number: int) -> Iterator[Task]:
+    def _over_runs(self, runs: list[SpilledRun], stages: list[Stage], number: int) -> CountedTasks:
         follows = [s.follows() for s in stages]
         entries, more = self._entries(stages), recording.arguments(self.every)
-        for run in runs:
+
+        def task(run: SpilledRun) -> Task:
             follows_from = key("stages", self.identity, number, follows, self.run_bytes, run.name, run.decided, *more.items())
-            yield Task(follows_from, {"run": run, "source": self.source, "stages": entries, "first": number,
-                                      "run_bytes": self.run_bytes, **more}, bytes=run.bytes, careful=True)  # fmt: skip
+            return Task(follows_from, {"run": run, "source": self.source, "stages": entries, "first": number,
+                                       "run_bytes": self.run_bytes, **more}, bytes=run.bytes, careful=True)  # fmt: skip
+
+        return CountedTasks(map(task, runs), len(runs))
 
     def _entries(self, stages: list[Stage]) -> list[Entry]:
         """Returns for each stage: its entry in the pipeline file, the digest of its dependencies, and the files that the entry

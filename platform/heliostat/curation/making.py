@@ -13,7 +13,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -113,7 +113,7 @@ class Making(ABC):
         return self.recorded and (bool(self.stages) or self.sample is not None)
 
     @abstractmethod
-    def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
+    def pieces(self, inputs: list[InputFile]) -> Iterable[list[FilePart]]:
         """Splits the input into pieces. One task reads each piece, a list of file parts."""
 
     @abstractmethod

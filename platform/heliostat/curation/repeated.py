@@ -45,6 +45,7 @@ from heliostat.curation.stage import Document, Dropped, GlobalStage, Outcome
 from heliostat.schema import Float
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
+from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
@@ -219,7 +220,7 @@ class RepeatingStage(GlobalStage):
         kind, runs, parts = f"repeated-{number}", curated.runs, self.signing()
         identity = [self.named(), self.version, vars(parts), self.library_versions(), "first of each file"]
         signing = (Task(key(run.name, run.decided, identity), {"run": run, "parts": parts}, bytes=run.bytes) for run in runs)
-        signed = flow.all(f"{kind}-sign", sign, signing)
+        signed = flow.all(f"{kind}-sign", sign, CountedTasks(signing, len(runs)))
         shares = max(1, -(-sum(r["rows"] for r in signed) * ROW_BYTES // memory_limit))
         rows = [(r["signed"], r["rows"]) for r in signed]
         gathered = components.gathered(flow, f"{kind}-gather", rows, shares, components.gather)
@@ -233,9 +234,9 @@ class RepeatingStage(GlobalStage):
         arguments = {"entry": self.entry(), "number": number, "memory_limit": memory_limit, **more}
         also, source = [self.identity(), curated.identity], flow.share(curated.source)
         tasks = about(flow, kind, groups, names, also, **arguments)
-        tasks = (adding(task, within=list(islice(within, len(task.arguments["runs"])))) for task in tasks)
-        removing = (replace(task, shared=task.shared | {"source": source}) for task in tasks)
-        records = flow.all(f"{kind}-remove", remove, removing)
+        numbered = (adding(task, within=list(islice(within, len(task.arguments["runs"])))) for task in tasks)
+        removing = (replace(task, shared=task.shared | {"source": source}) for task in numbered)
+        records = flow.all(f"{kind}-remove", remove, CountedTasks(removing, tasks.count))
         seconds = sum(s for name, s in flow.seconds.items() if name.startswith(f"{kind}-"))
         curated.tallies.append(store(flow.work.spill, {tally.label(number, self): tally.entry({}, "") | {"seconds": seconds}}))
         return curated.keep(map(curated.take, records))

@@ -18,12 +18,13 @@ from heliostat.tasks.clusters import Task
 from heliostat.tasks.shipping import Shipment
 
 CALL_S = 15.0  # seconds that the tasks of a call take together, if one task is shorter
-SLOT_S = 4e-3  # seconds added for each call that can run at the same time, because the driver starts one call per millisecond
+SLOT_S = 2e-3  # seconds added for each call that can run at the same time, because the driver starts few calls per second
 MOST_TASKS = 64  # tasks of a call
 MEASURED = 16  # tasks that have ended before tasks are grouped
+START_S = 1.25e-3  # seconds in which the driver starts a call
 ROUNDS = 2  # calls for each free CPU that must remain, so that the last calls end at about the same time
 KEPT = 256  # calls from whose times the usual time is computed
-LATE, LATE_S = 1.25, 5.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
+LATE, LATE_S = 1.25, 3.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
 ENDED = 3  # calls that have ended, for each running one, before a call can be late
 BACKUPS = 2  # backups of a late call: of many backups, one is late too
 
@@ -100,10 +101,17 @@ class CallTimes:
 
     def has_room(self, group: list[Started], more: Started, left: int, slots: int) -> bool:
         """Checks whether a call can run one more task after those of `group`. `left`: tasks that haven't started; `slots`: calls
-        that can run at the same time."""
-        if self.tasks < MEASURED or len(group) + 1 > min(MOST_TASKS, left // (ROUNDS * max(1, slots))):
+        that can run at the same time.
+
+        Calls are short enough that each CPU still gets ROUNDS calls, or that a call ends before the driver has started the calls
+        of all other tasks.
+        """
+        count = len(group) + 1
+        if self.tasks < MEASURED or count > MOST_TASKS:
             return False
-        return sum(one.size for one in [*group, more]) * self.seconds <= (CALL_S + SLOT_S * slots) * self.size
+        seconds = sum(one.size for one in [*group, more]) * self.seconds / max(1, self.size)
+        fills = count <= left // (ROUNDS * max(1, slots)) or count * seconds <= left * START_S
+        return fills and seconds <= CALL_S + SLOT_S * slots
 
     def late(self, calls: list[Call], now: float) -> list[Call]:
         """Lists the running calls that are late, the latest first."""

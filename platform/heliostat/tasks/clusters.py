@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -28,6 +28,17 @@ class Task:
     """Whether a second copy may run at the same time. A task that fetches URLs would send twice as many requests to a host."""
     before: str = ""
     """Key of the same task in earlier versions of heliostat. If a record has this key, the task is finished."""
+
+
+@dataclass(frozen=True)
+class CountedTasks(Iterator[Task]):
+    """Yields tasks whose number is known before they exist. So calls become shorter in time before the last task."""
+
+    tasks: Iterator[Task]
+    count: int
+
+    def __next__(self) -> Task:
+        return next(self.tasks)
 
 
 @dataclass(frozen=True)

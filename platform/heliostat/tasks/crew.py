@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
-from heliostat.tasks.calls import BACKUPS, Call, CallSlots, CallTimes, Started
+from heliostat.tasks.calls import BACKUPS, MEASURED, Call, CallSlots, CallTimes, Started
 from heliostat.tasks.clusters import Cluster, Executor, TaskKind
 from heliostat.tasks.ray_cluster import END_S, is_lost
 from heliostat.tasks.shipping import NotHereError, Shipment
@@ -30,7 +30,8 @@ TRIES, LOST, FAILED = 3, 8, 3
 PAUSE = Backoff(0.5, 10.0)  # pause before a task runs again after its process died, because a lack of memory lasts for a while
 LOOK_S = 10.0  # seconds between checks of the cluster's nodes
 AWAY_S = 0.5  # seconds between checks for a live actor if all are lost, and of copies that tasks wait for
-LATE_LOOK_S = 2.0  # seconds between checks for calls that are late
+LATE_LOOK_S = 1.0  # seconds between checks for calls that are late
+MEASURE_S = 0.5  # seconds between checks for the first calls that have ended
 
 
 class Flowing(Protocol):
@@ -64,6 +65,7 @@ class Crew:
         self.failed: list[BaseException] = []
         self.stopped = self.complete = False
         self.looked, self.looked_late, self.room, self.last = -LOOK_S, 0.0, 0, ""
+        self.measured = self.cluster.now()
         self.alone = self.several = False
         self.memory: int | None = None  # bytes that each task requests
         self.crashed = 0  # documents that the tasks under way leave out; a look at each task would take too long
@@ -77,6 +79,13 @@ class Crew:
         if not self.executor.ready:
             return True
         return len(self.under_way) + len(self.later) >= self.room
+
+    @property
+    def unmeasured(self) -> bool:
+        """Checks whether it is time to look for calls that have ended, because too few tasks have ended to group the others. On
+        many CPUs, the driver starts calls for half a minute before the crew is full."""
+        few = not self.complete and self.times.tasks < MEASURED
+        return few and bool(self.under_way) and self.cluster.now() - self.measured > MEASURE_S
 
     @property
     def busy(self) -> bool:
@@ -132,11 +141,12 @@ class Crew:
         self._check()
         self._look()
         self._start_backups()
-        wait = self._start_due()
+        wait, unmeasured = self._start_due(), self.unmeasured and not self.full
+        self.measured = self.cluster.now()
         if not self.under_way:
             self.cluster.sleep(wait)
             return
-        for reference in self.executor.ended(list(self.under_way), wait):
+        for reference in self.executor.ended(list(self.under_way), 0.0 if unmeasured else wait):
             if (call := self.under_way.pop(reference, None)) is None:
                 continue  # the other call with these tasks has ended at the same time
             try:

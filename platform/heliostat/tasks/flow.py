@@ -21,7 +21,7 @@ from heliostat.errors import DataError
 from heliostat.tasks import cpu_time, spill
 from heliostat.tasks.calls import LATE_S, Started
 from heliostat.tasks.care import CRASHED, UNREAD
-from heliostat.tasks.clusters import Cluster, Executor, Task, TaskKind
+from heliostat.tasks.clusters import Cluster, CountedTasks, Executor, Task, TaskKind
 from heliostat.tasks.crew import Crew
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.progress import Progress, documents
@@ -150,7 +150,7 @@ class Flow:
                     self._count(self.kept, kind, record)
                     yield number, record
                     continue
-                while crew.full and not crew.stopped:
+                while (crew.full or crew.unmeasured) and not crew.stopped:
                     yield from self._next(kind, crew)
                 if crew.stopped:
                     break
@@ -198,10 +198,9 @@ class Flow:
         self, kind: str, tasks: Iterator[Task], valid: Callable[[dict[str, Any]], bool]
     ) -> Iterator[tuple[int, Task, dict[str, Any] | None, int]]:
         """Yields (number of the task, task, its record if it is finished, number of tasks to run after this one). The last number
-        is UNKNOWN until heliostat has looked up all tasks. Of the tasks that are looked up at once, yields the largest first, so
-        that no long task starts last."""
-        number = 0
-        whole = False
+        is at least UNKNOWN until heliostat has looked up all tasks, except for `CountedTasks`. Of the tasks that are looked up at
+        once, yields the largest first, so that no long task starts last."""
+        number, whole, count = 0, False, tasks.count if isinstance(tasks, CountedTasks) else 2 * UNKNOWN
         while not whole:
             batch = list(islice(tasks, BATCH))
             whole = len(batch) < BATCH
@@ -210,7 +209,7 @@ class Flow:
             known |= {older[k]: r for k, r in self.work.found(kind, older).items() if valid(r)}
             todo = [task.bytes for task in batch if task.key not in known]
             self.progress.found(kind, list(known.values()), todo, whole)
-            left = len(todo) if whole else UNKNOWN
+            left = len(todo) + (0 if whole else max(0, count - number - len(batch)))
             for place in sorted(range(len(batch)), key=lambda place: -batch[place].bytes):
                 task = batch[place]
                 left -= task.key not in known

@@ -10,8 +10,9 @@ Programming, volume 3, section 5.4), except that the later tasks sort.
   Afterwards a shard reads only the runs of its own range. Each of these runs has about fifty times more of the shard's rows. If
   that isn't enough, ranges are merged again.
 - Files of the values by which documents are compared, and of the record of documents (`by_parts`): the same passes, if there are
-  more than `MANY_RANGES` reads. Each pass reads about `GROUP_BYTES` or more per request. So the number of requests grows with the
-  bytes, times the number of passes, which grows with the logarithm of the input.
+  more than `MANY_RANGES` reads, or if a task would read more than `MOST_FILES` files. Each pass reads about `GROUP_BYTES` or more
+  per request. So the number of requests grows with the bytes, times the number of passes, which grows with the logarithm of the
+  input.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby, islice, starmap
 from math import ceil, log
 from operator import itemgetter
 from types import MappingProxyType
@@ -29,6 +31,7 @@ import pyarrow as pa
 
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
+from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.spill import SpilledRun, survivors_of
@@ -39,9 +42,10 @@ LEAST = spill.GROUP_BYTES // 4
 
 MANY = 4096  # number of parts of runs that shards read; if there are fewer, a merge would save only seconds
 SPARE = 2  # factor by which merges exceed LEAST, because the sizes of files differ, and another pass costs all bytes
-MOST_FILES = 1024  # maximum files that a task merges: about a minute of requests to a store
+MOST_FILES = 1024  # maximum files that a task merges: about 8 seconds of requests to a store
+MOST_SPILLS = 256  # the same for files other than documents, whose merges are short steps
 HELD = 8  # a merge of files other than documents holds 1 / HELD of the tasks' memory
-MANY_RANGES = 1 << 16  # reads of a range from a spill: this many cost about a CPU minute, or 3 cents for a store's requests
+MANY_RANGES = 1 << 20  # reads of a range from a spill: this many cost about 16 CPU minutes, or 50 cents for a store's requests
 Item = TypeVar("Item")
 Bounds = Callable[[int, int], tuple[int, int]]  # maps shards [first, stop) to their range of keys
 
@@ -60,24 +64,30 @@ class ShardRange:
         return sum(run.bytes for run in self.runs) / max(1, len(self.runs)) / (self.stop - self.first)
 
 
+CutRange = tuple[ShardRange, int, float]
+"""A smaller range with the same files, the number of files to merge into one, and the mean bytes of a shard in a file."""
+
+
 def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_bytes: int) -> list[ShardRange]:
     """Divides shards into ranges, and merges each range's temporary files until each shard can be read efficiently (`thin`).
 
     A merged file has at most about `run_bytes` bytes. Returns the ranges in ascending order.
     """
-    return _passes(flow, "merge", merge, [ShardRange(0, shards, runs)], bounds, run_bytes, MANY)
+    return _passes(flow, "merge", merge, [ShardRange(0, shards, runs)], bounds, run_bytes, MANY, MOST_FILES)
 
 
 def _passes(flow: Flow, kind: str, function: TaskFunction, ranges: list[ShardRange], bounds: Bounds, run_bytes: int,
-            many: int) -> list[ShardRange]:  # fmt: skip
+            many: int, most_files: int) -> list[ShardRange]:  # fmt: skip
     while any(thin(one, many) for one in ranges):
-        cut = [part for one in ranges if thin(one, many) for part in divided(one, run_bytes)]
-        work = _merges(flow, cut, bounds, run_bytes)
+        cut = [part for one in ranges if thin(one, many) for part in divided(one, run_bytes, most_files)]
+        work = CountedTasks(_merges(flow, cut, bounds, run_bytes), sum(-(-len(one.runs) // size) for one, size, _ in cut))
         merged_files = iter(flow.taken(kind, function, work, itemgetter("runs")))
         whole = [one for one in ranges if not thin(one, many)]
-        for one, size, _ in cut:
-            merged_runs = [SpilledRun(*run) for _ in groups(one.runs, size) for run in next(merged_files)]
-            whole.append(ShardRange(one.first, one.stop, merged_runs))
+        for block in _blocks(cut):
+            one, size, _ = block[0]
+            of_groups = [list(islice(merged_files, len(block))) for _ in groups(one.runs, size)]
+            for (one, *_), files in zip(block, zip(*of_groups, strict=True), strict=True):
+                whole.append(ShardRange(one.first, one.stop, [SpilledRun(*run) for some in files for run in some]))
         ranges = sorted(whole, key=lambda one: one.first)
     return ranges
 
@@ -89,20 +99,20 @@ def thin(one: ShardRange, many: int | None = None) -> bool:
 
 
 def _thin(runs: int, shards: int, part: float, many: int) -> bool:
-    return shards > 1 and runs * shards > many and part < LEAST
+    return shards > 1 and part < LEAST and (runs * shards > many or runs > MOST_FILES)
 
 
-def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int, float]]:
+def divided(one: ShardRange, run_bytes: int, most_files: int = MOST_FILES) -> Iterator[CutRange]:
     """Splits a range of shards into smaller ranges. Yields (smaller range with the same files, number of files to merge into
     one, mean bytes of a shard in a file). A smaller range has about one row group or more in each file."""
     shards = one.stop - one.first
-    parts, size = _divided(shards, one.part * shards, run_bytes)
+    parts, size = _divided(shards, one.part * shards, run_bytes, most_files)
     for part in range(parts):
         first, stop = (one.first + shards * at // parts for at in (part, part + 1))
         yield ShardRange(first, stop, one.runs), size, one.part
 
 
-def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
+def _divided(shards: int, mean: float, run_bytes: int, most_files: int = MOST_FILES) -> tuple[int, int]:
     """Computes (the number of smaller ranges, the number of files to merge into one). `mean`: mean bytes of a file.
 
     All passes divide a range by about the same number, which is enough that no further pass is needed. Few parts make the reads
@@ -113,7 +123,7 @@ def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
     times = ceil(log(needed, most))
     fewest = (shards * mean / run_bytes / times) ** (1 / (times + 1))  # where the derivative of the number of reads is 0
     parts = min(most, ceil(max(needed ** (1 / times), fewest)))
-    return parts, min(MOST_FILES, max(2, int(run_bytes * parts // max(1, mean))))
+    return parts, min(most_files, max(2, int(run_bytes * parts // max(1, mean))))
 
 
 def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:
@@ -130,23 +140,26 @@ def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
         yield items[at : at + size]
 
 
-def _merges(flow: Flow, cut: list[tuple[ShardRange, int, float]], bounds: Bounds, run_bytes: int) -> Iterator[Task]:
+def _blocks(cut: list[CutRange]) -> Iterator[list[CutRange]]:
+    """Yields the ranges that have the same files."""
+    return (list(block) for _, block in groupby(cut, lambda part: id(part[0].runs)))
+
+
+def _merges(flow: Flow, cut: list[CutRange], bounds: Bounds, run_bytes: int) -> Iterator[Task]:
     """Yields the tasks that merge ranges of shards, from some temporary files each. `cut`: see `divided`.
 
-    Consecutive ranges have the same files. So the list of a task's files is digested once for these ranges, and sent to a node
-    once: with hundreds of names per task, this decides how many tasks per second the driver can start.
+    Consecutive tasks merge different ranges of the same files. So the list of these files is digested once, sent to a node once,
+    and one call can run several of the tasks: with hundreds of names per task, this decides how many tasks per second the driver
+    can start.
     """
-    runs, merges = list[SpilledRun](), list[tuple[int, object, Callable[..., str]]]()
-    for one, size, part in cut:
-        if one.runs is not runs:
-            runs = one.runs
-            merges = [(len(group), flow.share(group), keys("merge", [[run.name, run.decided] for run in group]))
-                      for group in groups(runs, size)]  # fmt: skip
-        low, high = bounds(one.first, one.stop)
-        for count, shared, key_of in merges:
-            arguments = {"low": low, "high": high, "run_bytes": run_bytes}
-            bytes = int(part * (one.stop - one.first) * count)
-            yield Task(key_of(low, high, run_bytes), arguments, {"runs": shared}, bytes)
+    for block in _blocks(cut):
+        for group in groups(block[0][0].runs, block[0][1]):
+            shared, key_of = {"runs": flow.share(group)}, keys("merge", [[run.name, run.decided] for run in group])
+            for one, _, part in block:
+                low, high = bounds(one.first, one.stop)
+                arguments = {"low": low, "high": high, "run_bytes": run_bytes}
+                bytes = int(part * (one.stop - one.first) * len(group))
+                yield Task(key_of(low, high, run_bytes), arguments, shared, bytes)
 
 
 def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
@@ -194,9 +207,10 @@ def _written(folder: Location, table: pa.Table) -> tuple[str, int, int]:
     return spill.write(folder, table, order), len(table), bytes
 
 
-def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object]]:
+def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object, int]]:
     """Yields, for each range of keys, the names of the temporary files that the range's task reads. Each item is (a digest of
-    these names, a Ray reference to these names). If there are many files, merges them first.
+    these names, a Ray reference to these names, the bytes that the task reads, by the mean of all ranges with the same files). If
+    there are many files, merges them first.
 
     `ranges`: [low, high) of keys, ascending.
     """
@@ -206,22 +220,25 @@ def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, i
     def bounds(first: int, stop: int) -> tuple[int, int]:
         return ranges[first][0], ranges[stop - 1][1]
 
-    for one in _passes(flow, f"{kind}-merge", merge_spills, whole, bounds, run_bytes, MANY_RANGES):
+    for one in _passes(flow, f"{kind}-merge", merge_spills, whole, bounds, run_bytes, MANY_RANGES, MOST_SPILLS):
         some = [run.name for run in one.runs]
-        shared = key(some), flow.share(some)
+        shared = key(some), flow.share(some), int(one.part * len(some))
         yield from (shared for _ in range(one.first, one.stop))
 
 
 def by_parts(flow: Flow, kind: str, parts: int, names: list[str], others: Mapping[str, list[str]] = MappingProxyType({}),
-             **more: object) -> Iterator[Task]:  # fmt: skip
-    """Yields one task for each of `parts` equal ranges of keys. A task reads the rows of its range from the temporary files
+             **more: object) -> CountedTasks:  # fmt: skip
+    """Returns one task for each of `parts` equal ranges of keys. A task reads the rows of its range from the temporary files
     `names`.
 
     `others`: additional temporary files that a task reads, by the name of the task's argument.
     """
     spills, ranges = {"names": names, **others}, [spill.share(part, parts) for part in range(parts)]
     exchanged_spills = [exchanged(flow, kind, some, ranges) for some in spills.values()]
-    for part, names_of_part in enumerate(zip(*exchanged_spills, strict=True)):
-        shared = dict(zip(spills, (names for _, names in names_of_part), strict=True))
-        follows = [follows for follows, _ in names_of_part]
-        yield Task(key(follows, part, parts, more), {"part": part, "parts": parts, **more}, shared)
+
+    def task(part: int, names_of_part: tuple[tuple[str, object, int], ...]) -> Task:
+        follows, names, bytes = zip(*names_of_part, strict=True)
+        shared = dict(zip(spills, names, strict=True))
+        return Task(key(follows, part, parts, more), {"part": part, "parts": parts, **more}, shared, sum(bytes))
+
+    return CountedTasks(starmap(task, enumerate(zip(*exchanged_spills, strict=True))), parts)

@@ -12,6 +12,7 @@ of the nodes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,12 @@ from heliostat.errors import HeliostatError
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.flow import Flow, Task
-from heliostat.tasks.merging import MANY_RANGES, by_parts
+from heliostat.tasks.merging import by_parts
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
 LEAST_PART, MOST_PART = 1 << 20, 64 << 20  # bytes of the edges' temporary files that a task reads: about a second to a minute
+PER_SQUARE = 8 << 10  # bytes per read of a file by a task: reading them takes less time than the store's answer to two requests
 ROUNDS = 100  # maximum rounds: more than log^2 of any number of documents
 Edges = tuple[np.ndarray, np.ndarray]
 NONE: Edges = (np.zeros(0, np.uint64), np.zeros(0, np.uint64))
@@ -134,10 +136,10 @@ def stars(flow: Flow, kind: str, names: list[str], parts: int, room: int) -> tup
 
 
 def parts_of(names: list[str], most: int) -> int:
-    """Computes the number of tasks that read edges from these temporary files. With so many tasks, no files need merging, unless
-    a task would read more than MOST_PART bytes."""
+    """Computes the number of tasks that read edges from these temporary files. Each task writes a file, which all tasks of the
+    next step read. So the number grows with the square root of the bytes, unless a task would read more than MOST_PART bytes."""
     bytes = sum(spill.size_of(name) or 0 for name in names)
-    fit = min(MANY_RANGES // max(1, len(names)), -(-bytes // LEAST_PART))
+    fit = min(isqrt(bytes // PER_SQUARE), -(-bytes // LEAST_PART))
     return max(1, min(most, max(fit, -(-bytes // MOST_PART))))
 
 

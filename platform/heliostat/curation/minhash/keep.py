@@ -27,7 +27,11 @@ CANDIDATES = pa.schema(
     [("key", pa.uint64()), ("root", pa.uint64()), ("node", pa.uint64()), ("id", pa.large_string()), ("rank", pa.float64()),
      ("value", pa.large_string()), ("size", pa.int64())]
 )  # fmt: skip
-BELONGING = pa.schema([("key", pa.uint64()), ("root", pa.uint64())])
+STARS = pa.schema([("key", pa.uint64()), ("root", pa.uint64())])
+BELONGING = pa.schema(
+    [*STARS, ("document", pa.uint64()), ("id", pa.large_string()), ("bytes", pa.int64()), ("columns", pa.large_string())]
+)
+"""Schema of the documents that are in clusters. `key`: the document's node; `document`: its key in the file of documents."""
 CHOSEN = pa.schema(
     [("key", pa.uint64()), ("root", pa.uint64()), ("kept", pa.uint64()), ("id", pa.large_string()), ("size", pa.int64())]
 )
@@ -49,19 +53,21 @@ def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[s
     return {"members": name, "rows": len(table), "files": [name]}
 
 
-def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], rule: Rule, column: str,
+def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], keep: Rule, column: str,
                names: list[str]) -> dict[str, object]:  # fmt: skip
     """Chooses each cluster's candidate: the only document in the temporary files `runs` that may stay. Writes the candidates,
     each with the number of the cluster's documents in `runs`, to a temporary file.
 
-    Writes the cluster of each document to a second temporary file. `first`: the number of the first of `runs`.
+    Writes the documents that are in clusters (BELONGING) to a second temporary file, so that `decide` reads no other documents.
+    `first`: the number of the first of `runs`.
     """
     waiting, new, belonging = [CANDIDATES.empty_table()], 0, [BELONGING.empty_table()]
     for number, run, rows, roots in _clusters(folder, first, runs, copies, names):
         nodes = (np.uint64(number) << np.uint64(32)) | rows.astype(np.uint64)
-        belonging.append(pa.table({"key": nodes, "root": roots}))
         for part, which in _members(folder, run, rows, ["id", "bytes", "columns"]):
-            waiting.append(_compared(part, nodes[which], roots[which], rule, column))
+            about = [part[name] for name in ("key", "id", "bytes", "columns")]
+            belonging.append(pa.Table.from_arrays([pa.array(nodes[which]), pa.array(roots[which]), *about], schema=BELONGING))
+            waiting.append(_compared(part, nodes[which], roots[which], keep, column))
             new += len(part)
         if new >= max(HELD, len(waiting[0])):
             waiting, new = [_best(waiting)], 0
@@ -75,7 +81,7 @@ def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list
     roots of these clusters. The rows include copies: documents with the same keys as an earlier document."""
     stars = dict(by_run(folder, first, len(runs), names))
     for number, (run, name) in enumerate(zip(runs, copies, strict=True), first):
-        table = stars.pop(number, BELONGING.empty_table())
+        table = stars.pop(number, STARS.empty_table())
         rows, place = np.unique((table["key"].to_numpy() & np.uint64(0xFFFFFFFF)).astype(np.uint32), return_index=True)
         roots = table["root"].to_numpy()[place]
         if name:
@@ -166,19 +172,16 @@ def decide(
     clusters, decided = chosen["root"].to_numpy(), [list[str | int | None]([None, 0, 0]) for _ in runs]
     for number, table in by_run(folder, first, len(runs), [belonging]):
         nodes = table["key"].to_numpy()
-        at, gone = np.searchsorted(clusters, table["root"].to_numpy()), [segment.DECIDED.empty_table()]
-        goes, size = chosen["kept"].to_numpy()[at] != nodes, 0
-        rows, at = (nodes[goes] & np.uint64(0xFFFFFFFF)).astype(np.uint32), at[goes]
-        for part, which in _members(folder, runs[number - first], rows, ["id", "bytes", "columns"]):
-            stays = chosen.take(pa.array(at[which]))
-            columns = (part["id"], part["columns"], stays["id"], stays["size"])
-            for id, about, kept, similarity in zip(*(column.to_pylist() for column in columns), strict=True):
-                out.leave_out(id, stage, "near_duplicate", f"{kept} (one of {similarity})", columns=about)
-            size += int(part["bytes"].to_numpy().sum())
-            gone.append(part.select(segment.DECIDED.names))
-        if len(rows):
-            name = spill.write(folder, pa.concat_tables(gone), ("row",))
-            decided[number - first] = [name, len(rows), size]
+        at = np.searchsorted(clusters, table["root"].to_numpy())
+        goes = chosen["kept"].to_numpy()[at] != nodes
+        gone, stays = table.filter(pa.array(goes)), chosen.take(pa.array(at[goes]))
+        columns = (gone["id"], gone["columns"], stays["id"], stays["size"])
+        for id, about, kept, similarity in zip(*(column.to_pylist() for column in columns), strict=True):
+            out.leave_out(id, stage, "near_duplicate", f"{kept} (one of {similarity})", columns=about)
+        if len(gone):
+            rows = pa.array((nodes[goes] & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+            name = spill.write(folder, pa.Table.from_arrays([gone["document"], rows], schema=segment.DECIDED), ("row",))
+            decided[number - first] = [name, len(gone), int(gone["bytes"].to_numpy().sum())]
             files.append(name)
     record = out.record({})
     return record | {"decided": decided, "files": [*record["files"], *files]}

@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from heliostat.curation.images.sampling import SampledImages
-from heliostat.curation.minhash import exact
+from heliostat.curation.minhash import exact, keep
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers.survey import Mark, Survey
 from heliostat.curation.simulation import images
@@ -134,7 +134,8 @@ class Sizes:
             source = task.arguments.get("source")
             rate = source.rate if isinstance(source, SampledTexts | SampledImages) else _whole
             return int(sum(part.length * rate(part) for part in parts))
-        if task.bytes and (task.arguments.keys() & {"run_bytes", "chunk_images"} or self.plan(task)):  # merges, and shards
+        planned = task.arguments.keys() & {"run_bytes", "chunk_images"} or "names" in task.shared or self.plan(task)
+        if task.bytes and planned:  # merges, parts of merged files, and shards
             return task.bytes
         shared = [self.values.get(id(value), value) for value in task.shared.values()]
         share = _share_of_keys(task.arguments)
@@ -144,10 +145,12 @@ class Sizes:
 
     def loads(self, kind: TaskKind, task: Task, read: int) -> tuple[int, int]:
         """Returns the number of temporary files, and the bytes, that a task reads from the store. `read`: the bytes of its
-        arguments (`read`). The search for copies reads no documents, although the list of its runs is an argument."""
-        if kind.function is not exact.copies:
+        arguments (`read`). The search for copies reads no documents, although the list of its runs is an argument. The task that
+        lists near duplicates reads only those in clusters, from a file of their own."""
+        if kind.function not in (exact.copies, keep.decide):
             return self.files(task), read
-        loaded = replace(task, arguments={}, bytes=0)
+        loaded = replace(task, arguments={name: value for name, value in task.arguments.items() if name != "runs"})
+        loaded = replace(loaded, bytes=task.bytes - spilled_bytes(task.arguments["runs"]))
         return self.files(loaded), self.read(loaded)
 
     def of_runs(self, task: Task) -> tuple[int, int]:

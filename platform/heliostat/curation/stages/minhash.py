@@ -27,6 +27,7 @@ from heliostat.curation.minhash.keep import Rule, candidates, choose, decide, me
 from heliostat.curation.minhash.signatures import Parameters, sign
 from heliostat.curation.segment import SpilledRun, store
 from heliostat.curation.stage import GlobalStage
+from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
@@ -74,7 +75,7 @@ class MinHash(GlobalStage):
         follows = [self.version, vars(parameters), self.library_versions()]
         repeated = self._repeated(flow, kind, runs, memory_limit)
         signing = (_signing(run, parameters, follows, name) for run, name in zip(runs, repeated, strict=True))
-        signed = flow.taken(f"{kind}-sign", sign, signing, itemgetter("keys", "rows", "copies"))
+        signed = flow.taken(f"{kind}-sign", sign, CountedTasks(signing, len(runs)), itemgetter("keys", "rows", "copies"))
         parts = parts_of(sum(rows for _, rows, _ in signed) * ROW_BYTES, memory_limit)
         keys = [(name, rows) for name, rows, _ in signed]
         met = components.gathered(flow, f"{kind}-meet", keys, parts, components.meet)
@@ -84,15 +85,16 @@ class MinHash(GlobalStage):
         edges, _ = components.stars(flow, kind, connected, parts, memory_limit // ROW_BYTES)
         belonging = flow.all(f"{kind}-members", members, by_parts(flow, kind, parts, edges))
         names = [r["members"] for r in belonging]
-        rule = {"rule": self.keep, "column": self.column}
+        rule = {"keep": self.keep, "column": self.column}
         copies = (name for _, _, name in signed)
-        naming = (adding(task, copies=list(islice(copies, len(task.arguments["runs"]))))
-                  for task in by_runs(flow, kind, runs, names, memory_limit, **rule))  # fmt: skip
-        named = flow.all(f"{kind}-candidates", candidates, naming)
+        groups = by_runs(flow, kind, runs, names, memory_limit, **rule)
+        naming = (adding(task, copies=list(islice(copies, len(task.arguments["runs"])))) for task in groups)
+        named = flow.all(f"{kind}-candidates", candidates, CountedTasks(naming, groups.count))
         chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, [r["candidates"] for r in named]))
         how, names = {"stage": name, **recording.arguments(curated.every)}, [r["chosen"] for r in chosen]
-        groups = zip(by_runs(flow, kind, runs, names, memory_limit, **how), named, strict=True)
-        _, left = settled(flow, curated, kind, decide, (adding(task, belonging=r["belonging"]) for task, r in groups))
+        groups = by_runs(flow, kind, runs, names, memory_limit, **how)
+        deciding = (adding(task, belonging=r["belonging"]) for task, r in zip(groups, named, strict=True))
+        _, left = settled(flow, curated, kind, decide, CountedTasks(deciding, groups.count))
         part = comparing.stage_tally(flow, kind, runs, left, chosen)
         part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}
         curated.tallies.append(store(flow.work.spill, {name: part}))
@@ -101,9 +103,9 @@ class MinHash(GlobalStage):
     def _repeated(self, flow: Flow, kind: str, runs: list[SpilledRun], memory_limit: int) -> list[str | None]:
         """Finds the texts that several runs have. Returns, for each run, the temporary file that lists its documents with such
         texts (`exact.copies`), or None if the run has none."""
-        identified = flow.taken(
-            f"{kind}-identify", exact.identify, self._identifying(runs, memory_limit), itemgetter("rows", "texts")
-        )
+        groups = list(filled(runs, lambda run: run.rows, memory_limit // exact.ROW_BYTES, comparing.RUNS))
+        identifying = CountedTasks(self._identifying(groups), len(groups))
+        identified = flow.taken(f"{kind}-identify", exact.identify, identifying, itemgetter("rows", "texts"))
         texts = [name for _, name in identified]
         parts = parts_of(sum(rows for rows, _ in identified) * exact.ROW_BYTES, memory_limit)
         comparing_texts = by_parts(flow, f"{kind}-exact", max(parts, components.parts_of(texts, len(runs))), texts)
@@ -114,10 +116,10 @@ class MinHash(GlobalStage):
         copying = flow.all(f"{kind}-copies", exact.copies, by_runs(flow, f"{kind}-copies", runs, names, memory_limit))
         return [name for r in copying for name in r["copies"]]
 
-    def _identifying(self, runs: list[SpilledRun], memory_limit: int) -> Iterator[Task]:
+    def _identifying(self, groups: list[list[SpilledRun]]) -> Iterator[Task]:
         """Yields the tasks that list the texts of several runs each."""
         first = 0
-        for group in filled(runs, lambda run: run.rows, memory_limit // exact.ROW_BYTES, comparing.RUNS):
+        for group in groups:
             arguments = {"first": first, "runs": group, "within": self.within}
             decisions = [[run.name, run.decided] for run in group]
             yield Task(key("identify", first, decisions, self.within), arguments, bytes=sum(run.bytes for run in group))

@@ -29,6 +29,7 @@ from heliostat.data.infilling import COUNTS, FACT, OWN, find
 from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import ConfigError
 from heliostat.tasks import libraries, merging, spill
+from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import key
 
@@ -57,7 +58,7 @@ class Reading(Making):
     def columns(self) -> list[str]:
         return list(self.source.rules.columns)
 
-    def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
+    def pieces(self, inputs: list[InputFile]) -> Iterable[list[FilePart]]:
         if self.sample is not None:
             return self.sample.pieces()
         target = self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
@@ -234,7 +235,7 @@ class TextMaking(Reading):
                     stop = min(first + each, part.stop)
                     yield Task(key(follows, first, stop), {"first": first, "stop": stop}, shared_run, reads)
 
-        return self.shards(tasks.write_shards, work(), self.flow.cpus_each(shards))
+        return self.shards(tasks.write_shards, CountedTasks(work(), -(-shards // each)), self.flow.cpus_each(shards))
 
     @property
     def of_prediction(self) -> dict[str, Any]:
@@ -305,7 +306,7 @@ def identities(runs: list[SpilledRun]) -> list[list[object]]:
     return [[run.name, run.decided] for run in runs]
 
 
-def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int, limit: int | None = None) -> Iterator[list[FilePart]]:
+def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int, limit: int | None = None) -> list[list[FilePart]]:
     """Splits an input into pieces of about `target` bytes. For files that are split into ranges of lines, first counts the lines
     before each range.
 
@@ -321,7 +322,7 @@ def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int, limit
     unknown = [p[0] for p in cut if p[0].stop is not None and readers.numbered(p[0].path or input) == "line" and not p[0].packed]
     count = (Task(key("lines", input, part.identity), {"input": input, "part": part}) for part in unknown)
     lines = dict(zip(unknown, (r["lines"] for r in flow.all("lines", tasks.count_lines, count)), strict=True))
-    return numbered(pieces.largest_first(cut, target), lines)
+    return list(numbered(pieces.largest_first(cut, target), lines))
 
 
 def numbered(cut: Iterable[list[FilePart]], lines: dict[FilePart, int]) -> Iterator[list[FilePart]]:

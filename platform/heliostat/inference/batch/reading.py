@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,7 +49,7 @@ class InputReading(Protocol):
 
     def listing(self) -> list[InputFile]: ...
 
-    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[FilePart]]: ...
+    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterable[list[FilePart]]: ...
 
     def source(self, flow: Flow) -> DocumentSource: ...
 
@@ -68,7 +68,7 @@ class Texts:
     def listing(self) -> list[InputFile]:
         return sources.listing(self.input)
 
-    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterator[list[FilePart]]:
+    def pieces(self, flow: Flow, files: list[InputFile]) -> Iterable[list[FilePart]]:
         target = flow.work.begin(max(LEAST, min(MOST, sum(f.bytes for f in files) // PIECES)))
         return making.pieces_of(flow, self.input, files, target)
 
