@@ -261,6 +261,7 @@ def test_a_question_with_thousands_of_turns_is_not_rendered_per_turn(tmp_path, m
 
 @pytest.mark.parametrize(("pipeline", "keys", "number"), [
     (ConversationPipeline, {}, 1), (ConversationPipeline, {"too_long": "cut"}, 2), (PreferencePipeline, {}, 2),
+    (ConversationPipeline, {"too_long": "cut", "turns": "last"}, 1),
 ])  # fmt: skip
 def test_datasets_whose_rules_have_not_changed_stay_up_to_date(tmp_path, model, pipeline, keys: Row, number: int) -> None:
     """A new version of other rules would make a large dataset again. Rules that drop other records need one."""

@@ -110,10 +110,10 @@ class RecordRules(TextRules):
         return shapes.preference(values) if self.shape in shapes.PAIRS else shapes.conversation(values, self.shape)
 
 
-def version(shape: str, too_long: TooLong) -> int:
+def version(shape: str, too_long: TooLong, turns: rendering.Turns) -> int:
     """Returns the version of the rules by which records become rows. Increase it when the same records give other rows, but only
     for the shapes and keys whose rows differ, so that the other datasets stay up to date."""
-    return 1 if shape not in shapes.PAIRS and too_long == "drop" else 2
+    return 2 if shape in shapes.PAIRS or (too_long != "drop" and turns == "all") else 1
 
 
 @dataclass(frozen=True)
