@@ -236,8 +236,32 @@ def test_turns_after_a_cut_are_not_rendered_one_by_one(tmp_path, model, monkeypa
     assert costs[0] < 6 * costs[1] < 6 * costs[2] and parts(made[1]) == parts(made[2])
 
 
+def test_a_long_conversation_whose_beginning_trains_nothing_is_too_long(tmp_path, model) -> None:
+    """It has trained answers, but none within the maximum length."""
+    short = [{"role": "user", "content": "first of all"}, {"role": "assistant", "content": "amber", "weight": 0}]
+    write(tmp_path / "in/a.jsonl", [{"messages": [{**one, "weight": 1} for one in short]},
+                                    {"messages": [*short * 400, short[0], {**short[1], "weight": 1}]}])  # fmt: skip
+    dataset = make(ConversationPipeline, "out", model, tmp_path, sequence_length=64, too_long="cut")
+    assert dataset.meta["dropped"] == {"too_long": 1}
+
+
+def test_a_question_with_thousands_of_turns_is_not_rendered_per_turn(tmp_path, model, monkeypatch) -> None:
+    """An agent calls tools many times after one message of the user, so no part of its conversation fits."""
+    rendered, text, costs = list[int](), Renderer.text, list[int]()
+    monkeypatch.setattr(Renderer, "text", lambda self, m, *more, **keys: rendered.append(len(m)) or text(self, m, *more, **keys))
+    short = [{"role": "user", "content": "first of all"}, {"role": "assistant", "content": "amber"}]
+    for number in (400, 100):
+        write(tmp_path / "in/a.jsonl", [{"messages": short}, {"messages": short + short[1:] * number}])
+        dataset = make(ConversationPipeline, f"{number}", model, tmp_path, sequence_length=64, too_long="split")
+        assert dataset.meta["dropped"] == {"too_long": 1}
+        costs.append(sum(rendered))
+        rendered.clear()
+    assert costs[0] < 6 * costs[1]
+
+
 @pytest.mark.parametrize(("pipeline", "keys", "number"), [
     (ConversationPipeline, {}, 1), (ConversationPipeline, {"too_long": "cut"}, 2), (PreferencePipeline, {}, 2),
+    (ConversationPipeline, {"too_long": "cut", "turns": "last"}, 1),
 ])  # fmt: skip
 def test_datasets_whose_rules_have_not_changed_stay_up_to_date(tmp_path, model, pipeline, keys: Row, number: int) -> None:
     """A new version of other rules would make a large dataset again. Rules that drop other records need one."""

@@ -1,9 +1,12 @@
 """Tests the records of shards and their collection: the same manifest as from rows, byte for byte, in little memory."""
 
+import gc
 import hashlib
 import io
 import json
 import random
+import resource
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -152,6 +155,24 @@ def test_a_full_disk_names_the_folder(monkeypatch):
         monkeypatch.setattr(stored_rows, "temporary", lambda: full)
         with pytest.raises(StorageError, match=r"can't store the rows of the manifest .*No space left.* set TMPDIR"):
             collected([shard_rows(random.Random(0), 0, 1)], random.Random(0))
+
+
+def test_a_disk_that_becomes_full_is_one_error(monkeypatch, tmp_path):
+    """The rest of a file that doesn't fit must not fail again when the file is closed: with another error, or on the terminal."""
+    monkeypatch.setattr(stored_rows, "FILE_BYTES", 1)
+    later, shards = list[Any](), [shard_rows(random.Random(0), 0, 2_000)]
+    monkeypatch.setattr(sys, "unraisablehook", later.append)
+    rows, limits = collected(shards, random.Random(0)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    manifest_table.digest(rows, META)  # all rows are on the disk
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+        for write in (lambda: manifest.write(Location(str(tmp_path)), rows, META), lambda: collected(shards, random.Random(0))):
+            with pytest.raises(StorageError, match=r"can't store the rows of the manifest .*File too large.* set TMPDIR"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    gc.collect()
+    assert not later
 
 
 def test_a_path_that_is_not_text_makes_a_manifest_unreadable(tmp_path):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import IO, Annotated, Any, NotRequired
@@ -259,7 +259,7 @@ def write(location: Location, rows: Rows, meta: Mapping[str, object]) -> Manifes
 @contextmanager
 def _encoded(version: Manifest) -> Iterator[IO[bytes]]:
     """Writes a version's file to a temporary file, which may be larger than the memory."""
-    with stored_rows.temporary() as file:
+    with closing(stored_rows.temporary()) as file:
         with stored_rows.explained():
             encode(version.row_groups, version.meta, file)
             file.flush()

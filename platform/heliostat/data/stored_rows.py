@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, Any, cast
@@ -29,9 +29,15 @@ SHARD = pa.schema(
 FILE_BYTES = 1 << 20
 
 
+class _TemporaryFile(tempfile.SpooledTemporaryFile[bytes]):
+    def close(self) -> None:
+        with suppress(OSError):  # of a full disk: this file vanishes, and `explained` has raised the error
+            super().close()
+
+
 def temporary() -> IO[bytes]:
     """Opens a temporary file, which vanishes with the returned object or with its process."""
-    return cast("IO[bytes]", tempfile.SpooledTemporaryFile(FILE_BYTES))
+    return cast("IO[bytes]", _TemporaryFile(FILE_BYTES))
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class ConversationMaking(Reading):
         source = self.source
         return [source.input, {**vars(source.rules)}, self.renderer.dialect.digest, source.turns, source.end_of_turn,
                 source.sequence_length, source.too_long, rendering.VERSION,
-                reading.version(source.rules.shape, source.too_long),
+                reading.version(source.rules.shape, source.too_long, source.turns),
                 libraries.versions(["tokenizers", "transformers", "jinja2"])]  # fmt: skip
 
     @property

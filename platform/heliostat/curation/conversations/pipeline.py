@@ -95,7 +95,8 @@ class RenderedPipeline(StagedPipeline):
         return None if self.input == sources.STDLIB else synthetic.answers(sources.root(self.input), inputs)
 
     def identity(self) -> dict[str, Any]:
-        versions_of_rules = [VERSION, rendering.VERSION, reading.version(self.shaped, self.fitting)]
+        of_records = reading.version(self.shaped, self.fitting, self.renderer().turns)
+        versions_of_rules = [VERSION, rendering.VERSION, of_records]
         config = super().identity() | {"dialect": self.dialect.digest, "versions": versions_of_rules}
         for name in ("model", "tokenizer", "template"):  # their content counts, not their location
             del config[name]

@@ -110,10 +110,10 @@ class RecordRules(TextRules):
         return shapes.preference(values) if self.shape in shapes.PAIRS else shapes.conversation(values, self.shape)
 
 
-def version(shape: str, too_long: TooLong) -> int:
+def version(shape: str, too_long: TooLong, turns: rendering.Turns) -> int:
     """Returns the version of the rules by which records become rows. Increase it when the same records give other rows, but only
     for the shapes and keys whose rows differ, so that the other datasets stay up to date."""
-    return 1 if shape not in shapes.PAIRS and too_long == "drop" else 2
+    return 2 if shape in shapes.PAIRS or (too_long != "drop" and turns == "all") else 1
 
 
 @dataclass(frozen=True)
@@ -217,14 +217,13 @@ class ConversationSource(TextSource):
 
     def _fitted(self, conversation: ParsedConversation) -> tuple[list[Rendered], Counter[str]]:
         """Renders a conversation as one row or, if it is too long, as `too_long` says."""
-        limit, many = SURELY_LONG * self.sequence_length, len(conversation.messages) > MANY_MESSAGES
-        measured = many and (self.too_long == "drop" or self.turns == "all")  # rendering all turns takes their square
-        if measured and (count := self._length(conversation.messages, conversation.tools)) > limit:
+        measured = self.too_long == "drop" or self.turns == "all"
+        if measured and (count := self._surely_long(conversation.messages, conversation.tools)):
             if self.too_long == "drop":
                 raise FaultError("too_long", f"{count:,} tokens")
             if self.too_long == "split":
                 return self._split(conversation), Counter(split=1)
-            conversation = self._beginning(conversation, limit)
+            conversation = self._beginning(conversation, SURELY_LONG * self.sequence_length)
         row = self.renderer.conversation(conversation)
         if len(row.tokens) <= self.sequence_length:
             return [row], Counter()
@@ -239,13 +238,20 @@ class ConversationSource(TextSource):
         (tokens,) = self.renderer.encode(self.renderer.text(messages, tools))
         return len(tokens)
 
+    def _surely_long(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> int:
+        """Counts the tokens of many messages if these are surely too many; otherwise returns 0. Rendering all turns takes their
+        square."""
+        count = self._length(messages, tools) if len(messages) > MANY_MESSAGES else 0
+        return count if count > SURELY_LONG * self.sequence_length else 0
+
     def _beginning(self, conversation: ParsedConversation, limit: int) -> ParsedConversation:
-        """Returns the first messages of a conversation, up to an answer, with more than `limit` tokens."""
-        answers, most = [n for n, one in enumerate(conversation.messages, 1) if one["role"] == "assistant"], MANY_MESSAGES
+        """Returns the first messages of a conversation, up to a trained answer, with more than `limit` tokens."""
+        most, last = MANY_MESSAGES, len(conversation.messages)
+        learned = [n for n, one in enumerate(conversation.messages, 1) if one["role"] == "assistant" and one.get(WEIGHT, 1)]
         while True:
-            end = next((n for n in answers if n >= most), answers[-1])
+            end = next((n for n in learned if n >= most), last)
             begin = ParsedConversation(conversation.messages[:end], conversation.tools)
-            if end == answers[-1] or self._length(begin.messages, begin.tools) > limit:
+            if end == last or self._length(begin.messages, begin.tools) > limit:
                 return begin
             most += most // 4
 
@@ -286,6 +292,8 @@ class ConversationSource(TextSource):
         rows, waiting = list[Rendered](), list[list[dict[str, Any]]]()
         last: Rendered | None = None
         for exchange in exchanges:
+            if count := self._surely_long([*head, *exchange], conversation.tools):
+                raise FaultError("too_long", f"{count:,} tokens in one exchange")
             both = self._part(conversation, head, [*waiting, exchange])
             if len(both.tokens) > self.sequence_length and last is not None:
                 rows.append(last)
