@@ -1,19 +1,20 @@
-"""Measures the cost of preparing text with stages, by the input's size: CPU seconds per GB and peak memory by kind of task.
+"""Measures the cost of preparing text with stages, by the input's size: CPU seconds per GB and peak memory by kind of task. Then
+compares a dry run with the complete run.
 
     python -m tests.benchmarks.curation [--gb 1 4] [--memory-limit 268435456] [--folder FOLDER] [--corpus corpus.jsonl]
-        [--workers 1] [--shards-in 1] [--no-shards]
+        [--sample 0.01] [--only-input]
 
 Writes JSON lines of English-like words: a seventh are near-duplicates, and a twentieth exact ones. With a corpus of real
 documents (`curation_corpus.py`), recombines its paragraphs instead (`recombined.py`), and compresses the files. Makes a dataset
-of them without Ray: worker processes run one task after another, so the memory of the driver and of a worker are separate, and
-CPU seconds depend little on the machine's other work. With `--shards-in N`, runs one in N of the tasks that write shards, and
-multiplies their seconds by N.
+of them without Ray: one worker process runs one task after another, so the memory of the driver and of the worker are separate,
+and CPU seconds depend little on the machine's other work.
 
 Each size runs in separate processes, after a small discarded run. A task's peak is the worker's highest memory during the task
 (the kernel's high-water mark, reset before each) above that after the small run. It includes memory that earlier tasks left.
+With `--sample`, a new worker then predicts the result of the last size from this share of its input.
 
 With a folder, input and work stay in it, and an interrupted run resumes: seconds and peaks of finished tasks are in their
-records, and those of the driver are in a file.
+records, and those of the driver are in a file. With `--only-input`, only writes the inputs.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,21 +34,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from heliostat.curation.registry import parse
-from heliostat.curation.text import sources
-from heliostat.curation.text.documents import TextRules
-from heliostat.curation.text.making import TextMaking
-from heliostat.curation.text.tasks import TextSource
+from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.storage.locations import Location
+from heliostat.tasks import cpu_time
+from heliostat.tasks.clusters import Cluster
 from heliostat.tasks.work import Work
+from pydantic import PrivateAttr
 
 from tests.benchmarks import harness, recombined
 from tests.unit.build_curation import HereFlow
 
 STAGES = [{"stage": "length", "min_words": 50}, {"stage": "minhash"}]
-Running = dict[Future, tuple[int, str]]  # call -> number and key of its task
-STAGES_OF_CORPUS = [{"stage": "length", "min_chars": 12_000}, {"stage": "minhash"}]  # drops four fifths of the bytes
-BPE = {"vocab_size": 8192, "train_bytes": 5_000_000, "path": None, "end_of_document": "<|endoftext|>"}
+STAGES_OF_CORPUS = [{"stage": "length", "max_chars": 1500}, {"stage": "minhash"}]  # drops seven eighths of the bytes
+BPE = {"vocab_size": 8192, "train_bytes": 5_000_000}
 
 
 def settled() -> float:
@@ -61,11 +60,15 @@ def measured(function: Callable[..., dict[str, Any]], *given: Any, **arguments: 
     """Runs a task in this process like `flow.execute`. Adds its CPU seconds and the peak of memory to its record."""
     pa.set_memory_pool(pa.system_memory_pool())
     harness.forget_peak()
-    start = time.process_time()
+    start = cpu_time.now()
     made = function(*given, **arguments)
-    made |= {"seconds": time.process_time() - start, "peak": harness.memory("VmHWM")}
+    made |= {"seconds": cpu_time.now() - start, "peak": harness.memory("VmHWM")}
     pa.default_memory_pool().release_unused()
     return made
+
+
+def new_pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"))
 
 
 @dataclass
@@ -82,14 +85,10 @@ class Spent:
 
 @dataclass
 class Timed(HereFlow):
-    """Runs tasks in order, once each, in the pool's processes, and counts what each kind takes. Runs one in `shards_in` of the
-    tasks that write shards."""
+    """Runs tasks in order, once each, in the pool's process, and counts what each kind takes."""
 
-    pool: ProcessPoolExecutor = field(default_factory=lambda: ProcessPoolExecutor(1, get_context("spawn")))
-    workers: int = 1
-    shards_in: int = 1
+    pool: ProcessPoolExecutor = field(default_factory=new_pool)
     spent: dict[str, Spent] = field(default_factory=dict)
-    left_out: int = 0
     began: float = field(default_factory=time.process_time)
     before: float = field(default_factory=lambda: harness.memory("VmRSS"))
     earlier: tuple[float, float] = (0.0, 0.0)
@@ -99,35 +98,19 @@ class Timed(HereFlow):
             self.earlier = tuple(json.loads(self.place.read_text()))
 
     def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, **pools):
-        name, running = "minhash" if kind.startswith("minhash") else kind, Running()
+        name = "minhash" if kind.startswith("minhash") else kind
         for number, task, made, _ in self._looked_up(kind, tasks, valid):
-            if kind == "shards" and number % self.shards_in:
-                self.left_out += 1
-                continue
-            if made is not None:
-                yield number, self.counted(name, made)
-                continue
-            while len(running) >= self.workers:
-                yield from self.ended(name, kind, running)
-            call = self.pool.submit(measured, function, self.work.spill, **task.arguments, **task.shared)
-            running[call] = number, task.key
-        while running:
-            yield from self.ended(name, kind, running)
-
-    def ended(self, name: str, kind: str, running: Running) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Waits for a task, and writes the records of the tasks that have ended. Yields (number, record) of each."""
-        for call in wait(running, return_when=FIRST_COMPLETED).done:
-            number, key = running.pop(call)
-            self.work.finish(kind, key, made := call.result())
-            self.note()
-            yield number, self.counted(name, made)
-
-    def counted(self, name: str, made: dict[str, Any]) -> dict[str, Any]:
-        self.spent.setdefault(name, Spent()).add(made)
-        return made
+            if made is None:
+                made = self.pool.submit(measured, function, self.work.spill, **task.arguments, **task.shared).result()
+                self.work.finish(kind, task.key, made)
+                self.note()
+            self._count(self.done, kind, made)
+            self.spent.setdefault(name, Spent()).add(made)
+            yield number, made
 
     def note(self) -> None:
         """Writes the driver's CPU seconds and its highest memory so far to its file."""
+        self.place.parent.mkdir(parents=True, exist_ok=True)
         self.place.write_text(json.dumps(self.driver))
 
     @property
@@ -139,6 +122,54 @@ class Timed(HereFlow):
         """Returns the CPU seconds of the driver, and its highest memory in MiB above that at the start."""
         cpu, peak = self.earlier
         return [cpu + time.process_time() - self.began, max(peak, harness.memory("VmHWM") - self.before)]
+
+
+class MeasuredPipeline(TextPipeline):
+    """Runs its tasks in the process of a pool."""
+
+    _pool: ProcessPoolExecutor = PrivateAttr(default_factory=new_pool)
+    _flow: Timed | None = PrivateAttr(default=None)
+
+    @classmethod
+    def over(cls, folder: Path, memory_limit: int, stages: list[dict[str, Any]], pool: ProcessPoolExecutor) -> MeasuredPipeline:
+        """Returns the pipeline for the input in a folder."""
+        one = cls(name="measured", input=f"{folder}/in", output=f"{folder}/out", tokenizer=BPE, stages=stages,
+                  memory_limit=memory_limit, shard_bytes=memory_limit // 8)  # fmt: skip
+        one._pool = pool
+        return one
+
+    def flow(self, work: Work | None = None, cluster: Cluster | None = None) -> Timed:
+        self._flow = Timed(work or self.worked, pool=self._pool, memory=self.memory_limit)
+        return self._flow
+
+    def made(self) -> tuple[dict[str, float], Timed]:
+        """Makes the dataset. Returns the documents after each stage, bytes, tokens, and CPU seconds; and the flow."""
+        output = Location(self.output)
+        meta = self.write(output, self.inputs())[1]
+        assert self._flow is not None
+        self._flow.note()
+        funnel = json.loads(output.join(meta["curation"]["funnel"]).read())
+        shard, documents = funnel["shard"], {name: part["kept"] for name, part in funnel.items() if name != "finish"}
+        seconds = {f"CPU s of `{name}`": seconds for name, seconds in self._seconds.items()}
+        return {**documents, "bytes": shard["kept_bytes"], "tokens": shard["counts"]["tokens"], **seconds,
+                "CPU s of all tasks": sum(self._flow.seconds.values())}, self._flow  # fmt: skip
+
+    def foretold(self, folder: Location, share: float) -> dict[str, float]:
+        """Predicts the values of `made` from a share of the input, and the bounds of some of them."""
+        report = self.predict(folder, self.inputs(), share)
+        rows = report["funnel"]
+        for note in report["notes"]:
+            print(f"- {note}")
+        hour = 3600
+        return {**{row["stage"]: row["kept"] for row in rows}, "bytes": report["bytes"], "tokens": report["tokens"],
+                **{f"CPU s of `{row['stage']}`": row["cpu_hours"] * hour for row in rows},
+                "CPU s of all tasks": report["cpu_hours"] * hour,
+                **{f"{row['stage']}{end}": row[f"kept{end}"] for row in rows for end in BOUNDS},
+                **{f"{name}{end}": report[f"{name}{end}"] for name in ("bytes", "tokens") for end in BOUNDS},
+                **{f"CPU s of all tasks{end}": report[f"cpu_hours{end}"] * hour for end in BOUNDS}}  # fmt: skip
+
+
+BOUNDS = ("_low", "_high")
 
 
 def write(path: Path, size: int) -> None:
@@ -163,21 +194,6 @@ def write(path: Path, size: int) -> None:
     part.rename(path)
 
 
-def made(
-    folder: Path, memory_limit: int, stages: list[dict[str, Any]], shards_in: int, pool: ProcessPoolExecutor, workers: int
-) -> tuple[Timed, int]:
-    """Makes a dataset of the folder's input, without shards if `shards_in` is 0. Returns the flow that ran it, and the number of
-    kept documents."""
-    flow = Timed(Work(Location(f"{folder}/work")), pool=pool, workers=workers, shards_in=shards_in)
-    source, parsed = TextSource(f"{folder}/in", TextRules()), [parse(entry) for entry in stages]
-    making = TextMaking(flow, source, Location(f"{folder}/out"), parsed, memory_limit, tokenizer=BPE, given_tokenizer=None,
-                        shard_bytes=memory_limit // 8, chunk_tokens=1_000_000)  # fmt: skip
-    flow.memory = memory_limit
-    found = (making.run if shards_in else making.curated)(sources.listing(f"{folder}/in"))
-    flow.note()
-    return flow, found[1]["documents"] if shards_in else sum(run.rows for run in found.runs)
-
-
 def write_input(folder: Path, size: int, corpus: str | None) -> None:
     """Writes the input into the folder `in`, unless it exists."""
     if (folder / "in").exists():
@@ -191,39 +207,53 @@ def write_input(folder: Path, size: int, corpus: str | None) -> None:
     part.rename(folder / "in")
 
 
-def measure(size: int, memory_limit: int, place: str, shards_in: int, corpus: str | None, workers: int) -> None:
-    """Prints a table of the kinds of tasks: their number, CPU seconds per GB, and the peak of memory above the start's."""
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+def measure(size: int, memory_limit: int, place: str, corpus: str | None) -> dict[str, float]:
+    """Prints a table of the kinds of tasks: their number, CPU seconds per GB, and the peak of memory above the start's. Returns
+    the values of `MeasuredPipeline.made`."""
+    with new_pool() as pool:
         with tempfile.TemporaryDirectory() as small:
             write_input(Path(small), 1_000_000, None)
-            made(Path(small), memory_limit, STAGES, min(1, shards_in), pool, workers)
-        write_input(folder := Path(place), size, corpus)
+            MeasuredPipeline.over(Path(small), memory_limit, STAGES, pool).made()
         before, gb = pool.submit(settled).result(), size / 1e9
         settled()
         harness.forget_peak()
-        flow, kept = made(folder, memory_limit, STAGES_OF_CORPUS if corpus else STAGES, shards_in, pool, workers)
-    print(f"{gb:g} GB, memory_limit {memory_limit >> 20} MiB above {before:.0f} MiB: {kept:,} documents stay\n")
-    if flow.left_out and (shards := flow.spent.get("shards")):
-        shards.cpu *= (shards.tasks + flow.left_out) / shards.tasks
-        print(f"{shards.tasks} of {shards.tasks + flow.left_out} tasks for shards ran, and only these documents are counted\n")
-    driver = Spent(0, *flow.driver)
+        values, flow = MeasuredPipeline.over(Path(place), memory_limit, STAGES_OF_CORPUS if corpus else STAGES, pool).made()
+    print(f"{gb:g} GB, memory_limit {memory_limit >> 20} MiB above {before:.0f} MiB: {values['shard']:,} documents stay\n")
+    driver, tasks = Spent(0, *flow.driver), flow.spent.values()
     harness.head("task", "number", "CPU s per GB", "peak, MiB")
     for kind, spent in flow.spent.items():
         harness.row(kind, spent.tasks, f"{spent.cpu / gb:.1f}", f"{spent.peak - before:.0f}")
     harness.row("the driver", "", f"{driver.cpu / gb:.1f}", f"{driver.peak:.0f}")
-    tasks = flow.spent.values()
     harness.row("all tasks and the driver", "", f"{(sum(one.cpu for one in tasks) + driver.cpu) / gb:.1f}",
                 f"{max(one.peak for one in tasks) - before:.0f}")  # fmt: skip
+    return values
+
+
+def compare(memory_limit: int, place: str, corpus: str | None, share: float, complete: dict[str, float]) -> None:
+    """Prints a table of the values of the complete run, and of their predictions from a share of the input."""
+    with new_pool() as pool:
+        one = MeasuredPipeline.over(Path(place), memory_limit, STAGES_OF_CORPUS if corpus else STAGES, pool)
+        found = one.foretold(Location(f"{place}/sample-{share:g}"), share)
+        took = sum(one._flow.seconds.values()) if one._flow else 0.0
+    harness.head("", "complete run", f"predicted from {share:.0%}", "error", "bounds")
+    for name, value in complete.items():
+        bounds = " to ".join(f"{found[name + end]:,.0f}" for end in BOUNDS) if f"{name}_low" in found else ""
+        harness.row(name, f"{value:,.0f}", f"{found[name]:,.0f}", f"{found[name] / value - 1:+.1%}", bounds)
+    print(f"\nThe dry run took {took:.0f} CPU s")
 
 
 def main() -> None:
     asked = harness.arguments(__doc__, gb=[1.0, 4.0], memory_limit=256 << 20, folder={"type": Path}, corpus={"type": Path},
-                              workers=1, shards_in=1, no_shards=False)  # fmt: skip
-    corpus, shards_in = str(asked.corpus.absolute()) if asked.corpus else None, 0 if asked.no_shards else asked.shards_in
+                              sample=0.0, only_input=False)  # fmt: skip
+    corpus, values = str(asked.corpus.absolute()) if asked.corpus else None, dict[str, float]()
     for gb in asked.gb:
         with tempfile.TemporaryDirectory() as temporary:
             folder = (asked.folder or Path(temporary)).absolute() / f"{gb:g}"
-            harness.apart(measure, int(gb * 1e9), asked.memory_limit, str(folder), shards_in, corpus, asked.workers)
+            write_input(folder, int(gb * 1e9), corpus)
+            if not asked.only_input:
+                values, _ = harness.apart(measure, int(gb * 1e9), asked.memory_limit, str(folder), corpus)
+            if asked.sample and gb == asked.gb[-1] and not asked.only_input:
+                harness.apart(compare, asked.memory_limit, str(folder), corpus, asked.sample, values)
 
 
 if __name__ == "__main__":

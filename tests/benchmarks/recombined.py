@@ -1,6 +1,6 @@
 """Makes any amount of text from the paragraphs of real documents, in seconds per gigabyte.
 
-A document has 4 to 63 random paragraphs of the corpus. A fifth of the documents are exact copies of other documents, and a tenth
+A document has 2 to 31 random paragraphs of the corpus. A fifth of the documents are exact copies of other documents, and a tenth
 are copies with one more paragraph. A document's number decides its paragraphs, so a copy needs no memory.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 LEAST, MOST = 40, 4000  # characters of a paragraph
-FEWEST, RANGE = 4, 16  # a document has FEWEST to FEWEST * RANGE paragraphs, log-uniform
+FEWEST, RANGE = 2, 16  # a document has FEWEST to FEWEST * RANGE paragraphs, log-uniform
 EXACT, NEAR = 0.2, 0.1  # shares of the documents that are copies
 BATCH = 16_384  # documents of a file
 

@@ -47,8 +47,8 @@ def measure(images: int, memory_limit: int) -> list[str]:
         spilled = spill(flow, images)
         before = harness.memory("VmHWM")
         left = parse({"stage": "similar_images"}).compare(flow, spilled, 0, memory_limit)
-        cpu = sum(flow.cpu.values())
-        kinds = ", ".join(f"{kind.split('-')[-1]} {seconds:.1f}" for kind, seconds in flow.cpu.items())
+        cpu = sum(flow.seconds.values())
+        kinds = ", ".join(f"{kind.split('-')[-1]} {seconds:.1f}" for kind, seconds in flow.seconds.items())
         return [f"{sum(run.rows for run in left):,}", f"{cpu:.1f}", f"{cpu / images * 1e6:.0f}",
                 f"{harness.memory('VmHWM') - before:.0f}", kinds]  # fmt: skip
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation.text import sources
+from heliostat.storage.locations import Location
 from heliostat.tasks import advance, spill
 from heliostat.tasks.advance import FILES, Reserve, in_advance
 
@@ -175,6 +176,20 @@ def test_a_temporary_file_costs_a_request_for_its_footer_and_one_for_each_large_
     requests.clear()
     list(spill.read(place, name, spill.ALL // 2, 3 * spill.ALL // 4, columns))
     assert requests == {"GET": 2}
+
+
+@pytest.mark.parametrize("rows", [1, 300, 20_000])
+def test_a_local_file_is_read_in_parts_of_a_megabyte(tmp_path, rows):
+    """Small row groups have fixed costs, so a read joins them."""
+    rng, place = np.random.default_rng(rows), Location(str(tmp_path))
+    keys = np.sort(rng.integers(0, 1 << 64, rows, np.uint64))
+    name = spill.write_sorted(place, pa.table({"key": keys, "text": [rng.bytes(rng.integers(400)) for _ in range(rows)]}))
+    for low, high in ((0, spill.ALL), (spill.ALL // 5, spill.ALL // 2)):
+        tables = list(spill.read(place, name, low, high))
+        read = np.concatenate([np.zeros(0, np.uint64), *(table["key"].to_numpy() for table in tables)])
+        assert read.tolist() == [key for key in keys.tolist() if low <= key < high]
+        assert all(table.nbytes <= spill.LOCAL_BYTES + (64 << 10) for table in tables)
+        assert len(tables) <= 2 + 2 * sum(table.nbytes for table in tables) // spill.LOCAL_BYTES
 
 
 @pytest.mark.parametrize("place", ["s3"], indirect=True)

@@ -27,13 +27,12 @@ def planted(kind: str, rng: np.random.Generator, documents: int) -> np.ndarray:
     return sizes[np.cumsum(sizes) <= documents]
 
 
-@pytest.mark.parametrize(("share", "most"), [(0.3, 0.06), (0.1, 0.2)])
+@pytest.mark.parametrize(("documents", "share", "most"), [(20_000, 0.3, 0.06), (20_000, 0.1, 0.2), (10**6, 0.01, 0.26)])
 @pytest.mark.parametrize("kind", ["none", "pairs", "sixes", "versions", "geometric", "heavy tail", "boilerplate"])
-def test_duplicates_of_a_whole_are_estimated_from_the_few_of_a_sample(kind, share, most):
-    """The estimate of the documents that stay, out of 20,000, is right in the mean of five samples, and within the bounds of
-    each."""
+def test_duplicates_of_a_whole_are_estimated_from_the_few_of_a_sample(kind, documents, share, most):
+    """The estimate of the documents that stay is right in the mean of five samples, and within the bounds of each."""
     rng, off = np.random.default_rng(0), list[float]()
-    sizes = planted(kind, rng, 20_000)
+    sizes = planted(kind, rng, documents)
     for _ in range(5):
         drawn = rng.binomial(sizes, share)
         shown, counts = np.unique(drawn[drawn > 1], return_counts=True)

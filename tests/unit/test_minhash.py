@@ -112,8 +112,9 @@ def test_components_are_those_of_union_find(tmp_path, shape, parts):
 
 @pytest.mark.parametrize("shape", ["star", "tree"])
 def test_a_node_with_more_neighbors_than_memory_holds_has_the_same_component(tmp_path, monkeypatch, shape):
-    """Batches end at row groups, so these are small here. No batch has more edges than `room` and a row group."""
+    """Batches end at reads, so these are small here. No batch has more edges than `room` and a read."""
     monkeypatch.setattr(spill, "GROUP_BYTES", 24 * 500)
+    monkeypatch.setattr(spill, "LOCAL_BYTES", 24 * 500)
     batches, largest = components._batches, [0]
 
     def seen(*arguments):

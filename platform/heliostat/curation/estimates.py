@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 Z = 1.96  # for 95 %
-ROUNDS = 300
+ROUNDS = 30  # rounds of expectation maximization, divided by the sample's share: the smaller the share, the slower they converge
+MOST_ROUNDS = 10_000
 SHOWN = 40  # a cluster with more documents in the sample has a well-known size: within a third
 
 
@@ -107,7 +108,7 @@ def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:
     likely = np.array([[_binomial(int(k), int(m), share) for k in grid] for m in shown]) / seen_share
     weights = seen_share / grid.astype(np.float64) ** 2
     weights /= weights.sum()
-    for _ in range(ROUNDS):
+    for _ in range(min(MOST_ROUNDS, math.ceil(ROUNDS / share))):
         weights = weights * (likely.T @ (counts / (likely @ weights))) / counts.sum()
     estimated = counts.sum() * weights / seen_share
     return clusters + float(estimated.sum()), documents + float((estimated * grid).sum())

@@ -32,6 +32,7 @@ from heliostat.tasks.advance import ADVANCE_BYTES, Reserve, in_advance, unlimite
 
 GROUP_BYTES = 512 << 10  # bytes of a row group, before compression
 READ_BYTES = 16 * GROUP_BYTES  # bytes of row groups, uncompressed, per request to an object store
+LOCAL_BYTES = 2 * GROUP_BYTES  # the same per read from a disk: reading one small row group takes longer than its bytes do
 MEMORY = ADVANCE_BYTES + 2 * READ_BYTES  # bytes of memory of a task's reads from an object store: also the rows that it waits for
 GAP_BYTES = 1 << 20  # bytes that a request reads in addition, because they take less time than another request
 GROUPS = 64  # row groups of a spill: a small spill has smaller groups (down to an eighth), because tasks read little of it
@@ -110,15 +111,15 @@ def _encode(table: pa.Table, group_bytes: int) -> bytes:
 
 def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: list[str] | None = None,
          reserve: Reserve = unlimited) -> Iterator[pa.Table]:  # fmt: skip
-    """Yields a file's rows with low <= key < high, one row group at a time. Reads row groups of together READ_BYTES from S3,
-    because each read costs a request. Before each of these reads, reserves the memory for the file's bytes and for the rows.
+    """Yields a file's rows with low <= key < high. Reads row groups of together READ_BYTES from S3, because each read costs a
+    request, and of LOCAL_BYTES from a disk. Before each read, reserves the memory for the file's bytes and for the rows.
 
     Raises DataError if the file was damaged.
     """
     place = folder.join(name)
     wanted = None if columns is None else list(dict.fromkeys(["key", *columns]))
     with whole(folder, name), _opened(place, size_of(name)) as (metadata, tables_of):
-        for some in _reads(metadata, low, high, READ_BYTES if place.is_s3 else 0):
+        for some in _reads(metadata, low, high, READ_BYTES if place.is_s3 else LOCAL_BYTES):
             stored = _stored(metadata, some) if place.is_s3 else 0
             reserve(stored + sum(metadata.row_group(group).total_byte_size for group in some))
             table = place.attempt(partial(tables_of, some, wanted))
