@@ -37,6 +37,7 @@ from heliostat.tasks.work import key
 
 KIND = "deal"  # of the recorded tasks
 BLOCK_BYTES = 64 << 20  # bytes of the decoded images of a block, approximately
+BLOCK_IMAGES = 256  # images of a block, approximately: a caption's embeddings can be much larger than a small image
 
 
 class DealtImages(NamedTuple):
@@ -93,13 +94,13 @@ class ReadImages:
             yield from guarded(task, blocks(task, KIND, self._groups(run)))
 
     def _groups(self, run: SpilledRun) -> Iterator[list[pa.Table]]:
-        group, size = list[pa.Table](), 0
+        group, size, count = list[pa.Table](), 0, 0
         for images in self.encoding.batches(tasks.dealt(self.folder, run, self.shards)):
             group.append(images)
-            size += images.nbytes
-            if size >= BLOCK_BYTES:
+            size, count = size + images.nbytes, count + len(images)
+            if size >= BLOCK_BYTES or count >= BLOCK_IMAGES:
                 yield group
-                group, size = [], 0
+                group, size, count = [], 0, 0
         if group:
             yield group
 
