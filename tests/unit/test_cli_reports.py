@@ -124,7 +124,7 @@ def test_what_a_dataset_leaves_out_is_named_by_its_stage_and_its_reason():
 
     dropped = {"0 symbols: symbols": 1, "1 gopher_quality: short": 2, "3 gopher_quality: short": 3, "empty": 4}
     report = {"up_to_date": True, "documents": 5, "tokens": 6, "dropped": dropped, "duplicates": 0, "listed": None,
-              "dataset": "d", "chunks": 1, "digest": "0" * 12, "written_by": None, "hub": {}, "rearranged": None,
+              "dataset": "d", "chunks": 1, "digest": "0" * 12, "written_by": None, "hub": {}, "stored": {}, "rearranged": None,
               "conversations": None, "recorded_every": 1}  # fmt: skip
     assert explain(report)[1:] == ["dropped: 4 empty, 5 gopher_quality: short, 1 symbols"]
     assert "records only one document in 1,000 (record_documents: sample)" in explain(report | {"recorded_every": 1000})[2]
@@ -138,7 +138,7 @@ def test_a_dataset_of_packs_is_reported_as_conversations_in_rows():
     counts = {"conversations": 400, "tokens": 900, "trained": 90, "turns": 400, "trained_ends": 400, "padding": 380}
     facts = {"form": "packs", "sequence_length": 128, "turns": "all", "counts": counts}
     report = {"up_to_date": True, "documents": 400, "tokens": 0, "dropped": {}, "duplicates": 0, "listed": None,
-              "dataset": "d", "chunks": 1, "digest": "0" * 12, "written_by": None, "hub": {}, "rearranged": None,
+              "dataset": "d", "chunks": 1, "digest": "0" * 12, "written_by": None, "hub": {}, "stored": {}, "rearranged": None,
               "conversations": facts, "recorded_every": 1}  # fmt: skip
     assert explain(report)[0] == f"dataset d is up to date: 400 conversations, 1 chunks, digest {'0' * 12}"
     assert explain(report)[2] == "conversations: 400 with 900 tokens, in 10 rows that are 70.3% full"

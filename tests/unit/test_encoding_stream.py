@@ -8,13 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
-from heliostat.curation import streaming
-from heliostat.curation.images import stream
+from heliostat.curation import streamed, streaming
+from heliostat.curation.images import stream, tasks
 from heliostat.curation.images.encoding import Encoding
 from heliostat.curation.images.latents import Latents
 from heliostat.curation.images.making import ImageMaking
 from heliostat.curation.images.pipeline import ImagePipeline
+from heliostat.curation.segment import SpilledRun
+from heliostat.data.manifest_table import ERRORS
+from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow
 
 from tests.unit.build_image_model import image_model
@@ -70,9 +74,11 @@ def test_a_stream_that_loses_blocks_gives_the_dataset_of_recorded_tasks(
     monkeypatch.setattr(ImagePipeline, "finish", lambda *_: None)  # keeps the work folder
     on_gpus = {**keys, "latents": {**latents, "gpus": 1.0}, "output": str(tmp_path / "streamed")}
     first, flow = prepared(on_gpus)
-    streamed = len(list((tmp_path / "streamed.work/done/stream").iterdir()))
+    made = len(list((tmp_path / "streamed.work/done/stream").iterdir()))
     assert first.digest == plain.digest and first.meta["features"] == plain.meta["features"]
-    assert 0 < streamed < flow.done["read"] and flow.done["deal"] > flow.done["read"]
+    for column, error in plain.meta[ERRORS].items():
+        assert first.meta[ERRORS][column]["relative_error"] == pytest.approx(error["relative_error"], rel=0.02)
+    assert 0 < made < flow.done["read"] and flow.done["deal"] > flow.done["read"]
     again, flow = prepared(on_gpus)
     assert again.digest == plain.digest and "deal" not in flow.done
 
@@ -81,3 +87,18 @@ def test_reading_for_a_stream_needs_no_torch() -> None:
     """Loading it takes seconds, and hundreds of MB in each process of a CPU."""
     code = "import sys; from heliostat.curation.images import stream; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_blocks_of_small_images_are_bounded_because_their_embeddings_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T5-XXL makes 1 to 2 MiB of a caption. By bytes alone, a block of images that aren't decoded would become gigabytes. The
+    blocks contain each image once, and only the last block is marked as the last one."""
+    count, batch, run = 2000, 48, SpilledRun("x", 2000, 0)
+    images = pa.table({"id": range(count), "width": [8, 16] * (count // 2), "height": [8] * count, "image": [b"x"] * count})
+    monkeypatch.setattr(tasks, "dealt", lambda *_: images)
+    read = stream.ReadImages(Location("here"), Encoding(Latents(text_encoder="t5", batch=batch), ()), {})
+    blocks = [one for sent in read(pa.table({"id": [streamed.sent(7, run)]})) for one in sent.to_pylist()]
+    held = [[id for part in streamed.unpacked(one["tables"]) for id in part["id"].to_pylist()] for one in blocks]
+    assert sorted(id for ids in held for id in ids) == list(range(count)) and len(held) > 1
+    assert max(map(len, held)) < stream.BLOCK_IMAGES + batch
+    assert [one["last"] for one in blocks] == [False] * (len(held) - 1) + [True]
+    assert [one["block"] for one in blocks] == list(range(len(held))) and {one["task"] for one in blocks} == {7}

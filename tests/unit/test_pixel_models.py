@@ -72,7 +72,7 @@ def test_white_captions_have_mean_zero_and_unit_covariance(places):
 
     made = recipe(places[1], **model_keys(places))
     projection: Any = made.build().unet.encoder_hid_proj
-    stored = torch.from_numpy(whitening.embeddings(made.sources, "embedding"))
+    stored = torch.from_numpy(whitening.embeddings(made.sources, *made.parts.stored_columns()["text"]))
     white = projection(stored).detach().double().numpy()
     assert white.shape == (len(stored), OUTPUTS) and np.abs(white.T @ white / len(white) - np.eye(OUTPUTS)).max() < 1e-3
 

@@ -10,10 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from heliostat.curation.images.latents import halves
+from heliostat.curation.images.latents import packed
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes.images.pipeline import Guidance, denoise, encode, tokenize
+from heliostat.recipes.images.stored_arrays import ArrayFormat
 
 from tests.unit import build_images
 from tests.unit.build_images import folder_of, image, prepared
@@ -99,7 +100,8 @@ def test_wrong_keys_are_rejected_before_anything_is_computed(digits, tmp_path):
 
 def test_embeddings_beyond_float16_are_one_error() -> None:
     """Stored infinities would make the loss infinite in every step."""
-    assert halves("latents.text_encoder", np.float32([[65504.0]])).dtype == np.float16
-    for value in (7e4, np.nan):
-        with pytest.raises(ConfigError, match=r"^latents\.text_encoders\.1: outputs aren't finite in float16"):
-            halves("latents.text_encoders.1", np.float32([[1.0, value]]))
+    half, eight = ArrayFormat((2,)), ArrayFormat((2,), "int8")
+    assert packed("latents.text_encoder", half, torch.tensor([[65504.0, 0.0]]))[1].missed == 0
+    for form, value in ((half, 7e4), (half, np.nan), (eight, np.inf), (eight, np.nan)):
+        with pytest.raises(ConfigError, match=rf"^latents\.text_encoders\.1: outputs aren't finite in {form.dtype}"):
+            packed("latents.text_encoders.1", form, torch.tensor([[1.0, value]]))

@@ -119,6 +119,8 @@ def test_actors_without_their_gpus_are_an_error_and_do_not_wait_forever(tmp_path
         gpus.require(flow, "gpus", 0.5)
     monkeypatch.setattr(gpus, "_later", lambda: 1)
     gpus.require(flow, "gpus", 0.5)
+    with pytest.raises(ConfigError, match=r"^gpus: 1\.5 isn't a whole number of GPUs\. Use at most 1, .* such as 2$"):
+        gpus.require(flow, "gpus", 1.5)  # Ray would raise a ValueError after all images are read
 
 
 @pytest.mark.parametrize("since", [0, 3, 99])

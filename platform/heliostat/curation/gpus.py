@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from math import ceil
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -45,7 +46,12 @@ def awaited(flow: Flow, stages: list[str], wait_s: float = WAIT_S) -> int:
 
 def require(flow: Flow, key: str, wanted: float) -> None:
     """Raises ConfigError, which begins with the key, if the pipeline's nodes have fewer GPUs than an actor needs, and no
-    autoscaler can add them. The actors would wait forever. `wanted`: GPUs per actor, the key's value."""
+    autoscaler can add them. The actors would wait forever. `wanted`: GPUs per actor, the key's value. Above 1, Ray gives an actor
+    only whole GPUs."""
+    if wanted > 1 and wanted % 1:
+        raise ConfigError(
+            f"{key}: {wanted:g} isn't a whole number of GPUs. Use at most 1, or a whole number such as {ceil(wanted)}"
+        )
     if (count := max(flow.devices(), _later())) < wanted:
         labels = f" with the labels {flow.labels}" if flow.labels else ""
         raise ConfigError(

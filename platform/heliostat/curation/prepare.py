@@ -42,7 +42,7 @@ from heliostat.curation.watching import PipelineWatch
 from heliostat.data import collection, conversations, manifest, versions
 from heliostat.data.infilling import COUNTS
 from heliostat.data.manifest import Manifest
-from heliostat.data.manifest_table import HUB, Rows
+from heliostat.data.manifest_table import ERRORS, HUB, Rows
 from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError, StorageError, unwrapped
 from heliostat.schema import Float, Strict, absent, apply, read_yaml, validate
 from heliostat.storage.locations import Location
@@ -388,6 +388,7 @@ def _report(
         "vocab_size": meta.get("vocab_size"),
         "written_by": written_by,
         "hub": meta.get(HUB, {}),
+        "stored": meta.get(ERRORS, {}) | ({"features": meta["features"]} if "features" in meta else {}),
         "seconds": round(seconds, 2),
         "up_to_date": up_to_date,
         "versions_kept": pruned.kept,

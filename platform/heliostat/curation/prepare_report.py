@@ -34,6 +34,8 @@ def explain(report: dict[str, Any]) -> list[str]:
         lines.append(f"{limits}. The numbers of dropped documents are exact")
     if named := report["hub"]:
         lines.append(f"from {', '.join(named.values())}")
+    for column, one in report["stored"].items():
+        lines.append(f"{column}: stored as {one['dtype']}, with a relative error of {one['relative_error']:.2%}")
     if by := report["written_by"]:
         model = f"{by['model']['digest'][:12]} ({by['model']['folder']})"
         lines.append(f"written by model {model}: {by['answers']:,} answers to {by['input']}")

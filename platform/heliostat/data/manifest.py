@@ -7,8 +7,9 @@ holds one JSON object under `heliostat`. Its keys: `kind` ("tokens": rows are do
 is a sample), `digest`, `files` (plain name -> this version's own copy), `also` (paths of its other files), and the pipeline's
 values (tokenizer digest, vocabulary size, counts). A manifest with a path outside its folder is rejected.
 
-The digest is SHA-256 over the chunk table and the metadata without `hub`. So files from the Hub and a folder give the same one.
-It changes with any shard's bytes: `footer` hashes the Parquet footer (sizes, offsets, statistics, the writer's content hash).
+The digest is SHA-256 over the chunk table and the metadata without `hub` and `stored_errors`. So files from the Hub and a folder
+give the same one. It changes with any shard's bytes: `footer` hashes the Parquet footer (sizes, offsets, statistics, the writer's
+content hash).
 """
 
 from __future__ import annotations

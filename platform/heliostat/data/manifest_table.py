@@ -19,7 +19,9 @@ import pyarrow.parquet as pq
 
 from heliostat.data.stored_rows import StoredRows
 
-HUB = "hub"  # in the metadata: names on the Hub, by the pipeline's keys; no digest covers it
+# keys of the metadata that no digest covers
+HUB = "hub"  # names on the Hub, by the pipeline's keys
+ERRORS = "stored_errors"  # of the columns with latents and embeddings: {COLUMN: {dtype, relative_error}}
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # relative to the dataset's folder
@@ -125,7 +127,7 @@ def by_first_use(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def digest(chunks: RowGroups, meta: Mapping[str, object]) -> str:
     """Computes the digest of the chunk table and of `meta` without `digest`: 64 hex digits, the same for any Parquet encoding."""
-    h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k not in ("digest", HUB)}, sort_keys=True).encode())
+    h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k not in ("digest", HUB, ERRORS)}, sort_keys=True).encode())
     for column in SCHEMA:
         if column.name in LATER and all(_unknown(part, LATER[column.name]) for part in _values(chunks, column.name)):
             continue

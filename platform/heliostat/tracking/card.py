@@ -19,6 +19,7 @@ from heliostat.config import pretrained
 from heliostat.config.spec import Job
 from heliostat.data import ancestry, conversations
 from heliostat.data.manifest import Manifest
+from heliostat.data.manifest_table import ERRORS
 from heliostat.recipes import model_origins
 from heliostat.recipes.model_origins import ModelOrigin
 from heliostat.storage.records import Json
@@ -117,6 +118,7 @@ def text(
         f"| {name} | {source.weight:g} | {m.rows:,} | {conversations.tokens(m):,} | `{m.digest[:12]}` |"
         for name, source, m in zip(names, job.data.sources, manifests, strict=True)
     ]
+    lines += _stored(manifests)
     lines += _features(job, manifests)
     if origins:
         lines += ["", "## Initialized from", ""]
@@ -126,6 +128,16 @@ def text(
     if scores:
         lines += ["", "## Held-out scores", "", *(f"- {key.replace('_', ' ')}: {value:.6g}" for key, value in scores.items())]
     return "\n".join(lines) + "\n"
+
+
+def _stored(manifests: list[Manifest]) -> list[str]:
+    """Describes the error that storing added to the datasets' latents and embeddings."""
+    lines = [
+        f"- {_name(m)}: `{column}` stored as {one['dtype']}, with a relative error of {one['relative_error']:.2%}"
+        for m in manifests
+        for column, one in m.meta.get(ERRORS, {}).items()
+    ]
+    return ["", *lines] if lines else []
 
 
 def _features(job: Job, manifests: list[Manifest]) -> list[str]:

@@ -5,6 +5,7 @@ Needs no torch, so that tasks on CPUs start fast.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,6 +23,11 @@ def batches(table: pa.Table, most: int) -> Iterator[pa.Table]:
         mine = [i for i, one in enumerate(sizes) if one == size]
         for first in range(0, len(mine), most):
             yield table.take(pa.array(mine[first : first + most]))
+
+
+def further(table: pa.Table, name: str) -> list[str]:
+    """Returns the values of a column that the input or stages add; "" for missing values."""
+    return [str(json.loads(columns).get(name, "")) if columns else "" for columns in table["columns"].to_pylist()]
 
 
 def with_pixels(batch: pa.Table) -> pa.Table:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import pyarrow as pa
 
-from heliostat.curation.images import batches
-from heliostat.curation.images.latents import Encoder, Latents
+from heliostat.curation.images import batches, features
+from heliostat.curation.images.latents import EncodedImages, Encoder, Latents
+from heliostat.data.manifest_table import ERRORS
 from heliostat.storage.locations import Location
 from heliostat.tasks.shipping import Shipment
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,28 @@ class Encoding:
     def encoder(self, folder: Location) -> Encoder:
         """Loads the encoders once per process. Raises NotHereError if this node lacks files. `folder`: for temporary files."""
         return loaded(self.latents.located(folder, list(self.shipments)).model_dump_json(), self.shipments)
+
+
+def noted(encoded: Iterable[EncodedImages]) -> dict[str, Any]:
+    """Returns the entries of a task's record about some encoded batches: the facts about features, and the errors that storing
+    adds to the other columns."""
+    from heliostat.recipes.images.stored_arrays import summed
+
+    each = list(encoded)
+    errors = {name: asdict(error) for name, error in summed(one.errors for one in each).items()}
+    return {**features.combined(one.features for one in each), "errors": errors}
+
+
+def stated(errors: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
+    """Returns the manifest's entry about the errors that storing adds, from the entries `errors` of all tasks' records. An entry
+    is None if an earlier version of heliostat, which measured no errors, has written the record."""
+    from heliostat.recipes.images.stored_arrays import StoredError, summed
+
+    if None in errors:
+        log.info("the error of stored latents and embeddings is unknown, because an earlier version of heliostat encoded images")
+    measured = summed({name: StoredError(**error) for name, error in one.items()} for one in errors if one)
+    known = {} if None in errors else {name: error.named() for name, error in measured.items()}
+    return {ERRORS: known} if known else {}
 
 
 @lru_cache(maxsize=2)

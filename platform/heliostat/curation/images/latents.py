@@ -11,15 +11,14 @@ hardware.
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from heliostat.curation.images.batches import PIXELS, pixels
+from heliostat.curation.images.batches import PIXELS, further, pixels
 from heliostat.curation.images.features import FEATURES, FeatureEncoder, StoredFeatures
 from heliostat.curation.images.pictures import Size
 from heliostat.errors import ConfigError
@@ -30,6 +29,8 @@ from heliostat.tasks.shipping import Shipment
 
 if TYPE_CHECKING:
     import torch
+
+    from heliostat.recipes.images.stored_arrays import ArrayFormat, StoredError, StoredErrors
 
 EMPTY = "empty_caption.bin"
 
@@ -51,6 +52,8 @@ class TextEncoding(Strict):
     """Padding of short captions. `seen`: the text encoder attends to it, as in SD3 and FLUX. `kept`: the text encoder masks it,
     but the dataset stores its embeddings. `zero`: these embeddings are zero, so that a job can mask them. Unset: `seen` for CLIP,
     `kept` for T5, else `zero`."""
+    dtype: Literal["float16", "int8"] = "float16"
+    """Type of stored embeddings. `int8` needs half of the space, with a scale per embedding."""
 
     @property
     def settings(self) -> dict[str, str | None]:
@@ -153,7 +156,8 @@ class Latents(Strict):
         tokenizer = diffusion_config.tokenizer_digest(self.text_encoder) if self.text_encoder else None
         pooled = {"pooling": self.pooling} if self.pooling else {}
         several = [
-            {**one.model_dump(exclude={"text_encoder"}), "digest": diffusion_config.folder_digest(one.text_encoder),
+            {**one.model_dump(exclude={"text_encoder"} | ({"dtype"} if one.dtype == "float16" else set())),
+             "digest": diffusion_config.folder_digest(one.text_encoder),
              "tokenizer": diffusion_config.tokenizer_digest(one.text_encoder)} for one in self.text_encoders
         ]  # fmt: skip
         featured = {"features": self.features.identity()} if self.features else {}
@@ -197,23 +201,34 @@ class Latents(Strict):
 
 
 class EncodedImages(NamedTuple):
-    """Holds an encoded batch, and facts about its stored features; None without features."""
+    """Holds an encoded batch, facts about its stored features (None without features), and the errors of its other columns."""
 
     table: pa.Table
     features: dict[str, Any] | None
+    errors: StoredErrors
 
 
-def halves(key: str, values: np.ndarray) -> np.ndarray:
-    """Converts an encoder's outputs to float16. Raises ConfigError, with `key` at its beginning, if a value isn't finite in
-    float16, such as of the layer before the final norm of a large T5."""
-    with np.errstate(over="ignore"):
-        out = values.astype(np.float16)
-    if not np.isfinite(out).all():
+def packed(key: str, form: ArrayFormat, values: torch.Tensor) -> tuple[list[bytes], StoredError]:
+    """Packs an encoder's outputs, fp32 [n, *shape]. Returns the rows, and the error that packing adds. Raises ConfigError, with
+    `key` at its beginning, if a stored value isn't finite, such as of the layer before the final norm of a large T5."""
+    from heliostat.recipes.images.stored_arrays import StoredError
+
+    rows, stored = form.pack(values)
+    error = StoredError.between(form.dtype, values, stored)
+    if not math.isfinite(error.missed):
         raise ConfigError(
-            f"{key}: outputs aren't finite in float16, in which datasets store them (largest: {np.abs(values).max():g}). "
+            f"{key}: outputs aren't finite in {form.dtype}, in which datasets store them (largest: {values.abs().max():g}). "
             "Set layer: last, or use another model"
         )
-    return out
+    return rows, error
+
+
+class EmbeddedTexts(NamedTuple):
+    """Holds the outputs of a text encoder for some texts, fp32 [n, *shape], and their format. `key`: of the text encoder."""
+
+    key: str
+    form: ArrayFormat
+    values: torch.Tensor
 
 
 class Encoder:
@@ -238,40 +253,48 @@ class Encoder:
 
     def __call__(self, batch: pa.Table, captions: tuple[str, ...] = ()) -> EncodedImages:
         """Encodes a batch. `captions`: names of further captions in the column `columns`. An empty caption has no embedding."""
-        from heliostat.recipes.images.captions import embedding_column
+        from heliostat.recipes.images.captions import CAPTION, embedding_column
+        from heliostat.recipes.images.stored_arrays import summed
 
-        columns, facts = self._of_pixels(batch) if self.config.needs_pixels else ({}, None)
-        columns |= self._each_embedding(batch["caption"].to_pylist())
-        for name in captions:
-            texts = [str(json.loads(packed).get(name, "")) if packed else "" for packed in batch["columns"].to_pylist()]
-            columns |= {embedding_column(stored, name): values for stored, values in self._each_embedding(texts).items()}
         out = batch.drop_columns([c for c in (PIXELS, *(["image"] if self.vae is not None else [])) if c in batch.column_names])
+        columns, facts, error = self._of_pixels(batch) if self.config.needs_pixels else ({}, None, {})
+        errors = [error]
+        for name in (CAPTION, *captions):
+            texts = batch[CAPTION].to_pylist() if name == CAPTION else further(batch, name)
+            embedded, error = self._each_embedding(texts)
+            columns |= {embedding_column(stored, name): values for stored, values in embedded.items()}
+            errors.append(error)
         for name, column in columns.items():
             out = out.append_column(name, pa.array(column, pa.large_binary()))
-        return EncodedImages(out, facts)
+        return EncodedImages(out, facts, summed(errors))
 
-    def _of_pixels(self, batch: pa.Table) -> tuple[dict[str, list[bytes]], dict[str, Any] | None]:
-        """Encodes a batch's images. Returns the values of each column, and the facts about features."""
+    def _of_pixels(self, batch: pa.Table) -> tuple[dict[str, list[bytes]], dict[str, Any] | None, StoredErrors]:
+        """Encodes a batch's images. Returns the values of each column, the facts about features, and the error of latents."""
         import torch
 
         from heliostat.recipes.images.rows import scaled
+        from heliostat.recipes.images.stored_arrays import ArrayFormat
 
         images, columns = scaled(torch.from_numpy(pixels(batch)).to(self.device)), dict[str, list[bytes]]()
+        errors: StoredErrors = {}
         if self.vae is not None:
-            columns["latent"] = [value.tobytes() for value in self.latents(images)]
+            latents = self.latents(images)
+            columns["latent"], errors["latent"] = packed("latents.autoencoder", ArrayFormat(latents.shape[1:]), latents)
         if self.features is None:
-            return columns, None
+            return columns, None, errors
         columns["features"], error = self.features(images)
-        return columns, {"format": self.features.format.named(), "error": vars(error)}
+        return columns, {"format": self.features.format.named(), "error": vars(error)}, errors
 
-    def _each_embedding(self, texts: list[str]) -> dict[str, list[bytes]]:
-        """Embeds texts with each text encoder. Returns the values of each column; b"" for an empty text."""
+    def _each_embedding(self, texts: list[str]) -> tuple[dict[str, list[bytes]], StoredErrors]:
+        """Embeds texts with each text encoder. Returns the values of each column (b"" for an empty text), and their error."""
         out = {name: [b""] * len(texts) for name in self.embedded()}
         rows = [i for i, text in enumerate(texts) if text]
-        for name, values in self.embeddings([texts[i] for i in rows]).items() if rows else ():
+        errors: StoredErrors = {}
+        for name, one in self.embeddings([texts[i] for i in rows]).items() if rows else ():
+            values, errors[name] = packed(*one)
             for i, value in zip(rows, values, strict=True):
-                out[name][i] = value.tobytes()
-        return out
+                out[name][i] = value
+        return out, errors
 
     def embedded(self) -> list[str]:
         """Returns the names of the columns with embeddings."""
@@ -291,26 +314,27 @@ class Encoder:
             width, pooled = text_encoders.widths(encoder.config)
             settings: dict[str, Any] = {**one.settings, "padding": one.padding or padding_of(encoder.config.model_type)}
             tokens = 1 if one.pooling else one.length
-            out.append(StoredText(diffusion_config.folder_digest(one.text_encoder), tokens, width, pooled, **settings))
+            digest = diffusion_config.folder_digest(one.text_encoder)
+            out.append(StoredText(digest, tokens, width, pooled, **settings, dtype=one.dtype))
         return out
 
-    def latents(self, images: torch.Tensor) -> np.ndarray:
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
         """Encodes images in [-1, 1], [n, channels, height, width]."""
         import torch
 
         from heliostat.recipes.images import frozen_autoencoders
 
         with torch.no_grad():
-            latents = frozen_autoencoders.encode(self.vae, images).cpu().numpy()
-        return halves("latents.autoencoder", latents)
+            return frozen_autoencoders.encode(self.vae, images)
 
-    def embeddings(self, captions: list[str]) -> dict[str, np.ndarray]:
+    def embeddings(self, captions: list[str]) -> dict[str, EmbeddedTexts]:
         """Embeds captions with each text encoder. Returns the values of each column."""
         import torch
 
         from heliostat.recipes.images.pipeline import encode, tokenize
+        from heliostat.recipes.images.stored_arrays import ArrayFormat
 
-        out: dict[str, np.ndarray] = {}
+        out: dict[str, EmbeddedTexts] = {}
         several = [] if self.config.text_encoder else self.stored()
         for number, (one, encoder, tokenizer) in enumerate(self.texts):
             tokens = tokenize(tokenizer, captions)
@@ -318,8 +342,9 @@ class Encoder:
                 ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
                 encoded = encode(encoder, ids, mask, one.pooling, one.layer, one.padding)
             key = f"latents.text_encoders.{number}" if several else "latents.text_encoder"
-            names = several[number].columns if several else {"text": ("embedding", ())}
-            for name, value in (("text", encoded.tokens), ("pooled", encoded.pooled)):
-                if value is not None and name in names:
-                    out[names[name][0]] = halves(key, value.cpu().numpy())
+            single = {"text": ("embedding", ArrayFormat(encoded.tokens.shape[1:]))}
+            for name, (column, form) in (several[number].columns if several else single).items():
+                value = encoded.tokens if name == "text" else encoded.pooled
+                assert value is not None
+                out[column] = EmbeddedTexts(key, form, value)
         return out

@@ -6,13 +6,13 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, ClassVar
 
 from heliostat.curation import gpus, pieces, recording, segment, tally
 from heliostat.curation.comparing import RUNS
 from heliostat.curation.engine import RUN_SHARE, Curated, groups
-from heliostat.curation.images import features, pictures, planning, sampling, stream, tasks
+from heliostat.curation.images import encoding, features, pictures, planning, sampling, stream, tasks
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.encoding import Encoding
 from heliostat.curation.images.fetching import REASONS, Fetching
@@ -95,7 +95,7 @@ class ImageMaking(Making):
         shards, images, ends = ShardCollector(), 0, list[str]()
         places = self._places(curated, counts)
         dealt = self._dealt(curated, places)
-        facts |= features.described(dealt.features)
+        facts |= features.described(dealt.features) | (encoding.stated(dealt.errors) if self.latents else {})
         for shard in self._shards(curated, places, dealt.runs):
             images += shard["images"]
             ends += shard["ends"]
@@ -192,7 +192,8 @@ class ImageMaking(Making):
         else:
             plan = stream.EncodingStream(encoding, shards, latents.workers, latents.gpus)
             each = gpus.taken(self.flow, plan, "latents.gpus", tasks.deal, dealing, stream.dealt)
-        return DealtImages([run for one in each for run in one.runs], [facts for one in each for facts in one.features])
+        runs, facts, errors = (list(chain.from_iterable(of_each)) for of_each in zip(*each, strict=True))
+        return DealtImages(runs, facts, errors)
 
     def encoding(self, latents: Latents) -> Encoding:
         """Describes how the tasks encode images."""

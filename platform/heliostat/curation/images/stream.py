@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from ray.util.queue import Queue
 
-from heliostat.curation.images import features, tasks
+from heliostat.curation.images import encoding, tasks
 from heliostat.curation.images.encoding import Encoding
 from heliostat.curation.images.tasks import Shards
 from heliostat.curation.segment import SpilledRun
@@ -37,20 +37,25 @@ from heliostat.tasks.work import key
 
 KIND = "deal"  # of the recorded tasks
 BLOCK_BYTES = 64 << 20  # bytes of the decoded images of a block, approximately
+BLOCK_IMAGES = 256  # images of a block, approximately: a caption's embeddings can be much larger than a small image
 
 
 class DealtImages(NamedTuple):
-    """Holds the temporary files of a task's images, and the facts about the features of each block."""
+    """Holds the temporary files of a task's images, and for each block the facts about features, and the errors of the other
+    columns (`encoding.noted`). `errors` is [None] if an earlier version of heliostat measured no errors."""
 
     runs: list[SpilledRun]
     features: list[dict[str, Any] | None]
+    errors: list[dict[str, Any] | None]
 
 
 def dealt(record: dict[str, Any]) -> DealtImages:
     """Returns the results in the record of a task, of the stream or not."""
     parts = record.get("records", [record])
     runs = [SpilledRun(*part["dealt"]) for part in parts if "dealt" in part]
-    return DealtImages(runs, [part["features"] for part in parts if "features" in part])
+    errors = [part["errors"] for part in parts if "errors" in part]
+    facts = [part["features"] for part in parts if "features" in part]
+    return DealtImages(runs, facts, errors if len(errors) >= len(runs) else [None])
 
 
 @dataclass(frozen=True)
@@ -89,13 +94,13 @@ class ReadImages:
             yield from guarded(task, blocks(task, KIND, self._groups(run)))
 
     def _groups(self, run: SpilledRun) -> Iterator[list[pa.Table]]:
-        group, size = list[pa.Table](), 0
+        group, size, count = list[pa.Table](), 0, 0
         for images in self.encoding.batches(tasks.dealt(self.folder, run, self.shards)):
             group.append(images)
-            size += images.nbytes
-            if size >= BLOCK_BYTES:
+            size, count = size + images.nbytes, count + len(images)
+            if size >= BLOCK_BYTES or count >= BLOCK_IMAGES:
                 yield group
-                group, size = [], 0
+                group, size, count = [], 0, 0
         if group:
             yield group
 
@@ -114,7 +119,7 @@ class EncodeImages:
         encoder = with_files(self.lacking, lambda: self.encoding.encoder(self.folder))
         watch.opened()
         encoded = [encoder(images, self.encoding.captions) for images in unpacked(one["tables"])]
-        record = noted(KIND, watch, **features.combined(part.features for part in encoded))
+        record = noted(KIND, watch, **encoding.noted(encoded))
         return block(
             one["task"], one["block"], one["last"], [*json.loads(one["records"]), record], [part.table for part in encoded]
         )

@@ -10,7 +10,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,9 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from heliostat.curation import recording, segment
-from heliostat.curation.images import drawings, features, pictures, planning, sources
-from heliostat.curation.images.encoding import Encoding
+from heliostat.curation.images import batches, drawings, pictures, planning, sources
+from heliostat.curation.images.encoding import Encoding, noted
 from heliostat.curation.images.fetching import Fetching
+from heliostat.curation.images.latents import packed
 from heliostat.curation.images.pictures import ImageRules, Raw
 from heliostat.curation.images.sources import ImageColumns, ImageLimits
 from heliostat.curation.pieces import FilePart
@@ -129,7 +130,7 @@ def deal(folder: Location, run: SpilledRun, shards: Shards, encoding: Encoding |
         return stored(folder, [table])
     encoder = encoding.encoder(folder)
     encoded = [encoder(batch, encoding.captions) for batch in encoding.batches(table)]
-    return stored(folder, [one.table for one in encoded] or [table]) | features.combined(one.features for one in encoded)
+    return stored(folder, [one.table for one in encoded] or [table]) | noted(encoded)
 
 
 def dealt(folder: Location, run: SpilledRun, shards: Shards) -> pa.Table:
@@ -156,13 +157,17 @@ def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
 
 
 def encode_nothing(folder: Location, encoding: Encoding) -> dict[str, object]:
-    """Writes the text encoders' outputs for the empty caption to a temporary file, one after the other. Returns the file's name,
-    and the output's shape. For a list of text encoders, returns what the dataset stores of each encoder (`texts`)."""
+    """Writes the text encoders' outputs for the empty caption to a temporary file, one after the other, in float16. Returns the
+    file's name, and the output's shape. For a list of text encoders, returns what the dataset stores of each encoder (`texts`).
+    """
+    from heliostat.recipes.images.stored_arrays import ArrayFormat
+
     encoder = encoding.encoder(folder)
     embeddings = encoder.embeddings([""])
-    name = spill.put(folder, b"".join(values[0].tobytes() for values in embeddings.values()), ".bin")
-    shapes = {"shape": list(embeddings["embedding"][0].shape)} if "embedding" in embeddings else {}
-    texts = {} if shapes else {"texts": [asdict(one) for one in encoder.stored()]}
+    rows = [packed(one.key, ArrayFormat(one.form.shape), one.values)[0][0] for one in embeddings.values()]
+    name = spill.put(folder, b"".join(rows), ".bin")
+    shapes = {"shape": list(embeddings["embedding"].form.shape)} if "embedding" in embeddings else {}
+    texts = {} if shapes else {"texts": [one.named() for one in encoder.stored()]}
     return {"name": name, **shapes, **texts, "files": [name]}
 
 
@@ -187,8 +192,7 @@ def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, o
 def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:
     """Appends the columns `stored` to a table, as strings; "" for missing values."""
     for name in stored:
-        values = [str(json.loads(columns).get(name, "")) if columns else "" for columns in table["columns"].to_pylist()]
-        table = table.append_column(name, pa.array(values, pa.large_string()))
+        table = table.append_column(name, pa.array(batches.further(table, name), pa.large_string()))
     return table
 
 

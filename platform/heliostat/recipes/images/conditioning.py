@@ -24,6 +24,7 @@ from heliostat.recipes.images import config, diffusers_folder, rows, texts
 from heliostat.recipes.images.backbones.family import Family
 from heliostat.recipes.images.config import Model
 from heliostat.recipes.images.pipeline import Encoded, encode, join, padding_of, tokenize, unpadded
+from heliostat.recipes.images.stored_arrays import ArrayFormat
 from heliostat.recipes.images.texts import FrozenText, TextShape
 from heliostat.recipes.text import masks
 
@@ -169,7 +170,8 @@ class CaptionParts:
         """Reads the captions of rows: as stored embeddings (`text`, `pooled`), or as token ids with masks (`text`, `mask`). The
         names of a second text encoder end in `_2`."""
         if self.embedded:
-            return {name: rows.halves(content, column, shape) for name, (column, shape) in self.stored_columns().items()}
+            stored = self.stored_columns().items()
+            return {name: form.unpack(content[column].to_pylist()) for name, (column, form) in stored}
         return self.tokens(content["caption"].to_pylist())
 
     def tokens(self, captions: list[str]) -> dict[str, torch.Tensor]:
@@ -180,11 +182,11 @@ class CaptionParts:
             out |= {f"text{suffix}": tokens.input_ids, f"mask{suffix}": tokens.attention_mask}
         return out
 
-    def stored_columns(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Returns the column and the shape of each stored embedding, by its name in a batch."""
+    def stored_columns(self) -> dict[str, tuple[str, ArrayFormat]]:
+        """Returns the column and the format of each stored embedding, by its name in a batch."""
         assert self.facts
         if self.facts.text:
-            return {"text": ("embedding", self.facts.text)}
+            return {"text": ("embedding", ArrayFormat(self.facts.text))}
         parts = zip(self.frozen_texts, self.stored, strict=True)
         return {f"{name}{part.suffix}": column for part, one in parts for name, column in one.columns.items()}
 
@@ -195,12 +197,12 @@ class CaptionParts:
         if not self.embedded:
             return {name: values[0] for name, values in self.tokens([""]).items()}
         raw = np.frombuffer(self.sources[0].file("empty_caption.bin").read(), np.float16)
-        shapes: list[tuple[str, tuple[int, ...]]] = [("embedding", self.facts.text)] if self.facts.text else []
-        shapes += [column for one in self.facts.texts for column in one.columns.values()]
-        starts = np.cumsum([0, *(math.prod(shape) for _, shape in shapes)])
-        of = {name: raw[at : at + math.prod(shape)] for (name, shape), at in zip(shapes, starts, strict=False)}
+        forms = [("embedding", ArrayFormat(self.facts.text))] if self.facts.text else []
+        forms += [column for one in self.facts.texts for column in one.columns.values()]
+        starts = np.cumsum([0, *(math.prod(form.shape) for _, form in forms)])
+        of = {name: raw[at : at + math.prod(form.shape)] for (name, form), at in zip(forms, starts, strict=False)}
         stored = self.stored_columns().items()
-        return {name: torch.from_numpy(of[column].reshape(shape).copy()).float() for name, (column, shape) in stored}
+        return {name: torch.from_numpy(of[column].reshape(form.shape).copy()).float() for name, (column, form) in stored}
 
     def empty_on(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Returns the encoded empty caption (`empty`) on a device. Later calls return the same tensors."""

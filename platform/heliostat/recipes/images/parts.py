@@ -166,7 +166,7 @@ class Parts(CaptionParts):
             one = None if several else (text.tokens, text.width)
             self.facts = rows.DatasetFacts(content, of_image, size, None, 0, 0, one, {}, tuple(several))
             self.stored = several
-            self.empty = {name: torch.zeros(shape) for name, (_, shape) in self.stored_columns().items()}
+            self.empty = {name: torch.zeros(form.shape) for name, (_, form) in self.stored_columns().items()}
         return rows.blank(self.facts, self.stored_shape(), count)
 
     @cached_property
@@ -252,7 +252,7 @@ class Parts(CaptionParts):
             encoder = config.build_text_encoder(self.model.texts[0], vocabulary, end)
         backbone = config.build_backbone(self.model.backbone, self._defaults())
         if self.whitened:
-            whitening.whiten(backbone.encoder_hid_proj, self.sources, self.stored_columns()["text"][0])
+            whitening.whiten(backbone.encoder_hid_proj, self.sources, *self.stored_columns()["text"])
         if self.checkpointing:
             backbone.enable_gradient_checkpointing()
             if encoder is not None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,8 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.counter_random import WORD, normals, uniform, words
 from heliostat.recipes.images.decoding import decoded
-from heliostat.recipes.images.stored_features import FeatureFormat
+from heliostat.recipes.images.stored_arrays import ArrayFormat
+from heliostat.recipes.images.stored_features import FeatureFormat, StoredType
 from heliostat.storage.locations import Location
 
 SCALARS, NOISE, OFFSET, POSTERIOR = range(4)  # streams of a sample's random numbers
@@ -56,16 +58,21 @@ class StoredText:
     pooling: str | None
     layer: str
     padding: str
+    dtype: StoredType = "float16"
+
+    def named(self) -> dict[str, Any]:
+        """Returns the description as an entry of a manifest. Earlier versions of heliostat wrote no type, which is float16."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("dtype", "float16")}
 
     @property
     def settings(self) -> dict[str, str | None]:
         return {"pooling": self.pooling, "layer": self.layer, "padding": self.padding}
 
     @property
-    def columns(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Returns the dataset's column and the shape of a value, of the tokens (`text`) and the pooled embedding (`pooled`)."""
-        out: dict[str, tuple[str, tuple[int, ...]]] = {"text": (f"embedding-{self.digest[:12]}", (self.tokens, self.width))}
-        return out | ({"pooled": (f"pooled-{self.digest[:12]}", (self.pooled,))} if self.pooled else {})
+    def columns(self) -> dict[str, tuple[str, ArrayFormat]]:
+        """Returns the dataset's column and its format, of the tokens (`text`) and the pooled embedding (`pooled`)."""
+        out = {"text": (f"embedding-{self.digest[:12]}", ArrayFormat((self.tokens, self.width), self.dtype))}
+        return out | ({"pooled": (f"pooled-{self.digest[:12]}", ArrayFormat((self.pooled,), self.dtype))} if self.pooled else {})
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
     each = [_facts(m) for m in sources]
     names = {"content": "contain different kinds of content", "channels": "have different numbers of channels",
              "tokenizer": "have different tokenizers",
-             "texts": "contain embeddings of different text encoders", "models": "were computed by different encoders",
+             "texts": "contain embeddings of different text encoders or types", "models": "were computed by different encoders",
              "features": "have different stored features"}  # fmt: skip
     for key, what in names.items():
         if len({str(getattr(f, key)) for f in each}) > 1:
@@ -128,8 +135,7 @@ def scaled(images: torch.Tensor) -> torch.Tensor:
 
 def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Converts a column of float16 bytes to fp32 [n, *shape]."""
-    rows = [np.frombuffer(value, np.float16).reshape(shape) for value in content[column].to_pylist()]
-    return torch.from_numpy(np.stack(rows)).float()
+    return ArrayFormat(shape).unpack(content[column].to_pylist())
 
 
 def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Table:
@@ -145,8 +151,8 @@ def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Ta
         columns["image"] = [file.getvalue()] * count
     if facts.text:
         columns["embedding"] = [bytes(2 * math.prod(facts.text))] * count
-    for column, size in (column for one in facts.texts for column in one.columns.values()):
-        columns[column] = [bytes(2 * math.prod(size))] * count
+    for column, form in (column for one in facts.texts for column in one.columns.values()):
+        columns[column] = [bytes(form.row_bytes)] * count
     if facts.features:
         columns["features"] = [bytes(facts.features.row_bytes)] * count
     return pa.table(columns)

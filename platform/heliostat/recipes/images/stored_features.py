@@ -1,4 +1,5 @@
 """Defines how a dataset stores the features of its images, and reads them for training. All functions are pure.
+`stored_arrays` does the same for latents and embeddings.
 
 A row has the features of an image's patches on a grid, [rows, columns, channels], as float16, or as int8. With int8, each channel
 of each image has its own float16 scale: the largest absolute value of the channel divided by 127. So the error depends only on
@@ -14,6 +15,15 @@ import numpy as np
 import torch
 
 LARGEST = 127  # of int8, symmetric
+StoredType = Literal["float16", "int8"]
+
+
+def quantized(numbers: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds fp32 numbers to int8. The numbers along `dim` share a scale. Returns the scales, float16, with length 1 along `dim`,
+    and the rounded numbers."""
+    scale = (numbers.abs().amax(dim, keepdim=True) / LARGEST).half()
+    divisor = torch.where(scale > 0, scale, 1).float()
+    return scale, (numbers / divisor).round().clamp(-LARGEST, LARGEST).to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -21,7 +31,7 @@ class FeatureFormat:
     """Describes the stored features of a dataset. `model`: the digest of the image model."""
 
     model: str
-    dtype: Literal["float16", "int8"]
+    dtype: StoredType
     grid: tuple[int, int]
     channels: int
 
@@ -45,11 +55,8 @@ class FeatureFormat:
         """Packs the features of one image, float [rows, columns, channels]."""
         if self.dtype == "float16":
             return features.astype(np.float16).tobytes()
-        flat = features.reshape(-1, self.channels).astype(np.float32)
-        scale = (np.abs(flat).max(0) / LARGEST).astype(np.float16)
-        divisor = np.where(scale > 0, scale, 1).astype(np.float32)
-        numbers = np.rint(flat / divisor).clip(-LARGEST, LARGEST).astype(np.int8)
-        return scale.tobytes() + numbers.tobytes()
+        scale, numbers = quantized(torch.from_numpy(features.reshape(-1, self.channels).astype(np.float32)), 0)
+        return scale.numpy().tobytes() + numbers.numpy().tobytes()
 
     def unpack(self, rows: list[bytes]) -> dict[str, torch.Tensor]:
         """Unpacks the features of several images: `features` [n, rows, columns, channels] in the stored type, and for int8 also

@@ -17,6 +17,7 @@ from heliostat.data.chunks import Chunks
 from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning
+from heliostat.recipes.images.stored_arrays import ArrayFormat
 
 LIMIT = 20_000  # captions
 KEY = "model.text.whiten"
@@ -37,12 +38,12 @@ def check(keys: dict[str, object], pooling: str | None, encoders: int, is_stored
         raise ConfigError(f"{KEY}: the datasets store no pooled embeddings. Set pooling: mean in the pipeline's latents")
 
 
-def whiten(projection: torch.nn.Linear, sources: list[Manifest], column: str) -> None:
+def whiten(projection: torch.nn.Linear, sources: list[Manifest], column: str, form: ArrayFormat) -> None:
     """Initializes the projection [outputs, width] from a column of the datasets with embeddings. Does nothing on the meta
     device."""
     if projection.weight.is_meta:
         return
-    weight, bias = whitening(embeddings(sources, column), projection.out_features)
+    weight, bias = whitening(embeddings(sources, column, form), projection.out_features)
     with torch.no_grad():
         partitioning.assign(projection.weight, torch.from_numpy(weight))
         partitioning.assign(projection.bias, torch.from_numpy(bias))
@@ -63,14 +64,14 @@ def whitening(vectors: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray
     return matrix.astype(np.float32), (-matrix @ center).astype(np.float32)
 
 
-def embeddings(sources: list[Manifest], column: str) -> np.ndarray:
+def embeddings(sources: list[Manifest], column: str, form: ArrayFormat) -> np.ndarray:
     """Reads the pooled embeddings of at most LIMIT captions from a column of datasets, fp32 [n, width], in the order of the
     shards."""
-    chunks, rows = Chunks(sources, None), list[np.ndarray]()
+    chunks, rows = Chunks(sources, None), list[bytes]()
     table: Any
     for number, source in enumerate(sources):
         for chunk in range(source.chunks.num_rows):
             if len(rows) < LIMIT:
                 table = chunks.read(number, chunk)
-                rows += [np.frombuffer(value, np.float16) for value in table[column].to_pylist()]
-    return np.stack(rows[:LIMIT]).astype(np.float32)
+                rows += table[column].to_pylist()
+    return form.unpack(rows[:LIMIT]).flatten(1).numpy()
