@@ -9,7 +9,7 @@ import pytest
 import ray
 from heliostat.curation import comparing, recording, repetition, segment, slices, tally
 from heliostat.curation.english import words
-from heliostat.curation.minhash import signatures
+from heliostat.curation.minhash import keep, signatures
 from heliostat.curation.stage import Document
 from heliostat.curation.stages import fineweb, gopher_quality, gopher_repetition
 from heliostat.curation.stages.detect_secrets import DetectSecrets
@@ -168,6 +168,27 @@ def test_copies_of_a_text_are_spilled_while_they_are_gathered(tmp_path, monkeypa
     assert len({row["id"] for row in ends}) == len(ends) == each * many
     assert {row["detail"] for row in ends if row["reason"] == "duplicate"} == {"0-0"} and len(names) > 10
     assert held < whole / 2, (held, whole)
+
+
+def test_near_duplicates_with_large_columns_are_held_some_at_a_time(tmp_path, monkeypatch):
+    """Eight files of documents with 32 MB of columns, and all documents in clusters. A task for these has 64 MB of memory."""
+    monkeypatch.setattr(segment, "LEFT_OUT_BYTES", 1 << 20)
+    folder, runs, each, rng = Location(str(tmp_path)), list[segment.SpilledRun](), 2000, random.Random(0)
+    for i in range(8):
+        columns = pa.array([rng.randbytes(1000).hex() for _ in range(each)], pa.large_string())
+        table = rows(each, 10, i).sort_by("key").set_column(1, "row", pa.array(range(each), pa.uint32()))
+        table = table.set_column(table.schema.get_field_index("columns"), "columns", columns)
+        runs.append(segment.SpilledRun(spill.write(folder, table, ("row",)), each, 10 * each))
+    assert 8 * each * comparing.DOCUMENT_BYTES == 64_000_000
+    nodes = np.concatenate([(i << 32) + np.arange(each, dtype=np.uint64) for i in range(8)])
+    stars = spill.write(folder, pa.table({"key": nodes, "root": nodes - nodes % np.uint64(4)}))
+    made = list[Any]()
+    held = arrow_peak(lambda: made.append(keep.candidates(folder, 0, runs, [None] * 8, "longest", "", [stars])))
+    assert held < 40 * MB, held
+    names = [keep.choose(folder, 0, 1, [made[0]["candidates"]])["chosen"]]
+    held = arrow_peak(lambda: made.append(keep.decide(folder, 0, runs, made[0]["belonging"], "minhash", names)))
+    assert held < 40 * MB, held
+    assert made[1]["reasons"] == {"minhash: near_duplicate": 6 * each} and [n for _, n, _ in made[1]["decided"]] == [1500] * 8
 
 
 def test_what_trains_a_tokenizer_is_read_some_megabytes_at_a_time(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.simulation import simulate, tables
 from heliostat.curation.simulation.profile import SURVEY_BYTES_PER_S, MeasuringCluster, Profile, Scaling, Sizes, synthesized
-from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFaults, VirtualCluster
+from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFaults, VirtualCluster, VirtualExecutor
 from heliostat.curation.text import packing, sources
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
@@ -21,8 +21,8 @@ from heliostat.data.manifest_table import in_memory
 from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
+from heliostat.tasks import crew, merging, spill
 from heliostat.tasks import flow as flows
-from heliostat.tasks import merging, spill
 from heliostat.tasks.clusters import CountedTasks, Task, TaskKind
 from heliostat.tasks.flow import Flow
 from heliostat.tasks.spill import SpilledRun
@@ -201,6 +201,22 @@ def test_short_tasks_share_calls_before_every_cpu_has_one(tmp_path):
     cluster = VirtualCluster(100, 16, 64 * GB, read(), NONE)
     ran(tmp_path, cluster, 3000, 10)
     assert cluster.kinds[0].starts < 2000
+
+
+def test_a_slow_look_for_ended_tasks_does_not_stop_the_start_of_others(tmp_path, monkeypatch):
+    """On a busy machine, a look at all calls may take longer than the time between two looks. 200 tasks of 10 s on 208 CPUs take
+    10 s, and the looks between their starts."""
+    ended = VirtualExecutor.ended
+
+    def slow(executor, references, wait_s):
+        executor.cluster.spend(0.06)
+        return ended(executor, references, wait_s)
+
+    monkeypatch.setattr(crew, "MEASURE_S", 0.05)
+    monkeypatch.setattr(VirtualExecutor, "ended", slow)
+    cluster = VirtualCluster(13, 16, 64 * GB, read(), NONE)
+    flow, _ = ran(tmp_path, cluster, 200, 1000)
+    assert flow.done == {"read": 200} and cluster.clock < 15
 
 
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 200])

@@ -92,7 +92,11 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 
     The key of a row is the document's position: (number of the file) << 32 | row in the file.
     """
-    tables = list(spill.read_all(folder, names, first << 32, (first + count) << 32))
+    return of_runs(list(spill.read_all(folder, names, first << 32, (first + count) << 32)))
+
+
+def of_runs(tables: list[pa.Table]) -> Iterator[tuple[int, pa.Table]]:
+    """Yields the rows of tables by their temporary file of documents, like `by_run`. Empties the list."""
     if tables:
         table = pa.concat_tables(tables).sort_by("key")
         tables.clear()

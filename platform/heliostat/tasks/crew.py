@@ -142,11 +142,12 @@ class Crew:
         self._look()
         self._start_backups()
         wait, unmeasured = self._start_due(), self.unmeasured and not self.full
-        self.measured = self.cluster.now()
         if not self.under_way:
             self.cluster.sleep(wait)
             return
-        for reference in self.executor.ended(list(self.under_way), 0.0 if unmeasured else wait):
+        ended = self.executor.ended(list(self.under_way), 0.0 if unmeasured else wait)
+        self.measured = self.cluster.now()  # after the look: a slow look must not be the reason for the next
+        for reference in ended:
             if (call := self.under_way.pop(reference, None)) is None:
                 continue  # the other call with these tasks has ended at the same time
             try:

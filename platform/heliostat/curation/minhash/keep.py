@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from heliostat.curation import segment
 from heliostat.curation.comparing import LARGEST, counted
-from heliostat.curation.segment import SpilledRun, by_run, survivors
+from heliostat.curation.segment import SpilledRun, by_run, of_runs, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
@@ -58,21 +58,28 @@ def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: lis
     """Chooses each cluster's candidate: the only document in the temporary files `runs` that may stay. Writes the candidates,
     each with the number of the cluster's documents in `runs`, to a temporary file.
 
-    Writes the documents that are in clusters (BELONGING) to a second temporary file, so that `decide` reads no other documents.
+    Writes the documents that are in clusters (BELONGING) to further temporary files, so that `decide` reads no other documents.
     `first`: the number of the first of `runs`.
     """
-    waiting, new, belonging = [CANDIDATES.empty_table()], 0, [BELONGING.empty_table()]
+    waiting, new = [CANDIDATES.empty_table()], 0
+    belonging, size, written = list[pa.Table](), 0, list[str]()
     for number, run, rows, roots in _clusters(folder, first, runs, copies, names):
         nodes = (np.uint64(number) << np.uint64(32)) | rows.astype(np.uint64)
         for part, which in _members(folder, run, rows, ["id", "bytes", "columns"]):
             about = [part[name] for name in ("key", "id", "bytes", "columns")]
             belonging.append(pa.Table.from_arrays([pa.array(nodes[which]), pa.array(roots[which]), *about], schema=BELONGING))
+            size += belonging[-1].nbytes
+            if size > spill.READ_BYTES:  # columns may be large
+                written.append(spill.write(folder, pa.concat_tables(belonging)))
+                belonging, size = [], 0
             waiting.append(_compared(part, nodes[which], roots[which], keep, column))
             new += len(part)
         if new >= max(HELD, len(waiting[0])):
             waiting, new = [_best(waiting)], 0
-    files = [spill.write(folder, _best(waiting), ("root", "node")), spill.write(folder, pa.concat_tables(belonging))]
-    return {"candidates": files[0], "belonging": files[1], "files": files}
+    if belonging:
+        written.append(spill.write(folder, pa.concat_tables(belonging)))
+    name = spill.write(folder, _best(waiting), ("root", "node"))
+    return {"candidates": name, "belonging": written, "files": [name, *written]}
 
 
 def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None],
@@ -162,15 +169,15 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
 
 
 def decide(
-    folder: Location, first: int, runs: list[SpilledRun], belonging: str, stage: str, names: list[str], every: int = 1
+    folder: Location, first: int, runs: list[SpilledRun], belonging: list[str], stage: str, names: list[str], every: int = 1
 ) -> dict[str, object]:
     """Writes the dropped documents of the temporary files `runs`, with the reasons, to new temporary files. Returns a record with
-    the names of the new files."""
-    out, files = segment.Spiller(folder, 1, every), list[str]()
+    the names of the new files. Memory holds the ids and columns of few documents at a time."""
+    out, files, dropped = segment.Spiller(folder, 1, every), list[str](), list[pa.Table]()
     low, high = first << 32, (first + len(runs)) << 32
     chosen = spill.joined(folder, names, low, high, CHOSEN).sort_by("root").combine_chunks()
     clusters, decided = chosen["root"].to_numpy(), [list[str | int | None]([None, 0, 0]) for _ in runs]
-    for number, table in by_run(folder, first, len(runs), [belonging]):
+    for table in spill.read_all(folder, belonging):
         nodes = table["key"].to_numpy()
         at = np.searchsorted(clusters, table["root"].to_numpy())
         goes = chosen["kept"].to_numpy()[at] != nodes
@@ -179,9 +186,11 @@ def decide(
         for id, about, kept, similarity in zip(*(column.to_pylist() for column in columns), strict=True):
             out.leave_out(id, stage, "near_duplicate", f"{kept} (one of {similarity})", columns=about)
         if len(gone):
-            rows = pa.array((nodes[goes] & np.uint64(0xFFFFFFFF)).astype(np.uint32))
-            name = spill.write(folder, pa.Table.from_arrays([gone["document"], rows], schema=segment.DECIDED), ("row",))
-            decided[number - first] = [name, len(gone), int(gone["bytes"].to_numpy().sum())]
-            files.append(name)
+            dropped.append(gone.select(["key", "document", "bytes"]))
+    for number, gone in of_runs(dropped):
+        rows = pa.array((gone["key"].to_numpy() & np.uint64(0xFFFFFFFF)).astype(np.uint32))
+        name = spill.write(folder, pa.Table.from_arrays([gone["document"], rows], schema=segment.DECIDED), ("row",))
+        decided[number - first] = [name, len(gone), int(gone["bytes"].to_numpy().sum())]
+        files.append(name)
     record = out.record({})
     return record | {"decided": decided, "files": [*record["files"], *files]}
