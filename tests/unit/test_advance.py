@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from heliostat.curation.simulation.requests import range_reads
 from heliostat.curation.text import sources
 from heliostat.storage.locations import Location
-from heliostat.tasks import advance, spill
+from heliostat.tasks import advance, merging, spill
 from heliostat.tasks.advance import FILES, Reserve, in_advance
 
 
@@ -190,6 +191,60 @@ def test_a_local_file_is_read_in_parts_of_a_megabyte(tmp_path, rows):
         assert read.tolist() == [key for key in keys.tolist() if low <= key < high]
         assert all(table.nbytes <= spill.LOCAL_BYTES + (64 << 10) for table in tables)
         assert len(tables) <= 2 + 2 * sum(table.nbytes for table in tables) // spill.LOCAL_BYTES
+
+
+def documents(place: Location, seed: int) -> str:
+    """Spills documents of 5 MB in 64 or more row groups."""
+    rng = np.random.default_rng(seed)
+    columns = {name: np.sort(rng.integers(0, 1 << 64, 5000, np.uint64)) for name in ("key", "row", "hash", "bytes", "looks")}
+    return spill.write_sorted(
+        place, pa.table(columns | {"id": ["a"] * 5000, "text": [rng.bytes(450).hex() for _ in range(5000)]})
+    )
+
+
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+@pytest.mark.parametrize("read_bytes", [spill.READ_BYTES, 256 << 10])
+def test_the_tasks_of_a_call_ask_once_for_each_footer(requests, place, monkeypatch, read_bytes):
+    """A merge reads a small range of many files, so half of its requests were for footers. The rows are the same, and the
+    simulation counts about as many requests."""
+    monkeypatch.setattr(spill, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(spill, "GROUP_BYTES", 32 << 10)
+    names, ranges = [documents(place, seed) for seed in range(4)], [spill.share(part, 3) for part in range(3)]
+
+    def rows_of_ranges() -> list[pa.Table]:
+        requests.clear()
+        return [pa.concat_tables(spill.read_all(place, names, low, high)) for low, high in ranges]
+
+    alone = rows_of_ranges()
+    separate, bytes = requests["GET"], sum(table.nbytes for table in alone) // len(ranges)
+    with spill.footers_kept():
+        assert rows_of_ranges() == alone
+    assert requests == {"GET": separate - 2 * len(names)}, "two of three tasks need no footer"
+    simulated = [range_reads(len(names), bytes, footers) for footers in (len(names), 0, 0)]
+    assert sum(simulated) == pytest.approx(requests["GET"], rel=0.1)
+    assert rows_of_ranges() == alone and requests == {"GET": separate}, "nothing is kept after the call"
+
+
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
+def test_kept_footers_have_a_limit_in_bytes(requests, place, monkeypatch):
+    names = [documents(place, seed) for seed in range(5)]
+    with spill.footers_kept():
+        list(spill.read_all(place, names[:2]))
+        assert spill._footers
+        monkeypatch.setattr(spill, "FOOTER_BYTES", spill._footers.bytes)
+        list(spill.read_all(place, names))
+        requests.clear()
+        list(spill.read_all(place, names))
+        assert requests == {"GET": 2 + 2 * 3}
+
+
+def test_the_footers_of_a_merge_fit_into_their_limit(place):
+    """Also those of the largest number of files, with as many row groups as a file of documents has at 100 TB."""
+    footer = pq.ParquetFile(io.BytesIO(place.join(documents(place, 0)).read())).metadata
+    footers = spill._Footers()
+    for i in range(merging.MOST_FILES):
+        footers.add(str(i), footer)
+    assert footer.num_row_groups >= spill.GROUPS and len(footers.kept) == merging.MOST_FILES
 
 
 @pytest.mark.parametrize("place", ["s3"], indirect=True)

@@ -106,6 +106,29 @@ def test_a_web_is_merged_four_times_at_most(exponent):
     assert times <= 4 and (times > 0) is (total > 1 << 34), "parts of 16 GB are LEAST"
 
 
+def reads(runs: int, bytes: float, shards: int, most: int, parts: int) -> float:
+    """Counts the reads of all passes and of the shards, by arithmetic, if the first pass divides a range into `parts` parts."""
+    count, ranges = 0.0, 1
+    while merging._thin(runs, shards, bytes / runs / shards, merging.MANY):
+        parts = parts if ranges == 1 else merging._divided(shards, bytes / runs, most)[0]
+        size = min(merging.MOST_FILES, max(2, int(most * parts / (bytes / runs))))
+        count += runs * parts * ranges
+        runs, bytes, shards, ranges = -(-runs // size), bytes / parts, -(-shards // parts), ranges * parts
+    return count + runs * shards * ranges
+
+
+@pytest.mark.parametrize(
+    ("runs", "mean", "shards"), [(825_520, 52.6e6, 339_309), (82_552, 52.6e6, 33_931), (460_000, 195e6, 246_802)]
+)
+def test_a_merge_has_the_number_of_parts_with_the_fewest_reads(runs, mean, shards):
+    """For 100 TB and 10 TB of text, and for 230 TB of images: half or twice as many parts need more reads."""
+    most = 256 << 20
+    chosen = merging._divided(shards, mean, most)[0]
+    least = reads(runs, runs * mean, shards, most, chosen)
+    for parts in (chosen // 2, 3 * chosen // 4, 4 * chosen // 3, 2 * chosen):
+        assert least < 1.01 * reads(runs, runs * mean, shards, most, parts)
+
+
 def test_the_dataset_and_its_record_are_the_same_with_merges(tmp_path, monkeypatch):
     """Merges runs before shards, spills before they are compared, and spills before the record is sorted."""
     make_input(tmp_path / "in")

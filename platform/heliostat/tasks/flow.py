@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -253,7 +254,8 @@ def execute_all(work: Work, run: str, kind: str, function: TaskFunction, tasks: 
                 **shared: object) -> list[dict[str, Any]]:  # fmt: skip
     """Runs the tasks of a call one after another in this process, and returns their records. `tasks`: (key, arguments)."""
     begun = time.monotonic()
-    return [execute(work, run, kind, key, function, arguments, begun, **shared) for key, arguments in tasks]
+    with spill.footers_kept() if len(tasks) > 1 else nullcontext():
+        return [execute(work, run, kind, key, function, arguments, begun, **shared) for key, arguments in tasks]
 
 
 def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, arguments: dict[str, Any],

@@ -115,13 +115,14 @@ def divided(one: ShardRange, run_bytes: int, most_files: int = MOST_FILES) -> It
 def _divided(shards: int, mean: float, run_bytes: int, most_files: int = MOST_FILES) -> tuple[int, int]:
     """Computes (the number of smaller ranges, the number of files to merge into one). `mean`: mean bytes of a file.
 
-    All passes divide a range by about the same number, which is enough that no further pass is needed. Few parts make the reads
-    of the passes larger, and many parts make the reads of the shards larger. This function chooses the smallest number of reads.
+    Enough parts that no further pass is needed. Few parts make the reads of this pass larger, and many parts make the reads of
+    later passes and of the shards larger. The sum is smallest if each pass and the shards have the same number of reads. All
+    files of later passes have `run_bytes` bytes.
     """
     most = min(shards, max(2, int(mean // spill.GROUP_BYTES)))
     needed = max(2.0, SPARE * LEAST * shards / run_bytes)
     times = ceil(log(needed, most))
-    fewest = (shards * mean / run_bytes / times) ** (1 / (times + 1))  # where the derivative of the number of reads is 0
+    fewest = (shards * (mean / run_bytes) ** times) ** (1 / (times + 1))
     parts = min(most, ceil(max(needed ** (1 / times), fewest)))
     return parts, min(most_files, max(2, int(run_bytes * parts // max(1, mean))))
 

@@ -12,7 +12,9 @@ reading a range reads little more than the bytes of this range.
 from __future__ import annotations
 
 import hashlib
+import io
 import re
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,7 +35,8 @@ from heliostat.tasks.advance import ADVANCE_BYTES, Reserve, in_advance, unlimite
 GROUP_BYTES = 512 << 10  # bytes of a row group, before compression
 READ_BYTES = 16 * GROUP_BYTES  # bytes of row groups, uncompressed, per request to an object store
 LOCAL_BYTES = 2 * GROUP_BYTES  # the same per read from a disk: reading one small row group takes longer than its bytes do
-MEMORY = ADVANCE_BYTES + 2 * READ_BYTES  # bytes of memory of a task's reads from an object store: also the rows that it waits for
+FOOTER_BYTES = 16 << 20  # bytes of compressed footers that a call keeps: those of more than 1,024 files of documents
+MEMORY = ADVANCE_BYTES + 2 * READ_BYTES + FOOTER_BYTES  # bytes of memory of a task's reads from an object store, and their rows
 GAP_BYTES = 1 << 20  # bytes that a request reads in addition, because they take less time than another request
 GROUPS = 64  # row groups of a spill: a small spill has smaller groups (down to an eighth), because tasks read little of it
 ALL = 1 << 64
@@ -134,24 +137,91 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
 ReadGroups = Callable[[list[int], list[str] | None], pa.Table]
 
 
+class _Footers:
+    """Holds the compressed footers of files in an object store, of at most FOOTER_BYTES bytes in total. The first footers stay,
+    because each task of a call reads the same files in the same order."""
+
+    def __init__(self) -> None:
+        self.kept, self.bytes, self.lock = dict[str, tuple[bytes, int]](), 0, threading.Lock()
+
+    def add(self, path: str, footer: pq.FileMetaData) -> None:
+        sink = pa.BufferOutputStream()
+        footer.write_metadata_file(sink)
+        encoded = sink.getvalue()
+        stored = pa.compress(encoded, codec="zstd", asbytes=True)
+        with self.lock:
+            if path not in self.kept and self.bytes + len(stored) <= FOOTER_BYTES:
+                self.kept[path], self.bytes = (stored, encoded.size), self.bytes + len(stored)
+
+    def get(self, path: str) -> pq.FileMetaData | None:
+        if path not in self.kept:
+            return None
+        stored, size = self.kept[path]
+        return pq.read_metadata(pa.BufferReader(pa.decompress(stored, decompressed_size=size, codec="zstd")))
+
+
+_footers: _Footers | None = None  # of the call that this process runs
+
+
+@contextmanager
+def footers_kept() -> Iterator[None]:
+    """Keeps the footers of files in an object store while a call runs several tasks. These tasks often read different ranges of
+    the same files."""
+    global _footers
+    _footers = _Footers()
+    try:
+        yield
+    finally:
+        _footers = None
+
+
 @contextmanager
 def _opened(place: Location, size: int | None) -> Iterator[tuple[pq.FileMetaData, ReadGroups]]:
     """Opens a file of `size` bytes. Provides its footer, and a function that reads some columns of some of its row groups.
 
-    An object store sends the footer of a file with known size with one request. Then each read is one request, even if only a few
-    columns of each row group are read.
+    An object store sends the footer of a file with known size with one request, unless the footer is kept. Then each read is one
+    request, even if only a few columns of each row group are read.
     """
+    if place.is_s3 and _footers and (footer := _footers.get(place.path)):
+        yield footer, partial(_with_footer, place, footer)
+        return
     if place.is_s3:
         fragment = _large_requests().make_fragment(place.path, place.fs, file_size=size)
 
         def tables_of(some: list[int], wanted: list[str] | None) -> pa.Table:
             return fragment.subset(row_group_ids=some).to_table(columns=wanted, use_threads=False)
 
-        yield place.attempt(lambda: fragment.metadata), tables_of
+        footer = place.attempt(lambda: fragment.metadata)
+        if _footers:
+            _footers.add(place.path, footer)
+        yield footer, tables_of
         return
     with place.open() as source:
         file = place.attempt(partial(pq.ParquetFile, source, pre_buffer=False))
         yield file.metadata, lambda some, wanted: file.read_row_groups(some, columns=wanted, use_threads=False)
+
+
+def _with_footer(place: Location, footer: pq.FileMetaData, some: list[int], wanted: list[str] | None) -> pa.Table:
+    """Reads consecutive row groups of a file in an object store with one request, although Arrow needs another one for the size
+    or the footer of each file that it opens."""
+    first = footer.row_group(some[0]).column(0)
+    begin = first.dictionary_page_offset or first.data_page_offset
+    part = _FilePart(place.read_object(begin, begin + _stored(footer, some), ""), begin)
+    return pq.ParquetFile(part, metadata=footer, pre_buffer=False).read_row_groups(some, columns=wanted, use_threads=False)
+
+
+class _FilePart(io.BytesIO):
+    """Has some bytes of a file at their place in the file. Other bytes can't be read."""
+
+    def __init__(self, content: bytes, begin: int) -> None:
+        super().__init__(content)
+        self.begin = begin
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return super().seek(offset - (0 if whence else self.begin), whence) + self.begin
+
+    def tell(self) -> int:
+        return super().tell() + self.begin
 
 
 @lru_cache(maxsize=1)

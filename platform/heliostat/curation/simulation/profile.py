@@ -16,7 +16,6 @@ import xxhash
 
 from heliostat.curation.images.sampling import SampledImages
 from heliostat.curation.minhash import exact, keep
-from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers.survey import Mark, Survey
 from heliostat.curation.simulation import images
 from heliostat.curation.simulation.hosts import WebModel
@@ -132,8 +131,8 @@ class Sizes:
             return images.list_bytes(description)
         if parts := input_parts(task):
             source = task.arguments.get("source")
-            rate = source.rate if isinstance(source, SampledTexts | SampledImages) else _whole
-            return int(sum(part.length * rate(part) for part in parts))
+            rate = source.rate if isinstance(source, SampledTexts | SampledImages) else None
+            return int(sum(part.length * (rate(part) if rate else 1.0) for part in parts))
         planned = task.arguments.keys() & {"run_bytes", "chunk_images"} or "names" in task.shared or self.plan(task)
         if task.bytes and planned:  # merges, parts of merged files, and shards
             return task.bytes
@@ -170,13 +169,11 @@ class Sizes:
         """Returns the number of spilled files from which a task reads."""
         if description := images.fetched(task):
             return len(description["names"]) if isinstance(description["names"], list) else NAMES
-        shared = [self.values.get(id(value), value) for value in task.shared.values()]
-        return sum(map(_files_in, [*shared, *task.arguments.values()]))
+        return self.shared_files(task) + sum(map(_files_in, task.arguments.values()))
 
-
-def _whole(part: FilePart) -> float:
-    """Returns 1, the share of a part's records that a task without a sample reads."""
-    return 1.0
+    def shared_files(self, task: Task) -> int:
+        """Returns the number of spilled files from which all tasks of a call read."""
+        return sum(_files_in(self.values.get(id(value), value)) for value in task.shared.values())
 
 
 def _files_in(value: object) -> int:

@@ -50,18 +50,18 @@ class Requests:
     def busiest(self) -> dict[str, float]:
         return {prefix: max(buckets.values()) / BUCKET_S for prefix, buckets in self.buckets.items()}
 
-    def of_task(self, kind: str, task: Task, record: dict[str, Any], files: int, read: int, at: float, cpus: int) -> float:
+    def of_task(self, kind: str, task: Task, record: dict[str, Any], files: int, footers: int, read: int, at: float,
+                cpus: int) -> float:  # fmt: skip
         """Counts the requests of a task that begins at `at` (virtual seconds) on `cpus` CPUs, and returns the seconds that the
         task takes. The requests are spread evenly over these seconds, because a task reads and writes while it works. Files whose
         names begin with a digest are spread evenly over their prefixes, so one of SPREAD prefixes stands for all.
 
-        `files`, `read`: the number of temporary files, and the bytes, that the task reads. Each file has a request for its
-        footer, and at least one for its rows.
+        `files`, `read`: the number of temporary files, and the bytes, that the task reads. `footers`: see `range_reads`.
         """
         inputs = Counter[str]()
         for part in input_parts(task):
             inputs[segment(part)] += part_reads(part)
-        ranges = 2 * files + read // spill.READ_BYTES if files else 0
+        ranges = range_reads(files, read, footers)
         sizes = [spill.size_of(name) or 0 for name in record.get("files", [])]
         written = record.get("shards", [record] if "file_bytes" in record else [])
         puts_spilled, puts_shards = sum(map(puts, sizes)), sum(puts(shard["file_bytes"]) for shard in written)
@@ -98,6 +98,12 @@ def part_files(part: FilePart) -> int:
         description = json.loads(part.description) if part.description else {"entries": range(FILES_PER_TASK)}
         return len(description.get("parts") or description.get("entries", []))
     return 1
+
+
+def range_reads(files: int, bytes: int, footers: int) -> int:
+    """Returns the number of requests that read `bytes` bytes in equal ranges of some temporary files. `footers`: number of files
+    whose footer the call hasn't kept. A range is part of one more row group than its bytes need."""
+    return footers + files * -(-(bytes // max(1, files) + spill.GROUP_BYTES) // spill.READ_BYTES)
 
 
 def input_parts(task: Task) -> list[FilePart]:
