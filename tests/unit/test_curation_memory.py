@@ -87,7 +87,7 @@ def test_a_run_is_held_as_a_table_while_its_file_is_made(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [GopherRepetition, GopherQuality, FineWeb, Length])
-@pytest.mark.parametrize("kind", ["unique words", "few words", "short lines"])
+@pytest.mark.parametrize("kind", ["unique words", "few words", "short lines", "one word"])
 def test_a_large_document_takes_few_bytes_for_each_of_its_own(monkeypatch, stage, kind):
     """This holds for any words: tables of words are bounded, and words and lines are Python objects one slice at a time."""
     monkeypatch.setattr(words, "MOST_CACHED", 1 << 11)  # a share of what they are
@@ -101,6 +101,7 @@ def test_a_large_document_takes_few_bytes_for_each_of_its_own(monkeypatch, stage
     rng = random.Random(0)
     text = {"unique words": lambda: " ".join("".join(rng.choices("abcdefgh", k=8)) for _ in range(25_000)),
             "few words": lambda: " ".join(rng.choices(["some", "words", "of", "a", "list"], k=60_000)),
+            "one word": lambda: "".join(rng.choices("ab1./", k=200_000)),
             "short lines": lambda: "\n".join(f"line {i}" for i in range(20_000))}[kind]()  # fmt: skip
     keys = (
         {"min_words": 1} if stage is Length else dict.fromkeys((f for f in stage.model_fields if f.startswith("max_dupl")), 1.0)

@@ -14,9 +14,9 @@ from string import digits
 import numpy as np
 import regex
 
-from heliostat.curation.comparable import hashed
+from heliostat.curation.comparable import FACTOR, hashed
 from heliostat.curation.english import tokens
-from heliostat.curation.english.plain import CODES, LONGEST_PLAIN, looked_up
+from heliostat.curation.english.plain import CODES, among, encoded, table
 
 # classes of characters, as bits
 LETTER, LOWER, UPPER, DIGIT, QUOTE, FIRST, LAST, BEFORE_STOP, SYMBOL, ODD, INNER, SIGN, DASH, BETWEEN = (
@@ -25,8 +25,7 @@ LETTER, LOWER, UPPER, DIGIT, QUOTE, FIRST, LAST, BEFORE_STOP, SYMBOL, ODD, INNER
 _STOP, _COMMA, _HYPHEN, _PLUS, _DOLLAR, _EM_DASH, _SMALL_S, _CAPITAL_S, _APOSTROPHE, _CURLY = (
     ord(character) + 1 for character in ".,-+$—sS'’"
 )
-_PLACES = 64 - 18  # a hash's place in a table is its first 18 bits
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_FACTOR = np.uint64(FACTOR)
 
 
 @dataclass(frozen=True)
@@ -63,43 +62,25 @@ def _classes() -> np.ndarray:
     return classes
 
 
-def _encoded(strings: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the code points plus 1 of strings, and the start and stop of each."""
-    stops = np.cumsum([len(string) for string in strings])
-    return looked_up("".join(strings))[0], np.concatenate([[0], stops[:-1]]), stops
-
-
-def _table(hashes: np.ndarray) -> np.ndarray:
-    """Builds a table of hashes for `_among`."""
-    table = np.zeros(1 << (64 - _PLACES), bool)
-    table[hashes >> np.uint64(_PLACES)] = True
-    return table
-
-
-def _among(hashes: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Checks which hashes are in a table. A few others are, too, because they have the same place."""
-    return table[hashes >> np.uint64(_PLACES)]
-
-
 @lru_cache(maxsize=1)
 def _units() -> np.ndarray:
     """Returns the table of the units that are split from a number."""
-    return _table(hashed(*_encoded(tokens.UNITS)))
+    return table(hashed(*encoded(tokens.UNITS)))
 
 
 @lru_cache(maxsize=1)
 def _odd_cores() -> np.ndarray:
     """Returns the table of the exceptions' cores."""
-    parts = _Parts(*_encoded([*tokens.EXCEPTIONS]))
+    parts = _Parts(*encoded([*tokens.EXCEPTIONS]))
     which = np.flatnonzero(parts.begins < parts.ends)
-    return _table(hashed(parts.values, parts.begins[which], parts.ends[which]))
+    return table(hashed(parts.values, parts.begins[which], parts.ends[which]))
 
 
 @lru_cache(maxsize=1)
 def _pairs() -> np.ndarray:
     """Returns the table of two words that may be a part of an emoticon or abbreviation."""
-    first, second = (hashed(*_encoded([pair[side] for pair in tokens.PAIRS])) for side in (0, 1))
-    return _table(first * _FACTOR + second)
+    first, second = (hashed(*encoded([pair[side] for pair in tokens.PAIRS])) for side in (0, 1))
+    return table(first * _FACTOR + second)
 
 
 class _Parts:
@@ -122,7 +103,7 @@ class _Parts:
         self.values[self.stops] = 0
         self._classes = _classes().take(self._padded, mode="clip")
         self.classes = self._classes[2 : size + 2]
-        self._find(sizes)
+        self._find()
 
     def value(self, places: np.ndarray, offset: int = 0) -> np.ndarray:
         return self._padded[places + (2 + offset)]
@@ -130,7 +111,7 @@ class _Parts:
     def has(self, bits: int, places: np.ndarray, offset: int = 0) -> np.ndarray:
         return (self._classes[places + (2 + offset)] & np.uint16(bits)) != 0
 
-    def _find(self, sizes: np.ndarray) -> None:
+    def _find(self) -> None:
         classes, values = self.classes, self.values
         first, last = (classes & np.uint16(FIRST)) != 0, (classes & np.uint16(LAST)) != 0
         plus, stop = np.flatnonzero(values == _PLUS), np.flatnonzero(values == _STOP)
@@ -145,7 +126,7 @@ class _Parts:
         dollar, dash = np.flatnonzero(values == _DOLLAR), np.flatnonzero(values == _EM_DASH)
         odd[dollar] = self.has(LETTER, dollar, -1)
         odd[dash] = self.value(dash, 1) == _EM_DASH
-        sure = sizes <= LONGEST_PLAIN
+        sure = np.ones(len(self.starts), bool)
         sure[self.of[np.flatnonzero(odd)]] = False
         begins, ends = self.begins, self.tails.copy()
         runs = (self.value(begins) == _STOP) & (self.value(begins, 1) == _STOP)
@@ -160,17 +141,17 @@ class _Parts:
         if len(numbers):
             after = numbers[np.searchsorted(numbers, ends) - 1] + 1  # after the last digit of the core
             units = np.flatnonzero(sure & (after > begins) & (after < ends) & (after >= ends - tokens.LONGEST_UNIT))
-            sure[units[_among(hashed(values, after[units], ends[units]), _units())]] = False
+            sure[units[among(hashed(values, after[units], ends[units]), _units())]] = False
         self.ends, self.sure = ends, sure
 
 
 def marked_words(codes: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> MarkedWords:
     """Splits parts of a text into words. `codes`: the text's code points plus 1; `starts`, `stops`: the parts' positions, in
-    ascending order."""
+    ascending order. A part has at most LONGEST_PLAIN characters."""
     p = _Parts(codes, starts, stops)
     begins, ends, tails, sure = p.begins, p.ends, p.tails, p.sure
     which = np.flatnonzero(sure)
-    sure[which] = ~_among(hashed(p.values, begins[which], ends[which]), _odd_cores())
+    sure[which] = ~among(hashed(p.values, begins[which], ends[which]), _odd_cores())
     cores = np.zeros(len(p.values) + 1, np.int8)
     which = np.flatnonzero(sure & (ends - begins > 2))
     cores[begins[which] + 1] += 1
@@ -197,7 +178,7 @@ def marked_words(codes: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Ma
     word_stops = np.minimum(np.append(words[1:], len(p.values)), p.stops[of])
     hashes = hashed(p.values, words, word_stops)
     pairs = np.flatnonzero(of[1:] == of[:-1])
-    joined = pairs[_among(hashes[pairs] * _FACTOR + hashes[pairs + 1], _pairs())]
+    joined = pairs[among(hashes[pairs] * _FACTOR + hashes[pairs + 1], _pairs())]
     sure[of[joined]] = False
     kept = sure[of]
     counts = np.bincount(of[kept], minlength=len(sure))[sure]

@@ -7,8 +7,10 @@ plain parts into the same words. `marked` and `tokens` split all other parts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from string import ascii_lowercase, digits
 
 import numpy as np
@@ -29,7 +31,7 @@ SYMBOLS = TERMINALS | frozenset(
     + "".join(map(chr, (*range(9), *range(11, 32), *range(127, 160))))
 )
 BARE, MARKED = 1, 2  # bits: the core is special without marks, or with marks
-_PLACES = 64 - 18  # a word's place in the table of special words is the first 18 bits of the word's hash
+_PLACES = 18  # bits of a hash that are its place in a table
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,31 @@ def looked_up(text: str) -> tuple[np.ndarray, np.ndarray]:
     return codes + np.uint32(1), _kinds().take(codes, mode="clip")
 
 
+def encoded(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the code points plus 1 of strings, and the start and stop of each."""
+    edges = np.fromiter(accumulate(map(len, strings), initial=0), np.int64)
+    return looked_up("".join(strings))[0], edges[:-1], edges[1:]
+
+
+def table(hashes: np.ndarray) -> np.ndarray:
+    """Builds a table of hashes for `among`: bool."""
+    rows = np.zeros(1 << _PLACES, bool)
+    rows[hashes >> np.uint64(64 - _PLACES)] = True
+    return rows
+
+
+def among(hashes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Returns the entry of each hash in a table. Hashes that aren't in the table may have the same entry."""
+    return table[hashes >> np.uint64(64 - _PLACES)]
+
+
 @lru_cache(maxsize=1)
 def _special() -> np.ndarray:
-    """Returns a table of the words for which `tokens` has special rules: bits BARE and MARKED, by place. Other words may have the
-    same place."""
-    table = np.zeros(1 << (64 - _PLACES), np.uint8)
+    """Returns the table of the words for which `tokens` has special rules: bits BARE and MARKED."""
+    bits = np.zeros(1 << _PLACES, np.uint8)
     for bit, words in ((BARE, EXCEPTIONS), (MARKED, ODD_CORES)):
-        letters = [word for word in words if word.replace("_", "").isalnum()]
-        stops = np.cumsum([len(word) for word in letters])
-        starts = np.concatenate([[0], stops[:-1]])
-        table[hashed(looked_up("".join(letters))[0], starts, stops) >> np.uint64(_PLACES)] |= bit
-    return table
+        bits |= table(hashed(*encoded([word for word in words if word.replace("_", "").isalnum()]))) * np.uint8(bit)
+    return bits
 
 
 def parts(codes: np.ndarray, kinds: np.ndarray) -> TextParts:
@@ -109,7 +125,8 @@ def parts(codes: np.ndarray, kinds: np.ndarray) -> TextParts:
     letters = sizes + marks - (right - left - 1)
     plain = (letters == sizes) & (sizes > 0) & (sizes <= LONGEST_PLAIN) | single
     # a number or a name has letters, digits, and underscores: a digit at the end, or an underscore and letters
-    strange = np.concatenate([[0], np.cumsum((kind & (DIGIT | UNDERSCORE)) == 0, dtype=np.int32)])
+    strange = np.zeros(len(kind) + 1, np.int32)
+    np.cumsum((kind & (DIGIT | UNDERSCORE)) == 0, out=strange[1:])
     which = np.flatnonzero((letters < sizes) & (sizes <= LONGEST_PLAIN))
     which = which[strange[right[which] - after[which]] == strange[left[which] + 1 + before[which]]]
     end = right[which] - 1 - after[which]  # in `others`: the last digit or underscore
@@ -119,6 +136,6 @@ def parts(codes: np.ndarray, kinds: np.ndarray) -> TextParts:
     hashes = np.zeros(len(starts), np.uint64)
     hashes[which] = hashed(codes, begins[which], ends[which])
     marked = marks[which] > 0
-    special = _special()[hashes[which] >> np.uint64(_PLACES)] & np.where(marked, MARKED, BARE).astype(np.uint8)
+    special = among(hashes[which], _special()) & np.where(marked, MARKED, BARE).astype(np.uint8)
     plain[which[special != 0]] = False
     return TextParts(starts, stops, plain, before, after, hashes, letters > 0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import pairwise
 
 import regex
@@ -140,44 +139,14 @@ def exceptions() -> dict[str, tuple[str, ...]]:
 
 
 EXCEPTIONS = exceptions()
-_LONGEST_EXCEPTION = max(map(len, EXCEPTIONS))
 
 
 def tokens(text: str) -> tuple[str, ...]:
     """Splits a string without white space into words."""
     if (text.isalpha() and text not in EXCEPTIONS) or len(text) > LONGEST:
         return (text,)
-    common = _COMMON.fullmatch(text)
-    if common and (core := common[2] or common[3]) not in ODD_CORES:
-        before, _, several, ending, behind = common.groups()
-        if several is None and not ending:
-            return (core, behind) if not before and len(behind) == 1 else (*_marks(before), core, *_marks(behind))
-        inner = (core,) if several is None else _infixes(core)
-        return tuple(_joined([*before, *inner, ending, *behind] if ending else [*before, *inner, *behind]))
-    return by_rules(text)
-
-
-def by_rules(text: str) -> tuple[str, ...]:
-    """Splits a string by the rules alone. `tokens` gives the same words, faster."""
     parts = EXCEPTIONS.get(text) or _split(text, EXCEPTIONS)
     return tuple(_joined(list(parts))) if len(parts) > 1 else tuple(parts)
-
-
-# The most common strings: a core in marks, without a period or a currency inside. Each mark is a word. The core begins with a
-# letter or digit. It ends in a digit, or in letters that aren't a unit or an ending such as 's.
-PLAIN_MARKS = frozenset({*_MARKS, *QUOTES} - {"…"})
-_ALPHA, _AROUND = r"[^\W\d_]", re.escape("".join(sorted(PLAIN_MARKS)))
-_COMMON = re.compile(
-    rf"([{_AROUND}]*+)(?:"
-    rf"({_ALPHA}++|(?:{_ALPHA}|[0-9])(?:\w*(?:[0-9]|_{_ALPHA}+))?)"  # a single word
-    rf"|((?:{_ALPHA}|[0-9])[^.$]*(?:[0-9]|[!-#%&(-,:-@\[-`{{-~-]{_ALPHA}+))"  # perhaps several words
-    rf")(['’][sS])?((?:[{_AROUND}]|(?<=[a-z0-9{_AROUND}])\.(?!\.)|(?<=[A-Z][A-Z])\.(?!\.))*)"
-)
-
-
-@lru_cache(maxsize=1 << 10)
-def _marks(marks: str) -> tuple[str, ...]:
-    return tuple(_joined(list(marks)))
 
 
 def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
@@ -267,7 +236,9 @@ def _public(address: str) -> bool:
 _SPLIT = {tuple(parts): whole for whole in EXCEPTIONS if len(parts := _split(whole, {})) > 1}
 _FIRST, PAIRS = {parts[0] for parts in _SPLIT}, {parts[:2] for parts in _SPLIT}
 _MOST = max(map(len, _SPLIT))
-ODD_CORES = {match[2] or match[3] for whole in EXCEPTIONS if (match := _COMMON.fullmatch(whole))} | set().union(*_SPLIT)
+# a letter or digit at the ends of a string, and marks that are split off one at a time, without other rules
+PLAIN_MARKS = frozenset({*_MARKS, *QUOTES} - {"…"})
+ODD_CORES = {whole.strip("." + "".join(PLAIN_MARKS)) for whole in EXCEPTIONS} | set().union(*_SPLIT)
 
 
 def _joined(parts: list[str]) -> list[str]:

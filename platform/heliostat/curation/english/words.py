@@ -92,9 +92,12 @@ class Words:
         text = "\n".join(group)
         codes, kinds = plain.looked_up(text)
         parts = plain.parts(codes, kinds)
-        which, other = np.flatnonzero(parts.plain), np.flatnonzero(~parts.plain)
-        marked = marked_words(codes, parts.starts[other], parts.stops[other])
-        of_marked, other = other[marked.split], other[~marked.split]
+        which, split = np.flatnonzero(parts.plain), parts.plain.copy()
+        short = np.flatnonzero(~split & (parts.stops - parts.starts <= plain.LONGEST_PLAIN))
+        marked = marked_words(codes, parts.starts[short], parts.stops[short])
+        of_marked = short[marked.split]
+        split[of_marked] = True
+        other = np.flatnonzero(~split)
         rows = self._rows([text[a:b] for a, b in zip(parts.starts[other].tolist(), parts.stops[other].tolist(), strict=True)])
         others = np.fromiter(map(len, rows), np.int64, len(rows)) // FACTS.itemsize
         counts = 1 + parts.before.astype(np.int64) + parts.after

@@ -73,10 +73,6 @@ class GopherQuality(Stage):
     def open(self) -> Work:
         return by_texts(self.judge_all)
 
-    def judge(self, text: str) -> tuple[str, dict[str, float]]:
-        """Judges one text."""
-        return self.judge_all([text])[0]
-
     def judge_all(self, texts: list[str]) -> list[tuple[str, dict[str, float]]]:
         return list(map(self._judge, texts, shared.of_all(texts)))
 

@@ -75,10 +75,6 @@ class GopherRepetition(Stage):
     def open(self) -> Work:
         return by_texts(self.judge_all)
 
-    def judge(self, text: str) -> tuple[str, dict[str, float]]:
-        """Judges one text."""
-        return self.judge_all([text])[0]
-
     def judge_all(self, texts: list[str]) -> list[tuple[str, dict[str, float]]]:
         """Judges lines and paragraphs first. Then judges the words of the texts that are left."""
         judged = [self._lines(text) for text in texts]
