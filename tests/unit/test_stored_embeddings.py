@@ -83,7 +83,7 @@ def test_the_rows_of_berts_padding_are_zero_and_no_other_row_is(digits, tmp_path
 
 def test_wrong_keys_are_rejected_before_anything_is_computed(digits, tmp_path):
     folder = clip(tmp_path / "clip", digits)
-    with pytest.raises(ConfigError, match=r"^latents: has no encoder\. Set latents\.autoencoder"):
+    with pytest.raises(ConfigError, match=r"^latents: has no encoder\. Set at least one of these keys: autoencoder, "):
         dataset_of(tmp_path / "a", {"length": 8})
     with pytest.raises(ConfigError, match=r"^latents\.pooling: needs a text encoder"):
         dataset_of(tmp_path / "b", {"autoencoder": str(folder), "pooling": "mean"})

@@ -94,7 +94,8 @@ class Latents(Strict):
         from heliostat.recipes.pretrained import from_folder
 
         if not self.folders():
-            raise ConfigError("latents: has no encoder. Set latents.autoencoder, latents.text_encoder, or both")
+            keys = "autoencoder, text_encoder, text_encoders, features"
+            raise ConfigError(f"latents: has no encoder. Set at least one of these keys: {keys}")
         if self.text_encoder and self.text_encoders:
             raise ConfigError("latents.text_encoder: can't be combined with latents.text_encoders. Move it into the list")
         if self.pooling and not self.text_encoder:
