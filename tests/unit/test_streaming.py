@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from heliostat.config.fields import ActorGpus
 from heliostat.curation import gpus, streaming
 from heliostat.curation.simulation.profile import MeasuringCluster
 from heliostat.curation.streamed import StreamPart, StreamPlan
@@ -18,6 +19,7 @@ from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.ray_cluster import RayCluster
 from heliostat.tasks.work import Work, key
+from pydantic import TypeAdapter, ValidationError
 
 PLAN = StreamPlan(None, [StreamPart("read", 0, []), StreamPart("stages-0", 0, [])], [False, True], [], 1 << 20, True, 1)
 RECORD = {"records": [{"kind": "read", "seconds": 1.0, "reasons": {}, "passed": 2}], "runs": [["a", 2, 3]], "files": []}
@@ -119,8 +121,16 @@ def test_actors_without_their_gpus_are_an_error_and_do_not_wait_forever(tmp_path
         gpus.require(flow, "gpus", 0.5)
     monkeypatch.setattr(gpus, "_later", lambda: 1)
     gpus.require(flow, "gpus", 0.5)
-    with pytest.raises(ConfigError, match=r"^gpus: 1\.5 isn't a whole number of GPUs\. Use at most 1, .* such as 2$"):
-        gpus.require(flow, "gpus", 1.5)  # Ray would raise a ValueError after all images are read
+    with pytest.raises(ValidationError, match=r"1\.5 isn't a whole number of GPUs\. Use at most 1, .* such as 2"):
+        TypeAdapter(ActorGpus).validate_python(1.5)  # Ray would raise a ValueError after all images are read
+
+
+def test_the_gpus_of_an_actor_must_be_on_one_node(tmp_path, monkeypatch) -> None:
+    flow = Flow(Work(Location(str(tmp_path))))
+    monkeypatch.setattr(Flow, "nodes", lambda flow, resource="CPU": [1, 1, 1, 1])
+    gpus.require(flow, "gpus", 1.0)
+    with pytest.raises(ConfigError, match=r"^gpus: an actor needs 2 GPUs, but no node has more than 1\. Set gpus to 0"):
+        gpus.require(flow, "gpus", 2.0)
 
 
 @pytest.mark.parametrize("since", [0, 3, 99])

@@ -44,6 +44,16 @@ def _experiment(name: str) -> str:
 Experiment = Annotated[str, AfterValidator(_experiment)]
 
 
+def _actor_gpus(value: float) -> float:
+    """Validates the number of GPUs of an actor: above 1, Ray gives an actor only whole GPUs."""
+    if value > 1 and value % 1:
+        raise ValueError(f"{value:g} isn't a whole number of GPUs. Use at most 1, or a whole number such as {math.ceil(value)}")
+    return value
+
+
+ActorGpus = Annotated[Float, Field(ge=0), AfterValidator(_actor_gpus)]
+
+
 def divisors(number: int) -> list[int]:
     """Lists a number's divisors in ascending order. For a number above LARGEST, lists only 1, because trial division would take
     too long."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from math import ceil
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -46,17 +45,13 @@ def awaited(flow: Flow, stages: list[str], wait_s: float = WAIT_S) -> int:
 
 def require(flow: Flow, key: str, wanted: float) -> None:
     """Raises ConfigError, which begins with the key, if the pipeline's nodes have fewer GPUs than an actor needs, and no
-    autoscaler can add them. The actors would wait forever. `wanted`: GPUs per actor, the key's value. Above 1, Ray gives an actor
-    only whole GPUs."""
-    if wanted > 1 and wanted % 1:
-        raise ConfigError(
-            f"{key}: {wanted:g} isn't a whole number of GPUs. Use at most 1, or a whole number such as {ceil(wanted)}"
-        )
-    if (count := max(flow.devices(), _later())) < wanted:
+    autoscaler can add them. The actors would wait forever. `wanted`: GPUs per actor, the key's value."""
+    if (count := max(_devices(flow, wanted), _later())) < wanted:
         labels = f" with the labels {flow.labels}" if flow.labels else ""
+        have = f"the nodes{labels} have {count}" if wanted <= 1 else f"no node{labels} has more than {count}"
         raise ConfigError(
-            f"{key}: an actor needs {plural(wanted, 'GPU')}, but the nodes{labels} have {count}. Set {key} to 0 to "
-            "compute on CPUs, or use a cluster with GPUs"
+            f"{key}: an actor needs {plural(wanted, 'GPU')}, but {have}. Set {key} to 0 to compute on CPUs, or use a cluster "
+            "with GPUs"
         )
 
 
@@ -90,6 +85,12 @@ def taken(flow: Flow, plan: StreamForm, key: str, function: TaskFunction, tasks:
     return [values[number] for number in sorted(values)]
 
 
+def _devices(flow: Flow, wanted: float) -> int:
+    """Returns the number of GPUs that the nodes have for an actor with `wanted` GPUs. More than one must be on the same
+    node."""
+    return flow.devices() if wanted <= 1 else max(flow.nodes("GPU"), default=0)
+
+
 def _later() -> int:
     """Returns the number of GPUs that the cluster has after its autoscaler has added all nodes; 0 without an autoscaler."""
     return min(MOST, int(ray_internals.most_resources().get("GPU", 0))) if ray.is_initialized() else 0
@@ -101,14 +102,14 @@ def _wait(flow: Flow, names: str, wanted: float, wait_s: float) -> bool:
     Requests a GPU from the autoscaler by a placement group, because `request_resources` would replace the requests of all other
     programs.
     """
-    if flow.devices() >= wanted:
+    if _devices(flow, wanted) >= wanted:
         return True
     log.info("%s: waiting up to %.0f s for a GPU, because the cluster's autoscaler can add %d", names, wait_s, _later())
     labels = [dict(flow.labels)] if flow.labels else None
     until, group = time.monotonic() + wait_s, placement_group([{"GPU": wanted}], bundle_label_selector=labels)
     try:
-        while flow.devices() < wanted and time.monotonic() < until:
+        while _devices(flow, wanted) < wanted and time.monotonic() < until:
             time.sleep(LOOK_S)
     finally:
         remove_placement_group(group)
-    return flow.devices() >= wanted
+    return _devices(flow, wanted) >= wanted

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pyarrow as pa
 from pydantic import Field
 
+from heliostat.config.fields import ActorGpus
 from heliostat.curation.images.batches import PIXELS, further, pixels
 from heliostat.curation.images.features import FEATURES, FeatureEncoder, StoredFeatures
 from heliostat.curation.images.pictures import Size
 from heliostat.errors import ConfigError
-from heliostat.schema import Float, Strict
+from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping
 from heliostat.tasks.shipping import Shipment
@@ -80,7 +81,7 @@ class Latents(Strict):
     `text_encoder` doesn't have. Use either `text_encoder` or this key."""
     workers: int = Field(1, gt=0)
     """Number of encoding actors."""
-    gpus: Float = Field(0.0, ge=0)
+    gpus: ActorGpus = 0.0
     """GPUs per actor; 0 encodes on CPUs. With GPUs, CPUs read and decode images while the actors encode."""
     batch: int = Field(16, gt=0)
     """Batch size of an actor, in images."""

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 from tokenizers import Tokenizer
 
+from heliostat.config.fields import ActorGpus
 from heliostat.curation import scoring
 from heliostat.curation.prepare import InputFile, Pipeline, place
 from heliostat.curation.references import computing
@@ -31,7 +32,6 @@ from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import ConfigError, MissingDataError
 from heliostat.recipes import model_origins
 from heliostat.recipes.folder_digests import weights_digest
-from heliostat.schema import Float
 from heliostat.storage.locations import Location
 from heliostat.tasks import libraries, shipping
 from heliostat.tasks.flow import Flow, Task
@@ -57,7 +57,7 @@ class ReferencePipeline(Pipeline):
     """Maximum tokens of a batch, with padding. A longer pair is a batch of its own."""
     workers: int = Field(1, gt=0)
     """Number of actors, each of which loads the model."""
-    gpus: Float = Field(0.0, ge=0)
+    gpus: ActorGpus = 0.0
     """GPUs per actor; 0 computes on CPUs."""
 
     _watch: PipelineWatch | None = PrivateAttr(default=None)
