@@ -294,6 +294,7 @@ def test_a_large_text_is_encoded_in_parts(text):
     assert python_peak(lambda: tokens.encode(tokenizer, [text], 0)) < 3 * size + 8 * MB
 
 
+@pytest.mark.ci
 def test_signatures_of_many_short_texts_are_made_some_at_a_time(tmp_path, monkeypatch):
     """Each value is a Python integer for a moment. For 8,000 texts in one row group, with 260 values each, that would be 100
     MB."""

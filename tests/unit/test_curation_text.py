@@ -238,6 +238,7 @@ def test_pii(text, expected):
 REAL_ADDRESSES = {("socket.py", "123.45.67.89")}  # in the documentation of the module `socket`
 
 
+@pytest.mark.ci
 def test_the_source_of_the_standard_library_and_of_numpy_keeps_its_slices_versions_and_sections():
     """Only the one real address is masked, and code with masked e-mail addresses still parses."""
     folders = (Path(sysconfig.get_paths()["stdlib"]), Path(np.__file__).parent)

@@ -49,6 +49,7 @@ def test_captions_differ_and_name_their_subject():
     }  # fmt: skip
 
 
+@pytest.mark.ci
 def test_the_judge_recognizes_real_held_out_pictures_that_it_has_not_seen():
     """So the scores of drawn pictures measure the model, not the judge. Shuffled subjects score near chance."""
     known, real = pictures_of(TRAIN), pictures_of(HELD)

@@ -247,6 +247,7 @@ def test_a_slow_first_batch_of_a_process_is_not_taken_for_the_usual_speed(tmp_pa
 HETEROGENEOUS = [{"stage": "length", "min_words": 30}, {"stage": "length", "max_words": 400}]
 
 
+@pytest.mark.ci
 def test_a_small_share_of_a_heterogeneous_input_predicts_documents_bytes_and_tokens_within_ten_percent(tmp_path, monkeypatch):
     """The input has three kinds of pages in files of their own: short, long, and of lognormal sizes. The sample has about a
     thousand documents. With 64 ranges at random places, the documents had errors of up to 22 %."""

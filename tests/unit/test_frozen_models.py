@@ -85,6 +85,7 @@ def test_frozen_encoders_are_in_the_plan_and_leave_the_device_when_only_drawing_
 
 
 @pytest.mark.parametrize("latents", [True, False])
+@pytest.mark.ci
 def test_a_job_is_planned_before_its_dataset_exists(latents, digits, tmp_path):
     """By the sizes of its backbone, as if the dataset held latents and embeddings, or images and embeddings."""
     from heliostat.errors import DataError

@@ -100,6 +100,7 @@ def test_generated_images_are_compared_with_held_out_images_and_not_with_trainin
     assert set(scores) <= set(recipe.scores) and scores["kid_low"] < scores["kid"] < scores["kid_high"]
 
 
+@pytest.mark.ci
 def test_the_number_of_workers_changes_no_score(dataset, model, clip):
     recipe, data, _ = opened(dataset, features={"extractor": str(model)}, clip={"pretrained": str(clip)})
     pictures = held_out(data)[:20]

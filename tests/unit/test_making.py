@@ -56,6 +56,7 @@ def test_a_making_that_ends_after_any_task_goes_on(tmp_path):
     assert made == whole and len(there.ran) <= total - total // 3
 
 
+@pytest.mark.ci
 def test_shards_that_are_done_stay_right_under_another_memory_limit(tmp_path, monkeypatch):
     """A task then writes other shards than the recorded ones. The dataset has each shard once, and none is missing."""
     make_input(tmp_path / "in", 300)

@@ -258,6 +258,7 @@ def test_has_word_is_whether_words_finds_one(form):
             assert has_word(value) == bool(words([value]).counts[0]), ascii(value)
 
 
+@pytest.mark.ci
 def test_a_part_is_not_read_out_of_every_run(tmp_path, monkeypatch):
     """Runs and parts both grow with the input. Reading each part from each run would cost their product."""
     texts, _ = planted()

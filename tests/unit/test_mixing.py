@@ -177,6 +177,7 @@ def test_a_small_weight_that_changes_every_step_gets_its_samples():
 
 
 @every_seed(20)
+@pytest.mark.ci
 def test_a_curriculum_gives_the_sum_of_its_shares(seed):
     """The sum is exact within a few samples at every change, for any number of changes. A paused source keeps its balance."""
     rng = np.random.default_rng(seed)

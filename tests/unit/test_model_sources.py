@@ -239,6 +239,7 @@ def test_a_copy_that_is_renamed_while_a_process_looks_at_it_is_no_error(tmp_path
 
 
 @pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.ci
 def test_a_version_an_alias_a_logged_model_and_a_run_of_mlflow_are_the_same_model(
     folder, tmp_path, store, s3, monkeypatch, remote
 ):

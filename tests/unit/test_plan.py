@@ -147,6 +147,7 @@ def test_without_the_datasets_plan_and_dry_run_say_which_vocabulary_they_assume(
         assert "vocabulary of 32,000 tokens" in note and "model.vocab_size" in note
 
 
+@pytest.mark.ci
 def test_a_dry_run_for_64_ranks_takes_seconds_and_finds_what_does_not_divide():
     """For the 8B job: 64 shards of 291 tensors with two moments, and the bytes of the whole state. 48 ranks are rejected."""
     from heliostat.plan.dryrun import dry_run

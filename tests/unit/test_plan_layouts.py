@@ -125,6 +125,7 @@ def test_cpu_workers_are_offered_no_offload_and_bf16_no_stage_0():
     assert {c.micro_batch_size for c in found} == {1, 2, 4, 8}
 
 
+@pytest.mark.ci
 def test_the_command_prints_the_table_and_exits_2_if_nothing_fits(tmp_path):
     path = str(write(tmp_path, **{"data.sources.0.path": str(tmp_path / "nothing"), "workers.gpus": 1}))
     code, out, _, _ = run("plan", path, "--rank")

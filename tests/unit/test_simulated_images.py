@@ -86,6 +86,7 @@ def test_an_image_shard_has_a_row_group_for_each_chunk(tmp_path):
     assert report["fetching"] is None and report["requests"]["output/shards/00"]["total"] >= shards["tasks"]
 
 
+@pytest.mark.ci
 def test_urls_are_fetched_as_fast_as_their_hosts_allow(tmp_path):
     """The driver makes as many tasks as for real lists. The report names the limit that decides the time."""
     (tmp_path / "in").mkdir()

@@ -75,6 +75,7 @@ def test_a_larger_task_takes_longer_and_keeps_more(tmp_path):
     SimulatedFaults(node_days=0.004, poison=0.02, slow=0.2, bursts_per_day=2000),
 ], ids=["lost nodes", "documents that end the process", "slow nodes", "503", "all"])  # fmt: skip
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.ci
 def test_every_task_is_recorded_once_whatever_fails(tmp_path, faults, seed):
     cluster = VirtualCluster(5, 8, 8 * GB, read(), faults, seed)
     flow, records = ran(tmp_path, cluster)
@@ -321,6 +322,7 @@ def test_an_input_has_the_given_size(monkeypatch):
     assert [f.path for f in simulate.enlarged([InputFile("", 5, 1)], 10, "a.jsonl")] == ["00/000000/a.jsonl", "01/000001/a.jsonl"]
 
 
+@pytest.mark.ci
 def test_an_input_grows_by_copies_of_its_files():
     files = [InputFile("a.jsonl", 300, 1), InputFile("b/c.jsonl", 700, 2)]
     larger = simulate.enlarged(files, 10_000)

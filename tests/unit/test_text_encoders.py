@@ -127,6 +127,7 @@ def test_the_lengths_of_captions_are_known_without_a_read_of_the_mask(version, p
         assert seen == {1} if pooling else len(seen) > 5
 
 
+@pytest.mark.ci
 def test_padding_is_masked_by_default_only_where_no_earlier_job_trained_without_it(digits, tmp_path):
     """So a job without the key trains as before: CLIP and T5 with U-Net, PixArt, and SD3."""
     found = {}

@@ -48,6 +48,7 @@ def test_what_is_suggested_lies_where_the_population_gained_most(mode):
     assert suggested[0] == pb2.suggest(records, 3, 20, SPACE, mode, np.random.default_rng(0))
 
 
+@pytest.mark.ci
 def test_trials_that_clone_at_the_same_step_are_given_different_values():
     records = population("min", 6)
     first = pb2.suggest(records, 3, 20, SPACE, "min", np.random.default_rng(0))
