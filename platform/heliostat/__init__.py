@@ -85,7 +85,7 @@ sys.meta_path.insert(0, _Earlier())  # first, because a leftover folder of an ea
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        return getattr(importlib.import_module("heliostat.api"), name)
+        return getattr(importlib.import_module("heliostat.api.functions"), name)
     raise AttributeError(f"module 'heliostat' has no attribute {name!r}")
 
 

@@ -122,7 +122,7 @@ def test_ray_reserves_what_a_task_may_take(tmp_path):
 @pytest.mark.usefixtures("ray_session")
 def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
     """Two actors, as for two GPUs. One of them dies, and its task runs again in its successor."""
-    monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
+    monkeypatch.setattr(flow.Flow, "devices", lambda self, each=1.0: 2)
     monkeypatch.setattr(ray_cluster, "ActorPool", lambda *given, num_gpus, **options: ActorPool(*given, **options))
     found = flow.Flow(Work(Location(str(tmp_path / "work"))))
     tasks = [Task(f"{i:032}", {"number": i, "mark": str(tmp_path / "mark")}) for i in range(20)]
@@ -140,7 +140,7 @@ def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
 def test_actors_that_find_no_place_are_not_waited_for(tmp_path, monkeypatch, caplog):
     """If only one of two fits, the tasks run in that one. If none fits, it is one error, in time."""
     total = int(ray.cluster_resources()["CPU"])
-    monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
+    monkeypatch.setattr(flow.Flow, "devices", lambda self, each=1.0: 2)
     monkeypatch.setattr(
         ray_cluster, "ActorPool", lambda *given, num_cpus, num_gpus, **options: ActorPool(*given, num_cpus=total, **options)
     )

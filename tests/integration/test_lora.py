@@ -251,7 +251,7 @@ def test_a_run_resumes_in_another_configuration_exports_and_is_served(
 ) -> None:
     """The registered model is merged, plain peft computes the same from the exported adapter, and another base is rejected."""
     sources = [read_manifest(Location(corpus))]
-    recipe = CausalLM(job(**{"data.sequence_length": 64, "model.vocab_size": None}))
+    recipe = CausalLM(job(**{"data.sequence_length": 64, "model.vocab_size": None, "train.precision": "fp32"}))
     recipe.bind(sources)
     recipe.build().save_pretrained(tmp_path / "base")
     recipe.save_config(tmp_path / "base")

@@ -18,7 +18,8 @@ ARCHITECTURES = {
 
 def write_model(folder: Path, model: dict, length: int = 32) -> Path:
     """Exports a language model whose random weights are large enough to give different answers."""
-    recipe = CausalLM(job(**{"model": {**model, "vocab_size": 320}, "data.sequence_length": length}))
+    changes = {"model": {**model, "vocab_size": 320}, "data.sequence_length": length, "train.precision": "fp32"}
+    recipe = CausalLM(job(**changes))
     recipe.bind([make_text(folder / "data")])
     torch.manual_seed(0)
     made = recipe.build()

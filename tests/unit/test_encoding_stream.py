@@ -69,7 +69,7 @@ def test_a_stream_that_loses_blocks_gives_the_dataset_of_recorded_tasks(
     monkeypatch.setattr(FailingStream, "rng", random.Random(seed))
     monkeypatch.setattr(FailingStream, "ends_after", (4, 99)[seed])
     monkeypatch.setattr(stream, "BLOCK_BYTES", (1, 10_000)[seed])
-    monkeypatch.setattr(Flow, "devices", lambda flow: 1)
+    monkeypatch.setattr(Flow, "devices", lambda flow, each=1.0: 1)
     monkeypatch.setattr(ImageMaking, "encoding", on_cpu)
     monkeypatch.setattr(ImagePipeline, "finish", lambda *_: None)  # keeps the work folder
     on_gpus = {**keys, "latents": {**latents, "gpus": 1.0}, "output": str(tmp_path / "streamed")}

@@ -29,7 +29,8 @@ MOST = 8
 
 def export(folder, made) -> None:
     """Exports a model whose random weights are large enough to give different answers."""
-    recipe = CausalLM(job(**{"model": {**BASE["model"], "vocab_size": 448}, "data.sequence_length": 256}))
+    changes = {"model": {**BASE["model"], "vocab_size": 448}, "data.sequence_length": 256, "train.precision": "fp32"}
+    recipe = CausalLM(job(**changes))
     recipe.bind([made])
     torch.manual_seed(2)
     model = recipe.build()

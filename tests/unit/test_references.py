@@ -153,7 +153,7 @@ def test_a_stream_that_loses_blocks_gives_the_dataset_of_recorded_tasks(
     data = in_shards(tmp_path / "data", [6, 3, 11] * 4)
     plain = make(pipeline(base, data, tmp_path / "plain", batch_tokens=300))
     monkeypatch.setattr(streaming, "RunningStream", FailingStream)
-    monkeypatch.setattr(Flow, "devices", lambda flow: 1)
+    monkeypatch.setattr(Flow, "devices", lambda flow, each=1.0: 1)
     monkeypatch.setattr(FailingStream, "rng", random.Random(seed))
     monkeypatch.setattr(FailingStream, "ends_after", (6, 99)[seed])
     made = streamed(base, data, tmp_path / "streamed")

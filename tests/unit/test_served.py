@@ -18,7 +18,9 @@ from tests.unit.test_samples import make_text
 def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Returns a small language model with random weights, as the end of a run logs it."""
     folder = tmp_path_factory.mktemp("served")
-    recipe = CausalLM(job(**{"model": {**BASE["model"], "vocab_size": 320}, "data.sequence_length": 16}))
+    recipe = CausalLM(
+        job(**{"model": {**BASE["model"], "vocab_size": 320}, "data.sequence_length": 16, "train.precision": "fp32"})
+    )
     recipe.bind([make_text(folder / "data")])
     torch.manual_seed(0)
     recipe.build().save_pretrained(folder / "model")

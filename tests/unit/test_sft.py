@@ -203,7 +203,7 @@ def test_datasets_with_different_templates_are_rejected(data: Path, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def export(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, recipe = tmp_path_factory.mktemp("exported") / "model", bound(data)
+    folder, recipe = tmp_path_factory.mktemp("exported") / "model", bound(data, **{"train.precision": "fp32"})
     torch.manual_seed(0)
     recipe.build().save_pretrained(folder)
     recipe.save_config(folder)

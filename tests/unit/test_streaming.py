@@ -7,6 +7,7 @@ import random
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,8 +130,26 @@ def test_the_gpus_of_an_actor_must_be_on_one_node(tmp_path, monkeypatch) -> None
     flow = Flow(Work(Location(str(tmp_path))))
     monkeypatch.setattr(Flow, "nodes", lambda flow, resource="CPU": [1, 1, 1, 1])
     gpus.require(flow, "gpus", 1.0)
-    with pytest.raises(ConfigError, match=r"^gpus: an actor needs 2 GPUs, but no node has more than 1\. Set gpus to 0"):
-        gpus.require(flow, "gpus", 2.0)
+    monkeypatch.setattr(gpus, "_later", lambda: 4)
+    with pytest.raises(ConfigError, match=r"^gpus: an actor needs 8 GPUs, but no node has more than 1\. Set gpus to 0"):
+        gpus.require(flow, "gpus", 8.0)
+    monkeypatch.setattr(gpus, "placement_group", lambda bundles, **more: None)
+    monkeypatch.setattr(gpus, "remove_placement_group", lambda group: None)
+    with pytest.raises(HeliostatError, match=r"^gpus: no node with 4 GPUs has joined within 0 s\. Run the command again"):
+        gpus.taken(flow, SimpleNamespace(gpus_each=4.0), "gpus", print, iter([]), print, 0.0)
+
+
+def test_a_stream_ends_if_the_rest_of_the_nodes_have_too_few_gpus_for_an_actor(tmp_path, monkeypatch) -> None:
+    """A node with two GPUs is lost, and only nodes with one remain. Its actors would wait forever."""
+    flow = Flow(Work(Location(str(tmp_path))))
+    monkeypatch.setattr(Flow, "nodes", lambda flow, resource="CPU": [1, 1])
+    monkeypatch.setattr(streaming.time, "monotonic", lambda: 2 * streaming.PLACE_S)
+    for each, reason in ((1.0, ""), (2.0, f"no node with the GPUs of an actor for {streaming.PLACE_S:.0f} s")):
+        one = streaming.RunningStream.__new__(streaming.RunningStream)
+        vars(one).update(flow=flow, plan=SimpleNamespace(gpus_each=each), reason="", looked=0.0, had_gpus=0.0, writes=deque())
+        one.lacking = SimpleNamespace(qsize=lambda: 0, get_nowait_batch=lambda size: [])
+        one._look()
+        assert one.reason == reason
 
 
 @pytest.mark.parametrize("since", [0, 3, 99])

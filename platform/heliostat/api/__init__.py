@@ -5,13 +5,3 @@ Start at `functions`.
 May import: `checkpoint`, `cluster`, `config`, `curation`, `data`, `inference`, `plan`, `recipes`, `runs`, `storage`,
 `tracking`, `training`, `validation`.
 """
-
-from heliostat import extras
-
-__getattr__, __dir__ = extras.lazy_names(
-    __name__,
-    dict.fromkeys(
-        ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"],
-        "heliostat.api.functions",
-    ),
-)

@@ -69,12 +69,7 @@ def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> 
 
 
 def train(
-    job: Job | Place,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    allow_data_change: bool = False,
-    verbose: bool = False,
+    job: Job | Place, *, resume: bool = False, overwrite: bool = False, allow_data_change: bool = False, verbose: bool = False
 ) -> Run:
     """Trains a job to the last step, exports and registers the trained model, and returns the run.
 

@@ -72,21 +72,13 @@ class Scene:
         return self.storage.join(self.name)
 
 
-def _nothing(scene: Scene) -> None:
-    pass
-
-
-def _can(job: Job) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Fault:
     name: str
     what: str
     strike: Callable[[Scene, Command], None]
-    prepare: Callable[[Scene], object] = _nothing
-    unable: Callable[[Job], str | None] = _can
+    prepare: Callable[[Scene], object] = lambda scene: None
+    unable: Callable[[Job], str | None] = lambda job: None
     notice: str = ""  # text in the output that shows that the run noticed the fault; if empty, an attempt's end shows it
     cured: str = ""  # text in the output that shows that the fault is over; if empty, the next new step shows it
     submitted_again: bool = False  # whether the fault ends the command, so that it must be submitted again

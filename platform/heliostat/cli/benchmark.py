@@ -28,8 +28,7 @@ def benchmark(
         bool, flag("--follow", help="Score each checkpoint of a run as it appears; MODEL is the run's id or folder")
     ] = False,
     every: Annotated[
-        int,
-        typer.Option(min=1, help="With --follow: score only checkpoints at multiples of this step, and the last checkpoint"),
+        int, typer.Option(min=1, help="With --follow: score only checkpoints at multiples of this step, and the last checkpoint")
     ] = 1,
     compare: Annotated[
         str | None,

@@ -63,8 +63,7 @@ def check_(
 
 @command(CLUSTER, example="clusters/local.yaml")
 def up(
-    file: File,
-    restart: Annotated[bool, flag("--restart", help="If Ray runs already, restart Ray; this ends Ray's jobs")] = False,
+    file: File, restart: Annotated[bool, flag("--restart", help="If Ray runs already, restart Ray; this ends Ray's jobs")] = False
 ) -> None:
     """Start a cluster, or join a running one: processes on this machine, `ray up`, or `kubectl apply`."""
     from heliostat.cluster import launch, review
@@ -76,9 +75,7 @@ def up(
 
 
 @command(CLUSTER, example="clusters/local.yaml")
-def down(
-    target: Annotated[str, argument("CLUSTER", "A cluster file, or a local cluster's name", completion.clusters)],
-) -> None:
+def down(target: Annotated[str, argument("CLUSTER", "A cluster file, or a local cluster's name", completion.clusters)]) -> None:
     """Stop a cluster. A local cluster leaves no process; a joined cluster keeps running."""
     from heliostat.cluster import launch
 

@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 RUNS, DATASETS, STORE = Path(".heliostat/runs"), Path(".heliostat/data"), Path(".heliostat/mlflow.db")
+VERSIONS = "SELECT name || '/' || version FROM model_versions ORDER BY name, version DESC"
 MOST = 200  # maximum number of suggestions
 
 
@@ -46,13 +47,13 @@ def sweeps(incomplete: str) -> list[str]:
 
 def models(incomplete: str) -> list[str]:
     """Lists registered models, newest version first, and ids of finished runs, from a local MLflow store."""
-    names = _query("SELECT name || '/' || version FROM model_versions ORDER BY name, version DESC")
-    return _matching(incomplete, [*(f"models:/{name}" for name in names), *_run_ids()])
+    run_ids = _query("SELECT run_uuid FROM runs WHERE status = 'FINISHED' ORDER BY start_time DESC")
+    return _matching(incomplete, [*(f"models:/{name}" for name in _query(VERSIONS)), *run_ids])
 
 
 def registered(incomplete: str) -> list[str]:
     """Lists registered models as NAME/VERSION, for `model promote`."""
-    return _matching(incomplete, _query("SELECT name || '/' || version FROM model_versions ORDER BY name, version DESC"))
+    return _matching(incomplete, _query(VERSIONS))
 
 
 def jobs(incomplete: str) -> list[str]:
@@ -62,11 +63,8 @@ def jobs(incomplete: str) -> list[str]:
 
 def clusters(incomplete: str) -> list[str]:
     """Lists cluster files, and the names of local clusters."""
-    return _matching(incomplete, [*_yaml("clusters"), *_names(Path(".heliostat/clusters"), "state.json")])
-
-
-def _run_ids() -> list[str]:
-    return _query("SELECT run_uuid FROM runs WHERE status = 'FINISHED' ORDER BY start_time DESC")
+    local = _folders(Path(".heliostat/clusters"), "state.json")
+    return _matching(incomplete, [*_yaml("clusters"), *(folder.name for folder in local)])
 
 
 def _query(statement: str) -> list[str]:
@@ -85,10 +83,6 @@ def _query(statement: str) -> list[str]:
 
 def _yaml(folder: str) -> list[Path]:
     return sorted([*Path(folder).rglob("*.yaml"), *Path(folder).rglob("*.yml")])
-
-
-def _names(parent: Path, file: str) -> list[str]:
-    return [folder.name for folder in _folders(parent, file)]
 
 
 def _folders(parent: Path, file: str) -> list[Path]:

@@ -83,8 +83,7 @@ def trace(
     id: Id = None,
     text: Text = None,
     run: Annotated[
-        str | None,
-        typer.Option(help="Show only this run: an id or a folder", metavar="RUN", autocompletion=completion.runs),
+        str | None, typer.Option(help="Show only this run: an id or a folder", metavar="RUN", autocompletion=completion.runs)
     ] = None,
     mlflow: TrackingUri = None,
 ) -> None:
@@ -254,9 +253,7 @@ Bad = Annotated[Path, argument("BAD", "Folder with examples of documents to drop
 
 @command(DATA, example="good bad --out models/quality")
 def train_classifier(
-    good: Good,
-    bad: Bad,
-    to: Annotated[Path, typer.Option("--out", help="Folder to write the classifier to", metavar="FOLDER")],
+    good: Good, bad: Bad, to: Annotated[Path, typer.Option("--out", help="Folder to write the classifier to", metavar="FOLDER")]
 ) -> None:
     """Train a quality classifier from two folders of examples, for `stage: classifier`; prints precision and recall."""
     from heliostat.curation import training

@@ -21,10 +21,7 @@ def generate(
         str | None, typer.Option(help="Text for the model to continue, or description of the image to generate")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one prompt per line; needs --out")] = None,
-    prefix: Annotated[
-        str | None,
-        typer.Option(help="Text before the answer: a file, or the text itself"),
-    ] = None,
+    prefix: Annotated[str | None, typer.Option(help="Text before the answer: a file, or the text itself")] = None,
     suffix: Annotated[str | None, typer.Option(help="Text after the answer: a file, or the text itself")] = None,
     seed: Seed = 0,
     to: Annotated[

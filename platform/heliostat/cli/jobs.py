@@ -191,9 +191,7 @@ def _write(text: str, to: TextIO | None = None) -> None:
 
 @command(JOB, example="quickstart")
 def stop(
-    id_: Id,
-    now: Annotated[bool, flag("--now", help="Don't wait for a checkpoint")] = False,
-    cluster: Target = None,
+    id_: Id, now: Annotated[bool, flag("--now", help="Don't wait for a checkpoint")] = False, cluster: Target = None
 ) -> None:
     """Stop a job. The job saves a checkpoint first, unless you pass --now."""
     from heliostat.storage import retries

@@ -27,8 +27,7 @@ JobFile = Annotated[Path, argument("JOB", "A job file, such as jobs/quickstart.y
 Run = Annotated[str, argument("RUN", "A run id, or a run's folder (STORAGE/NAME)", completion.runs)]
 Model = Annotated[str, argument("MODEL", "models:/NAME/VERSION, a run id, or a model's folder", completion.models)]
 Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file; may be repeated"),
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file; may be repeated")
 ]
 Verbose = Annotated[bool, flag("--verbose", "-v", help="Show the logs of Ray and of the workers, and tracebacks")]
 OnCluster = Annotated[
@@ -45,10 +44,7 @@ OnCluster = Annotated[
 TrackingUri = Annotated[
     str | None,
     typer.Option(
-        "--mlflow",
-        metavar="URI",
-        help="MLflow tracking URI",
-        show_default="$MLFLOW_TRACKING_URI, else .heliostat/mlflow.db",
+        "--mlflow", metavar="URI", help="MLflow tracking URI", show_default="$MLFLOW_TRACKING_URI, else .heliostat/mlflow.db"
     ),
 ]
 Prices = Annotated[
@@ -63,8 +59,7 @@ Temperature = Annotated[
     float | None, typer.Option("--temperature", help="Text: sampling temperature; 0 always takes the likeliest token")
 ]
 TopP = Annotated[
-    float | None,
-    typer.Option("--top-p", help="Text: sample from the likeliest tokens of this total probability (top-p)"),
+    float | None, typer.Option("--top-p", help="Text: sample from the likeliest tokens of this total probability (top-p)")
 ]
 Engine = Annotated[str, typer.Option("--engine", help="auto, transformers, or vllm; auto uses vllm if it can run the model")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed; the same seed gives the same answers")]

@@ -211,10 +211,7 @@ def _complete(cluster: ClusterFile, state: ClusterState, alive: list[Node]) -> C
     addresses = {n.address for n in state.nodes}
     if more := [n.address for n in state.nodes if n.address not in cluster.addresses]:
         log.warning(
-            "%s: nodes %s run, but aren't in %s. `--restart` starts only the nodes in the file",
-            state.name,
-            more,
-            cluster.path,
+            "%s: nodes %s run, but aren't in %s. `--restart` starts only the nodes in the file", state.name, more, cluster.path
         )
     missing = [a for a in cluster.addresses[1:] if a not in addresses]
     log.info("cluster %s already runs at %s%s", state.name, state.url, f"; starting {', '.join(missing)}" if missing else "")

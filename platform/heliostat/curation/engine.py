@@ -165,12 +165,7 @@ class StageEngine:
         return StreamPlan(self.source, streamed, scoring, follows, self.run_bytes, explained, count, self.every)
 
     def _taken(
-        self,
-        curated: Curated,
-        kind: str,
-        function: TaskFunction,
-        tasks: Iterator[Task],
-        pooled: bool = False,
+        self, curated: Curated, kind: str, function: TaskFunction, tasks: Iterator[Task], pooled: bool = False
     ) -> list[SpilledRun]:
         """Runs the tasks of a segment (consecutive stages). Returns the tasks' temporary files of kept documents, in the order of
         the tasks. Keeps only the names of a task's files, because an input may have millions of tasks."""

@@ -46,7 +46,7 @@ def awaited(flow: Flow, stages: list[str], wait_s: float = WAIT_S) -> int:
 def require(flow: Flow, key: str, wanted: float) -> None:
     """Raises ConfigError, which begins with the key, if the pipeline's nodes have fewer GPUs than an actor needs, and no
     autoscaler can add them. The actors would wait forever. `wanted`: GPUs per actor, the key's value."""
-    if (count := max(_devices(flow, wanted), _later())) < wanted:
+    if max(count := flow.devices(wanted), _later()) < wanted:
         labels = f" with the labels {flow.labels}" if flow.labels else ""
         have = f"the nodes{labels} have {count}" if wanted <= 1 else f"no node{labels} has more than {count}"
         raise ConfigError(
@@ -69,8 +69,8 @@ def taken(flow: Flow, plan: StreamForm, key: str, function: TaskFunction, tasks:
     require(flow, key, plan.gpus_each)
     if not _wait(flow, key, plan.gpus_each, wait_s):
         raise HeliostatError(
-            f"{key}: no node with a GPU has joined within {wait_s:.0f} s. Run the command again, or set {key} to 0 to compute "
-            "on CPUs"
+            f"{key}: no node with {_needed(plan.gpus_each)} has joined within {wait_s:.0f} s. Run the command again, or set "
+            f"{key} to 0 to compute on CPUs"
         )
     values, left = dict[int, Taken](), list[tuple[int, Task]]()
     for number, task, record in streaming.run(flow, plan, tasks):
@@ -85,10 +85,9 @@ def taken(flow: Flow, plan: StreamForm, key: str, function: TaskFunction, tasks:
     return [values[number] for number in sorted(values)]
 
 
-def _devices(flow: Flow, wanted: float) -> int:
-    """Returns the number of GPUs that the nodes have for an actor with `wanted` GPUs. More than one must be on the same
-    node."""
-    return flow.devices() if wanted <= 1 else max(flow.nodes("GPU"), default=0)
+def _needed(each: float) -> str:
+    """Returns the GPUs that a node must have for an actor with `each` GPUs, for messages."""
+    return plural(each, "GPU") if each > 1 else "a GPU"
 
 
 def _later() -> int:
@@ -102,14 +101,15 @@ def _wait(flow: Flow, names: str, wanted: float, wait_s: float) -> bool:
     Requests a GPU from the autoscaler by a placement group, because `request_resources` would replace the requests of all other
     programs.
     """
-    if _devices(flow, wanted) >= wanted:
+    if flow.devices(wanted) >= wanted:
         return True
-    log.info("%s: waiting up to %.0f s for a GPU, because the cluster's autoscaler can add %d", names, wait_s, _later())
+    why = f"because the cluster's autoscaler can add {_later()}"
+    log.info("%s: waiting up to %.0f s for %s, %s", names, wait_s, _needed(wanted), why)
     labels = [dict(flow.labels)] if flow.labels else None
     until, group = time.monotonic() + wait_s, placement_group([{"GPU": wanted}], bundle_label_selector=labels)
     try:
-        while _devices(flow, wanted) < wanted and time.monotonic() < until:
+        while flow.devices(wanted) < wanted and time.monotonic() < until:
             time.sleep(LOOK_S)
     finally:
         remove_placement_group(group)
-    return _devices(flow, wanted) >= wanted
+    return flow.devices(wanted) >= wanted

@@ -125,8 +125,7 @@ class Isolated:
         for lack in set(started["lacks"]) - _logged:
             _logged.add(lack)
             log.warning(
-                "can't fully isolate document parsers on this machine: %s. Process untrusted documents on another machine",
-                lack,
+                "can't fully isolate document parsers on this machine: %s. Process untrusted documents on another machine", lack
             )
 
     def close(self) -> int | None:

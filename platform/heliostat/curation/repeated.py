@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-import xxhash
 from pydantic import Field
 
 from heliostat.curation import recording, registry, tally
@@ -80,13 +79,9 @@ class ComparedParts:
         part_words = words(parts)
         long = np.flatnonzero(part_words.counts >= self.min_words)
         if not self.normalise:
-            return [(i, _hash(" ".join(parts[i].split()))) for i in long.tolist()]
+            return [(i, recording.key_of(" ".join(parts[i].split()))) for i in long.tolist()]
         ends = np.cumsum(part_words.counts)[long]
         return list(zip(long.tolist(), part_words.spans(ends - part_words.counts[long], ends).tolist(), strict=True))
-
-
-def _hash(text: str) -> int:
-    return xxhash.xxh64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
 def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, object]:

@@ -34,6 +34,7 @@ class StagedPipeline(Pipeline):
     _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
     _watch: PipelineWatch | None = PrivateAttr(default=None)
 
+    beside = frozenset({"work", "keep_work", "memory_limit"})
     ray_data = False
     moved: ClassVar[dict[str, str]] = {}
     """Keys that have moved into `columns` since earlier versions: old name -> new name."""

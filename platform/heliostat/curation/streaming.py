@@ -268,17 +268,18 @@ class RunningStream:
         self.writes.append(self.writers.submit(self.flow.work.finish, KIND, name, record))
 
     def _look(self) -> None:
-        """Copies files that nodes lack to the work folder. Ends the stream if the last GPU has been away for PLACE_S seconds."""
+        """Copies files that nodes lack to the work folder. Ends the stream if no node has had the GPUs of an actor for PLACE_S
+        seconds."""
         now = time.monotonic()
         if now - self.looked < LOOK_S:
             return
         self.looked = now
         while self.writes and self.writes[0].done():  # raises the error of a file that can't be copied
             self.writes.popleft().result()
-        if self.flow.devices():
+        if self.flow.devices(self.plan.gpus_each) >= self.plan.gpus_each:
             self.had_gpus = now
         elif now - self.had_gpus > PLACE_S:
-            self.reason = self.reason or f"no node with a GPU for {PLACE_S:.0f} s"
+            self.reason = self.reason or f"no node with the GPUs of an actor for {PLACE_S:.0f} s"
         try:
             lacking = self.lacking.get_nowait_batch(self.lacking.qsize())
         except RayError as e:

@@ -28,12 +28,7 @@ from heliostat.storage.locations import Location
 log = logging.getLogger(__name__)
 
 READERS = 32  # threads: a footer takes one or two small requests, which object storage answers slowly but in parallel
-NOT_IN_FOOTERS = (
-    "bytes",
-    "cuts",
-    "unigram_entropy",
-    COUNTS,
-)  # computed from the text or the tokens: wrong once shards are added
+NOT_IN_FOOTERS = ("bytes", "cuts", "unigram_entropy", COUNTS)  # computed from the text or the tokens: wrong once shards are added
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ The driver of `heliostat data prepare` holds about 110 bytes per shard, and noth
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from typing_extensions import TypedDict
 
 from heliostat.data import manifest, shard
@@ -38,6 +40,7 @@ class ListedShard(TypedDict):
 
 
 EACH = tuple(RowGroupColumns.__annotations__)
+FORM: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True, "write_statistics": False}
 SHARDS = 4096  # shards whose values are Python objects
 
 
@@ -53,6 +56,17 @@ def written(location: Location, path: str, data: bytes, column: str | None) -> L
     all columns."""
     rows, contents = manifest.read_footer(location, path, column), shard.content_digests(data, column)
     return listed([{**row, "content": content} for row, content in zip(rows, contents, strict=True)])
+
+
+def encoded(groups: Sequence[pa.Table], content: str, places: list[int]) -> bytes:
+    """Returns row groups as the bytes of a shard. `content`: a digest of all rows, in the footer, which the manifest hashes, so a
+    changed row changes the dataset's digest. `places`: the row groups' hold-out positions."""
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(sink, groups[0].schema, **FORM) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=len(group))
+        writer.add_key_value_metadata({"content": content, manifest.PLACES_KEY.decode(): json.dumps(places)})
+    return sink.getvalue().to_pybytes()
 
 
 class ShardCollector:

@@ -124,8 +124,7 @@ def growing_runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> 
 
     So the total is right on average, even if the row groups are small.
     """
-    first, second = _hashes(identity)
-    held_out = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)
+    held_out, second = _rounded(samples, identity, fraction)
     start = (second % np.maximum(samples, 1).astype(np.uint64)).astype(np.int64)
     return Split(samples.astype(np.int64), held_out, start)
 
@@ -135,11 +134,12 @@ def runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
 
     The held-out rows end within the row group, so their start depends on the fraction. In `growing_runs`, it doesn't.
     """
-    first, second = _hashes(identity)
-    held_out = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)
+    held_out, second = _rounded(samples, identity, fraction)
     start = (second % (samples - held_out + 1).astype(np.uint64)).astype(np.int64)
     return Split(samples.astype(np.int64), held_out, start)
 
 
-def _hashes(identity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return hash64(identity), hash64(identity ^ np.uint64(0x5851F42D4C957F2D))
+def _rounded(samples: np.ndarray, identity: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the number of held-out rows of each row group, and a second hash of each row group."""
+    held_out = np.floor(samples * fraction + hash64(identity) / 2.0**64).astype(np.int64)
+    return np.minimum(held_out, samples), hash64(identity ^ np.uint64(0x5851F42D4C957F2D))

@@ -22,6 +22,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,15 +76,11 @@ def read_record(location: Location) -> dict[str, Any]:
 
     Raises ConfigError if the folder has files, but neither a record nor a readable manifest.
     """
-    try:
-        record = json.loads(location.join(RECORD).read())
-        if isinstance(record, dict):
-            return record | {"replaced": _times(record.get("replaced"))}
-        log.warning("%s: the file is damaged, so heliostat writes a new one", location.join(RECORD))
-        return {}
-    except FileNotFoundError:
-        pass
-    except ValueError:
+    with suppress(FileNotFoundError):
+        raw = location.join(RECORD).read()
+        with suppress(ValueError):
+            if isinstance(record := json.loads(raw), dict):
+                return record | {"replaced": _times(record.get("replaced"))}
         log.warning("%s: the file is damaged, so heliostat writes a new one", location.join(RECORD))
         return {}
     files = location.attempt(lambda: location.fs.get_file_info(pafs.FileSelector(location.path, allow_not_found=True)))

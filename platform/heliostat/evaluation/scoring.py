@@ -19,6 +19,7 @@ from heliostat.evaluation.suite import Row, Suite
 from heliostat.evaluation.tasks import EvalTask
 from heliostat.recipes import exported
 from heliostat.recipes.conformance import is_language_model
+from heliostat.recipes.precision import compute_dtype, dtype_of
 from heliostat.recipes.pretrained import from_folder
 from heliostat.recipes.text.generator import whole
 from heliostat.text import brief
@@ -26,7 +27,6 @@ from heliostat.text import brief
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
-DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Sample = dict[str, Any]  # lm-eval's record of an example and the model's answer
 RESAMPLES = 1000  # bootstrap samples, for metrics whose standard error has no formula (perplexity, BLEU)
 
@@ -46,7 +46,8 @@ def load(folder: Path, suite: Suite) -> HFLM:
     from lm_eval.models.huggingface import HFLM
 
     with exported.using(folder):
-        model = whole("model", folder, dtype=DTYPES[suite.dtype]).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = compute_dtype(folder) if suite.dtype == "auto" else dtype_of(suite.dtype)
+        model = whole("model", folder, dtype=dtype).eval().to("cuda" if torch.cuda.is_available() else "cpu")
         tokenizer = from_folder("model", transformers.AutoTokenizer, folder)
         if suite.chat and tokenizer.chat_template is None:
             raise ConfigError(f"chat: the tokenizer in {folder} has no chat template. Remove this key from the suite")

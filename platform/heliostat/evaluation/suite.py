@@ -67,7 +67,8 @@ class Suite(Strict):
     batch: int = Field(16, ge=1, le=4096)
     """Number of questions that the model answers in one batch."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the weights; `auto` uses the precision of the model's files."""
+    """Precision of the computation. `auto`: fp32 for a model that heliostat exported, otherwise the precision in the model's
+    config.json."""
     chat: bool = False
     """Asks each question as the message of a user, rendered by the model's chat template. Set it for models that were fine-tuned
     on conversations."""

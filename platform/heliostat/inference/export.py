@@ -28,13 +28,13 @@ from heliostat.inference import adapter_export
 from heliostat.inference.post_hoc import PostHocAverage
 from heliostat.recipes import adapter_tensors, building, exported
 from heliostat.recipes.loading import load
+from heliostat.recipes.precision import dtype_of
 from heliostat.recipes.protocol import GUIDE, Exports, Recipe, Weight
 from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 4 << 30
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def recipe_of(checkpoint: SavedCheckpoint) -> tuple[Job, Recipe]:
@@ -72,7 +72,7 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         model = building.build(recipe)
-    shapes, dtype = {name: tuple(p.shape) for name, p in model.named_parameters()}, DTYPES[job.train.precision]
+    shapes, dtype = {name: tuple(p.shape) for name, p in model.named_parameters()}, dtype_of(job.train.precision)
     if adapted and adapter:
         metadata = adapted.save_adapter_config(folder, adapter_tensors.layers_of(shapes))
         for file, tensors in adapted.adapter_files(shapes).items():

@@ -18,9 +18,9 @@ import torch
 
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference import gguf_files
-from heliostat.inference.export import DTYPES
 from heliostat.inference.gguf_files import GgufFile
 from heliostat.recipes.exported import CONVERTED, IMPORT
+from heliostat.recipes.precision import dtype_of
 from heliostat.recipes.pretrained import from_folder, whole
 from heliostat.storage.locations import Location
 from heliostat.text import brief
@@ -87,7 +87,7 @@ def _write(file: GgufFile, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         tokens = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) * STRIDE % model.config.vocab_size
         expected = model(input_ids=tokens, use_cache=False).logits.float()
     tokenizer.save_pretrained(folder)
-    torch.nn.Module.to(model, DTYPES[file.precision])
+    torch.nn.Module.to(model, dtype_of(file.precision))
     model.save_pretrained(folder, max_shard_size="4GB")
     written = whole("--out", transformers.AutoModelForCausalLM, folder, dtype=torch.float32)
     with torch.inference_mode():

@@ -15,11 +15,13 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PretrainedConfig
 
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference.batch.engines import Answer, BatchEngine, Chat, Continue, Embed, Input, LoadedModel, Score
 from heliostat.inference.sampling import MOST_LOGPROBS, WRITES, Chosen, Draw
+from heliostat.recipes.precision import compute_dtype
 from heliostat.recipes.text.generator import Sampling
 
 if TYPE_CHECKING:
@@ -40,11 +42,13 @@ def architectures() -> Collection[str]:
 def engine_options(
     folder: Path, config: PretrainedConfig, longest: int | None, batch: int, ranks: Sequence[int] = ()
 ) -> dict[str, object]:
-    """Returns the arguments of a vLLM engine for a folder's model. The weights keep their precision. The folder's code and its
-    sampling settings are ignored. `ranks`: ranks of the adapters to load."""
+    """Returns the arguments of a vLLM engine for a folder's model. vLLM computes in the same type as transformers
+    (`compute_dtype`), and ignores the folder's code and its sampling settings. `ranks`: ranks of the adapters to load."""
+    chosen = compute_dtype(folder)
+    dtype = (config.dtype or torch.float32) if chosen == "auto" else chosen  # with auto, vLLM computes fp32 models in fp16
     adapters = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank(max(ranks))} if ranks else {}
     return {
-        "model": str(folder.absolute()), "dtype": str(config.dtype or "float32").removeprefix("torch."), "max_model_len": longest,
+        "model": str(folder.absolute()), "dtype": str(dtype).removeprefix("torch."), "max_model_len": longest,
         "max_num_seqs": batch, "trust_remote_code": False, "generation_config": "vllm", "max_logprobs": MOST_LOGPROBS,
         "logprobs_mode": "raw_logprobs", "disable_log_stats": True, **adapters,
     }  # fmt: skip

@@ -29,10 +29,7 @@ class ModelStats:
     groups: list[list[str]]  # names of the parameters in each parameter group of the optimizer
     hidden: frozenset[str]  # matrices that are in separate groups of an orthogonalizing optimizer
     packed: int = 0  # weights that are stored in 4 bits, which aren't in `shapes`
-    frozen_models: tuple[int, int] = (
-        0,
-        0,
-    )  # bytes of other models and of 4-bit weights (in every step, in evaluations)
+    frozen_models: tuple[int, int] = (0, 0)  # bytes of other models and of 4-bit weights (in every step, in evaluations)
     divided: dict[str, str] = field(default_factory=dict)  # tensor-parallel sharding: `column` (by outputs) or `row` (by inputs)
 
     @property

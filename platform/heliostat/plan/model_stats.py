@@ -25,6 +25,7 @@ from heliostat.data.content import Content
 from heliostat.plan.counts import Activations, Counts, ModelStats, OperationWork, Tile
 from heliostat.plan.operations import OperationRecorder, extended, grouped
 from heliostat.recipes import building, quantized
+from heliostat.recipes.precision import dtype_of
 from heliostat.recipes.protocol import Batch, DividesExperts, DividesMatrices, Recipe
 from heliostat.recipes.text import checkpointing, next_token, selective, tiled_loss, tiled_mlp
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _CHECKPOINTED = WeakKeyDictionary[torch.nn.Module, list[torch.nn.Module]]()  # of models of diffusers
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build(recipe: Recipe) -> torch.nn.Module:
@@ -228,7 +228,7 @@ def _alike(stack: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:
 def _as_it_trains(job: Job, recipe: Recipe, model: torch.nn.Module) -> None:
     """Converts a model from `build` to the job's precision, unless the model already has this precision."""
     if not any(isinstance(p, FakeTensor) for p in model.parameters()):
-        model.to(DTYPES[job.train.precision])
+        model.to(dtype_of(job.train.precision))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from pydantic import Field, field_validator, model_validator
 from heliostat import extras
 from heliostat.errors import CheckpointError, ConfigError
 from heliostat.recipes.folder_digests import weights_digest, weights_state
+from heliostat.recipes.precision import dtype_of
 from heliostat.recipes.protocol import Recipe, Weight
 from heliostat.schema import Float, Strict, nearest, validate
 from heliostat.text import brief
@@ -43,7 +44,6 @@ KEY = "adapter"
 ALL = "all-linear"
 NAME = "default"  # peft's name of an adapter
 STREAM = 1 << 20  # of random numbers, apart from the streams of samples
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BASE, DOWN, UP, MAGNITUDE = "base_layer", f"lora_A.{NAME}.weight", f"lora_B.{NAME}.weight", f"lora_magnitude_vector.{NAME}.weight"
 SHORT = {DOWN: "lora_A.weight", UP: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}  # as files name the matrices
 
@@ -384,6 +384,4 @@ def _zeros(shape: tuple[int, ...]) -> torch.Tensor:
 
 def _norms(precision: str, weight: torch.Tensor) -> torch.Tensor:
     """Computes the norm of each row of a weight in the precision of training, fp32 [out]."""
-    import torch
-
-    return weight.to(getattr(torch, DTYPES[precision])).float().norm(dim=1)
+    return weight.to(dtype_of(precision)).float().norm(dim=1)

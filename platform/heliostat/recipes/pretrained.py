@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heliostat.errors import ConfigError
-from heliostat.recipes import partitioning
+from heliostat.recipes import partitioning, precision
 from heliostat.text import brief
 
 if TYPE_CHECKING:
@@ -59,9 +59,11 @@ def _base_of(config: Path) -> str:
 
 
 def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
-    """Loads a folder's model. Raises ConfigError if a weight is missing, because transformers would initialize this weight at
-    random, or if the folder also has an adapter."""
+    """Loads a folder's model, by default in the type in which heliostat's inference computes (`precision.compute_dtype`). Raises
+    ConfigError if a weight is missing, because transformers would initialize this weight at random, or if the folder also has an
+    adapter."""
     require_no_adapter(key, folder)
+    options = {"dtype": precision.compute_dtype(folder), **options}
     model, loading = from_folder(key, auto, folder, output_loading_info=True, **options)
     tied = getattr(model, "all_tied_weights_keys", {})
     _require_none(folder, set(loading["missing_keys"]) - set(tied))

@@ -87,9 +87,11 @@ class Flow:
         """Computes the maximum CPUs that each of `tasks` tasks can request so that all tasks run at once; at least 1."""
         return most_each(self.nodes(), tasks)
 
-    def devices(self) -> int:
-        """Returns the number of GPUs of all live nodes with the pipeline's labels."""
-        return sum(self.nodes("GPU"))
+    def devices(self, each: float = 1.0) -> int:
+        """Returns the number of GPUs that the live nodes with the pipeline's labels have for actors with `each` GPUs: the GPUs of
+        all nodes, or those of the largest node if an actor needs several."""
+        nodes = self.nodes("GPU")
+        return sum(nodes) if each <= 1 else max(nodes, default=0)
 
     def memory_each(self, cpus: int = 1) -> int | None:
         """Computes the bytes of memory that a task with `cpus` CPUs requests, with the memory for reads in advance (`_advance`);

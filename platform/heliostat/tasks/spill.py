@@ -138,8 +138,8 @@ ReadGroups = Callable[[list[int], list[str] | None], pa.Table]
 
 
 class _Footers:
-    """Holds the compressed footers of files in an object store, of at most FOOTER_BYTES bytes in total. The first footers stay,
-    because each task of a call reads the same files in the same order."""
+    """Holds the compressed footers of temporary files in an object store, of at most FOOTER_BYTES bytes in total. The first
+    footers stay, because each task of a call reads the same files in the same order."""
 
     def __init__(self) -> None:
         self.kept, self.bytes, self.lock = dict[str, tuple[bytes, int]](), 0, threading.Lock()
@@ -182,7 +182,8 @@ def _opened(place: Location, size: int | None) -> Iterator[tuple[pq.FileMetaData
     An object store sends the footer of a file with known size with one request, unless the footer is kept. Then each read is one
     request, even if only a few columns of each row group are read.
     """
-    if place.is_s3 and _footers and (footer := _footers.get(place.path)):
+    footers = None if size is None else _footers  # a file of another name can be rewritten during the call
+    if place.is_s3 and footers and (footer := footers.get(place.path)):
         yield footer, partial(_with_footer, place, footer)
         return
     if place.is_s3:
@@ -192,8 +193,8 @@ def _opened(place: Location, size: int | None) -> Iterator[tuple[pq.FileMetaData
             return fragment.subset(row_group_ids=some).to_table(columns=wanted, use_threads=False)
 
         footer = place.attempt(lambda: fragment.metadata)
-        if _footers:
-            _footers.add(place.path, footer)
+        if footers:
+            footers.add(place.path, footer)
         yield footer, tables_of
         return
     with place.open() as source:

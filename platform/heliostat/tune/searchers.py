@@ -8,14 +8,16 @@ room for. So no trial waits while only some of its workers have a place.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
 from heliostat import extras
 from heliostat.tune import space as spaces
-from heliostat.tune.space import Domain, Params, Space
+from heliostat.tune.space import Domain, Params
 from heliostat.tune.sweep import Sweep, tell
 from heliostat.tune.trial_record import TrialRecord
 
@@ -28,43 +30,32 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Searcher(Protocol):
+@dataclass
+class Searcher:
+    """Chooses the values of trials by random search or grid search, which don't depend on results."""
+
+    sweep: Sweep
+
     def draw(self, number: int) -> Params | None:
         """Draws a value for every key of the space, for the trial with this number; None if there are no more trials."""
+        if self.sweep.searcher.name == "random":
+            return spaces.draw(self.sweep.space, self.sweep.searcher.seed, number)
+        points = self.points
+        return points[number] if number < len(points) else None
+
+    @cached_property
+    def points(self) -> list[Params]:
+        return spaces.grid(self.sweep.space)
 
     def observe(self, record: TrialRecord) -> None:
         """Receives the result of a trial that has ended, in this command or in an earlier command."""
 
 
 def make(sweep: Sweep) -> Searcher:
-    if sweep.searcher.name == "optuna":
-        return Optuna(sweep)
-    return Grid(sweep.space) if sweep.searcher.name == "grid" else Random(sweep)
+    return Optuna(sweep) if sweep.searcher.name == "optuna" else Searcher(sweep)
 
 
-class Random:
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
-
-    def draw(self, number: int) -> Params | None:
-        return spaces.draw(self.sweep.space, self.sweep.searcher.seed, number)
-
-    def observe(self, record: TrialRecord) -> None:
-        pass
-
-
-class Grid:
-    def __init__(self, space: Space) -> None:
-        self.points = spaces.grid(space)
-
-    def draw(self, number: int) -> Params | None:
-        return self.points[number] if number < len(self.points) else None
-
-    def observe(self, record: TrialRecord) -> None:
-        pass
-
-
-class Optuna:
+class Optuna(Searcher):
     """Searches with Tune's OptunaSearch (TPE sampler). A trial's values depend on the seed, and on the results so far and their
     order."""
 

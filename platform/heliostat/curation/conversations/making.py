@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from heliostat.curation.conversations import packing, reading, rendering, shapes
 from heliostat.curation.conversations.reading import ConversationSource, unpacked_mask, unpacked_tokens
@@ -21,19 +19,16 @@ from heliostat.curation.making import WrittenShards
 from heliostat.curation.segment import SpilledRun
 from heliostat.curation.text import documents, gathering, tokens
 from heliostat.curation.text.gathering import Together
-from heliostat.curation.text.making import Reading, identities
+from heliostat.curation.text.making import Reading
 from heliostat.curation.text.tasks import bounds
 from heliostat.data import manifest, row_groups, versions
 from heliostat.data.conversations import FACT, PACKS, PREFERENCES, TEMPLATE, ConversationFacts
-from heliostat.data.manifest import FILES, PLACES_KEY, SHARDS
+from heliostat.data.manifest import FILES, SHARDS
 from heliostat.data.row_groups import ShardCollector
 from heliostat.storage.locations import Location
 from heliostat.tasks import libraries
-from heliostat.tasks.flow import Task
-from heliostat.tasks.work import key
 
 VERSION = 1  # increase it when the same conversations give other rows
-FORM: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True, "write_statistics": False}
 BY_PROMPT = Together(column=reading.PROMPT, order=reading.TEXT)
 COUNTS = ("conversations", "tokens", "trained", "turns", "trained_ends", "untrained", "cut", "split", "trailing", "retokenized",
           "ended", "padding")  # fmt: skip
@@ -92,7 +87,9 @@ class ConversationMaking(Reading):
         problem = "input: too many conversations have the same first message of the user"
         duplicates, ends = self.regrouped(curated, BY_PROMPT, problem, "or remove some of these conversations")
         shards, counts, totals = ShardCollector(), Counter[str](dict.fromkeys(COUNTS, 0)), Counter[str](documents=0, bytes=0)
-        for record in self._shards(curated):
+        plan = Sharding(self.output.uri, self.count(curated), self.chunk_tokens, self.source.sequence_length, self.packs,
+                        self.best_fit, self.every)  # fmt: skip
+        for record in self.single_shards(curated, write_shard, plan, "conversations", VERSION):
             ends += record["ends"]
             for shard in record["shards"]:
                 shards.add(shard)
@@ -114,20 +111,6 @@ class ConversationMaking(Reading):
             "counts": dict(counts),
             "reference": None,
         }
-
-    def _shards(self, curated: Curated) -> Iterator[dict[str, Any]]:
-        plan = Sharding(self.output.uri, max(1, round(curated.bytes / self.shard_bytes)), self.chunk_tokens,
-                        self.source.sequence_length, self.packs, self.best_fit, self.every)  # fmt: skip
-        each, shared = curated.bytes // plan.shards, self.flow.share(plan)
-
-        def work() -> Iterator[Task]:
-            for part in self.ranges(curated.runs, plan.shards):
-                follows = key("conversations", VERSION, identities(part.runs), vars(plan))
-                shared_run = {"runs": self.flow.share(part.runs), "plan": shared}
-                for n in range(part.first, part.stop):
-                    yield Task(key(follows, n), {"number": n}, shared_run, each)
-
-        return self.shards(write_shard, work())
 
 
 def write_shard(folder: Location, number: int, runs: list[SpilledRun], plan: Sharding) -> dict[str, Any]:
@@ -184,11 +167,7 @@ def _preferences(ids: list[str], columns: list[dict[str, Any]]) -> pa.Table:
 
 def encoded(groups: list[pa.Table], places: list[int]) -> bytes:
     """Returns row groups as the bytes of a Parquet file. `places`: their hold-out positions."""
-    sink, content = pa.BufferOutputStream(), hashlib.sha256()
-    with pq.ParquetWriter(sink, groups[0].schema, **FORM) as writer:
-        for group in groups:
-            writer.write_table(group, row_group_size=len(group))
-            content.update(json.dumps(group.to_pylist()).encode())
-        # the manifest hashes the footer, so any changed row changes the dataset's digest
-        writer.add_key_value_metadata({"content": content.hexdigest(), PLACES_KEY.decode(): json.dumps(places)})
-    return sink.getvalue().to_pybytes()
+    content = hashlib.sha256()
+    for group in groups:
+        content.update(json.dumps(group.to_pylist()).encode())
+    return row_groups.encoded(groups, content.hexdigest(), places)

@@ -35,7 +35,6 @@ class RenderedPipeline(StagedPipeline):
     """Defines the keys that pipelines of conversations and of preferences share."""
 
     later = frozenset({"record_documents"})
-    beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
     """Input: a file, a folder, a glob (`data/**/*.jsonl`), an `s3://` prefix, or a dataset of the Hugging Face Hub

@@ -40,7 +40,6 @@ class PairPipeline(StagedPipeline):
     `python:stdlib`."""
 
     later = frozenset({"record_documents"})
-    beside = frozenset({"work", "keep_work", "memory_limit"})
     moved = {"query_column": "query", "text_column": "text"}
 
     input: str = Field(min_length=1)

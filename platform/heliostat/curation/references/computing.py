@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from heliostat.curation.pairs.making import FORM
 from heliostat.data import row_groups, versions
 from heliostat.data.conversations import PREFERENCES, REFERENCE, REFERENCE_COLUMNS
 from heliostat.data.manifest import PLACES_KEY
+from heliostat.data.row_groups import FORM
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping, spill

@@ -31,6 +31,7 @@ from heliostat.errors import ConfigError
 from heliostat.tasks import libraries, merging, spill
 from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,24 @@ class Reading(Making):
             return self.sample.pieces()
         target = self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         return pieces_of(self.flow, self.source.input, inputs, target, self.source.rules.max_file_bytes)
+
+    def count(self, curated: Curated) -> int:
+        """Returns the number of shards."""
+        return max(1, round(curated.bytes / self.shard_bytes))
+
+    def single_shards(self, curated: Curated, write: TaskFunction, plan: Any, *follows: object) -> Iterator[dict[str, Any]]:
+        """Writes each shard in a task of its own, and yields the tasks' records. `plan`: has the number of shards (`shards`).
+        `follows`: the beginning of the tasks' keys."""
+        each, shared = curated.bytes // plan.shards, self.flow.share(plan)
+
+        def work() -> Iterator[Task]:
+            for part in self.ranges(curated.runs, plan.shards):
+                before = key(*follows, identities(part.runs), vars(plan))
+                shared_run = {"runs": self.flow.share(part.runs), "plan": shared}
+                for number in range(part.first, part.stop):
+                    yield Task(key(before, number), {"number": number}, shared_run, each)
+
+        return self.shards(write, work())
 
     def definition(self, curated: Curated, markers: tuple[str, ...] = ()) -> str:
         """Returns the definition (JSON) of the pipeline's existing tokenizer, or trains a tokenizer. The training text is a
@@ -211,18 +230,9 @@ class TextMaking(Reading):
 
     def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         """Writes the shards, and yields their records. If there are many small shards, each task writes several."""
-        shards = max(1, round(curated.bytes / self.shard_bytes))
-        plan = TextSharding(
-            self.output.uri,
-            shards,
-            definition,
-            end,
-            self.chunk_tokens,
-            self.explained,
-            infill,
-            bool(self.together) or None,
-            **recording.arguments(self.every),
-        )
+        shards = self.count(curated)
+        plan = TextSharding(self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill,
+                            bool(self.together) or None, **recording.arguments(self.every))  # fmt: skip
         described = {name: value for name, value in vars(plan).items() if value is not None}
         each = shards_each(shards, min(TASK_BYTES, self.memory_limit // 4), self.shard_bytes)
         reads, shared = curated.bytes * each // shards, self.flow.share(plan)

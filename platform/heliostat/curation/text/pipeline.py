@@ -90,7 +90,6 @@ class TextPipeline(StagedPipeline):
 
     later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude", "repositories",
                        "fill_in_the_middle", "together", "record_documents"})  # fmt: skip
-    beside = frozenset({"work", "keep_work", "memory_limit"})
     moved = {"text_column": "text"}
 
     input: str = Field(min_length=1)

@@ -220,10 +220,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         scale = folder_config("model", str(folder))["scaling_factor"]
         return [
-            (
-                "autoencoder",
-                f"each latent encodes a square of {self.factor} x {self.factor} pixels; scaling factor {scale:.4g}",
-            )
+            ("autoencoder", f"each latent encodes a square of {self.factor} x {self.factor} pixels; scaling factor {scale:.4g}")
         ]
 
     @staticmethod

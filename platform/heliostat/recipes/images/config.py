@@ -12,14 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Discriminator, Field, Tag, model_validator
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    CLIPTextConfig,
-    CLIPTextModel,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 from heliostat.errors import ConfigError
 from heliostat.recipes import partitioning, weightless

@@ -209,8 +209,8 @@ class ImageEmbedder(EmbedsPairs):
         return f"{row['caption']} ({row['id']})"
 
     def save_config(self, folder: Path) -> None:
-        config = type(self.config).from_dict(self.config.to_dict())
-        config.architectures = [encoder.model_class(config).__name__]
+        kind = encoder.model_class(self.config).__name__
+        config = model_config.exported_config(self.config, kind, self.job.train.precision)
         config.logit_scale_init_value = -math.log(self.temperature)
         config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from heliostat.errors import ConfigError
+from heliostat.recipes.precision import compute_dtype
 from heliostat.recipes.pretrained import from_folder
 
 KEY = "latents.features.encoder"
@@ -27,7 +28,7 @@ class PatchFeatures:
         from transformers import AutoImageProcessor, AutoModel
 
         processor = from_folder(KEY, AutoImageProcessor, folder)
-        model = from_folder(KEY, AutoModel, folder)
+        model = from_folder(KEY, AutoModel, folder, dtype=compute_dtype(folder))
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False).to(device)
         self.device, self.side = device, input_side(processor)
         self._mean, self._std = (torch.tensor(one, device=device).view(1, 3, 1, 1) for one in _statistics(processor))

@@ -54,19 +54,7 @@ from heliostat.recipes.images.gallery import Predictor, PromptGallery
 from heliostat.recipes.images.noising import Process
 from heliostat.recipes.images.parts import Denoiser, Parts
 from heliostat.recipes.images.pipeline import captioned, decode
-from heliostat.recipes.protocol import (
-    Batch,
-    Companion,
-    Draws,
-    Evaluates,
-    Generated,
-    Group,
-    Loss,
-    Paints,
-    Recipe,
-    Serves,
-    Serving,
-)
+from heliostat.recipes.protocol import Batch, Companion, Draws, Evaluates, Generated, Group, Loss, Paints, Recipe, Serves, Serving
 from heliostat.schema import validate_key
 
 if TYPE_CHECKING:

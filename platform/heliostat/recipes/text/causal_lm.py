@@ -354,7 +354,8 @@ class CausalLM(AdaptedText, Recipe, Evaluates, CutsSamples, DividesExperts, Divi
     def save_config(self, folder: Path) -> None:
         from heliostat.recipes.text import exporting
 
-        exporting.write(folder, self.config, self.pretrained, self.tokenizer, self.sources, self.chat())
+        precision = self.job.train.precision
+        exporting.write(folder, self.config, self.pretrained, self.tokenizer, self.sources, precision, self.chat())
 
     def chat(self) -> ExportedChat | None:
         """Returns the chat template and the end tokens of the export. None if the export keeps those of the model."""

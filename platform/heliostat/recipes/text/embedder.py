@@ -113,10 +113,10 @@ class Embedder(EmbedsPairs):
         return f"{row['query']} -> {row['text']}"
 
     def save_config(self, folder: Path) -> None:
-        from heliostat.recipes.text import encoder, sentence_folder
+        from heliostat.recipes.text import encoder, model_config, sentence_folder
 
-        config = type(self.config).from_dict(self.config.to_dict())
-        config.architectures = [encoder.model_class(config).__name__]
+        kind = encoder.model_class(self.config).__name__
+        config = model_config.exported_config(self.config, kind, self.job.train.precision)
         config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         how = sentence_folder.Embedding(self.keys.pooling, self.keys.max_tokens)

@@ -20,7 +20,7 @@ from heliostat.data.dataset import open_dataset, plan
 from heliostat.data.manifest import Manifest
 from heliostat.errors import DataError, StorageError
 from heliostat.recipes.pretrained import from_folder
-from heliostat.recipes.text import infilling, vocabulary
+from heliostat.recipes.text import infilling, model_config, vocabulary
 
 
 class ExportedChat(NamedTuple):
@@ -36,13 +36,14 @@ def write(
     pretrained: str | None,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     sources: list[Manifest],
+    precision: str,
     chat: ExportedChat | None = None,
 ) -> None:
     """Writes the files into the model's folder. Copies the tokenizer of a pretrained model; otherwise, `tokenizer` builds the
-    tokenizer. `chat`: replaces the tokenizer's chat template, and adds to the tokens that end an answer."""
-    config = type(as_pretrained).from_dict(as_pretrained.to_dict())
+    tokenizer. `precision`: of the weights. `chat`: replaces the tokenizer's chat template, and adds to the tokens that end an
+    answer."""
+    config = model_config.exported_config(as_pretrained, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[as_pretrained.model_type], precision)
     config.use_cache = True
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     config.save_pretrained(folder)
     generation = _generation(pretrained, config)
     saved = tokenizer_of(pretrained, tokenizer, chat)

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from heliostat.config.fields import Count, divisors
 from heliostat.errors import ConfigError
-from heliostat.recipes import adapters, exported, pretrained
+from heliostat.recipes import adapters, exported, precision, pretrained
 from heliostat.recipes.text import expert_keys, initial
 from heliostat.schema import Float, Strict, explain, nearest
 from heliostat.text import brief
@@ -114,6 +114,14 @@ def from_folder(model: Mapping[str, object]) -> PreTrainedConfig:
     """Reads the configuration in a folder, and applies the job's keys. Raises ConfigError if the folder has no configuration, or
     if the keys don't fit this configuration."""
     return _routing(applied(read(model), changed(model, adapters.KEY)), model)
+
+
+def exported_config(config: PreTrainedConfig, model: str, weights: str) -> PreTrainedConfig:
+    """Returns a copy of a configuration for an export: with the name of the model's class, and the type of the weights.
+    `weights`: their precision."""
+    copied = type(config).from_dict(config.to_dict())
+    copied.architectures, copied.dtype = [model], precision.dtype_of(weights)
+    return copied
 
 
 def read(model: Mapping[str, object], wanted: ModelKind = CAUSAL_LM) -> PreTrainedConfig:

@@ -22,7 +22,8 @@ class TextServer(PythonModel):
     def load_context(self, context: Any) -> None:
         folder = context.artifacts["model"]
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModelForCausalLM.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.ends = take_sampling(self.model)
 
     def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:

@@ -203,15 +203,17 @@ def _unless_folder(name: HubName) -> str:
 
 def _unconnected(error: Exception) -> bool:
     """Returns whether the connection failed: no network, no such host, or no server."""
-    kinds = {base.__name__ for one in _chain(error) for base in type(one).__mro__}
-    return bool(kinds & {"ConnectError", "ConnectionRefusedError", "gaierror"})  # the HTTP library has the first class
+    return _is_a(error, {"ConnectError", "ConnectionRefusedError", "gaierror"})  # the HTTP library has the first class
 
 
 def _may_pass(error: Exception) -> bool:
     """Returns whether an error comes from the network. Call this function only for errors without an HTTP response from the
     Hub."""
-    kinds = {base.__name__ for one in _chain(error) for base in type(one).__mro__}
-    return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"})  # the first is a class of the HTTP library
+    return _is_a(error, {"TransportError", "ConnectionError", "TimeoutError"})  # the first is a class of the HTTP library
+
+
+def _is_a(error: Exception, kinds: set[str]) -> bool:
+    return any(base.__name__ in kinds for one in _chain(error) for base in type(one).__mro__)
 
 
 def _broken(key: str, name: HubName, error: Exception) -> Exception:

@@ -66,13 +66,7 @@ class WorkerDigests:
 
 class CorruptionCheck(Hook):
     def __init__(
-        self,
-        context: Context,
-        engine: DeepSpeedEngine,
-        recipe: Recipe,
-        dataset: Dataset,
-        plan: BatchPlan,
-        where: tuple[str, str],
+        self, context: Context, engine: DeepSpeedEngine, recipe: Recipe, dataset: Dataset, plan: BatchPlan, where: tuple[str, str]
     ) -> None:
         """Prepares the checks. `where`: the id and the address of this worker's node."""
         self.context, self.job, self.group = context, context.job, context.control

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,6 +116,22 @@ def linear(layer: nn.Linear, outputs: int | None = None, std: float | None = Non
     yield layer.weight, draw.normal_(std=std) if std else xavier(draw, outputs)
     if layer.bias is not None:
         yield layer.bias, torch.zeros(shape(layer.bias), device="cpu")
+
+
+def cross_attending(backbone: Any, time: Any, caption: Any, nothing: Container[nn.Module] = ()) -> Weights:
+    """Yields the initial weights of the linear layers of a transformer with cross-attention. `time`, `caption`: layers of the
+    timestep and the captions. `nothing`: layers that begin as zero."""
+    embedder = time.emb.timestep_embedder
+    small = {embedder.linear_1, embedder.linear_2, time.linear, caption.linear_1, caption.linear_2}
+    fused = dict[nn.Module, int]()  # number of diffusers' matrices that form one original matrix
+    for block in backbone.transformer_blocks:
+        fused |= {block.attn1.to_q: 3, block.attn1.to_k: 3, block.attn1.to_v: 3, block.attn2.to_k: 2, block.attn2.to_v: 2}
+    for module in backbone.modules():
+        if module in nothing:
+            yield from zero(module)
+        elif isinstance(module, nn.Linear):
+            outputs = fused.get(module, 1) * shape(module.weight)[0]
+            yield from linear(module, outputs, EMBEDDING_STD if module in small else None)
 
 
 def patches(convolution: Any) -> Weights:

@@ -9,10 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import PixArtTransformer2DModel
-from torch import nn
 
-from heliostat.recipes.images.backbones.family import EMBEDDING_STD, SIZE, Family, Keys, Weights, linear, patches, zero
-from heliostat.recipes.partitioning import shape
+from heliostat.recipes.images.backbones.family import SIZE, Family, Keys, Weights, cross_attending, patches
 
 
 def _derived(keys: Keys) -> Keys:
@@ -38,19 +36,8 @@ def _fault(keys: Keys, pretrained: bool) -> str | None:
 
 
 def _initial(backbone: Any) -> Weights:
-    time, caption = backbone.adaln_single, backbone.caption_projection
-    embedder = time.emb.timestep_embedder
-    small = {embedder.linear_1, embedder.linear_2, time.linear, caption.linear_1, caption.linear_2}
     nothing = {block.attn2.to_out[0] for block in backbone.transformer_blocks} | {backbone.proj_out}
-    fused = dict[nn.Module, int]()  # number of diffusers' matrices that form one original matrix
-    for block in backbone.transformer_blocks:
-        fused |= {block.attn1.to_q: 3, block.attn1.to_k: 3, block.attn1.to_v: 3, block.attn2.to_k: 2, block.attn2.to_v: 2}
-    for module in backbone.modules():
-        if module in nothing:
-            yield from zero(module)
-        elif isinstance(module, nn.Linear):
-            outputs = fused.get(module, 1) * shape(module.weight)[0]
-            yield from linear(module, outputs, EMBEDDING_STD if module in small else None)
+    yield from cross_attending(backbone, backbone.adaln_single, backbone.caption_projection, nothing)
     yield from patches(backbone.pos_embed.proj)
 
 

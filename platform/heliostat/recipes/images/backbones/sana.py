@@ -10,10 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers import SanaTransformer2DModel
-from torch import nn
 
-from heliostat.recipes.images.backbones.family import EMBEDDING_STD, Family, Keys, Weights, linear, patches
-from heliostat.recipes.partitioning import shape
+from heliostat.recipes.images.backbones.family import Family, Keys, Weights, cross_attending, patches
 
 
 def _derived(keys: Keys) -> Keys:
@@ -27,16 +25,7 @@ def _fault(keys: Keys, pretrained: bool) -> str | None:
 
 
 def _initial(backbone: Any) -> Weights:
-    time, caption = backbone.time_embed, backbone.caption_projection
-    embedder = time.emb.timestep_embedder
-    small = {embedder.linear_1, embedder.linear_2, time.linear, caption.linear_1, caption.linear_2}
-    fused = dict[nn.Module, int]()  # number of diffusers' matrices that form one original matrix
-    for block in backbone.transformer_blocks:
-        fused |= {block.attn1.to_q: 3, block.attn1.to_k: 3, block.attn1.to_v: 3, block.attn2.to_k: 2, block.attn2.to_v: 2}
-    for module in backbone.modules():
-        if isinstance(module, nn.Linear):
-            outputs = fused.get(module, 1) * shape(module.weight)[0]
-            yield from linear(module, outputs, EMBEDDING_STD if module in small else None)
+    yield from cross_attending(backbone, backbone.time_embed, backbone.caption_projection)
     yield from patches(backbone.patch_embed.proj)
 
 
