@@ -17,6 +17,7 @@ from heliostat.curation.images.latents import Latents
 from heliostat.curation.images.making import ImageMaking
 from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.segment import SpilledRun
+from heliostat.curation.table_stream import ReadTables
 from heliostat.data.manifest_table import ERRORS
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow
@@ -95,7 +96,8 @@ def test_blocks_of_small_images_are_bounded_because_their_embeddings_are_large(m
     count, batch, run = 2000, 48, SpilledRun("x", 2000, 0)
     images = pa.table({"id": range(count), "width": [8, 16] * (count // 2), "height": [8] * count, "image": [b"x"] * count})
     monkeypatch.setattr(tasks, "dealt", lambda *_: images)
-    read = stream.ReadImages(Location("here"), Encoding(Latents(text_encoder="t5", batch=batch), ()), {})
+    encoding = stream.EncodingStream(1, 1.0, Encoding(Latents(text_encoder="t5", batch=batch), ()), {})
+    read = ReadTables(encoding, Location("here"))
     blocks = [one for sent in read(pa.table({"id": [streamed.sent(7, run)]})) for one in sent.to_pylist()]
     held = [[id for part in streamed.unpacked(one["tables"]) for id in part["id"].to_pylist()] for one in blocks]
     assert sorted(id for ids in held for id in ids) == list(range(count)) and len(held) > 1

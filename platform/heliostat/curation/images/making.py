@@ -190,7 +190,7 @@ class ImageMaking(Making):
         if latents is None or encoding is None:
             each = self.flow.taken(stream.KIND, tasks.deal, dealing, stream.dealt)
         else:
-            plan = stream.EncodingStream(encoding, shards, latents.workers, latents.gpus)
+            plan = stream.EncodingStream(latents.workers, latents.gpus, encoding, shards)
             each = gpus.taken(self.flow, plan, "latents.gpus", tasks.deal, dealing, stream.dealt)
         runs, facts, errors = (list(chain.from_iterable(of_each)) for of_each in zip(*each, strict=True))
         return DealtImages(runs, facts, errors)
