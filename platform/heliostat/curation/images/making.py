@@ -213,7 +213,7 @@ class ImageMaking(Making):
         def work() -> Iterator[Task]:
             for part in spread(ranges):
                 names = [run.name for run in part.runs]
-                shared, base = {"names": self.flow.share(names)}, key("shards", names, plan)
+                shared, base = {"names": self.flow.share(names)}, key("shards", tasks.VERSION, names, plan)
                 for number in spread(range(part.first, part.stop)):
                     prefix = tasks.folder_of(*places[number], self.buckets)
                     yield Task(key(base, number), {"number": number, "prefix": prefix, **plan}, shared, each)
