@@ -50,7 +50,12 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("models")
-    models = {"autoencoder": str(autoencoder(place / "vae")), "text_encoder": str(clip(place / "clip", digits)), "length": 8}
+    models: dict[str, Any] = {
+        "autoencoder": str(autoencoder(place / "vae")),
+        "text_encoder": str(clip(place / "clip", digits)),
+        "length": 8,
+    }
+    models["latent_dtype"] = "int8"
     return {**models, "features": {"encoder": str(image_model(place / "vit")), "dtype": "int8"}, "batch": 2}
 
 

@@ -154,7 +154,7 @@ class ImageMaking(Making):
         return dict(sorted(counts.items())), sorted(labels)
 
     def _empty_caption(self, latents: Latents, folders: list[Location]) -> dict[str, Any]:
-        meta: dict[str, Any] = {"models": latents.models()}
+        meta: dict[str, Any] = {"models": latents.models(), **latents.stored_type()}
         if latents.texts:
             on_cpu = replace(self.encoding(latents), latents=latents.model_copy(update={"gpus": 0.0}))
             work = iter([Task(key("empty", latents.identity()), {"encoding": on_cpu})])

@@ -165,7 +165,7 @@ def encode_nothing(folder: Location, encoding: Encoding) -> dict[str, object]:
 
     encoder = encoding.encoder(folder)
     embeddings = encoder.embeddings([""])
-    rows = [packed(one.key, ArrayFormat(one.form.shape), one.values)[0][0] for one in embeddings.values()]
+    rows = [packed(one.key, ArrayFormat(one.form.shape), one.values, (name,))[0][0] for name, one in embeddings.items()]
     name = spill.put(folder, b"".join(rows), ".bin")
     shapes = {"shape": list(embeddings["embedding"].form.shape)} if "embedding" in embeddings else {}
     texts = {} if shapes else {"texts": [one.named() for one in encoder.stored()]}
