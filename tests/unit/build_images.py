@@ -31,7 +31,7 @@ from tests.unit import build_job
 from tests.unit.build_curation import HereFlow
 
 ROWS = pa.schema(
-    [("hash", pa.string()), ("id", pa.string()), ("width", pa.int32()), ("height", pa.int32()), ("image", pa.large_binary()),
+    [("hash", pa.binary(32)), ("id", pa.string()), ("width", pa.int32()), ("height", pa.int32()), ("image", pa.large_binary()),
      ("caption", pa.string()), ("label", pa.string())]
 )  # fmt: skip
 UNET: dict[str, Any] = {
@@ -67,10 +67,17 @@ CLIP: dict[str, Any] = {
 }  # fmt: skip
 
 
+def rows_of(made: list[Any]) -> pa.Table:
+    """Returns prepared images as the table of a shard's task."""
+    return pa.Table.from_pylist(
+        [{**asdict(one), "hash": bytes.fromhex(one.hash), "width": one.size[0], "height": one.size[1]} for one in made], ROWS
+    )
+
+
 def digits(folder: Path, count: int = 400, chunk: int = 40) -> Path:
     """Prepares a dataset of the first digits, with labels and a tokenizer, as the image pipeline writes it."""
     made = [pictures.prepare(raw, pictures.ImageRules(((8, 8),), 1)) for raw in itertools.islice(sources.digits(), count)]
-    found = pa.Table.from_pylist([{**asdict(one), "width": one.size[0], "height": one.size[1]} for one in made], ROWS)
+    found = rows_of(made)
     (folder / "shards").mkdir(parents=True)
     (folder / "shards/00000.parquet").write_bytes(tasks.shard(found, chunk))
     definition = tokens.train(sorted(found["caption"].to_pylist()), 300, END)

@@ -17,6 +17,7 @@ from heliostat.curation.images.latents import Latents
 from heliostat.curation.images.making import ImageMaking
 from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.segment import SpilledRun
+from heliostat.curation.table_stream import ReadTables
 from heliostat.data.manifest_table import ERRORS
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow
@@ -49,7 +50,12 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("models")
-    models = {"autoencoder": str(autoencoder(place / "vae")), "text_encoder": str(clip(place / "clip", digits)), "length": 8}
+    models: dict[str, Any] = {
+        "autoencoder": str(autoencoder(place / "vae")),
+        "text_encoder": str(clip(place / "clip", digits)),
+        "length": 8,
+    }
+    models["latent_dtype"] = "int8"
     return {**models, "features": {"encoder": str(image_model(place / "vit")), "dtype": "int8"}, "batch": 2}
 
 
@@ -95,7 +101,8 @@ def test_blocks_of_small_images_are_bounded_because_their_embeddings_are_large(m
     count, batch, run = 2000, 48, SpilledRun("x", 2000, 0)
     images = pa.table({"id": range(count), "width": [8, 16] * (count // 2), "height": [8] * count, "image": [b"x"] * count})
     monkeypatch.setattr(tasks, "dealt", lambda *_: images)
-    read = stream.ReadImages(Location("here"), Encoding(Latents(text_encoder="t5", batch=batch), ()), {})
+    encoding = stream.EncodingStream(1, 1.0, Encoding(Latents(text_encoder="t5", batch=batch), ()), {})
+    read = ReadTables(encoding, Location("here"))
     blocks = [one for sent in read(pa.table({"id": [streamed.sent(7, run)]})) for one in sent.to_pylist()]
     held = [[id for part in streamed.unpacked(one["tables"]) for id in part["id"].to_pylist()] for one in blocks]
     assert sorted(id for ids in held for id in ids) == list(range(count)) and len(held) > 1

@@ -109,7 +109,7 @@ def test_what_cannot_be_a_classifier_is_refused_with_the_fix(tmp_path, model):
     shutil.copytree(model, tmp_path / "copy")
     refused(r"'goods' isn't a label of the model \(bad, good.*Did you mean 'good'", label="goods")
     refused("max_tokens: 512 is above the model's maximum. Set max_tokens to 128", max_tokens=512)
-    refused("none' isn't a model folder", model=str(tmp_path / "none"))
+    refused("none': no such folder. Set model to a model's folder", model=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="set min_score, max_score, or both"):
         parse(entry(model))
     about = (tmp_path / "copy" / "config.json").read_text()

@@ -4,7 +4,6 @@ impossible keys."""
 import hashlib
 import io
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from PIL import Image
 
 from tests.unit.build_curation import KilledError
 from tests.unit.build_image_pipeline import STAGES, keys, make_input
-from tests.unit.build_images import ROWS, Here, folder_of, image, photos, prepared, scaled
+from tests.unit.build_images import Here, folder_of, image, photos, prepared, rows_of, scaled
 
 
 @pytest.mark.parametrize("stages", [[], STAGES], ids=["plain", "stages"])
@@ -71,8 +70,7 @@ def by_definition(folder: Path, distance: int | None, shard_images: int) -> tupl
         shards.setdefault(f"{bucket}/shards/{number:05d}", []).append(one)
     found = {}
     for place, members in shards.items():
-        rows = [{**asdict(one), "width": one.size[0], "height": one.size[1]} for one in members]
-        data = tasks.shard(pa.Table.from_pylist(rows, ROWS), 5)
+        data = tasks.shard(rows_of(members), 5)
         found[f"{place}/{hashlib.sha256(data).hexdigest()[:16]}.parquet"] = data
     return found, dict(sorted(dropped.items()))
 

@@ -371,7 +371,15 @@ def test_each_part_of_a_parquet_file_tells_its_own_broken_row_group(tmp_path):
 
 def test_a_shard_is_the_same_bytes_in_whatever_order_its_images_come():
     rows = [
-        {"hash": f"{i % 7}{i}", "id": str(i), "caption": "c", "label": "", "image": bytes([i]), "width": 1, "height": 1}
+        {
+            "hash": f"{i % 7}{i:31}".encode(),
+            "id": str(i),
+            "caption": "c",
+            "label": "",
+            "image": bytes([i]),
+            "width": 1,
+            "height": 1,
+        }
         for i in range(50)
     ]
     table = pa.Table.from_pylist(rows)

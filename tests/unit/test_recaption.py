@@ -157,6 +157,16 @@ def test_what_is_no_captioner_is_refused(tmp_path, captioner):
         parse({"stage": "recaption", "model": str(folder)}).check()
 
 
+def test_a_missing_folder_is_one_line_with_the_folder_and_the_fix(tmp_path):
+    """The folder lacks every file, so the error doesn't name one of the files."""
+    with pytest.raises(ConfigError) as e:
+        parse({"stage": "recaption", "model": str(tmp_path / "none")}).check()
+    assert str(e.value) == (
+        f"model: '{tmp_path}/none': no such folder. Set model to a model's folder, for example after hf download ORG/NAME "
+        "--local-dir FOLDER"
+    )
+
+
 def test_a_column_that_is_there_already_is_refused(tmp_path, captioner):
     """The column may be one of the shards, of the input, or of another such stage."""
     folder_of(tmp_path / "in", [("a.png", image(8, 8), {"caption": "x"})])

@@ -296,7 +296,7 @@ def test_folders_that_cannot_embed_are_refused_with_the_fix(tmp_path, model):
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     refused("pooling by max_tokens isn't supported. Supported: one of mean, last, cls")
-    refused("none' isn't a model folder", model=str(tmp_path / "none"))
+    refused("none': no such folder. Set model to a model's folder", model=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="'oldest' needs a column"):
         parse({"stage": "semantic", "model": str(model), "keep": "oldest"})
 

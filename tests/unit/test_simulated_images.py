@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
@@ -17,6 +18,7 @@ from heliostat.curation.simulation import images, simulate, tables
 from heliostat.curation.simulation.hosts import ANSWER_S, HostCounts, WebModel, counted
 from heliostat.curation.simulation.virtual_cluster import SimulatedFaults
 from heliostat.curation.web import lists
+from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
@@ -50,6 +52,21 @@ def simulated(folder: Path, name: str, size: int, **more: Any) -> dict[str, Any]
     pipeline = ImagePipeline.model_validate(keys | more)
     place = Location(str(folder / name))
     return simulate.simulated(pipeline, place, pipeline.inputs(), size, (20, 16), 1.0, HereCluster(), NONE)
+
+
+def test_latents_are_rejected_before_the_sample_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample would run for minutes. Without latents, the same pipeline can be simulated."""
+    keys = {"name": "n", "pipeline": "heliostat.pipelines:ImagePipeline", "input": str(tmp_path), "output": str(tmp_path / "out"),
+            "resolution": 16, "latents": {"autoencoder": "vae"}}  # fmt: skip
+    (tmp_path / "p.yaml").write_text(json.dumps(keys))
+    monkeypatch.setattr(simulate, "sampling", lambda pipeline, quiet: pytest.fail("prepares the sample"))
+    with pytest.raises(
+        ConfigError, match=r"^--simulate: not supported with latents.* Simulate without them: --set latents=null$"
+    ):
+        simulate.simulate(tmp_path / "p.yaml", [], 10**12, (20, 16), 0.1)
+    monkeypatch.setattr(simulate, "sampling", lambda pipeline, quiet: contextlib.nullcontext((pipeline.latents, None)))
+    monkeypatch.setattr(simulate, "simulated", lambda pipeline, latents, *_: latents)
+    assert simulate.simulate(tmp_path / "p.yaml", ["latents=null"], 10**12, (20, 16), 0.1) is None
 
 
 @pytest.mark.parametrize("make", [make_tars, make_folders])

@@ -101,7 +101,7 @@ def test_wrong_keys_are_rejected_before_anything_is_computed(digits, tmp_path):
 def test_embeddings_beyond_float16_are_one_error() -> None:
     """Stored infinities would make the loss infinite in every step."""
     half, eight = ArrayFormat((2,)), ArrayFormat((2,), "int8")
-    assert packed("latents.text_encoder", half, torch.tensor([[65504.0, 0.0]]))[1].missed == 0
+    assert packed("latents.text_encoder", half, torch.tensor([[65504.0, 0.0]]), ("embedding",))[1]["embedding"].missed == 0
     for form, value in ((half, 7e4), (half, np.nan), (eight, np.inf), (eight, np.nan)):
         with pytest.raises(ConfigError, match=rf"^latents\.text_encoders\.1: outputs aren't finite in {form.dtype}"):
-            packed("latents.text_encoders.1", form, torch.tensor([[1.0, value]]))
+            packed("latents.text_encoders.1", form, torch.tensor([[1.0, value]]), ("a", "b"))

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from heliostat.curation.picturing import upright
-from heliostat.curation.scoring import CONFIG, TOKENIZER, Config, label_scores, labels, read_json, require_files, weights
+from heliostat.curation.scoring import (
+    CONFIG,
+    TOKENIZER,
+    Config,
+    label_scores,
+    labels,
+    read_json,
+    require_files,
+    require_folder,
+    weights,
+)
 from heliostat.errors import ConfigError
 from heliostat.tasks import files
 
@@ -28,6 +38,7 @@ GENERATION = "generation_config.json"
 
 def describe(folder: str) -> Config:
     """Returns the folder's config.json as a dictionary. Raises ConfigError if a required file is missing."""
+    require_folder(folder)
     processors = _processors(folder)
     if not processors:
         raise ConfigError(

@@ -33,9 +33,19 @@ LEAST_TOKENS = 32  # minimum padded length of a text, in tokens
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
+def require_folder(folder: str, name: str = "model") -> None:
+    """Raises ConfigError, which begins with `name`, if the folder is missing."""
+    if not Path(folder).exists():
+        raise ConfigError(
+            f"{name}: {folder!r}: no such folder. Set {name} to a model's folder, for example after hf download ORG/NAME "
+            "--local-dir FOLDER"
+        )
+
+
 def describe(folder: str, name: str = "model") -> Config:
     """Returns the folder's config.json as a dictionary. Raises ConfigError, which begins with `name`, if a required file is
     missing."""
+    require_folder(folder, name)
     if not (Path(folder) / CONFIG).is_file():
         from heliostat.recipes.pretrained import no_model
 

@@ -300,22 +300,6 @@ def passed(streamed: Streamed, parts: list[StreamPart], one: dict[str, Any]) -> 
     return block(one["task"], one["block"], one["last"], records, tables)
 
 
-def blocks(task: int, kind: str, groups: Iterator[list[pa.Table]]) -> Iterator[pa.Table]:
-    """Yields a task's blocks, each with the tables of a group, and a record of the time for making these tables. A block is
-    sent when the next one is ready, so that the last one is known."""
-    watch, number = Stopwatch(), 0
-    waiting = next(groups, list[pa.Table]())
-    for tables in groups:
-        yield block(task, number, False, [noted(kind, watch)], waiting)
-        watch, number, waiting = Stopwatch(), number + 1, tables
-    yield block(task, number, True, [noted(kind, watch)], waiting)
-
-
-def noted(kind: str, watch: Stopwatch, **more: object) -> dict[str, Any]:
-    """Returns the record of a part that drops no documents."""
-    return {"runs": [], "files": [], **more, **watch.times(kind)}
-
-
 def each(batch: pa.Table, function: Callable[[dict[str, Any]], pa.Table]) -> Iterator[pa.Table]:
     """Applies a function to each block of a batch. Passes blocks with errors on unchanged."""
     for number in range(len(batch)):

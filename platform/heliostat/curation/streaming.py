@@ -2,8 +2,8 @@
 
     queue of tasks -> read (CPUs) -> score (actors with GPUs) -> write (CPUs) -> records
 
-The operators are those of a `StreamForm`: segments of stages (`streamed`), a reference's log-probabilities
-(`references.stream`), or encoders of images (`images.stream`).
+The operators are those of a `StreamForm`: segments of stages (`streamed`), or tables (`table_stream`), for a reference's
+log-probabilities (`references.stream`) or for encoders of images (`images.stream`).
 
 Documents pass through Ray's object store. Ray Data stops reading when the blocks that wait for a GPU use their share of the
 object store (backpressure by bytes), and starts actors up to the number of GPUs. The driver receives only records. When the

@@ -69,11 +69,9 @@ class FeatureEncoder:
         """Packs the features of images in [-1, 1], [n, channels, height, width]. Also returns the error that packing adds."""
         from heliostat.recipes.images.stored_features import FeatureError
 
-        packed, error = list[bytes](), FeatureError()
-        for one in self.model(images).cpu().numpy():
-            packed.append(self.format.pack(one))
-            error += FeatureError.between(one, self.format.restored(packed[-1]))
-        return packed, error
+        features = self.model(images)
+        rows, stored = self.format.arrays.pack(features)
+        return rows, FeatureError.between(features, stored)
 
 
 def combined(encoded: Iterable[dict[str, Any] | None]) -> dict[str, Any]:

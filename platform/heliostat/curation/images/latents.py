@@ -2,7 +2,7 @@
 ZeRO would shard.
 
 Each actor loads the encoders once, on a GPU if the actor has one (`stream`). For each image, the dataset stores the
-distribution of the latents (mean and log variance, float16). In every epoch, training draws new latents from this distribution.
+distribution of the latents (mean and log variance). In every epoch, training draws new latents from this distribution.
 Without an autoencoder, the dataset stores the image. For each caption, the dataset stores the last layer of the text encoder,
 or this layer's mean over the caption's tokens. `empty_caption.bin` contains the text encoder's output for the empty caption.
 The last bits of latents and embeddings depend on the machine and the batch. So the dataset's digest may differ on other
@@ -31,7 +31,7 @@ from heliostat.tasks.shipping import Shipment
 if TYPE_CHECKING:
     import torch
 
-    from heliostat.recipes.images.stored_arrays import ArrayFormat, StoredError, StoredErrors
+    from heliostat.recipes.images.stored_arrays import ArrayFormat, StoredErrors
 
 EMPTY = "empty_caption.bin"
 
@@ -68,6 +68,8 @@ class Latents(Strict):
     autoencoder: str | None = None
     """Frozen `AutoencoderKL` or `AutoencoderDC`: a folder, or a name on the Hugging Face Hub (docs/guides/hub.md). Unset: images
     stay pixels."""
+    latent_dtype: Literal["float16", "int8"] = "float16"
+    """Type of stored latents. `int8` needs half of the space, with a scale per channel of each image."""
     text_encoder: str | None = None
     """Frozen text encoder (CLIP, T5, BERT): a folder, or a name on the Hugging Face Hub. Unset: captions stay text."""
     pooling: Literal["mean"] | None = None
@@ -99,6 +101,8 @@ class Latents(Strict):
             raise ConfigError(f"latents: has no encoder. Set at least one of these keys: {keys}")
         if self.text_encoder and self.text_encoders:
             raise ConfigError("latents.text_encoder: can't be combined with latents.text_encoders. Move it into the list")
+        if self.latent_dtype != "float16" and not self.autoencoder:
+            raise ConfigError("latents.latent_dtype: needs an autoencoder. Set latents.autoencoder, or remove this key")
         if self.pooling and not self.text_encoder:
             raise ConfigError("latents.pooling: needs a text encoder. Set latents.text_encoder, or remove this key")
         for name, folder in self.folders().items():
@@ -164,7 +168,11 @@ class Latents(Strict):
         ]  # fmt: skip
         featured = {"features": self.features.identity()} if self.features else {}
         more = {"tokenizer": tokenizer} if tokenizer else {"texts": several} if several else {}
-        return {"models": self.models(), "length": self.length, **pooled, **featured, **more}
+        return {"models": self.models(), "length": self.length, **pooled, **featured, **more, **self.stored_type()}
+
+    def stored_type(self) -> dict[str, str]:
+        """Returns the manifest's entry about the type of latents. Datasets in float16 have no entry."""
+        return {"latent_dtype": self.latent_dtype} if self.latent_dtype != "float16" else {}
 
     def shipments(self) -> list[Shipment]:
         """Lists the files that heliostat sends to the tasks: the models, and the text encoder's tokenizer."""
@@ -210,19 +218,24 @@ class EncodedImages(NamedTuple):
     errors: StoredErrors
 
 
-def packed(key: str, form: ArrayFormat, values: torch.Tensor) -> tuple[list[bytes], StoredError]:
-    """Packs an encoder's outputs, fp32 [n, *shape]. Returns the rows, and the error that packing adds. Raises ConfigError, with
-    `key` at its beginning, if a stored value isn't finite, such as of the layer before the final norm of a large T5."""
+def packed(key: str, form: ArrayFormat, values: torch.Tensor, names: tuple[str, ...]) -> tuple[list[bytes], StoredErrors]:
+    """Packs an encoder's outputs, fp32 [n, *shape]. Returns the rows, and the errors that packing adds. Raises ConfigError, with
+    `key` at its beginning, if a stored value isn't finite, such as of the layer before the final norm of a large T5.
+
+    `names`: of the quantities that the outputs have one after the other along the first axis of `shape`. Each has an error of its
+    own, because quantities may differ in size.
+    """
     from heliostat.recipes.images.stored_arrays import StoredError
 
     rows, stored = form.pack(values)
-    error = StoredError.between(form.dtype, values, stored)
-    if not math.isfinite(error.missed):
+    pairs = zip(names, values.chunk(len(names), 1), stored.chunk(len(names), 1), strict=True)
+    errors = {name: StoredError.between(form.dtype, exact, restored) for name, exact, restored in pairs}
+    if not all(math.isfinite(error.missed) for error in errors.values()):
         raise ConfigError(
             f"{key}: outputs aren't finite in {form.dtype}, in which datasets store them (largest: {values.abs().max():g}). "
             "Set layer: last, or use another model"
         )
-    return rows, error
+    return rows, errors
 
 
 class EmbeddedTexts(NamedTuple):
@@ -271,17 +284,20 @@ class Encoder:
         return EncodedImages(out, facts, summed(errors))
 
     def _of_pixels(self, batch: pa.Table) -> tuple[dict[str, list[bytes]], dict[str, Any] | None, StoredErrors]:
-        """Encodes a batch's images. Returns the values of each column, the facts about features, and the error of latents."""
+        """Encodes a batch's images. Returns the values of each column, the facts about features, and the errors of latents."""
         import torch
 
+        from heliostat.recipes.images import frozen_autoencoders
         from heliostat.recipes.images.rows import scaled
-        from heliostat.recipes.images.stored_arrays import ArrayFormat
+        from heliostat.recipes.images.stored_arrays import AREA, ArrayFormat
 
         images, columns = scaled(torch.from_numpy(pixels(batch)).to(self.device)), dict[str, list[bytes]]()
         errors: StoredErrors = {}
         if self.vae is not None:
             latents = self.latents(images)
-            columns["latent"], errors["latent"] = packed("latents.autoencoder", ArrayFormat(latents.shape[1:]), latents)
+            form = ArrayFormat(latents.shape[1:], self.config.latent_dtype, AREA)
+            names = frozen_autoencoders.quantities(self.vae.config)
+            columns["latent"], errors = packed("latents.autoencoder", form, latents, names)
         if self.features is None:
             return columns, None, errors
         columns["features"], error = self.features(images)
@@ -293,7 +309,8 @@ class Encoder:
         rows = [i for i, text in enumerate(texts) if text]
         errors: StoredErrors = {}
         for name, one in self.embeddings([texts[i] for i in rows]).items() if rows else ():
-            values, errors[name] = packed(*one)
+            values, error = packed(*one, (name,))
+            errors |= error
             for i, value in zip(rows, values, strict=True):
                 out[name][i] = value
         return out, errors

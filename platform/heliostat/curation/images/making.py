@@ -154,7 +154,7 @@ class ImageMaking(Making):
         return dict(sorted(counts.items())), sorted(labels)
 
     def _empty_caption(self, latents: Latents, folders: list[Location]) -> dict[str, Any]:
-        meta: dict[str, Any] = {"models": latents.models()}
+        meta: dict[str, Any] = {"models": latents.models(), **latents.stored_type()}
         if latents.texts:
             on_cpu = replace(self.encoding(latents), latents=latents.model_copy(update={"gpus": 0.0}))
             work = iter([Task(key("empty", latents.identity()), {"encoding": on_cpu})])
@@ -190,7 +190,7 @@ class ImageMaking(Making):
         if latents is None or encoding is None:
             each = self.flow.taken(stream.KIND, tasks.deal, dealing, stream.dealt)
         else:
-            plan = stream.EncodingStream(encoding, shards, latents.workers, latents.gpus)
+            plan = stream.EncodingStream(latents.workers, latents.gpus, encoding, shards)
             each = gpus.taken(self.flow, plan, "latents.gpus", tasks.deal, dealing, stream.dealt)
         runs, facts, errors = (list(chain.from_iterable(of_each)) for of_each in zip(*each, strict=True))
         return DealtImages(runs, facts, errors)
@@ -213,7 +213,7 @@ class ImageMaking(Making):
         def work() -> Iterator[Task]:
             for part in spread(ranges):
                 names = [run.name for run in part.runs]
-                shared, base = {"names": self.flow.share(names)}, key("shards", names, plan)
+                shared, base = {"names": self.flow.share(names)}, key("shards", tasks.VERSION, names, plan)
                 for number in spread(range(part.first, part.stop)):
                     prefix = tasks.folder_of(*places[number], self.buckets)
                     yield Task(key(base, number), {"number": number, "prefix": prefix, **plan}, shared, each)

@@ -1,39 +1,26 @@
-"""Encodes images in a stream (`curation.streaming`), if actors have GPUs: CPUs read and decode images, actors encode these
-images, and CPUs write the results to temporary files.
-
-A block has some batches. They are the batches of the recorded tasks (`deal`), so the values are the same.
+"""Encodes images in a stream (`curation.table_stream`), if actors have GPUs: CPUs read and decode images, and actors encode these
+images. The tables of a block are batches of images.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
-from ray.util.queue import Queue
 
+from heliostat.curation import streamed
 from heliostat.curation.images import encoding, tasks
 from heliostat.curation.images.encoding import Encoding
 from heliostat.curation.images.tasks import Shards
 from heliostat.curation.segment import SpilledRun
-from heliostat.curation.streamed import (
-    Operators,
-    Stopwatch,
-    block,
-    blocks,
-    each,
-    guarded,
-    noted,
-    received,
-    sent,
-    unpacked,
-    with_files,
-)
+from heliostat.curation.table_stream import TableStream
 from heliostat.storage.locations import Location
 from heliostat.tasks.clusters import Task
-from heliostat.tasks.work import key
+
+if TYPE_CHECKING:
+    from heliostat.curation.images.latents import Encoder
 
 KIND = "deal"  # of the recorded tasks
 BLOCK_BYTES = 64 << 20  # bytes of the decoded images of a block, approximately
@@ -59,43 +46,23 @@ def dealt(record: dict[str, Any]) -> DealtImages:
 
 
 @dataclass(frozen=True)
-class EncodingStream:
-    """Describes the stream (`streamed.StreamForm`)."""
-
-    encoding: Encoding
-    shards: Shards
-    gpus: int
-    gpus_each: float
+class EncodingStream(TableStream[SpilledRun, "Encoder"]):
     kind = KIND
 
-    def key(self, task: str) -> str:
-        return key("stream", task)
-
-    def sent(self, number: int, task: Task) -> bytes:
-        return sent(number, task.arguments["run"])
-
-    def operators(self, folder: Location, lacking: Queue) -> Operators:
-        read = ReadImages(folder, self.encoding, self.shards)
-        return Operators(read, EncodeImages, (folder, self.encoding, lacking), WriteImages(folder))
-
-
-@dataclass(frozen=True)
-class ReadImages:
-    """Reads the images of temporary files, and decodes them, in blocks of some batches."""
-
-    folder: Location
     encoding: Encoding
     shards: Shards
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        for item in filter(None, batch["id"].to_pylist()):
-            task, run = received(item)
-            assert isinstance(run, SpilledRun)
-            yield from guarded(task, blocks(task, KIND, self._groups(run)))
+    def sent(self, number: int, task: Task) -> bytes:
+        return streamed.sent(number, task.arguments["run"])
 
-    def _groups(self, run: SpilledRun) -> Iterator[list[pa.Table]]:
+    def received(self, data: bytes) -> tuple[int, SpilledRun]:
+        task, run = streamed.received(data)
+        assert isinstance(run, SpilledRun)
+        return task, run
+
+    def groups(self, folder: Location, source: SpilledRun) -> Iterator[list[pa.Table]]:
         group, size, count = list[pa.Table](), 0, 0
-        for images in self.encoding.batches(tasks.dealt(self.folder, run, self.shards)):
+        for images in self.encoding.batches(tasks.dealt(folder, source, self.shards)):
             group.append(images)
             size, count = size + images.nbytes, count + len(images)
             if size >= BLOCK_BYTES or count >= BLOCK_IMAGES:
@@ -104,39 +71,13 @@ class ReadImages:
         if group:
             yield group
 
+    def opened(self, folder: Location) -> Encoder:
+        return self.encoding.encoder(folder)
 
-class EncodeImages:
-    """Encodes the batches of blocks in an actor that keeps the encoders."""
+    def computed(self, model: Encoder, tables: list[pa.Table]) -> tuple[list[pa.Table], dict[str, Any]]:
+        encoded = [model(images, self.encoding.captions) for images in tables]
+        return [one.table for one in encoded], encoding.noted(encoded)
 
-    def __init__(self, folder: Location, encoding: Encoding, lacking: Queue) -> None:
-        self.folder, self.encoding, self.lacking = folder, encoding, lacking
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        yield from each(batch, self._encoded)
-
-    def _encoded(self, one: dict[str, Any]) -> pa.Table:
-        watch = Stopwatch()
-        encoder = with_files(self.lacking, lambda: self.encoding.encoder(self.folder))
-        watch.opened()
-        encoded = [encoder(images, self.encoding.captions) for images in unpacked(one["tables"])]
-        record = noted(KIND, watch, **encoding.noted(encoded))
-        return block(
-            one["task"], one["block"], one["last"], [*json.loads(one["records"]), record], [part.table for part in encoded]
-        )
-
-
-@dataclass(frozen=True)
-class WriteImages:
-    """Writes the encoded images of a block to a temporary file, sorted by shard. Yields blocks with only `records`."""
-
-    folder: Location
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        yield from each(batch, self._written)
-
-    def _written(self, one: dict[str, Any]) -> pa.Table:
-        watch, records = Stopwatch(), json.loads(one["records"])
-        if tables := unpacked(one["tables"]):
-            done = tasks.stored(self.folder, tables)
-            records.append(noted(KIND, watch) | done)
-        return block(one["task"], one["block"], one["last"], records, [])
+    def written(self, folder: Location, tables: list[pa.Table]) -> Iterator[dict[str, Any]]:
+        if tables:
+            yield tasks.stored(folder, tables)

@@ -29,8 +29,8 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.stage import Document, Dropped, Picture
 from heliostat.curation.text import tokens
-from heliostat.data import row_groups, versions
-from heliostat.data.manifest import SHARDS
+from heliostat.data import manifest, row_groups, versions
+from heliostat.data.manifest import PLACES_KEY, SHARDS
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.spill import survivors_of
@@ -45,6 +45,7 @@ STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embed
 ENCODED = ("embedding-", "pooled-")  # begins the names of the columns of a list of text encoders (`recipes.images.rows`)
 LABEL = "label"  # the column with an image's label
 CLASSES = 1000  # maximum labels in the manifest
+VERSION = 2  # increased when the same images give other shards
 END = "<|endoftext|>"
 Shards = dict[str, tuple[int, int]]  # bucket -> (number of its first shard among all shards, count of its shards)
 
@@ -164,7 +165,7 @@ def encode_nothing(folder: Location, encoding: Encoding) -> dict[str, object]:
 
     encoder = encoding.encoder(folder)
     embeddings = encoder.embeddings([""])
-    rows = [packed(one.key, ArrayFormat(one.form.shape), one.values)[0][0] for one in embeddings.values()]
+    rows = [packed(one.key, ArrayFormat(one.form.shape), one.values, (name,))[0][0] for name, one in embeddings.items()]
     name = spill.put(folder, b"".join(rows), ".bin")
     shapes = {"shape": list(embeddings["embedding"].form.shape)} if "embedding" in embeddings else {}
     texts = {} if shapes else {"texts": [one.named() for one in encoder.stored()]}
@@ -212,22 +213,29 @@ def folder_of(bucket: str, number: int, parts: bool) -> str:
 
 
 def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED) -> bytes:
-    """Returns a shard as the bytes of a Parquet file. The order of the images in `table` doesn't change the bytes."""
+    """Returns a shard as the bytes of a Parquet file. The order of the images in `table` doesn't change the bytes.
+
+    The hash of an image's pixels is its hold-out position (`manifest.place`), and a row group ends at each position where texts'
+    row groups end. So at these fractions, datasets hold out the same images, also at other sizes and with other captions.
+    """
     encoded = sorted(c for c in table.column_names if c.startswith(ENCODED))
     kept = [c for c in (*columns, *encoded) if c in table.column_names]
-    table = table.sort_by([("hash", "ascending"), ("id", "ascending")]).select(kept)
-    table = spill.narrowed(table)
-    groups = max(1, round(len(table) / chunk_images))
-    edges = [len(table) * i // groups for i in range(groups + 1)]
-    return _parquet([table.slice(a, b - a) for a, b in itertools.pairwise(edges)])
+    table = table.sort_by([("hash", "ascending"), ("id", "ascending")])
+    places = np.array([manifest.place(hash.hex()) for hash in table["hash"].to_pylist()], np.int64)
+    groups = tokens.documents_in(np.ones(len(table), np.int64), chunk_images, places)
+    table, edges = spill.narrowed(table.select(kept)), itertools.accumulate((count for count, _ in groups), initial=0)
+    return _parquet([table.slice(a, b - a) for a, b in itertools.pairwise(edges)], [place for _, place in groups])
 
 
 def without(file: pq.ParquetFile, id: str) -> tuple[bytes | None, int]:
     """Rewrites an open shard without an image.
 
     Returns two values: the new file (None if no image is left), and the total bytes of the removed image and its caption. If the
-    shard stores latents, only the caption's bytes count. The other images stay in their row groups.
+    shard stores latents, only the caption's bytes count. The other images stay in their row groups, which keep their hold-out
+    positions.
     """
+    known = (file.metadata.metadata or {}).get(PLACES_KEY)
+    old, places = json.loads(known) if known else None, list[int]()
     left, size = list[pa.Table](), 0
     for group in range(file.num_row_groups):
         table = file.read_row_group(group)
@@ -236,10 +244,12 @@ def without(file: pq.ParquetFile, id: str) -> tuple[bytes | None, int]:
             size += len(row["caption"].encode()) + len(row.get("image") or b"")
         if len(kept := table.filter(pc.invert(named))):
             left.append(kept)
-    return (_parquet(left) if left else None), size
+            places += [old[group]] if old else []
+    return (_parquet(left, places if old else None) if left else None), size
 
 
-def _parquet(groups: list[pa.Table]) -> bytes:
+def _parquet(groups: list[pa.Table], places: list[int] | None) -> bytes:
+    """Writes row groups. `places`: their hold-out positions; None for a shard of an earlier version of heliostat."""
     content = hashlib.sha256()
     sink = io.BytesIO()
     schema = groups[0].schema.remove_metadata()
@@ -253,4 +263,6 @@ def _parquet(groups: list[pa.Table]) -> bytes:
             writer.write_table(table.combine_chunks().cast(schema), row_group_size=max(1, len(table)))
         # the manifest hashes the footer, so the dataset's digest changes with any pixel
         writer.add_key_value_metadata({"content": content.hexdigest()})
+        if places is not None:
+            writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps(places)})
     return sink.getvalue()

@@ -163,7 +163,7 @@ class ReferencePipeline(Pipeline):
         from heliostat.curation import gpus
         from heliostat.curation.references import stream
 
-        plan = stream.ReferenceStream(self.described, self.workers, self.gpus)
+        plan = stream.ReferenceStream(self.workers, self.gpus, self.described)
         return gpus.taken(flow, plan, "gpus", computing.compute, tasks, stream.values)
 
     def _copied(self, name: str, output: Location) -> str:

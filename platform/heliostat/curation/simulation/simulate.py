@@ -69,6 +69,10 @@ def simulate(path: Path, settings: list[str], size: int, nodes: tuple[int, int],
         raise ConfigError(f"--simulate: {type(pipeline).__name__} doesn't support simulations. Use a text or image pipeline")
     if isinstance(pipeline, ImagePipeline) and is_made(pipeline.input):
         raise ConfigError(f"--simulate: input {pipeline.input} has fewer than 2,000 images. Use an input with files")
+    if isinstance(pipeline, ImagePipeline) and pipeline.latents:
+        raise ConfigError(
+            "--simulate: not supported with latents, whose encoders run in actors. Simulate without them: --set latents=null"
+        )
     with sampling(pipeline, quiet) as (folder, inputs):
         return simulated(pipeline, folder, inputs, size, nodes, fraction, RayCluster(), faults)
 

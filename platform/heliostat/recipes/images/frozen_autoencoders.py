@@ -38,6 +38,12 @@ def moments(config: Keys) -> int:
     return 1 if config.get("_class_name") == "AutoencoderDC" else 2
 
 
+def quantities(config: Keys) -> tuple[str, ...]:
+    """Returns the names of the quantities that `encode` returns one after the other: the latents, or their mean and log
+    variance."""
+    return ("latent", "latent_log_variance")[: moments(config)]
+
+
 def encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
     """Encodes pixels as `moments` describes: [n, moments x channels, height, width]."""
     out = vae.encode(pixels)

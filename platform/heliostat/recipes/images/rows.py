@@ -26,8 +26,8 @@ from heliostat.data.manifest import Manifest
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes.counter_random import WORD, normals, uniform, words
 from heliostat.recipes.images.decoding import decoded
-from heliostat.recipes.images.stored_arrays import ArrayFormat
-from heliostat.recipes.images.stored_features import FeatureFormat, StoredType
+from heliostat.recipes.images.stored_arrays import AREA, ArrayFormat, StoredType
+from heliostat.recipes.images.stored_features import FeatureFormat
 from heliostat.storage.locations import Location
 
 SCALARS, NOISE, OFFSET, POSTERIOR = range(4)  # streams of a sample's random numbers
@@ -89,6 +89,11 @@ class DatasetFacts:
     models: dict[str, str]  # digests of the frozen models that computed latents and embeddings
     texts: tuple[StoredText, ...] = ()  # stored embeddings of a list of text encoders
     features: FeatureFormat | None = None  # of stored features of an image model
+    latent_dtype: StoredType = "float16"
+
+    def latents(self, shape: tuple[int, int, int]) -> ArrayFormat:
+        """Returns the format of stored latents with this shape, [channels, height, width]."""
+        return ArrayFormat(shape, self.latent_dtype, AREA)
 
 
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
@@ -98,7 +103,7 @@ def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
     names = {"content": "contain different kinds of content", "channels": "have different numbers of channels",
              "tokenizer": "have different tokenizers",
              "texts": "contain embeddings of different text encoders or types", "models": "were computed by different encoders",
-             "features": "have different stored features"}  # fmt: skip
+             "features": "have different stored features", "latent_dtype": "contain latents of different types"}  # fmt: skip
     for key, what in names.items():
         if len({str(getattr(f, key)) for f in each}) > 1:
             raise ConfigError(f"data.sources: the datasets {what}. Prepare all of them with one pipeline")
@@ -119,7 +124,7 @@ def _facts(m: Manifest) -> DatasetFacts:
         m.meta["content"], m.meta["channels"], (m.meta["size"][0], m.meta["size"][1]), m.meta.get("tokenizer"),
         m.meta.get("vocab_size", 0), m.meta.get("end_of_document", 0), (text[0], text[1]) if text else None,
         m.meta.get("models", {}), tuple(StoredText(**one) for one in m.meta.get("texts", ())),
-        FeatureFormat.of(m.meta.get("features")),
+        FeatureFormat.of(m.meta.get("features")), m.meta.get("latent_dtype", "float16"),
     )  # fmt: skip
 
 
@@ -133,18 +138,13 @@ def scaled(images: torch.Tensor) -> torch.Tensor:
     return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Converts a column of float16 bytes to fp32 [n, *shape]."""
-    return ArrayFormat(shape).unpack(content[column].to_pylist())
-
-
 def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Table:
     """Makes `count` placeholder rows of a dataset: black images, or zero latents of the stored `shape` [channels, height, width].
     Text embeddings, if the dataset has any, are zero."""
     width, height = facts.size
     columns: dict[str, list[object]] = {"width": [width] * count, "height": [height] * count}
     if facts.content == "latents":
-        columns["latent"] = [bytes(2 * math.prod(shape))] * count  # in float16
+        columns["latent"] = [bytes(facts.latents(shape).row_bytes)] * count
     else:
         file = io.BytesIO()
         Image.new("L" if facts.channels == 1 else "RGB", (width, height)).save(file, "png")
@@ -154,7 +154,7 @@ def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Ta
     for column, form in (column for one in facts.texts for column in one.columns.values()):
         columns[column] = [bytes(form.row_bytes)] * count
     if facts.features:
-        columns["features"] = [bytes(facts.features.row_bytes)] * count
+        columns["features"] = [bytes(facts.features.arrays.row_bytes)] * count
     return pa.table(columns)
 
 

@@ -158,7 +158,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
             content = captions.chosen(content, self.model.captions, self.seed, keys, stored)
         if facts.content == "latents":
             (size,) = set(zip(content["width"].to_pylist(), content["height"].to_pylist(), strict=True))
-            out = {"clean": rows.halves(content, "latent", self.parts.stored_shape(size))}
+            out = {"clean": facts.latents(self.parts.stored_shape(size)).unpack(content["latent"].to_pylist())}
         else:
             out = {"clean": rows.pixels(content)}
         out["key"] = torch.from_numpy(keys.astype(np.int64))
@@ -166,7 +166,7 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
             out |= rows.draw_on_host(self.seed, keys, *self._drawn(out["clean"])).named()
         out |= self.parts.captions(content)
         if self.model.repa and facts.features:
-            out |= facts.features.unpack(content["features"].to_pylist())
+            out |= facts.features.batch(content["features"].to_pylist())
         if self.parts.counted:
             out[LENGTHS] = self._lengths(out)
         return out
@@ -321,11 +321,12 @@ class TextToImage(AdaptedImages, Recipe, Evaluates, Paints, Serves, Draws):
     @torch.no_grad()
     def pictures_of(self, content: pa.Table, device: torch.device | str) -> list[np.ndarray]:
         """Decodes the images of rows, or their stored latents, to uint8 [height, width, channels]. The rows have one size."""
-        assert self.parts.facts
-        if self.parts.facts.content == "images":
+        facts = self.parts.facts
+        assert facts
+        if facts.content == "images":
             return list(decoded(content["image"].to_pylist()))
         size, out = (content["width"][0].as_py(), content["height"][0].as_py()), list[np.ndarray]()
-        latents = rows.halves(content, "latent", self.parts.stored_shape(size))
+        latents = facts.latents(self.parts.stored_shape(size)).unpack(content["latent"].to_pylist())
         for part in latents.to(device).split(DECODED):
             means = torch.zeros_like(part.chunk(self.parts.moments, dim=1)[0])
             out += list(self.pixels_of(self.parts.clean(part, means)))
