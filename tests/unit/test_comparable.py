@@ -12,6 +12,7 @@ import regex
 from heliostat.curation import comparable
 from heliostat.curation.comparable import edges, hashed, words
 from heliostat.curation.stages.repeated_spans import RepeatedSpans
+from heliostat.tasks import spill
 
 MARKS = regex.compile(
     r"[[\p{M}&&[\p{Inherited}\p{Latin}\p{Greek}\p{Cyrillic}\p{Arabic}\p{Hebrew}]]--[\u3099\u309a]]|\p{Cf}", regex.V1
@@ -92,9 +93,7 @@ def test_a_word_has_one_hash_wherever_the_text_is_cut(monkeypatch, block):
     texts = ["".join(rng.choice(rng.choice(SCRIPTS)) for _ in range(60)) for _ in range(50)] + ["plain ascii 12.5 text"]
     whole = words(texts)
     monkeypatch.setattr(comparable, "BLOCK", block)
-    comparable._block_powers.cache_clear()
     again = words(texts)
-    comparable._block_powers.cache_clear()
     for name in ("counts", "hashes", "exact", "numbers"):
         assert getattr(again, name).tolist() == getattr(whole, name).tolist(), name
 
@@ -135,7 +134,6 @@ def test_words_and_their_places_are_as_many_whatever_the_marks_and_their_order()
 def test_a_word_of_any_length_takes_bounded_memory_and_is_whole_up_to_a_length(monkeypatch):
     monkeypatch.setattr(comparable, "BLOCK", 64)
     monkeypatch.setattr(comparable, "LONGEST", 256)
-    comparable._block_powers.cache_clear()
     long = "abcdefgh" * 100
     for before in ("", "a ", "word " * 20, "(" * 63):
         one, other = words([f"{before}{long[:256]} end"]), words([f"{long[:256]}"])
@@ -144,7 +142,6 @@ def test_a_word_of_any_length_takes_bounded_memory_and_is_whole_up_to_a_length(m
         assert pieces.counts[0] == before.count("a") + before.count("word") + 3
         assert pieces.hashes[-3:].tolist() == alone.hashes.tolist(), "pieces begin where the word does"
         assert len(edges(unicodedata.normalize("NFD", f"{before}{'é' * 800}"))) == words([f"{before}{'é' * 800}"]).counts[0]
-    comparable._block_powers.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +151,6 @@ def test_a_word_of_any_length_takes_bounded_memory_and_is_whole_up_to_a_length(m
 def test_words_of_a_large_text_take_few_bytes_for_each_of_its_own(monkeypatch, text, most):
     monkeypatch.setattr(comparable, "BLOCK", 1 << 13)
     monkeypatch.setattr(comparable, "LONGEST", 1 << 14)  # a share of what they are
-    comparable._block_powers.cache_clear()
     words(["a 1"])
     tracemalloc.start()
     try:
@@ -163,7 +159,6 @@ def test_words_of_a_large_text_take_few_bytes_for_each_of_its_own(monkeypatch, t
         held = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-        comparable._block_powers.cache_clear()
     assert held < most * len(text)
 
 
@@ -186,15 +181,36 @@ def test_n_grams_are_those_of_each_text():
     assert words(texts).ngrams(5)[1].tolist() == [3, 0, 1, 0, 0, 0] and not len(words([]).hashes)
 
 
-def test_spans_are_hashed_by_their_content(monkeypatch):
+def plain_hash(values) -> int:
+    """Returns the hash of a span by its definition: a polynomial modulo 2^64, mixed by splitmix64's finalizer."""
+    z = sum(int(value) * pow(comparable.FACTOR, i, 1 << 64) for i, value in enumerate(values)) % (1 << 64)
+    return int(spill.mixed(np.array([z], np.uint64))[0])
+
+
+def test_spans_are_hashed_by_their_content():
+    """Files of earlier versions have these hashes."""
     rng = np.random.default_rng(0)
     values = rng.integers(0, 1 << 63, 500).astype(np.uint64)
     values[300:350] = values[20:70]
     starts, stops = np.arange(0, 450), np.arange(50, 500)
     found = hashed(values, starts, stops)
     assert found[20] == found[300] and len(set(found.tolist())) == len(found) - 1
-    for block in (1, 60, 499):
-        monkeypatch.setattr(comparable, "BLOCK", block)
-        comparable._block_powers.cache_clear()
-        assert (hashed(values, starts, stops) == found).all()
-    comparable._block_powers.cache_clear()
+    for first, last in ((starts, stops), (starts[::60], starts[::60] + 7), (starts, np.minimum(starts + starts % 3 * 9, 450))):
+        last = np.maximum.accumulate(last)
+        wanted = [plain_hash(values[a:b]) for a, b in zip(first, last, strict=True)]
+        assert hashed(values, first, last).tolist() == wanted
+    assert hashed(np.array([97, 98], np.uint8), np.array([0]), np.array([2])).tolist() == [12133279004543813465]
+
+
+def test_a_word_is_hashed_by_the_characters_of_the_plain_definition():
+    """Files of earlier versions have these hashes: of a word's folded characters, each number as one 0; and of numbers as
+    written."""
+    rng = random.Random(8)
+    texts = ["".join(rng.choice(rng.choice(SCRIPTS[:8])) for _ in range(30)) for _ in range(300)]
+    found = words(texts)
+    plain = [word for text in texts for word in reference(text)]
+    assert found.hashes.tolist() == [plain_hash(map(ord, word)) for word in plain]
+    assert [word == "0" for word in plain] == found.numbers.tolist()
+    assert (found.exact == found.hashes)[~found.numbers].all()
+    one = words(["in 12.5\u200b0 x2"])
+    assert one.exact.tolist() == [plain_hash(map(ord, word)) for word in ("in", "12.50", "x0")]

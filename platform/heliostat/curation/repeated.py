@@ -54,7 +54,6 @@ BETWEEN = {"line": "\n", "paragraph": "\n\n"}
 SIGNED = pa.schema(
     [("key", pa.uint64()), ("document", pa.uint64()), ("node", pa.uint64()), ("place", pa.uint32())]
 )  # of gathered occurrences
-BLOCK = 1 << 16  # windows that are compared at once
 
 
 class Signing(Protocol):
@@ -153,12 +152,10 @@ class WordWindows:
 
 def least(hashes: np.ndarray, size: int) -> np.ndarray:
     """Finds the smallest hash of every `size` consecutive hashes. Returns the positions of these hashes, each position once."""
-    places = [np.zeros(0, np.int64)]
-    for start in range(0, len(hashes) - size + 1, BLOCK):
-        part = hashes[start : start + BLOCK + size - 1]
-        rows = np.lib.stride_tricks.sliding_window_view(part, size)
-        places.append(np.unique(rows.argmin(axis=1) + np.arange(len(rows))) + start)
-    return np.unique(np.concatenate(places))
+    from heliostat.curation.word_hashes import smallest  # imports Numba
+
+    places = np.empty(len(hashes), np.int64)
+    return places[: smallest(hashes, size, places)]
 
 
 def spans(lost: set[int], size: int) -> list[tuple[int, int]]:
@@ -192,6 +189,7 @@ class RepeatingStage(GlobalStage):
     the removal."""
 
     changes: ClassVar[bool] = True
+    needs: ClassVar = ("curation", "numba")
     version: ClassVar[int] = 3  # version 3: words as in `comparable`, and texts that become too short are dropped
     reasons: ClassVar = {
         "repeated": "a larger share of words in what is repeated than max_removed_words",

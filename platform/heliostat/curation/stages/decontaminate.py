@@ -27,6 +27,7 @@ LISTED = 5  # maximum hits in a document's detail
 
 
 class Decontaminate(Stage):
+    needs: ClassVar = ("curation", "numba")
     libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"contaminated": "at least min_hits n-grams of an evaluation set"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"hits": ("min_hits",)}
@@ -43,6 +44,7 @@ class Decontaminate(Stage):
     """Minimum number of shared n-grams to drop a document (`contaminated`)."""
 
     def check(self) -> None:
+        super().check()
         for name, count in self._index()[1].items():
             log.warning("decontaminate: %d examples of %s have fewer than %d words, so heliostat can't find these examples. "
                         "Lower n to include these examples", count, name, self.n)  # fmt: skip
@@ -53,6 +55,7 @@ class Decontaminate(Stage):
         )
 
     def open(self) -> Work:
+        super().check()
         index = self._index()[0]
 
         def outcome(document: Document, grams: np.ndarray) -> Outcome:

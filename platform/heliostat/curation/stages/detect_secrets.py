@@ -32,16 +32,6 @@ FORMS = [
 OWN = ["ServiceTokenDetector"]  # this module's detector: tokens of services that detect-secrets doesn't know
 WIDE = ["Base64HighEntropyString", "HexHighEntropyString", "KeywordDetector", "IPPublicDetector"]
 _NEAR = re.compile(r"[A-Za-z0-9+/_=.-]{16}|://[^\s@]{1,200}@|PRIVATE KEY|PuTTY|AKC|AP[\dA-F]|xox|_authToken")
-_SHORT = re.compile(_NEAR.pattern.partition("|")[2])  # the marks of secrets without such a run
-_SHORT_MARKS = (
-    "://",
-    "PRIVATE KEY",
-    "PuTTY",
-    "AKC",
-    "AP",
-    "xox",
-    "_authToken",
-)  # each match of `_SHORT` begins with one of these
 _IN_RUN = table(string.ascii_letters + string.digits + "+/_=.-")
 LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
 # In the patterns of these detectors, the group is the prefix of a token. In other patterns, the group is the secret.
@@ -74,31 +64,43 @@ _GAP = r"(?:\\[nr]?|[\s\"'#*>|,;+.]){1,48}+"  # text between a key's lines, whic
 _HEADER = rf"{_GAP}[A-Za-z-]{{2,30}}+: [^\n]{{0,200}}+"
 _LAST = rf"{_GAP}(?:[A-Za-z0-9+/=]{{4}}){{1,9}}+(?![\w+/=])"
 _BODY = re.compile(rf"(?:{_HEADER}){{0,4}}+(?:{_GAP}[A-Za-z0-9+/=]{{40,}}+)++(?:{_LAST})?")
-_WORDS = re.compile("key|pw|pass|token|softlayer|cloudant", re.IGNORECASE)
-# detector -> what a line has if the detector finds a secret in it
+LEAST = 24
+ODD = "\u0130\u0131\u017f\u212a"  # characters that also match [a-z] if case doesn't matter
+_QUOTED = "(?i:['\"][0-9a-z/+]{40}['\"])"
+_VALUE = r"""(?i:(?:key|pwd?|pass(?:word)?|token)["'\]:=> ]+[\w-]{24}|:[\da-z]{24,64}@|/soap/)"""
+# detector -> patterns; if the detector finds a secret in a line, the line has a match of at least one of them
 NEEDED = {
-    "ArtifactoryDetector": re.compile(r"AKC|AP[\dA-F]"),
-    "AWSKeyDetector": re.compile(r"(?i:aws)|(?:A3T|ABIA|ACCA|AKIA|ASIA)[0-9A-Z]"),
-    "AzureStorageKeyDetector": re.compile("AccountKey="),
-    "BasicAuthDetector": re.compile(r"://[^:/\s]+:[^:/\s]+@"),
-    "DiscordBotTokenDetector": re.compile(r"\.[\w-]{6}\.[\w-]{27}"),
-    "GitHubTokenDetector": re.compile("gh[opsur]_"),
-    "GitLabTokenDetector": re.compile("gl(?:pat|[dfr]t|soat|cbt|imt|ptt|agent|oas)-|GR1348941"),
-    "JwtTokenDetector": re.compile("eyJ"),
-    "MailchimpDetector": re.compile(r"-us\d"),
-    "NpmDetector": re.compile("_authToken"),
-    "OpenAIDetector": re.compile("T3BlbkFJ"),
-    "PypiTokenDetector": re.compile("pypi-Ag"),
-    "SendGridDetector": re.compile(r"SG\."),
-    "ServiceTokenDetector": re.compile(_TOKEN, re.ASCII),
-    "SlackDetector": re.compile("xox|hooks", re.IGNORECASE),
-    "SquareOAuthDetector": re.compile("sq0csp-"),
-    "StripeDetector": re.compile("k_live_"),
-    "TelegramBotTokenDetector": re.compile(r":[\w-]{35}"),
-    "TwilioKeyDetector": re.compile("(?:AC|SK)[a-z0-9]{32}"),
-    **dict.fromkeys(("CloudantDetector", "IbmCloudIamDetector", "IbmCosHmacDetector", "SoftlayerDetector"), _WORDS),
-    **dict.fromkeys(WIDE, re.compile("")),
+    name: [re.compile(pattern) for pattern in patterns]
+    for name, patterns in {
+        "ArtifactoryDetector": [r"AKC|AP[\dA-F]"],
+        "AWSKeyDetector": [_QUOTED, "A(?:3T|BIA|CCA|KIA|SIA)[0-9A-Z]{16}"],
+        "AzureStorageKeyDetector": ["AccountKey="],
+        "BasicAuthDetector": [r"://[^:/\s]+:[^:/\s]+@"],
+        "CloudantDetector": [_VALUE],
+        "DiscordBotTokenDetector": [r"\.[\w-]{6}\.[\w-]{27}"],
+        "GitHubTokenDetector": ["gh[opsur]_"],
+        "GitLabTokenDetector": ["gl(?:pat|[dfr]t|soat|cbt|imt|ptt|agent|oas)-", "GR1348941"],
+        "IbmCloudIamDetector": [_VALUE],
+        "IbmCosHmacDetector": [_VALUE],
+        "JwtTokenDetector": ["eyJ"],
+        "MailchimpDetector": [r"-us\d"],
+        "NpmDetector": ["_authToken"],
+        "OpenAIDetector": ["T3BlbkFJ"],
+        "PypiTokenDetector": ["pypi-Ag"],
+        "SendGridDetector": [r"SG\."],
+        "ServiceTokenDetector": [_TOKEN],
+        "SlackDetector": ["-(?<=[xX][oO][xX].-)", "(?i://hooks)"],
+        "SoftlayerDetector": [_VALUE],
+        "SquareOAuthDetector": ["sq0csp-"],
+        "StripeDetector": ["k_live_"],
+        "TelegramBotTokenDetector": [r":[\w-]{35}"],
+        "TwilioKeyDetector": ["AC[a-z0-9]{32}", "SK[a-z0-9]{32}"],
+        **{name: [""] for name in WIDE},
+    }.items()
 }
+LONG = {re.compile(pattern) for pattern in (_QUOTED, _TOKEN, _VALUE)}
+"""Patterns that Python finds slowly, because they don't begin with a fixed character. heliostat searches for them only in lines
+with a run of LEAST characters of `_IN_RUN`, which the secrets of these detectors have."""
 
 
 class SecretDetector(Protocol):
@@ -155,10 +157,10 @@ class DetectSecrets(Stage):
         found_classes: list[type[SecretDetector]] = list(get_mapping_from_secret_type_to_class().values())
         classes = {secrets_found.__name__: secrets_found for secrets_found in [*found_classes, ServiceTokenDetector]}
         detectors = [classes[name]() for name in self.detectors]
-        lines = _lines if any(name in WIDE for name in self.detectors) else _near_lines
+        wide = any(name in WIDE for name in self.detectors)
 
         def outcome(document: Document) -> Outcome:
-            text, secrets_found, kinds = _masked(text_of(document), detectors, self.mask, lines)
+            text, secrets_found, kinds = _masked(text_of(document), detectors, self.mask, wide)
             if self.action == "drop" and secrets_found > self.max_found:
                 return Outcome(None, "secrets", ", ".join(sorted(kinds)), {"found": secrets_found})
             if self.action == "mask":
@@ -169,10 +171,8 @@ class DetectSecrets(Stage):
         return outcome
 
 
-def _masked(
-    text: str, detectors: list[SecretDetector], mask: str, lines: Callable[[str], Iterable[Span]]
-) -> tuple[str, int, set[str]]:
-    """Masks private keys, and the secrets in lines that may have any.
+def _masked(text: str, detectors: list[SecretDetector], mask: str, wide: bool) -> tuple[str, int, set[str]]:
+    """Masks private keys, and the secrets in lines that may have any. `wide`: whether a detector checks all lines.
 
     Returns the masked text, the number of secrets, and the kinds of secrets.
     """
@@ -182,15 +182,11 @@ def _masked(
             text, count = _replaced(text, keys, mask), len(keys)
             kinds.add(kind)
     others = [(d, NEEDED[type(d).__name__]) for d in detectors if type(d).__name__ != KEYS]
-    joined = "".join(text[start:end] for start, end in lines(text))
-    needed = {need for _, need in others if need.search(joined)}
-    del joined
-    for start, end in lines(text) if needed else ():
+    needs = {pattern for _, patterns in others for pattern in patterns}
+    for start, end in _lines(text) if wide else _near_lines(text, needs):
         line = text[start:end]
-        met = {need for need in needed if need.search(line)}
-        if not met:
+        if not (able := [d for d, patterns in others if any(pattern.search(line) for pattern in patterns)]):
             continue
-        able = [d for d, need in others if need in met]
         tails = Tails(line)
         secrets = {
             (first + offset, tails.end(last + offset, kind)): kind
@@ -215,21 +211,26 @@ def _lines(text: str) -> Iterator[Span]:
         start = end
 
 
-def _near_lines(text: str) -> list[Span]:
-    """Finds the lines that match `_NEAR`, with searches for strings, which are faster."""
-    near, end = set[Span](), 0
-    for start, _ in runs(text, _IN_RUN, 16):
-        if start >= end:  # otherwise, the run is in the line before `end`
-            near.add(line := _line(text, start))
-            end = line[1]
-    for mark in _SHORT_MARKS:
+def _near_lines(text: str, needs: set[re.Pattern[str]]) -> list[Span]:
+    """Finds the lines that match `_NEAR` and at least one of `needs`."""
+    near = {line for line in _long_lines(text) if any(need.search(text, *line) for need in needs & LONG)}
+    for need in needs - LONG:
         at = 0
-        while (at := text.find(mark, at)) >= 0:
-            line = _line(text, at)
-            if line not in near and _SHORT.search(text, at, line[1]):
-                near.add(line)
+        while match := need.search(text, at):
+            near.add(line := _line(text, match.start()))
             at = line[1]
-    return sorted(near)
+    return sorted(line for line in near if _NEAR.search(text, *line))
+
+
+def _long_lines(text: str) -> Iterator[Span]:
+    """Yields the lines that are long enough for a secret of LONG."""
+    for odd in ODD:
+        text = text.replace(odd, "x")
+    end = 0
+    for start, _ in runs(text, _IN_RUN, LEAST):
+        if start >= end:  # otherwise, the run is in the line before `end`
+            yield (line := _line(text, start))
+            end = line[1]
 
 
 def _line(text: str, at: int) -> Span:

@@ -13,13 +13,12 @@ line, because removed lines are easier to trace.
 from __future__ import annotations
 
 import re
-import string
 from collections import Counter
 from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.slices import split
+from heliostat.curation.slices import LINE_END, slices
 from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import Float
 
@@ -27,8 +26,9 @@ _COUNTER = re.compile(
     r"\W*[\d.,]+[KMkm]?\s+(?:likes?|shares?|comments?|retweets?|reposts?|quotes?|bookmarks?|upvotes?|downvotes?|downloads?|views?|followers?)\W*"
 )
 LONG_COUNTER = 100  # characters; every counter is shorter
-_UPPER = string.ascii_uppercase.encode()
-_NUMBERS = re.compile(r"[\d\W_]+")
+
+
+_KINDS = {1: "lines_of_numbers", 2: "lines_of_one_word", 3: "lines_of_capitals"}  # of `line_kinds`
 
 
 class Lines(Stage):
@@ -37,7 +37,8 @@ class Lines(Stage):
     limits: ClassVar = {
         "removed_words": ("removed_words", "max_removed_words", "a larger share of words in removed lines than {}")
     }
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # with max_capitals below 0.5, lines with few capitals count, too
+    needs: ClassVar = ("curation", "numba")
 
     max_capitals: Float = Field(0.5, ge=0, le=1)
     """Maximum share of capitals among the letters of a line. Lines with a larger share are removed, if they have at least
@@ -63,46 +64,36 @@ class Lines(Stage):
     (`removed_words`). 1 drops none."""
 
     def decide(self, document: Document) -> Outcome:
-        kept, removed, words, lost = list[str](), Counter[str](), 0, 0
+        from heliostat.curation.line_kinds import kinds_of_lines  # imports Numba
+
+        text, kept, removed, words, lost = text_of(document), list[str](), Counter[str](), 0, 0
         phrases = [tuple(map(str.lower, some)) for some in (self.begins, self.ends, self.holds)]
-        for line in split(text_of(document)):
-            count = len(line.split())
-            words += count
-            if why := self._why(line.strip(), count, phrases):
-                removed[why] += 1
-                lost += count
-            else:
-                kept.append(line)
+        limits = self.numbers, self.single_words, self.capital_letters, self.max_capitals, self.short_words
+        end_removed = False
+        for part in slices(text, LINE_END):
+            rows, more = kinds_of_lines(part, *limits)
+            words, at = words + more, 0
+            for begin, end, first, last, count, kind in rows:
+                if why := _KINDS.get(kind) or self._why(part[first:last].lower(), phrases):
+                    removed[why] += 1
+                    lost += count
+                    kept.append(part[at:begin])
+                    at = end + 1
+            end_removed = at > len(part)
+            kept.append(part[at:])
         measures, counts = {"removed_words": lost / words if words else 0.0}, dict(removed)
-        text = "\n".join(kept)
+        text = "".join(kept)
+        if end_removed:  # the line before has no line end
+            text = text.removesuffix("\n")
         if reason := self.failed(measures) or ("" if text.strip() else "empty"):
             return Outcome(None, reason, measures=measures, counts=counts)
         document.text = text
         return Outcome(document, measures=measures, counts=counts)
 
-    def _why(self, line: str, words: int, phrases: list[tuple[str, ...]]) -> str:
-        if not words:
-            return ""
-        if self.numbers and _NUMBERS.fullmatch(line):
-            return "lines_of_numbers"
-        if self.single_words and words == 1:
-            return "lines_of_one_word"
-        if not line.islower():
-            capitals = _capitals(line)
-            letters = sum(map(str.isalpha, line)) if capitals * 2 > self.capital_letters else 0
-            if letters >= self.capital_letters and capitals > self.max_capitals * letters:
-                return "lines_of_capitals"
-        if words <= self.short_words:
-            small = line.lower()
-            if self.counters and len(small) < LONG_COUNTER and _COUNTER.fullmatch(small):
-                return "counters"
-            begins, ends, holds = phrases
-            if small.startswith(begins) or small.endswith(ends) or any(p in small for p in holds):
-                return "boilerplate_lines"
+    def _why(self, line: str, phrases: list[tuple[str, ...]]) -> str:
+        begins, ends, holds = phrases
+        if self.counters and len(line) < LONG_COUNTER and _COUNTER.fullmatch(line):
+            return "counters"
+        if line.startswith(begins) or line.endswith(ends) or any(map(line.__contains__, holds)):
+            return "boilerplate_lines"
         return ""
-
-
-def _capitals(line: str) -> int:
-    if not line.isascii():
-        return sum(map(str.isupper, line))
-    return len(line) - len(line.encode().translate(None, _UPPER))

@@ -38,7 +38,7 @@ ROW_BYTES = 160  # bytes of memory per key, edge, or member in a task, including
 class MinHash(GlobalStage):
     version: ClassVar = 2  # words from `comparable`, as in FineWeb: accents and numbers don't count
     compares: ClassVar = ("column", "within")
-    needs: ClassVar = ("curation", "rensa")
+    needs: ClassVar = ("curation", "numba", "rensa")
     libraries: ClassVar[tuple[str, ...]] = ("regex", "rensa")
     reasons: ClassVar = {"near_duplicate": "much like another document, which stays"}
 
