@@ -313,7 +313,9 @@ def test_deepspeed_is_told_to_sum_in_fp32_only_where_there_is_something_to_sum(c
     """With fp32, sums are in fp32 anyway, and DeepSpeed fails at stage 0 with this setting."""
     from heliostat.engine.engine_config import engine_config
 
-    assert engine_config(job(**changes)).get("data_types") == wanted
+    config = engine_config(job(**changes))
+    assert config.get("data_types") == wanted
+    assert config.get("bf16", {}).get("immediate_grad_update", False) is (wanted is not None)
 
 
 def test_a_finished_run_knows_what_a_job_now_says_otherwise():

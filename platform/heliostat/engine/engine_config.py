@@ -53,6 +53,8 @@ def engine_config(job: Job) -> dict[str, Any]:
             config["bf16"]["check_grad_overflow"] = False
         if spec.settle(job, None).train.grad_accum_dtype == "fp32" and job.accumulation > 1:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+            if train.precision == "bf16":  # ZeRO-1 adds each gradient to its sum, and frees it, as soon as it is computed
+                config["bf16"]["immediate_grad_update"] = True
     return _merge(config, train.deepspeed)
 
 

@@ -89,8 +89,7 @@ def state(
         weights = low * sum(sizes.values())
     gradients, summed = low * (trained if stage == 1 else share), 0
     if accumulates and sums_fp32 and low < 4 and not (offload_optimizer and stage < 3):
-        summed = 4 * (trained if stage == 1 else share)
-        gradients = low * trained + summed if stage == 1 else summed  # stage 1 also keeps the gradients of the micro-batch
+        gradients = summed = 4 * (trained if stage == 1 else share)
     elif stage == 2 and accumulates:
         gradients = low * _touched({n: s for n, s in shapes.items() if n not in frozen}, workers)
     masters, host, disk = 4 * share * (1 + averages), 0, 0
