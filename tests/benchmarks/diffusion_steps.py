@@ -9,7 +9,8 @@ change the speed of a shared machine, slow all of them. `deepspeed` is accelerat
 precision, and sums the gradients of micro-batches in fp32, as heliostat does; `plain` is accelerate alone, with autocast in bf16.
 Each step decodes its images and tokenizes its captions, as the examples of diffusers do. The files are in memory. A run of
 heliostat reads each shuffle window once, in other processes: the first line says what this costs per step. Ray, MLflow, and the
-second worker are left out (see `diffusion.py`).
+second worker are left out (see `diffusion.py`). `ours` has the environment variables of a training worker, which make glibc keep
+freed memory. The others have the variables of the command.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
+from heliostat.cluster import connect
 from heliostat.cluster.processes import free_port
 from heliostat.data.dataset import Dataset, open_dataset
 from heliostat.engine import deepspeed_engine, ema, patches
@@ -181,9 +183,13 @@ def serve(name: str, case: Case, pipe: Connection) -> None:
 def seconds(case: Case, steps: int) -> dict[str, list[float]]:
     """Takes a step of each loop after another, each loop in a process of its own. Returns the CPU seconds of each step."""
     context, pipes, spent = multiprocessing.get_context("spawn"), dict[str, Connection](), {name: list[float]() for name in LOOPS}
+    before = dict(os.environ)
     for name in LOOPS:
         pipes[name], end = context.Pipe()
+        os.environ |= connect.worker_environment(gpus=0) if name == "ours" else {}  # a new process inherits it
         context.Process(target=serve, args=(name, case, end), daemon=True).start()
+        os.environ.clear()
+        os.environ.update(before)
         end.close()
     for _ in range(WARM + steps):
         for name, pipe in pipes.items():
