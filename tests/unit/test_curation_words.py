@@ -2,15 +2,17 @@
 
 import random
 import time
+import unicodedata
 
 import pytest
 import regex
-from heliostat.curation import slices
 from heliostat.curation.english import words
-from heliostat.curation.english.plain import CODES, SYMBOLS, TERMINALS
-from heliostat.curation.english.tokens import _ASCII_INFIX, _INFIX, _MARKS, EXCEPTIONS, LONGEST, QUOTES, tokens
+from heliostat.curation.english.characters import CODES, SYMBOLS, TAGS, TERMINALS, code_points
+from heliostat.curation.english.rules import _MARKS, EXCEPTIONS, LONGEST, QUOTES
+from heliostat.curation.english.sentences import sentences
 
 from tests.seeds import every_seed
+from tests.unit.english_reference import tokens
 
 # what spaCy 3.8 makes of each, word by word
 SPLIT = {
@@ -63,26 +65,28 @@ def by_words(text):
     return [list(map(len, split)), symbol, [any(map(str.isalpha, word)) for word in split], first_places(split)]
 
 
-def by_arrays(spoken):
-    hashes = spoken.hash.tolist()
-    return [spoken.length.tolist(), spoken.symbol.tolist(), spoken.alphabetic.tolist(), first_places(hashes)]
+def by_arrays(text):
+    spoken = words.spoken(code_points(text))
+    facts = [((spoken.facts & bit) != 0).tolist() for bit in (words.IS_SYMBOL, words.HAS_LETTER)]
+    return [spoken.lengths.tolist(), *facts, first_places(spoken.hashes.tolist())]
 
 
 @pytest.mark.parametrize("form", ["{}a", "a{}", "10{}", "({})", "a-{}", "{}-a,", "a{}b.", "A{}.", "a{}'s", "({}--b)"])
 def test_every_character_has_the_words_of_the_rules(form):
     every = (chr(code) for code in (*range(0x530), *range(0x2000, 0x3400), *range(0xD7FE, 0xE002), *range(0xFF00, 0x10400)))
-    text = " ".join(form.format(character) for character in every)
-    assert by_arrays(words.Words().of(text)) == by_words(text)
+    text = " ".join(form.format(character) for character in (*every, *map(chr, TAGS), "\U0010ffff"))
+    assert by_arrays(text) == by_words(text)
 
 
 @every_seed(20)
-def test_words_of_plain_parts_are_those_of_the_rules(seed):
-    """NumPy splits most of a text. It gives the words of `tokens`, whatever else is in the text, and in whatever slices. A random
-    part has up to 60 pieces with marks, so the parts cover all rules of `marked`."""
+def test_words_are_those_of_the_rules(seed):
+    """The compiled loops give the words of regular expressions, for texts of up to 60 random pieces. The pieces cover all rules:
+    marks, exceptions and emoticons, units, hosts, addresses, and characters of any script."""
     draw = random.Random(seed)
     plain = ["word", "it", "Mr", "p", "cannot", "é", "日本", "x" * 257, "don", "US", "C"]
     plain += ["x86_64", "to_list", "2023", "7", "é_2", "1a", "a_1b", "_x1", "1_", "2²", "٣", "x" * 256 + "1"]
-    marked = [*"--.',$+/—°", "10km", "5%", "'s", "---", "US$", "a-B", "b.C", "1.2.3.4", "a.com", "﷼B.", "⽂'s", "a--٪"]
+    marked = [*"--.',$+/—°", "10km", "5%", "'s", "---", "US$", "a-B", "b.C", "1.2.3.4", "a.com", "﷼B.", "⽂'s", "a--٪", "°F."]
+    hosts = ["http://", "ftp", "@", "a.b", "1.2.3.4", "192.168", "127.0.0.1", ":80", ":8", "/x", "?", "#", "x.org", "co.uk"]
     kinds = [
         PIECES,
         _MARKS + QUOTES + ".",
@@ -91,38 +95,42 @@ def test_words_of_plain_parts_are_those_of_the_rules(seed):
         plain,
         marked,
         marked,
-        [chr(draw.randrange(0x20, 0x3100)), "\U00020000"],
+        hosts,
+        hosts,
+        [chr(draw.randrange(0x20, 0x3100)), "\U00020000", "\ud800", "\U000e0101", chr(draw.randrange(0x110000))],
     ]
     spaces = ["\n", " ", "\x85", "\x1c", "  ", "\u2028\t"]
-    texts = ["".join(draw.choice(draw.choice([*kinds, spaces, spaces])) for _ in range(draw.randint(0, 60))) for _ in range(40)]
+    texts = ["".join(draw.choice(draw.choice([*kinds, spaces, spaces])) for _ in range(draw.randint(0, 60))) for _ in range(80)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(words, "BLOCK", draw.choice([1, 50, 1 << 16]))
-        patch.setattr(slices, "SLICE", draw.choice([5, 40, 1 << 18]))
-        table = words.Words()
-        together = [spoken for start in (0, 7, 33) for spoken in table.of_all(texts[start : start + 26])]
-    expected = [by_words(text) for start in (0, 7, 33) for text in texts[start : start + 26]]
-    assert [by_arrays(spoken) for spoken in together] == expected
+        patch.setattr(words, "BLOCK", draw.choice([1, 7, 1 << 16]))
+        assert [by_arrays(text) for text in texts] == [by_words(text) for text in texts]
+
+
+def test_all_exceptions_are_split_and_joined_as_by_the_rules():
+    """This includes exceptions that the rules split, next to marks, letters, and each other."""
+    every = list(EXCEPTIONS)
+    for form in ("{}", "({}", "{},", "a{}", "{}a", "10{}", "{}{}", "-{}-{}-"):
+        text = " ".join(form.format(whole, other) for whole, other in zip(every, every[::-1], strict=True))
+        assert by_arrays(text) == by_words(text)
 
 
 def test_no_character_outside_of_the_tables_is_known():
     """A letter or white space after the last code point of the tables would be taken for another character."""
-    later = [chr(code) for code in range(CODES - 1, 0x110000)]
-    assert not any(character.isalpha() or character.isspace() or character in SYMBOLS for character in later)
+    later = [chr(code) for code in range(CODES, 0x110000) if code not in TAGS]
+    assert not regex.search(r"[\w\s\p{So}\p{L}]", "".join(later))
+    assert not any(c.isalpha() or c.isspace() or c.isdecimal() or c in SYMBOLS for c in later)
+    assert not any(unicodedata.category(character)[0] == "P" for character in later)
 
 
-@every_seed(20)
-def test_marks_between_letters_are_the_same_in_ascii(seed):
-    draw, ascii_marks = random.Random(seed), "".join(map(chr, range(33, 127))) + 8 * "aBzZ09.,:<>=/-~+*^'\"`_"
-    for _ in range(300):
-        text = "".join(draw.choices(ascii_marks, k=draw.randint(1, 9)))
-        assert [m.span() for m in _ASCII_INFIX.finditer(text)] == [m.span() for m in _INFIX.finditer(text)], text
+def is_punctuation(word):
+    return all(unicodedata.category(character)[0] == "P" for character in word)
 
 
 @every_seed(20)
 def test_sentences_of_a_text_are_those_of_its_parts(seed):
     """Only parts with a terminal are looked at. The count is the one by all words: a sentence begins after a terminal."""
     draw = random.Random(seed)
-    pieces = [*SPLIT, " ", " ", " ", "\t", "\xa0", "。", "!", '."', "…", "a"]
+    pieces = [*SPLIT, " ", " ", " ", "\t", "\xa0", "\x1f", "。", "!", '."', "…", "a", "x" * LONGEST, "\ud800"]
     for _ in range(200):
         text = "".join(draw.choices(pieces, k=draw.randint(1, 12)))
         parts = [part for part in regex.split(r" |([^\S ]\s*)", text) if part is not None]
@@ -131,9 +139,9 @@ def test_sentences_of_a_text_are_those_of_its_parts(seed):
         for word in split if text.strip() else ():
             if word in TERMINALS:
                 ended = True
-            elif ended and not (word and words.is_punctuation(word)):
+            elif ended and not (word and is_punctuation(word)):
                 count, ended = count + 1, False
-        assert words.sentences(text) == count, text
+        assert sentences(text) == count, text
 
 
 @pytest.mark.parametrize(
@@ -142,22 +150,7 @@ def test_sentences_of_a_text_are_those_of_its_parts(seed):
      ("Version 1.2 is e.g. this one.", 1), ("What?! No.", 2), ("One.  Two.\tThree.", 3), ("What...", 1), ("これは。それは。", 1)],
 )  # fmt: skip
 def test_sentences(text, count):
-    assert words.sentences(text) == count
-
-
-def lengths(table, text):
-    return table.of(text).length.tolist()
-
-
-def test_the_tables_are_emptied_and_nothing_changes(monkeypatch):
-    texts = [f"some words {i} and other-words {i * 7} here." for i in range(300)]
-    roomy = words.Words()
-    expected = [lengths(roomy, t) for t in texts]
-    monkeypatch.setattr(words, "MOST_CACHED", 20)
-    monkeypatch.setattr(words, "RECENT_TEXTS", 2)
-    small = words.Words()
-    assert [lengths(small, t) for t in texts] == expected
-    assert len(small._cache) < 60
+    assert sentences(text) == count
 
 
 @pytest.mark.parametrize(
@@ -166,6 +159,6 @@ def test_the_tables_are_emptied_and_nothing_changes(monkeypatch):
 def test_hostile_text_takes_linear_time(text):
     start = time.process_time()
     for piece in (text, " ".join(text[i : i + LONGEST] for i in range(0, len(text) // 8, LONGEST))):
-        words.Words().of(piece)
-        words.sentences(piece)
+        words.spoken(code_points(piece))
+        sentences(piece)
     assert time.process_time() - start < 5

@@ -94,14 +94,9 @@ def text_of(document: Document) -> str:
 def by_text(judge: Judge) -> Work:
     """Builds a stage's function from `judge`, which returns the reason to drop a text, or "". The function keeps each document
     unchanged, or drops it."""
-    return by_texts(lambda texts: [judge(text) for text in texts])
-
-
-def by_texts(judge: Callable[[list[str]], list[tuple[str, dict[str, float]]]]) -> Work:
-    """Builds a stage's function like `by_text`, from a `judge` of several texts at once."""
 
     def work(documents: list[Document]) -> list[Outcome]:
-        judged = judge([text_of(document) for document in documents])
+        judged = [judge(text_of(document)) for document in documents]
         return [Outcome(None if why else d, why, measures=m) for d, (why, m) in zip(documents, judged, strict=True)]
 
     return work

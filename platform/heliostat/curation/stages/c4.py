@@ -14,23 +14,16 @@ docs/benchmarks/curation-stages.md. The paper's filter by a list of bad words is
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.english.words import sentences
-from heliostat.curation.slices import LINE_END, slices
 from heliostat.curation.stage import Document, Outcome, Stage, text_of
-
-_CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
-_ENDS = (".", "?", "!", '"', "'")
-_POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 
 
 class C4(Stage):
     changes: ClassVar[bool] = True
+    needs: ClassVar = ("curation", "numba")
     libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {
         "lorem_ipsum": "a line with `lorem ipsum`",
@@ -58,38 +51,23 @@ class C4(Stage):
     """Drops documents with `lorem ipsum` (`lorem_ipsum`)."""
 
     def decide(self, document: Document) -> Outcome:
-        kept, sentences_kept, removed = list[str](), 0, Counter[str]()
-        for line in (line for part in slices(text_of(document), LINE_END) for line in part.splitlines()):
-            line = line.strip()
-            why, line = self._line(line)
-            if why in self.reasons:
-                return Outcome(None, why, measures={"sentences": sentences_kept})
-            if why:
-                removed[why] += 1
-                continue
-            sentences_kept += sentences(line)
-            kept.append(line)
-        if sentences_kept >= self.min_sentences:
-            document.text = "\n".join(kept).strip()
-        return self.judged(document, {"sentences": sentences_kept}, dict(removed))
+        from heliostat.curation.english import sentences
 
-    def _line(self, line: str) -> tuple[str, str]:
-        """Returns two strings: the reason to remove the line or to drop the document ("" if the line stays), and the line without
-        citation marks."""
-        if len(line) > self.max_word_chars and max(map(len, line.split())) > self.max_word_chars:
-            return "lines_of_long_words", line
-        short = _CITATION.sub("", line) if self.citations and "[" in line else line
-        if self.terminal_marks and (not short.endswith(_ENDS) or short.endswith("...")):
-            return "lines_without_terminal_mark", line
-        if len(line.split(None, self.min_line_words)) < self.min_line_words:
-            return "short_lines", line
-        small = short.lower()
-        if self.lorem_ipsum and "lorem ipsum" in small:
-            return "lorem_ipsum", line
-        if self.javascript and "javascript" in small:
-            return "javascript_lines", line
-        if self.curly_brackets and "{" in short:
-            return "curly_bracket", line
-        if self.policies and any(map(small.__contains__, _POLICIES)):  # faster than a pattern
-            return "policy_lines", line
-        return "", short
+        applied = {
+            sentences.LOREM_IPSUM: self.lorem_ipsum, sentences.JAVASCRIPT: self.javascript,
+            sentences.CURLY_BRACKET: self.curly_brackets, sentences.POLICY: self.policies,
+        }  # fmt: skip
+        lines = sentences.selected_lines(
+            text_of(document), self.max_word_chars, self.min_line_words, self.terminal_marks, self.citations,
+            {rule for rule, applies in applied.items() if applies},
+        )  # fmt: skip
+        measures: dict[str, float] = {"sentences": lines.sentences}
+        if lines.dropped:
+            return Outcome(None, "lorem_ipsum" if lines.dropped == sentences.LOREM_IPSUM else "curly_bracket", measures=measures)
+        if lines.sentences >= self.min_sentences:
+            document.text = lines.text.strip()
+        removed = {
+            "lines_of_long_words": sentences.LONG_WORDS, "lines_without_terminal_mark": sentences.NO_TERMINAL_MARK,
+            "short_lines": sentences.SHORT, "javascript_lines": sentences.JAVASCRIPT, "policy_lines": sentences.POLICY,
+        }  # fmt: skip
+        return self.judged(document, measures, {name: count for name, line in removed.items() if (count := lines.counts[line])})

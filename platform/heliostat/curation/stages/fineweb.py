@@ -14,19 +14,16 @@ docs/benchmarks/curation-stages.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.english.words import TERMINALS, Spoken, shared
-from heliostat.curation.repetition import duplicates
-from heliostat.curation.slices import LINE_END, slices
-from heliostat.curation.stage import Stage, Work, by_texts
+from heliostat.curation.stage import Stage, Work, by_text
 from heliostat.schema import Float
 
 
 class FineWeb(Stage):
+    needs: ClassVar = ("curation", "numba")
     libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"empty": "no line with anything in it"}
     limits: ClassVar = {
@@ -51,31 +48,20 @@ class FineWeb(Stage):
     """Maximum line ends per word; documents with more are dropped (`line_ends`)."""
 
     def open(self) -> Work:
-        return by_texts(self.judge_all)
+        Stage.check(self)
+        return by_text(self.judge)
 
-    def judge_all(self, texts: list[str]) -> list[tuple[str, dict[str, float]]]:
-        return list(map(self._judge, texts, shared.of_all(texts)))
+    def judge(self, text: str) -> tuple[str, dict[str, float]]:
+        from heliostat.curation.english import characters, measures, words
 
-    def _judge(self, text: str, words: Spoken) -> tuple[str, dict[str, float]]:
-        count = terminal = short = 0
-
-        def lines() -> Iterator[list[str]]:
-            nonlocal count, terminal, short
-            for part in slices(text, LINE_END):
-                some = [line for line in part.split("\n") if line and not line.isspace()]
-                count += len(some)
-                terminal += sum(line[-1] in TERMINALS for line in some)
-                short += sum(len(line) <= self.short_line_chars for line in some)
-                yield some
-
-        duplicate = duplicates(lines())[2]
+        codes = characters.code_points(text)
+        count, terminal, short, duplicate, ends = measures.filled_lines(codes, characters.kinds(), self.short_line_chars)
         if not count:
             return "empty", {}
-        ends = text.count("\n")
         m = {
             "terminal_lines": terminal / count,
             "short_lines": short / count,
             "duplicate_chars": duplicate / (len(text) - ends),
-            "line_ends": ends / len(words),
+            "line_ends": ends / len(words.spoken(codes).hashes),
         }
         return self.failed(m), m

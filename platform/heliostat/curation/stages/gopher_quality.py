@@ -21,15 +21,12 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from heliostat.curation.english.words import Spoken, facts, shared
-from heliostat.curation.slices import LINE_END, slices
-from heliostat.curation.stage import Stage, Work, by_texts
+from heliostat.curation.stage import Stage, Work, by_text
 from heliostat.schema import Float
-
-ELLIPSES = ("...", "…")
 
 
 class GopherQuality(Stage):
+    needs: ClassVar = ("curation", "numba")
     libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"empty": "no word in it"}
     limits: ClassVar = {
@@ -71,44 +68,35 @@ class GopherQuality(Stage):
     """Stop words, in lower case."""
 
     def open(self) -> Work:
-        return by_texts(self.judge_all)
+        Stage.check(self)
+        return by_text(self.judge)
 
-    def judge_all(self, texts: list[str]) -> list[tuple[str, dict[str, float]]]:
-        return list(map(self._judge, texts, shared.of_all(texts)))
+    def judge(self, text: str) -> tuple[str, dict[str, float]]:
+        from heliostat.curation.english import characters, measures, words
 
-    def _judge(self, text: str, words: Spoken) -> tuple[str, dict[str, float]]:
-        count = len(words)
+        codes = characters.code_points(text)
+        spoken = words.spoken(codes)
+        count = len(spoken.hashes)
         if not count:
             return "empty", {"words": 0}
-        lengths = words.length[~words.symbol]
-        counted = words.alphabetic if self.marks_are_words else words.alphabetic[~words.symbol]
+        plain, chars, letters, plain_letters = measures.word_counts(spoken.lengths, spoken.facts)
+        lines, bullets, ellipses = measures.marked_lines(codes, characters.kinds())
         m = {
-            "words": len(lengths),
-            "word_length": float(lengths.mean()) if len(lengths) else 0.0,
+            "words": plain,
+            "word_length": chars / max(1, plain),
             "hashes": text.count("#") / count,
-            "ellipses": sum(map(text.count, ELLIPSES)) / count,
-            **_line_shares(text),
-            "alphabetic_words": float(counted.mean()) if len(counted) else 0.0,
-            "stop_words": sum(bool((words.hash == hash).any()) for hash in _hashes(tuple(self.stop_words))),
+            "ellipses": sum(map(text.count, ("...", "…"))) / count,
+            "bullet_lines": bullets / lines,
+            "ellipsis_lines": ellipses / lines,
+            "alphabetic_words": letters / count if self.marks_are_words else plain_letters / max(1, plain),
+            "stop_words": measures.occurring(spoken.hashes, _hashes(tuple(self.stop_words))),
         }
         return self.failed(m), m
 
 
 @lru_cache(maxsize=8)
-def _hashes(words: tuple[str, ...]) -> list[np.uint64]:
-    """Returns the hash of each different word."""
-    return list(facts([*{*words}])["hash"])
+def _hashes(stop_words: tuple[str, ...]) -> np.ndarray:
+    """Returns the hash of each different word. A string with white space isn't a word."""
+    from heliostat.curation.english import words
 
-
-def _line_shares(text: str) -> dict[str, float]:
-    """Returns the shares of lines that begin with a bullet, and that end with an ellipsis."""
-    total = bullets = ellipses = 0
-    if any(mark in text for mark in ("-", "•", *ELLIPSES)):
-        for part in slices(text, LINE_END):
-            lines = part.splitlines()
-            total += len(lines)
-            firsts = [line.lstrip()[:1] for line in lines]
-            bullets += firsts.count("-") + firsts.count("•")
-            if any(mark in part for mark in ELLIPSES):
-                ellipses += sum(line.rstrip().endswith(ELLIPSES) for line in lines)
-    return {"bullet_lines": bullets / max(1, total), "ellipsis_lines": ellipses / max(1, total)}
+    return np.array(words.hashes_of({word for word in stop_words if word.split() == [word]}), np.uint64)

@@ -14,24 +14,20 @@ docs/benchmarks/curation-stages.md.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from heliostat.curation.english.words import Spoken, shared
-from heliostat.curation.repetition import Repeats, duplicates
-from heliostat.curation.slices import slices
-from heliostat.curation.stage import Stage, Work, by_texts
+from heliostat.curation.stage import Stage, Work, by_text
 from heliostat.schema import Float
 
 Share = Annotated[Float, Field(ge=0, le=1)]
-PARAGRAPHS, LINES = re.compile(r"\n{2,}"), re.compile(r"\n+")
 TOP, DUPLICATE = range(2, 5), range(5, 11)
+N_GRAMS = [*(f"top_{n}_grams" for n in TOP), *(f"{n}_grams" for n in DUPLICATE)]
 
 
 class GopherRepetition(Stage):
+    needs: ClassVar = ("curation", "numba")
     libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"empty": "no character in it"}
     limits: ClassVar = {
@@ -73,51 +69,23 @@ class GopherRepetition(Stage):
     """Maximum share of characters in duplicate 10-grams of words; documents with more are dropped."""
 
     def open(self) -> Work:
-        return by_texts(self.judge_all)
+        Stage.check(self)
+        return by_text(self.judge)
 
-    def judge_all(self, texts: list[str]) -> list[tuple[str, dict[str, float]]]:
-        """Judges lines and paragraphs first. Then judges the words of the texts that are left."""
-        judged = [self._lines(text) for text in texts]
-        left = [number for number, (reason, _) in enumerate(judged) if not reason]
-        spoken = shared.of_all([texts[number] for number in left])
-        for number, shares in zip(left, _n_grams(spoken, [len(texts[number]) for number in left]), strict=True):
-            measures = judged[number][1] | shares
-            judged[number] = self.failed(measures), measures
-        return judged
+    def judge(self, text: str) -> tuple[str, dict[str, float]]:
+        """Judges lines and paragraphs first. Then judges the words of a text that is left."""
+        from heliostat.curation.english import characters, repetition, words
 
-    def _lines(self, text: str) -> tuple[str, dict[str, float]]:
         if not text:
             return "empty", {}
-        size, measures = len(text), dict[str, float]()
-        parts, repeated, chars = duplicates(_parts(text.strip(), PARAGRAPHS, "\n\n"))
-        measures |= {"paragraphs": repeated / parts, "paragraph_chars": chars / size}
-        parts, repeated, chars = duplicates(_parts(text, LINES, "\n"))
-        measures |= {"lines": repeated / parts, "line_chars": chars / size}
+        codes, kinds, measures = characters.code_points(text), characters.kinds(), dict[str, float]()
+        paragraphs = (*repetition.stripped(codes, kinds, 0, len(codes)), 2)
+        for name, part in (("paragraph", paragraphs), ("line", (0, len(codes), 1))):
+            parts, repeated, chars = repetition.duplicates(codes, *part)
+            measures |= {f"{name}s": repeated / parts, f"{name}_chars": chars / len(text)}
+        if reason := self.failed(measures):
+            return reason, measures
+        spoken = words.spoken(codes)
+        n_grams = repetition.n_grams(spoken.hashes, spoken.lengths, TOP[0], TOP[-1], DUPLICATE[-1])
+        measures |= {name: chars / len(text) for name, chars in zip(N_GRAMS, n_grams.tolist(), strict=True)}
         return self.failed(measures), measures
-
-
-def _n_grams(texts: list[Spoken], sizes: list[int]) -> list[dict[str, float]]:
-    """Returns the shares of each text's characters in repeated n-grams. `sizes`: the characters of each text."""
-    if not texts:
-        return []
-    repeats = Repeats([(text.hash, text.length) for text in texts])
-    columns = {f"top_{n}_grams": repeats.top_chars(n) for n in TOP} | {
-        f"{n}_grams": repeats.duplicate_chars(n) for n in DUPLICATE
-    }
-    rows = zip(*(chars.tolist() for chars in columns.values()), strict=True)
-    return [{name: chars / size for name, chars in zip(columns, row, strict=True)} for row, size in zip(rows, sizes, strict=True)]
-
-
-def _parts(text: str, ends: re.Pattern[str], mark: str) -> Iterator[list[str]]:
-    """Yields the items of `ends.split(text)`, in lists. Only the items of one slice are in memory.
-
-    `mark`: the shortest line ends that match. Splitting at a string is faster than at a pattern.
-    """
-    last = ""
-    for part in slices(text, ends):
-        first, *others = part.split(mark)
-        if mark + "\n" in part and mark != "\n":  # line ends that the mark left
-            others = [other.lstrip("\n") for other in others]
-        *items, last = first, *others
-        yield [*items[:1], *filter(None, items[1:])]
-    yield [last]

@@ -1,0 +1,217 @@
+"""Tests that compiled filters measure what their definitions say, and that Numba is imported and compiles only when needed."""
+
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+from heliostat import extras
+from heliostat.curation import compiled
+from heliostat.curation.english.characters import SYMBOLS, TERMINALS
+from heliostat.curation.english.sentences import _lower, sentences
+from heliostat.curation.stage import Document
+from heliostat.curation.stages.c4 import C4
+from heliostat.curation.stages.fineweb import FineWeb
+from heliostat.curation.stages.gopher_quality import GopherQuality
+from heliostat.curation.stages.gopher_repetition import GopherRepetition
+from heliostat.errors import MissingExtraError
+
+from tests.seeds import every_seed
+from tests.unit.english_reference import tokens
+
+WORDS = ["the", "of", "word", "Mr", "don't", "(see", "日本", "1989", "x" * 30, "#tag", "-", "•", "...", "…", "a…", ":)", "\ud800"]
+LINE_ENDS = ["\n", "\n", "\n\n", "\r\n", "\r", "\u2028", "\x1c", "\x0b", " \n", "\n- ", "\n • "]
+PHRASES = ["use cookies", "JavaScript", "javaſcript", "coo\u212aies policy", "cooKie Policy", "TERMS of use", "lorem İpsum",
+           "Lorem  ipsum", "Lorem ipsum", "{", "[1]", "[٣٤]", "[edit]", "[citation needed]", "[", "]", "[1", "[]"]  # fmt: skip
+MARKS = [".", "!", "?", '."', "'", "...", "。", ". ", "\x1f", "\t"]
+
+
+def text_of(draw, *kinds):
+    pieces = [*kinds, [" "], [" "], LINE_ENDS, MARKS]
+    return "".join(draw.choice(draw.choice(pieces)) for _ in range(draw.choice([1, 5, 60, 300])))
+
+
+@every_seed(20)
+def test_duplicate_n_grams_are_those_of_the_definition(seed):
+    """Compares with a count by the definition, from the left, over few repeated words of different lengths."""
+    draw = random.Random(seed)
+    words = draw.choices(["a", "bb", "ccc", "dddd"], k=draw.randint(0, 80))
+    text = " ".join(words) or "-"
+    _, measures = GopherRepetition(**dict.fromkeys((f for f in GopherRepetition.model_fields), 1.0)).judge(text)
+    words = text.split()
+    for n in range(5, 11):
+        seen, chars, at = set(), 0, 0
+        while at <= len(words) - n:
+            gram = tuple(words[at : at + n])
+            chars, at = (chars + sum(map(len, gram)), at + n) if gram in seen else (chars, at + 1)
+            seen.add(gram)
+        assert measures[f"{n}_grams"] == chars / len(text)
+    for n in range(2, 5):
+        grams = [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+        most = max((grams.count(g) for g in grams), default=0)
+        top = next((g for g in grams if grams.count(g) == most), "")
+        assert measures[f"top_{n}_grams"] == most * len(top) / len(text)
+
+
+@every_seed(20)
+def test_lines_and_paragraphs_are_those_of_the_definition(seed):
+    draw = random.Random(seed)
+    text = "".join(draw.choices(["a", "b", "\n", "\n\n", "\r", "é"], k=draw.randint(1, 60)))
+    _, measures = GopherRepetition().judge(text)
+    for name, parts in (("paragraph", re.split(r"\n{2,}", text.strip())), ("line", re.split(r"\n+", text))):
+        lost = len("".join(parts)) - len("".join(set(parts)))
+        assert measures[f"{name}s"] == (len(parts) - len(set(parts))) / len(parts) and measures[f"{name}_chars"] == lost / len(
+            text
+        )
+
+
+@every_seed(20)
+def test_quality_is_that_of_the_definition(seed):
+    draw = random.Random(seed)
+    for _ in range(20):
+        text = "the " + text_of(draw, WORDS, WORDS)
+        words = [word for part in text.split() for word in tokens(part)]
+        lines = text.splitlines()
+        stop_words = ["the", "of", "the", "", "the of", ":)", "…"]
+        for all_words in (True, False):
+            _, measures = GopherQuality(marks_are_words=all_words, stop_words=stop_words).judge(text)
+            plain = [word for word in words if not SYMBOLS.issuperset(word)]
+            counted = words if all_words else plain
+            assert measures == {
+                "words": len(plain),
+                "word_length": sum(map(len, plain)) / max(1, len(plain)),
+                "hashes": text.count("#") / len(words),
+                "ellipses": (text.count("...") + text.count("…")) / len(words),
+                "bullet_lines": sum(line.lstrip().startswith(("-", "•")) for line in lines) / len(lines),
+                "ellipsis_lines": sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines),
+                "alphabetic_words": sum(any(map(str.isalpha, word)) for word in counted) / max(1, len(counted)),
+                "stop_words": len({*stop_words} & {*words}),
+            }
+
+
+@every_seed(20)
+def test_lists_are_those_of_the_definition(seed):
+    draw = random.Random(seed)
+    for _ in range(20):
+        text = "the " + text_of(draw, WORDS)
+        lines = [line for line in text.split("\n") if line.strip()]
+        _, measures = FineWeb().judge(text)
+        ends = text.count("\n")
+        assert measures["terminal_lines"] == sum(line[-1] in TERMINALS for line in lines) / len(lines)
+        assert measures["duplicate_chars"] == (len("".join(lines)) - len("".join({*lines}))) / (len(text) - ends)
+        assert measures["line_ends"] == ends / len([word for part in text.split() for word in tokens(part)])
+        for short in (0, 5, 30):
+            _, measures = FineWeb(short_line_chars=short).judge(text)
+            assert measures["short_lines"] == sum(len(line) <= short for line in lines) / len(lines)
+
+
+def by_definition(stage, text):
+    """Returns what `c4` makes of a text: what drops it, its sentences, the removed lines, and the text."""
+    kept, count, removed = [], 0, {}
+    for line in map(str.strip, text.splitlines()):
+        short = re.sub(r"\[(?:\d*|edit|citation needed)\]", "", line) if stage.citations else line
+        lower = short.lower()
+        policies = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+        reasons = {
+            "lines_of_long_words": any(len(word) > stage.max_word_chars for word in line.split()),
+            "lines_without_terminal_mark": stage.terminal_marks
+            and (not short.endswith((".", "?", "!", '"', "'")) or short.endswith("...")),
+            "short_lines": len(line.split()) < stage.min_line_words,
+            "lorem_ipsum": stage.lorem_ipsum and "lorem ipsum" in lower,
+            "javascript_lines": stage.javascript and "javascript" in lower,
+            "curly_bracket": stage.curly_brackets and "{" in short,
+            "policy_lines": stage.policies and any(policy in lower for policy in policies),
+        }
+        why = next((name for name, applies in reasons.items() if applies), "")
+        if why in stage.reasons:
+            return why, count, {}, None
+        if why:
+            removed[why] = removed.get(why, 0) + 1
+        else:
+            count += sentences(short)
+            kept.append(short)
+    return "", count, removed, "\n".join(kept).strip()
+
+
+@every_seed(20)
+def test_lines_of_c4_are_those_of_the_definition(seed):
+    draw = random.Random(seed)
+    for _ in range(30):
+        keys = {key: draw.random() < 0.6 for key in ("terminal_marks", "javascript", "policies", "citations", "lorem_ipsum")}
+        keys |= {"curly_brackets": draw.random() < 0.2, "min_line_words": draw.choice([0, 1, 3])}
+        stage = C4(**keys, max_word_chars=draw.choice([12, 1000]), min_sentences=0)
+        text = text_of(draw, WORDS, WORDS, PHRASES, MARKS)
+        (outcome,) = stage.open()([Document("a", text)])
+        text_after = outcome.document and outcome.document.text
+        assert (outcome.reason, outcome.measures["sentences"], outcome.counts, text_after) == by_definition(stage, text)
+
+
+def test_characters_whose_lower_case_has_an_ascii_letter_are_folded():
+    """`c4` compares phrases in lower case. The lower case of İ also has a mark after the i, so no phrase has it."""
+    for character in map(chr, range(0x110000)):
+        lower = character.lower()
+        folded = lower if len(lower) == 1 and lower.isascii() else character
+        assert chr(_lower(ord(character))) == folded
+        assert lower.isascii() or not any(map(str.isascii, lower)) or character == "İ"
+
+
+@pytest.mark.parametrize("stage", [GopherRepetition(), GopherQuality(), FineWeb(), C4()], ids=lambda stage: stage.named())
+def test_a_stage_without_numba_gives_the_command_before_any_document(stage, monkeypatch):
+    real = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "numba" else real(name))
+    for start in (stage.check, stage.open):
+        with pytest.raises(MissingExtraError, match=rf"^stage {stage.named()} needs the extra 'curation' \(no module 'numba'\)"):
+            start()
+
+
+def test_checking_stages_imports_no_numba():
+    """Numba takes 0.5 s to import, and a kernel takes seconds to compile."""
+    code = """
+import sys
+import heliostat, heliostat.cli.main
+from heliostat.curation.stages import c4, fineweb, gopher_quality, gopher_repetition
+for kind in (c4.C4, fineweb.FineWeb, gopher_quality.GopherQuality, gopher_repetition.GopherRepetition):
+    kind().check()
+assert "numba" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_kernel_is_compiled_again_if_any_module_of_its_folder_changes(tmp_path):
+    """Numba compares only the kernel's own file. But the kernel also depends on constants and kernels of other modules."""
+    digests = []
+    for name, content in (("a.py", "X = 1"), ("b.py", "Y = 1"), ("a.py", "X = 2"), ("data.txt", "")):
+        (tmp_path / name).write_text(content)
+        compiled._digest.cache_clear()
+        digests.append(compiled._digest(tmp_path))
+    assert len({*digests}) == 3 and digests[2] == digests[3]
+    assert _lower.py_func.__qualname__.startswith("_lower_")
+
+
+def test_a_node_without_a_writable_folder_compiles_without_a_cache(monkeypatch):
+    real = compiled.njit
+
+    def njit(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function 'double': no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(compiled, "njit", njit)
+    assert compiled.compiled(_double)(21) == 42
+
+
+def _double(number):
+    return 2 * number
+
+
+@pytest.mark.ci
+def test_processes_that_compile_at_once_get_the_same_words(tmp_path):
+    """The tasks of a node share one cache, also if the package's folder isn't writable."""
+    code = "from heliostat.curation.english import words; from heliostat.curation.english.characters import code_points\n"
+    code += "print(words.spoken(code_points('(well-known) words, e.g. 10km')).hashes.tolist())"
+    environment = {"PYTHONPATH": ":".join(sys.path), "NUMBA_CACHE_DIR": str(tmp_path)}
+    running = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(4)]
+    printed = {process.communicate()[0] for process in running}
+    assert len(printed) == 1 and not any(process.returncode for process in running)
+    assert [*tmp_path.rglob("*.nbi")]
