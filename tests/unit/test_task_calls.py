@@ -12,7 +12,7 @@ import pytest
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import calls, crew, ray_cluster
-from heliostat.tasks.calls import Call, CallSlots, CallTimes, Started
+from heliostat.tasks.calls import Call, CallSlots, CallTimes, Started, copied
 from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work
@@ -88,6 +88,34 @@ def test_a_late_call_gets_a_backup_and_the_flow_ends_the_late_one(tmp_path, fork
         assert not late.ready()
     assert not flow.repeated and late.ready() and time.monotonic() - start < 30
     assert [asked.get("scheduling_strategy") for asked in forked.asked] == [None] * 12 + ["SPREAD"]
+
+
+def slow_call(folder: Location, number: int, ran: str) -> dict[str, object]:
+    """The call that runs task 19 first waits there, and each task marks that it ran."""
+    path = Path(ran, str(number))
+    with path.open("a") as file:
+        file.write("x")
+    time.sleep(60 if number == 19 and path.stat().st_size == 1 else 0)
+    return {"number": number}
+
+
+def test_the_tasks_of_a_late_call_run_at_the_same_time_in_its_copies(tmp_path, forked, monkeypatch):
+    """The late call has several tasks. Each has a record, from a call of its own, and the records that the late call wrote before
+    it was late count. No task is lost, and none is in the result twice."""
+    monkeypatch.setattr(calls, "LATE_S", 0.5)
+    monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
+    monkeypatch.setattr(ray_cluster, "ENDING_S", 0.1)
+    monkeypatch.setattr(calls.CallTimes, "has_room", lambda times, group, *_: len(group) < 3)
+    forked.cpus, ran = [8, 8], tmp_path / "ran"
+    ran.mkdir()
+    with flow_in(tmp_path) as flow:
+        tasks = (Task(f"{n:032}", {"number": n, "ran": str(ran)}) for n in range(24))
+        numbers = [number for number, _ in flow.run("some", slow_call, tasks)]
+        assert sorted(numbers) == list(range(24)) and flow.done == {"some": 24}
+    sent = [started for started in forked.started if forked.started.count(started) > 1]
+    assert {int(key) for key in sent} == {18, 19, 20} and sent.count(f"{19:032}") <= 1 + calls.COPIES
+    assert [asked.get("scheduling_strategy") for asked in forked.asked[:11]] == [None] * 8 + ["SPREAD"] * 3
+    assert (ran / "18").stat().st_size == 1, "it had a record"
 
 
 def slow_twice(folder: Location, number: int, slow: str) -> dict[str, object]:
@@ -202,7 +230,7 @@ def test_a_look_at_many_tasks_that_wait_for_a_copy_is_quick(tmp_path, forked):
 
 
 def call(size: int = 0) -> Call:
-    return Call([Started(0, Task("k", {}, bytes=size))], 1, references=["r"])
+    return Call([Started(0, Task("k", {}, bytes=size))], 1)
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -247,7 +275,28 @@ def test_a_call_is_late_by_its_size_and_only_if_most_have_ended():
     assert times.late([large, small], 500.0) == [small, large]
     assert times.late([small, large, call()], 500.0) == [], "most calls are still running"
     large.tasks[0] = Started(0, Task("k", {}, bytes=1000, can_repeat=False))
-    assert times.late([small, large], 500.0) == [small], "two copies would fetch from one host"
+    assert copied(times.late([small, large], 500.0), 9) == [small.tasks], "two copies would fetch from one host"
     large.tasks[0] = Started(0, Task("k", {}, bytes=1000))
     small.tasks[0].trouble.count = 1
-    assert times.late([small, large], 500.0) == [large], "its notes are for one process"
+    assert copied(times.late([small, large], 500.0), 9) == [large.tasks], "its notes are for one process"
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_each_task_of_late_calls_is_copied_once_by_as_many_calls_as_cpus_are_idle(seed):
+    """Tasks that one call would run one after another end earlier on several idle CPUs. A task is in its late call and in a late
+    copy of it, and must not start twice at the same time. Tasks that have ended, or have had enough copies, need no copy."""
+    rng, number, late = random.Random(seed), 0, list[Call]()
+    for _ in range(rng.randint(1, 6)):
+        late.append(Call([Started(number + n, Task(f"{number + n}", {})) for n in range(rng.randint(1, 9))], 1))
+        number += 9
+        late += [Call(late[-1].tasks[:1], 1)] if rng.random() < 0.3 else []
+    for call in late:
+        for one in call.tasks:
+            one.ended, one.copies = rng.random() < 0.2, rng.choice([0, 0, 0, calls.COPIES])
+    needed = {one for call in late for one in call.tasks if not one.ended and one.copies < calls.COPIES}
+    idle = rng.choice([1, 2, 5, 20, 100])
+    groups = copied(late, idle)
+    several = [one for group in groups for one in group]
+    assert len(groups) <= idle and all(groups) and len(set(several)) == len(several) and {*several} <= needed
+    assert idle < len(late) or {*several} == needed
+    assert idle < 9 * len(late) or all(len(group) == 1 for group in groups)
