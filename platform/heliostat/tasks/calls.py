@@ -20,6 +20,7 @@ from heliostat.tasks.shipping import Shipment
 CALL_S = 15.0  # seconds that the tasks of a call take together, if one task is shorter
 SLOT_S = 2e-3  # seconds added for each call that can run at the same time, because the driver starts few calls per second
 MOST_TASKS = 64  # tasks of a call
+GROUPS = 256  # groups of tasks with different shared arguments that wait for more tasks. The driver looks up 4,096 at once
 MEASURED = 16  # tasks that have ended before tasks are grouped
 START_S = 1.25e-3  # seconds in which the driver starts a call
 ROUNDS = 2  # calls for each free CPU that must remain, so that the last calls end at about the same time
@@ -63,10 +64,10 @@ class Started:
         fresh = self.task.can_repeat and not (self.trouble.count or self.trouble.crashed)
         return fresh and not self.ended and self.copies < COPIES
 
-    def shares_with(self, other: Started) -> bool:
-        """Checks whether one call can run both tasks, because their shared arguments are the same objects."""
-        mine, others = self.task.shared, other.task.shared
-        return mine.keys() == others.keys() and all(value is others[name] for name, value in mine.items())
+    @property
+    def shared(self) -> frozenset[tuple[str, int]]:
+        """Identifies the task's shared arguments. One call can run several tasks if these are the same objects."""
+        return frozenset((name, id(value)) for name, value in self.task.shared.items())
 
 
 @dataclass(eq=False)

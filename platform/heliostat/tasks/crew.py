@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
-from heliostat.tasks.calls import COPIES, MEASURED, Call, CallSlots, CallTimes, Started, copied
+from heliostat.tasks.calls import COPIES, GROUPS, MEASURED, Call, CallSlots, CallTimes, Started, copied
 from heliostat.tasks.clusters import Cluster, Executor, TaskKind
 from heliostat.tasks.ray_cluster import END_S, is_lost
 from heliostat.tasks.shipping import NotHereError, Shipment
@@ -59,7 +59,7 @@ class Crew:
         self.work = flow.work.of_tasks()
         self.cluster, self.executor = flow.cluster, flow.cluster.executor(kind)
         self.under_way: dict[Any, Call] = {}
-        self.group: list[Started] = []
+        self.groups: dict[object, list[Started]] = {}  # tasks that the next calls run, by the tasks' shared arguments
         self.later: list[Started] = []
         self.copies: dict[Shipment, Future[None]] = {}
         self.failed: list[BaseException] = []
@@ -92,32 +92,36 @@ class Crew:
         return bool(self.under_way or self.later)
 
     def add(self, started: Started, left: int) -> None:
-        """Starts a task, or adds it to the group of tasks that the next call runs. `left`: tasks that follow."""
-        if self.group and not (self.group[0].shares_with(started) and self._has_room(started, left)):
-            self._start_group()
-        fits = self._has_room(started, left)
-        self.group.append(started)
+        """Starts a task, or adds it to the tasks with the same shared arguments that the next call runs. `left`: tasks that
+        follow."""
+        group = self.groups.pop(started.shared, [])
+        if group and not self._has_room(group, started, left):
+            self._call(Call(group, self.cpus))
+            group = []
+        fits = self._has_room(group, started, left)
+        group.append(started)
         if self.size or not fits:
-            self._start_group()
+            self._call(Call(group, self.cpus))
+            return
+        self.groups[started.shared] = group
+        if len(self.groups) > GROUPS:
+            self._call(Call(self.groups.pop(next(iter(self.groups))), self.cpus))
 
-    def _has_room(self, started: Started, left: int) -> bool:
-        return self.times.has_room(self.group, started, left, self.slots.count)
+    def _has_room(self, group: list[Started], started: Started, left: int) -> bool:
+        return self.times.has_room(group, started, left, self.slots.count)
 
     def completed(self) -> None:
-        """Starts the last group. After this call, no tasks are added."""
+        """Starts the last groups. After this call, no tasks are added."""
         self.complete = True
-        if self.group and not self.stopped:
-            self._start_group()
+        for group in self.groups.values() if not self.stopped else ():
+            self._call(Call(group, self.cpus))
+        self.groups.clear()
 
     def start(self, started: Started) -> None:
         """Starts a task alone. If the task waited for a copy that failed, raises the copy's error."""
         if started.copy:
             started.copy.result()
         self._call(Call([started], self.cpus))
-
-    def _start_group(self) -> None:
-        self._call(Call(self.group, self.cpus))
-        self.group = []
 
     def _call(self, call: Call, copy: bool = False) -> None:
         """Starts a call. `copy`: whether another call runs its tasks already."""
