@@ -16,7 +16,7 @@ from heliostat.storage.locations import Location
 from heliostat.storage.s3_client import RewrittenError
 
 AHEAD = 4 << 20  # bytes of a file per read
-MOST_AHEAD = 16 << 20  # maximum bytes of an object per read in order, because a store limits the requests per second
+MOST_AHEAD = 32 << 20  # maximum bytes of an object per read in order, because a store limits the requests per second
 LINE = 64 << 10  # bytes after the end of a range that a read includes, for the last line of the range
 
 
