@@ -27,7 +27,7 @@ ROUNDS = 2  # calls for each free CPU that must remain, so that the last calls e
 KEPT = 256  # calls from whose times the usual time is computed
 LATE, LATE_S = 1.25, 3.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
 ENDED = 3  # calls that have ended, for each running one, before a call can be late
-COPIES = 2  # copies of a task in a late call: of many copies, one is late too
+COPIES, MOST_COPIES = 2, 4  # copies of a task in a late call: of many copies, some are late too, and allow more copies
 
 
 @dataclass(eq=False)
@@ -58,11 +58,11 @@ class Started:
         """Returns the bytes that the task reads, or 1 if they aren't known."""
         return self.task.bytes or 1
 
-    @property
-    def can_repeat(self) -> bool:
-        """Checks whether another copy of the task may start. Tasks that have failed write notes, which two copies can't share."""
+    def can_repeat(self, most: int) -> bool:
+        """Checks whether another one of `most` copies may start. Tasks that have failed write notes, which two copies can't
+        share."""
         fresh = self.task.can_repeat and not (self.trouble.count or self.trouble.crashed)
-        return fresh and not self.ended and self.copies < COPIES
+        return fresh and not self.ended and self.copies < most
 
     @property
     def shared(self) -> frozenset[tuple[str, int]]:
@@ -73,12 +73,14 @@ class Started:
 @dataclass(eq=False)
 class Call:
     """Describes a call that runs tasks. `began`: when its first task began, as far as the driver can tell; None while the call
-    waits for a CPU. Several calls may run the same task, if one of them is late."""
+    waits for a CPU. Several calls may run the same task, if one of them is late. `copy`: whether another call ran the tasks when
+    this one started."""
 
     tasks: list[Started]
     cpus: int
     began: float | None = None
     reference: Any = None
+    copy: bool = False
     ended: bool = False
 
     @property
@@ -142,7 +144,8 @@ def copied(late: list[Call], idle: int) -> list[list[Started]]:
     task gets its own call, because the tasks of a late call would otherwise run one after another again."""
     seen, needed = set[Started](), list[list[Started]]()
     for call in late:
-        if tasks := [one for one in call.left if one.can_repeat and one not in seen]:
+        most = MOST_COPIES if call.copy else COPIES
+        if tasks := [one for one in call.left if one.can_repeat(most) and one not in seen]:
             seen.update(tasks)
             needed.append(tasks)
     each = max(1, idle // max(1, len(needed)))

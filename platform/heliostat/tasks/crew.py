@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
-from heliostat.tasks.calls import COPIES, GROUPS, MEASURED, Call, CallSlots, CallTimes, Started, copied
+from heliostat.tasks.calls import GROUPS, MEASURED, MOST_COPIES, Call, CallSlots, CallTimes, Started, copied
 from heliostat.tasks.clusters import Cluster, Executor, TaskKind
 from heliostat.tasks.ray_cluster import END_S, is_lost
 from heliostat.tasks.shipping import NotHereError, Shipment
@@ -123,19 +123,19 @@ class Crew:
             started.copy.result()
         self._call(Call([started], self.cpus))
 
-    def _call(self, call: Call, copy: bool = False) -> None:
-        """Starts a call. `copy`: whether another call runs its tasks already."""
+    def _call(self, call: Call) -> None:
+        """Starts a call."""
         first = call.tasks[0]
         task, trouble = first.task, first.trouble
         shared = dict(task.shared)
         if task.careful and (trouble.count or trouble.crashed):
             shared["care"] = trouble.care(self.work.note(self.kind, task.key))
         arguments, tasks = (self.work, self.flow.name, self.kind), [one.task for one in call.tasks]
-        call.reference = self.executor.start(arguments, tasks, shared, call.cpus, self.memory, copy)
+        call.reference = self.executor.start(arguments, tasks, shared, call.cpus, self.memory, call.copy)
         self.under_way[call.reference] = call
         for one in call.tasks:
             one.calls.append(call)
-            one.copies = one.copies + 1 if copy else 0
+            one.copies = one.copies + 1 if call.copy else 0
         self.slots.start(call, self.cluster.now())
 
     def finished(self) -> Iterator[tuple[Started, dict[str, Any]]]:
@@ -192,7 +192,7 @@ class Crew:
         """Ends a call that failed. Decides which of its tasks run again, except those that another call still runs."""
         left = call.left
         for one in left:
-            one.copies = COPIES  # no further one, because it may fail too
+            one.copies = MOST_COPIES  # no further one, because it may fail too
         if not (alone := [one for one in left if not one.calls]):
             log.debug("%s: one of several copies of a Ray task failed (%s)", self.kind, care.last_line(error))
             return
@@ -236,7 +236,7 @@ class Crew:
             return
         for tasks in copied(self.times.late(list(self.under_way.values()), now), idle):
             log.info("%s: a Ray task is late. Starting a copy of %d tasks on another node if possible", self.kind, len(tasks))
-            self._call(Call(tasks, self.cpus), copy=True)
+            self._call(Call(tasks, self.cpus, copy=True))
 
     def _start_due(self) -> float:
         """Starts the tasks whose pause or copy has ended. Returns the seconds until the next check of tasks and nodes."""
