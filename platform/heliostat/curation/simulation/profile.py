@@ -19,7 +19,7 @@ from heliostat.curation.minhash import exact, keep
 from heliostat.curation.readers.survey import Mark, Survey
 from heliostat.curation.simulation import images
 from heliostat.curation.simulation.hosts import WebModel
-from heliostat.curation.simulation.requests import input_parts, named
+from heliostat.curation.simulation.requests import files_in, input_parts, named
 from heliostat.curation.text import token_counts
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
@@ -112,8 +112,7 @@ class Sizes:
     def __init__(self) -> None:
         self.lists: dict[int, int] = {}
         """Bytes of shared lists of temporary files."""
-        self.stored_lists: dict[int, int] = {}
-        """Bytes that the same lists have in the store, where documents are compressed."""
+        self.stored_lists: dict[int, int] = {}  # bytes that the same lists have in the store, where documents are compressed
         self.rows: dict[int, int] = {}
         """Rows of shared lists of documents."""
         self.values: dict[Any, object] = {}
@@ -179,18 +178,11 @@ class Sizes:
         """Returns the number of spilled files from which a task reads."""
         if description := images.fetched(task):
             return len(description["names"]) if isinstance(description["names"], list) else NAMES
-        return self.shared_files(task) + sum(map(_files_in, task.arguments.values()))
+        return self.shared_files(task) + sum(map(files_in, task.arguments.values()))
 
     def shared_files(self, task: Task) -> int:
         """Returns the number of spilled files from which all tasks of a call read."""
-        return sum(_files_in(self.values.get(id(value), value)) for value in task.shared.values())
-
-
-def _files_in(value: object) -> int:
-    """Returns the number of temporary files in an argument of a task."""
-    if isinstance(value, list):
-        return len(value) if value and isinstance(value[0], str | SpilledRun) else 0
-    return int(isinstance(value, SpilledRun))
+        return sum(files_in(self.values.get(id(value), value)) for value in task.shared.values())
 
 
 def spilled_bytes(value: object, stored: bool = False) -> int:
@@ -226,8 +218,7 @@ def synthesized(kind: TaskKind, call: int, task: Task, read: int, profile: Profi
         return images.lists_record(like.record, task.key, growth) | {"seconds": seconds}
     if "chunk_images" in task.arguments:
         return images.shard_record(like.record, task, growth) | {"seconds": seconds}
-    same = {k: v for k, v in like.record.items() if k == "examples"}  # ids don't grow
-    record = Scaling(task.key, growth).of({k: v for k, v in like.record.items() if k not in ("run", "wall", *same)}) | same
+    record = Scaling(task.key, growth).of({k: v for k, v in like.record.items() if k not in ("run", "wall")})
     record["seconds"] = seconds
     record |= _recorded(record, task, sizes.plan(task))
     if "runs" in record and "run_bytes" in task.arguments:

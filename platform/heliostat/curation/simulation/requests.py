@@ -14,6 +14,7 @@ from heliostat.curation.text import ahead
 from heliostat.tasks import spill
 from heliostat.tasks.advance import FILES
 from heliostat.tasks.clusters import Task
+from heliostat.tasks.spill import SpilledRun
 
 PART_BYTES = 10 << 20  # of an upload in parts
 PLAIN_BYTES = 5 << 20  # a file below this size is written with one request
@@ -113,6 +114,13 @@ def input_parts(task: Task) -> list[FilePart]:
     """Returns the parts of the input that a task reads."""
     files = [*task.arguments.get("piece", []), task.arguments.get("part")]
     return [part for part in files if isinstance(part, FilePart)]
+
+
+def files_in(value: object) -> int:
+    """Returns the number of temporary files in an argument of a task."""
+    if isinstance(value, list):
+        return len(value) if value and isinstance(value[0], str | SpilledRun) else 0
+    return int(isinstance(value, SpilledRun))
 
 
 def named(what: str, bytes: int) -> str:
