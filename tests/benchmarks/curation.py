@@ -97,7 +97,7 @@ class Timed(HereFlow):
         if self.place.exists():
             self.earlier = tuple(json.loads(self.place.read_text()))
 
-    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, **pools):
+    def _running(self, kind, function, tasks, cpus=1, valid=lambda record: True, **pools):
         name = "minhash" if kind.startswith("minhash") else kind
         for number, task, made, _ in self._looked_up(kind, tasks, valid):
             if made is None:

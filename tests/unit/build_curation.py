@@ -45,7 +45,7 @@ class HereFlow(flow.Flow):
     def nodes(self, resource: str = "CPU") -> list[int]:
         return [2] if resource == "CPU" else []
 
-    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, **pools) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _running(self, kind, function, tasks, cpus=1, valid=lambda record: True, **pools) -> Iterator[tuple[int, dict[str, Any]]]:
         todo = list(self._looked_up(kind, tasks, valid))
         rng = random.Random(f"{self.seed} {kind}")
         rng.shuffle(todo)

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation.simulation.requests import range_reads
-from heliostat.curation.text import sources
+from heliostat.curation.text import ahead, sources
+from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.tasks import advance, merging, spill
 from heliostat.tasks.advance import FILES, Reserve, in_advance
@@ -118,9 +119,9 @@ def test_files_in_a_store_have_the_same_rows_in_the_same_order(place):
 def test_an_object_is_read_in_few_large_requests(place, monkeypatch, start, stop):
     """S3 limits the requests per second, so a range with its last line is read with as few requests as its bytes need. On a disk,
     and after a jump, a read stays small."""
-    monkeypatch.setattr(sources, "AHEAD", 1000)
-    monkeypatch.setattr(sources, "MOST_AHEAD", 8000)
-    monkeypatch.setattr(sources, "LINE", 100)
+    monkeypatch.setattr(ahead, "AHEAD", 1000)
+    monkeypatch.setattr(ahead, "MOST_AHEAD", 8000)
+    monkeypatch.setattr(ahead, "LINE", 100)
     body, asked = random.Random(0).randbytes(30_000), list[int]()
     place.join("a.txt").write(body)
     (file,) = sources.listing(str(place))
@@ -132,11 +133,58 @@ def test_an_object_is_read_in_few_large_requests(place, monkeypatch, start, stop
         end = min(len(body), start + part.length + 50)
         assert b"".join(opened.read(50) for _ in range(-(-(end - opened.tell()) // 50)))[: end - start] in body
         length = end - max(0, start - 1)
-        assert max(asked) <= 8000 and len(asked) == (sources.reads(length) if place.is_s3 else -(-length // 1000))
+        assert max(asked) <= 8000 and len(asked) == (ahead.reads(length) if place.is_s3 else -(-length // 1000))
         asked.clear()
         opened.seek(100 if start else 20_000)
         opened.seek(5, 1)
         assert opened.read(10) == body[opened.tell() - 10 : opened.tell()] and asked == [1000]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_reads_of_an_input_file_give_its_bytes(place, monkeypatch, seed):
+    """A thread reads the bytes that follow. Reads of any size, and jumps to any place, must not mix them up."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(ahead, "AHEAD", rng.choice([10, 100, 1000]))
+    monkeypatch.setattr(ahead, "MOST_AHEAD", rng.choice([100, 1000, 8000]))
+    monkeypatch.setattr(ahead, "LINE", rng.choice([1, 100]))
+    body = rng.randbytes(rng.randint(1, 20_000))
+    place.join("a.txt").write(body)
+    (file,) = sources.listing(str(place))
+    start, stop = sorted(rng.choices(range(len(body) + 1), k=2))
+    part = rng.choice([file.part, replace(file.part, start=start, stop=stop)])
+    with sources.blocks(place, "a.txt", 1 << 20, part) as opened:
+        at = 0
+        for _ in range(200):
+            if rng.random() < 0.1:
+                at = opened.seek(rng.choice([part.start, rng.randint(0, len(body))]))
+            size = rng.choice([1, 10, 50, 500, 5000])
+            assert opened.read(size) == body[at : at + size]
+            at = min(len(body), at + size)
+
+
+def test_the_next_bytes_of_an_object_are_read_while_the_task_works(place, monkeypatch):
+    """Waiting for the store took 8 % of the time of reading tasks. An error of the store is raised where its bytes are needed.
+    Memory has at most two blocks."""
+    if not place.is_s3:
+        pytest.skip("a disk needs no thread")
+    monkeypatch.setattr(ahead, "MOST_AHEAD", 1000)
+    place.join("a.txt").write(body := random.Random(0).randbytes(10_000))
+    (file,) = sources.listing(str(place))
+    with sources.blocks(place, "a.txt", 1 << 20, file.part) as opened:
+        fetched, asked = opened._fetched, []
+
+        def fetch(begin: int, size: int) -> bytes:
+            asked.append(begin)
+            if begin == 2000:
+                raise DataError("a.txt: changed")
+            return fetched(begin, size)
+
+        monkeypatch.setattr(opened, "_fetched", fetch)
+        assert opened.read(10) == body[:10] and len(opened.following.result(10)) == 1000 and asked == [0, 1000]
+        assert opened.read(1500) == body[10:1510] and opened.following.exception(10) and asked == [0, 1000, 2000]
+        assert opened.read(490) == body[1510:2000]
+        with pytest.raises(DataError, match="changed"):
+            opened.read(1)
 
 
 @pytest.fixture

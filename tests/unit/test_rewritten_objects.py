@@ -7,7 +7,7 @@ import pytest
 from heliostat.curation.images import sources as image_sources
 from heliostat.curation.images.sources import ImageColumns
 from heliostat.curation.readers.streams import LeftOutError
-from heliostat.curation.text import sources, tasks
+from heliostat.curation.text import ahead, sources, tasks
 from heliostat.curation.text.documents import TextRules
 from heliostat.curation.text.tasks import TextSource
 from heliostat.errors import DataError
@@ -44,7 +44,7 @@ def test_an_object_that_is_written_again_between_its_opening_and_its_reading_is_
 
 
 def test_an_object_that_is_written_again_while_it_is_read_is_an_error(place, monkeypatch):
-    monkeypatch.setattr(sources, "MOST_AHEAD", 1 << 16)
+    monkeypatch.setattr(ahead, "MOST_AHEAD", 1 << 16)
     place.join("a.jsonl").write(OLD * 20_000)
     (file,) = sources.listing(str(place))
     with sources.blocks(place, "a.jsonl", 1 << 20, file.part) as opened:
@@ -56,7 +56,7 @@ def test_an_object_that_is_written_again_while_it_is_read_is_an_error(place, mon
 
 def test_an_object_that_is_removed_while_it_is_read_is_an_error(place, monkeypatch):
     """Otherwise, its other documents would be missing, and the report would say that none was read."""
-    monkeypatch.setattr(sources, "MOST_AHEAD", 1 << 16)
+    monkeypatch.setattr(ahead, "MOST_AHEAD", 1 << 16)
     place.join("a.jsonl").write(OLD * 200_000)
     (file,) = sources.listing(str(place))
     reading = TextSource(str(place), TextRules()).read(file.part)

@@ -12,7 +12,7 @@ import pytest
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import calls, crew, ray_cluster
-from heliostat.tasks.calls import Call, CallSlots, CallTimes, Started
+from heliostat.tasks.calls import Call, CallSlots, CallTimes, Started, copied
 from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work
@@ -61,10 +61,50 @@ def test_short_tasks_share_calls_and_each_has_its_record(tmp_path, forked):
     assert len(flow_in(tmp_path).work.found("some", forked.started)) == 200
 
 
+def name_of(folder: Location, number: int, of: list[int]) -> dict[str, object]:
+    return {"number": number, "of": of}
+
+
+def test_tasks_with_the_same_shared_arguments_share_calls_in_any_order(tmp_path, forked):
+    """The largest tasks start first, so tasks that read the same files don't follow each other. At 100 TB, 95,000 short tasks
+    were as many calls, which the driver starts in 99 s."""
+    lists = [[n] for n in range(7)]
+    tasks = (Task(f"{n:032}", {"number": n}, {"of": lists[n % 7]}) for n in range(350))
+    with flow_in(tmp_path) as flow:
+        records = flow.all("some", name_of, tasks)
+    assert [(r["number"], r["of"]) for r in records] == [(n, [n % 7]) for n in range(350)] and flow.done == {"some": 350}
+    assert sorted(forked.started) == [f"{n:032}" for n in range(350)] and len(forked.asked) < 150
+
+
 @pytest.mark.parametrize("fault", [{"deadly": 150}, {"wrong": 150}])
 def test_a_call_that_fails_in_the_middle_repeats_only_the_task_that_failed(tmp_path, forked, fault):
     _, numbers, ran = noted(tmp_path, 200, **fault)
     assert numbers == list(range(200)) and ran.pop(150) == 2 and set(ran.values()) == {1}
+
+
+def wait_for(folder: Location, number: int, mark: str) -> dict[str, object]:
+    """Waits for another kind of task. The process dies at the first run of task 1."""
+    own = Path(f"{mark}-{number}")
+    own.write_text(f"{own.read_text()}x" if own.exists() else "x")
+    if number == 1 and own.read_text() == "x":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not Path(mark).exists():
+        time.sleep(0.01)
+    return {"number": number}
+
+
+def test_tasks_that_start_ahead_run_at_the_same_time_as_the_next_ones(tmp_path, forked):
+    """A tokenizer trains while files are merged. The records are in the tasks' order. A task whose process dies runs again."""
+    forked.cpus, mark = [4], tmp_path / "mark"
+    with flow_in(tmp_path) as flow:
+        records = flow.ahead("first", wait_for, (Task(f"{n:032}", {"number": n, "mark": str(mark)}) for n in range(3)))
+        assert [record["number"] for record in flow.all("second", slow_for, iter([Task("s" * 32, {"number": 0})]))] == [0]
+        mark.write_text("")
+        assert [record["number"] for record in records()] == [0, 1, 2] and flow.done == {"first": 3, "second": 1}
+        assert Path(f"{mark}-1").read_text() == "xx"
+    with flow_in(tmp_path) as flow:  # records of an earlier run count
+        again = flow.ahead("first", wait_for, (Task(f"{n:032}", {"number": n, "mark": str(mark)}) for n in range(3)))
+        assert [record["number"] for record in again()] == [0, 1, 2] and flow.kept == {"first": 3} and not flow.done
 
 
 def slow_once(folder: Location, number: int, slow: str) -> dict[str, object]:
@@ -88,6 +128,34 @@ def test_a_late_call_gets_a_backup_and_the_flow_ends_the_late_one(tmp_path, fork
         assert not late.ready()
     assert not flow.repeated and late.ready() and time.monotonic() - start < 30
     assert [asked.get("scheduling_strategy") for asked in forked.asked] == [None] * 12 + ["SPREAD"]
+
+
+def slow_call(folder: Location, number: int, ran: str) -> dict[str, object]:
+    """The call that runs task 19 first waits there, and each task marks that it ran."""
+    path = Path(ran, str(number))
+    with path.open("a") as file:
+        file.write("x")
+    time.sleep(60 if number == 19 and path.stat().st_size == 1 else 0)
+    return {"number": number}
+
+
+def test_the_tasks_of_a_late_call_run_at_the_same_time_in_its_copies(tmp_path, forked, monkeypatch):
+    """The late call has several tasks. Each has a record, from a call of its own, and the records that the late call wrote before
+    it was late count. No task is lost, and none is in the result twice."""
+    monkeypatch.setattr(calls, "LATE_S", 0.5)
+    monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
+    monkeypatch.setattr(ray_cluster, "ENDING_S", 0.1)
+    monkeypatch.setattr(calls.CallTimes, "has_room", lambda times, group, *_: len(group) < 3)
+    forked.cpus, ran = [8, 8], tmp_path / "ran"
+    ran.mkdir()
+    with flow_in(tmp_path) as flow:
+        tasks = (Task(f"{n:032}", {"number": n, "ran": str(ran)}) for n in range(24))
+        numbers = [number for number, _ in flow.run("some", slow_call, tasks)]
+        assert sorted(numbers) == list(range(24)) and flow.done == {"some": 24}
+    sent = [started for started in forked.started if forked.started.count(started) > 1]
+    assert {int(key) for key in sent} == {18, 19, 20} and sent.count(f"{19:032}") <= 1 + calls.COPIES
+    assert [asked.get("scheduling_strategy") for asked in forked.asked[:11]] == [None] * 8 + ["SPREAD"] * 3
+    assert (ran / "18").stat().st_size == 1, "it had a record"
 
 
 def slow_twice(folder: Location, number: int, slow: str) -> dict[str, object]:
@@ -121,7 +189,7 @@ def test_a_late_call_on_the_only_node_gets_no_backup(tmp_path, forked, monkeypat
 
 def slow_for(folder: Location, number: int) -> dict[str, object]:
     time.sleep(1.0 if number == 11 else 0)
-    return {}
+    return {"number": number}
 
 
 def die_or_wait(folder: Location, number: int, slow: str) -> dict[str, object]:
@@ -202,7 +270,7 @@ def test_a_look_at_many_tasks_that_wait_for_a_copy_is_quick(tmp_path, forked):
 
 
 def call(size: int = 0) -> Call:
-    return Call([Started(0, Task("k", {}, bytes=size))], 1, references=["r"])
+    return Call([Started(0, Task("k", {}, bytes=size))], 1)
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -247,7 +315,30 @@ def test_a_call_is_late_by_its_size_and_only_if_most_have_ended():
     assert times.late([large, small], 500.0) == [small, large]
     assert times.late([small, large, call()], 500.0) == [], "most calls are still running"
     large.tasks[0] = Started(0, Task("k", {}, bytes=1000, can_repeat=False))
-    assert times.late([small, large], 500.0) == [small], "two copies would fetch from one host"
+    assert copied(times.late([small, large], 500.0), 9) == [small.tasks], "two copies would fetch from one host"
     large.tasks[0] = Started(0, Task("k", {}, bytes=1000))
     small.tasks[0].trouble.count = 1
-    assert times.late([small, large], 500.0) == [large], "its notes are for one process"
+    assert copied(times.late([small, large], 500.0), 9) == [large.tasks], "its notes are for one process"
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_each_task_of_late_calls_is_copied_once_by_as_many_calls_as_cpus_are_idle(seed):
+    """Tasks that one call would run one after another end earlier on several idle CPUs. A task is in its late call and in a late
+    copy of it, and must not start twice at the same time. Tasks that have ended, or have had enough copies, need no copy. A late
+    copy allows more of them: at 100 TB, a slow task whose two copies were slow too held the shards for two minutes and a half."""
+    rng, number, late = random.Random(seed), 0, list[Call]()
+    for _ in range(rng.randint(1, 6)):
+        late.append(Call([Started(number + n, Task(f"{number + n}", {})) for n in range(rng.randint(1, 9))], 1))
+        number += 9
+        late += [Call(late[-1].tasks[:1], 1, copy=True)] if rng.random() < 0.3 else []
+    for call in late:
+        for one in call.tasks:
+            one.ended, one.copies = rng.random() < 0.2, rng.choice([0, 0, 0, calls.COPIES, calls.MOST_COPIES])
+    most = {call: calls.MOST_COPIES if call.copy else calls.COPIES for call in late}
+    needed = {one for call in late for one in call.tasks if not one.ended and one.copies < most[call]}
+    idle = rng.choice([1, 2, 5, 20, 100])
+    groups = copied(late, idle)
+    several = [one for group in groups for one in group]
+    assert len(groups) <= idle and all(groups) and len(set(several)) == len(several) and {*several} <= needed
+    assert idle < len(late) or {*several} == needed
+    assert idle < 9 * len(late) or all(len(group) == 1 for group in groups)

@@ -78,7 +78,7 @@ def test_only_a_small_share_of_a_large_input_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(making, "SAMPLED_RUNS", 4)
     texts = [f"{number} " + "some words " * 100 for number in range(2400)]
     flow = HereFlow(Work(Location(str(tmp_path))), again=0)
-    definition = made(flow, 20_000).definition(curated(flow, texts, 30_000))
+    definition = made(flow, 20_000).definition(curated(flow, texts, 30_000))()
     arguments = made(flow, 20_000)._training_text(curated(flow, texts, 30_000).runs)
     assert 20_000 <= arguments["bytes"] < 60_000 and sum(map(len, texts)) > 2_400_000
     assert flow.done["sample"] > 20 and "sizes" not in flow.done

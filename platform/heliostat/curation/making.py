@@ -13,7 +13,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -126,12 +126,10 @@ class Making(ABC):
 
     def _run(self, curated: Curated) -> tuple[RowGroups, dict[str, Any]]:
         dropped = self._dropped(curated)
-        meta: dict[str, Any] = {"kind": self.kind, "dropped": dropped, "listed": self._listed(curated, dropped)}
-        meta |= recording.facts(self.every)
-        if not curated.runs:
-            return manifest.SCHEMA.empty_table(), meta
-        written = self.write(curated)
-        meta |= written.facts
+        listing = self._listed(curated, dropped)
+        written = self.write(curated) if curated.runs else WrittenShards(manifest.SCHEMA.empty_table(), {})
+        meta: dict[str, Any] = {"kind": self.kind, "dropped": dropped, "listed": listing() if listing else None}
+        meta |= recording.facts(self.every) | written.facts
         if len(written.rows) and self.explained:
             meta |= self._explain(curated, written)
         return written.rows, meta
@@ -154,7 +152,7 @@ class Making(ABC):
             log_dropped(dropped, examples, self.meanings, self.stages)
         return dict(sorted(dropped.items()))
 
-    def _listed(self, curated: Curated, dropped: dict[str, int]) -> list[str] | None:
+    def _listed(self, curated: Curated, dropped: dict[str, int]) -> Callable[[], list[str]] | None:
         of_reading = {reason: number for reason, number in dropped.items() if ": " not in reason}
         rows = recording.rows(of_reading, self.every)
         also = {} if self.as_read is None else {"also": self.as_read}
@@ -196,7 +194,7 @@ class Making(ABC):
         def whole(record: dict[str, Any]) -> bool:
             return all(present.get(shard["path"], 0) == shard["file_bytes"] for shard in record.get("shards", [record]))
 
-        return (record for _, record in self.flow.run("shards", function, work, cpus, whole))
+        return (record for _, record in self.flow.run("shards", function, work, cpus=cpus, valid=whole))
 
     def tokenizer_facts(self, definition: str, end_of_document: str, folders: list[Location] | None = None) -> dict[str, Any]:
         """Stores a tokenizer in each of the folders. Returns the tokenizer's part of the manifest."""
@@ -238,16 +236,21 @@ class Making(ABC):
         return []
 
 
-def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: object) -> list[str]:
-    """Writes the list of dropped documents (about `rows` documents), one file per range of hashes; returns the files' paths."""
-    if len(names) > SELECTED:
-        room = max(flow.memory, LEAST_MEMORY) // RUN_SHARE
-        some = filled(names, lambda name: spill.size_of(name) or 0, room, SELECTED)
-        select = (Task(key("select", group, also), {"names": group, **also}) for group in some)
-        names = [name for record in flow.all("select", tasks.select_left_out, select) for name in record["files"]]
-    work = by_parts(flow, "listed", reasons.parts(rows), names, {}, output=output.uri, **also)
-    records = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
-    return [record["listed"] for record in records]
+def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: object) -> Callable[[], list[str]]:
+    """Starts to list the dropped documents (about `rows` documents). Returns a function that writes the list, one file per range
+    of hashes, and returns the files' paths."""
+    room, several = max(flow.memory, LEAST_MEMORY) // RUN_SHARE, len(names) > SELECTED
+    some = filled(names if several else [], lambda name: spill.size_of(name) or 0, room, SELECTED)
+    select = (Task(key("select", group, also), {"names": group, **also}) for group in some)
+    selected = flow.ahead("select", tasks.select_left_out, select)
+
+    def write() -> list[str]:
+        files = [name for record in selected() for name in record["files"]] if several else names
+        work = by_parts(flow, "listed", reasons.parts(rows), files, {}, output=output.uri, **also)
+        records = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
+        return [record["listed"] for record in records]
+
+    return write
 
 
 def spread(items: Sequence[Item]) -> list[Item]:

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import islice
 from typing import Generic, TypeVar
 
-FILES = 8  # files that are read at the same time
+FILES = 16  # files that are read at the same time
 ADVANCE_BYTES = 32 << 20  # maximum bytes of memory for reads in advance, except the read for which the task waits
 Item = TypeVar("Item")
 Reserve = Callable[[int], None]

@@ -20,13 +20,14 @@ from heliostat.tasks.shipping import Shipment
 CALL_S = 15.0  # seconds that the tasks of a call take together, if one task is shorter
 SLOT_S = 2e-3  # seconds added for each call that can run at the same time, because the driver starts few calls per second
 MOST_TASKS = 64  # tasks of a call
+GROUPS = 256  # groups of tasks with different shared arguments that wait for more tasks. The driver looks up 4,096 at once
 MEASURED = 16  # tasks that have ended before tasks are grouped
 START_S = 1.25e-3  # seconds in which the driver starts a call
 ROUNDS = 2  # calls for each free CPU that must remain, so that the last calls end at about the same time
 KEPT = 256  # calls from whose times the usual time is computed
 LATE, LATE_S = 1.25, 3.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
 ENDED = 3  # calls that have ended, for each running one, before a call can be late
-BACKUPS = 2  # backups of a late call: of many backups, one is late too
+COPIES, MOST_COPIES = 2, 4  # copies of a task in a late call: of many copies, some are late too, and allow more copies
 
 
 @dataclass(eq=False)
@@ -41,6 +42,12 @@ class Started:
     """Shipments (files) that the task's node lacked, and that the driver copied to the work folder."""
     copy: Future[None] | None = None
     """The last copy of a shipment to the work folder. The task starts again when this copy is complete."""
+    calls: list[Call] = field(default_factory=list)
+    """Calls under way that run the task."""
+    copies: int = 0
+    """Number of copies that have started since the task last started alone or in its group."""
+    ended: bool = False
+    """Whether a call with the task has ended, so that the task's record is known."""
 
     @property
     def waits(self) -> bool:
@@ -51,23 +58,29 @@ class Started:
         """Returns the bytes that the task reads, or 1 if they aren't known."""
         return self.task.bytes or 1
 
-    def shares_with(self, other: Started) -> bool:
-        """Checks whether one call can run both tasks, because their shared arguments are the same objects."""
-        mine, others = self.task.shared, other.task.shared
-        return mine.keys() == others.keys() and all(value is others[name] for name, value in mine.items())
+    def can_repeat(self, most: int) -> bool:
+        """Checks whether another one of `most` copies may start. Tasks that have failed write notes, which two copies can't
+        share."""
+        fresh = self.task.can_repeat and not (self.trouble.count or self.trouble.crashed)
+        return fresh and not self.ended and self.copies < most
+
+    @property
+    def shared(self) -> frozenset[tuple[str, int]]:
+        """Identifies the task's shared arguments. One call can run several tasks if these are the same objects."""
+        return frozenset((name, id(value)) for name, value in self.task.shared.items())
 
 
 @dataclass(eq=False)
 class Call:
-    """Describes a call that runs tasks. `began`: when its first task began, as far as the driver can tell, or when its last
-    backup began; None while the call waits for a CPU. `references`: references of the call and of its backups, if these haven't
-    failed; `backups`: the number of backups that have started."""
+    """Describes a call that runs tasks. `began`: when its first task began, as far as the driver can tell; None while the call
+    waits for a CPU. Several calls may run the same task, if one of them is late. `copy`: whether another call ran the tasks when
+    this one started."""
 
     tasks: list[Started]
     cpus: int
     began: float | None = None
-    references: list[Any] = field(default_factory=list)
-    backups: int = 0
+    reference: Any = None
+    copy: bool = False
     ended: bool = False
 
     @property
@@ -76,10 +89,14 @@ class Call:
         return sum(one.size for one in self.tasks)
 
     @property
-    def can_repeat(self) -> bool:
-        """Checks whether another backup may run these tasks. Tasks that have failed write notes, which two copies can't share."""
-        fresh = all(one.task.can_repeat and not (one.trouble.count or one.trouble.crashed) for one in self.tasks)
-        return fresh and self.backups < BACKUPS
+    def left(self) -> list[Started]:
+        """Lists the tasks that no call has ended yet."""
+        return [one for one in self.tasks if not one.ended]
+
+    def leave(self) -> None:
+        """Ends the call's part in its tasks."""
+        for one in self.tasks:
+            one.calls.remove(self)
 
 
 class CallTimes:
@@ -119,7 +136,20 @@ class CallTimes:
             return []
         usual = statistics.median(self.rates) if self.rates else 0.0
         beyond = [(now - call.began - max(LATE_S, LATE * usual * call.size), call) for call in calls if call.began is not None]
-        return [call for excess, call in sorted(beyond, key=lambda one: -one[0]) if excess > 0 and call.can_repeat]
+        return [call for excess, call in sorted(beyond, key=lambda one: -one[0]) if excess > 0]
+
+
+def copied(late: list[Call], idle: int) -> list[list[Started]]:
+    """Divides the tasks of late calls that may have another copy among at most `idle` calls. If there are enough idle CPUs, each
+    task gets its own call, because the tasks of a late call would otherwise run one after another again."""
+    seen, needed = set[Started](), list[list[Started]]()
+    for call in late:
+        most = MOST_COPIES if call.copy else COPIES
+        if tasks := [one for one in call.left if one.can_repeat(most) and one not in seen]:
+            seen.update(tasks)
+            needed.append(tasks)
+    each = max(1, idle // max(1, len(needed)))
+    return [tasks[at::each] for tasks in needed[:idle] for at in range(min(each, len(tasks)))]
 
 
 class CallSlots:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from heliostat.errors import innermost, unwrapped
 from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
-from heliostat.tasks.calls import BACKUPS, MEASURED, Call, CallSlots, CallTimes, Started
+from heliostat.tasks.calls import GROUPS, MEASURED, MOST_COPIES, Call, CallSlots, CallTimes, Started, copied
 from heliostat.tasks.clusters import Cluster, Executor, TaskKind
 from heliostat.tasks.ray_cluster import END_S, is_lost
 from heliostat.tasks.shipping import NotHereError, Shipment
@@ -59,7 +59,7 @@ class Crew:
         self.work = flow.work.of_tasks()
         self.cluster, self.executor = flow.cluster, flow.cluster.executor(kind)
         self.under_way: dict[Any, Call] = {}
-        self.group: list[Started] = []
+        self.groups: dict[object, list[Started]] = {}  # tasks that the next calls run, by the tasks' shared arguments
         self.later: list[Started] = []
         self.copies: dict[Shipment, Future[None]] = {}
         self.failed: list[BaseException] = []
@@ -92,22 +92,30 @@ class Crew:
         return bool(self.under_way or self.later)
 
     def add(self, started: Started, left: int) -> None:
-        """Starts a task, or adds it to the group of tasks that the next call runs. `left`: tasks that follow."""
-        if self.group and not (self.group[0].shares_with(started) and self._has_room(started, left)):
-            self._start_group()
-        fits = self._has_room(started, left)
-        self.group.append(started)
+        """Starts a task, or adds it to the tasks with the same shared arguments that the next call runs. `left`: tasks that
+        follow."""
+        group = self.groups.pop(started.shared, [])
+        if group and not self._has_room(group, started, left):
+            self._call(Call(group, self.cpus))
+            group = []
+        fits = self._has_room(group, started, left)
+        group.append(started)
         if self.size or not fits:
-            self._start_group()
+            self._call(Call(group, self.cpus))
+            return
+        self.groups[started.shared] = group
+        if len(self.groups) > GROUPS:
+            self._call(Call(self.groups.pop(next(iter(self.groups))), self.cpus))
 
-    def _has_room(self, started: Started, left: int) -> bool:
-        return self.times.has_room(self.group, started, left, self.slots.count)
+    def _has_room(self, group: list[Started], started: Started, left: int) -> bool:
+        return self.times.has_room(group, started, left, self.slots.count)
 
     def completed(self) -> None:
-        """Starts the last group. After this call, no tasks are added."""
+        """Starts the last groups. After this call, no tasks are added."""
         self.complete = True
-        if self.group and not self.stopped:
-            self._start_group()
+        for group in self.groups.values() if not self.stopped else ():
+            self._call(Call(group, self.cpus))
+        self.groups.clear()
 
     def start(self, started: Started) -> None:
         """Starts a task alone. If the task waited for a copy that failed, raises the copy's error."""
@@ -115,32 +123,27 @@ class Crew:
             started.copy.result()
         self._call(Call([started], self.cpus))
 
-    def _start_group(self) -> None:
-        self._call(Call(self.group, self.cpus))
-        self.group = []
-
     def _call(self, call: Call) -> None:
-        """Starts a call, or a backup of a call that has started."""
-        first, backup = call.tasks[0], bool(call.references)
+        """Starts a call."""
+        first = call.tasks[0]
         task, trouble = first.task, first.trouble
         shared = dict(task.shared)
         if task.careful and (trouble.count or trouble.crashed):
             shared["care"] = trouble.care(self.work.note(self.kind, task.key))
         arguments, tasks = (self.work, self.flow.name, self.kind), [one.task for one in call.tasks]
-        reference = self.executor.start(arguments, tasks, shared, call.cpus, self.memory, backup)
-        self.under_way[reference] = call
-        call.references.append(reference)
-        if backup:
-            call.began, call.backups = self.cluster.now(), call.backups + 1
-        else:
-            self.slots.start(call, self.cluster.now())
+        call.reference = self.executor.start(arguments, tasks, shared, call.cpus, self.memory, call.copy)
+        self.under_way[call.reference] = call
+        for one in call.tasks:
+            one.calls.append(call)
+            one.copies = one.copies + 1 if call.copy else 0
+        self.slots.start(call, self.cluster.now())
 
     def finished(self) -> Iterator[tuple[Started, dict[str, Any]]]:
         """Waits for a call to end. Yields (a task, its record) for each task if the call succeeded. Otherwise decides which tasks
         run again."""
         self._check()
         self._look()
-        self._start_backups()
+        self._start_copies()
         wait, unmeasured = self._start_due(), self.unmeasured and not self.full
         if not self.under_way:
             self.cluster.sleep(wait)
@@ -149,15 +152,16 @@ class Crew:
         self.measured = self.cluster.now()  # after the look: a slow look must not be the reason for the next
         for reference in ended:
             if (call := self.under_way.pop(reference, None)) is None:
-                continue  # the other call with these tasks has ended at the same time
+                continue  # other calls with these tasks have ended at the same time
+            self.slots.end(call, self.cluster.now())
+            call.leave()
             try:
                 records = self.executor.records(reference)
             except Exception as e:  # noqa: BLE001 - judged
-                self._end_failed(call, reference, e)
+                self._fail(call, e)
                 continue
-            self._end(call, reference)
             self.times.add(call, (record.get("wall", record["seconds"]) for record in records))
-            for started, record in zip(call.tasks, records, strict=True):
+            for started, record in self._ended(call, records):
                 self._note_end(started, record)
                 yield started, record
 
@@ -170,24 +174,31 @@ class Crew:
         if crashed := examples.get(care.CRASHED) or examples.get(care.UNREAD):
             self.last = crashed[0]
 
-    def _end(self, call: Call, reference: Any) -> None:
-        """Ends a call. If other calls with the same tasks still run, leaves them to the flow."""
-        self.slots.end(call, self.cluster.now())
-        for other in call.references:
-            if other is not reference and self.under_way.pop(other, None) is not None:
-                self.flow.repeated.append((self.executor, other))
+    def _ended(self, call: Call, records: list[dict[str, Any]]) -> list[tuple[Started, dict[str, Any]]]:
+        """Lists the tasks of a call that has ended, with their records, except those that another call ended before. Leaves calls
+        that have no other tasks to the flow."""
+        of_tasks = [(one, record) for one, record in zip(call.tasks, records, strict=True) if not one.ended]
+        for one, _ in of_tasks:
+            one.ended = True
+        for other in dict.fromkeys(other for one, _ in of_tasks for other in one.calls):
+            if not other.left:
+                del self.under_way[other.reference]
+                self.slots.end(other, self.cluster.now())
+                other.leave()
+                self.flow.repeated.append((self.executor, other.reference))
+        return of_tasks
 
-    def _end_failed(self, call: Call, reference: Any, error: Exception) -> None:
-        """Ends a call that failed, unless another call with the same tasks still runs. Decides which of its tasks run again."""
-        call.references.remove(reference)
-        if call.references:
-            call.backups = BACKUPS  # no further one, because it may fail too
+    def _fail(self, call: Call, error: Exception) -> None:
+        """Ends a call that failed. Decides which of its tasks run again, except those that another call still runs."""
+        left = call.left
+        for one in left:
+            one.copies = MOST_COPIES  # no further one, because it may fail too
+        if not (alone := [one for one in left if not one.calls]):
             log.debug("%s: one of several copies of a Ray task failed (%s)", self.kind, care.last_line(error))
             return
-        self.slots.end(call, self.cluster.now())
         cause = innermost(error)
         if len(call.tasks) == 1 or self.stopped or (cause is not None and cause.exit_code == 2):
-            self._judge(call.tasks[0], error)
+            self._judge(alone[0], error)
             return
         log.info(
             "%s: one of the %d tasks of a Ray task failed (%s). Running each task alone",
@@ -195,7 +206,7 @@ class Crew:
             len(call.tasks),
             care.last_line(error),
         )
-        self.later += call.tasks
+        self.later += alone
 
     def conclude(self) -> None:
         """Raises the error of the first task that failed permanently, if there is one."""
@@ -214,17 +225,18 @@ class Crew:
                 "%d canceled Ray tasks didn't end within %.0f s, and may still run. List them with: ray list tasks", left, END_S
             )
 
-    def _start_backups(self) -> None:
-        """Starts a backup of each call that is late, if all tasks have started and CPUs are idle."""
+    def _start_copies(self) -> None:
+        """Starts a copy of the tasks of each late call, if all tasks have started and CPUs are idle. While a call stays late, its
+        tasks get another copy at the next check, because of many copies, one is late too."""
         now = self.cluster.now()
         if not self.complete or self.size or not self.several or now - self.looked_late < LATE_LOOK_S:
             return
         self.looked_late, idle = now, self.slots.count - len(self.under_way) - len(self.later)
         if idle <= 0:
             return
-        for call in self.times.late(list(dict.fromkeys(self.under_way.values())), now)[:idle]:
-            log.info("%s: a Ray task is late. Starting a copy on another node if possible", self.kind)
-            self._call(call)
+        for tasks in copied(self.times.late(list(self.under_way.values()), now), idle):
+            log.info("%s: a Ray task is late. Starting a copy of %d tasks on another node if possible", self.kind, len(tasks))
+            self._call(Call(tasks, self.cpus, copy=True))
 
     def _start_due(self) -> float:
         """Starts the tasks whose pause or copy has ended. Returns the seconds until the next check of tasks and nodes."""
@@ -326,9 +338,10 @@ class Crew:
     def _request(self, cpus: int) -> None:
         """Restarts waiting calls with fewer CPUs each, because no node has the number of CPUs that these calls requested."""
         self.cpus = cpus
-        for reference in self.executor.withdraw(list(self.under_way)):
-            call = self.under_way.pop(reference)
-            call.references.remove(reference)
-            if not call.references:  # a backup and its call are one call again
-                self.slots.end(call, self.cluster.now())
-                self._call(Call(call.tasks, cpus))
+        withdrawn = [self.under_way.pop(reference) for reference in self.executor.withdraw(list(self.under_way))]
+        for call in withdrawn:
+            self.slots.end(call, self.cluster.now())
+            call.leave()
+        for call in withdrawn:
+            if alone := [one for one in call.left if not one.calls]:  # a copy and its call are one call again
+                self._call(Call(alone, cpus))

@@ -136,10 +136,31 @@ class Flow:
         nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
         return [(have // cpus, memory) for have, memory in nodes if have >= cpus]
 
-    def run(self, kind: str, function: TaskFunction, tasks: Iterator[Task], cpus: int = 1,
-            valid: Callable[[dict[str, Any]], bool] = lambda record: True,
-            pooled: bool = False, actors: int = 0, gpus: float = 1.0) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
-        """Yields (the task's number, its record) as tasks finish. A task with a record that isn't `valid` runs again.
+    def run(self, kind: str, function: TaskFunction, tasks: Iterator[Task], **more: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields (the task's number, its record) as tasks finish. `more`: see `_running`."""
+        return filter(None, self._running(kind, function, tasks, **more))
+
+    def ahead(self, kind: str, function: TaskFunction, tasks: Iterator[Task], **more: Any) -> Callable[[], list[dict[str, Any]]]:
+        """Starts the tasks at once, and returns a function that waits for them, and returns their records in the tasks' order.
+
+        Other tasks can run meanwhile. A task that fails runs again when the function is called, so this is for tasks that take
+        little of the cluster.
+        """
+        running = self._running(kind, function, tasks, **more)
+        values = dict(iter(running.__next__, None))
+
+        def records() -> list[dict[str, Any]]:
+            values.update(filter(None, running))
+            return [values[number] for number in range(len(values))]
+
+        return records
+
+    def _running(self, kind: str, function: TaskFunction, tasks: Iterator[Task], cpus: int = 1,
+                 valid: Callable[[dict[str, Any]], bool] = lambda record: True,
+                 pooled: bool = False, actors: int = 0,
+                 gpus: float = 1.0) -> Iterator[tuple[int, dict[str, Any]] | None]:  # fmt: skip
+        """Yields (the task's number, its record) as tasks finish, and None when all tasks have started. A task with a record that
+        isn't `valid` runs again.
 
         The function gets the folder for temporary files and the task's arguments. In its record, `files` lists the temporary
         files. If `actors` isn't 0, tasks run in `actors` actors. If `actors` is 0 and `pooled` is true, tasks run in one actor
@@ -159,6 +180,7 @@ class Flow:
                     break
                 crew.add(Started(number, task), left)
             crew.completed()
+            yield None
             while crew.busy:
                 yield from self._next(kind, crew)
         except BaseException:

@@ -44,6 +44,9 @@ MANY = 4096  # number of parts of runs that shards read; if there are fewer, a m
 SPARE = 2  # factor by which merges exceed LEAST, because the sizes of files differ, and another pass costs all bytes
 MOST_FILES = 1024  # maximum files that a task merges: about 8 seconds of requests to a store
 MOST_SPILLS = 256  # the same for files other than documents, whose merges are short steps
+READ_AS_LONG = 340_000
+"""Bytes whose merging takes as long as a read with its footer: 2 ms of a CPU, and two answers of a store, 16 at a time."""
+
 HELD = 8  # a merge of files other than documents holds 1 / HELD of the tasks' memory
 MANY_RANGES = 1 << 20  # reads of a range from a spill: this many cost about 16 CPU minutes, or 50 cents for a store's requests
 Item = TypeVar("Item")
@@ -115,16 +118,39 @@ def divided(one: ShardRange, run_bytes: int, most_files: int = MOST_FILES) -> It
 def _divided(shards: int, mean: float, run_bytes: int, most_files: int = MOST_FILES) -> tuple[int, int]:
     """Computes (the number of smaller ranges, the number of files to merge into one). `mean`: mean bytes of a file.
 
-    Enough parts that no further pass is needed. Few parts make the reads of this pass larger, and many parts make the reads of
-    later passes and of the shards larger. The sum is smallest if each pass and the shards have the same number of reads. All
-    files of later passes have `run_bytes` bytes.
+    Enough parts that no further pass is needed, unless it saves more reads than its bytes are worth (READ_AS_LONG). All files of
+    later passes have `run_bytes` bytes.
     """
-    most = min(shards, max(2, int(mean // spill.GROUP_BYTES)))
-    needed = max(2.0, SPARE * LEAST * shards / run_bytes)
-    times = ceil(log(needed, most))
-    fewest = (shards * (mean / run_bytes) ** times) ** (1 / (times + 1))
-    parts = min(most, ceil(max(needed ** (1 / times), fewest)))
+    times = ceil(log(max(2.0, SPARE * LEAST * shards / run_bytes), _most(shards, mean)))
+    while run_bytes * _parts(shards, mean, run_bytes, times + 1) < LEAST * shards:  # else, no further pass would follow
+        saved = _reads_of(shards, mean, run_bytes, times) - _reads_of(shards, mean, run_bytes, times + 1)
+        if saved * READ_AS_LONG < mean:
+            break
+        times += 1
+    parts = _parts(shards, mean, run_bytes, times)
     return parts, min(most_files, max(2, int(run_bytes * parts // max(1, mean))))
+
+
+def _most(shards: int, mean: float) -> int:
+    return min(shards, max(2, int(mean // spill.GROUP_BYTES)))
+
+
+def _parts(shards: int, mean: float, run_bytes: int, times: int) -> int:
+    """Returns the number of parts into which the first of `times` passes divides a range.
+
+    Few parts make the reads of this pass larger, and many parts make the reads of later passes and of the shards larger. The sum
+    is smallest if each pass and the shards have the same number of reads.
+    """
+    needed = max(2.0, SPARE * LEAST * shards / run_bytes)
+    fewest = (shards * (mean / run_bytes) ** times) ** (1 / (times + 1))
+    return min(_most(shards, mean), ceil(max(needed ** (1 / times), fewest)))
+
+
+def _reads_of(shards: int, mean: float, run_bytes: int, times: int) -> float:
+    """Returns how often `times` passes and the shards read a file of `mean` bytes, or the rows that the passes merge from it."""
+    parts = _parts(shards, mean, run_bytes, times)
+    rest = -(-shards // parts)
+    return parts + mean / run_bytes * (_reads_of(rest, run_bytes, run_bytes, times - 1) if times > 1 else rest)
 
 
 def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:

@@ -32,6 +32,7 @@ from heliostat.data.manifest import FILES
 from heliostat.data.row_groups import ShardCollector
 from heliostat.storage.locations import Location
 from heliostat.tasks import libraries
+from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Task
 from heliostat.tasks.work import key
 
@@ -145,7 +146,8 @@ class ImageMaking(Making):
     def _counted(self, runs: list[SpilledRun]) -> tuple[dict[str, int], list[str]]:
         """Counts the images of each bucket, and lists the labels of all images. Stops listing once there are more than
         `images.tasks.CLASSES` labels, the maximum of a manifest."""
-        work = (Task(key("count", [[run.name, run.decided] for run in some]), {"runs": some}) for some in groups(runs, RUNS))
+        counting = (Task(key("count", [[run.name, run.decided] for run in some]), {"runs": some}) for some in groups(runs, RUNS))
+        work = CountedTasks(counting, -(-len(runs) // RUNS))
         counts, labels = Counter[str](), set[str]()
         for _, record in self.flow.run("count", tasks.count, work):
             counts.update(record["buckets"])
@@ -185,8 +187,9 @@ class ImageMaking(Making):
             follows = [follows, self.captions]
         uses = libraries.versions(("diffusers", *libraries.MODELS) if latents else ())
         arguments = {"shards": shards, "encoding": encoding}
-        dealing = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **arguments}, bytes=run.bytes)
-                   for run in curated.runs)  # fmt: skip
+        tasks_of_runs = (Task(key("deal", run.name, run.decided, shards, follows, uses), {"run": run, **arguments},
+                              bytes=run.bytes) for run in curated.runs)  # fmt: skip
+        dealing = CountedTasks(tasks_of_runs, len(curated.runs))
         if latents is None or encoding is None:
             each = self.flow.taken(stream.KIND, tasks.deal, dealing, stream.dealt)
         else:

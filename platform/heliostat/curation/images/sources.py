@@ -32,7 +32,7 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.readers import parquet
 from heliostat.curation.readers.repository import name_of
-from heliostat.curation.text import sources
+from heliostat.curation.text import ahead, sources
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.text import printable
@@ -212,7 +212,7 @@ def _files(
         if known and not base.is_s3:
             sources.require_unchanged(base, known)
         elif known and data and len(data) != known.bytes:  # compares the sizes, without another request
-            raise sources.changed(base.join(path), known, len(data))
+            raise ahead.changed(base.join(path), known, len(data))
         yield Raw(id, data, entry["caption"], entry["label"], entry["columns"]) if data else Dropped(id, "unreadable")
 
 

@@ -22,8 +22,9 @@ from heliostat.curation.engine import filled
 from heliostat.errors import HeliostatError
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
+from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
-from heliostat.tasks.merging import by_parts
+from heliostat.tasks.merging import MOST_FILES, by_parts
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
@@ -45,7 +46,7 @@ def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int, j
         names = [name for name, _ in group]
         work.append(Task(key(first, names), {"first": first, "names": names}))
         first += len(group)
-    return flow.all(kind, join, iter(work))
+    return flow.all(kind, join, CountedTasks(iter(work), len(work)))
 
 
 def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
@@ -137,9 +138,10 @@ def stars(flow: Flow, kind: str, names: list[str], parts: int, room: int) -> tup
 
 def parts_of(names: list[str], most: int) -> int:
     """Computes the number of tasks that read edges from these temporary files. Each task writes a file, which all tasks of the
-    next step read. So the number grows with the square root of the bytes, unless a task would read more than MOST_PART bytes."""
+    next step read. So the number grows with the square root of the bytes, up to the number of files that a step reads without
+    merging them first, unless a task would read more than MOST_PART bytes."""
     bytes = sum(spill.size_of(name) or 0 for name in names)
-    fit = min(isqrt(bytes // PER_SQUARE), -(-bytes // LEAST_PART))
+    fit = min(isqrt(bytes // PER_SQUARE), -(-bytes // LEAST_PART), MOST_FILES)
     return max(1, min(most, max(fit, -(-bytes // MOST_PART))))
 
 

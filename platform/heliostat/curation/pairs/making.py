@@ -58,7 +58,7 @@ class PairMaking(Reading):
     def write(self, curated: Curated) -> WrittenShards:
         facts: dict[str, Any] = {}
         if self.tokenizer:
-            facts = self.tokenizer_facts(self.definition(curated), self.tokenizer["end_of_document"])
+            facts = self.tokenizer_facts(self.definition(curated)(), self.tokenizer["end_of_document"])
         shards, kinds, totals = ShardCollector(), Counter[str](), Counter[str](documents=0, duplicates=0, bytes=0)
         plan = PairSharding(self.output.uri, self.count(curated), self.chunk_pairs)
         for record in self.single_shards(curated, write_shard, plan, "pairs"):

@@ -19,7 +19,7 @@ from heliostat.curation.minhash import exact, keep
 from heliostat.curation.readers.survey import Mark, Survey
 from heliostat.curation.simulation import images
 from heliostat.curation.simulation.hosts import WebModel
-from heliostat.curation.simulation.requests import input_parts, named
+from heliostat.curation.simulation.requests import files_in, input_parts, named
 from heliostat.curation.text import token_counts
 from heliostat.curation.text.sampling import SampledTexts
 from heliostat.curation.text.tasks import TextSharding
@@ -112,6 +112,7 @@ class Sizes:
     def __init__(self) -> None:
         self.lists: dict[int, int] = {}
         """Bytes of shared lists of temporary files."""
+        self.stored_lists: dict[int, int] = {}  # bytes that the same lists have in the store, where documents are compressed
         self.rows: dict[int, int] = {}
         """Rows of shared lists of documents."""
         self.values: dict[Any, object] = {}
@@ -120,6 +121,7 @@ class Sizes:
     def share(self, reference: Any, value: object) -> object:
         self.values[id(reference)] = value
         self.lists[id(value)], self.rows[id(value)] = spilled_bytes(value), _rows(value) if isinstance(value, list) else 0
+        self.stored_lists[id(value)] = spilled_bytes(value, stored=True)
         return reference
 
     def read(self, task: Task) -> int:
@@ -152,6 +154,13 @@ class Sizes:
         loaded = replace(loaded, bytes=task.bytes - spilled_bytes(task.arguments["runs"]))
         return self.files(loaded), self.read(loaded)
 
+    def stored(self, task: Task, read: int) -> int:
+        """Returns the bytes that the store sends for `read` bytes of a task's temporary files, by the mean of these files."""
+        shared, own = [self.values.get(id(value), value) for value in task.shared.values()], list(task.arguments.values())
+        bytes = sum(self.lists[id(value)] if id(value) in self.lists else spilled_bytes(value) for value in shared)
+        stored = sum(self.stored_lists[id(value)] if id(value) in self.lists else spilled_bytes(value, True) for value in shared)
+        return read * (stored + spilled_bytes(own, True)) // all_bytes if (all_bytes := bytes + spilled_bytes(own)) else read
+
     def of_runs(self, task: Task) -> tuple[int, int]:
         """Returns the rows and bytes of all temporary files of documents from which a task reads its share."""
         runs = task.arguments.get("runs") or task.shared["runs"]
@@ -169,27 +178,20 @@ class Sizes:
         """Returns the number of spilled files from which a task reads."""
         if description := images.fetched(task):
             return len(description["names"]) if isinstance(description["names"], list) else NAMES
-        return self.shared_files(task) + sum(map(_files_in, task.arguments.values()))
+        return self.shared_files(task) + sum(map(files_in, task.arguments.values()))
 
     def shared_files(self, task: Task) -> int:
         """Returns the number of spilled files from which all tasks of a call read."""
-        return sum(_files_in(self.values.get(id(value), value)) for value in task.shared.values())
+        return sum(files_in(self.values.get(id(value), value)) for value in task.shared.values())
 
 
-def _files_in(value: object) -> int:
-    """Returns the number of temporary files in an argument of a task."""
-    if isinstance(value, list):
-        return len(value) if value and isinstance(value[0], str | SpilledRun) else 0
-    return int(isinstance(value, SpilledRun))
-
-
-def spilled_bytes(value: object) -> int:
-    """Sums the sizes of the spilled files and runs in a value."""
+def spilled_bytes(value: object, stored: bool = False) -> int:
+    """Sums the sizes of the spilled files and runs in a value. `stored`: counts the bytes of the runs' files in the store."""
     if isinstance(value, SpilledRun):
-        return value.bytes
+        return spill.size_of(value.name) or 0 if stored else value.bytes
     if isinstance(value, str):
         return spill.size_of(value) or 0
-    return sum(map(spilled_bytes, value)) if isinstance(value, list | tuple) else 0
+    return sum(spilled_bytes(part, stored) for part in value) if isinstance(value, list | tuple) else 0
 
 
 def _share_of_keys(arguments: Mapping[str, Any]) -> float:
@@ -273,7 +275,7 @@ def _growing(value: str) -> int | None:
 def _merged(kind: TaskKind, task: Task, read: int, profile: Profile, sizes: Sizes) -> dict[str, Any]:
     """Returns the record of a task of a kind that a small sample doesn't need: merging, summing counts, counting lines,
     surveying compressed files, or listing dropped documents. Raises ConfigError for other kinds."""
-    seconds, name = read / MERGE_BYTES_PER_S, named(task.key, read)
+    seconds, name = read / MERGE_BYTES_PER_S, named(task.key, sizes.stored(task, read))
     if kind.function in (merging.merge, merging.merge_spills):
         all_rows, all_bytes = sizes.of_runs(task)
         rows = all_rows * read // max(1, all_bytes)

@@ -10,10 +10,11 @@ from typing import Any
 
 from heliostat.curation.images.sources import FILES_PER_TASK
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.text import sources
+from heliostat.curation.text import ahead
 from heliostat.tasks import spill
 from heliostat.tasks.advance import FILES
 from heliostat.tasks.clusters import Task
+from heliostat.tasks.spill import SpilledRun
 
 PART_BYTES = 10 << 20  # of an upload in parts
 PLAIN_BYTES = 5 << 20  # a file below this size is written with one request
@@ -50,13 +51,15 @@ class Requests:
     def busiest(self) -> dict[str, float]:
         return {prefix: max(buckets.values()) / BUCKET_S for prefix, buckets in self.buckets.items()}
 
-    def of_task(self, kind: str, task: Task, record: dict[str, Any], files: int, footers: int, read: int, at: float,
-                cpus: int) -> float:  # fmt: skip
+    def of_task(self, kind: str, task: Task, record: dict[str, Any], files: int, footers: int, read: int, stored: int,
+                at: float, cpus: int) -> float:  # fmt: skip
         """Counts the requests of a task that begins at `at` (virtual seconds) on `cpus` CPUs, and returns the seconds that the
         task takes. The requests are spread evenly over these seconds, because a task reads and writes while it works. Files whose
         names begin with a digest are spread evenly over their prefixes, so one of SPREAD prefixes stands for all.
 
-        `files`, `read`: the number of temporary files, and the bytes, that the task reads. `footers`: see `range_reads`.
+        `files`, `read`: the number of temporary files, and the bytes, that the task reads. `stored`: the bytes that the store
+        sends for them, because documents are compressed there. `footers`: see `range_reads`. A task reads temporary files in
+        advance, and the input's files after the first block.
         """
         inputs = Counter[str]()
         for part in input_parts(task):
@@ -66,11 +69,12 @@ class Requests:
         written = record.get("shards", [record] if "file_bytes" in record else [])
         puts_spilled, puts_shards = sum(map(puts, sizes)), sum(puts(shard["file_bytes"]) for shard in written)
         requests = inputs.total() + ranges + puts_spilled + puts_shards + 1
-        storing, of_cpus = requests * REQUEST_S / FILES + read / NODE_BYTES_PER_S, record["seconds"] / cpus
-        seconds = REQUEST_S + max(of_cpus, storing) if files else of_cpus + storing  # reads spilled files in advance
+        storing, of_cpus = requests * REQUEST_S / FILES + stored / NODE_BYTES_PER_S, record["seconds"] / cpus
+        first = min(stored, ahead.MOST_AHEAD) / NODE_BYTES_PER_S if inputs else 0.0
+        seconds = REQUEST_S + first + max(of_cpus, storing) if files or inputs else of_cpus + storing
         for folder, count in inputs.items():
-            self.add(f"input{folder}", count, read * count // max(1, inputs.total()), at, seconds)
-        self.add(f"work/spill{FIRST}", (ranges + puts_spilled) / SPREAD, (read if files else 0) + sum(sizes), at, seconds)
+            self.add(f"input{folder}", count, stored * count // max(1, inputs.total()), at, seconds)
+        self.add(f"work/spill{FIRST}", (ranges + puts_spilled) / SPREAD, (stored if files else 0) + sum(sizes), at, seconds)
         self.add(f"work/done/{kind}{FIRST}", 1 / SPREAD, 0, at + seconds)
         for shard in written:  # in a folder for each shard, such as shards/01234
             folder = shard["path"].rpartition("/")[0]
@@ -89,7 +93,7 @@ def segment(part: FilePart) -> str:
 
 def part_reads(part: FilePart) -> int:
     """Returns the number of requests that read a part: at least one for each file."""
-    return max(part_files(part), sources.reads(part.length))
+    return max(part_files(part), ahead.reads(part.length))
 
 
 def part_files(part: FilePart) -> int:
@@ -110,6 +114,13 @@ def input_parts(task: Task) -> list[FilePart]:
     """Returns the parts of the input that a task reads."""
     files = [*task.arguments.get("piece", []), task.arguments.get("part")]
     return [part for part in files if isinstance(part, FilePart)]
+
+
+def files_in(value: object) -> int:
+    """Returns the number of temporary files in an argument of a task."""
+    if isinstance(value, list):
+        return len(value) if value and isinstance(value[0], str | SpilledRun) else 0
+    return int(isinstance(value, SpilledRun))
 
 
 def named(what: str, bytes: int) -> str:

@@ -219,7 +219,8 @@ class VirtualExecutor:
             record = synthesized(self.kind, self.call, task, read, cluster.profile, cluster.sizes)
             files, loaded = cluster.sizes.loads(self.kind, task, read)
             footers = files if at == begin else files - cluster.sizes.shared_files(task)
-            seconds = cluster.requests.of_task(self.kind.name, task, record, files, footers, loaded, at, cpus)
+            stored = cluster.sizes.stored(task, loaded)
+            seconds = cluster.requests.of_task(self.kind.name, task, record, files, footers, loaded, stored, at, cpus)
             end = at + self._on_web(task, self._stretched(at, seconds * slow))
             fault = self._poison(task, shared, record)
             if (gone := cluster.failure(node, at, at + (end - at) / 2 if fault else end)) is not None:

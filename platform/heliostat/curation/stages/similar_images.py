@@ -10,7 +10,7 @@ of the hashes in memory, for any number of images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import accumulate
 from typing import ClassVar
 
 from pydantic import Field
@@ -22,6 +22,7 @@ from heliostat.curation.engine import Curated, filled
 from heliostat.curation.segment import SpilledRun
 from heliostat.curation.stage import GlobalStage
 from heliostat.errors import HeliostatError
+from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
@@ -74,11 +75,13 @@ class SimilarImages(GlobalStage):
         return [r["names"] for r in flow.all(f"{kind}-names", alike.name, by_parts(flow, kind, parts, faces, {"fates": fates}))]
 
 
-def _facing(runs: list[SpilledRun], memory_limit: int, exact: bool) -> Iterator[Task]:
-    """Yields the tasks that list the hashes of the images in several runs each."""
-    first = 0
-    for group in filled(runs, lambda run: run.rows, memory_limit // IMAGE_BYTES, RUNS):
-        arguments = {"first": first, "runs": group, "exact": exact}
+def _facing(runs: list[SpilledRun], memory_limit: int, exact: bool) -> CountedTasks:
+    """Returns the tasks that list the hashes of the images in several runs each."""
+    groups = list(filled(runs, lambda run: run.rows, memory_limit // IMAGE_BYTES, RUNS))
+
+    def task(group: list[SpilledRun], first: int) -> Task:
         decisions = [[run.name, run.decided] for run in group]
-        yield Task(key("faces", first, decisions, exact), arguments, bytes=sum(run.bytes for run in group))
-        first += len(group)
+        arguments = {"first": first, "runs": group, "exact": exact}
+        return Task(key("faces", first, decisions, exact), arguments, bytes=sum(run.bytes for run in group))
+
+    return CountedTasks(map(task, groups, accumulate(map(len, groups), initial=0)), len(groups))

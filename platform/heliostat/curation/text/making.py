@@ -6,7 +6,7 @@ import base64
 import logging
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
 from math import ceil
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ from heliostat.errors import ConfigError
 from heliostat.tasks import libraries, merging, spill
 from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.merging import ShardRange
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
@@ -83,16 +84,17 @@ class Reading(Making):
 
         return self.shards(write, work())
 
-    def definition(self, curated: Curated, markers: tuple[str, ...] = ()) -> str:
-        """Returns the definition (JSON) of the pipeline's existing tokenizer, or trains a tokenizer. The training text is a
-        sample: the documents with the lowest hashes, up to `train_bytes`. `markers`: additional special tokens."""
-        if self.given_tokenizer is not None:
-            return self.given_tokenizer
+    def definition(self, curated: Curated, markers: tuple[str, ...] = ()) -> Callable[[], str]:
+        """Returns a function that returns the definition (JSON) of the pipeline's existing tokenizer, or starts to train a
+        tokenizer, for whose end the function waits. The training text is a sample: the documents with the lowest hashes, up to
+        `train_bytes`. `markers`: additional special tokens."""
+        if (existing := self.given_tokenizer) is not None:
+            return lambda: existing
         config = self.tokenizer | ({"markers": markers} if markers else {})
         arguments = {**self._training_text(curated.runs), "config": config}
         train = Task(key("tokenizer", arguments, libraries.versions(["tokenizers"])), arguments)
-        (record,) = self.flow.all("tokenizer", tasks.train_on, iter([train]))
-        return segment.load(self.flow.work.spill, record["definition"])
+        training = self.flow.ahead("tokenizer", tasks.train_on, iter([train]))
+        return lambda: segment.load(self.flow.work.spill, training()[0]["definition"])
 
     def _training_text(self, runs: list[SpilledRun]) -> dict[str, Any]:
         """Copies the documents with the lowest hashes to a few temporary files. Returns the arguments of the task that trains the
@@ -178,16 +180,20 @@ class TextMaking(Reading):
         return [self.source.input, vars(self.source.rules)]
 
     def write(self, curated: Curated) -> WrittenShards:
-        definition, came = self.definition(curated, OWN if self.infill else ()), curated.bytes
-        infill = self._infill(tokens.load(definition))
-        definition = infilling.marking(definition, infill["names"]) if infill else definition
-        facts = self.tokenizer_facts(definition, self.tokenizer["end_of_document"])
-        totals, ends = Totals(facts["vocab_size"]), list[str]()
+        trained, came, duplicates, ends = self.definition(curated, OWN if self.infill else ()), curated.bytes, 0, list[str]()
         if self.together is not None:  # grouping drops exact duplicates
             fix = "use a column with smaller groups, or remove this value from the documents"
             problem = f"together.column: {self.together.column!r}"
-            totals.duplicates, ends = self.regrouped(curated, self.together, problem, fix)
-        for record in self._shards(curated, definition, facts["end_of_document"], infill):
+            duplicates, ends = self.regrouped(curated, self.together, problem, fix)
+        shards = self.count(curated)
+        ranges = self.ranges(curated.runs, shards)
+        definition = trained()
+        infill = self._infill(tokens.load(definition))
+        definition = infilling.marking(definition, infill["names"]) if infill else definition
+        facts = self.tokenizer_facts(definition, self.tokenizer["end_of_document"])
+        totals = Totals(facts["vocab_size"])
+        totals.duplicates = duplicates
+        for record in self._shards(curated, shards, ranges, definition, facts["end_of_document"], infill):
             ends += record["ends"]
             for shard in record["shards"]:
                 totals.add(shard)
@@ -228,9 +234,9 @@ class TextMaking(Reading):
         if totals.cut:
             log.info("chunk_tokens: split longer documents at %d places. No token is lost", totals.cut)
 
-    def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    def _shards(self, curated: Curated, shards: int, ranges: list[ShardRange], definition: str, end: int,
+                infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:  # fmt: skip
         """Writes the shards, and yields their records. If there are many small shards, each task writes several."""
-        shards = self.count(curated)
         plan = TextSharding(self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill,
                             bool(self.together) or None, **recording.arguments(self.every))  # fmt: skip
         described = {name: value for name, value in vars(plan).items() if value is not None}
@@ -238,7 +244,7 @@ class TextMaking(Reading):
         reads, shared = curated.bytes * each // shards, self.flow.share(plan)
 
         def work() -> Iterator[Task]:
-            for part in spread(self.ranges(curated.runs, shards)):
+            for part in spread(ranges):
                 follows = key("shards", identities(part.runs), described, libraries.versions(["tokenizers"]))
                 shared_run = {"runs": self.flow.share(part.runs), "plan": shared}
                 for first in spread(range(part.first, part.stop, each)):

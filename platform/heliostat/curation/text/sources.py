@@ -29,10 +29,11 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.readers.streams import CODECS
 from heliostat.curation.readers.streams import LeftOutError as LeftOutError
+from heliostat.curation.text.ahead import ReadAhead, changed, of_object
 from heliostat.errors import AccessError, ConfigError, DataError
 from heliostat.storage.hub import names
 from heliostat.storage.locations import Location
-from heliostat.storage.s3_client import Listed, RewrittenError
+from heliostat.storage.s3_client import Listed
 from heliostat.text import brief, printable
 
 log = logging.getLogger(__name__)
@@ -40,9 +41,6 @@ log = logging.getLogger(__name__)
 STDLIB = "python:stdlib"
 FIELD = 1 << 17  # maximum characters of a value in a .csv with images or URLs; the limit is global, so it is set before each file
 BYTES = {"extract": "pages or web archives", "pdf": "PDFs"}  # the inputs that each stage turns into text
-AHEAD = 4 << 20  # bytes of a file per read
-MOST_AHEAD = 32 << 20  # maximum bytes of an object per read in order, because a store limits the requests per second
-LINE = 64 << 10  # bytes after the end of a range that a read includes, for the last line of the range
 # folders that don't belong to the library: installed packages, tests (with intentionally invalid data), compiled files
 STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -169,7 +167,7 @@ def fetch(base: Location, path: str, limit: int, part: FilePart | None = None) -
     """
     with _readable(base, path) as place:
         listed = place.is_s3 and part is not None and part.etag
-        data = _of_object(place, part, 0, min(part.bytes, limit + 1)) if listed and part else place.read(limit + 1)
+        data = of_object(place, part, 0, min(part.bytes, limit + 1)) if listed and part else place.read(limit + 1)
     if len(data) > limit:
         raise LeftOutError("too_large", f"more than {limit:,} bytes")
     return data
@@ -190,7 +188,7 @@ def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) 
             size = place.attempt(file.size)
     if size > limit:
         raise LeftOutError("too_large", f"more than {limit:,} bytes")
-    return _ReadAhead(place, file, size, part)
+    return ReadAhead(place, file, size, part)
 
 
 def rows(base: Location, path: str, limit: int, part: FilePart | None = None) -> Iterator[Any]:
@@ -232,76 +230,6 @@ def _readable(base: Location, path: str) -> Iterator[Location]:
         raise LeftOutError("unreadable", str(e)) from e
 
 
-class _ReadAhead(io.RawIOBase):
-    """Wraps an input file, on disk or in an object store, as a Python file object that reads a few megabytes ahead. A read of an
-    object in order reads up to MOST_AHEAD bytes: the rest of `part`, and LINE bytes more."""
-
-    def __init__(self, place: Location, file: pa.NativeFile | None, size: int, part: FilePart | None) -> None:
-        self.place, self.file, self.part, self.length, self.at = place, file, part, size, 0
-        self.stop, self.starts = self.length, [0]
-        if part is not None:
-            start = part.packed.frame if part.packed else part.start
-            self.stop, self.starts = part.start + part.length, [start, start - 1]
-        self.block, self.begin, self.has_read = b"", 0, False
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        content = self.read(len(buffer))
-        buffer[: len(content)] = content
-        return len(content)
-
-    def size(self) -> int:
-        return self.length
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = offset + (0, self.at, self.length)[whence]
-        return self.at
-
-    def read(self, size: int = -1) -> bytes:
-        size = self.length - self.at if size is None or size < 0 else min(size, self.length - self.at)
-        if size <= 0:
-            return b""
-        if not (self.begin <= self.at and self.at + size <= self.begin + len(self.block)):
-            size_ahead = min(max(size, self._ahead()), self.length - self.at)
-            self.block = b""  # so that memory has one block
-            self.begin, self.block = self.at, self._fetched(self.at, size_ahead)
-            self.has_read = True
-        start = self.at - self.begin
-        content = self.block[start : start + size]
-        self.at += len(content)
-        return content
-
-    def _ahead(self) -> int:
-        """Returns the number of bytes to read from here."""
-        in_order = self.begin < self.at <= self.begin + len(self.block) if self.block else self.at in self.starts
-        left = self.stop + LINE - self.at
-        return min(MOST_AHEAD, left) if self.place.is_s3 and in_order and left > 0 else AHEAD
-
-    def _fetched(self, begin: int, size: int) -> bytes:
-        if self.file is None:
-            assert self.part is not None
-            try:
-                return _of_object(self.place, self.part, begin, begin + size)
-            except FileNotFoundError as e:
-                begun = self.part.start or self.has_read  # then some documents are already read
-                raise (changed(self.place, self.part, None) if begun else LeftOutError("unreadable")) from e
-        file = self.file
-        return self.place.attempt(lambda: file.read_at(size, begin))
-
-
-def reads(bytes: int) -> int:
-    """Returns the number of reads of `bytes` bytes of an object, in order."""
-    return -(-bytes // MOST_AHEAD)
-
-
 def _as_listed(place: Location, part: FilePart) -> int:
     """Returns the size of an object in an object store, in bytes. Raises FileNotFoundError if the object is missing, and
     DataError if the ETag or the size has changed since the listing, or if an object that is read in ranges is missing.
@@ -316,19 +244,11 @@ def _as_listed(place: Location, part: FilePart) -> int:
     return info.size
 
 
-def _of_object(place: Location, part: FilePart, begin: int, end: int) -> bytes:
-    """Reads the bytes `begin` to `end` of an object. Raises DataError if the object was rewritten since the listing."""
-    try:
-        return place.read_object(begin, end, part.etag) if begin < end else b""
-    except RewrittenError as e:
-        raise changed(place, part, info.size if (info := place.info()) else part.bytes) from e
-
-
 def require_unchanged(base: Location, part: FilePart) -> None:
     """Raises DataError if a file has changed since the input was listed, or if a file that is read in ranges is missing: other
     tasks may have read its earlier ranges. Does nothing for a folder, or if the listing isn't known.
 
-    Also does nothing for an object with an ETag, because each read of the object checks the ETag (`_of_object`).
+    Also does nothing for an object with an ETag, because each read of the object checks the ETag (`ahead.of_object`).
     """
     place = base.join(part.path) if part.path else base
     if not part.modified or part.etag:
@@ -341,19 +261,6 @@ def require_unchanged(base: Location, part: FilePart) -> None:
     unit = 1_000_000_000 if base.is_s3 else 1  # for one file, a store returns whole seconds; in listings, maybe fractions
     if (info.size, info.mtime_ns // unit) != (part.bytes, part.modified // unit):
         raise changed(place, part, info.size)
-
-
-def changed(place: Location, part: FilePart, size: int | None) -> DataError:
-    """Returns the error for a file that has changed since the input was listed. `size`: the file's bytes now; None if the file is
-    missing."""
-    other = "content" if part.etag else "modification time"
-    same = f"has the same size now, but another {other}"
-    now = "is missing now" if size is None else same if size == part.bytes else f"has {size:,} bytes now"
-    fix = "Restore the file, then start" if size is None else "Start"
-    return DataError(
-        f"input: {place}: changed during the run: the file had {part.bytes:,} bytes at the start, and {now}. "
-        f"{fix} the command again. Then heliostat processes the file again"
-    )
 
 
 def inside(base: Location, path: str) -> bool:

@@ -23,7 +23,7 @@ from heliostat.curation.readers import archives, clones
 from heliostat.curation.readers.streams import BLOCK
 from heliostat.curation.segment import SpilledRun
 from heliostat.curation.stage import Document, Dropped
-from heliostat.curation.text import documents, gathering, infilling, repositories, sources, token_counts, tokens
+from heliostat.curation.text import ahead, documents, gathering, infilling, repositories, sources, token_counts, tokens
 from heliostat.data import manifest, row_groups, versions
 from heliostat.data.infilling import Markers
 from heliostat.data.manifest import FILES, SHARDS
@@ -53,7 +53,7 @@ class TextSource:
         if fixed:
             sources.require_unchanged(base, part)
         yield from read_file(base, part.path, self.rules, part)
-        if fixed and (not base.is_s3 or part.length > sources.AHEAD):  # in a store, only files that take several requests
+        if fixed and (not base.is_s3 or part.length > ahead.AHEAD):  # in a store, only files that take several requests
             sources.require_unchanged(base, part)
 
     def finish(self, document: Document) -> Document | Dropped:
