@@ -292,10 +292,13 @@ def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, a
     known = work.read(kind, key)
     if known is not None and known.get("run") == run:
         return known
-    start, cpu = time.monotonic(), cpu_time.now()
+    start, cpu, loaded = time.monotonic(), cpu_time.now(), cpu_time.loaded()
     pa.set_memory_pool(pa.system_memory_pool())  # other pools keep freed memory, several times as much as a task needs
     result = function(work.spill, **arguments, **shared)
-    record: dict[str, Any] = {**result, "seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3)}
+    spent, loading = cpu_time.now() - cpu, cpu_time.loaded() - loaded
+    record: dict[str, Any] = {**result, "seconds": round(spent + loading, 3), "wall": round(time.monotonic() - start, 3)}
+    if loading:
+        record["opening"] = record.get("opening", 0.0) + loading
     record["run"] = run
     pa.default_memory_pool().release_unused()
     if time.monotonic() - (start if begun is None else begun) > LATE_S and work.is_removed:  # a shorter call has no copy
