@@ -45,22 +45,22 @@ class Bert(Recipe, Evaluates, Generates, Serves):
 
     def build(self) -> torch.nn.Module:
         if self.pretrained and torch.get_default_device().type != "meta":
-            return self.load(Path(self.pretrained)).float().train()
+            return self.load(Path(self.pretrained)).train()
         return from_config(getattr(transformers, self.auto), self.config).train()
 
     def save_config(self, folder: Path) -> None:
-        self.config.architectures = [self.architecture]
+        self.config.architectures, self.config.dtype = [self.architecture], None  # the type is that of the weights
         self.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> torch.nn.Module:
-        return getattr(transformers, self.auto).from_pretrained(folder)
+        return getattr(transformers, self.auto).from_pretrained(folder, dtype=torch.float32)
 
     @classmethod
     def generator(cls, folder: Path, options: dict[str, Any]) -> Callable[[list[Request]], list[Generated]]:
         if options:
             raise ConfigError(f"generate: a {cls.__name__} has no option {', '.join(options)}")
-        model = getattr(transformers, cls.auto).from_pretrained(folder).eval()
+        model = getattr(transformers, cls.auto).from_pretrained(folder, dtype=torch.float32).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 
         @torch.no_grad()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,8 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from heliostat.recipes.images import diffusers_folder, exporting
 from heliostat.recipes.images.pipeline import TextToImagePipeline, generators
+from heliostat.recipes.images.server import ImageServer
+from PIL import Image
 from transformers import CLIPTextModel
 
 from tests.unit.build_images import SD3, UNET
@@ -127,3 +132,22 @@ def test_sd3_with_its_three_text_encoders_is_exported_as_stable_diffusion_3_and_
         changed = recipe(digits, **{**keys, **other})
         assert exporting.standard(changed.parts, changed.process) is None
     assert np.asarray(theirs).shape == (2, 8, 8, 1) and float(np.abs(np.asarray(theirs) - np.asarray(ours)).max()) < 2e-3
+
+
+def test_mlflows_server_computes_in_fp32_with_a_frozen_text_encoder_in_bf16(digits, tmp_path):
+    """The export has a copy of the text encoder's folder, and transformers would load it in bf16. Then the UNet in fp32 couldn't
+    read its output."""
+    frozen = clip(tmp_path / "clip", digits)
+    CLIPTextModel.from_pretrained(frozen, dtype=torch.bfloat16).save_pretrained(frozen)
+    text = {"pretrained": str(frozen), "length": 8}
+    made = recipe(digits, text=text, autoencoder={"pretrained": str(autoencoder(tmp_path / "vae", 1))})
+    torch.manual_seed(0)
+    folder = export(made, woken(made.build()).eval(), tmp_path / "out")
+    assert DiffusionPipeline.from_pretrained(folder).text_encoder.dtype == torch.bfloat16
+    served = ImageServer()
+    served.load_context(SimpleNamespace(artifacts={"model": str(folder)}))
+    assert {part.dtype for part in served.pipeline.components.values() if isinstance(part, torch.nn.Module)} == {torch.float32}
+    ours = diffusers_folder.load(folder)("seven", num_inference_steps=3, guidance_scale=4.0, generator=generators([5])).images
+    (theirs,) = served.predict(None, ["seven"], {"steps": 3, "seed": 5})
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(theirs))), np.int16)
+    assert np.abs(drawn - np.asarray(ours[0], np.int16)).max() <= 1

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from heliostat import errors, schema
 from heliostat import text as text_
 from heliostat.config import spec, workspace
@@ -17,7 +18,7 @@ from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.recipes import batches, pretrained, protocol
 from heliostat.recipes.batches import pad, segments
-from heliostat.recipes.protocol import IGNORED
+from heliostat.recipes.protocol import IGNORED, Request
 from heliostat.storage.locations import Location
 
 from jobs.examples.classifier import Classifier
@@ -104,6 +105,25 @@ def test_rows_of_varying_length_are_padded_and_what_is_cut_is_counted(functions)
     torch.testing.assert_close(loss.sum, sum(alone), rtol=1e-4, atol=1e-4)  # padding changes nothing
     assert loss.parts["cut"].value == np.mean([n > 64 for n in lengths]) and loss.parts["cut"].weight == 0
     assert 0 < loss.parts["padding"].value < 1
+
+
+def test_an_export_names_the_type_of_its_weights_and_is_computed_in_fp32(functions, tmp_path, monkeypatch):
+    """In bf16, an answer would depend on its batch. A base in fp32 doesn't change this."""
+    made = Classifier(job(**CLASSIFIER))
+    made.bind([functions])
+    base = made.build()
+    base.save_pretrained(tmp_path / "base")
+    tuned = Classifier(job(**{**CLASSIFIER, "model": {"pretrained": str(tmp_path / "base")}}))
+    tuned.bind([functions])
+    tuned.build().to(torch.bfloat16).save_pretrained(tmp_path / "export")
+    tuned.save_config(tmp_path / "export")
+    kind = transformers.AutoModelForSequenceClassification
+    assert kind.from_pretrained(tmp_path / "export").dtype == torch.bfloat16
+    assert tuned.load(tmp_path / "export").dtype == torch.float32
+    used = list[torch.dtype]()
+    monkeypatch.setattr(Classifier, "answer", lambda model, *_: used.append(model.dtype))
+    Classifier.generator(tmp_path / "export", {})([Request("def", 0, None)])
+    assert used == [torch.float32]
 
 
 def test_f1_is_of_all_samples_together():

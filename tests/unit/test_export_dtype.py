@@ -121,10 +121,15 @@ def test_each_way_to_compute_an_export_is_in_fp32(model):
     assert answer(model, "def ", {"max_tokens": 4}, 0, None).facts["text"] == server.predict(None, ["def "], {"max_tokens": 4})[0]
 
 
-def test_another_model_is_computed_in_the_type_of_its_configuration(model, precision, tmp_path):
-    """A folder of the Hub in bf16 keeps its memory and speed on a GPU."""
+@pytest.mark.parametrize("named", [True, False])
+def test_another_model_is_computed_in_the_type_of_its_configuration(model, precision, tmp_path, named):
+    """A folder of the Hub in bf16 keeps its memory and speed on a GPU. If its configuration names no type, both engines use
+    the type of its weights."""
     folder = shutil.copytree(model, tmp_path / "hub")
     (folder / exported.RECORD).unlink()
+    if not named:
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if key != "dtype"}))
     config = transformers.AutoConfig.from_pretrained(folder)
     assert LoadedModel(folder).model.dtype == TYPES[precision]
     assert engine_options(folder, config, None, 1)["dtype"] == str(TYPES[precision]).removeprefix("torch.")

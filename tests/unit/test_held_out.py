@@ -9,12 +9,14 @@ import pyarrow as pa
 import pytest
 from heliostat.data.chunks import Gathered
 from heliostat.data.dataset import make_order, plan
-from heliostat.data.manifest import Manifest
+from heliostat.data.manifest import Manifest, read
 from heliostat.errors import ConfigError, DataError
 from heliostat.recipes import exported
+from heliostat.storage.locations import Location
 from heliostat.training.worker import evaluation
 from heliostat.validation import check
 
+from tests.unit.build_images import digits
 from tests.unit.build_job import job
 from tests.unit.test_dataset import make_dataset
 from tests.unit.test_split import prepared
@@ -48,6 +50,15 @@ def test_a_share_that_is_far_from_the_fraction_is_said(tmp_path: Path):
     coarse, fine = make_dataset(tmp_path / "a", 5, shards=2), prepared(tmp_path / "b", 2000)
     lines = faults(fine, coarse, samples=1, fraction=0.05)
     assert len(lines) == 1 and "of data.sources.1 is held out, not 0.05: the dataset has no document boundaries" in lines[0]
+
+
+def test_a_share_that_is_rounded_down_names_the_exact_fractions(tmp_path: Path):
+    """An image dataset knows its images' positions, but a row group ends only at exact fractions and at its size."""
+    source = read(Location(str(digits(tmp_path / "digits", 300, chunk=300))))
+    (line,) = faults(source, samples=1, fraction=0.19)
+    assert "of data.sources.0 is held out, not 0.19: heliostat holds out whole documents and images, and rounds down" in line
+    assert line.endswith("unlike 0.01, 0.02, and 0.05 (docs/data-order.md#exact-fractions)")
+    assert faults(source, samples=1, fraction=0.2) == []
 
 
 def test_a_dataset_of_which_nothing_can_be_held_out_is_refused(tmp_path: Path):

@@ -167,11 +167,13 @@ def test_float16_is_the_dataset_without_the_key_and_int8_is_another_one(made: di
 def test_records_of_earlier_versions_give_their_images_without_an_error() -> None:
     """Work folders have records without errors. The error of the other images isn't that of the dataset."""
     errors = {"latent": vars(StoredError("float16", 4.0, 1e-6))}
-    old, new = {"dealt": ["a", 1, 10], "files": []}, {"dealt": ["b", 1, 10], "files": [], "errors": errors}
-    streamed = {"records": [{"runs": []}, {"errors": errors}, {"dealt": ["c", 1, 10]}], "runs": [], "files": []}
+    old, new = {"dealt": ["a", 1, 10], "files": []}, {"dealt": ["b", 1, 10], "files": [], ERRORS: errors}
+    streamed = {"records": [{"runs": []}, {ERRORS: errors}, {"dealt": ["c", 1, 10]}], "runs": [], "files": []}
     each = [stream.dealt(record) for record in (new, streamed)]
     assert [len(one.runs) for one in each] == [1, 1]
     assert stated([error for one in each for error in one.errors]) == {
         ERRORS: {"latent": {"dtype": "float16", "relative_error": 0.0005}}
     }
     assert stream.dealt(old).runs and stated([*stream.dealt(old).errors, *each[0].errors]) == {}
+    joint = {**old, "errors": {"latent": vars(StoredError("float16", 400.0, 1e-4))}}  # of means and log variances together
+    assert stream.dealt(joint).runs and stated([*stream.dealt(joint).errors, *each[0].errors]) == {}

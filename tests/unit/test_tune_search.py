@@ -46,6 +46,7 @@ def test_optuna_goes_on_as_if_it_had_not_been_interrupted(plan) -> None:
     pytest.importorskip("optuna", reason="needs optuna: pip install heliostat[tune]")
     made = plan(searcher={"name": "optuna", "seed": 1}).sweep
     resumed = searchers.make(made)
+    assert resumed.sweep is made and "Optuna(" in repr(resumed)
     for n in range(30):  # the lower, the better
         resumed.observe(over(n, 1e-4 * 1.16**n, float(n)))
     drawn = [resumed.draw(30 + i)[LR] for i in range(12)]

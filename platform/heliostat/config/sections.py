@@ -88,8 +88,8 @@ class Evaluate(Strict):
     samples: Count = 256
     """Maximum number of held-out samples to score. If fewer held-out samples exist, heliostat logs a warning."""
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
-    """Share of the documents to hold out, by the hash of their text. The run never trains on held-out documents. Shares of 1, 2,
-    and 5 divided by 10, 100, 1,000, or 10,000 are exact, see docs/data-order.md#held-out-documents"""
+    """Share of the documents or images to hold out, by the hash of their text or pixels. The run never trains on them. Shares of
+    1, 2, and 5 divided by 10, 100, 1,000, or 10,000 are exact, see docs/data-order.md#exact-fractions"""
     benchmarks: Benchmarks | None = None
     """Scores checkpoints on benchmark tasks during training. Unset: none. See docs/benchmark.md#while-a-run-trains"""
 

@@ -15,12 +15,12 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import PretrainedConfig
 
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference.batch.engines import Answer, BatchEngine, Chat, Continue, Embed, Input, LoadedModel, Score
 from heliostat.inference.sampling import MOST_LOGPROBS, WRITES, Chosen, Draw
+from heliostat.recipes.folder_weights import stored_dtype
 from heliostat.recipes.precision import compute_dtype
 from heliostat.recipes.text.generator import Sampling
 
@@ -45,7 +45,7 @@ def engine_options(
     """Returns the arguments of a vLLM engine for a folder's model. vLLM computes in the same type as transformers
     (`compute_dtype`), and ignores the folder's code and its sampling settings. `ranks`: ranks of the adapters to load."""
     chosen = compute_dtype(folder)
-    dtype = (config.dtype or torch.float32) if chosen == "auto" else chosen  # with auto, vLLM computes fp32 models in fp16
+    dtype = (config.dtype or stored_dtype(folder)) if chosen == "auto" else chosen  # with auto, vLLM computes fp32 in fp16
     adapters = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank(max(ranks))} if ranks else {}
     return {
         "model": str(folder.absolute()), "dtype": str(dtype).removeprefix("torch."), "max_model_len": longest,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,14 @@ def find(model: torch.nn.Module, noted: list[Pretrained | Computed]) -> dict[int
         if id(parameter) not in stored and id(parameter) not in by_tensor:
             raise UnreadableError(f"the parameter {name!r} isn't in a pretrained folder")
     return {**stored, **by_tensor}
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Returns the type of a folder's first floating-point weight, in which transformers computes if config.json names no type.
+    Returns fp32 if the folder has no safetensors file that heliostat can read."""
+    with suppress(UnreadableError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return next((one.dtype for one in _listed(folder).values() if one.dtype.is_floating_point), torch.float32)
+    return torch.float32
 
 
 def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:

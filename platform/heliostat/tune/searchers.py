@@ -60,6 +60,7 @@ class Optuna(Searcher):
     order."""
 
     def __init__(self, sweep: Sweep) -> None:
+        super().__init__(sweep)
         require_optuna()
         import optuna
         from ray.tune.search.optuna import OptunaSearch

@@ -348,7 +348,8 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
     for i, (mine, of, known) in enumerate(zip(held_rows, total, has_places, strict=True)):
         if not fraction / 2 <= mine / of <= 2 * fraction:
             why = (
-                "heliostat holds out whole documents"
+                "heliostat holds out whole documents and images, and rounds down fractions that aren't exact, unlike 0.01, 0.02, "
+                "and 0.05 (docs/data-order.md#exact-fractions)"
                 if known
                 else "the dataset has no document boundaries, so heliostat holds out whole row groups"
             )

@@ -40,17 +40,18 @@ class Encoding:
 
 def noted(encoded: Iterable[EncodedImages]) -> dict[str, Any]:
     """Returns the entries of a task's record about some encoded batches: the facts about features, and the errors that storing
-    adds to the other columns."""
+    adds to the other columns (ERRORS). Earlier versions of heliostat wrote `errors`, in which means and log variances share an
+    error."""
     from heliostat.recipes.images.stored_arrays import summed
 
     each = list(encoded)
     errors = {name: asdict(error) for name, error in summed(one.errors for one in each).items()}
-    return {**features.combined(one.features for one in each), "errors": errors}
+    return {**features.combined(one.features for one in each), ERRORS: errors}
 
 
 def stated(errors: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
-    """Returns the manifest's entry about the errors that storing adds, from the entries `errors` of all tasks' records. An entry
-    is None if an earlier version of heliostat, which measured no errors, has written the record."""
+    """Returns the manifest's entry about the errors that storing adds, from the entries ERRORS of all tasks' records. An entry
+    is None if an earlier version of heliostat, which measured no such errors, has written the record."""
     from heliostat.recipes.images.stored_arrays import StoredError, summed
 
     if None in errors:

@@ -16,6 +16,7 @@ from heliostat.curation.images.encoding import Encoding
 from heliostat.curation.images.tasks import Shards
 from heliostat.curation.segment import SpilledRun
 from heliostat.curation.table_stream import TableStream
+from heliostat.data.manifest_table import ERRORS
 from heliostat.storage.locations import Location
 from heliostat.tasks.clusters import Task
 
@@ -29,7 +30,7 @@ BLOCK_IMAGES = 256  # images of a block, approximately: a caption's embeddings c
 
 class DealtImages(NamedTuple):
     """Holds the temporary files of a task's images, and for each block the facts about features, and the errors of the other
-    columns (`encoding.noted`). `errors` is [None] if an earlier version of heliostat measured no errors."""
+    columns (`encoding.noted`). `errors` is [None] if an earlier version of heliostat measured no such errors."""
 
     runs: list[SpilledRun]
     features: list[dict[str, Any] | None]
@@ -40,7 +41,7 @@ def dealt(record: dict[str, Any]) -> DealtImages:
     """Returns the results in the record of a task, of the stream or not."""
     parts = record.get("records", [record])
     runs = [SpilledRun(*part["dealt"]) for part in parts if "dealt" in part]
-    errors = [part["errors"] for part in parts if "errors" in part]
+    errors = [part[ERRORS] for part in parts if ERRORS in part]
     facts = [part["features"] for part in parts if "features" in part]
     return DealtImages(runs, facts, errors if len(errors) >= len(runs) else [None])
 

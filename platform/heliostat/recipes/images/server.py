@@ -25,8 +25,9 @@ class ImageServer(PythonModel):
 
     def load_context(self, context: Any) -> None:
         diffusers_logging.disable_progress_bar()
-        # runs the folder's own pipeline.py, which was logged with this model
-        pipeline = DiffusionPipeline.from_pretrained(os.fspath(context.artifacts["model"]), trust_remote_code=True)
+        folder = os.fspath(context.artifacts["model"])
+        # runs the folder's own pipeline.py, which was logged with this model; in fp32, or text encoders would keep their type
+        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, trust_remote_code=True)
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline: Any = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
