@@ -1,10 +1,12 @@
 """Tests how tasks run: what they request from nodes."""
 
+import time
+
 import pytest
 import ray
 from heliostat.cluster import nodes
 from heliostat.storage.locations import Location
-from heliostat.tasks import crew, flow
+from heliostat.tasks import cpu_time, crew, flow
 from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.work import Work
 
@@ -61,3 +63,25 @@ def test_a_cluster_without_a_node_that_carries_the_labels_is_warned_of_once(tmp_
         )
         == 1
     )
+
+
+def spin(seconds: float) -> None:
+    start = time.process_time()
+    while time.process_time() - start < seconds:
+        pass
+
+
+def test_the_seconds_of_loading_compiled_code_are_a_tasks_opening(tmp_path):
+    """A process loads code once, so predictions of a larger input must not multiply these seconds."""
+
+    def task(folder: Location) -> dict[str, object]:
+        with cpu_time.loading():
+            spin(0.2)
+            with cpu_time.loading():  # a compiled function that calls another
+                spin(0.2)
+        start = cpu_time.now()
+        spin(0.05)
+        return {"stage": cpu_time.now() - start, "opening": 0.5}
+
+    record = flow.execute(Work(Location(str(tmp_path))), "run", "kind", "key", task, {})
+    assert 0.9 <= record["opening"] < 1.1 and record["seconds"] >= 0.45 and 0.05 <= record["stage"] < 0.2
