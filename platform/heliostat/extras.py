@@ -28,7 +28,7 @@ MODULES = {
     "serve": ("watchfiles",),
     "vllm": ("vllm",),
     "play": ("starlette", "uvicorn"),
-    "benchmark": ("lm_eval",),
+    "benchmark": ("lm_eval", "numba"),
     "gguf": ("gguf",),
     "retrieval": ("lance",),
     "server": ("psycopg", "flask_wtf"),

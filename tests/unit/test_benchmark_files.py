@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from heliostat.errors import ConfigError
+from heliostat import extras
+from heliostat.errors import ConfigError, MissingExtraError
 from heliostat.evaluation import suite, task_files
+from heliostat.evaluation.run import Benchmark
 from heliostat.storage.locations import Location
 
 TASK = {"task": "colours", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "colours.jsonl"}}}
@@ -19,6 +21,16 @@ def write(folder: Path, name: str = "colours.yaml", **changes) -> Path:
 
 
 SUITE = {"name": "small", "tasks": ["colours", {"task": "others", "fewshot": 2, "metric": "acc_norm"}]}
+
+
+def test_a_missing_compiler_is_one_line_before_any_task_is_built(tmp_path, monkeypatch):
+    """The contamination of the tasks needs Numba. Earlier, `heliostat[benchmark]` lacked it, so the command failed
+    after it had built the tasks."""
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(SUITE))
+    find = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "numba" else find(name))
+    with pytest.raises(MissingExtraError, match=r"^heliostat model benchmark needs the extra 'benchmark' \(no module 'numba'\)"):
+        Benchmark(*suite.load(tmp_path / "suite.yaml"))
 
 
 def test_a_suite_names_its_tasks_alone_or_with_what_it_sets(tmp_path):

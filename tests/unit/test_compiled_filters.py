@@ -1,9 +1,13 @@
 """Tests that compiled filters measure what their definitions say, and that Numba is imported and compiles only when needed."""
 
+import errno
+import os
 import random
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import FunctionType
 
 import pytest
 from heliostat import extras
@@ -16,6 +20,8 @@ from heliostat.curation.stages.fineweb import FineWeb
 from heliostat.curation.stages.gopher_quality import GopherQuality
 from heliostat.curation.stages.gopher_repetition import GopherRepetition
 from heliostat.errors import MissingExtraError
+from numba import config
+from numba.core.caching import CacheImpl
 
 from tests.seeds import every_seed
 from tests.unit.english_reference import tokens
@@ -190,15 +196,41 @@ def test_a_kernel_is_compiled_again_if_any_module_of_its_folder_changes(tmp_path
 
 
 def test_a_node_without_a_writable_folder_compiles_without_a_cache(monkeypatch):
-    real = compiled.njit
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    assert kernel()(21) == 42
 
-    def njit(cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function 'double': no locator available")
-        return real(**options)
 
-    monkeypatch.setattr(compiled, "njit", njit)
-    assert compiled.compiled(_double)(21) == 42
+def test_processes_that_store_two_signatures_at_once_do_not_mix_them(monkeypatch, tmp_path):
+    """Numba's own cache listed the code for integers under floats, and `2 * 2.5` was 4 from then on, in each process."""
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    one, other = kernel(), kernel()
+    other._cache._cache_file._load_index = dict  # `other` reads the index before `one` writes it
+    store = one._cache._cache_file._save_data
+    one._cache._cache_file._save_data = lambda name, code: (other(2.5), store(name, code))
+    assert one(3) == 6
+    later = kernel()
+    assert later(2.5) == 5.0 and later(3) == 6
+    assert len(later._cache_hits) == 2
+
+
+def test_a_damaged_cache_and_a_full_disk_cost_only_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    assert kernel()(3) == 6
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
+        path.write_bytes(b"")
+    damaged = kernel()
+    assert damaged(3) == 6 and not damaged._cache_hits
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert kernel()(2.5) == 5.0
+
+
+def kernel():
+    """Returns a kernel as a new process would."""
+    return compiled.compiled(FunctionType(_double.__code__, globals()))
 
 
 def _double(number):

@@ -11,12 +11,17 @@ when it processes the first document, and `heliostat check` never imports it.
 
 Numba looks only at the kernel's own file to decide whether the cached code is up to date. But a kernel also depends on other
 kernels, and on constants. So the cache's key contains a digest of all modules in the kernel's folder.
+
+Numba numbers the files of a cache, and lists them in an index. If two processes compile at once, the index can then list the
+machine code of one signature under another, until someone deletes the cache. So each file is named after its signature here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,6 +30,8 @@ from heliostat.extras import require
 
 require("curation", "numba", what="this stage")
 from numba import njit  # noqa: E402 - after the check of the extra
+from numba.core.caching import FunctionCache, IndexDataCacheFile  # noqa: E402
+from numba.core.dispatcher import Dispatcher  # noqa: E402
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,10 +39,41 @@ F = TypeVar("F", bound=Callable[..., Any])
 def compiled(function: F) -> F:
     """Returns a function that runs as machine code, and without Python's lock. Integers overflow silently, as in C."""
     function.__qualname__ += f"_{_digest(Path(function.__code__.co_filename).parent)}"  # a part of the cache's key
-    try:
-        return cast(F, njit(cache=True, nogil=True, error_model="numpy")(function))
-    except RuntimeError:  # Numba can write to no folder
-        return cast(F, njit(nogil=True, error_model="numpy")(function))
+    kernel = njit(nogil=True, error_model="numpy")(function)
+    if isinstance(kernel, Dispatcher):  # it isn't if NUMBA_DISABLE_JIT=1
+        with suppress(RuntimeError):  # Numba can write to no folder
+            cast(Any, kernel)._cache = KernelCache(function)
+    return cast(F, kernel)
+
+
+class KernelCache(FunctionCache):
+    """Stores the machine code of a kernel. If it can't be stored, for example because the disk is full, the process uses it
+    without a cache."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        locator = self._impl.locator
+        self._cache_file = KernelFiles(locator.get_cache_path(), self._impl.filename_base, locator.get_source_stamp())
+
+    def save_overload(self, signature: object, code: object) -> None:
+        with suppress(OSError):
+            super().save_overload(signature, code)
+
+
+class KernelFiles(IndexDataCacheFile):
+    """Stores one file per signature and processor. A file that is missing or damaged is written again."""
+
+    def save(self, key: object, code: object) -> None:
+        self._save_data(self._name(key), code)
+
+    def load(self, key: object) -> object:
+        with suppress(OSError, EOFError, pickle.UnpicklingError):
+            return self._load_data(self._name(key))
+        return None
+
+    def _name(self, key: object) -> str:
+        parts = repr((key, self._source_stamp, self._version))
+        return str(self._data_name_pattern.format(number=int(hashlib.sha256(parts.encode()).hexdigest()[:16], 16)))
 
 
 @lru_cache(maxsize=8)

@@ -35,7 +35,7 @@ class Benchmark:
 
     def __init__(self, suite: Suite, folder: Location, quiet: bool = False) -> None:
         """Builds the tasks. Raises ConfigError if a task is invalid. `quiet`: shows no progress."""
-        extras.require("benchmark", "lm_eval", what="heliostat model benchmark")
+        extras.require("benchmark", "lm_eval", "numba", what="heliostat model benchmark")  # Numba: for the contamination
         self.suite, self.quiet = suite, quiet
         self._cache = tempfile.TemporaryDirectory(prefix="heliostat-benchmark-")
         self._seen: dict[str, object] = {}
