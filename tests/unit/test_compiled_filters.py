@@ -184,6 +184,32 @@ assert "numba" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+OPENED = """
+import sys
+from heliostat.curation import chain, registry
+from heliostat.curation.stage import Document
+from heliostat.storage.locations import Location
+from heliostat.tasks.work import key
+
+def compiled():
+    modules = [module for name, module in sys.modules.items() if name.startswith("heliostat.curation.")]
+    return {(m.__name__, name): len(k.signatures) for m in modules for name, k in vars(m).items() if hasattr(k, "signatures")}
+
+entry = {"stage": sys.argv[1]}
+opened = chain.Chain(Location("."), [(entry, key(registry.parse(entry).follows()), ())])
+before = compiled()
+opened.run([Document("a", "The (first) sentence, e.g. don't. [1]\\n\\nIt has 10km of it.\\n"), Document("b", "")])
+assert sum(before.values()) > 0 and compiled() == before, "a document waits for the compiler"
+"""
+
+
+@pytest.mark.parametrize("stage", ["gopher_repetition", "gopher_quality", "fineweb", "c4", "lines"])
+def test_opening_a_stage_compiles_its_loops(stage):
+    """A prediction from a sample scales the seconds of documents with the input, but not the seconds of opening stages. The first
+    document that reaches a stage may be in any task: an earlier stage may drop the first batch."""
+    subprocess.run([sys.executable, "-c", OPENED, stage], check=True)
+
+
 def test_a_kernel_is_compiled_again_if_any_module_of_its_folder_changes(tmp_path):
     """Numba compares only the kernel's own file. But the kernel also depends on constants and kernels of other modules."""
     digests = []

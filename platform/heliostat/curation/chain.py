@@ -21,6 +21,7 @@ Entry = tuple[dict[str, Any], str, tuple[Shipment, ...]]
 entry lists."""
 Gone = tuple[str, str, str, str, dict[str, float], dict[str, Any]]
 BATCH, BATCH_CHARS = 64, 1 << 20  # maximum documents, and their characters, in a stage's batch
+COMPILED_WITH = "A text with which each stage calls all of its compiled functions."
 IMAGE_SHARE = 32  # bytes of an image that count as one character: an image is a few hundred times larger than a text
 
 
@@ -97,7 +98,8 @@ def bytes_of(document: Document) -> int:
 
 @lru_cache(maxsize=64)
 def _opened(entry: str, follows: str) -> Work:
-    """Opens a stage once per process. Later tasks with the same stage reuse the stage's models and lists."""
+    """Opens a stage once per process. Later tasks with the same stage reuse the stage's models and lists. Compiles the stage's
+    loops, so that these seconds count as opening, and not as the first documents' work."""
     stage = registry.parse(json.loads(entry))
     if key(stage.follows()) != follows:
         raise ConfigError(
@@ -105,4 +107,7 @@ def _opened(entry: str, follows: str) -> Work:
             "the start. Install the same files and libraries on every node, don't change them during the run, and run the "
             "command again"
         )
-    return stage.open()
+    work = stage.open()
+    if "numba" in stage.needs:
+        work([Document("", COMPILED_WITH)])
+    return work
