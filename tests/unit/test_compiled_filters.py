@@ -193,7 +193,8 @@ from heliostat.tasks.work import key
 
 def compiled():
     modules = [module for name, module in sys.modules.items() if name.startswith("heliostat.curation.")]
-    return {(m.__name__, name): len(k.signatures) for m in modules for name, k in vars(m).items() if hasattr(k, "signatures")}
+    kernels = {(m.__name__, name): k for m in modules for name, k in vars(m).items() if hasattr(k, "py_func")}
+    return {name: len(kernel.signatures) for name, kernel in kernels.items()}
 
 entry = {"stage": sys.argv[1]}
 opened = chain.Chain(Location("."), [(entry, key(registry.parse(entry).follows()), ())])

@@ -10,7 +10,7 @@ for caches. If neither is writable, each process compiles. Importing Numba takes
 when it processes the first document, and `heliostat check` never imports it.
 
 Numba looks only at the kernel's own file to decide whether the cached code is up to date. But a kernel also depends on other
-kernels, and on constants. So the cache's key contains a digest of all modules in the kernel's folder.
+kernels, and on constants. So the cache's key contains a digest of all modules in the kernel's folder, and of this one.
 
 Numba numbers the files of a cache, and lists them in an index. If two processes compile at once, the index can then list the
 machine code of one signature under another, until someone deletes the cache. So each file is named after its signature here.
@@ -27,22 +27,26 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from heliostat.extras import require
+from heliostat.tasks import cpu_time
 
 require("curation", "numba", what="this stage")
-from numba import njit  # noqa: E402 - after the check of the extra
-from numba.core.caching import FunctionCache, IndexDataCacheFile  # noqa: E402
-from numba.core.dispatcher import Dispatcher  # noqa: E402
+with cpu_time.loading():
+    from numba import njit
+    from numba.core.caching import FunctionCache, IndexDataCacheFile
+    from numba.core.dispatcher import Dispatcher
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
-    """Returns a function that runs as machine code, and without Python's lock. Integers overflow silently, as in C."""
+    """Returns a function that runs as machine code, and without Python's lock. Integers overflow silently, as in C. The seconds
+    of compiling or loading it don't count as those of documents."""
     function.__qualname__ += f"_{_digest(Path(function.__code__.co_filename).parent)}"  # a part of the cache's key
     kernel = njit(nogil=True, error_model="numpy")(function)
     if isinstance(kernel, Dispatcher):  # it isn't if NUMBA_DISABLE_JIT=1
         with suppress(RuntimeError):  # Numba can write to no folder
             cast(Any, kernel)._cache = KernelCache(function)
+        cast(Any, kernel).compile = cpu_time.loading()(kernel.compile)
     return cast(F, kernel)
 
 
@@ -78,5 +82,5 @@ class KernelFiles(IndexDataCacheFile):
 
 @lru_cache(maxsize=8)
 def _digest(folder: Path) -> str:
-    """Returns a digest of a folder's modules."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()[:12]
+    """Returns a digest of a folder's modules, and of this one."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (*sorted(folder.glob("*.py")), Path(__file__)))).hexdigest()[:12]
