@@ -113,15 +113,32 @@ def test_a_further_pass_runs_if_it_saves_more_reads_than_its_bytes_are_worth(run
     """230 TB of images had 394 million reads in one pass, and 12,535 requests per second to a prefix. Two passes and the shards
     have 70 million. For 23 TB of images, and for 1 to 10 TB of text, a second pass would take longer than the reads it saves."""
     assert merging.passes(runs, runs * mean, shards, 1 << 28) == times
-    assert reads(runs, runs * mean, shards, 1 << 28, merging._divided(shards, mean, 1 << 28)[0]) < 85e6
+    assert reads(runs, runs * mean, shards, 1 << 28, merging._divided(runs, shards, mean, 1 << 28, merging.MANY)[0]) < 85e6
 
 
-def reads(runs: int, bytes: float, shards: int, most: int, parts: int) -> float:
+def test_files_without_bytes_have_merges_too():
+    """Files of empty documents have no bytes. The rule for further passes must end for them as well."""
+    assert merging.passes(100, 0, 100, 1 << 20) == 1
+
+
+@pytest.mark.parametrize(("runs", "mean", "shards"), [(22_824, 4_559_473, 1_550), (31_184, 50_730_346, 23_573)])
+def test_a_pass_with_few_reads_after_it_is_the_last(runs, mean, shards):
+    """Of 0.1 and 1.6 TB of spills, by arithmetic. A pass that prepares another one makes larger ranges. Without the other one,
+    all passes and tasks had 1.8 and 2.8 times as many reads."""
+    many, most_files = merging.MANY_RANGES, merging.MOST_SPILLS
+    chosen = merging._divided(runs, shards, mean, 1 << 26, many, most_files)[0]
+    least = reads(runs, runs * mean, shards, 1 << 26, chosen, many, most_files)
+    for parts in (chosen // 4, chosen // 2, 2 * chosen, 4 * chosen):
+        assert least < 1.01 * reads(runs, runs * mean, shards, 1 << 26, parts, many, most_files)
+
+
+def reads(runs: int, bytes: float, shards: int, most: int, parts: int, many: int = merging.MANY,
+          most_files: int = merging.MOST_FILES) -> float:  # fmt: skip
     """Counts the reads of all passes and of the shards, by arithmetic, if the first pass divides a range into `parts` parts."""
     count, ranges = 0.0, 1
-    while merging._thin(runs, shards, bytes / runs / shards, merging.MANY):
-        parts = parts if ranges == 1 else merging._divided(shards, bytes / runs, most)[0]
-        size = min(merging.MOST_FILES, max(2, int(most * parts / (bytes / runs))))
+    while merging._thin(runs, shards, bytes / runs / shards, many):
+        parts = parts if ranges == 1 else merging._divided(runs, shards, bytes / runs, most, many, most_files)[0]
+        size = min(most_files, max(2, int(most * parts / (bytes / runs))))
         count += runs * parts * ranges
         runs, bytes, shards, ranges = -(-runs // size), bytes / parts, -(-shards // parts), ranges * parts
     return count + runs * shards * ranges
@@ -133,7 +150,7 @@ def reads(runs: int, bytes: float, shards: int, most: int, parts: int) -> float:
 def test_a_merge_has_the_number_of_parts_with_the_fewest_reads(runs, mean, shards):
     """For 100 TB and 10 TB of text, and for 230 TB of images: half or twice as many parts need more reads."""
     most = 256 << 20
-    chosen = merging._divided(shards, mean, most)[0]
+    chosen = merging._divided(runs, shards, mean, most, merging.MANY)[0]
     least = reads(runs, runs * mean, shards, most, chosen)
     for parts in (chosen // 2, 3 * chosen // 4, 4 * chosen // 3, 2 * chosen):
         assert least < 1.01 * reads(runs, runs * mean, shards, most, parts)

@@ -107,6 +107,21 @@ def test_tasks_that_start_ahead_run_at_the_same_time_as_the_next_ones(tmp_path, 
         assert [record["number"] for record in again()] == [0, 1, 2] and flow.kept == {"first": 3} and not flow.done
 
 
+@pytest.mark.parametrize("most", [0, 3])
+def test_tasks_that_start_ahead_end_with_the_flow_if_an_error_prevents_their_use(tmp_path, forked, monkeypatch, most):
+    """After the error is reported, nothing writes to the work folder, though the error's traceback still refers to the tasks.
+    Otherwise the next run in the same process shares its CPUs with them, and Ray starts again if they end after Ray."""
+    monkeypatch.setattr(ray_cluster, "ENDING_S", 0.1)
+    forked.cpus, mark = [4], tmp_path / "mark"
+    tasks = (Task(f"{n:032}", {"number": n, "mark": str(mark)}) for n in [0, *range(2, 2 + most)])
+    with pytest.raises(ValueError, match="the merge failed") as error, flow_in(tmp_path) as flow:
+        records = flow.ahead("first", wait_for, tasks)
+        raise ValueError("the merge failed")
+    mark.write_text("")
+    time.sleep(0.3)
+    assert error.tb and records and not [*(tmp_path / "work").rglob("*.json")]
+
+
 def slow_once(folder: Location, number: int, slow: str) -> dict[str, object]:
     if number == 3:
         mark = Path(slow)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -67,6 +67,8 @@ class Flow:
     cluster: Cluster = field(default_factory=RayCluster)
     repeated: list[tuple[Executor, Any]] = field(default_factory=list)
     """Calls that still run although another call has finished their tasks: (executor, reference)."""
+    early: list[Generator[tuple[int, dict[str, Any]] | None, None, None]] = field(default_factory=list)
+    """Tasks that have started with `ahead`."""
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Name of this run. Tasks compare this name with the name in a record, to find out whether this run wrote the record."""
 
@@ -144,9 +146,10 @@ class Flow:
         """Starts the tasks at once, and returns a function that waits for them, and returns their records in the tasks' order.
 
         Other tasks can run meanwhile. A task that fails runs again when the function is called, so this is for tasks that take
-        little of the cluster.
+        little of the cluster. If an error prevents the call, `close` ends the tasks.
         """
         running = self._running(kind, function, tasks, **more)
+        self.early.append(running)
         values = dict(iter(running.__next__, None))
 
         def records() -> list[dict[str, Any]]:
@@ -158,7 +161,7 @@ class Flow:
     def _running(self, kind: str, function: TaskFunction, tasks: Iterator[Task], cpus: int = 1,
                  valid: Callable[[dict[str, Any]], bool] = lambda record: True,
                  pooled: bool = False, actors: int = 0,
-                 gpus: float = 1.0) -> Iterator[tuple[int, dict[str, Any]] | None]:  # fmt: skip
+                 gpus: float = 1.0) -> Generator[tuple[int, dict[str, Any]] | None, None, None]:  # fmt: skip
         """Yields (the task's number, its record) as tasks finish, and None when all tasks have started. A task with a record that
         isn't `valid` runs again.
 
@@ -201,8 +204,12 @@ class Flow:
         return [values.pop(number) for number in range(len(values))]
 
     def close(self) -> None:
-        """Waits for the calls that still run although their tasks are finished, and cancels them after some seconds. A call that
-        continues writes no record after the work folder is removed (`execute`)."""
+        """Ends the tasks that have started ahead, and whose records nothing waits for. Waits for the calls that still run
+        although their tasks are finished, and cancels them after some seconds. A call that continues writes no record after the
+        work folder is removed (`execute`)."""
+        for running in self.early:
+            running.close()
+        self.early.clear()
         left = self.repeated[0][0].end([reference for _, reference in self.repeated]) if self.repeated else 0
         self.repeated.clear()
         if left:

@@ -82,7 +82,7 @@ def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_
 def _passes(flow: Flow, kind: str, function: TaskFunction, ranges: list[ShardRange], bounds: Bounds, run_bytes: int,
             many: int, most_files: int) -> list[ShardRange]:  # fmt: skip
     while any(thin(one, many) for one in ranges):
-        cut = [part for one in ranges if thin(one, many) for part in divided(one, run_bytes, most_files)]
+        cut = [part for one in ranges if thin(one, many) for part in divided(one, run_bytes, many, most_files)]
         work = CountedTasks(_merges(flow, cut, bounds, run_bytes), sum(-(-len(one.runs) // size) for one, size, _ in cut))
         merged_files = iter(flow.taken(kind, function, work, itemgetter("runs")))
         whole = [one for one in ranges if not thin(one, many)]
@@ -105,30 +105,40 @@ def _thin(runs: int, shards: int, part: float, many: int) -> bool:
     return shards > 1 and part < LEAST and (runs * shards > many or runs > MOST_FILES)
 
 
-def divided(one: ShardRange, run_bytes: int, most_files: int = MOST_FILES) -> Iterator[CutRange]:
+def divided(one: ShardRange, run_bytes: int, many: int | None = None, most_files: int = MOST_FILES) -> Iterator[CutRange]:
     """Splits a range of shards into smaller ranges. Yields (smaller range with the same files, number of files to merge into
     one, mean bytes of a shard in a file). A smaller range has about one row group or more in each file."""
     shards = one.stop - one.first
-    parts, size = _divided(shards, one.part * shards, run_bytes, most_files)
+    parts, size = _divided(len(one.runs), shards, one.part * shards, run_bytes, MANY if many is None else many, most_files)
     for part in range(parts):
         first, stop = (one.first + shards * at // parts for at in (part, part + 1))
         yield ShardRange(first, stop, one.runs), size, one.part
 
 
-def _divided(shards: int, mean: float, run_bytes: int, most_files: int = MOST_FILES) -> tuple[int, int]:
-    """Computes (the number of smaller ranges, the number of files to merge into one). `mean`: mean bytes of a file.
+def _divided(runs: int, shards: int, mean: float, run_bytes: int, many: int, most_files: int = MOST_FILES) -> tuple[int, int]:
+    """Computes (the number of smaller ranges, the number of files to merge into one). `mean`: mean bytes of a file; `many`: see
+    `thin`.
 
     Enough parts that no further pass is needed, unless it saves more reads than its bytes are worth (READ_AS_LONG). All files of
     later passes have `run_bytes` bytes.
     """
     times = ceil(log(max(2.0, SPARE * LEAST * shards / run_bytes), _most(shards, mean)))
-    while run_bytes * _parts(shards, mean, run_bytes, times + 1) < LEAST * shards:  # else, no further pass would follow
+    while True:
+        parts = _parts(shards, mean, run_bytes, times + 1)
+        rest = -(-shards // parts)
+        if not _thin(-(-runs // _group(parts, mean, run_bytes, most_files)), rest, run_bytes / rest, many):
+            break  # no further pass would follow
         saved = _reads_of(shards, mean, run_bytes, times) - _reads_of(shards, mean, run_bytes, times + 1)
-        if saved * READ_AS_LONG < mean:
+        if saved * READ_AS_LONG <= mean:
             break
         times += 1
     parts = _parts(shards, mean, run_bytes, times)
-    return parts, min(most_files, max(2, int(run_bytes * parts // max(1, mean))))
+    return parts, _group(parts, mean, run_bytes, most_files)
+
+
+def _group(parts: int, mean: float, run_bytes: int, most_files: int) -> int:
+    """Returns the number of files of `mean` bytes to merge into one, if each range has a share of 1 / `parts` of their bytes."""
+    return min(most_files, max(2, int(run_bytes * parts // max(1, mean))))
 
 
 def _most(shards: int, mean: float) -> int:
@@ -157,7 +167,7 @@ def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:
     """Computes the number of merge passes over `bytes` bytes in `runs` files of equal size, for `shards` shards."""
     count = 0
     while _thin(runs, shards, bytes / runs / shards, MANY):
-        parts, size = _divided(shards, bytes / runs, run_bytes)
+        parts, size = _divided(runs, shards, bytes / runs, run_bytes, MANY)
         runs, bytes, shards, count = -(-runs // size), bytes / parts, -(-shards // parts), count + 1
     return count
 
