@@ -20,7 +20,7 @@ def test_the_list_of_dropped_documents_is_the_same_from_many_temporary_files(tmp
     for selected in (1024, most):
         monkeypatch.setattr(making, "SELECTED", selected)
         output = Location(str(tmp_path / f"out{selected}"))
-        (path,) = making.listed(here, 5, curated.left_out, output)
+        (path,) = making.listed(here, 5, curated.left_out, output)()
         listed[selected] = pq.read_table(output.join(path).path).to_pylist()
     assert listed[1024] == listed[most] and [row["id"] for row in listed[most]] == [f"e{n}" for n in range(5)]
     assert len(curated.left_out) > 3 and here.done["select"] == -(-len(curated.left_out) // most)

@@ -40,7 +40,7 @@ def build(folder: Path) -> Path:
         (source / name).write_bytes((ROOT / name).read_bytes())
     for path in (ROOT / "platform").rglob("*"):
         relative = path.relative_to(ROOT)
-        if path.is_file() and path.suffix != ".pyc" and not any(p.endswith(".egg-info") for p in relative.parts):
+        if path.is_file() and not any(p == "__pycache__" or p.endswith(".egg-info") for p in relative.parts):
             (source / relative).parent.mkdir(parents=True, exist_ok=True)
             (source / relative).write_bytes(path.read_bytes())
     command = [
@@ -93,7 +93,7 @@ def unpacked(tmp_path_factory):
 
 
 def contents(folder: Path) -> set[str]:
-    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.parent.name != "__pycache__"}
 
 
 def test_a_wheel_holds_only_heliostat_and_leaves_platform_alone(unpacked):

@@ -108,9 +108,9 @@ def test_the_list_of_what_was_left_out_is_written_by_a_task_for_each_range_of_ha
     monkeypatch.setattr(reasons, "END_ROWS", 100)
     output = Location(str(tmp_path / "out"))
     flow = HereFlow(here.work)
-    listed = making.listed(flow, 301, names, output)
+    listed = making.listed(flow, 301, names, output)()
     assert len(listed) == 4 and flow.done["listed"] == 4
-    for versions in (listed, listed[:0], making.listed(flow, 1, names, output), listed):
+    for versions in (listed, listed[:0], making.listed(flow, 1, names, output)(), listed):
         prepare._list(output, versions)
         place = tmp_path / "out" / prepare.LISTED
         if not versions:
@@ -122,7 +122,7 @@ def test_the_list_of_what_was_left_out_is_written_by_a_task_for_each_range_of_ha
         assert [r for r in rows if r["reason"] == "crashed"] == [
             {"id": "poison", "reason": "crashed", "detail": "WorkerCrashedError: died"}
         ]
-        listed = making.listed(HereFlow(here.work, seed=2), 301, names, output)
+        listed = making.listed(HereFlow(here.work, seed=2), 301, names, output)()
 
 
 def test_long_columns_count_as_what_a_run_holds(tmp_path):
