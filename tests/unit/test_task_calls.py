@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
-from heliostat.tasks import calls, crew, ray_cluster
+from heliostat.tasks import calls, care, crew, ray_cluster
 from heliostat.tasks.calls import Call, CallSlots, CallTimes, Started, copied
 from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.flow import Flow, Task
@@ -193,6 +193,36 @@ def test_a_late_backup_gets_a_backup_too(tmp_path, forked, monkeypatch):
     assert slow.read_text() == "xxx" and time.monotonic() - start < 30
 
 
+def slow_and_lost(folder: Location, number: int, starts: str) -> dict[str, object]:
+    """A slow task whose first copy is lost with its node."""
+    if number == 3:
+        with Path(starts).open("a") as file:
+            file.write("x")
+        if (start := Path(starts).stat().st_size) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60 if start == 1 else 0)
+    return {"number": number}
+
+
+def test_a_late_task_gets_another_copy_if_a_copy_is_lost(tmp_path, forked, monkeypatch):
+    """In a simulation of 500 nodes, a node was lost with copies, and the step then waited minutes for the slow originals."""
+    monkeypatch.setattr(calls, "LATE_S", 0.5)
+    monkeypatch.setattr(crew, "LATE_LOOK_S", 1.0)  # the copy is lost before the next look
+    monkeypatch.setattr(ray_cluster, "ENDING_S", 0.1)
+    forked.cpus, start, starts = [2, 2], time.monotonic(), tmp_path / "starts"
+    with flow_in(tmp_path) as flow:
+        records = flow.all("some", slow_and_lost, (Task(f"{n:032}", {"number": n, "starts": str(starts)}) for n in range(18)))
+        assert [record["number"] for record in records] == list(range(18))
+    assert starts.read_text() == "xxx" and time.monotonic() - start < 30
+
+
+def test_a_task_that_was_lost_with_its_node_may_have_copies(tmp_path):
+    """Its record is the same from any copy. Only tasks that leave out documents write notes about their failures."""
+    lost = care.Trouble(count=1)
+    assert calls.Started(0, Task("a", {}), trouble=lost).can_repeat(1)
+    assert not calls.Started(0, Task("a", {}, careful=True), trouble=lost).can_repeat(1)
+
+
 def test_a_late_call_on_the_only_node_gets_no_backup(tmp_path, forked, monkeypatch):
     monkeypatch.setattr(calls, "LATE_S", 0.1)
     monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
@@ -332,7 +362,7 @@ def test_a_call_is_late_by_its_size_and_only_if_most_have_ended():
     large.tasks[0] = Started(0, Task("k", {}, bytes=1000, can_repeat=False))
     assert copied(times.late([small, large], 500.0), 9) == [small.tasks], "two copies would fetch from one host"
     large.tasks[0] = Started(0, Task("k", {}, bytes=1000))
-    small.tasks[0].trouble.count = 1
+    small.tasks[0] = Started(0, Task("k", {}, bytes=100, careful=True), trouble=care.Trouble(count=1))
     assert copied(times.late([small, large], 500.0), 9) == [large.tasks], "its notes are for one process"
 
 

@@ -59,10 +59,10 @@ class Started:
         return self.task.bytes or 1
 
     def can_repeat(self, most: int) -> bool:
-        """Checks whether another one of `most` copies may start. Tasks that have failed write notes, which two copies can't
-        share."""
-        fresh = self.task.can_repeat and not (self.trouble.count or self.trouble.crashed)
-        return fresh and not self.ended and self.copies < most
+        """Checks whether another one of `most` copies may start. Careful tasks that have failed write notes, which two copies
+        can't share."""
+        notes = self.task.careful and bool(self.trouble.count or self.trouble.crashed)
+        return self.task.can_repeat and not notes and not self.ended and self.copies < most
 
     @property
     def shared(self) -> frozenset[tuple[str, int]]:

@@ -192,7 +192,8 @@ class Crew:
         """Ends a call that failed. Decides which of its tasks run again, except those that another call still runs."""
         left = call.left
         for one in left:
-            one.copies = MOST_COPIES  # no further one, because it may fail too
+            if one.task.careful or not is_lost(error):
+                one.copies = MOST_COPIES  # no further one, because it may fail too
         if not (alone := [one for one in left if not one.calls]):
             log.debug("%s: one of several copies of a Ray task failed (%s)", self.kind, care.last_line(error))
             return
