@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from heliostat.curation.images.pipeline import ImagePipeline
+from heliostat.curation.prepare import InputFile
 from heliostat.curation.simulation import images, simulate, tables
 from heliostat.curation.simulation.hosts import ANSWER_S, HostCounts, WebModel, counted
 from heliostat.curation.simulation.virtual_cluster import SimulatedFaults
@@ -54,7 +55,9 @@ def simulated(folder: Path, name: str, size: int, **more: Any) -> dict[str, Any]
     return simulate.simulated(pipeline, place, pipeline.inputs(), size, (20, 16), 1.0, HereCluster(), NONE)
 
 
-def test_latents_are_rejected_before_the_sample_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_and_too_small_sizes_are_rejected_before_the_sample_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The sample would run for minutes. Without latents, the same pipeline can be simulated."""
     keys = {"name": "n", "pipeline": "heliostat.pipelines:ImagePipeline", "input": str(tmp_path), "output": str(tmp_path / "out"),
             "resolution": 16, "latents": {"autoencoder": "vae"}}  # fmt: skip
@@ -64,9 +67,12 @@ def test_latents_are_rejected_before_the_sample_is_prepared(tmp_path: Path, monk
         ConfigError, match=r"^--simulate: not supported with latents.* Simulate without them: --set latents=null$"
     ):
         simulate.simulate(tmp_path / "p.yaml", [], 10**12, (20, 16), 0.1)
-    monkeypatch.setattr(simulate, "sampling", lambda pipeline, quiet: contextlib.nullcontext((pipeline.latents, None)))
+    monkeypatch.setattr(simulate, "sampling", lambda pipeline, quiet: contextlib.nullcontext((pipeline.latents, [])))
     monkeypatch.setattr(simulate, "simulated", lambda pipeline, latents, *_: latents)
     assert simulate.simulate(tmp_path / "p.yaml", ["latents=null"], 10**12, (20, 16), 0.1) is None
+    monkeypatch.setattr(simulate, "sampling", lambda pipeline, quiet: contextlib.nullcontext((None, [InputFile("a", 9, 1)])))
+    with pytest.raises(ConfigError, match=r"^--simulate: 5 bytes are less than the input's 9\. Pass a larger size$"):
+        simulate.simulate(tmp_path / "p.yaml", ["latents=null"], 5, (20, 16), 0.1)
 
 
 @pytest.mark.parametrize("make", [make_tars, make_folders])

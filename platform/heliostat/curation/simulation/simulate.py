@@ -74,6 +74,8 @@ def simulate(path: Path, settings: list[str], size: int, nodes: tuple[int, int],
             "--simulate: not supported with latents, whose encoders run in actors. Simulate without them: --set latents=null"
         )
     with sampling(pipeline, quiet) as (folder, inputs):
+        if size < (least := sum(file.bytes for file in inputs)):
+            raise ConfigError(f"--simulate: {size:,} bytes are less than the input's {least:,}. Pass a larger size")
         return simulated(pipeline, folder, inputs, size, nodes, fraction, RayCluster(), faults)
 
 
