@@ -273,4 +273,4 @@ def test_processes_that_compile_at_once_get_the_same_words(tmp_path):
     running = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE) for _ in range(4)]
     printed = {process.communicate()[0] for process in running}
     assert len(printed) == 1 and not any(process.returncode for process in running)
-    assert [*tmp_path.rglob("*.nbi")]
+    assert [*tmp_path.rglob("*.nbc")]
