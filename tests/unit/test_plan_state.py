@@ -42,11 +42,12 @@ def test_offload_moves_state_and_loses_none():
 
 
 def test_sums_of_micro_batches_in_fp32_take_four_bytes_of_what_a_worker_sums():
-    """At stage 1 for all parameters, and not in addition to the micro-batch's own gradients; above, for its share; with one
-    micro-batch, none."""
+    """At stage 1 for all parameters; above, for its share; with one micro-batch, none. Stage 1 also keeps the micro-batch's own
+    gradients in fp16, and frees each in bf16."""
     shapes = {"a": (1000,), "b": (3000,)}
     held = {s: memory.state(shapes, frozenset(), 4, s, "bf16", persistence=0).gradients for s in (1, 2, 3)}
     assert held == {1: 4 * 4000, 2: 4 * 1000, 3: 4 * 1000}
+    assert memory.state(shapes, frozenset(), 4, 1, "fp16", persistence=0).gradients == 6 * 4000
     once = [memory.state(shapes, frozenset(), 4, s, "bf16", persistence=0, accumulates=False).gradients for s in (1, 2, 3)]
     assert once == [2 * 4000, 2 * 1000, 2 * 1000]
 

@@ -89,7 +89,9 @@ def state(
         weights = low * sum(sizes.values())
     gradients, summed = low * (trained if stage == 1 else share), 0
     if accumulates and sums_fp32 and low < 4 and not (offload_optimizer and stage < 3):
-        gradients = summed = 4 * (trained if stage == 1 else share)
+        summed = 4 * (trained if stage == 1 else share)
+        # stage 1 also keeps the gradients of the micro-batch, except in bf16 (`immediate_grad_update`)
+        gradients = low * trained + summed if stage == 1 and precision != "bf16" else summed
     elif stage == 2 and accumulates:
         gradients = low * _touched({n: s for n, s in shapes.items() if n not in frozen}, workers)
     masters, host, disk = 4 * share * (1 + averages), 0, 0
