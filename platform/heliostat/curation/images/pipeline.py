@@ -77,7 +77,6 @@ class ImagePipeline(StagedPipeline):
     """Defines the keys of an image pipeline's YAML; `heliostat.curation.images.sources` describes `input`."""
 
     later = frozenset({"max_file_bytes", "max_image_bytes", "stages", "fetch", "record_documents"})
-    beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
     """Input: `sklearn:digits`, `drawings:openmoji`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset), or a
