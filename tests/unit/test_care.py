@@ -21,7 +21,7 @@ from heliostat.curation.text import trace
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
-from heliostat.tasks import care, crew, flow, ray_cluster
+from heliostat.tasks import care, crew, flow, ray_cluster, ray_tasks
 from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import Work
@@ -90,7 +90,8 @@ class Unkept(Stage):
 @pytest.fixture
 def forked(monkeypatch) -> ForkedRay:
     made, real = ForkedRay(), registry.find
-    monkeypatch.setattr(ray_cluster, "ray", made)
+    for module in (ray_cluster, ray_tasks):
+        monkeypatch.setattr(module, "ray", made)
     monkeypatch.setattr(
         registry, "find", lambda name: {"fragile": Fragile, "plain": Plain, "unkept": Unkept}.get(name) or real(name)
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
-from heliostat.tasks import calls, care, crew, ray_cluster
+from heliostat.tasks import calls, care, crew, dispatchers, ray_cluster, ray_tasks
 from heliostat.tasks.calls import Call, CallSlots, CallTimes, Started, copied
 from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.flow import Flow, Task
@@ -25,7 +25,8 @@ pytestmark = pytest.mark.ci
 @pytest.fixture
 def forked(monkeypatch) -> ForkedRay:
     made = ForkedRay([1, 1])
-    monkeypatch.setattr(ray_cluster, "ray", made)
+    for module in (ray_cluster, ray_tasks):
+        monkeypatch.setattr(module, "ray", made)
     monkeypatch.setattr(crew, "PAUSE", Backoff(0.01, 0.01))
     monkeypatch.setattr(calls, "LATE_S", 60.0)  # on a busy machine, a short call may take seconds
     return made
@@ -111,7 +112,7 @@ def test_tasks_that_start_ahead_run_at_the_same_time_as_the_next_ones(tmp_path, 
 def test_tasks_that_start_ahead_end_with_the_flow_if_an_error_prevents_their_use(tmp_path, forked, monkeypatch, most):
     """After the error is reported, nothing writes to the work folder, though the error's traceback still refers to the tasks.
     Otherwise the next run in the same process shares its CPUs with them, and Ray starts again if they end after Ray."""
-    monkeypatch.setattr(ray_cluster, "ENDING_S", 0.1)
+    monkeypatch.setattr(ray_tasks, "ENDING_S", 0.1)
     forked.cpus, mark = [4], tmp_path / "mark"
     tasks = (Task(f"{n:032}", {"number": n, "mark": str(mark)}) for n in [0, *range(2, 2 + most)])
     with pytest.raises(ValueError, match="the merge failed") as error, flow_in(tmp_path) as flow:
@@ -134,7 +135,7 @@ def slow_once(folder: Location, number: int, slow: str) -> dict[str, object]:
 def test_a_late_call_gets_a_backup_and_the_flow_ends_the_late_one(tmp_path, forked, monkeypatch):
     monkeypatch.setattr(calls, "LATE_S", 0.5)
     monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
-    monkeypatch.setattr(ray_cluster, "ENDING_S", 0.1)
+    monkeypatch.setattr(ray_tasks, "ENDING_S", 0.1)
     start, slow = time.monotonic(), tmp_path / "slow"
     with flow_in(tmp_path) as flow:
         records = flow.all("some", slow_once, (Task(f"{n:032}", {"number": n, "slow": str(slow)}) for n in range(12)))
@@ -159,7 +160,7 @@ def test_the_tasks_of_a_late_call_run_at_the_same_time_in_its_copies(tmp_path, f
     it was late count. No task is lost, and none is in the result twice."""
     monkeypatch.setattr(calls, "LATE_S", 0.5)
     monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
-    monkeypatch.setattr(ray_cluster, "ENDING_S", 0.1)
+    monkeypatch.setattr(ray_tasks, "ENDING_S", 0.1)
     monkeypatch.setattr(calls.CallTimes, "has_room", lambda times, group, *_: len(group) < 3)
     forked.cpus, ran = [8, 8], tmp_path / "ran"
     ran.mkdir()
@@ -185,7 +186,7 @@ def test_a_late_backup_gets_a_backup_too(tmp_path, forked, monkeypatch):
     """Of many backups, one is on a slow node too. The other tasks don't wait for it. Two backups are enough."""
     monkeypatch.setattr(calls, "LATE_S", 0.5)
     monkeypatch.setattr(crew, "LATE_LOOK_S", 0.05)
-    monkeypatch.setattr(ray_cluster, "ENDING_S", 0.1)
+    monkeypatch.setattr(ray_tasks, "ENDING_S", 0.1)
     forked.cpus, start, slow = [2, 2], time.monotonic(), tmp_path / "slow"
     with flow_in(tmp_path) as flow:
         records = flow.all("some", slow_twice, (Task(f"{n:032}", {"number": n, "slow": str(slow)}) for n in range(18)))
@@ -208,7 +209,7 @@ def test_a_late_task_gets_another_copy_if_a_copy_is_lost(tmp_path, forked, monke
     """In a simulation of 500 nodes, a node was lost with copies, and the step then waited minutes for the slow originals."""
     monkeypatch.setattr(calls, "LATE_S", 0.5)
     monkeypatch.setattr(crew, "LATE_LOOK_S", 1.0)  # the copy is lost before the next look
-    monkeypatch.setattr(ray_cluster, "ENDING_S", 0.1)
+    monkeypatch.setattr(ray_tasks, "ENDING_S", 0.1)
     forked.cpus, start, starts = [2, 2], time.monotonic(), tmp_path / "starts"
     with flow_in(tmp_path) as flow:
         records = flow.all("some", slow_and_lost, (Task(f"{n:032}", {"number": n, "starts": str(starts)}) for n in range(18)))
@@ -321,20 +322,22 @@ def call(size: int = 0) -> Call:
 @pytest.mark.parametrize("seed", range(200))
 def test_a_group_is_short_and_leaves_calls_for_every_cpu(seed):
     """Short tasks end first, so a group is limited by the bytes of its tasks, not by the mean time of the tasks that ended. The
-    driver starts at most one call per SLOT_S seconds, so on many CPUs a call is longer. A call leaves tasks for every CPU, or
+    driver starts at most one call per `start_s` seconds, so on many CPUs a call is longer. A call leaves tasks for every CPU, or
     ends before the driver has started the other calls."""
-    rng, times = random.Random(seed), CallTimes()
+    rng = random.Random(seed)
+    start_s = rng.choice([ray_tasks.START_S, dispatchers.START_S])
+    times = CallTimes(start_s)
     rate = 10 ** rng.uniform(-9, -5)
     for _ in range(rng.randint(1, 40)):
         one = call(rng.randint(1, 10**7))
         times.add(one, [rate * one.size])
     left, slots, group = rng.randint(0, 10**6), rng.choice([1, 100, 500, 16_000]), list[Started]()
-    longest = calls.CALL_S + calls.SLOT_S * slots
+    longest = calls.CALL_S + calls.SLOT * start_s * slots
     while times.has_room(group, more := Started(0, Task("k", {}, bytes=rng.randint(1, 10**7))), left, slots):
         group.append(more)
     assert len(group) <= calls.MOST_TASKS and sum(rate * one.size for one in group) <= longest * 1.001
     seconds = sum(rate * one.size for one in group)
-    leaves = len(group) * slots * calls.ROUNDS <= left or len(group) * seconds <= left * calls.START_S * 1.001
+    leaves = len(group) * slots * calls.ROUNDS <= left or len(group) * seconds <= left * start_s * 1.001
     assert not group or (times.tasks >= calls.MEASURED and leaves)
 
 
@@ -351,7 +354,7 @@ def test_calls_begin_in_their_order_as_others_end():
 
 
 def test_a_call_is_late_by_its_size_and_only_if_most_have_ended():
-    times = CallTimes()
+    times = CallTimes(1e-3)
     for _ in range(6):
         times.add(call(100), [20.0])
     small, large = call(100), call(1000)

@@ -18,11 +18,10 @@ from heliostat.tasks.clusters import Task
 from heliostat.tasks.shipping import Shipment
 
 CALL_S = 15.0  # seconds that the tasks of a call take together, if one task is shorter
-SLOT_S = 2e-3  # seconds added for each call that can run at the same time, because the driver starts few calls per second
+SLOT = 1.6  # starts of a call whose time is added for each call that can run at once, because the driver starts few per second
 MOST_TASKS = 64  # tasks of a call
 GROUPS = 256  # groups of tasks with different shared arguments that wait for more tasks. The driver looks up 4,096 at once
 MEASURED = 16  # tasks that have ended before tasks are grouped
-START_S = 1.25e-3  # seconds in which the driver starts a call
 ROUNDS = 2  # calls for each free CPU that must remain, so that the last calls end at about the same time
 KEPT = 256  # calls from whose times the usual time is computed
 LATE, LATE_S = 1.25, 3.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
@@ -100,9 +99,10 @@ class Call:
 
 
 class CallTimes:
-    """Holds the times of a kind's tasks and calls that have ended."""
+    """Holds the times of a kind's tasks and calls that have ended. `start_s`: seconds in which the driver starts a call."""
 
-    def __init__(self) -> None:
+    def __init__(self, start_s: float) -> None:
+        self.start_s = start_s
         self.tasks = self.calls = self.size = 0
         self.seconds = 0.0
         self.rates = deque[float](maxlen=KEPT)
@@ -127,8 +127,8 @@ class CallTimes:
         if self.tasks < MEASURED or count > MOST_TASKS:
             return False
         seconds = sum(one.size for one in [*group, more]) * self.seconds / max(1, self.size)
-        fills = count <= left // (ROUNDS * max(1, slots)) or count * seconds <= left * START_S
-        return fills and seconds <= CALL_S + SLOT_S * slots
+        fills = count <= left // (ROUNDS * max(1, slots)) or count * seconds <= left * self.start_s
+        return fills and seconds <= CALL_S + SLOT * self.start_s * slots
 
     def late(self, calls: list[Call], now: float) -> list[Call]:
         """Lists the running calls that are late, the latest first."""

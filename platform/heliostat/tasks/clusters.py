@@ -59,6 +59,10 @@ class Executor(Protocol):
     """Runs the tasks of one kind. A reference stands for a call that was started."""
 
     @property
+    def start_s(self) -> float:
+        """Returns the seconds in which the driver starts a call."""
+
+    @property
     def ready(self) -> bool:
         """Returns whether new tasks can start now."""
 
@@ -97,3 +101,6 @@ class Cluster(Protocol):
 
     def executor(self, kind: TaskKind) -> Executor:
         """Returns an executor for the tasks of one kind."""
+
+    def close(self) -> None:
+        """Ends what the executors share. The cluster can be used again."""

@@ -19,7 +19,7 @@ from heliostat.storage.retries import Backoff
 from heliostat.tasks import care, shipping
 from heliostat.tasks.calls import GROUPS, MEASURED, MOST_COPIES, Call, CallSlots, CallTimes, Started, copied
 from heliostat.tasks.clusters import Cluster, Executor, TaskKind
-from heliostat.tasks.ray_cluster import END_S, is_lost
+from heliostat.tasks.ray_tasks import END_S, is_lost
 from heliostat.tasks.shipping import NotHereError, Shipment
 from heliostat.tasks.work import Work
 from heliostat.text import printable
@@ -69,7 +69,7 @@ class Crew:
         self.alone = self.several = False
         self.memory: int | None = None  # bytes that each task requests
         self.crashed = 0  # documents that the tasks under way leave out; a look at each task would take too long
-        self.times, self.slots = CallTimes(), CallSlots()
+        self.times, self.slots = CallTimes(self.executor.start_s), CallSlots()
 
     @property
     def full(self) -> bool:

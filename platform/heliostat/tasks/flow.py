@@ -212,6 +212,7 @@ class Flow:
         self.early.clear()
         left = self.repeated[0][0].end([reference for _, reference in self.repeated]) if self.repeated else 0
         self.repeated.clear()
+        self.cluster.close()
         if left:
             log.warning("%d canceled Ray tasks still run. List them with: ray list tasks", left)
 

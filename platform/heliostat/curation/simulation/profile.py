@@ -363,10 +363,13 @@ class MeasuringCluster:
             raise ConfigError(f"--simulate: {kind.name}: models in actors aren't supported. Remove --simulate, or these models")
         return _Measuring(self.cluster.executor(kind), kind, self.profile, self.sizes)
 
+    def close(self) -> None:
+        self.cluster.close()
+
 
 class _Measuring:
     def __init__(self, executor: Executor, kind: TaskKind, profile: Profile, sizes: Sizes) -> None:
-        self.executor, self.kind, self.profile, self.sizes = executor, kind, profile, sizes
+        self.executor, self.kind, self.profile, self.sizes, self.start_s = executor, kind, profile, sizes, executor.start_s
         self.call, self.tasks = profile.begin(kind.name), dict[Any, list[Task]]()
 
     @property

@@ -20,7 +20,7 @@ from heliostat.curation.images.sources import is_made
 from heliostat.curation.prepare import InputFile, load, sampling
 from heliostat.curation.simulation.hosts import WebModel, counted
 from heliostat.curation.simulation.profile import MeasuringCluster, Profile
-from heliostat.curation.simulation.virtual_cluster import KindTimes, SimulatedFaults, VirtualCluster
+from heliostat.curation.simulation.virtual_cluster import DISPATCH_S, KindTimes, SimulatedFaults, VirtualCluster
 from heliostat.curation.tally import merge
 from heliostat.curation.text import sources
 from heliostat.curation.text.pipeline import TextPipeline
@@ -144,6 +144,8 @@ def report(cluster: VirtualCluster, files: list[InputFile], memory: int) -> dict
         "times_bound": cluster.clock * cpus / max(seconds, 1e-9),
         "driver": {"cpu_seconds": cluster.driver_seconds, "ray_seconds": cluster.ray_seconds, "memory_bytes": memory,
                    "busy": (cluster.driver_seconds + cluster.ray_seconds) / cluster.clock,
+                   "dispatchers": len(cluster.dispatchers),
+                   "dispatchers_busy": cluster.dispatched * DISPATCH_S / max(1, len(cluster.dispatchers)) / cluster.clock,
                    "seconds_per_task": (cluster.driver_seconds + cluster.ray_seconds)
                    / max(1, sum(kind.starts for kind in cluster.kinds))},
         "kinds": [_kind(kind, cpus) for kind in cluster.kinds if kind.tasks],

@@ -42,11 +42,21 @@ def explain(report: dict[str, Any]) -> list[str]:
         *_fetching(report["fetching"]),
         f"driver: busy {driver['busy']:.0%} of the time, {driver['seconds_per_task'] * 1e6:,.0f} microseconds per Ray task; "
         f"{driver['memory_bytes'] / 1e6:,.0f} MB of memory",
+        *_dispatchers(driver),
         f"dataset: {report['rows']:,} row groups, which each reader of the dataset keeps in memory",
         f"failures: {failures['lost']:,} tasks lost with their node, {failures['poisoned']:,} ended by a document, "
         f"{failures['slow']:,} slow, and {failures['repeated']:,} Ray tasks repeated on another node; "
         f"{failures['recorded']:,} tasks have a record",
     ]
+
+
+def _dispatchers(driver: dict[str, Any]) -> list[str]:
+    count = driver["dispatchers"]
+    return (
+        [f"dispatchers: {count} processes that start Ray tasks, busy {driver['dispatchers_busy']:.0%} of the time"]
+        if count
+        else []
+    )
 
 
 def _fetching(web: dict[str, Any] | None) -> list[str]:

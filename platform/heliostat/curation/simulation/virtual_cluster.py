@@ -23,12 +23,14 @@ from heliostat.curation.careful import Careful
 from heliostat.curation.simulation.images import fetched
 from heliostat.curation.simulation.profile import Profile, Sizes, synthesized
 from heliostat.curation.simulation.requests import NODE_BYTES_PER_S, Requests
-from heliostat.tasks import care
+from heliostat.tasks import care, dispatchers, ray_tasks
 from heliostat.tasks.care import Care, TaskPlace
 from heliostat.tasks.clusters import Executor, Task, TaskKind
-from heliostat.tasks.ray_cluster import GATHER_S, MANY
+from heliostat.tasks.ray_tasks import GATHER_S, MANY
 
-RAY_CALL_S = 950e-6  # CPU seconds of the driver per task, in all threads of Ray 2: 946 to 999 microseconds on two busy cores
+RAY_CALL_S = 950e-6  # CPU seconds of a process per Ray task, in all threads of Ray 2: 946 to 999 microseconds on two busy cores
+SEND_S = 30e-6  # CPU seconds of the driver per call through a dispatcher, in all threads: 19 to 27 microseconds
+DISPATCH_S = RAY_CALL_S + 150e-6  # CPU seconds of a dispatcher per call
 WAIT_S = 0.4e-6  # CPU seconds of a wait per reference: 2.8 to 5.4 ms for 8,000 references
 STARTED_S = 0.02  # seconds for a node to start a task in a process that exists
 AWAY_S = 300.0  # seconds until a lost node is replaced
@@ -111,9 +113,13 @@ class VirtualCluster:
     """Calls that repeated a slow call."""
     limited: dict[str, float] = field(default_factory=dict)
     """Seconds of the tasks that fetch URLs, by the limit that decides a task's time."""
+    dispatched: int = 0
+    """Calls that dispatchers started."""
     _calls: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.dispatchers = [0.0] * dispatchers.needed(self.node_count * self.cpus)
+        """Times from which each dispatcher is free, as a heap."""
         self._paused, drawn = _Paused(self), random.Random(self.seed)
         self.failures = [_times(drawn, self.faults.node_days * DAY_S) for _ in range(self.node_count)]
         self.bursts = _times(drawn, DAY_S / self.faults.bursts_per_day)
@@ -127,6 +133,17 @@ class VirtualCluster:
         """Lets Ray's calls take some of the driver's processor time."""
         self.ray_seconds += seconds
         self.clock += seconds
+
+    def starts(self) -> float:
+        """Lets the driver start a call, or send it to a dispatcher. Returns the time at which Ray has the call."""
+        if not self.dispatchers:
+            self.spend(RAY_CALL_S)
+            return self.clock
+        self.spend(SEND_S)
+        self.dispatched += 1
+        at = max(self.clock, self.dispatchers[0]) + DISPATCH_S
+        heapq.heapreplace(self.dispatchers, at)
+        return at
 
     def now(self) -> float:
         self._paused.count()
@@ -150,6 +167,9 @@ class VirtualCluster:
             self.executors.append(VirtualExecutor(self, kind, call, self.kinds[-1]))
             return self.executors[-1]
 
+    def close(self) -> None:
+        """Does nothing: a simulation ends with its driver."""
+
     def busy(self) -> Iterator[tuple[float, int]]:
         """Yields the end and the node of each call that runs now, such as calls whose backup was faster."""
         for executor in self.executors:
@@ -172,6 +192,7 @@ class VirtualExecutor:
 
     def __init__(self, cluster: VirtualCluster, kind: TaskKind, call: int, times: KindTimes) -> None:
         self.cluster, self.kind, self.call, self.times = cluster, kind, call, times
+        self.start_s = dispatchers.START_S if cluster.dispatchers else ray_tasks.START_S
         self.slots: list[tuple[float, int]] = []
         self.results: dict[int, list[dict[str, Any]] | Exception] = {}
         self.ends: list[tuple[float, int]] = []
@@ -187,12 +208,12 @@ class VirtualExecutor:
               backup: bool = False) -> Any:  # fmt: skip
         cluster = self.cluster
         with cluster.simulating():
-            cluster.spend(RAY_CALL_S)
+            started = cluster.starts()
             cluster.backups += backup
             if not self.slots:
                 self.slots, self.times.begin = self._slots(cpus, memory), cluster.clock
             free, node = heapq.heappop(self.slots)
-            begin = cluster.free(node, max(free, cluster.clock))
+            begin = cluster.free(node, max(free, started))
             self.times.starts += 1
             reference = self.times.starts
             slow = self._slow(tasks[0], backup)
@@ -239,7 +260,8 @@ class VirtualExecutor:
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         cluster, ended = self.cluster, list[Any]()
         with cluster.simulating():
-            cluster.spend(2 * len(references) * WAIT_S)
+            if not cluster.dispatchers:
+                cluster.spend(2 * len(references) * WAIT_S)
             if not self.ends or self.ends[0][0] > cluster.clock + wait_s:
                 cluster.clock += wait_s
                 return []
