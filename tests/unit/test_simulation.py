@@ -12,7 +12,8 @@ from heliostat.curation.minhash import components, exact
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.simulation import simulate, tables
-from heliostat.curation.simulation.profile import SURVEY_BYTES_PER_S, MeasuringCluster, Profile, Scaling, Sizes, synthesized
+from heliostat.curation.simulation.measuring import MeasuringCluster
+from heliostat.curation.simulation.profile import SURVEY_BYTES_PER_S, Profile, Scaling, Sizes, synthesized
 from heliostat.curation.simulation.requests import Requests
 from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFaults, VirtualCluster, VirtualExecutor
 from heliostat.curation.text import ahead, packing
@@ -22,7 +23,7 @@ from heliostat.data.manifest_table import in_memory
 from heliostat.data.row_groups import ShardCollector
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
-from heliostat.tasks import crew, merging, spill
+from heliostat.tasks import crew, dispatchers, merging, spill
 from heliostat.tasks import flow as flows
 from heliostat.tasks.clusters import CountedTasks, Task, TaskKind
 from heliostat.tasks.flow import Flow
@@ -223,6 +224,18 @@ def test_short_tasks_share_calls_before_every_cpu_has_one(tmp_path):
     cluster = VirtualCluster(100, 16, 64 * GB, read(), NONE)
     ran(tmp_path, cluster, 3000, 10)
     assert cluster.kinds[0].starts < 2000
+
+
+def test_dispatchers_start_the_first_tasks_of_a_large_cluster_within_seconds(tmp_path, monkeypatch):
+    """4,000 tasks of 10 s on 4,000 CPUs, without the time of the driver's own code. One process starts them in 4 s."""
+    cluster = VirtualCluster(250, 16, 64 * GB, read(), NONE)
+    flow, _ = ran(tmp_path, cluster, 4000, 1000)
+    monkeypatch.setattr(dispatchers, "MOST", 0)
+    alone = VirtualCluster(250, 16, 64 * GB, read(), NONE)
+    ran(tmp_path / "alone", alone, 4000, 1000)
+    assert flow.done == {"read": 4000} and cluster.dispatched >= 4000 and not alone.dispatched
+    times = [one.clock - one.driver_seconds for one in (cluster, alone)]
+    assert 10 < times[0] < 12 < 13.5 < times[1] < 16, times
 
 
 def test_a_slow_look_for_ended_tasks_does_not_stop_the_start_of_others(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from heliostat.config.fields import ActorGpus
 from heliostat.curation import gpus, streaming
-from heliostat.curation.simulation.profile import MeasuringCluster
+from heliostat.curation.simulation.measuring import MeasuringCluster
 from heliostat.curation.streamed import StreamPart, StreamPlan
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.storage.locations import Location

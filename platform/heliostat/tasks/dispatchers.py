@@ -31,7 +31,7 @@ LOOK_S = 0.2  # seconds between a dispatcher's looks for new calls while it wait
 THREADS = 3  # of a dispatcher: one waits for calls, the others start and cancel calls
 ANSWER_S = ray_tasks.ENDING_S + ray_tasks.END_S + 10.0  # seconds for a dispatcher to cancel calls
 log = logging.getLogger(__name__)
-Result = list[dict[str, Any]] | ray.ObjectRef | Exception
+Result = list[dict[str, Any]] | ray.ObjectRef[Any] | Exception
 """The records of a call; for a call that failed, its Ray reference or its error."""
 
 
@@ -122,8 +122,9 @@ class Dispatchers:
 
     def __init__(self, count: int, labels: Mapping[str, str]) -> None:
         options = {"num_cpus": 0, "max_concurrency": THREADS, "scheduling_strategy": "SPREAD"}
-        self.actor = ray.remote(Dispatcher).options(**options, label_selector=dict(labels) or None)
-        self.actors = [self.actor.remote() for _ in range(count)]
+        actor_class: Any = ray.remote(Dispatcher)
+        self.actor = actor_class.options(**options, label_selector=dict(labels) or None)
+        self.actors: list[Any] = [self.actor.remote() for _ in range(count)]
         self.polls = {actor.ended.remote(POLL_S): place for place, actor in enumerate(self.actors)}
         self.numbers, self.turn = itertools.count(), 0
         self.owners: dict[int, tuple[int, DispatchedTasks]] = {}  # of each call under way: the dispatcher's place, the executor

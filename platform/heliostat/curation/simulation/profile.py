@@ -26,7 +26,7 @@ from heliostat.curation.text.tasks import TextSharding
 from heliostat.curation.web.lists import NAMES
 from heliostat.errors import ConfigError
 from heliostat.tasks import merging, spill
-from heliostat.tasks.clusters import Cluster, Executor, Task, TaskKind
+from heliostat.tasks.clusters import Task, TaskKind
 from heliostat.tasks.spill import SpilledRun
 
 MERGE_BYTES_PER_S = 60e6
@@ -120,7 +120,7 @@ class Sizes:
 
     def share(self, reference: Any, value: object) -> object:
         self.values[id(reference)] = value
-        self.lists[id(value)], self.rows[id(value)] = spilled_bytes(value), _rows(value) if isinstance(value, list) else 0
+        self.lists[id(value)], self.rows[id(value)] = spilled_bytes(value), rows_in(value) if isinstance(value, list) else 0
         self.stored_lists[id(value)] = spilled_bytes(value, stored=True)
         return reference
 
@@ -167,7 +167,7 @@ class Sizes:
         shared: Any = self.values.get(id(runs), runs)
         if id(shared) in self.lists:
             return self.rows[id(shared)], self.lists[id(shared)]
-        return _rows(shared), spilled_bytes(shared)
+        return rows_in(shared), spilled_bytes(shared)
 
     def plan(self, task: Task) -> TextSharding | None:
         """Returns the shared configuration of a task that writes shards; None for other tasks."""
@@ -340,64 +340,6 @@ def _shards(measured: list[dict[str, Any]], task: Task, read: int, chunk_tokens:
     return [scaled | same | {"path": path, "row_groups": groups} for path in paths]
 
 
-class MeasuringCluster:
-    """Runs tasks on another cluster, and measures them for a profile."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster, self.profile, self.sizes = cluster, Profile(), Sizes()
-
-    def now(self) -> float:
-        return self.cluster.now()
-
-    def sleep(self, seconds: float) -> None:
-        self.cluster.sleep(seconds)
-
-    def nodes(self, labels: Mapping[str, str], resource: str) -> list[int]:
-        return self.cluster.nodes(labels, resource)
-
-    def share(self, value: object) -> object:
-        return self.sizes.share(self.cluster.share(value), value)
-
-    def executor(self, kind: TaskKind) -> Executor:
-        if kind.actors:
-            raise ConfigError(f"--simulate: {kind.name}: models in actors aren't supported. Remove --simulate, or these models")
-        return _Measuring(self.cluster.executor(kind), kind, self.profile, self.sizes)
-
-    def close(self) -> None:
-        self.cluster.close()
-
-
-class _Measuring:
-    def __init__(self, executor: Executor, kind: TaskKind, profile: Profile, sizes: Sizes) -> None:
-        self.executor, self.kind, self.profile, self.sizes, self.start_s = executor, kind, profile, sizes, executor.start_s
-        self.call, self.tasks = profile.begin(kind.name), dict[Any, list[Task]]()
-
-    @property
-    def ready(self) -> bool:
-        return self.executor.ready
-
-    def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
-              backup: bool = False) -> Any:  # fmt: skip
-        reference = self.executor.start(arguments, tasks, shared, cpus, memory, backup)
-        self.tasks[reference] = tasks
-        return reference
-
-    def ended(self, references: list[Any], wait_s: float) -> list[Any]:
-        return self.executor.ended(references, wait_s)
-
-    def records(self, reference: Any) -> list[dict[str, Any]]:
-        records = self.executor.records(reference)
-        for task, record in zip(self.tasks.pop(reference), records, strict=True):
-            rows = _rows(task.arguments.get("runs", []))
-            self.profile.add(self.kind.name, self.call, self.sizes.read(task), record | ({"of_rows": rows} if rows else {}))
-        return records
-
-    def withdraw(self, references: list[Any]) -> list[Any]:
-        return self.executor.withdraw(references)
-
-    def end(self, references: list[Any]) -> int:
-        return self.executor.end(references)
-
-
-def _rows(runs: Iterable[object]) -> int:
+def rows_in(runs: Iterable[object]) -> int:
+    """Returns the number of documents in temporary files of documents; 0 for other values."""
     return sum(run.rows for run in runs if isinstance(run, SpilledRun))

@@ -19,7 +19,8 @@ from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.images.sources import is_made
 from heliostat.curation.prepare import InputFile, load, sampling
 from heliostat.curation.simulation.hosts import WebModel, counted
-from heliostat.curation.simulation.profile import MeasuringCluster, Profile
+from heliostat.curation.simulation.measuring import MeasuringCluster
+from heliostat.curation.simulation.profile import Profile
 from heliostat.curation.simulation.virtual_cluster import DISPATCH_S, KindTimes, SimulatedFaults, VirtualCluster
 from heliostat.curation.tally import merge
 from heliostat.curation.text import sources
