@@ -14,7 +14,7 @@ from heliostat.curation.prepare import InputFile
 from heliostat.curation.simulation import simulate, tables
 from heliostat.curation.simulation.measuring import MeasuringCluster
 from heliostat.curation.simulation.profile import SURVEY_BYTES_PER_S, Profile, Scaling, Sizes, synthesized
-from heliostat.curation.simulation.requests import Requests
+from heliostat.curation.simulation.requests import MOST_S, Requests
 from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFaults, VirtualCluster, VirtualExecutor
 from heliostat.curation.text import ahead, packing
 from heliostat.curation.text.sampling import SampledTexts
@@ -155,6 +155,18 @@ def test_the_input_is_read_while_the_task_works(seconds, expected):
     task = Task("k", {"piece": [FilePart("a.jsonl", 10**9, 1, 0, 10**8)]})
     took = Requests().of_task("read", task, {"seconds": seconds}, 0, 0, 10**8, 10**8, 0.0, 1)
     assert took == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize(("at", "seconds"), [(0.0, 0.0), (3.0, 2.0), (8.0, 4.0), (9.9, 55.0), (10.0, 10.0), (5.0, 5000.0)])
+def test_requests_are_spread_evenly_over_the_time_of_their_task(at, seconds):
+    """The rate of a short task that begins many times at the same moment would otherwise count in one bucket."""
+    requests = Requests()
+    requests.add("p", 120.0, 7, at, seconds)
+    of = requests.buckets["p"]
+    assert sum(of.values()) == pytest.approx(120.0) and requests.total["p"] == 120.0
+    end = at + min(seconds, MOST_S)
+    shares = {n: max(0.0, min(end, 10 * n + 10) - max(at, 10 * n)) / (end - at) for n in of} if seconds else {0: 1.0}
+    assert {n: of[n] / 120 for n in of if of[n]} == pytest.approx({n: share for n, share in shares.items() if share})
 
 
 def test_a_task_reads_its_share_of_the_keys():

@@ -22,7 +22,7 @@ SPREAD = 256  # prefixes that a store can separate where names begin with a dige
 FIRST = "/00*"  # one of these prefixes, which stands for all
 DIGITS = 3  # last digits of a shard's number: a store can separate prefixes by the digits before
 BUCKET_S = 10.0  # seconds over which a rate is averaged
-MOST_BUCKETS = 60  # of a task's requests
+MOST_S = 600.0  # seconds over which a task's requests are spread
 NODE_BYTES_PER_S = 100e6  # bytes per second that a CPU's share of the network carries
 REQUEST_S = 0.03  # latency of a request to the store
 
@@ -36,13 +36,19 @@ class Requests:
     buckets: dict[str, defaultdict[int, float]] = field(default_factory=dict)
 
     def add(self, prefix: str, requests: float, bytes: int, at: float, seconds: float = 0.0) -> None:
-        """Counts requests that begin at `at`, and are spread evenly over `seconds` seconds, at most MOST_BUCKETS buckets."""
+        """Counts requests that begin at `at`, and are spread evenly over `seconds` seconds, at most MOST_S."""
         self.total[prefix] += requests
         self.bytes[prefix] += bytes
-        buckets, first = self.buckets.setdefault(prefix, defaultdict(float)), int(at // BUCKET_S)
-        count = min(MOST_BUCKETS, 1 + int(seconds // BUCKET_S))
-        for bucket in range(first, first + count):
-            buckets[bucket] += requests / count
+        buckets, end = self.buckets.setdefault(prefix, defaultdict(float)), at + min(seconds, MOST_S)
+        first, last = int(at // BUCKET_S), int(end // BUCKET_S)
+        if first == last:
+            buckets[first] += requests
+            return
+        rate = requests / (end - at)
+        buckets[first] += rate * ((first + 1) * BUCKET_S - at)
+        for bucket in range(first + 1, last):
+            buckets[bucket] += rate * BUCKET_S
+        buckets[last] += rate * (end - last * BUCKET_S)
 
     def totals(self) -> dict[str, float]:
         """Returns the requests of each prefix, and of all SPREAD prefixes where one stands for all."""
