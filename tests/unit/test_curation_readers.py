@@ -116,6 +116,24 @@ def test_a_broken_packed_record_is_named_and_the_next_one_read(damage):
     )
 
 
+class InBlocks(io.BytesIO):
+    """Reads at most `most` bytes at once."""
+
+    most = 1
+
+    def read(self, size=-1):
+        return super().read(self.most if size < 0 else min(size, self.most))
+
+
+@pytest.mark.parametrize("zeros", range(4))
+def test_no_page_is_lost_whose_member_begins_at_the_end_of_a_block(zeros):
+    """The first bytes of a gzip member are read although they are in two blocks of the file, also after zeros, which are
+    padding."""
+    first = gzip.compress(ONE) + bytes(zeros)
+    for InBlocks.most in range(len(first) - 4, len(first) + 4):
+        assert brief(read("a.warc.gz", InBlocks(first + gzip.compress(TWO)), LIMITS)) == [b"<p>one</p>", b"<p>two</p>"]
+
+
 def test_every_cut_of_an_archive_ends_with_what_was_cut():
     whole = b"".join(map(gzip.compress, (ONE, TWO)))
     first = len(gzip.compress(ONE))

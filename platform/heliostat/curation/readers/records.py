@@ -10,6 +10,7 @@ from typing import BinaryIO
 from heliostat.curation.readers.streams import LeftOutError
 
 PIECE = 1 << 18
+PACKED = 1 << 14  # bytes that are decompressed at once; zlib copies the bytes after a member, which are mostly other members
 HEAD = 1 << 20  # maximum bytes of a record's head
 ROOM = 64 << 20  # bytes after a record's start that stay in memory, to find the next record if this one is broken
 GZIP, START, BLANK = b"\x1f\x8b\x08", b"WARC/1.", b"\r\n\r\n"
@@ -88,12 +89,12 @@ class Archive:
                 raise Broken(place, "corrupt", f"a head of more than {HEAD:,} bytes")
             if not self._fill(len(self._plain) - self._used + 1):
                 raise Broken(place, "truncated", "it ends in a record's head")
-        lines = bytes(self._plain[self._used : end]).decode("utf-8", "replace").split("\r\n")[1:]
+        lines = self._plain[self._used : end].decode("utf-8", "replace").split("\r\n")[1:]
         self._take(end + len(BLANK) - self._used)
         return {name.strip().lower(): value.strip() for name, mark, value in (line.partition(":") for line in lines) if mark}
 
     def _block(self, place: str, declared: int, most: int) -> tuple[bytes | None, int]:
-        pieces, size, member = bytearray(), 0, self._member
+        pieces, size, member = list[bytes](), 0, self._member
         while size < declared:
             ready = self._fill(1)
             if not ready or self._member != member:
@@ -101,10 +102,10 @@ class Archive:
                 raise Broken(place, "truncated", f"{size:,} bytes, and {declared:,} are said")
             count = min(declared - size, len(self._plain) - self._used)
             if declared <= most:
-                pieces += self._plain[self._used : self._used + count]
+                pieces.append(bytes(memoryview(self._plain)[self._used : self._used + count]))
             self._take(count)
             size += count
-        return bytes(pieces) if declared <= most else None, size
+        return b"".join(pieces) if declared <= most else None, size
 
     def _ends(self) -> bool:
         """Checks whether the current record is complete: line ends, or the end of the gzip member, must follow."""
@@ -148,22 +149,19 @@ class Archive:
         if self._decoder is None:
             if len(self._plain) > self._used:
                 return False
-            at = self._source.at
-            head = self._source.read(len(GZIP))
-            while head and not head.strip(b"\0") and len(head) < PIECE:
-                at, head = self._source.at, self._source.read(len(GZIP))  # zeros between members are padding
-            if not head:
+            while (data := self._source.read(PACKED)).startswith(b"\0"):
+                self._source.back(len(data.lstrip(b"\0")))  # zeros between members are padding
+            if not data:
                 return False
-            self._member, self._inner = at, 0
-            if self._stop is not None and at >= self._stop:
-                self._source.back(len(head))
+            self._member, self._inner = self._source.at - len(data), 0
+            if self._stop is not None and self._member >= self._stop:
+                self._source.back(len(data))
                 return False
-            if head != GZIP:
+            if not data.startswith(GZIP):
                 raise self._broken("corrupt", "no gzip member begins here")
             self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            data = head
         else:
-            data = self._decoder.unconsumed_tail or self._source.read(PIECE)
+            data = self._decoder.unconsumed_tail or self._source.read(PACKED)
             if not data:
                 raise self._broken("truncated", "the file ends in a gzip member")
         try:
@@ -204,13 +202,13 @@ class _Source:
         self._buffer, self._from, self.at = bytearray(), start, start  # bytes, offset of the first byte, offset of the next read
 
     def read(self, size: int) -> bytes:
-        behind = self.at - self._from
-        if behind >= len(self._buffer):
-            self._buffer += self._stream.read(PIECE)
+        """Returns the next `size` bytes, or the bytes that are left."""
+        while self.at - self._from + size > len(self._buffer) and (block := self._stream.read(PIECE)):
+            self._buffer += block
             if len(self._buffer) > 2 * ROOM:
                 self.forget(self._from + len(self._buffer) - ROOM)
-                behind = self.at - self._from
-        out = bytes(self._buffer[behind : behind + size])
+        behind = self.at - self._from
+        out = bytes(memoryview(self._buffer)[behind : behind + size])
         self.at += len(out)
         return out
 
