@@ -44,6 +44,7 @@ def test_the_time_of_short_items_counts():
         ("memory", "memory"),
         ("raise", "failed"),
         ("exit", "crashed"),
+        ("answer twice", "crashed"),
     ],
 )
 def test_whatever_happens_to_an_isolated_process_has_a_reason_and_the_next_item_an_answer(what, reason, monkeypatch):

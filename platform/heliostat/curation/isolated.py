@@ -42,6 +42,7 @@ _HEAD = struct.Struct(">IQ")  # lengths of the JSON and of the bytes
 START_SECONDS = 60.0  # seconds for a process to become ready
 WALL = 20  # wall time per CPU second of the limit
 MOST_REPLY = 1 << 31
+PIECE = 1 << 18  # bytes that are received at once
 TAKEN = "processor_seconds"  # CPU seconds of an answer
 KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE")
 SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # system calls are filtered per thread
@@ -152,34 +153,34 @@ class Isolated:
 
 def _send(sock: socket.socket, about: dict[str, object], data: bytes, deadline: float | None) -> None:
     head = json.dumps(about).encode()
-    view = memoryview(_HEAD.pack(len(head), len(data)) + head + data)
-    while view:
+    if deadline is not None:
         sock.settimeout(_left(deadline))
-        view = view[sock.send(view) :]
+    sock.sendall(b"".join((_HEAD.pack(len(head), len(data)), head, data)))
 
 
 def _receive(sock: socket.socket, deadline: float | None) -> tuple[dict[str, Any], bytes]:
-    head, size = _HEAD.unpack(_exactly(sock, _HEAD.size, deadline))
-    if head + size > MOST_REPLY:
-        raise ConnectionError("the other process sent an answer that is too large")
-    about = json.loads(_exactly(sock, head, deadline))
-    return about, _exactly(sock, size, deadline)
-
-
-def _exactly(sock: socket.socket, size: int, deadline: float | None) -> bytes:
-    out = bytearray()
-    while len(out) < size:
-        sock.settimeout(_left(deadline))
-        piece = sock.recv(min(size - len(out), 1 << 20))
+    """Receives a message (JSON, bytes). Each process waits for the other one's message before it sends its next message, so
+    nothing may follow the message."""
+    message, end, middle = bytearray(), _HEAD.size, 0
+    while len(message) < end:
+        if deadline is not None:
+            sock.settimeout(_left(deadline))
+        piece = sock.recv(PIECE)
         if not piece:
             raise ConnectionError("the other process has ended")
-        out += piece
-    return bytes(out)
+        message += piece
+        if not middle and len(message) >= end:
+            head, size = _HEAD.unpack_from(message)
+            middle = _HEAD.size + head
+            end = middle + size
+            if end > MOST_REPLY:
+                raise ConnectionError("the other process sent an answer that is too large")
+    if len(message) > end:
+        raise ConnectionError("the other process sent more than an answer")
+    return json.loads(message[_HEAD.size : middle]), bytes(memoryview(message)[middle:])
 
 
-def _left(deadline: float | None) -> float | None:
-    if deadline is None:
-        return None
+def _left(deadline: float) -> float:
     if (left := deadline - time.monotonic()) <= 0:
         raise TimeoutError
     return left
