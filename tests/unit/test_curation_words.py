@@ -153,6 +153,23 @@ def test_sentences(text, count):
     assert sentences(text) == count
 
 
+def test_the_words_of_a_text_are_split_once_for_all_filters_in_a_row(monkeypatch):
+    """A pipeline's filters process the same batch one after another. Only a batch's words stay in memory."""
+    texts, split = [f"{number} words, e.g. these. " * 400 for number in range(64)], list[int]()
+    expected = [words.spoken(code_points(text)) for text in texts]
+    monkeypatch.setattr(words, "spoken", lambda codes, of=words.spoken: split.append(len(codes)) or of(codes))
+    recent = words.RecentWords()
+    for _ in range(3):
+        for text, spoken in zip(texts, expected, strict=True):
+            seen = recent.spoken(text, code_points(text))
+            assert all((a == b).all() for a, b in zip(seen, spoken, strict=True))
+    assert split == list(map(len, texts))
+    for text in ("a" * (words.REMEMBERED + 1), "b " * (words.REMEMBERED // 2), "c"):
+        recent.spoken(text, code_points(text))
+        assert sum(map(len, recent._words)) <= words.REMEMBERED
+    assert list(recent._words) == ["c"]
+
+
 @pytest.mark.parametrize(
     "text", ["!" * 500_000, "a-" * 250_000, "a@" * 250_000, "." * 500_000, "http://" * 70_000, "x'" * 250_000, "1" * 500_000]
 )

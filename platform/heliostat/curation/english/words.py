@@ -17,6 +17,7 @@ from heliostat.curation.english.rules import EXCEPTIONS, LONGEST, UNITS
 from heliostat.curation.english.splitting import exception, split
 
 BLOCK = 1 << 16  # words that are split at once
+REMEMBERED = 1 << 21  # maximum characters of the texts whose words stay in memory; twice a batch's (`curation.chain`)
 IS_SYMBOL, HAS_LETTER = 1, 2  # facts about a word, as bits
 
 
@@ -32,6 +33,27 @@ class Spoken(NamedTuple):
 def spoken(codes: np.ndarray) -> Spoken:
     """Splits a text into words. `codes`: the text's code points."""
     return _by_rules(codes, rules())
+
+
+class RecentWords:
+    """Remembers the words of the last texts, because the filters of a pipeline split the same texts one after another."""
+
+    def __init__(self) -> None:
+        self._words, self._chars = dict[str, Spoken](), 0
+
+    def spoken(self, text: str, codes: np.ndarray) -> Spoken:
+        """Returns the words of a text. `codes`: the text's code points."""
+        if (known := self._words.get(text)) is not None:
+            return known
+        words = Spoken(*(values.copy() for values in spoken(codes)))  # not views of arrays that have room for every character
+        if self._chars + len(text) > REMEMBERED:
+            self._words, self._chars = {}, 0
+        if len(text) <= REMEMBERED:
+            self._words[text], self._chars = words, self._chars + len(text)
+        return words
+
+
+recent = RecentWords()
 
 
 def _by_rules(codes: np.ndarray, table: np.ndarray) -> Spoken:

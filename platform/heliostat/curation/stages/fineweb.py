@@ -62,6 +62,6 @@ class FineWeb(Stage):
             "terminal_lines": terminal / count,
             "short_lines": short / count,
             "duplicate_chars": duplicate / (len(text) - ends),
-            "line_ends": ends / len(words.spoken(codes).hashes),
+            "line_ends": ends / len(words.recent.spoken(text, codes).hashes),
         }
         return self.failed(m), m

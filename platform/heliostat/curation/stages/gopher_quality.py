@@ -75,7 +75,7 @@ class GopherQuality(Stage):
         from heliostat.curation.english import characters, measures, words
 
         codes = characters.code_points(text)
-        spoken = words.spoken(codes)
+        spoken = words.recent.spoken(text, codes)
         count = len(spoken.hashes)
         if not count:
             return "empty", {"words": 0}

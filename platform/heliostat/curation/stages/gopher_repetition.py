@@ -85,7 +85,7 @@ class GopherRepetition(Stage):
             measures |= {f"{name}s": repeated / parts, f"{name}_chars": chars / len(text)}
         if reason := self.failed(measures):
             return reason, measures
-        spoken = words.spoken(codes)
+        spoken = words.recent.spoken(text, codes)
         n_grams = repetition.n_grams(spoken.hashes, spoken.lengths, TOP[0], TOP[-1], DUPLICATE[-1])
         measures |= {name: chars / len(text) for name, chars in zip(N_GRAMS, n_grams.tolist(), strict=True)}
         return self.failed(measures), measures
