@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -30,6 +31,23 @@ from heliostat.extras import require
 from heliostat.tasks import cpu_time
 
 require("curation", "numba", what="this stage")
+
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Hides a module from the imports in the block, unless the process has already imported the module."""
+    hides = name not in sys.modules
+    if hides:
+        cast(Any, sys.modules)[name] = None
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules[name]
+
+
+with cpu_time.loading(), _hidden("scipy"), suppress(ImportError):
+    import numba.np.arraymath  # noqa: F401 - imports SciPy in 0.16 s, only to choose how it computes convolutions
 with cpu_time.loading():
     from numba import njit
     from numba.core.caching import FunctionCache, IndexDataCacheFile
