@@ -7,7 +7,18 @@ import unicodedata
 import pytest
 import regex
 from heliostat.curation.english import words
-from heliostat.curation.english.characters import CODES, SYMBOLS, TAGS, TERMINALS, code_points
+from heliostat.curation.english.characters import (
+    ALPHABETIC,
+    CODES,
+    DECIMAL,
+    PUNCTUATION,
+    SPACE,
+    SYMBOLS,
+    TAGS,
+    TERMINALS,
+    code_points,
+    kinds,
+)
 from heliostat.curation.english.rules import _MARKS, EXCEPTIONS, LONGEST, QUOTES
 from heliostat.curation.english.sentences import sentences
 
@@ -151,6 +162,16 @@ def test_sentences_of_a_text_are_those_of_its_parts(seed):
 )  # fmt: skip
 def test_sentences(text, count):
     assert sentences(text) == count
+
+
+@pytest.mark.parametrize(
+    ("bit", "holds"),
+    [(SPACE, str.isspace), (ALPHABETIC, str.isalpha), (DECIMAL, str.isdecimal),
+     (PUNCTUATION, lambda c: unicodedata.category(c).startswith("P"))],
+)  # fmt: skip
+def test_the_kinds_of_characters_are_pythons(bit, holds):
+    codes = [*range(CODES), *TAGS]
+    assert [bool(kind & bit) for kind in kinds().tolist()] == [*map(holds, map(chr, codes)), False]
 
 
 def test_the_words_of_a_text_are_split_once_for_all_filters_in_a_row(monkeypatch):

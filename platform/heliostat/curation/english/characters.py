@@ -43,15 +43,17 @@ def code_points(text: str) -> np.ndarray:
 @lru_cache(maxsize=1)
 def kinds() -> np.ndarray:
     """Returns the kinds of each code point below CODES, then those of TAGS, and a zero for all others: uint32."""
-    every = "".join(map(chr, (*range(CODES), *TAGS)))
+    every = np.concatenate([np.arange(CODES, dtype="<u4"), np.array(TAGS, "<u4")]).tobytes().decode("utf-32-le", "surrogatepass")
     table = np.zeros(len(every) + 1, np.uint32)
     for bit, pattern in _PATTERNS.items():
         for run in regex.finditer(rf"[{pattern}]+", every, regex.V1):
             table[run.start() : run.end()] |= bit
     for bit, characters in _CHARACTERS.items():
         table[[ord(character) for character in characters]] |= bit
-    for bit, holds in ((SPACE, str.isspace), (ALPHABETIC, str.isalpha), (DECIMAL, str.isdecimal)):
-        table[:-1] |= np.fromiter(map(holds, every), bool, len(every)) * np.uint32(bit)
-    table[:-1] |= np.fromiter((unicodedata.category(c)[0] == "P" for c in every), bool, len(every)) * np.uint32(PUNCTUATION)
+    categories = np.frombuffer("".join(map(unicodedata.category, every)).encode(), "S1").reshape(-1, 2)
+    kind, spaces = categories[:, 0], np.fromiter(map(str.isspace, every), bool, len(every))
+    decimals = (kind == b"N") & (categories[:, 1] == b"d")
+    for bit, holds in ((SPACE, spaces), (ALPHABETIC, kind == b"L"), (DECIMAL, decimals), (PUNCTUATION, kind == b"P")):
+        table[:-1][holds] |= bit
     table[(table & PICTURE) != 0] |= FIRST | LAST | INNER
     return table
