@@ -99,9 +99,9 @@ class Dispatcher:
         return ray_tasks.end(references)
 
     def _references(self, numbers: list[int]) -> list[Any]:
-        asked = set(numbers)
+        wanted = set(numbers)
         with self.lock:
-            return [reference for reference, number in self.running.items() if number in asked]
+            return [reference for reference, number in self.running.items() if number in wanted]
 
     def _popped(self, references: Iterable[Any]) -> list[tuple[Any, int]]:
         """Removes calls from `running`. Returns (reference, number) of those that no other thread has removed."""
@@ -180,7 +180,7 @@ class Dispatchers:
         for number in numbers:
             if number in self.owners:
                 of_places[self.owners[number][0]].append(number)
-        answers = [getattr(self.actors[place], method).remote(asked) for place, asked in of_places.items()]
+        answers = [getattr(self.actors[place], method).remote(own) for place, own in of_places.items()]
         answered, silent = ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S) if answers else ([], [])
         if silent:
             log.warning("%d dispatchers didn't answer within %.0f s", len(silent), ANSWER_S)
