@@ -26,6 +26,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
+
 from heliostat.extras import require
 from heliostat.tasks import cpu_time
 
@@ -84,3 +86,11 @@ class KernelFiles(IndexDataCacheFile):
 def _digest(folder: Path) -> str:
     """Returns a digest of a folder's modules, and of this one."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in (*sorted(folder.glob("*.py")), Path(__file__)))).hexdigest()[:12]
+
+
+@compiled
+def finalized(value: np.uint64) -> np.uint64:
+    """Mixes the bits of a 64-bit number (splitmix64's finalizer), like `spill.mixed`."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
