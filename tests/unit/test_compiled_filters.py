@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import FunctionType
 
@@ -20,6 +21,7 @@ from heliostat.curation.stages.fineweb import FineWeb
 from heliostat.curation.stages.gopher_quality import GopherQuality
 from heliostat.curation.stages.gopher_repetition import GopherRepetition
 from heliostat.errors import MissingExtraError
+from heliostat.storage import local_files
 from numba import config
 from numba.core.caching import CacheImpl
 
@@ -253,6 +255,52 @@ def test_a_damaged_cache_and_a_full_disk_cost_only_time(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "replace", full)
     assert kernel()(2.5) == 5.0
+
+
+KERNEL = """
+import logging, os, time
+from pathlib import Path
+from heliostat.curation.compiled import compiled
+
+@compiled
+def inner(number):
+    return 2 * number
+
+@compiled
+def outer(number):
+    return inner(number) + 1
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+Path(f"ready-{os.getpid()}").touch()
+while len([*Path().glob("ready-*")]) < 3:
+    time.sleep(0.01)
+print(outer(20), sum((inner._cache_misses + outer._cache_misses).values()))
+"""
+
+
+def test_one_process_of_a_machine_compiles_and_says_so(tmp_path):
+    """32 processes would each need 8 to 12 CPU seconds and 300 MB. A user who sees nothing for so long may stop the command."""
+    (tmp_path / "kernels.py").write_text(KERNEL)
+    environment = {"PYTHONPATH": ":".join(sys.path), "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    command, pipe = [sys.executable, "kernels.py"], subprocess.PIPE
+    running = [subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True) for _ in range(3)]
+    printed, logged = zip(*(process.communicate(timeout=60) for process in running), strict=True)
+    assert sorted(printed) == ["41 0\n", "41 0\n", "41 2\n"]
+    assert sorted(logged) == ["", "", "compiling the text filters: about 10 s, once per machine\n"]
+
+
+def test_a_process_that_cannot_take_the_lock_compiles_after_a_deadline(monkeypatch, tmp_path):
+    """Another process may hang while it has the lock. Then this one waits once, and not for each kernel."""
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(compiled, "_LOCK", lock := compiled.CompileLock())
+    lock.wait_s, slept = 0.05, []
+    monkeypatch.setattr(compiled, "LOOK_S", 0.01)
+    one = kernel()
+    with local_files.alone(one._cache._lock_file, 0.0):
+        assert one(3) == 6 and not lock.passed and lock.wait_s == 0.0
+        monkeypatch.setattr(compiled.time, "sleep", slept.append)
+        assert one(2.5) == 5.0 and not slept
 
 
 def kernel():
