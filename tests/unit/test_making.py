@@ -183,7 +183,7 @@ def test_a_task_takes_its_share_of_memory_whatever_the_file(tmp_path, name):
 class Told(flow.Flow):
     """Returns records of tasks that never ran."""
 
-    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, pooled=False):
+    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, pooled=False, reads=False):
         for number, task in enumerate(tasks):
             name, examples = f"{task.key[:2]}/{task.key}.parquet", {"empty": [f"{number}#1"] * 3}
             yield number, {"runs": [[name, 5000, 60 << 20]], "left_out": [f"ab/{name}"], "tally": None,

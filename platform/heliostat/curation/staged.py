@@ -15,6 +15,7 @@ from heliostat.curation.making import Making
 from heliostat.curation.prepare import InputFile, Pipeline, place
 from heliostat.curation.sampled import SampledParts
 from heliostat.curation.stage import Stage
+from heliostat.curation.text import ahead
 from heliostat.curation.watching import PipelineWatch
 from heliostat.data.manifest import Manifest, kept_path
 from heliostat.data.manifest_table import RowGroups
@@ -39,14 +40,17 @@ class StagedPipeline(Pipeline):
     moved: ClassVar[dict[str, str]] = {}
     """Keys that have moved into `columns` since earlier versions: old name -> new name."""
 
-    stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
+    stages: Annotated[
+        list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]], BeforeValidator(registry.require_list)
+    ] = []
     """Stages for documents, or for images with captions, between reading and shards, in this order: `{stage: NAME, KEY: VALUE}`.
     See docs/data/stages.md"""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
     """Bytes of memory that a task may use, in addition to the memory of its process at the start. Ray reserves this memory, so a
-    node runs only as many tasks as fit. If the work is in an object store, Ray reserves 48 MiB more, for reads in advance. If a
-    node has memory for fewer tasks than CPUs, heliostat logs this. Set more memory for a Parquet file with large row groups
-    (docs/benchmarks/curation.md), or for documents above a fortieth of this value."""
+    node runs only as many tasks as fit. For reads in advance from an object store, Ray reserves more: 48 MiB if the work is in a
+    store, and 64 MiB for a task that reads its input from a store. If a node has memory for fewer tasks than CPUs, heliostat logs
+    this. Set more memory for a Parquet file with large row groups (docs/benchmarks/curation.md), or for documents above a
+    fortieth of this value."""
     work: str | None = None
     """Folder or `s3://` prefix for unfinished work, from which an interrupted run resumes. Unset: next to the output, with
     `.work` after its name. See docs/data/work.md"""
@@ -85,6 +89,7 @@ class StagedPipeline(Pipeline):
         work folder. `cluster`: the cluster that runs the tasks, by default Ray's."""
         flow = Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
         flow.cluster = cluster or flow.cluster
+        flow.input_memory = ahead.MEMORY if str(getattr(self, "input", "")).startswith("s3://") else 0
         return flow
 
     def progress(self) -> Progress:
