@@ -42,8 +42,8 @@ def _escape(character: str) -> str:
 
 
 def plural(count: float, noun: str) -> str:
-    """Formats a count with its noun: `1 node`, `2 nodes`."""
-    return f"{count:g} {noun}{'' if count == 1 else 's'}"
+    """Formats a count with its noun: `1 node`, `2,000 nodes`."""
+    return f"{count:{',' if isinstance(count, int) else 'g'}} {noun}{'' if count == 1 else 's'}"
 
 
 def brief(text: object, longest: int = LONGEST) -> str:

@@ -47,6 +47,7 @@ from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError
 from heliostat.schema import Float, Strict, absent, apply, read_yaml, validate
 from heliostat.storage.locations import Location
 from heliostat.terminal import console
+from heliostat.text import plural
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         if not len(rows):
             reasons = ", ".join(f"{n:,} {in_words(reason)}" for reason, n in sorted(meta.get("dropped", {}).items()))
             raise DataError(
-                f"input: no document of {len(inputs):,} files remains (dropped: {reasons}). Check `columns` and `stages`"
+                f"input: no document of {plural(len(inputs), 'file')} remains (dropped: {reasons}). Check `columns` and `stages`"
             )
         listed = meta.pop("listed", None) or []
         listed = [listed] if isinstance(listed, str) else listed

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from heliostat.curation.stage import Stage
 from heliostat.schema import absent, explain, nearest
+from heliostat.text import brief
 
 STAGES = "heliostat.curation.stages"  # a module is imported when a pipeline uses its stage
 
@@ -32,6 +33,14 @@ def find(name: str) -> type[Stage]:
         c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Stage) and c.__module__ == module.__name__
     )
     return class_name
+
+
+def require_list(raw: object) -> object:
+    """Raises a ValueError with the form of a list for a single stage, such as `stages: {stage: c4}` or `stages: c4`."""
+    if isinstance(raw, dict | str):
+        name = raw.get("stage", "NAME") if isinstance(raw, dict) else raw
+        raise ValueError(f"expected a list, got {brief(repr(raw))}. Write stages: [{{stage: {brief(name)}}}]")
+    return raw
 
 
 def parse(raw: object) -> Stage:

@@ -165,6 +165,8 @@ class ImagePipeline(StagedPipeline):
             extras.require("images", "sklearn", what=f"input: {self.input}")
         if self.input.startswith(drawings.SCHEME):
             drawings.check(self.input)
+        else:
+            sources.require_built_in(self.input, [image_sources.DIGITS, f"{drawings.SCHEME}openmoji"])
         self.check_places(self.input, None if image_sources.is_made(self.input) else sources.root(self.input).path)
 
     def _check_captions(self) -> None:
