@@ -43,6 +43,14 @@ tokenizer: {{vocab_size: 300}}
         (["fill_in_the_middle={rate: 2}"], "fill_in_the_middle.rate"),
         (["min_chars=9", "max_chars=3"], "max_chars: 3 is below min_chars 9"),
         (["input=TMP/nothing"], "no such file"),
+        (["input=TMP/tok/*.txt"], "no file matches. Supported endings"),
+        (["input=TMP/empty"], "the folder is empty. Supported endings"),
+        (["memory_limit=5MB"], "memory_limit: '5MB' is too small. Use 64MiB or more"),
+        (["stages=[{stage: language, languages: [en, english]}]"], "language: languages: 'english' isn't an ISO 639 code. Write"),
+        (
+            ["stages=[{stage: c4}, {stage: decontaminate, sets: {a: no.jsonl}}]"],
+            "stages.1: decontaminate: sets: can't read",
+        ),
         (["input=python:stdlip"], "input: 'python:stdlip' isn't an input that heliostat makes. Did you mean 'python:stdlib'?"),
         (["input=TMP/nothing", "memory_limit=64MiB"], "no such file"),
         (["stages={stage: c4}"], "stages: expected a list, got {'stage': 'c4'}. Write stages: [{stage: c4}]"),
@@ -87,6 +95,7 @@ def test_errors_come_before_ray_and_before_warnings(tmp_path, monkeypatch, caplo
     (tmp_path / "in" / "a.txt").write_text("text")
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "tok").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_text(tokens.train(["abc"], 257, END))
     path = tmp_path / "p.yaml"
     path.write_text(GOOD.format(tmp=tmp_path))

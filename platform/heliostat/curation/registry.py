@@ -48,7 +48,7 @@ def parse(raw: object) -> Stage:
     if isinstance(raw, Stage):
         return raw
     if isinstance(raw, dict) and "stage" not in raw:
-        raise ValueError(absent("stage", "NAME"))
+        raise ValueError(absent("stage", next((key for key in raw if key in names()), "NAME")))
     if not isinstance(raw, dict) or not isinstance(raw["stage"], str):
         raise ValueError(f"{raw!r} isn't a stage. Write {{stage: NAME, KEY: VALUE}}")
     cls = find(raw["stage"])

@@ -19,7 +19,7 @@ from heliostat.curation.text import ahead
 from heliostat.curation.watching import PipelineWatch
 from heliostat.data.manifest import Manifest, kept_path
 from heliostat.data.manifest_table import RowGroups
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, MissingExtraError
 from heliostat.schema import nearest
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping
@@ -106,6 +106,16 @@ class StagedPipeline(Pipeline):
             raise ConfigError(f"output: {self.output!r} and the input {input!r} overlap. Set output to another folder")
         if _overlap(here, self.worked.location.path):
             raise ConfigError(f"work: {self.worked.location} and the input {input!r} overlap. Set work to another folder")
+
+    def check_stages(self) -> None:
+        """Checks each stage. An error about the keys of a stage begins with the stage's number and name."""
+        for number, stage in enumerate(self.stages):
+            try:
+                stage.check()
+            except MissingExtraError:
+                raise
+            except ConfigError as e:
+                raise ConfigError(f"stages.{number}: {stage.named()}: {e}") from e
 
     def check_columns(self, known: Iterable[str], key: str) -> None:
         """Raises ConfigError if documents can't have the columns that stages compare. Without the column, all documents would be

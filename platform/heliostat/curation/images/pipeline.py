@@ -191,7 +191,7 @@ class ImagePipeline(StagedPipeline):
                     raise ConfigError(f"stages: {stage.named()}: {name!r} is already a column of the shards, or one of "
                         "columns.others. Choose another name for the stage's column")  # fmt: skip
                 known.add(name)
-            stage.check()
+        self.check_stages()
 
     def inputs(self) -> list[InputFile]:
         if self.fetch:

@@ -35,7 +35,7 @@ from heliostat.curation.readers.repository import name_of
 from heliostat.curation.text import ahead, sources
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
-from heliostat.text import plural, printable
+from heliostat.text import printable
 
 DIGITS = "sklearn:digits"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -105,7 +105,7 @@ def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
         InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(wanted) or p in named
     ]
     if not files:
-        seen = f"found {plural(len(listed), 'file')}, but none is supported" if listed else "no such file"
+        seen = sources.nothing(uri, base, len(listed))
         raise ConfigError(f"input: {uri!r}: {seen}. Supported: {', '.join(METADATA)}, *.tar, *.parquet")
     return sorted(files, key=lambda f: f.path)
 

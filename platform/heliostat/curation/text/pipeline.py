@@ -161,7 +161,7 @@ class TextPipeline(StagedPipeline):
         for stage in self.stages:
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} reads images, but a text pipeline has no images. Remove this stage")
-            stage.check()  # last, because it may log warnings
+        self.check_stages()  # last, because it may log warnings
 
     @property
     def _known(self) -> set[str]:

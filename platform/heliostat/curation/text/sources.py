@@ -140,15 +140,23 @@ def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
             else:
                 files.append(InputFile(path, info.size, info.mtime_ns, info.etag))
     for stage, count in sorted(unread.items()):
-        what, fix = f"{count:,} {BYTES[stage]}", f"{{stage: {stage}}} first among a text pipeline's `stages`"
+        what, fix = f"{BYTES[stage]} ({plural(count, 'file')})", f"{{stage: {stage}}} first among a text pipeline's `stages`"
         if not files:
             raise ConfigError(f"input: {uri!r}: contains only {what}. Put {fix}")
         log.warning("%s: skipping %s. To read these files, put %s", uri, what, fix)
     if not files:
-        seen = f"found {plural(len(listed), 'file')}, but none is supported" if listed else "no such file"
         ends, packed = ", ".join(readers.KINDS), ", ".join(CODECS)
-        raise ConfigError(f"input: {uri!r}: {seen}. Supported endings: {ends} (also with {packed})")
+        raise ConfigError(f"input: {uri!r}: {nothing(uri, base, len(listed))}. Supported endings: {ends} (also with {packed})")
     return sorted(files, key=lambda f: f.path)
+
+
+def nothing(uri: str, base: Location, count: int) -> str:
+    """Explains why an input has no file to read. `count`: number of files that `find` has listed."""
+    if count:
+        return f"found {plural(count, 'file')}, but none is supported"
+    if base.info() is None:
+        return "no such file"
+    return "no file matches" if split_glob(uri)[1] else "the folder is empty"
 
 
 def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:

@@ -36,7 +36,7 @@ from heliostat.tasks import merging, spill
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.spill import SpilledRun
 from heliostat.tasks.work import key
-from heliostat.text import plural, printable
+from heliostat.text import printable
 
 LISTS = (".jsonl", ".csv", ".parquet")
 ROWS = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("id", "url", "row"))])
@@ -52,7 +52,7 @@ def listing(uri: str) -> list[InputFile]:
     base, listed = sources.find(uri)
     files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(LISTS)]
     if not files:
-        seen = f"found {plural(len(listed), 'file')}, but none is supported" if listed else "no such file"
+        seen = sources.nothing(uri, base, len(listed))
         raise ConfigError(f"input: {uri!r}: {seen}. fetch reads lists of URLs in these formats: {', '.join(LISTS)}")
     return sorted(files, key=lambda f: f.path)
 
