@@ -178,12 +178,13 @@ def test_checking_stages_imports_no_numba():
     code = """
 import sys
 import heliostat, heliostat.cli.main
-from heliostat.curation.stages import c4, fineweb, gopher_quality, gopher_repetition
+from heliostat.curation.stages import c4, decontaminate, fineweb, gopher_quality, gopher_repetition
 for kind in (c4.C4, fineweb.FineWeb, gopher_quality.GopherQuality, gopher_repetition.GopherRepetition):
     kind().check()
+decontaminate.Decontaminate(sets={"tests": sys.argv[1]}, n=2).check()
 assert "numba" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code, __file__], check=True)
 
 
 OPENED = """
