@@ -32,6 +32,10 @@ tokenizer: {{vocab_size: 300}}
         (["normalise=NFD"], "normalise: 'NFD' isn't a choice"),
         (["tokenizer.path=x"], "set either vocab_size"),
         (["tokenizer={path: nowhere}"], "tokenizer.path: 'nowhere': no such file"),
+        (
+            ["tokenizer={path: TMP/other}"],
+            "no folder with a tokenizer.json. Prepare this dataset first: heliostat data prepare a.yaml",
+        ),
         (["tokenizer={path: TMP/bad.json}"], "tokenizer.path: the tokenizers library can't read this file"),
         (["tokenizer={path: TMP/tok, end_of_document: </s>}"], "'</s>' isn't in the vocabulary"),
         (["tokenizer.vocab_size=10"], "tokenizer.vocab_size"),
@@ -96,6 +100,8 @@ def test_errors_come_before_ray_and_before_warnings(tmp_path, monkeypatch, caplo
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "tok").mkdir()
     (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("output: other")
     (tmp_path / "tok" / "tokenizer.json").write_text(tokens.train(["abc"], 257, END))
     path = tmp_path / "p.yaml"
     path.write_text(GOOD.format(tmp=tmp_path))

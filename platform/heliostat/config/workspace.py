@@ -40,13 +40,13 @@ def root() -> Path:
 
 
 def pipeline_of(output: Location) -> str:
-    """Returns the path of the workspace's pipeline file with this output; `PIPELINE.yaml` if there is none."""
+    """Returns the path of the workspace's pipeline file with this output; "" if there is none."""
     for path in sorted([*root().glob("*.y*ml"), *root().glob("pipelines/*.y*ml")]):
         with suppress(OSError, UnicodeDecodeError):
             written = re.search(r"""^output:[ \t]*["']?([^"'\s#]+)""", path.read_text(encoding="utf-8"), re.MULTILINE)
             if written and output.path in (str(root() / written[1]), written[1].removeprefix("s3://").rstrip("/")):
                 return str(path.relative_to(root()))
-    return "PIPELINE.yaml"
+    return ""
 
 
 def check_name(field: str, name: object) -> str:

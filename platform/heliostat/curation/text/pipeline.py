@@ -21,6 +21,7 @@ from pyarrow.fs import FileType
 from pydantic import Field, model_validator
 
 from heliostat import extras
+from heliostat.config import workspace
 from heliostat.curation import readers, reasons, synthetic
 from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.readers import warc
@@ -70,9 +71,9 @@ class TokenizerConfig(Strict):
         if not location.exists():
             location = place(self.path, "tokenizer.path")
             if location.fs.get_file_info(location.path).type != FileType.File:
-                raise ConfigError(
-                    f"tokenizer.path: {self.path!r}: no such file, and no folder with a tokenizer.json. Correct the path"
-                )
+                made_by = workspace.pipeline_of(location)
+                fix = f"Prepare this dataset first: heliostat data prepare {made_by}" if made_by else "Correct the path"
+                raise ConfigError(f"tokenizer.path: {self.path!r}: no such file, and no folder with a tokenizer.json. {fix}")
         try:
             return location.read().decode()
         except UnicodeDecodeError as e:
