@@ -10,9 +10,10 @@ import tempfile
 from pathlib import Path
 from types import FunctionType
 
+import numpy as np
 import pytest
 from heliostat import extras
-from heliostat.curation import compiled
+from heliostat.curation import compiled, machine_code
 from heliostat.curation.english.characters import SYMBOLS, TERMINALS
 from heliostat.curation.english.sentences import _lower, sentences
 from heliostat.curation.stage import Document
@@ -219,8 +220,8 @@ def test_a_kernel_is_compiled_again_if_any_module_of_its_folder_changes(tmp_path
     digests = []
     for name, content in (("a.py", "X = 1"), ("b.py", "Y = 1"), ("a.py", "X = 2"), ("data.txt", "")):
         (tmp_path / name).write_text(content)
-        compiled._digest.cache_clear()
-        digests.append(compiled._digest(tmp_path))
+        machine_code.modules_digest.cache_clear()
+        digests.append(machine_code.modules_digest(tmp_path))
     assert len({*digests}) == 3 and digests[2] == digests[3]
     assert _lower.py_func.__qualname__.startswith("_lower_")
 
@@ -288,6 +289,17 @@ def test_one_process_of_a_machine_compiles_and_says_so(tmp_path):
     printed, logged = zip(*(process.communicate(timeout=60) for process in running), strict=True)
     assert sorted(printed) == ["41 0\n", "41 0\n", "41 2\n"]
     assert sorted(logged) == ["", "", "compiling the text filters: about 10 s, once per machine\n"]
+
+
+def test_the_driver_knows_without_numba_whether_this_machine_has_machine_code(monkeypatch, tmp_path):
+    """Users don't see the log of a task, so the command says that tasks will compile."""
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    assert machine_code.is_missing()
+    compiled.compiled(FunctionType(compiled.finalized.py_func.__code__, vars(compiled)))(np.uint64(1))
+    assert not machine_code.is_missing()
+    monkeypatch.setattr(machine_code, "modules_digest", lambda folder: "of a newer version")
+    assert machine_code.is_missing()
 
 
 def test_a_process_that_cannot_take_the_lock_compiles_after_a_deadline(monkeypatch, tmp_path):

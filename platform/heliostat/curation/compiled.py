@@ -33,6 +33,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from heliostat.curation.machine_code import modules_digest
 from heliostat.extras import require
 from heliostat.storage import local_files
 from heliostat.tasks import cpu_time
@@ -53,7 +54,7 @@ log = logging.getLogger(__name__)
 def compiled(function: F) -> F:
     """Returns a function that runs as machine code, and without Python's lock. Integers overflow silently, as in C. The seconds
     of compiling or loading it don't count as those of documents."""
-    function.__qualname__ += f"_{_digest(Path(function.__code__.co_filename).parent)}"  # a part of the cache's key
+    function.__qualname__ += f"_{modules_digest(Path(function.__code__.co_filename).parent)}"  # a part of the cache's key
     kernel = njit(nogil=True, error_model="numpy")(function)
     if isinstance(kernel, Dispatcher):  # it isn't if NUMBA_DISABLE_JIT=1
         with suppress(RuntimeError):  # Numba can write to no folder
@@ -156,12 +157,6 @@ class KernelFiles(IndexDataCacheFile):
 def _announce() -> None:
     """Logs once that this process compiles."""
     log.info("compiling the text filters: about 10 s, once per machine")
-
-
-@lru_cache(maxsize=8)
-def _digest(folder: Path) -> str:
-    """Returns a digest of a folder's modules, and of this one."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in (*sorted(folder.glob("*.py")), Path(__file__)))).hexdigest()[:12]
 
 
 @compiled

@@ -34,7 +34,7 @@ from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
 from heliostat.config import workspace
 from heliostat.config.file_kinds import require_kind
-from heliostat.curation import hub, recording
+from heliostat.curation import hub, machine_code, recording
 from heliostat.curation.leftovers import remove_old_samples, sample_folder
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare_report import in_words
@@ -283,6 +283,8 @@ def sampling(pipeline: Pipeline, quiet: bool) -> Iterator[tuple[Location, list[I
 
 def _start_ray(pipeline: Pipeline) -> None:
     module = type(pipeline).__module__
+    if any("numba" in stage.needs for stage in getattr(pipeline, "stages", ())) and machine_code.is_missing():
+        log.info("compiling the text filters when the first task uses them: about 10 s, once per machine")
     needed = private_ray.TASKS if pipeline.ray_data else ()
     private_ray.ahead(0, [*needed, *([module] if module.startswith("heliostat.") else [])])
     connect(cpus=CPUS)
