@@ -301,8 +301,10 @@ def read(location: Location, digest: str | None = None) -> Manifest:
     try:
         newest = _read(location, FILE)
     except FileNotFoundError as e:
-        fix = f"Prepare it: heliostat data prepare {pipeline_of(location) or 'PIPELINE.yaml'}"
-        raise MissingDataError(f"{location}: no dataset here ({FILE} is missing). {fix}") from e
+        file = pipeline_of(location) or "PIPELINE.yaml"
+        raise MissingDataError(
+            f"{location}: no dataset here ({FILE} is missing). Prepare it: heliostat data prepare {file}"
+        ) from e
     if digest is None or newest.digest == digest:
         return newest
     changed = f"{location}: the dataset changed during the run (digest {newest.digest[:12]}, was {digest[:12]})"
