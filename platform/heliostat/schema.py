@@ -199,7 +199,7 @@ def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | Non
     for setting in settings:
         path, mark, text = setting.partition("=")
         if not mark or not path:
-            raise ConfigError(f"--set {setting!r}: expected KEY=VALUE. Write, for example, --set train.steps=100")
+            raise ConfigError(f"--set {setting!r}: expected KEY=VALUE. Write --set {path or 'KEY'}=VALUE")
         if model and (new := renamed_path(model, path)) != path:
             log_renamed("--set", path, new)
             path = new

@@ -42,8 +42,8 @@ def _escape(character: str) -> str:
 
 
 def plural(count: float, noun: str) -> str:
-    """Formats a count with its noun: `1 node`, `2 nodes`."""
-    return f"{count:g} {noun}{'' if count == 1 else 's'}"
+    """Formats a count with its noun: `1 node`, `2,000 nodes`."""
+    return f"{count:{',' if isinstance(count, int) else 'g'}} {noun}{'' if count == 1 else 's'}"
 
 
 def brief(text: object, longest: int = LONGEST) -> str:
@@ -74,7 +74,7 @@ def value_problem(kind: str, message: str, value: str, limits: dict[str, Any], k
     if kind == "value_error":
         return message.removeprefix("Value error, ")
     if kind in LIMITS:
-        numbers = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in limits.items()}
+        numbers = {name: _limit(limit, value) for name, limit in limits.items()}
         return f"{value} {LIMITS[kind].format(**numbers)}"
     if kind == "string_pattern_mismatch":
         pattern = limits["pattern"]
@@ -84,6 +84,13 @@ def value_problem(kind: str, message: str, value: str, limits: dict[str, Any], k
     problem = f"expected {wanted}, got {value}" if wanted else f"{message.removeprefix('Input ')} ({value})"
     fix = f". Write {key}: {example}" if key and example != UNKNOWN else "" if wanted else ". Correct the value"
     return f"{problem}{fix}"
+
+
+def _limit(limit: object, value: str) -> object:
+    """Formats the limit of a value. The limit of a size, which may be text such as '5MB', is in MiB."""
+    if value.startswith("'") and isinstance(limit, int) and limit >= 1 << 20:
+        return f"{limit / (1 << 20):g}MiB"
+    return f"{limit:g}" if isinstance(limit, float) else limit
 
 
 def absent(key: str, example: str = UNKNOWN) -> str:

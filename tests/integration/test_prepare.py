@@ -148,7 +148,7 @@ def test_changed_input_config_and_lost_shard(tmp_path):
 def test_nothing_left_is_an_error(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text(" ")
-    with pytest.raises(HeliostatError, match=r"no document of 1 files remains \(dropped: 1 empty\)"):
+    with pytest.raises(HeliostatError, match=r"no document of 1 file remains \(dropped: 1 empty\)"):
         prepare(write_pipeline(tmp_path, **KEYS), [])
     with pytest.raises(DataError):
         manifest.read(Location(str(tmp_path / "out")))

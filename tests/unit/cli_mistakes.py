@@ -112,7 +112,7 @@ FILES = [
     (["init", J], J, "folder"),
 ]
 KEYS = [
-    (key("train.steps"), "--set", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
+    (key("train.steps"), "--set", "expected KEY=VALUE. Write --set train.steps=VALUE"),
     (key("train.steps=["), "--set", "the value isn't valid YAML. Close the brackets, or quote the value"),
     (key("name.first=x"), "--set", "'name' is a value, not a mapping of keys. Write name=VALUE"),
     (key("data.sources.5.path=x"), "--set", "'5' isn't an index into a list of 1 item. Use 0"),

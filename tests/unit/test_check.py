@@ -101,7 +101,7 @@ def test_a_run_that_resumes_waits_for_a_store_that_is_away(tmp_path, monkeypatch
     monkeypatch.setattr(
         "heliostat.storage.locations.Location.probe", lambda self: (_ for _ in ()).throw(e) if (e := next(answers)) else None
     )
-    monkeypatch.setattr("heliostat.storage.locations.PATIENT", Backoff(0.01, 0.02))
+    monkeypatch.setattr("heliostat.storage.waiting.PATIENT", Backoff(0.01, 0.02))
     wanted = job(**{"storage": str(tmp_path / "runs"), "mlflow.uri": f"sqlite:///{tmp_path}/m.db"})
     check.check_services(wanted, resume=True)
     assert caplog.text.count("away. Waiting for the store, up to ") == 2

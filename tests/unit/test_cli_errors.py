@@ -48,7 +48,7 @@ def test_a_file_that_is_not_there_suggests_the_one_that_is(tmp_path):
     code, _, lines, _ = run("check", str(tmp_path / "jop.yaml"))
     assert code == 2 and lines == [f"error: {tmp_path / 'jop.yaml'}: no such file. Did you mean 'job.yaml'?"]
     code, _, lines, _ = run("check", str(tmp_path / "job.yaml"), "--set", "train.steps")
-    assert code == 2 and lines == ["error: --set 'train.steps': expected KEY=VALUE. Write, for example, --set train.steps=100"]
+    assert code == 2 and lines == ["error: --set 'train.steps': expected KEY=VALUE. Write --set train.steps=VALUE"]
 
 
 def test_a_dataset_that_is_not_there_is_exit_code_2(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import regex
 from heliostat.curation import comparable
-from heliostat.curation.comparable import edges, hashed, words
+from heliostat.curation.comparable import counted, edges, hashed, words
 from heliostat.curation.stages.repeated_spans import RepeatedSpans
 from heliostat.tasks import spill
 
@@ -79,7 +79,7 @@ def test_the_words_are_those_of_the_plain_definition():
     rng = random.Random(0)
     texts = ["".join(rng.choice(rng.choice(SCRIPTS)) for _ in range(rng.randrange(40))) for _ in range(3000)]
     found, wanted = words(texts), [reference(t) for t in texts]
-    assert found.counts.tolist() == [len(w) for w in wanted]
+    assert found.counts.tolist() == [len(w) for w in wanted] == [counted(text) for text in texts]
     by: dict[str, int] = {}
     flat = list(itertools.chain.from_iterable(wanted))
     for hash, word in zip(found.hashes.tolist(), flat, strict=True):

@@ -6,12 +6,14 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import FunctionType
 
+import numpy as np
 import pytest
 from heliostat import extras
-from heliostat.curation import compiled
+from heliostat.curation import compiled, machine_code
 from heliostat.curation.english.characters import SYMBOLS, TERMINALS
 from heliostat.curation.english.sentences import _lower, sentences
 from heliostat.curation.stage import Document
@@ -20,6 +22,7 @@ from heliostat.curation.stages.fineweb import FineWeb
 from heliostat.curation.stages.gopher_quality import GopherQuality
 from heliostat.curation.stages.gopher_repetition import GopherRepetition
 from heliostat.errors import MissingExtraError
+from heliostat.storage import local_files
 from numba import config
 from numba.core.caching import CacheImpl
 
@@ -176,12 +179,13 @@ def test_checking_stages_imports_no_numba():
     code = """
 import sys
 import heliostat, heliostat.cli.main
-from heliostat.curation.stages import c4, fineweb, gopher_quality, gopher_repetition
+from heliostat.curation.stages import c4, decontaminate, fineweb, gopher_quality, gopher_repetition
 for kind in (c4.C4, fineweb.FineWeb, gopher_quality.GopherQuality, gopher_repetition.GopherRepetition):
     kind().check()
+decontaminate.Decontaminate(sets={"tests": sys.argv[1]}, n=2).check()
 assert "numba" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code, __file__], check=True)
 
 
 def test_compiled_loops_import_no_scipy():
@@ -230,8 +234,8 @@ def test_a_kernel_is_compiled_again_if_any_module_of_its_folder_changes(tmp_path
     digests = []
     for name, content in (("a.py", "X = 1"), ("b.py", "Y = 1"), ("a.py", "X = 2"), ("data.txt", "")):
         (tmp_path / name).write_text(content)
-        compiled._digest.cache_clear()
-        digests.append(compiled._digest(tmp_path))
+        machine_code.modules_digest.cache_clear()
+        digests.append(machine_code.modules_digest(tmp_path))
     assert len({*digests}) == 3 and digests[2] == digests[3]
     assert _lower.py_func.__qualname__.startswith("_lower_")
 
@@ -267,6 +271,63 @@ def test_a_damaged_cache_and_a_full_disk_cost_only_time(monkeypatch, tmp_path):
 
     monkeypatch.setattr(os, "replace", full)
     assert kernel()(2.5) == 5.0
+
+
+KERNEL = """
+import logging, os, time
+from pathlib import Path
+from heliostat.curation.compiled import compiled
+
+@compiled
+def inner(number):
+    return 2 * number
+
+@compiled
+def outer(number):
+    return inner(number) + 1
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+Path(f"ready-{os.getpid()}").touch()
+while len([*Path().glob("ready-*")]) < 3:
+    time.sleep(0.01)
+print(outer(20), sum((inner._cache_misses + outer._cache_misses).values()))
+"""
+
+
+def test_one_process_of_a_machine_compiles_and_says_so(tmp_path):
+    """32 processes would each need 8 to 12 CPU seconds and 300 MB. A user who sees nothing for so long may stop the command."""
+    (tmp_path / "kernels.py").write_text(KERNEL)
+    environment = {"PYTHONPATH": ":".join(sys.path), "NUMBA_CACHE_DIR": str(tmp_path / "cache"), "TMPDIR": str(tmp_path)}
+    command, pipe = [sys.executable, "kernels.py"], subprocess.PIPE
+    running = [subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True) for _ in range(3)]
+    printed, logged = zip(*(process.communicate(timeout=60) for process in running), strict=True)
+    assert sorted(printed) == ["41 0\n", "41 0\n", "41 2\n"]
+    assert sorted(logged) == ["", "", "compiling the text filters: about 10 s, once per machine\n"]
+
+
+def test_the_driver_knows_without_numba_whether_this_machine_has_machine_code(monkeypatch, tmp_path):
+    """Users don't see the log of a task, so the command says that tasks will compile."""
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    assert machine_code.is_missing()
+    compiled.compiled(FunctionType(compiled.finalized.py_func.__code__, vars(compiled)))(np.uint64(1))
+    assert not machine_code.is_missing()
+    monkeypatch.setattr(machine_code, "modules_digest", lambda folder: "of a newer version")
+    assert machine_code.is_missing()
+
+
+def test_a_process_that_cannot_take_the_lock_compiles_after_a_deadline(monkeypatch, tmp_path):
+    """Another process may hang while it has the lock. Then this one waits once, and not for each kernel."""
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(compiled, "_LOCK", lock := compiled.CompileLock())
+    lock.wait_s, slept = 0.05, []
+    monkeypatch.setattr(compiled, "LOOK_S", 0.01)
+    one = kernel()
+    with local_files.alone(one._cache._lock_file, 0.0):
+        assert one(3) == 6 and not lock.passed and lock.wait_s == 0.0
+        monkeypatch.setattr(compiled.time, "sleep", slept.append)
+        assert one(2.5) == 5.0 and not slept
 
 
 def kernel():

@@ -239,6 +239,7 @@ def test_two_digits(value, text):
 @pytest.mark.parametrize(("raw", "message"), [
     ({"stage": "minhsh"}, "'minhsh' isn't a stage. Did you mean 'minhash'"),
     ({"min_words": 3}, "stage: required key missing. Write stage: NAME"),
+    ({"minhash": {"bands": 3}}, "stage: required key missing. Write stage: minhash"),
     (3, "Write {stage: NAME, KEY: VALUE}"),
     ({"stage": "longer", "min_word": 3}, "longer: min_word: unknown key. Did you mean 'min_words'"),
     ({"stage": "longer", "min_words": "x"}, "longer: min_words: expected an integer, got 'x'. Write min_words: INTEGER"),

@@ -8,7 +8,9 @@ import pyarrow as pa
 import pytest
 import ray
 from heliostat.curation import comparing, recording, segment, tally
+from heliostat.curation.engine import StageEngine
 from heliostat.curation.minhash import keep, signatures
+from heliostat.curation.prepare import InputFile
 from heliostat.curation.stage import Document
 from heliostat.curation.stages.c4 import C4
 from heliostat.curation.stages.detect_secrets import DetectSecrets
@@ -17,7 +19,8 @@ from heliostat.curation.stages.fix_text import FixText
 from heliostat.curation.stages.gopher_quality import GopherQuality
 from heliostat.curation.stages.gopher_repetition import GopherRepetition
 from heliostat.curation.stages.length import Length
-from heliostat.curation.text import gathering, tasks, tokens
+from heliostat.curation.text import ahead, gathering, making, tasks, tokens
+from heliostat.curation.text.pipeline import TextPipeline
 from heliostat.storage.locations import Location
 from heliostat.tasks import crew, flow, spill
 from heliostat.tasks.clusters import TaskKind
@@ -240,6 +243,41 @@ def test_a_task_also_asks_for_the_memory_of_its_reads_in_advance(monkeypatch, me
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0, "memory": 16.0 * GB}}])
     made = flow.Flow(Work(Location("s3://bucket/work")), memory=memory)
     assert made.memory_each() == (memory + spill.MEMORY if memory else None)
+
+
+@pytest.mark.parametrize(("input", "work", "reads", "more"), [
+    ("s3://bucket/texts", "work", True, ahead.MEMORY),
+    ("s3://bucket/texts", "work", False, 0),
+    ("s3://bucket/texts", "s3://bucket/work", True, max(ahead.MEMORY, spill.MEMORY)),
+    ("s3://bucket/texts", "s3://bucket/work", False, spill.MEMORY),
+    ("texts", "work", True, 0),
+])  # fmt: skip
+def test_a_task_that_reads_objects_also_asks_for_the_memory_of_its_input(monkeypatch, input, work, reads, more):
+    """Such a task has two blocks of the input in memory, in addition to its limit. With a small limit, this is as much again."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 4.0, "memory": 16.0 * GB}}])
+    pipeline = TextPipeline.model_validate({"name": "a", "input": input, "work": work, "output": "out", "memory_limit": "64MiB",
+                                            "tokenizer": {"vocab_size": 300}})  # fmt: skip
+    made = pipeline.flow()
+    assert made.memory_each(reads=reads) == (64 << 20) + more
+    if not made.work.location.is_s3:
+        working = crew.Crew(made, TaskKind("some", flow.execute, print, reads=reads))
+        assert not working.full and working.memory == (64 << 20) + more
+
+
+def test_the_kinds_of_tasks_that_read_the_input_ask_for_its_memory(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 2000)
+    asked = {}
+
+    def run(self, kind, function, tasks, **more):
+        asked[kind] = more.get("reads", False)
+        results = {"lines": {"lines": 9}, "survey": {"survey": {}}}
+        return enumerate([results[kind] for _ in tasks] if kind in results else [])
+
+    monkeypatch.setattr(flow.Flow, "run", run)
+    made = flow.Flow(Work(Location(str(tmp_path / "work"))))
+    parts = making.pieces_of(made, str(tmp_path), [InputFile("a.jsonl", 28_000, 0)], 9000, 1 << 30)
+    StageEngine(made, None, [], 1 << 30).curate(parts, [])
+    assert asked == {"lines": True, "read": True}
 
 
 @pytest.mark.parametrize(("memory", "nodes", "cpus", "told"), [

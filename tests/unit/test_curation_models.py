@@ -92,7 +92,8 @@ def test_an_example_goes_to_the_end_of_its_line_whatever_is_in_its_strings():
 def test_planted_n_grams_are_all_found_and_nothing_else():
     draw = random.Random(5)
     evaluation = [" ".join(words(30, seed)) for seed in range(1000, 1100)]
-    index, short = decontamination.index({"e": ("e.txt", "\n\n".join(evaluation).encode())}, [], 13)
+    sets = {"e": ("e.txt", "\n\n".join(evaluation).encode())}
+    index, short = decontamination.index(sets, [], 13), decontamination.short(sets, [], 13)
     hits = 0
     assert not short
     for seed in range(400):

@@ -81,3 +81,7 @@ def test_a_dataset_of_drawings_has_captions_labels_and_styles(tmp_path):
 def test_an_unknown_part_is_rejected(tmp_path):
     with pytest.raises(ConfigError, match=r"^input: unknown drawings \('drawings:noto'\)\. Use drawings:openmoji, "):
         prepared({"name": "test", "input": "drawings:noto", "output": str(tmp_path), "resolution": 32})
+    with pytest.raises(ConfigError, match=r"^input: 'sklearn:digit' isn't an input that heliostat makes\. Did you mean "):
+        prepared({"name": "test", "input": "sklearn:digit", "output": str(tmp_path), "resolution": 32})
+    with pytest.raises(ConfigError, match=r"^input: 'emoji:all' .*\. Use one of: drawings:openmoji, sklearn:digits$"):
+        prepared({"name": "test", "input": "emoji:all", "output": str(tmp_path), "resolution": 32})

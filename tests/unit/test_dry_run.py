@@ -308,7 +308,7 @@ def test_a_share_that_holds_nothing_is_refused_and_nothing_stays(tmp_path, monke
     path.write_text(json.dumps({"name": "i", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(tmp_path / "in"),
                                 "output": str(tmp_path / "out"), "tokenizer": {"vocab_size": 300}}))  # fmt: skip
     monkeypatch.setattr("heliostat.curation.prepare._start_ray", lambda pipeline: None)
-    with pytest.raises(ConfigError, match=r"--sample: .*1 files is less than one file\. Pass a larger share"):
+    with pytest.raises(ConfigError, match=r"--sample: .*of 1 file is less than one file\. Pass a larger share"):
         dry_run(path, [], 1e-9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "p.yaml"]
 

@@ -128,12 +128,12 @@ def test_every_kind_and_codec_is_read_with_and_without_stages(tmp_path, caplog, 
     }
     assert found == {"a.txt", "b.csv#1", "c.jsonl.bz2#1", "d.txt.xz", "e.ndjson#1", "f.py.bz2"} and meta["documents"] == 6
     assert meta["dropped"] == {"empty": 1, "invalid_json": 1}
-    assert ("skipping 1 pages or web archives. To read these files, put {stage: extract}" in caplog.text) == (not stages)
+    assert ("skipping pages or web archives (1 file). To read these files, put {stage: extract}" in caplog.text) == (not stages)
 
 
 def test_pages_alone_are_an_error_that_names_their_stage(tmp_path):
     (tmp_path / "a.html").write_text("<p>a")
-    with pytest.raises(ConfigError, match=r"only 1 pages or web archives\. Put {stage: extract} first"):
+    with pytest.raises(ConfigError, match=r"only pages or web archives \(1 file\)\. Put {stage: extract} first"):
         sources.listing(str(tmp_path))
 
 
@@ -183,7 +183,7 @@ def test_a_task_takes_its_share_of_memory_whatever_the_file(tmp_path, name):
 class Told(flow.Flow):
     """Returns records of tasks that never ran."""
 
-    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, pooled=False):
+    def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, pooled=False, reads=False):
         for number, task in enumerate(tasks):
             name, examples = f"{task.key[:2]}/{task.key}.parquet", {"empty": [f"{number}#1"] * 3}
             yield number, {"runs": [[name, 5000, 60 << 20]], "left_out": [f"ab/{name}"], "tally": None,

@@ -86,8 +86,20 @@ def test_the_digest_does_not_depend_on_encoding_or_on_itself():
 
 def test_a_folder_without_a_manifest_is_no_dataset(tmp_path):
     """The error names the missing file and the command that makes it."""
-    with pytest.raises(DataError, match=r"no dataset here \(manifest.parquet is missing\)\. Prepare it: heliostat data prepare"):
+    lacks = r"no dataset here \(manifest.parquet is missing\)\. Prepare it: heliostat data prepare"
+    with pytest.raises(DataError, match=rf"{lacks} PIPELINE\.yaml$"):
         manifest.read(Location(str(tmp_path)))
+
+
+@pytest.mark.parametrize("output", ["data/mine", "./data/mine", "'data/mine'  # a comment", "TMP/data/mine"])
+def test_the_error_for_a_missing_dataset_names_its_pipeline(tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines/a.yaml").write_text("output: data/mine2\nwork: data/mine\n")
+    (tmp_path / "pipelines/b.yaml").write_text(f"name: b\noutput: {output.replace('TMP', str(tmp_path))}\n")
+    (tmp_path / "c.yaml").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"Prepare it: heliostat data prepare pipelines/b\.yaml$"):
+        manifest.read(Location(str(tmp_path / "data/mine")))
 
 
 def test_every_version_that_was_written_stays_readable(tmp_path):

@@ -307,7 +307,7 @@ def test_names_that_are_not_utf8_end_nothing(tmp_path):
 
 def test_an_input_without_images_is_one_error(tmp_path):
     (tmp_path / "a.gif").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"none of 1 files is supported\. Supported: metadata.jsonl"):
+    with pytest.raises(ConfigError, match=r"found 1 file, but none is supported\. Supported: metadata.jsonl"):
         sources.listing(str(tmp_path))
 
 

@@ -247,9 +247,9 @@ def test_settings_apply_in_order():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.steps", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
-        ("=5", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
-        ("", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
+        ("train.steps", "expected KEY=VALUE. Write --set train.steps=VALUE"),
+        ("=5", "expected KEY=VALUE. Write --set KEY=VALUE"),
+        ("", "expected KEY=VALUE. Write --set KEY=VALUE"),
         ("train.steps=[", "the value isn't valid YAML. Close the brackets, or quote the value"),
         ("data.sources.1.path=x", "'1' isn't an index into a list of 1 item. Use 0"),
         ("data.sources.path=x", "'path' isn't an index into a list of 1 item. Use 0"),

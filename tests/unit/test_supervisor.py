@@ -180,7 +180,7 @@ def test_a_store_that_is_away_when_the_driver_dies_is_waited_for_and_nothing_is_
     assert again.flags(["--overwrite"], 7) == ["--resume"]
     assert [round(w, 1) <= 5 for w in waits] == [True] * 3 and caplog.text.count("Waiting for the store, up to") == 3
     _away(monkeypatch, 10**6)
-    monkeypatch.setattr("heliostat.storage.locations.AWAY_S", 0.5)
+    monkeypatch.setattr("heliostat.storage.waiting.AWAY_S", 0.5)
     with pytest.raises(StorageError, match=r"storage failed for 3 s\. Waited \d s for the store"):
         again.flags(["--overwrite"], 7)
 

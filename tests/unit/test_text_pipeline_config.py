@@ -32,6 +32,10 @@ tokenizer: {{vocab_size: 300}}
         (["normalise=NFD"], "normalise: 'NFD' isn't a choice"),
         (["tokenizer.path=x"], "set either vocab_size"),
         (["tokenizer={path: nowhere}"], "tokenizer.path: 'nowhere': no such file"),
+        (
+            ["tokenizer={path: TMP/other}"],
+            "no folder with a tokenizer.json. Prepare this dataset first: heliostat data prepare a.yaml",
+        ),
         (["tokenizer={path: TMP/bad.json}"], "tokenizer.path: the tokenizers library can't read this file"),
         (["tokenizer={path: TMP/tok, end_of_document: </s>}"], "'</s>' isn't in the vocabulary"),
         (["tokenizer.vocab_size=10"], "tokenizer.vocab_size"),
@@ -43,6 +47,27 @@ tokenizer: {{vocab_size: 300}}
         (["fill_in_the_middle={rate: 2}"], "fill_in_the_middle.rate"),
         (["min_chars=9", "max_chars=3"], "max_chars: 3 is below min_chars 9"),
         (["input=TMP/nothing"], "no such file"),
+        (["input=TMP/tok/*.txt"], "no file matches. Supported endings"),
+        (["input=TMP/empty"], "the folder is empty. Supported endings"),
+        (["memory_limit=5MB"], "memory_limit: '5MB' is too small. Use 64MiB or more"),
+        (["stages=[{stage: language, languages: [en, english]}]"], "language: languages: 'english' isn't an ISO 639 code. Write"),
+        (
+            ["stages=[{stage: c4}, {stage: decontaminate, sets: {a: no.jsonl}}]"],
+            "stages.1: decontaminate: sets: can't read",
+        ),
+        (["input=python:stdlip"], "input: 'python:stdlip' isn't an input that heliostat makes. Did you mean 'python:stdlib'?"),
+        (["input=TMP/nothing", "memory_limit=64MiB"], "no such file"),
+        (["stages={stage: c4}"], "stages: expected a list, got {'stage': 'c4'}. Write stages: [{stage: c4}]"),
+        (["stages=c4"], "stages: expected a list, got 'c4'. Write stages: [{stage: c4}]"),
+        (
+            ["stages=[{stage: gopher_quality, min_words: 200000}]"],
+            "stages.0: gopher_quality: min_words 200,000 is above max_words 100,000. Lower min_words, or raise max_words",
+        ),
+        (
+            ["stages=[{stage: gopher_quality, min_word_length: 12.5}]"],
+            "stages.0: gopher_quality: min_word_length 12.5 is above max_word_length 10.0. Lower min_word_length, or raise",
+        ),
+        (["stages=[{stage: length, min_chars: 9, max_chars: 3}]"], "stages.0: length: min_chars 9 is above max_chars 3. Lower"),
         (["stages=[{stage: minhash, within: dump}]"], "stages.0: minhash: within: 'dump' isn't a column of the documents"),
         (
             ["columns=[dump]", "stages=[{stage: minhash, within: dumps}]"],
@@ -58,14 +83,14 @@ tokenizer: {{vocab_size: 300}}
         ),
         (["stages=[{stage: minhash, keep: oldest, column: language}, {stage: language}]"], "column: 'language' isn't a column"),
         (["exclude=['[b-a]']"], "exclude: '[b-a]' is not a valid pattern"),
-        (["exclude=['**']"], "exclude: matches all 1 files"),
+        (["exclude=['**']"], "exclude: matches every file of the input (1)"),
         (["output=TMP/in/out"], "overlap"),
         (["output=TMP"], "overlap"),
         (["output=TMP/in/a.txt"], "can't write to the folder"),
         (["output=ftp://x/y"], "scheme 'ftp' isn't supported"),
     ],
 )
-def test_errors_come_before_ray(tmp_path, monkeypatch, settings, message):
+def test_errors_come_before_ray_and_before_warnings(tmp_path, monkeypatch, caplog, settings, message):
     def no_ray(**_):
         raise AssertionError("Ray was started")
 
@@ -74,12 +99,15 @@ def test_errors_come_before_ray(tmp_path, monkeypatch, settings, message):
     (tmp_path / "in" / "a.txt").write_text("text")
     (tmp_path / "bad.json").write_text("{}")
     (tmp_path / "tok").mkdir()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("output: other")
     (tmp_path / "tok" / "tokenizer.json").write_text(tokens.train(["abc"], 257, END))
     path = tmp_path / "p.yaml"
     path.write_text(GOOD.format(tmp=tmp_path))
     with pytest.raises(ConfigError) as e:
         prepare(path, [s.replace("TMP", str(tmp_path)) for s in settings])
-    assert message in str(e.value)
+    assert message in str(e.value) and not caplog.messages
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,17 @@ import importlib
 import re
 import sys
 import sysconfig
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from heliostat import extras, text
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
+
+if TYPE_CHECKING:
+    from heliostat.storage.locations import Location
 
 NAME = re.compile(text.NAME)
 BUILT_IN = {  # module of the workspace in earlier versions -> module of the package with the same classes
@@ -33,6 +37,16 @@ MODEL_FILES = ("heliostat.json", "model_index.json")  # a folder with one of the
 
 def root() -> Path:
     return Path.cwd()
+
+
+def pipeline_of(output: Location) -> str:
+    """Returns the path of the workspace's pipeline file with this output; "" if there is none."""
+    for path in sorted([*root().glob("*.y*ml"), *root().glob("pipelines/*.y*ml")]):
+        with suppress(OSError, UnicodeDecodeError):
+            written = re.search(r"""^output:[ \t]*["']?([^"'\s#]+)""", path.read_text(encoding="utf-8"), re.MULTILINE)
+            if written and output.path in (str(root() / written[1]), written[1].removeprefix("s3://").rstrip("/")):
+                return str(path.relative_to(root()))
+    return ""
 
 
 def check_name(field: str, name: object) -> str:

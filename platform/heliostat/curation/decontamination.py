@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from heliostat.curation.comparable import words
+from heliostat.curation.comparable import counted, words
 from heliostat.errors import ConfigError
 
 
@@ -75,20 +75,28 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(part)
 
 
-def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tuple[NgramIndex, dict[str, int]]:
-    """Builds the n-gram index of evaluation sets (name -> path and bytes). Also returns the number of examples per set that have
-    fewer than `n` words."""
-    parts, places, names, short = list[np.ndarray](), list[np.ndarray](), list[str](), dict[str, int]()
+EvaluationSets = dict[str, tuple[str, bytes]]
+"""Maps the name of each evaluation set to the path and the bytes of its file."""
+
+
+def short(sets: EvaluationSets, fields: list[str], n: int) -> dict[str, int]:
+    """Counts the examples of each set that have fewer than `n` words. Raises ConfigError if no example has more."""
+    enough = {
+        name: [counted(text) >= n for _, text in examples(path, data, fields)] for name, (path, data) in sorted(sets.items())
+    }
+    if not any(map(any, enough.values())):
+        raise ConfigError(f"sets: no example has {n} words or more. Lower `n`")
+    return {name: many for name, long in enough.items() if (many := long.count(False))}
+
+
+def index(sets: EvaluationSets, fields: list[str], n: int) -> NgramIndex:
+    """Builds the n-gram index of evaluation sets."""
+    parts, places, names = list[np.ndarray](), list[np.ndarray](), list[str]()
     for name, (path, data) in sorted(sets.items()):
         numbered = list(examples(path, data, fields))
         for (number, _), hashes_of_example in zip(numbered, grams([text for _, text in numbered], n), strict=True):
-            if not len(hashes_of_example):
-                short[name] = short.get(name, 0) + 1
-                continue
             names.append(f"{name}#{number}")
             parts.append(hashes_of_example)
             places.append(np.full(len(hashes_of_example), len(names) - 1, np.int32))
-    if not parts:
-        raise ConfigError(f"sets: no example has {n} words or more. Lower `n`")
     hashes, first = np.unique(np.concatenate(parts), return_index=True)
-    return NgramIndex(hashes, np.concatenate(places)[first], names), short
+    return NgramIndex(hashes, np.concatenate(places)[first], names)

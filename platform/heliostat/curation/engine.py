@@ -169,7 +169,8 @@ class StageEngine:
     ) -> list[SpilledRun]:
         """Runs the tasks of a segment (consecutive stages). Returns the tasks' temporary files of kept documents, in the order of
         the tasks. Keeps only the names of a task's files, because an input may have millions of tasks."""
-        taken = {number: curated.take(record) for number, record in self.flow.run(kind, function, tasks, pooled=pooled)}
+        records = self.flow.run(kind, function, tasks, pooled=pooled, reads=kind == "read")
+        taken = {number: curated.take(record) for number, record in records}
         return curated.keep(taken[number] for number in sorted(taken))
 
     def _begun(self, pieces: Iterable[list[FilePart]], stages: list[Stage]) -> Iterator[list[FilePart]]:

@@ -107,8 +107,9 @@ def load(folder: Path) -> LinearScorer:
         features = NgramCounter(int(about["ngrams"]), int(about["bits"]), int(about["chars"]))
         scorer = LinearScorer(weights, float(about["bias"]), features)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        why = "a file is missing" if isinstance(e, FileNotFoundError) else f"{type(e).__name__}: {e}"
         raise ConfigError(
-            f"model: {str(folder)!r} contains no classifier ({type(e).__name__}: {e}). Train one: heliostat data train-classifier"
+            f"model: {str(folder)!r} contains no classifier ({why}). Train one: heliostat data train-classifier"
         ) from e
     if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
         raise ConfigError(

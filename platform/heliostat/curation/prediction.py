@@ -6,6 +6,7 @@ from typing import Any
 
 from heliostat.errors import ConfigError
 from heliostat.terminal import duration
+from heliostat.text import plural
 
 HEAD = ["stage", "documents", "kept", "share of documents read", "bytes", "tokens", "CPU"]
 HOUR_S = 3600
@@ -45,7 +46,7 @@ def explain(facts: dict[str, Any]) -> list[str]:
         tokens = f"{facts['tokens']:,} tokens ({facts['tokens_low']:,} to {facts['tokens_high']:,}), "
     return [
         f"{facts['name']}: predicted from {sample['documents']:,} documents, {sample['fraction']:.4g} of {whole['bytes']:,} bytes"
-        f" in {whole['files']:,} files, in {duration(facts['seconds'])}",
+        f" in {plural(whole['files'], 'file')}, in {duration(facts['seconds'])}",
         (
             f"whole input: {facts['documents']:,} documents ({row['kept_low']:,} to {row['kept_high']:,}), {size}{tokens}{cpu} "
             f"of CPU time ({few} to {many}; {cost}), {wall} on {facts['cpus']} CPUs"

@@ -34,7 +34,7 @@ from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
 from heliostat.config import workspace
 from heliostat.config.file_kinds import require_kind
-from heliostat.curation import hub, recording
+from heliostat.curation import hub, machine_code, recording
 from heliostat.curation.leftovers import remove_old_samples, sample_folder
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare_report import in_words
@@ -47,6 +47,7 @@ from heliostat.errors import AccessError, ConfigError, DataError, HeliostatError
 from heliostat.schema import Float, Strict, absent, apply, read_yaml, validate
 from heliostat.storage.locations import Location
 from heliostat.terminal import console
+from heliostat.text import plural
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         if not len(rows):
             reasons = ", ".join(f"{n:,} {in_words(reason)}" for reason, n in sorted(meta.get("dropped", {}).items()))
             raise DataError(
-                f"input: no document of {len(inputs):,} files remains (dropped: {reasons}). Check `columns` and `stages`"
+                f"input: no document of {plural(len(inputs), 'file')} remains (dropped: {reasons}). Check `columns` and `stages`"
             )
         listed = meta.pop("listed", None) or []
         listed = [listed] if isinstance(listed, str) else listed
@@ -282,6 +283,8 @@ def sampling(pipeline: Pipeline, quiet: bool) -> Iterator[tuple[Location, list[I
 
 def _start_ray(pipeline: Pipeline) -> None:
     module = type(pipeline).__module__
+    if any("numba" in stage.needs for stage in getattr(pipeline, "stages", ())) and machine_code.is_missing():
+        log.info("compiling the text filters when the first task uses them: about 10 s, once per machine")
     needed = private_ray.TASKS if pipeline.ray_data else ()
     private_ray.ahead(0, [*needed, *([module] if module.startswith("heliostat.") else [])])
     connect(cpus=CPUS)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from heliostat.curation.stage import Stage
 from heliostat.schema import absent, explain, nearest
+from heliostat.text import brief
 
 STAGES = "heliostat.curation.stages"  # a module is imported when a pipeline uses its stage
 
@@ -34,12 +35,20 @@ def find(name: str) -> type[Stage]:
     return class_name
 
 
+def require_list(raw: object) -> object:
+    """Raises a ValueError with the form of a list for a single stage, such as `stages: {stage: c4}` or `stages: c4`."""
+    if isinstance(raw, dict | str):
+        name = raw.get("stage", "NAME") if isinstance(raw, dict) else raw
+        raise ValueError(f"expected a list, got {brief(repr(raw))}. Write stages: [{{stage: {brief(name)}}}]")
+    return raw
+
+
 def parse(raw: object) -> Stage:
     """Makes a stage from its entry in a pipeline file, `{stage: NAME, KEY: VALUE}`. ValueError for an invalid entry."""
     if isinstance(raw, Stage):
         return raw
     if isinstance(raw, dict) and "stage" not in raw:
-        raise ValueError(absent("stage", "NAME"))
+        raise ValueError(absent("stage", next((key for key in raw if key in names()), "NAME")))
     if not isinstance(raw, dict) or not isinstance(raw["stage"], str):
         raise ValueError(f"{raw!r} isn't a stage. Write {{stage: NAME, KEY: VALUE}}")
     cls = find(raw["stage"])

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
+from pydantic import model_validator
+
 from heliostat import extras
 from heliostat.errors import ConfigError
 from heliostat.schema import Strict
@@ -163,6 +165,16 @@ class Stage(Strict):
             fields[measure] = (*fields.get(measure, ()), name)
         cls.thresholds = cls.thresholds | fields
         cls.reasons = cls.reasons | {reason: meaning.format(name) for reason, (_, name, meaning) in cls.limits.items()}
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        """Rejects a minimum above the maximum of the same measure, with which no document could pass."""
+        for low in (name for name in type(self).model_fields if name.startswith("min_")):
+            high = low.replace("min_", "max_", 1)
+            least, most = getattr(self, low), getattr(self, high) if high in type(self).model_fields else None
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low} {least:,} is above {high} {most:,}. Lower {low}, or raise {high}")
+        return self
 
     @classmethod
     def named(cls) -> str:

@@ -15,10 +15,11 @@ from heliostat.curation.making import Making
 from heliostat.curation.prepare import InputFile, Pipeline, place
 from heliostat.curation.sampled import SampledParts
 from heliostat.curation.stage import Stage
+from heliostat.curation.text import ahead
 from heliostat.curation.watching import PipelineWatch
 from heliostat.data.manifest import Manifest, kept_path
 from heliostat.data.manifest_table import RowGroups
-from heliostat.errors import ConfigError
+from heliostat.errors import ConfigError, MissingExtraError
 from heliostat.schema import nearest
 from heliostat.storage.locations import Location
 from heliostat.tasks import shipping
@@ -39,14 +40,17 @@ class StagedPipeline(Pipeline):
     moved: ClassVar[dict[str, str]] = {}
     """Keys that have moved into `columns` since earlier versions: old name -> new name."""
 
-    stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
+    stages: Annotated[
+        list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]], BeforeValidator(registry.require_list)
+    ] = []
     """Stages for documents, or for images with captions, between reading and shards, in this order: `{stage: NAME, KEY: VALUE}`.
     See docs/data/stages.md"""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
     """Bytes of memory that a task may use, in addition to the memory of its process at the start. Ray reserves this memory, so a
-    node runs only as many tasks as fit. If the work is in an object store, Ray reserves 48 MiB more, for reads in advance. If a
-    node has memory for fewer tasks than CPUs, heliostat logs this. Set more memory for a Parquet file with large row groups
-    (docs/benchmarks/curation.md), or for documents above a fortieth of this value."""
+    node runs only as many tasks as fit. For reads in advance from an object store, Ray reserves more: 48 MiB if the work is in a
+    store, and 64 MiB for a task that reads its input from a store. If a node has memory for fewer tasks than CPUs, heliostat logs
+    this. Set more memory for a Parquet file with large row groups (docs/benchmarks/curation.md), or for documents above a
+    fortieth of this value."""
     work: str | None = None
     """Folder or `s3://` prefix for unfinished work, from which an interrupted run resumes. Unset: next to the output, with
     `.work` after its name. See docs/data/work.md"""
@@ -85,6 +89,7 @@ class StagedPipeline(Pipeline):
         work folder. `cluster`: the cluster that runs the tasks, by default Ray's."""
         flow = Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
         flow.cluster = cluster or flow.cluster
+        flow.input_memory = ahead.MEMORY if str(getattr(self, "input", "")).startswith("s3://") else 0
         return flow
 
     def progress(self) -> Progress:
@@ -101,6 +106,16 @@ class StagedPipeline(Pipeline):
             raise ConfigError(f"output: {self.output!r} and the input {input!r} overlap. Set output to another folder")
         if _overlap(here, self.worked.location.path):
             raise ConfigError(f"work: {self.worked.location} and the input {input!r} overlap. Set work to another folder")
+
+    def check_stages(self) -> None:
+        """Checks each stage. An error about the keys of a stage begins with the stage's number and name."""
+        for number, stage in enumerate(self.stages):
+            try:
+                stage.check()
+            except MissingExtraError:
+                raise
+            except ConfigError as e:
+                raise ConfigError(f"stages.{number}: {stage.named()}: {e}") from e
 
     def check_columns(self, known: Iterable[str], key: str) -> None:
         """Raises ConfigError if documents can't have the columns that stages compare. Without the column, all documents would be

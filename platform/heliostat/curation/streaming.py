@@ -75,7 +75,7 @@ def dataset(flow: Flow, plan: StreamForm, feed: Queue, lacking: Queue) -> Datase
     with DataContext.current(context), warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.60 has no other way to limit retries
         tasks = stream.numbered(1 << 20, partial(taken, feed), context)
-        blocks = tasks.map_batches(read, **task)
+        blocks = tasks.map_batches(read, **task | {"memory": flow.memory_each(reads=plan.kind == "read")})
         pool = ActorPoolStrategy(min_size=1, max_size=plan.gpus)
         scored = blocks.map_batches(scorer, fn_constructor_args=arguments, compute=pool, **actor)
         return scored.map_batches(write, **task)

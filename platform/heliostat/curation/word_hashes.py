@@ -9,19 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from heliostat.curation.comparable_characters import FACTOR, INVERSE, JOINER, LETTER, SEPARATOR, SKIPPED, UNSPACED, ZERO
-from heliostat.curation.compiled import compiled
+from heliostat.curation.compiled import compiled, finalized
 
 BASE, BACK, DIGIT, NONE, ONE = (np.uint64(value) for value in (FACTOR, INVERSE, ZERO, 0, 1))
-SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
-FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-
-
-@compiled
-def mixed(z: np.uint64) -> np.uint64:
-    """Mixes a 64-bit number, like `spill.mixed`."""
-    z = (z ^ (z >> SHIFTS[0])) * FACTORS[0]
-    z = (z ^ (z >> SHIFTS[1])) * FACTORS[1]
-    return z ^ (z >> SHIFTS[2])
 
 
 @compiled
@@ -62,8 +52,8 @@ def scan(
         inside = kind == LETTER or kind >= UNSPACED
         within = previous == LETTER or previous >= UNSPACED
         if within and (not inside or kind == UNSPACED or (kind == LETTER and previous >= UNSPACED)):
-            hashes[count] = mixed(hash)
-            exact[count] = mixed(own) if number else hashes[count]
+            hashes[count] = finalized(hash)
+            exact[count] = finalized(own) if number else hashes[count]
             numbers[count] = number
             count += 1
             within = False
@@ -99,7 +89,7 @@ def span_hashes(values: np.ndarray, starts: np.ndarray, stops: np.ndarray, out: 
             total, power, low = (total - np.uint64(values[low])) * BACK, power * BACK, low + 1
         while high < stops[i]:
             total, power, high = total + np.uint64(values[high]) * power, power * BASE, high + 1
-        out[i] = mixed(total)
+        out[i] = finalized(total)
 
 
 @compiled

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from heliostat.config.workspace import pipeline_of
 from heliostat.data import mapped, shard, stored_rows
 from heliostat.data.manifest_table import (
     SCHEMA,
@@ -300,7 +301,10 @@ def read(location: Location, digest: str | None = None) -> Manifest:
     try:
         newest = _read(location, FILE)
     except FileNotFoundError as e:
-        raise MissingDataError(f"{location}: no dataset here ({FILE} is missing). Prepare it: heliostat data prepare") from e
+        file = pipeline_of(location) or "PIPELINE.yaml"
+        raise MissingDataError(
+            f"{location}: no dataset here ({FILE} is missing). Prepare it: heliostat data prepare {file}"
+        ) from e
     if digest is None or newest.digest == digest:
         return newest
     changed = f"{location}: the dataset changed during the run (digest {newest.digest[:12]}, was {digest[:12]})"

@@ -25,6 +25,7 @@ from heliostat.plan.layouts import Layout
 from heliostat.plan.planner import bound
 from heliostat.plan.ranking import ranking
 from heliostat.recipes.protocol import Recipe
+from heliostat.storage.waiting import wait_for_store
 from heliostat.validation import check
 
 KEY = "train.parallel: auto"
@@ -84,7 +85,7 @@ def recorded(job: Job) -> Job | None:
     """Returns the job that the run's newest checkpoint contains, if both jobs have the same number of workers and of GPUs.
     Otherwise returns None."""
     try:
-        job.run_folder.wait_for_store()
+        wait_for_store(job.run_folder)
         newest = layout.latest(job.run_folder)
     except StorageError as e:
         log.warning("%s: can't read the run's parallelism configuration: %s", KEY, e)

@@ -40,8 +40,6 @@ T = TypeVar("T")
 
 BACKOFF = Backoff(0.2, 8.0, jitter=0.5)
 PROBE_S = 3.0  # seconds to repeat a request; a busy store may reject one request and accept the next
-AWAY_S = 1800.0  # seconds to wait for an unreachable store, because its error would end running work
-PATIENT = Backoff(1.0, 60.0, jitter=0.2)
 LISTINGS = 20  # attempts to list a folder on disk that other processes change meanwhile
 UPLOAD_BLOCK = 16 << 20  # bytes per read of a file
 UPLOAD_WINDOW = 64 << 20  # bytes that may be in transit to the store before waiting for their arrival
@@ -318,27 +316,6 @@ class Location:
             raise self._no_bucket() from e
         if kind == pafs.FileType.NotFound:
             raise self._no_bucket()
-
-    def wait_for_store(self, sleep: Callable[[float], object] | None = None) -> None:
-        """Waits until the store answers. Raises StorageError after AWAY_S seconds. An AccessError is raised at once.
-
-        Use this method for running work, such as a resumed run, because it costs more to end the work than to wait.
-        """
-
-        def judge(error: Exception) -> None:
-            if isinstance(error, AccessError) or not isinstance(error, StorageError):
-                raise error
-
-        def give_up(failure: FailedAttempts) -> NoReturn:
-            raise StorageError(
-                f"{failure.error}. Waited {failure.seconds:.0f} s for the store. Try again when the store answers"
-            ) from failure.error
-
-        def tell(failure: FailedAttempts, wait: float) -> None:
-            left = f"Waiting for the store, up to {max(0.0, AWAY_S - failure.seconds):.0f} s more"
-            log.warning("%s. %s, next attempt in %.0f s", failure.error, left, wait)
-
-        retries.retry(self.probe, AWAY_S, PATIENT, judge, give_up, tell, sleep)
 
     def require_writable(self) -> None:
         """Raises AccessError if no file can be written here. Checks only disks: the folder, or its nearest existing parent."""

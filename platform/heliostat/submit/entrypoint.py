@@ -48,6 +48,7 @@ from heliostat.runs import goodput
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
+from heliostat.storage.waiting import wait_for_store
 from heliostat.submit.logs import LogCopy
 from heliostat.training.driver.recovery import Budget
 
@@ -102,14 +103,14 @@ class Again:
 
     def _attempt(self, pid: int) -> RecordedAttempt | None:
         """Returns the newest attempt of process `pid` on this host from the run's ledger; None if there is no such attempt."""
-        self.folder.wait_for_store(self._pause)
+        wait_for_store(self.folder, self._pause)
         mine = [a for a in goodput.read(self.folder) if (a.host, a.pid) == (socket.gethostname(), pid)]
         return max(mine, key=lambda a: a.started, default=None)
 
     def _has_begun(self, pid: int) -> bool:
         if not self.sweep:
             return self._attempt(pid) is not None
-        self.folder.wait_for_store(self._pause)
+        wait_for_store(self.folder, self._pause)
         try:
             return json.loads(self.folder.join("sweep.json").read())["created"] >= self._began
         except (FileNotFoundError, ValueError, KeyError):

@@ -44,7 +44,7 @@ class CountedTasks(Iterator[Task]):
 @dataclass(frozen=True)
 class TaskKind:
     """Describes the tasks of one kind: how a call runs, the CPUs of a task, and the number of actors (0: Ray tasks) with their
-    GPUs."""
+    GPUs. `reads`: whether the tasks read the pipeline's input."""
 
     name: str
     execute: Callable[..., list[dict[str, Any]]]
@@ -53,6 +53,7 @@ class TaskKind:
     actors: int = 0
     gpus: float = 1.0
     labels: Mapping[str, str] = field(default_factory=dict)
+    reads: bool = False
 
 
 class Executor(Protocol):

@@ -46,16 +46,16 @@ class Flowing(Protocol):
     repeated: list[tuple[Executor, Any]]
 
     def nodes(self, resource: str = "CPU") -> list[int]: ...
-    def memory_each(self, cpus: int = 1) -> int | None: ...
-    def at_once(self, cpus: int) -> int: ...
-    def log_short_memory(self, cpus: int) -> None: ...
+    def memory_each(self, cpus: int = 1, reads: bool = False) -> int | None: ...
+    def at_once(self, cpus: int, reads: bool = False) -> int: ...
+    def log_short_memory(self, cpus: int, reads: bool = False) -> None: ...
 
 
 class Crew:
     """Runs the tasks of one kind: in actors, or each with the kind's number of CPUs."""
 
     def __init__(self, flow: Flowing, kind: TaskKind) -> None:
-        self.flow, self.kind, self.cpus, self.size = flow, kind.name, kind.cpus, kind.actors
+        self.flow, self.kind, self.cpus, self.size, self.reads = flow, kind.name, kind.cpus, kind.actors, kind.reads
         self.work = flow.work.of_tasks()
         self.cluster, self.executor = flow.cluster, flow.cluster.executor(kind)
         self.under_way: dict[Any, Call] = {}
@@ -318,7 +318,7 @@ class Crew:
         if self.cluster.now() - self.looked < LOOK_S:
             return
         self.looked, nodes = self.cluster.now(), self.flow.nodes()
-        self.memory = self.flow.memory_each(max(1, min(self.cpus, max(nodes, default=0))))
+        self.memory = self.flow.memory_each(max(1, min(self.cpus, max(nodes, default=0))), self.reads)
         if not any(nodes):
             label = f" and the labels {self.flow.labels}" if self.flow.labels else ""
             log.log(
@@ -330,10 +330,10 @@ class Crew:
         elif not self.size and max(nodes) < self.cpus:
             self._request(max(nodes))
         elif not self.size:
-            self.flow.log_short_memory(self.cpus)
+            self.flow.log_short_memory(self.cpus, self.reads)
         self.alone = not any(nodes)
         self.several = sum(map(bool, nodes)) > 1
-        self.slots.count = self.size or max(1, self.flow.at_once(self.cpus))
+        self.slots.count = self.size or max(1, self.flow.at_once(self.cpus, self.reads))
         self.room = 2 * self.size if self.size else max(2, 2 * sum(nodes) // self.cpus)
 
     def _request(self, cpus: int) -> None:

@@ -61,6 +61,8 @@ class Flow:
     """Number of documents that tasks kept, and passed on to later tasks."""
     memory: int = 0
     """Bytes of memory that each task requests from Ray, so that only as many tasks run on a node as fit. 0: no request."""
+    input_memory: int = 0
+    """Bytes of memory in which a task that `reads` the pipeline's input reads it in advance."""
     short: bool = False
     """Whether this run has already logged that a lack of memory leaves CPUs idle."""
     progress: Progress = field(default_factory=Progress)
@@ -95,42 +97,42 @@ class Flow:
         nodes = self.nodes("GPU")
         return sum(nodes) if each <= 1 else max(nodes, default=0)
 
-    def memory_each(self, cpus: int = 1) -> int | None:
+    def memory_each(self, cpus: int = 1, reads: bool = False) -> int | None:
         """Computes the bytes of memory that a task with `cpus` CPUs requests, with the memory for reads in advance (`_advance`);
-        None for no request.
+        None for no request. `reads`: whether the task reads the pipeline's input.
 
         The result is at most the memory of the largest node with `cpus` CPUs. A task that requests more memory would wait
         forever.
         """
         nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
         most = max((memory for have, memory in nodes if have >= cpus), default=0)
-        return min(self.memory + self._advance, most) or None if self.memory else None
+        return min(self.memory + self._advance(reads), most) or None if self.memory else None
 
-    @property
-    def _advance(self) -> int:
-        """Returns the bytes of memory in which a task reads temporary files in advance, in addition to `memory`."""
-        return spill.MEMORY if self.work.location.is_s3 else 0
+    def _advance(self, reads: bool) -> int:
+        """Returns the bytes of memory in which a task reads temporary files or the input in advance, in addition to `memory`. No
+        task reads both."""
+        return max(spill.MEMORY if self.work.location.is_s3 else 0, self.input_memory if reads else 0)
 
-    def at_once(self, cpus: int) -> int:
+    def at_once(self, cpus: int, reads: bool = False) -> int:
         """Computes how many tasks with `cpus` CPUs each have room at the same time, by the nodes' CPUs and memory."""
-        return _at_once(self._rooms(cpus), self.memory_each(cpus))
+        return _at_once(self._rooms(cpus), self.memory_each(cpus, reads))
 
-    def log_short_memory(self, cpus: int) -> None:
+    def log_short_memory(self, cpus: int, reads: bool = False) -> None:
         """Logs once if tasks with `cpus` CPUs each leave CPUs idle, because the nodes have too little memory for more tasks."""
-        rooms = self._rooms(cpus)
-        need, room = self.memory_each(cpus), _at_once(rooms, None)
+        rooms, advance = self._rooms(cpus), self._advance(reads)
+        need, room = self.memory_each(cpus, reads), _at_once(rooms, None)
         if self.short or not need or (many := _at_once(rooms, need)) >= room:
             return
-        fits = min(memory // tasks for tasks, memory in rooms) - self._advance
+        fits = min(memory // tasks for tasks, memory in rooms) - advance
         self.short, better = True, max(LEAST_MEMORY, fits // MIB * MIB)
         fix = (
-            f"Set memory_limit: {better // MIB}MiB to run {_at_once(rooms, better + self._advance)} at once, or"
-            if better + self._advance < need
+            f"Set memory_limit: {better // MIB}MiB to run {_at_once(rooms, better + advance)} at once, or"
+            if better + advance < need
             else "To run more,"
         )
         log.warning(
             ("memory_limit: %.0f MiB per task leaves room for %d tasks at once, but the CPUs could run %d. %s "
-                "give the nodes more memory"), (self.memory + self._advance) / MIB, many, room, fix,
+                "give the nodes more memory"), (self.memory + advance) / MIB, many, room, fix,
         )  # fmt: skip
 
     def _rooms(self, cpus: int) -> list[tuple[int, int]]:
@@ -160,17 +162,18 @@ class Flow:
 
     def _running(self, kind: str, function: TaskFunction, tasks: Iterator[Task], cpus: int = 1,
                  valid: Callable[[dict[str, Any]], bool] = lambda record: True,
-                 pooled: bool = False, actors: int = 0,
-                 gpus: float = 1.0) -> Generator[tuple[int, dict[str, Any]] | None, None, None]:  # fmt: skip
+                 pooled: bool = False, actors: int = 0, gpus: float = 1.0,
+                 reads: bool = False) -> Generator[tuple[int, dict[str, Any]] | None, None, None]:  # fmt: skip
         """Yields (the task's number, its record) as tasks finish, and None when all tasks have started. A task with a record that
         isn't `valid` runs again.
 
         The function gets the folder for temporary files and the task's arguments. In its record, `files` lists the temporary
         files. If `actors` isn't 0, tasks run in `actors` actors. If `actors` is 0 and `pooled` is true, tasks run in one actor
-        per GPU of the cluster. Each actor has `gpus` GPUs. Without actors, tasks run as Ray tasks.
+        per GPU of the cluster. Each actor has `gpus` GPUs. Without actors, tasks run as Ray tasks. `reads`: whether the tasks
+        read the pipeline's input.
         """
         size = actors or (self.devices() if pooled else 0)
-        crew = Crew(self, TaskKind(kind, execute_all, function, cpus, size, gpus, self.labels))
+        crew = Crew(self, TaskKind(kind, execute_all, function, cpus, size, gpus, self.labels, reads))
         try:
             for number, task, record, left in self._looked_up(kind, tasks, valid):
                 if record is not None:

@@ -33,6 +33,7 @@ from heliostat.recipes import adapters, built_in, loading
 from heliostat.runs import summary as endings
 from heliostat.storage import lease
 from heliostat.storage.run_folder import require_one_way
+from heliostat.storage.waiting import wait_for_store
 from heliostat.terminal import console
 from heliostat.tracking.tags import SOURCE_NAME
 from heliostat.training import AHEAD
@@ -82,7 +83,7 @@ def train_job(
     _require_settled(job)
     started = started or time.time()
     if resume:
-        job.run_folder.wait_for_store()
+        wait_for_store(job.run_folder)
         job = _as_recorded(job)
     if not (resume and job.last_step in layout.steps(job.run_folder)):  # the work after the last step needs no workers
         private_ray.ahead(job.workers.gpus, [*AHEAD, *built_in.modules(job.recipe, job.model)])

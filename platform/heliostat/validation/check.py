@@ -39,6 +39,7 @@ from heliostat.recipes.loading import make, recipe_class
 from heliostat.recipes.protocol import Recipe
 from heliostat.storage.local_files import require_database
 from heliostat.storage.locations import Location
+from heliostat.storage.waiting import wait_for_store
 from heliostat.text import brief
 from heliostat.validation.faults import Faults
 from heliostat.validation.loading import devices_of as devices_of
@@ -238,7 +239,7 @@ def _reach_sources(job: Job, recorded: DataPlan | None) -> None:
     faults = Faults()
     for i, location in enumerate(job.sources):
         with faults.part(), named(f"data.sources.{i}.path"):
-            location.wait_for_store() if recorded else location.probe()
+            wait_for_store(location) if recorded else location.probe()
     if faults:
         raise faults.error
 
@@ -295,7 +296,7 @@ def check_services(job: Job, resume: bool = False) -> None:
     faults = Faults()
     with faults.part(), named("storage"):
         storage = Location(job.storage)
-        storage.wait_for_store() if resume else storage.probe()
+        wait_for_store(storage) if resume else storage.probe()
         storage.require_writable()
     with faults.part():
         try:

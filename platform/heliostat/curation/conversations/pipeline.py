@@ -81,7 +81,7 @@ class RenderedPipeline(StagedPipeline):
                     f"stages.{number}: {stage.named()} changes texts, but conversations can only be kept or dropped. Remove this "
                     "stage, or run it on the input first"
                 )
-            stage.check()
+        self.check_stages()
         self.check_columns((), "")
         for pattern in self.exclude:
             sources.glob_regex(pattern, "exclude")

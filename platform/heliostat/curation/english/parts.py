@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from heliostat.curation.compiled import compiled
+from heliostat.curation import comparable_characters
+from heliostat.curation.compiled import compiled, finalized
 from heliostat.curation.english.characters import CODES, TAGS
 from heliostat.curation.english.rules import LONGEST
 
-FACTOR = np.uint64(0x9E3779B97F4A7C15)
+FACTOR = np.uint64(comparable_characters.FACTOR)
 # distinguish the table's hashes of units, of words that are joined, and of the first two of these, from those of exceptions
 UNIT, SEQUENCE, PAIR = np.uint64(0xD1342543DE82EF95), np.uint64(0xA2684A87BD05DF2A), np.uint64(0x739C6FCB9B88CEBF)
 CODE_BITS, CODE = 21, (1 << 21) - 1
@@ -25,10 +26,8 @@ _TAGS, _LAST_TAG = TAGS.start, TAGS.stop - 1
 
 @compiled
 def mixed(value: np.uint64) -> np.uint64:
-    """Mixes the bits of a hash (splitmix64's finalizer). Never returns 0, which marks a free place."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    value ^= value >> np.uint64(31)
+    """Mixes the bits of a hash. Never returns 0, which marks a free place."""
+    value = finalized(value)
     return value if value else np.uint64(1)
 
 

