@@ -205,8 +205,8 @@ def test_the_funnel_counts_what_stages_did(tmp_path):
     summed = []
     for pieces in (1, 7):
         found, here = curate(tmp_path / str(pieces), given, PIPELINE, pieces=pieces)
-        total = engine.summed(here, found.tallies * 40)
-        total = engine.summed(here, found.tallies)
+        total = engine.summed(here, [*found.tallies] * 40)
+        total = engine.summed(here, [*found.tallies])
         assert sorted(total) == ["0 longer", "1 minhash", "2 upper", "read"]
         assert all(part.pop("seconds") > 0 for part in total.values())
         summed.append(total)
@@ -223,7 +223,7 @@ def test_the_funnel_counts_what_stages_did(tmp_path):
     assert all(100 <= e[4]["words"] <= 110 for e in rules["kept words"]), "only just kept"
     assert minhash["largest"] and minhash["counts"]["clusters"] == len(minhash["largest"])
     assert all(size > 1 and id in given for size, id in minhash["largest"])
-    assert load(here.work.spill, found.tallies[0])
+    assert load(here.work.spill, next(iter(found.tallies)))
 
 
 def test_a_stage_that_loses_documents_is_an_error(tmp_path):

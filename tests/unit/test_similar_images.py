@@ -94,7 +94,7 @@ def test_equal_pixels_alone(tmp_path):
     found, here = curate(tmp_path, dict.fromkeys(given, "x"), [{"stage": "similar_images", "distance": None}], pictures=given)
     wanted = {id for id, reason in one_by_one(given, -1).items() if reason == "duplicate"}
     assert left_out(found, here).keys() == wanted and len(wanted) > 10
-    funnel = segment.load(here.work.spill, found.tallies[-1])["0 similar_images"]
+    funnel = segment.load(here.work.spill, [*found.tallies][-1])["0 similar_images"]
     assert funnel["dropped"] == {"duplicate": len(wanted)} and funnel["kept"] == len(given) - len(wanted)
 
 
@@ -117,7 +117,7 @@ def test_the_funnel_names_the_largest_clusters(tmp_path):
     given = {f"g{g}-{i}": Picture(b"", bytes(rng.integers(0, 256, 32, np.uint8)), g, (1, 1)) for g, n in ((0, 9), (-1, 4))
              for i in range(n)}  # fmt: skip
     found, here = curate(tmp_path, dict.fromkeys(given, "x"), [{"stage": "similar_images"}], pictures=given)
-    part = segment.load(here.work.spill, found.tallies[-1])["0 similar_images"]
+    part = segment.load(here.work.spill, [*found.tallies][-1])["0 similar_images"]
     assert [size for size, _ in part["largest"]] == [9, 4] and part["counts"] == {"clusters": 2}
     assert {id for _, id in part["largest"]} == left(found, here).keys()
     assert all(detail.endswith(("(one of 9)", "(one of 4)")) for _, _, detail in left_out(found, here).values())

@@ -25,6 +25,7 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import libraries, shipping
 from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
+from heliostat.tasks.names import SpilledNames, packed
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
@@ -36,10 +37,10 @@ Numbered = list[tuple[int, Stage]]
 
 
 class TakenFiles(NamedTuple):
-    """Lists the files that a task has written: dropped documents, counts per stage ("" for none), and kept documents."""
+    """Lists the files that a task has written: dropped documents, counts per stage, both as packed names, and kept documents."""
 
-    left_out: tuple[str, ...]
-    tally: str
+    left_out: bytes
+    tally: bytes
     runs: tuple[SpilledRun, ...]
 
 
@@ -49,8 +50,8 @@ class Curated:
     stage."""
 
     runs: list[SpilledRun] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    tallies: list[str] = field(default_factory=list)
+    left_out: SpilledNames = field(default_factory=SpilledNames)
+    tallies: SpilledNames = field(default_factory=SpilledNames)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     source: DocumentSource | None = None
@@ -70,14 +71,15 @@ class Curated:
         for reason, ids in record["examples"].items():
             self.examples[reason] = heapq.nsmallest(EXAMPLES, [*self.examples.get(reason, []), *ids])
         runs = tuple(SpilledRun(name, rows, bytes) for name, rows, bytes in record["runs"])
-        return TakenFiles(tuple(record["left_out"]), record.get("tally", ""), runs)
+        tally_name = record.get("tally")
+        return TakenFiles(packed(*record["left_out"]), packed(*([tally_name] if tally_name else [])), runs)
 
     def keep(self, files: Iterable[TakenFiles]) -> list[SpilledRun]:
         """Adds the files of dropped documents and of tallies, in this order. Returns the temporary files of kept documents."""
         runs = list[SpilledRun]()
         for taken in files:
-            self.left_out += taken.left_out
-            self.tallies += [taken.tally] if taken.tally else []
+            self.left_out.extend(taken.left_out)
+            self.tallies.extend(taken.tally)
             runs += taken.runs
         return runs
 
@@ -98,7 +100,7 @@ class StageEngine:
 
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
         """Runs the documents in pieces of the input through all stages. With `explained`, also counts the documents that are
-        read."""
+        read. Empties `pieces` if it is a list, so that memory has only the pieces that no task has."""
         curated, parts = Curated(source=self.source, identity=self.identity, every=self.every), segments(stages)
         for compares, group in groupby(parts, _compares):
             some = list(group)
@@ -107,8 +109,9 @@ class StageEngine:
                     assert isinstance(stage, GlobalStage)
                     curated.runs = stage.compare(self.flow, curated, number, self.memory_limit)
             elif some[0] is parts[0]:
-                tasks = self._over_pieces(self._begun(pieces, stages), [s for _, s in some[0]], explained)
-                tasks = CountedTasks(tasks, len(pieces)) if isinstance(pieces, list) else tasks
+                count, left = (len(pieces), _emptied(pieces)) if isinstance(pieces, list) else (None, pieces)
+                tasks = self._over_pieces(self._begun(left, stages), [s for _, s in some[0]], explained)
+                tasks = CountedTasks(tasks, count) if count is not None else tasks
                 curated.runs = self._through(curated, some, ["read", *kinds(some[1:])], tasks, explained)
             else:
                 tasks = self._over_runs(curated.runs, [s for _, s in some[0]], some[0][0][0])
@@ -219,6 +222,13 @@ class StageEngine:
     @property
     def run_bytes(self) -> int:
         return self.memory_limit // RUN_SHARE
+
+
+def _emptied(items: list[Item]) -> Iterator[Item]:
+    """Yields the items of a list in order, and removes each from the list."""
+    items.reverse()
+    while items:
+        yield items.pop()
 
 
 def segments(stages: list[Stage]) -> list[Numbered]:

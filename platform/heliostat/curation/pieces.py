@@ -32,7 +32,7 @@ class PackedSlice:
     size: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FilePart:
     """Describes the part of a file to read: the complete file, or the records that begin in a range of bytes. `bytes` and
     `modified` (in nanoseconds since 1970) are the complete file's size and time.

@@ -56,7 +56,7 @@ DAY_S = 86_400
 CPUS = 4  # logical CPUs: the tasks often wait for storage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class InputFile:
     """Describes one file of the input; `path` is relative to the input's root, `modified` in nanoseconds since 1970.
 

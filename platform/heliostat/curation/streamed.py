@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
@@ -348,13 +348,14 @@ def unpacked(data: pa.Buffer | bytes) -> list[pa.Table]:
 
 def sent(task: int, item: Item) -> bytes:
     """Encodes a task's number and documents for `ReadBlocks`."""
-    run = isinstance(item, SpilledRun)
-    return json.dumps([task, run, asdict(item) if isinstance(item, SpilledRun) else [part.fields for part in item]]).encode()
+    if isinstance(item, SpilledRun):
+        return json.dumps([task, True, [item.name, item.rows, item.bytes, item.decided]]).encode()
+    return json.dumps([task, False, [part.fields for part in item]]).encode()
 
 
 def received(data: bytes) -> tuple[int, Item]:
     """Decodes what `sent` encoded."""
     task, run, fields = json.loads(data)
     if run:
-        return task, SpilledRun(**fields | {"decided": tuple(fields["decided"])})
+        return task, SpilledRun(*fields)
     return task, list(map(FilePart.of, fields))

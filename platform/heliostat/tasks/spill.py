@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
@@ -31,6 +29,10 @@ import pyarrow.parquet as pq
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.tasks.advance import ADVANCE_BYTES, Reserve, in_advance, unlimited
+from heliostat.tasks.names import NAMED
+from heliostat.tasks.names import SpilledRun as SpilledRun
+from heliostat.tasks.names import named as named
+from heliostat.tasks.names import size_of as size_of
 
 GROUP_BYTES = 512 << 10  # bytes of a row group, before compression
 READ_BYTES = 16 * GROUP_BYTES  # bytes of row groups, uncompressed, per request to an object store
@@ -41,7 +43,6 @@ GAP_BYTES = 1 << 20  # bytes that a request reads in addition, because they take
 GROUPS = 64  # row groups of a spill: a small spill has smaller groups (down to an eighth), because tasks read little of it
 ALL = 1 << 64
 NARROW = 1 << 31  # bytes of a column, above which its offsets have 64 bits
-NAMED = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})-(\d+)\.\w+")
 
 
 def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str:
@@ -61,18 +62,6 @@ def put(folder: Location, data: bytes, suffix: str) -> str:
     name = named(data, suffix)
     folder.join(name).write(data, synced=True)
     return name
-
-
-def named(data: bytes, suffix: str) -> str:
-    """Returns the name of the temporary file for this content: a prefix of the SHA-256, the size, and the suffix."""
-    digest = hashlib.sha256(data).hexdigest()
-    return f"{digest[:2]}/{digest[:32]}-{len(data)}{suffix}"
-
-
-def size_of(name: str) -> int | None:
-    """Returns the size in bytes that is in a temporary file's name; None if `named` didn't make this name."""
-    match = NAMED.fullmatch(name)
-    return int(match[2]) if match else None
 
 
 @contextmanager
@@ -329,17 +318,6 @@ def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
     if not len(dropped):
         return table
     return table.filter(pc.invert(pc.is_in(table["row"], value_set=pa.array(dropped, table.schema.field("row").type))))
-
-
-@dataclass(frozen=True, slots=True)
-class SpilledRun:
-    """Describes a temporary file of documents (a run). `decided`: the temporary files that list which of these documents were
-    dropped later."""
-
-    name: str
-    rows: int
-    bytes: int
-    decided: tuple[str, ...] = ()
 
 
 def survivors(

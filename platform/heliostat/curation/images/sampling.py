@@ -4,7 +4,7 @@ archives."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from heliostat.curation.images import planning
@@ -62,7 +62,7 @@ def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: Sa
         taken = evenly(archives, rate)
         sample.add("archives", archives, taken, False, sample.fraction / rate)
         for part in sorted(taken, key=lambda part: (part.path, part.start)):
-            yield {"kind": "archives", "parts": [vars(part)], RATE: sample.fraction / rate}
+            yield {"kind": "archives", "parts": [asdict(part)], RATE: sample.fraction / rate}
 
 
 def of_lists(inputs: list[InputFile], sample: SampledParts) -> list[InputFile]:
