@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from heliostat.curation import recording, segment, tally
-from heliostat.curation.engine import Curated, filled
+from heliostat.curation.engine import Curated, TakenFiles, filled
 from heliostat.curation.segment import SpilledRun, by_run, survivors
 from heliostat.curation.stage import GlobalStage
 from heliostat.storage.locations import Location
@@ -76,10 +76,10 @@ def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind
     label, runs = tally.label(number, stage), curated.runs
     names = [name for r in judged for name in (r["judged"], *r.get("further", ()))]
     work = by_runs(flow, kind, runs, names, memory_limit, stage=label, **recording.arguments(curated.every))
-    decided, left = settled(flow, curated, kind, decide, work)
+    dropped, left = settled(flow, curated, kind, decide, work)
     part = stage_tally(flow, kind, runs, left, judged)
     for reason in stage.reasons:
-        gone = sum(r["reasons"].get(f"{label}: {reason}", 0) for r in decided)
+        gone = sum(reasons.get(f"{label}: {reason}", 0) for reasons in dropped)
         part["dropped"] |= {reason: gone} if gone else {}
     counts = {**part["counts"], **more.pop("counts", {})}
     curated.tallies.append(segment.store(flow.work.spill, {label: {**part, **more, "counts": counts}}))
@@ -87,14 +87,18 @@ def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind
 
 
 def settled(flow: Flow, curated: Curated, kind: str, decide: TaskFunction,
-            tasks: Iterator[Task]) -> tuple[list[dict[str, Any]], list[SpilledRun]]:  # fmt: skip
-    """Runs the tasks that list the dropped documents of each file of documents. Returns the tasks' records, and the files without
-    the dropped documents."""
-    decided = flow.all(f"{kind}-decide", decide, tasks)
-    for record in decided:
-        curated.keep([curated.take({**record, "runs": []})])
-    gone = [run for record in decided for run in record["decided"]]
-    return decided, [without(run, *out) for run, out in zip(curated.runs, gone, strict=True)]
+            tasks: Iterator[Task]) -> tuple[list[dict[str, int]], list[SpilledRun]]:  # fmt: skip
+    """Runs the tasks that list the dropped documents of each file of documents. Returns the number of dropped documents by reason
+    for each task, and the files without the dropped documents."""
+
+    def take(record: dict[str, Any]) -> tuple[dict[str, int], TakenFiles, list[Any]]:
+        return record["reasons"], curated.take({**record, "runs": []}), record["decided"]
+
+    taken = flow.taken(f"{kind}-decide", decide, tasks, take)
+    curated.keep(files for _, files, _ in taken)
+    gone = (run for _, _, decided in taken for run in decided)
+    left = [without(run, *out) for run, out in zip(curated.runs, gone, strict=True)]
+    return [reasons for reasons, _, _ in taken], left
 
 
 def counted(sizes: Iterable[int]) -> dict[str, int]:

@@ -77,8 +77,10 @@ class MinHash(GlobalStage):
         signing = (_signing(run, parameters, follows, name) for run, name in zip(runs, repeated, strict=True))
         signed = flow.taken(f"{kind}-sign", sign, CountedTasks(signing, len(runs)), itemgetter("keys", "rows", "copies"))
         parts = parts_of(sum(rows for _, rows, _ in signed) * ROW_BYTES, memory_limit)
-        keys = [(name, rows) for name, rows, _ in signed]
+        keys, copies = [(name, rows) for name, rows, _ in signed], iter([copies for _, _, copies in signed])
+        del repeated, signing, signed  # each has a name per run
         met = components.gathered(flow, f"{kind}-meet", keys, parts, components.meet)
+        del keys
         names = [r["met"] for r in met if r["met"]]
         paired = flow.all(f"{kind}-edges", components.pairs, by_parts(flow, kind, parts, names))
         connected = components.edges_of([*met, *paired])
@@ -86,7 +88,6 @@ class MinHash(GlobalStage):
         belonging = flow.all(f"{kind}-members", members, by_parts(flow, kind, parts, edges))
         names = [r["members"] for r in belonging]
         rule = {"keep": self.keep, "column": self.column}
-        copies = (name for _, _, name in signed)
         groups = by_runs(flow, kind, runs, names, memory_limit, **rule)
         naming = (adding(task, copies=list(islice(copies, len(task.arguments["runs"])))) for task in groups)
         named = flow.all(f"{kind}-candidates", candidates, CountedTasks(naming, groups.count))
