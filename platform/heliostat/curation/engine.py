@@ -174,7 +174,7 @@ class StageEngine:
         the tasks. Keeps only the names of a task's files, because an input may have millions of tasks."""
         records = self.flow.run(kind, function, tasks, pooled=pooled, reads=kind == "read")
         taken = {number: curated.take(record) for number, record in records}
-        return curated.keep(taken[number] for number in sorted(taken))
+        return curated.keep(taken.pop(number) for number in sorted(taken))
 
     def _begun(self, pieces: Iterable[list[FilePart]], stages: list[Stage]) -> Iterator[list[FilePart]]:
         """Yields the pieces. Records the libraries' versions only at the first piece, because this run owns the work folder by

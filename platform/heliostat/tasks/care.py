@@ -8,8 +8,7 @@ document. A document at which the process dies twice is left out (`crashed`). `c
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from heliostat.errors import HeliostatError
 from heliostat.storage.locations import Location
@@ -78,20 +77,21 @@ class Care:
     crashed: tuple[Crash, ...] = ()
 
 
-@dataclass
+@dataclass(slots=True)
 class Trouble:
-    """Counts a task's failures since the task last left a document out, and lists the documents that the task leaves out."""
+    """Counts a task's failures since the task last left a document out, and lists the documents that the task leaves out. Each
+    task under way has such an object, so it's small until the task fails."""
 
     count: int = 0
     attempt: int = 0
     suspect: TaskPlace | None = None
-    blamed: Counter[TaskPlace] = field(default_factory=Counter)
-    crashed: list[Crash] = field(default_factory=list)
+    blamed: tuple[TaskPlace, ...] = ()
+    crashed: tuple[Crash, ...] = ()
 
     def care(self, note: Location) -> Care:
         """Returns the instructions for the task's next run, and counts the attempt."""
         self.attempt += 1
-        return Care(note, self.attempt, self.suspect, tuple(self.crashed))
+        return Care(note, self.attempt, self.suspect, self.crashed)
 
     def learn(self, note: Location, error: BaseException) -> Crash | None:
         """Reads the note that the task's process wrote before the process died.
@@ -103,11 +103,11 @@ class Trouble:
         if not place.alone:
             self.suspect = place
             return None
-        self.blamed[place] += 1
-        if self.blamed[place] != BLAMED:
+        self.blamed += (place,)
+        if self.blamed.count(place) != BLAMED:
             return None
         crash = Crash(place.number, place.part, place.id, place.stage, last_line(error))
-        self.crashed.append(crash)
+        self.crashed += (crash,)
         self.count = 0
         return crash
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from heliostat.tasks.pool import TaskFunction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
     """Describes a task: the key of its record, and the arguments of its function."""
 

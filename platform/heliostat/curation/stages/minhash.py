@@ -90,11 +90,12 @@ class MinHash(GlobalStage):
         rule = {"keep": self.keep, "column": self.column}
         groups = by_runs(flow, kind, runs, names, memory_limit, **rule)
         naming = (adding(task, copies=list(islice(copies, len(task.arguments["runs"])))) for task in groups)
-        named = flow.all(f"{kind}-candidates", candidates, CountedTasks(naming, groups.count))
-        chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, [r["candidates"] for r in named]))
+        fields = itemgetter("candidates", "belonging")
+        named = flow.taken(f"{kind}-candidates", candidates, CountedTasks(naming, groups.count), fields)
+        chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, [name for name, _ in named]))
         how, names = {"stage": name, **recording.arguments(curated.every)}, [r["chosen"] for r in chosen]
         groups = by_runs(flow, kind, runs, names, memory_limit, **how)
-        deciding = (adding(task, belonging=r["belonging"]) for task, r in zip(groups, named, strict=True))
+        deciding = (adding(task, belonging=name) for task, (_, name) in zip(groups, named, strict=True))
         _, left = settled(flow, curated, kind, decide, CountedTasks(deciding, groups.count))
         part = comparing.stage_tally(flow, kind, runs, left, chosen)
         part["dropped"] = {"near_duplicate": part["documents"] - part["kept"]} if part["documents"] > part["kept"] else {}
@@ -114,8 +115,8 @@ class MinHash(GlobalStage):
         names = [r["repeated"] for r in shared if r["rows"]]
         if not names:
             return [None] * len(runs)
-        copying = flow.all(f"{kind}-copies", exact.copies, by_runs(flow, f"{kind}-copies", runs, names, memory_limit))
-        return [name for r in copying for name in r["copies"]]
+        copying = by_runs(flow, f"{kind}-copies", runs, names, memory_limit)
+        return [name for some in flow.taken(f"{kind}-copies", exact.copies, copying, itemgetter("copies")) for name in some]
 
     def _identifying(self, groups: list[list[SpilledRun]]) -> Iterator[Task]:
         """Yields the tasks that list the texts of several runs each."""
