@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 NAMED = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})-(\d+)\.\w+")
 SUFFIXES = (".parquet", ".json")
+PACKABLE = re.compile(r"(?=(..)/\1)../([0-9a-f]{32})-(0|[1-9][0-9]{0,18})(\.parquet|\.json)")
 OTHER = len(SUFFIXES)  # marks a name of another form. Its UTF-8 bytes follow
 SIZES = struct.Struct("<BQ")  # place of the suffix in SUFFIXES, size in the name; or OTHER, length of the name
 DIGEST_BYTES = 16
@@ -41,11 +42,8 @@ def packed(*names: str) -> bytes:
 
 
 def _packed(name: str) -> bytes:
-    if match := NAMED.fullmatch(name):
-        digest, size = match[1], int(match[2])
-        for place, suffix in enumerate(SUFFIXES):
-            if size < 1 << 64 and name == _name(digest, size, suffix):
-                return SIZES.pack(place, size) + bytes.fromhex(digest)
+    if match := PACKABLE.fullmatch(name):
+        return SIZES.pack(SUFFIXES.index(match[4]), int(match[3])) + bytes.fromhex(match[2])
     encoded = name.encode()
     return SIZES.pack(OTHER, len(encoded)) + encoded
 
