@@ -24,7 +24,7 @@ def test_names_keep_their_order_and_their_sizes():
     names = SpilledNames()
     for name in PLAIN:
         names.append(name)
-    names.extend(packed(*ODD))
+    names.extend(ODD)
     assert [*names] == PLAIN + ODD and [*names] == [*names], "a list can be read again"
     assert [size_of(name) for name in PLAIN] == [1, 1000, 10**19 - 1, 0] and all(map(NAMED.fullmatch, PLAIN))
 

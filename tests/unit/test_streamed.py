@@ -77,7 +77,7 @@ def test_a_stream_writes_the_same_files_and_counts_as_recorded_tasks(tmp_path, s
     assert (len(rows) == 1) is (run_bytes > 1 << 20) and {row["error"] for row in rows} == {None}
     record, stream, plain = combined(rows), Curated(), Curated()
     for part in record["records"]:
-        stream.keep([stream.take(part)])
+        stream.take(part)
     stream.runs = [SpilledRun(*run) for run in record["runs"]]
     plain.runs = engine._recorded(plain, PARTS, NAMES, engine._over_pieces(iter([piece]), [s for _, s in PARTS[0]], True))
     assert content(engine, stream) == content(engine, plain)

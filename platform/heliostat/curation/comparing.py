@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from heliostat.curation import recording, segment, tally
-from heliostat.curation.engine import Curated, TakenFiles, filled
+from heliostat.curation.engine import Curated, filled
 from heliostat.curation.segment import SpilledRun, by_run, survivors
 from heliostat.curation.stage import GlobalStage
 from heliostat.storage.locations import Location
@@ -91,14 +91,14 @@ def settled(flow: Flow, curated: Curated, kind: str, decide: TaskFunction,
     """Runs the tasks that list the dropped documents of each file of documents. Returns the numbers of dropped documents by
     reason, and the files without the dropped documents."""
 
-    def take(record: dict[str, Any]) -> tuple[bytes, TakenFiles]:
+    def take(record: dict[str, Any]) -> bytes:
         counts.update(record["reasons"])
-        return json.dumps(record["decided"]).encode(), curated.take({**record, "runs": []})  # a quarter of the list's memory
+        curated.take({**record, "runs": []})
+        return json.dumps(record["decided"]).encode()  # a quarter of the list's memory
 
     counts = Counter[str]()
     taken = flow.taken(f"{kind}-decide", decide, tasks, take)
-    curated.keep(files for _, files in taken)
-    gone = (out for decided, _ in taken for out in json.loads(decided))
+    gone = (out for decided in taken for out in json.loads(decided))
     return counts, [without(run, *out) for run, out in zip(curated.runs, gone, strict=True)]
 
 

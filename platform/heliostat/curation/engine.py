@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from heliostat.curation import gpus, recording, segment, tally
 from heliostat.curation.chain import Entry
@@ -25,7 +25,7 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import libraries, shipping
 from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
-from heliostat.tasks.names import SpilledNames, packed
+from heliostat.tasks.names import SpilledNames
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
@@ -34,14 +34,6 @@ TALLIES = 64  # tallies that a task sums
 Item = TypeVar("Item")
 Numbered = list[tuple[int, Stage]]
 """A segment: its stages, with their numbers in the pipeline."""
-
-
-class TakenFiles(NamedTuple):
-    """Lists the files that a task has written: dropped documents, counts per stage, both as packed names, and kept documents."""
-
-    left_out: bytes
-    tally: bytes
-    runs: tuple[SpilledRun, ...]
 
 
 @dataclass
@@ -65,23 +57,14 @@ class Curated:
     def bytes(self) -> int:
         return sum(run.bytes for run in self.runs)
 
-    def take(self, record: dict[str, Any]) -> TakenFiles:
-        """Adds a task's counts to this object. Returns the names of the task's files."""
+    def take(self, record: dict[str, Any]) -> tuple[SpilledRun, ...]:
+        """Adds a task's counts, and the names of its other temporary files. Returns the temporary files of kept documents."""
         self.reasons.update(record["reasons"])
         for reason, ids in record["examples"].items():
             self.examples[reason] = heapq.nsmallest(EXAMPLES, [*self.examples.get(reason, []), *ids])
-        runs = tuple(SpilledRun(name, rows, bytes) for name, rows, bytes in record["runs"])
-        tally_name = record.get("tally")
-        return TakenFiles(packed(*record["left_out"]), packed(*([tally_name] if tally_name else [])), runs)
-
-    def keep(self, files: Iterable[TakenFiles]) -> list[SpilledRun]:
-        """Adds the files of dropped documents and of tallies, in this order. Returns the temporary files of kept documents."""
-        runs = list[SpilledRun]()
-        for taken in files:
-            self.left_out.extend(taken.left_out)
-            self.tallies.extend(taken.tally)
-            runs += taken.runs
-        return runs
+        self.left_out.extend(record["left_out"])
+        self.tallies.extend([name] if (name := record.get("tally")) else [])
+        return tuple(SpilledRun(name, rows, bytes) for name, rows, bytes in record["runs"])
 
 
 @dataclass
@@ -138,16 +121,15 @@ class StageEngine:
         """Runs tasks through a stream. Returns the temporary files of kept documents, and the tasks that the stream left out."""
         from heliostat.curation import streaming  # takes a second, because it imports Ray Data
 
-        taken, left = dict[int, tuple[list[TakenFiles], list[SpilledRun]]](), list[Task]()
+        taken, left = dict[int, list[SpilledRun]](), list[Task]()
         for number, task, record in streaming.run(self.flow, plan, tasks):
             if record is None:
                 left.append(task)
             else:
-                files = [curated.take(part) for part in record["records"]]
-                taken[number] = files, [SpilledRun(*run) for run in record["runs"]]
-        for number in sorted(taken):
-            curated.keep(taken[number][0])
-        return [run for number in sorted(taken) for run in taken[number][1]], left
+                for part in record["records"]:
+                    curated.take(part)
+                taken[number] = [SpilledRun(*run) for run in record["runs"]]
+        return [run for number in sorted(taken) for run in taken[number]], left
 
     def _recorded(self, curated: Curated, parts: list[Numbered], names: list[str], tasks: Iterator[Task]) -> list[SpilledRun]:
         """Runs segments one after another as recorded tasks."""
@@ -174,7 +156,7 @@ class StageEngine:
         the tasks. Keeps only the names of a task's files, because an input may have millions of tasks."""
         records = self.flow.run(kind, function, tasks, pooled=pooled, reads=kind == "read")
         taken = {number: curated.take(record) for number, record in records}
-        return curated.keep(taken.pop(number) for number in sorted(taken))
+        return [run for number in sorted(taken) for run in taken.pop(number)]
 
     def _begun(self, pieces: Iterable[list[FilePart]], stages: list[Stage]) -> Iterator[list[FilePart]]:
         """Yields the pieces. Records the libraries' versions only at the first piece, because this run owns the work folder by
@@ -200,6 +182,7 @@ class StageEngine:
                        careful=True, can_repeat=self.can_repeat, before=before)  # fmt: skip
 
     def _over_runs(self, runs: list[SpilledRun], stages: list[Stage], number: int) -> CountedTasks:
+        """Returns one task per run. Empties the list as the tasks are made, because each task's result replaces its run."""
         follows = [s.follows() for s in stages]
         entries, more = self._entries(stages), recording.arguments(self.every)
 
@@ -208,7 +191,7 @@ class StageEngine:
             return Task(follows_from, {"run": run, "source": self.source, "stages": entries, "first": number,
                                        "run_bytes": self.run_bytes, **more}, bytes=run.bytes, careful=True)  # fmt: skip
 
-        return CountedTasks(map(task, runs), len(runs))
+        return CountedTasks(map(task, _emptied(runs)), len(runs))
 
     def _entries(self, stages: list[Stage]) -> list[Entry]:
         """Returns for each stage: its entry in the pipeline file, the digest of its dependencies, and the files that the entry

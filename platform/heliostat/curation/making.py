@@ -156,7 +156,7 @@ class Making(ABC):
         of_reading = {reason: number for reason, number in dropped.items() if ": " not in reason}
         rows = recording.rows(of_reading, self.every)
         also = {} if self.as_read is None else {"also": self.as_read}
-        return listed(self.flow, rows, list(curated.left_out), self.output, **also) if rows else None
+        return listed(self.flow, rows, sorted(curated.left_out), self.output, **also) if rows else None
 
     def _explain(self, curated: Curated, written: WrittenShards) -> dict[str, Any]:
         """Writes the funnel (counts per stage), and each document's shard or reason for dropping it, to files. Returns the

@@ -232,7 +232,7 @@ class RepeatingStage(GlobalStage):
         records = flow.all(f"{kind}-remove", remove, CountedTasks(removing, tasks.count))
         seconds = sum(s for name, s in flow.seconds.items() if name.startswith(f"{kind}-"))
         curated.tallies.append(store(flow.work.spill, {tally.label(number, self): tally.entry({}, "") | {"seconds": seconds}}))
-        return curated.keep(map(curated.take, records))
+        return [run for record in records for run in curated.take(record)]
 
     def outcome(self, document: Document, lost: set[int]) -> Outcome:
         """Removes the parts of a document at the positions in `lost`, or drops the document."""

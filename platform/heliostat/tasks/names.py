@@ -65,10 +65,10 @@ class SpilledNames:
     _data: bytearray = field(default_factory=bytearray)
 
     def append(self, name: str) -> None:
-        self.extend(packed(name))
+        self._data += packed(name)
 
-    def extend(self, packed_names: bytes) -> None:
-        self._data += packed_names
+    def extend(self, names: Iterable[str]) -> None:
+        self._data += packed(*names)
 
     def __iter__(self) -> Iterator[str]:
         return unpacked(self._data)
