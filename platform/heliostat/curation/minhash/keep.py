@@ -39,20 +39,6 @@ ORDER = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")
 HELD = 1 << 16  # minimum candidates in memory before candidates of a cluster are compared
 
 
-def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Writes pairs (node, root of the node's star) to a temporary file, sorted by node. For the root of a star, both values are
-    the root."""
-    nodes, roots = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
-    for table in spill.read_all(folder, names, *spill.share(part, parts)):
-        u, v = table["u"].to_numpy(), table["v"].to_numpy()
-        centre = np.unique(u[u < v])
-        nodes += [u[u > v], centre]
-        roots += [v[u > v], centre]
-    table = pa.table({"key": np.concatenate(nodes), "root": np.concatenate(roots)})
-    name = spill.write(folder, table.group_by(["key", "root"], use_threads=False).aggregate([]), ("root",))
-    return {"members": name, "rows": len(table), "files": [name]}
-
-
 def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], keep: Rule, column: str,
                names: list[str]) -> dict[str, object]:  # fmt: skip
     """Chooses each cluster's candidate: the only document in the temporary files `runs` that may stay. Writes the candidates,

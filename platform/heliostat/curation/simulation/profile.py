@@ -38,6 +38,9 @@ LISTED_BYTES = 100
 SURVEY_BYTES_PER_S = 100e6
 """Compressed bytes that a CPU surveys per second: an assumption."""
 
+STAR_ROUNDS = 3
+"""Rounds in which a simulated search for clusters ends: an assumption."""
+
 SUMS = {"tally": "tally", token_counts.KIND: "counts"}
 """Kinds of tasks that sum files, and the names of their results in the records. A simulated sum is the first of its files."""
 
@@ -230,8 +233,8 @@ def synthesized(kind: TaskKind, call: int, task: Task, read: int, profile: Profi
     if "shards" in record:
         plan = sizes.plan(task)
         record["shards"] = _shards(like.record["shards"], task, read, plan.chunk_tokens if plan else 1)
-    if "check" in record:  # equal in two rounds when the clusters have converged, as they did in the sample
-        record |= {"check": str(min(call, profile.calls[kind.name] - 2)), "edges": 1}
+    if "unsettled" in record:  # a small sample may need only one round
+        record |= {"unsettled": int(call + 1 < STAR_ROUNDS)}
     if "part" in task.arguments and "begin" in record:
         record["begin"] = f"{spill.share(task.arguments['part'], task.arguments['parts'])[0]:x}"
     return record

@@ -23,16 +23,18 @@ from heliostat.curation.comparing import adding, by_runs, settled
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated, filled
 from heliostat.curation.minhash import components, exact
-from heliostat.curation.minhash.keep import Rule, candidates, choose, decide, members
+from heliostat.curation.minhash.keep import Rule, candidates, choose, decide
 from heliostat.curation.minhash.signatures import Parameters, sign
 from heliostat.curation.segment import SpilledRun, store
 from heliostat.curation.stage import GlobalStage
+from heliostat.tasks import spill
 from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
 ROW_BYTES = 160  # bytes of memory per key, edge, or member in a task, including the sort
+CHOICE_BYTES = 8 << 20  # bytes of the candidates' temporary files that a task reads: about a second
 
 
 class MinHash(GlobalStage):
@@ -82,15 +84,15 @@ class MinHash(GlobalStage):
         names = [r["met"] for r in met if r["met"]]
         paired = flow.all(f"{kind}-edges", components.pairs, by_parts(flow, kind, parts, names))
         connected = components.edges_of([*met, *paired])
-        edges, _ = components.stars(flow, kind, connected, parts, memory_limit // ROW_BYTES)
-        belonging = flow.all(f"{kind}-members", members, by_parts(flow, kind, parts, edges))
-        names = [r["members"] for r in belonging]
+        names, _ = components.stars(flow, kind, connected, parts, memory_limit // ROW_BYTES)
         rule = {"keep": self.keep, "column": self.column}
         copies = (name for _, _, name in signed)
         groups = by_runs(flow, kind, runs, names, memory_limit, **rule)
         naming = (adding(task, copies=list(islice(copies, len(task.arguments["runs"])))) for task in groups)
         named = flow.all(f"{kind}-candidates", candidates, CountedTasks(naming, groups.count))
-        chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, [r["candidates"] for r in named]))
+        names = [r["candidates"] for r in named]
+        parts = min(parts, spill.bytes_of(names) // CHOICE_BYTES + 1)
+        chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, names))
         how, names = {"stage": name, **recording.arguments(curated.every)}, [r["chosen"] for r in chosen]
         groups = by_runs(flow, kind, runs, names, memory_limit, **how)
         deciding = (adding(task, belonging=r["belonging"]) for task, r in zip(groups, named, strict=True))
