@@ -201,6 +201,21 @@ def test_the_decisions_are_those_of_union_find_over_all_keys(tmp_path, seed):
     assert left_out(found, here) == wanted and len(wanted) > 30
 
 
+def test_large_columns_are_not_copied_and_the_decisions_are_the_same(tmp_path, monkeypatch):
+    """The choice reads small columns from files of their own. Records of earlier versions name no such file."""
+    texts, _ = planted(12)
+    columns = {id: {"quality": len(id) + i} for i, id in enumerate(sorted(texts))}
+    stage, decisions = {"stage": "minhash", "keep": "best", "column": "quality"}, []
+    for folder, most in (("small", signatures.ABOUT_BYTES), ("large", 10)):
+        monkeypatch.setattr(signatures, "ABOUT_BYTES", most)
+        found, here = curate(tmp_path / folder, texts, [stage], columns=columns)
+        signed = [here.work.read("minhash-0-sign", path.split("/")[-1][:-5]) for path, _ in here.work.location.files()
+                  if path.startswith("done/minhash-0-sign/")]  # fmt: skip
+        assert signed and all(bool(record["about"]) == (most > 10) for record in signed)
+        decisions.append(left_out(found, here))
+    assert decisions[0] == decisions[1] and decisions[0]
+
+
 @pytest.mark.parametrize(("rule", "column"), [("first", ""), ("oldest", "date"), ("best", "quality")])
 def test_the_rule_says_who_stays(tmp_path, rule, column):
     texts, groups = planted(12)

@@ -149,12 +149,13 @@ class Sizes:
 
     def loads(self, kind: TaskKind, task: Task, read: int) -> tuple[int, int]:
         """Returns the number of temporary files, and the bytes, that a task reads from the store. `read`: the bytes of its
-        arguments (`read`). The search for copies reads no documents, although the list of its runs is an argument. The task that
-        lists near duplicates reads only those in clusters, from a file of their own."""
-        if kind.function not in (exact.copies, keep.decide):
+        arguments (`read`). The search for copies reads no documents, although the list of its runs is an argument. The tasks
+        that choose near duplicates read files about the documents, and the documents only without these files."""
+        if kind.function not in (exact.copies, keep.candidates, keep.decide) or None in task.arguments.get("about", ()):
             return self.files(task), read
-        loaded = replace(task, arguments={name: value for name, value in task.arguments.items() if name != "runs"})
-        loaded = replace(loaded, bytes=task.bytes - spilled_bytes(task.arguments["runs"]))
+        own = {name: value for name, value in task.arguments.items() if name != "runs"}
+        bytes = task.bytes - spilled_bytes(task.arguments["runs"]) + spilled_bytes(list(own.values()))
+        loaded = replace(task, arguments=own, bytes=bytes)
         return self.files(loaded), self.read(loaded)
 
     def stored(self, task: Task, read: int) -> int:

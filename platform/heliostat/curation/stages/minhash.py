@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from operator import itemgetter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -77,18 +77,18 @@ class MinHash(GlobalStage):
         follows = [self.version, vars(parameters), self.library_versions()]
         repeated = self._repeated(flow, kind, runs, memory_limit)
         signing = (_signing(run, parameters, follows, name) for run, name in zip(runs, repeated, strict=True))
-        signed = flow.taken(f"{kind}-sign", sign, CountedTasks(signing, len(runs)), itemgetter("keys", "rows", "copies"))
-        parts = parts_of(sum(rows for _, rows, _ in signed) * ROW_BYTES, memory_limit)
-        keys = [(name, rows) for name, rows, _ in signed]
+        signed = flow.taken(f"{kind}-sign", sign, CountedTasks(signing, len(runs)), _files_of)
+        parts = parts_of(sum(rows for _, rows, *_ in signed) * ROW_BYTES, memory_limit)
+        keys = [(name, rows) for name, rows, *_ in signed]
         met = components.gathered(flow, f"{kind}-meet", keys, parts, components.meet)
         names = [r["met"] for r in met if r["met"]]
         paired = flow.all(f"{kind}-edges", components.pairs, by_parts(flow, kind, parts, names))
         connected = components.edges_of([*met, *paired])
         names, _ = components.stars(flow, kind, connected, parts, memory_limit // ROW_BYTES)
         rule = {"keep": self.keep, "column": self.column}
-        copies = (name for _, _, name in signed)
+        written = ((copies, about) for _, _, copies, about in signed)
         groups = by_runs(flow, kind, runs, names, memory_limit, **rule)
-        naming = (adding(task, copies=list(islice(copies, len(task.arguments["runs"])))) for task in groups)
+        naming = (_naming(task, list(islice(written, len(task.arguments["runs"])))) for task in groups)
         named = flow.all(f"{kind}-candidates", candidates, CountedTasks(naming, groups.count))
         names = [r["candidates"] for r in named]
         parts = min(parts, spill.bytes_of(names) // CHOICE_BYTES + 1)
@@ -133,3 +133,14 @@ def _signing(run: SpilledRun, parameters: Parameters, follows: list[object], rep
     heliostat, so finished tasks of these versions count."""
     task = Task(key(run.name, run.decided, follows), {"run": run, "parameters": parameters}, bytes=run.bytes)
     return adding(task, repeated=repeated) if repeated else task
+
+
+def _files_of(record: dict[str, Any]) -> tuple[str, int, str | None, str | None]:
+    """Returns from a record of `sign`: the file of keys, its rows, the file of copies, and the file about the documents. Earlier
+    versions of heliostat wrote no file about the documents."""
+    return record["keys"], record["rows"], record["copies"], record.get("about")
+
+
+def _naming(task: Task, written: list[tuple[str | None, str | None]]) -> Task:
+    """Adds the files that `sign` wrote for a task's runs: (copies, about the documents)."""
+    return adding(task, copies=[copies for copies, _ in written], about=[about for _, about in written])
