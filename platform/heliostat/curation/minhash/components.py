@@ -9,7 +9,7 @@ and smaller neighbors only, which never adds an edge. (Large star and small star
 Vassilvitskii, Connected Components in MapReduce and Beyond, 2014.)
 
 All components are stars when no node with a smaller neighbor has another neighbor. The round that finds this also lists the nodes
-with the smallest nodes of their components. In practice, two to four rounds are enough. A task has in memory only the edges of
+with the smallest nodes of their components. In practice, two to five rounds are enough. A task has in memory only the edges of
 some of the nodes. It replaces the edges that it writes by those of a spanning forest.
 """
 

@@ -35,6 +35,7 @@ from heliostat.tasks.work import key
 
 ROW_BYTES = 160  # bytes of memory per key, edge, or member in a task, including the sort
 CHOICE_BYTES = 8 << 20  # bytes of the candidates' temporary files that a task reads: about a second
+CHOICE_SHARE = 64  # such a task reads at most 1 / CHOICE_SHARE of `memory_limit`, because these files are compressed
 
 
 class MinHash(GlobalStage):
@@ -91,7 +92,7 @@ class MinHash(GlobalStage):
         naming = (_naming(task, list(islice(written, len(task.arguments["runs"])))) for task in groups)
         named = flow.all(f"{kind}-candidates", candidates, CountedTasks(naming, groups.count))
         names = [r["candidates"] for r in named]
-        parts = min(parts, spill.bytes_of(names) // CHOICE_BYTES + 1)
+        parts = min(parts, spill.bytes_of(names) // min(CHOICE_BYTES, memory_limit // CHOICE_SHARE) + 1)
         chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, names))
         how, names = {"stage": name, **recording.arguments(curated.every)}, [r["chosen"] for r in chosen]
         groups = by_runs(flow, kind, runs, names, memory_limit, **how)
