@@ -18,7 +18,6 @@ import pyarrow as pa
 
 from heliostat.curation import segment
 from heliostat.curation.comparing import LARGEST, counted
-from heliostat.curation.minhash.signatures import ABOUT
 from heliostat.curation.segment import SpilledRun, by_run, of_runs, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
@@ -36,6 +35,7 @@ BELONGING = pa.schema(
 CHOSEN = pa.schema(
     [("key", pa.uint64()), ("root", pa.uint64()), ("kept", pa.uint64()), ("id", pa.large_string()), ("size", pa.int64())]
 )
+ABOUT = ["id", "bytes", "columns"]  # columns of a run that the choice of the kept documents needs
 ORDER = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")]  # in a cluster, the first stays
 HELD = 1 << 16  # minimum candidates in memory before candidates of a cluster are compared
 

@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from heliostat.curation.comparable import FACTOR, has_word, words
 from heliostat.curation.minhash import exact
+from heliostat.curation.minhash.keep import ABOUT
 from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
-ABOUT = ["id", "bytes", "columns"]  # columns of a run that the choice of the kept documents needs
-ABOUT_BYTES = 8 << 20  # bytes of these columns above which `sign` doesn't copy them
+ABOUT_BYTES = 8 << 20  # bytes of the columns ABOUT above which `sign` doesn't copy them
 VALUES = 1 << 18  # values of signatures that are computed at once, because each is a Python integer for a moment
 
 
