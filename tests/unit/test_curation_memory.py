@@ -177,7 +177,7 @@ def test_near_duplicates_with_large_columns_are_held_some_at_a_time(tmp_path, mo
     nodes = np.concatenate([(i << 32) + np.arange(each, dtype=np.uint64) for i in range(8)])
     stars = spill.write(folder, pa.table({"key": nodes, "root": nodes - nodes % np.uint64(4)}))
     made = list[Any]()
-    held = arrow_peak(lambda: made.append(keep.candidates(folder, 0, runs, [None] * 8, "longest", "", [stars])))
+    held = arrow_peak(lambda: made.append(keep.candidates(folder, 0, runs, [None] * 8, [None] * 8, "longest", "", [stars])))
     assert held < 40 * MB, held
     names = [keep.choose(folder, 0, 1, [made[0]["candidates"]])["chosen"]]
     held = arrow_peak(lambda: made.append(keep.decide(folder, 0, runs, made[0]["belonging"], "minhash", names)))

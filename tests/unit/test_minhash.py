@@ -88,6 +88,8 @@ def shapes() -> dict[str, list[tuple[int, int]]]:
         "tree": [(ids[i], ids[(i - 1) // 2]) for i in range(1, 3000)],
         "random": [(rng.choice(ids), rng.choice(ids)) for _ in range(2000)],
         "sorted path": [(i, i + 1) for i in range(2000)],
+        "alternating path": [(a if a % 2 else 2000 - a, b if b % 2 else 2000 - b) for a, b in itertools.pairwise(range(1000))],
+        "complete": [(ids[i], ids[j]) for i in range(14) for j in range(14, 300)],
     }
 
 
@@ -97,17 +99,32 @@ def starred(folder: str, shape: str, parts: int, room: int = 1 << 20) -> tuple[d
     u, v = (np.array(side, np.uint64) for side in zip(*[*edges, *((b, a) for a, b in edges)], strict=True))
     flow = HereFlow(Work(Location(folder)))
     names = [spill.write(flow.work.spill, pa.table({"key": spill.mixed(u), "u": u, "v": v}), ("u", "v"))]
-    stars, rounds = components.stars(flow, "test", names, parts, room)
-    tables = [t for name in stars for t in spill.read(flow.work.spill, name)]
-    return {row["u"]: row["v"] for t in tables for row in t.to_pylist() if row["u"] > row["v"]}, rounds, edges
+    members, rounds = components.stars(flow, "test", names, parts, room)
+    rows = [row for name in members for t in spill.read(flow.work.spill, name) for row in t.to_pylist()]
+    assert len(rows) == len({row["key"] for row in rows}), "each node once"
+    return {row["key"]: row["root"] for row in rows}, rounds, edges
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("parts", [1, 3, 20])
 @pytest.mark.parametrize("shape", shapes())
-def test_components_are_those_of_union_find(tmp_path, shape, parts):
+def test_components_are_those_of_union_find(tmp_path, monkeypatch, shape, parts):
+    monkeypatch.setattr(components, "parts_of", lambda names, most: most)
     found, rounds, edges = starred(str(tmp_path), shape, parts)
-    assert found == {x: root for x, root in reference(edges).items() if x != root}
-    assert rounds <= 12
+    assert found == reference(edges)
+    assert rounds <= (2 if parts == 1 else 14)
+
+
+@pytest.mark.parametrize("shape", ["alternating path", "path", "random"])
+def test_rounds_never_have_much_more_than_twice_as_many_edges(tmp_path, monkeypatch, shape):
+    """Connecting all neighbors of nodes of an alternating path gives 80 times as many edges, if every node has its own task."""
+    monkeypatch.setattr(components, "parts_of", lambda names, most: most)
+    monkeypatch.setattr(components, "forest", lambda edges: tuple(np.unique(edges, axis=1)))  # as if each node had its own task
+    records, every = [], HereFlow.all
+    monkeypatch.setattr(HereFlow, "all", lambda *arguments: records.append(every(*arguments)) or records[-1])
+    found, _, edges = starred(str(tmp_path), shape, 4)
+    assert found == reference(edges)
+    sizes = [sum(record["edges"] for record in of_round) for of_round in records]
+    assert max(sizes) <= 2 * components.MOST_GROWTH * sizes[0]
 
 
 @pytest.mark.parametrize("shape", ["star", "tree"])
@@ -124,7 +141,7 @@ def test_a_node_with_more_neighbors_than_memory_holds_has_the_same_component(tmp
 
     monkeypatch.setattr(components, "_batches", seen)
     found, _, edges = starred(str(tmp_path), shape, 2, room=1000)
-    assert found == {x: root for x, root in reference(edges).items() if x != root}
+    assert found == reference(edges)
     assert 1000 <= largest[0] <= 1500
 
 
@@ -182,6 +199,21 @@ def test_the_decisions_are_those_of_union_find_over_all_keys(tmp_path, seed):
     stage = {"stage": "minhash", "bands": 3, "rows": 2, "ngram": 2, **within}
     found, here = curate(tmp_path, texts, [stage], 1 + 2 * seed, 1 << 15, columns=columns, seed=seed)
     assert left_out(found, here) == wanted and len(wanted) > 30
+
+
+def test_large_columns_are_not_copied_and_the_decisions_are_the_same(tmp_path, monkeypatch):
+    """The choice reads small columns from files of their own. Records of earlier versions name no such file."""
+    texts, _ = planted(12)
+    columns = {id: {"quality": len(id) + i} for i, id in enumerate(sorted(texts))}
+    stage, decisions = {"stage": "minhash", "keep": "best", "column": "quality"}, []
+    for folder, most in (("small", signatures.ABOUT_BYTES), ("large", 10)):
+        monkeypatch.setattr(signatures, "ABOUT_BYTES", most)
+        found, here = curate(tmp_path / folder, texts, [stage], columns=columns)
+        signed = [here.work.read("minhash-0-sign", path.split("/")[-1][:-5]) for path, _ in here.work.location.files()
+                  if path.startswith("done/minhash-0-sign/")]  # fmt: skip
+        assert signed and all(bool(record["about"]) == (most > 10) for record in signed)
+        decisions.append(left_out(found, here))
+    assert decisions[0] == decisions[1] and decisions[0]
 
 
 @pytest.mark.parametrize(("rule", "column"), [("first", ""), ("oldest", "date"), ("best", "quality")])

@@ -64,6 +64,11 @@ def put(folder: Location, data: bytes, suffix: str) -> str:
     return name
 
 
+def bytes_of(names: Iterable[str]) -> int:
+    """Sums the sizes in the names of temporary files."""
+    return sum(size_of(name) or 0 for name in names)
+
+
 @contextmanager
 def whole(folder: Location, name: str) -> Iterator[None]:
     """Guards the reading of a temporary file. If reading fails, and the file's content doesn't match the digest in its name,

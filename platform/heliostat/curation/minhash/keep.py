@@ -35,39 +35,26 @@ BELONGING = pa.schema(
 CHOSEN = pa.schema(
     [("key", pa.uint64()), ("root", pa.uint64()), ("kept", pa.uint64()), ("id", pa.large_string()), ("size", pa.int64())]
 )
+ABOUT = ["id", "bytes", "columns"]  # columns of a run that the choice of the kept documents needs
 ORDER = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")]  # in a cluster, the first stays
 HELD = 1 << 16  # minimum candidates in memory before candidates of a cluster are compared
 
 
-def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Writes pairs (node, root of the node's star) to a temporary file, sorted by node. For the root of a star, both values are
-    the root."""
-    nodes, roots = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
-    for table in spill.read_all(folder, names, *spill.share(part, parts)):
-        u, v = table["u"].to_numpy(), table["v"].to_numpy()
-        centre = np.unique(u[u < v])
-        nodes += [u[u > v], centre]
-        roots += [v[u > v], centre]
-    table = pa.table({"key": np.concatenate(nodes), "root": np.concatenate(roots)})
-    name = spill.write(folder, table.group_by(["key", "root"], use_threads=False).aggregate([]), ("root",))
-    return {"members": name, "rows": len(table), "files": [name]}
-
-
-def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], keep: Rule, column: str,
-               names: list[str]) -> dict[str, object]:  # fmt: skip
+def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], about: list[str | None],
+               keep: Rule, column: str, names: list[str]) -> dict[str, object]:  # fmt: skip
     """Chooses each cluster's candidate: the only document in the temporary files `runs` that may stay. Writes the candidates,
     each with the number of the cluster's documents in `runs`, to a temporary file.
 
     Writes the documents that are in clusters (BELONGING) to further temporary files, so that `decide` reads no other documents.
-    `first`: the number of the first of `runs`.
+    `first`: the number of the first of `runs`; `about`: the files that `sign` wrote about their documents.
     """
     waiting, new = [CANDIDATES.empty_table()], 0
     belonging, size, written = list[pa.Table](), 0, list[str]()
     for number, run, rows, roots in _clusters(folder, first, runs, copies, names):
         nodes = (np.uint64(number) << np.uint64(32)) | rows.astype(np.uint64)
-        for part, which in _members(folder, run, rows, ["id", "bytes", "columns"]):
-            about = [part[name] for name in ("key", "id", "bytes", "columns")]
-            belonging.append(pa.Table.from_arrays([pa.array(nodes[which]), pa.array(roots[which]), *about], schema=BELONGING))
+        for part, which in _members(folder, run, about[number - first], rows):
+            described = [part[name] for name in ("key", *ABOUT)]
+            belonging.append(pa.Table.from_arrays([pa.array(nodes[which]), pa.array(roots[which]), *described], schema=BELONGING))
             size += belonging[-1].nbytes
             if size > spill.READ_BYTES:  # columns may be large
                 written.append(spill.write(folder, pa.concat_tables(belonging)))
@@ -105,10 +92,13 @@ def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list
         yield number, run, rows, roots
 
 
-def _members(folder: Location, run: SpilledRun, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Reads the documents with the row numbers `rows` from a temporary file. Yields pairs: a table with the requested columns,
-    and the positions of the table's documents in `rows`. `rows`: row numbers in ascending order."""
-    for part in survivors(folder, run, columns=columns) if len(rows) else ():
+def _members(folder: Location, run: SpilledRun, about: str | None, rows: np.ndarray) -> Iterator[tuple[pa.Table, np.ndarray]]:
+    """Reads the documents with the row numbers `rows` from the file `about`, or from their temporary file without it. Yields
+    pairs: a table with the columns ABOUT, and the positions of the table's documents in `rows`. `rows`: row numbers in ascending
+    order."""
+    if not len(rows):
+        return
+    for part in spill.read(folder, about) if about else survivors(folder, run, columns=ABOUT):
         part = part.filter(pa.array(np.isin(part["row"].to_numpy(), rows)))
         if len(part):
             yield part, np.searchsorted(rows, part["row"].to_numpy())

@@ -14,10 +14,12 @@ import pyarrow as pa
 
 from heliostat.curation.comparable import FACTOR, has_word, words
 from heliostat.curation.minhash import exact
+from heliostat.curation.minhash.keep import ABOUT
 from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
+ABOUT_BYTES = 8 << 20  # bytes of the columns ABOUT above which `sign` doesn't copy them
 VALUES = 1 << 18  # values of signatures that are computed at once, because each is a Python integer for a moment
 
 
@@ -66,13 +68,20 @@ def sign(folder: Location, run: SpilledRun, parameters: Parameters, repeated: st
     A copy has the same candidates as the earlier document, so heliostat doesn't compare the copy again. `repeated`: the file that
     lists the documents whose text other runs have, too (`exact.copies`). Such a document gets one more key, which all documents
     with the text share. If another run signs the text, this key is the document's only key.
+
+    Also writes the ids, bytes, and columns of all documents to a temporary file (`about`), unless they are large. So the search
+    for candidates doesn't read the texts.
     """
     shared, shared_keys, copied = exact.read(folder, repeated)
     none = np.zeros(0, np.uint32)
     elsewhere, all_rows, firsts, worded, signed_rows = shared[copied], [none], [none], [none], [none]
     bands, each = [np.zeros((0, parameters.bands), np.uint64)], max(1, VALUES // (parameters.bands * parameters.rows))
-    tables = survivors(folder, run, columns=["hash", "text", *(["columns"] if parameters.within else [])])
+    about, size = list[pa.Table](), 0
+    tables = survivors(folder, run, columns=["hash", "text", *ABOUT])
     for whole, _, first_rows in exact.with_first(tables, parameters.within):
+        if size <= ABOUT_BYTES:
+            about.append(whole.select(["key", "row", *ABOUT]))
+            size += about[-1].nbytes
         all_rows.append(whole["row"].to_numpy())
         firsts.append(first_rows)
         table = whole.filter(pa.array(first_rows == all_rows[-1]))
@@ -99,9 +108,12 @@ def sign(folder: Location, run: SpilledRun, parameters: Parameters, repeated: st
         of_copies = pa.table({"key": rows[copies].astype(np.uint64), "first": of[copies].astype(np.uint32)})
         names.append(spill.write(folder, of_copies))
     copies_name = names[1] if copies.any() else None
+    if about and size <= ABOUT_BYTES:
+        names.append(spill.write_sorted(folder, pa.concat_tables(about)))
     return {
         "keys": names[0],
         "copies": copies_name,
+        "about": names[-1] if about and size <= ABOUT_BYTES else None,
         "rows": len(key),
         "signed": int((first == rows).sum()) - len(elsewhere),
         "files": names,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from operator import itemgetter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -23,16 +23,19 @@ from heliostat.curation.comparing import adding, by_runs, settled
 from heliostat.curation.comparing import parts as parts_of
 from heliostat.curation.engine import Curated, filled
 from heliostat.curation.minhash import components, exact
-from heliostat.curation.minhash.keep import Rule, candidates, choose, decide, members
+from heliostat.curation.minhash.keep import Rule, candidates, choose, decide
 from heliostat.curation.minhash.signatures import Parameters, sign
 from heliostat.curation.segment import SpilledRun, store
 from heliostat.curation.stage import GlobalStage
+from heliostat.tasks import spill
 from heliostat.tasks.clusters import CountedTasks
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
 ROW_BYTES = 160  # bytes of memory per key, edge, or member in a task, including the sort
+CHOICE_BYTES = 8 << 20  # bytes of the candidates' temporary files that a task reads: about a second
+CHOICE_SHARE = 64  # such a task reads at most 1 / CHOICE_SHARE of `memory_limit`, because these files are compressed
 
 
 class MinHash(GlobalStage):
@@ -75,24 +78,24 @@ class MinHash(GlobalStage):
         follows = [self.version, vars(parameters), self.library_versions()]
         repeated = self._repeated(flow, kind, runs, memory_limit)
         signing = (_signing(run, parameters, follows, name) for run, name in zip(runs, repeated, strict=True))
-        signed = flow.taken(f"{kind}-sign", sign, CountedTasks(signing, len(runs)), itemgetter("keys", "rows", "copies"))
-        parts = parts_of(sum(rows for _, rows, _ in signed) * ROW_BYTES, memory_limit)
-        keys, copies = [(name, rows) for name, rows, _ in signed], iter([copies for _, _, copies in signed])
+        signed = flow.taken(f"{kind}-sign", sign, CountedTasks(signing, len(runs)), _files_of)
+        parts = parts_of(sum(rows for _, rows, *_ in signed) * ROW_BYTES, memory_limit)
+        keys, written = [(name, rows) for name, rows, *_ in signed], iter([(copies, about) for _, _, copies, about in signed])
         del repeated, signing, signed  # each has a name per run
         met = components.gathered(flow, f"{kind}-meet", keys, parts, components.meet)
         del keys
         names = [r["met"] for r in met if r["met"]]
         paired = flow.all(f"{kind}-edges", components.pairs, by_parts(flow, kind, parts, names))
         connected = components.edges_of([*met, *paired])
-        edges, _ = components.stars(flow, kind, connected, parts, memory_limit // ROW_BYTES)
-        belonging = flow.all(f"{kind}-members", members, by_parts(flow, kind, parts, edges))
-        names = [r["members"] for r in belonging]
+        names, _ = components.stars(flow, kind, connected, parts, memory_limit // ROW_BYTES)
         rule = {"keep": self.keep, "column": self.column}
         groups = by_runs(flow, kind, runs, names, memory_limit, **rule)
-        naming = (adding(task, copies=list(islice(copies, len(task.arguments["runs"])))) for task in groups)
+        naming = (_naming(task, list(islice(written, len(task.arguments["runs"])))) for task in groups)
         fields = itemgetter("candidates", "belonging")
         named = flow.taken(f"{kind}-candidates", candidates, CountedTasks(naming, groups.count), fields)
-        chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, [name for name, _ in named]))
+        names = [name for name, _ in named]
+        parts = min(parts, spill.bytes_of(names) // min(CHOICE_BYTES, memory_limit // CHOICE_SHARE) + 1)
+        chosen = flow.all(f"{kind}-choose", choose, by_parts(flow, kind, parts, names))
         how, names = {"stage": name, **recording.arguments(curated.every)}, [r["chosen"] for r in chosen]
         groups = by_runs(flow, kind, runs, names, memory_limit, **how)
         deciding = (adding(task, belonging=name) for task, (_, name) in zip(groups, named, strict=True))
@@ -133,3 +136,14 @@ def _signing(run: SpilledRun, parameters: Parameters, follows: list[object], rep
     heliostat, so finished tasks of these versions count."""
     task = Task(key(run.name, run.decided, follows), {"run": run, "parameters": parameters}, bytes=run.bytes)
     return adding(task, repeated=repeated) if repeated else task
+
+
+def _files_of(record: dict[str, Any]) -> tuple[str, int, str | None, str | None]:
+    """Returns from a record of `sign`: the file of keys, its rows, the file of copies, and the file about the documents. Earlier
+    versions of heliostat wrote no file about the documents."""
+    return record["keys"], record["rows"], record["copies"], record.get("about")
+
+
+def _naming(task: Task, written: list[tuple[str | None, str | None]]) -> Task:
+    """Adds the files that `sign` wrote for a task's runs: (copies, about the documents)."""
+    return adding(task, copies=[copies for copies, _ in written], about=[about for _, about in written])
