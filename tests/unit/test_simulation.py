@@ -283,7 +283,7 @@ def test_a_backup_repeats_the_tasks_that_the_late_call_has_not_finished(tmp_path
     executor.start((None, "run", "read"), tasks, {}, 1, None)
     cluster.clock = 250.0
     backup = executor.start((None, "run", "read"), tasks, {}, 1, None, backup=True)
-    assert executor.nodes[backup][0] == pytest.approx(330.0, abs=2) and len(executor.results[backup]) == 10
+    assert executor.nodes[backup][0] == pytest.approx(330.0, abs=2) and len(executor.keys[backup]) == 10
 
 
 def test_a_simulation_keeps_no_record_that_the_driver_has(tmp_path):

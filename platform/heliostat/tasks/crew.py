@@ -275,7 +275,7 @@ class Crew:
         cause, trouble, task = innermost(error), started.trouble, started.task
         if isinstance(cause, NotHereError) and not self.stopped and cause.shipment not in started.offered:
             started.copy = self._copy(cause.shipment)
-            started.offered.add(cause.shipment)
+            started.offered += (cause.shipment,)
             self.later.append(started)
             return
         if cause is not None and cause.exit_code == 2:
