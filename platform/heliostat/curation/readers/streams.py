@@ -38,6 +38,7 @@ REASONS = {
 }
 CODECS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 BLOCK = 1 << 20  # bytes that are decompressed at once
+LINE = 64 << 10  # bytes after the end of a range that a read includes, for the last line of the range
 CHECKS = ("incorrect data check", "incorrect length check")  # zlib's messages for a wrong checksum at a member's end
 ZST_BLOCK = 1 << 16  # smaller for .zst, because a fault loses the decompressed data of its block
 XZ_MEMORY = 256 << 20  # maximum memory to decompress .xz; `xz -9` makes files that need 65 MiB
@@ -113,15 +114,16 @@ class FrameBlock:
     read: int
 
 
-def unpacked(path: str, stream: BinaryIO, limits: ReadLimits, packed: PackedSlice | None = None) -> io.BufferedReader:
+def unpacked(path: str, stream: BinaryIO, limits: ReadLimits, packed: PackedSlice | None = None,
+             block: int = BLOCK) -> io.BufferedReader:  # fmt: skip
     """Returns a stream of the decompressed bytes, or of a slice of these bytes. Reading raises LeftOutError at invalid data,
-    and after `max_file_bytes`."""
+    and after `max_file_bytes`. `block`: the bytes per read of a file that isn't compressed."""
     codec = codec_of(path)
     if packed is not None:
         stream.seek(packed.frame)
-    plain = iter(lambda: stream.read(BLOCK), b"")
+    plain = iter(lambda: stream.read(block), b"")
     blocks = plain if codec is None else _zst(stream) if codec == "zst" else (block.data for block in frames(stream, codec))
-    return io.BufferedReader(_Blocks(blocks if packed is None else _within(blocks, packed), limits.max_file_bytes), BLOCK)
+    return io.BufferedReader(_Blocks(blocks if packed is None else _within(blocks, packed), limits.max_file_bytes), block)
 
 
 def _within(blocks: Iterator[bytes], packed: PackedSlice) -> Iterator[bytes]:

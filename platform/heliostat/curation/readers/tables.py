@@ -12,7 +12,7 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.readers.streams import LeftOutError, ReadLimits, lines, unpacked
+from heliostat.curation.readers.streams import BLOCK, LINE, LeftOutError, ReadLimits, lines, unpacked
 from heliostat.curation.stage import Document, Dropped
 
 ROWS = 1024  # rows of an Arrow batch that become Python objects at once
@@ -27,7 +27,8 @@ def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> It
     start, stop = (part.start, part.stop) if part.packed is None else (0, None)  # a slice has only complete lines
     if start:  # the rest of a line that begins before the range belongs to the earlier range
         stream.seek(start - 1)
-    plain = unpacked(path, stream, limits, part.packed)
+    block = BLOCK if stop is None else min(BLOCK, stop - start + LINE)
+    plain = unpacked(path, stream, limits, part.packed, block)
     for number, line in enumerate(lines(plain, limits.max_document_bytes, start, stop), part.first):
         id = f"{path}#{number}"
         if line is None:

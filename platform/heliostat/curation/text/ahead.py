@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.readers.streams import LeftOutError
+from heliostat.curation.readers.streams import LINE, LeftOutError
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.storage.s3_client import RewrittenError
@@ -18,7 +18,6 @@ from heliostat.storage.s3_client import RewrittenError
 AHEAD = 4 << 20  # bytes of a file per read
 MOST_AHEAD = 32 << 20  # maximum bytes of an object per read in order, because a store limits the requests per second
 MEMORY = 2 * MOST_AHEAD  # bytes of memory of these reads: the bytes in use, and those that a thread reads
-LINE = 64 << 10  # bytes after the end of a range that a read includes, for the last line of the range
 
 
 class ReadAhead(io.RawIOBase):
@@ -96,8 +95,8 @@ class ReadAhead(io.RawIOBase):
 
     def _ahead(self) -> int:
         """Returns the number of bytes to read from here."""
-        left = self.stop + LINE - self.at
-        return min(MOST_AHEAD, left) if self._in_order and left > 0 else AHEAD
+        left, most = self.stop + LINE - self.at, MOST_AHEAD if self._in_order else AHEAD
+        return min(most, left) if left > 0 else AHEAD
 
     def _follow(self) -> Future[bytes] | None:
         """Reads the part's next bytes in a thread, up to MOST_AHEAD. Returns None if the part has no more bytes."""
