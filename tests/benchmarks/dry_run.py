@@ -20,6 +20,7 @@ from heliostat.curation import reasons
 from heliostat.curation.prepare import dry_run, prepare
 from heliostat.data import manifest
 from heliostat.storage.locations import Location
+from heliostat.tasks.clusters import Cluster
 from heliostat.tasks.work import Work
 
 from tests.benchmarks import harness
@@ -39,7 +40,7 @@ class Timed(HereFlow):
 
 
 class Pipeline(Here):
-    def flow(self, work: Work | None = None) -> HereFlow:
+    def flow(self, work: Work | None = None, cluster: Cluster | None = None) -> HereFlow:
         return Timed(work or self.worked, again=0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from heliostat.cli.common import app
 from heliostat.curation import leftovers, predicting, prediction
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.predicting import Prediction
 from heliostat.curation.prepare import Pipeline, dry_run
 from heliostat.curation.registry import parse
@@ -178,7 +179,8 @@ def test_merges_that_the_whole_will_need_are_foreseen(tmp_path, monkeypatch):
     _, whole = make_whole(tmp_path, STAGES)
     assert not plain and "merge" in whole.done and "merge" not in made.flow.done
     assert sum("merges these files" in note and "estimated from a part of the sample" in note for note in found["notes"]) == 1
-    again = Prediction(made.sample, made.stages, funnel_of(made), made.flow, made.counted, 0.0, {}, shards_drop_duplicates=True)
+    again = Prediction(made.sample, made.stages, funnel_of(made), made.flow, made.counted, 0.0, 0.0, {},
+                       shards_drop_duplicates=True)  # fmt: skip
     told = again.report(1)
     merge, _ = (counts.pop("merge") for counts in (made.flow.seconds, made.flow.walls))
     more = merge * made.sample.of_bytes * again.factors[0][""] / 3600
@@ -212,12 +214,73 @@ def test_seconds_of_opening_stages_are_not_taken_for_work(tmp_path):
     made.flow.opening["read"] += 100
 
     def hours() -> float:
-        found = Prediction(made.sample, [], funnel, made.flow, made.counted, 0.0, {})
+        found = Prediction(made.sample, [], funnel, made.flow, made.counted, 0.0, 0.0, {})
         return sum(found._hours(found.factors[0], made.flow.seconds).values()) - before
 
     assert hours() * 3600 < 101
     made.flow.opening["read"] = 0
     assert hours() * 3600 > 150
+
+
+def test_the_fixed_seconds_of_tasks_are_not_scaled_with_the_documents(tmp_path):
+    """The complete input has about as many tasks as its sample, but larger ones. Files of a few rows, which a task of a sample
+    writes in milliseconds, were predicted as half of the CPU seconds of `minhash`."""
+    make_input(tmp_path / "in", 900)
+    made, inputs = trial(tmp_path, 0.2)
+    found, funnel = made.predicted(inputs), funnel_of(made)
+
+    def hours(fixed: float, more: float) -> dict[str, float]:
+        seconds = {kind: value + more * made.flow.done[kind] for kind, value in made.flow.seconds.items()}
+        of_files = Prediction(made.sample, made.stages, funnel, made.flow, made.counted, 0.0, fixed, {})
+        return of_files._hours(of_files.factors[0], seconds)
+
+    before, after = hours(0.0, 0.0), hours(1.0, 1.0)
+    assert after.keys() == before.keys() >= {"read", "minhash-1-sign", "shards", "ends"}
+    for kind, value in before.items():
+        assert after[kind] * 3600 == pytest.approx(value * 3600 + made.flow.done[kind], abs=0.01 * made.flow.done[kind] + 0.01)
+    (row,) = (row for row in found["funnel"] if row["stage"] == "1 minhash")
+    of_tasks = found["cpu_hours"] - sum(other["cpu_hours"] for other in found["funnel"] if other is not row)
+    assert 0 < row["cpu_hours"] < of_tasks, "as its tasks, which are a part of all tasks"
+    assert 0.0 < predicting.small_files(made.flow.work.spill)["fixed"] < 0.1
+
+
+def test_opening_a_range_of_lines_is_not_taken_for_reading(tmp_path, monkeypatch):
+    """A sample opens a range for each 64 KB, and a task of the complete input one for 100 MB. The sample's CPU seconds of reading
+    were two to three times as many."""
+    make_input(tmp_path / "in", 900)
+    monkeypatch.setattr(sampling, "BLOCK", 4096)
+    monkeypatch.setattr(sampling, "RANGES", 4)
+    real = sources.blocks
+
+    def slow(base: Location, path: str, limit: int, part: FilePart) -> object:
+        until = time.process_time() + (0.2 if part.stop is not None else 0.0)
+        while time.process_time() < until:
+            pass
+        return real(base, path, limit, part)
+
+    monkeypatch.setattr(sources, "blocks", slow)
+    made, inputs = trial(tmp_path, 0.1, stages=[])
+    found = made.predicted(inputs)
+    spent = 0.2 * sum(part.stop is not None for part in made.sample.parts)
+    scaled = spent * made.sample.input_bytes / made.sample.read_bytes
+    assert 0 < spent <= found["cpu_hours"] * 3600 < spent + 1 < scaled
+
+
+def test_loading_a_tokenizer_is_not_taken_for_the_work_of_a_shard(tmp_path, monkeypatch):
+    """A tokenizer of 2 MB takes 0.05 s. A sample of 1 % has a hundredth of a shard, so this was predicted as 5 s."""
+    make_input(tmp_path / "in", 900)
+    real = tokens.load
+
+    def slow(definition: str) -> object:
+        until = time.process_time() + 0.5
+        while time.process_time() < until:
+            pass
+        return real(definition)
+
+    made, inputs = trial(tmp_path, 0.1, stages=[])
+    monkeypatch.setattr(tokens, "load", slow)
+    (row,) = (row for row in made.predicted(inputs)["funnel"] if row["stage"] == "shard")
+    assert 0.5 <= row["cpu_hours"] * 3600 < 0.5 * made.flow.done["shards"] + 2
 
 
 def test_a_slow_first_batch_of_a_process_is_not_taken_for_the_usual_speed(tmp_path, monkeypatch):

@@ -8,6 +8,8 @@ from functools import lru_cache
 import numpy as np
 import regex
 
+from heliostat.tasks import cpu_time
+
 SEPARATOR, LETTER, JOINER, UNSPACED, CONTINUING, SKIPPED = range(6)
 JOINERS = ".,:/-\u066b\u066c"
 ALONE = (  # scripts without spaces
@@ -32,6 +34,7 @@ def code_points(text: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
+@cpu_time.loading()
 def tables() -> tuple[np.ndarray, np.ndarray]:
     """Returns two arrays with an entry per Unicode code point: the code point to use in comparisons, and the kind of character
     (such as LETTER)."""

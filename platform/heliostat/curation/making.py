@@ -22,7 +22,7 @@ import numpy as np
 from heliostat.curation import reasons, recording, segment, tally
 from heliostat.curation.engine import RUN_SHARE, Curated, StageEngine, filled, segments, summed
 from heliostat.curation.pieces import FilePart
-from heliostat.curation.predicting import Prediction, alike_of, spread_of
+from heliostat.curation.predicting import Prediction, alike_of, fixed_seconds, spread_of
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.sampled import SampledParts
 from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
@@ -220,7 +220,9 @@ class Making(ABC):
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, curated.runs, self.sample.fraction)
         shares = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)
-        estimate = Prediction(self.sample, self.all_stages, funnel, self.flow, self.counted, spread, shares, **self.of_prediction)
+        fixed = fixed_seconds(self.flow)
+        estimate = Prediction(self.sample, self.all_stages, funnel, self.flow, self.counted, spread, fixed, shares,
+                              **self.of_prediction)  # fmt: skip
         notes = self.refine(estimate, curated)
         prediction = estimate.report(len(inputs))
         prediction["notes"] += notes

@@ -22,7 +22,7 @@ from heliostat.curation.sampled import SampledParts
 from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.curation.stage import GlobalStage, Stage
 from heliostat.storage.locations import Location
-from heliostat.tasks import spill
+from heliostat.tasks import cpu_time, spill
 from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import key
 
@@ -31,6 +31,7 @@ FEW = 400  # number of documents with which a share of one half is known within 
 GOOD = 0.1  # maximum relative error of bytes and tokens without a note
 HOUR_S = 3600
 GROUP = 64  # runs that a task measures
+SMALL_FILES = 4  # temporary files that a task writes or reads, in addition to its documents
 WHICH = ("expected", "low", "high")
 Funnel = dict[str, dict[str, Any]]
 ROWS = 100_000  # dropped documents that a task counts: about 500 bytes of memory each
@@ -62,6 +63,8 @@ class Prediction:
     counted: tally.Tally
     spread: float
     """Relative standard error of the kept bytes."""
+    fixed: float
+    """CPU seconds of each task that don't grow with its documents."""
     duplicates: dict[str, Alike]
     """Counts of duplicates for each stage that compares documents. The key for the shards' exact duplicates is `exact`."""
     rate: Rate | None = None
@@ -110,11 +113,11 @@ class Prediction:
 
     def _rows(self) -> list[dict[str, Any]]:
         rows = rows_of(self.funnel, self.sample, self.factors, self.rate.expected if self.rate else None)
+        hours = self._hours(self.factors[0], self.flow.seconds)
         for row in rows:
-            row["cpu_hours"] = self._of_stage(row["stage"])
+            row["cpu_hours"] = self._of_stage(row["stage"], hours)
         first = [tally.label(*numbered) for numbered in segments(self.stages)[0]]
-        reading = self._hours(self.factors[0], self.flow.seconds)[segment.READ]
-        rows[0]["cpu_hours"] = max(0.0, reading - sum(row["cpu_hours"] for row in rows if row["stage"] in first))
+        rows[0]["cpu_hours"] = max(0.0, hours[segment.READ] - sum(row["cpu_hours"] for row in rows if row["stage"] in first))
         return rows
 
     def _repeated(self) -> dict[str, DuplicateShare]:
@@ -134,9 +137,10 @@ class Prediction:
         before = {number: factors[tally.label(number, stage)] for number, stage in enumerate(self.stages)}
         hours, sample = {}, self.sample
         for kind, seconds in taken.items():
-            opening, numbered = self.flow.opening.get(kind, 0.0), re.match(r"[a-z]+-(\d+)", kind)
+            fixed = self.fixed * (self.flow.done.get(kind, 0) + self.flow.kept.get(kind, 0))
+            once, numbered = min(seconds, self.flow.opening.get(kind, 0.0) + fixed), re.match(r"[a-z]+-(\d+)", kind)
             factor = before[int(numbered[1])] if numbered else 1.0 if kind == segment.READ else factors[""]
-            hours[kind] = ((seconds - opening) * sample.of_bytes * factor + opening) / HOUR_S
+            hours[kind] = ((seconds - once) * sample.of_bytes * factor + once) / HOUR_S
         reading = self.counted[segment.READ]["seconds"]
         hours[segment.READ] += reading * (sample.input_bytes / sample.read_bytes - sample.of_bytes) / HOUR_S
         if TOKENIZER in hours and self.most_trained is not None:
@@ -145,9 +149,12 @@ class Prediction:
             hours[TOKENIZER] = taken[TOKENIZER] * (min(most, whole) / min(most, sampled)) ** self.training_grows / HOUR_S
         return hours
 
-    def _of_stage(self, name: str) -> float:
-        seconds = self.flow.seconds["shards"] if name == SHARD else self.counted.get(name, {}).get("seconds", 0.0)
-        return seconds * self.sample.of_bytes * self.factors[0][name] / HOUR_S
+    def _of_stage(self, name: str, hours: dict[str, float]) -> float:
+        """Predicts a stage's hours: those of its own tasks, or if it has none, its share of other tasks (`counted`)."""
+        own = "shards" if name == SHARD else "{1}-{0}-".format(*name.split(" ", 1)) if " " in name else name
+        if of_tasks := [value for kind, value in hours.items() if kind.startswith(own)]:
+            return sum(of_tasks)
+        return float(self.counted.get(name, {}).get("seconds", 0.0) * self.sample.of_bytes * self.factors[0][name] / HOUR_S)
 
     def _notes(self) -> list[str]:
         kept, notes = self.funnel[SHARD]["kept"], list[str]()
@@ -226,6 +233,25 @@ def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
     flow.forget("spread")
     bytes, squared = (sum(record[name] for record in measured) for name in ("bytes", "squares"))
     return math.sqrt((1 - fraction) * squared) / bytes if bytes else 0.0
+
+
+def fixed_seconds(flow: Flow) -> float:
+    """Measures the CPU seconds of a task that don't grow with its documents. A sample has tasks of some milliseconds, so these
+    seconds are a large part of them. The complete input has about as many tasks, but larger ones."""
+    (record,) = flow.all("fixed", small_files, iter([Task(key("fixed"), {})]))
+    flow.forget("fixed")
+    return float(record["fixed"])
+
+
+def small_files(folder: Location) -> dict[str, object]:
+    """Measures the least CPU seconds for writing and reading SMALL_FILES temporary files of one row."""
+    names, seconds = list[str](), list[float]()
+    for number in range(SMALL_FILES * SMALL_FILES):
+        start = cpu_time.now()
+        names.append(spill.write(folder, pa.table({"key": pa.array([number], pa.uint64())})))
+        list(spill.read(folder, names[-1]))
+        seconds.append(cpu_time.now() - start)
+    return {"fixed": SMALL_FILES * min(seconds), "files": names}
 
 
 def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:

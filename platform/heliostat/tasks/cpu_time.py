@@ -1,7 +1,7 @@
 """Measures the CPU time of a worker, including the processes that run parsers for it (`isolated`).
 
 Stages and tasks are measured in CPU time, so that predictions are the same on a busy machine and on an idle machine. The time
-for loading compiled code is apart: each process needs it once, and not for each document.
+for loading compiled code, tables of characters, and tokenizers is apart, because it doesn't grow with the documents.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def loading() -> Iterator[None]:
 
 
 def loaded() -> float:
-    """Returns the CPU seconds so far for loading and compiling code."""
+    """Returns the CPU seconds so far in blocks of `loading`."""
     return _loading
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Literal
 
 from heliostat.curation import pieces, readers
@@ -19,6 +20,7 @@ from heliostat.curation.prepare import InputFile
 from heliostat.curation.sampled import OF_RECORDS, PLACES, SampledParts, chosen, evenly, place
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text.tasks import TextSource
+from heliostat.tasks import cpu_time
 
 BLOCK = 64 << 10  # bytes of a range of lines, in inputs of up to BLOCKS ranges
 BLOCKS = 1 << 20
@@ -72,8 +74,12 @@ class SampledTexts(TextSource):
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         """Yields a part's chosen records. In a range of lines, the range is a part of a record's id, because the line numbers in
         the file aren't known."""
-        rate = self.rate(part)
-        for item in TextSource.read(self, part):
+        rate, items = self.rate(part), TextSource.read(self, part)
+        if part.stop is not None:  # a task of the complete input opens a range for 100 MB, and not for each 64 KB
+            with cpu_time.loading():
+                first = list(islice(items, 1))
+            items = chain(first, items)
+        for item in items:
             id = item.id if part.stop is None else f"{place(part, self.name)}#{item.id.rpartition('#')[2]}"
             if rate >= 1 or chosen(id, rate, OF_RECORDS):
                 yield Dropped(id, item.reason, item.detail) if isinstance(item, Dropped) else Document(

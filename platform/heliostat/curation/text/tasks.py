@@ -29,7 +29,7 @@ from heliostat.data.infilling import Markers
 from heliostat.data.manifest import FILES, SHARDS
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
-from heliostat.tasks import care, spill
+from heliostat.tasks import care, cpu_time, spill
 from heliostat.tasks.spill import survivors_of
 
 PREFIXES = 1 << 16  # number of hash prefixes (16 bits), by which the tokenizer's training text is measured
@@ -229,7 +229,8 @@ def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: Tex
     table, duplicates = _gathered(folder, runs, *bounds(shard, plan.shards), plan)
     if table is None:
         return None
-    tokenizer = tokens.load(plan.definition)
+    with cpu_time.loading():  # a sample has few documents per shard
+        tokenizer = tokens.load(plan.definition)
     encoded, rearranged = _encoded(tokenizer, table, plan)
     table = table.drop_columns("text")  # frees memory for the file
     ids = table["id"].to_pylist()
