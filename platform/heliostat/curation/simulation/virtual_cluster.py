@@ -6,7 +6,7 @@ The driver's own processor time, and the time of Ray's calls, pass on the virtua
 from __future__ import annotations
 
 import heapq
-import marshal
+import json
 import math
 import random
 import time
@@ -196,7 +196,7 @@ class VirtualExecutor:
         self.start_s = dispatchers.START_S if cluster.dispatchers else ray_tasks.START_S
         self.slots: list[tuple[float, int]] = []
         self.results: dict[int, bytes | Exception] = {}
-        """The records of each call, as marshal writes them: a dictionary has five times as many bytes."""
+        """The records of each call, as JSON: a dictionary has several times as many bytes."""
         self.ends: list[tuple[float, int]] = []
         self.nodes: dict[int, tuple[float, int]] = {}
         """Time of the end, and node, of each call whose records the driver hasn't read."""
@@ -223,7 +223,7 @@ class VirtualExecutor:
             result, end = self._simulated(arguments[1], tasks, shared, cpus, node, begin + STARTED_S, slow)
             heapq.heappush(self.slots, (end, node))
             self.nodes[reference] = end, node
-            self.results[reference] = result if isinstance(result, Exception) else marshal.dumps(result)
+            self.results[reference] = result if isinstance(result, Exception) else json.dumps(result).encode()
             self.keys[reference] = [task.key for task in tasks]
             heapq.heappush(self.ends, (end, reference))
             self.times.longest = max(self.times.longest, end - begin)
@@ -281,7 +281,7 @@ class VirtualExecutor:
                 raise result
             for key in keys:
                 self.recorded.pop(key, None)
-            records: list[dict[str, Any]] = marshal.loads(result)
+            records: list[dict[str, Any]] = json.loads(result)
             self.times.tasks += len(records)
             self.times.seconds += sum(record["seconds"] for record in records)
             self.times.end = self.cluster.clock
