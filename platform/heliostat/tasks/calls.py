@@ -22,7 +22,7 @@ SLOT = 1.6  # starts of a call whose time is added for each call that can run at
 MOST_TASKS = 64  # tasks of a call
 GROUPS = 256  # groups of tasks with different shared arguments that wait for more tasks. The driver looks up 4,096 at once
 MEASURED = 16  # tasks that have ended before tasks are grouped
-ROUNDS = 2  # calls for each free CPU that must remain, so that the last calls end at about the same time
+ROUNDS = 1  # calls for each CPU that must remain, so that the last calls end at about the same time
 KEPT = 256  # calls from whose times the usual time is computed
 LATE, LATE_S = 1.25, 3.0  # a call is late after LATE times the usual time, and at least LATE_S seconds
 ENDED = 3  # calls that have ended, for each running one, before a call can be late
@@ -121,7 +121,7 @@ class CallTimes:
         """Checks whether a call can run one more task after those of `group`. `left`: tasks that haven't started; `slots`: calls
         that can run at the same time.
 
-        Calls are short enough that each CPU still gets ROUNDS calls, or that a call ends before the driver has started the calls
+        Calls are short enough that each CPU still gets ROUNDS call, or that a call ends before the driver has started the calls
         of all other tasks.
         """
         count = len(group) + 1
