@@ -2,8 +2,10 @@
 
 import errno
 import os
+import pwd
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -240,6 +242,50 @@ def test_a_kernel_is_compiled_again_if_any_module_of_its_folder_changes(tmp_path
     assert _lower.py_func.__qualname__.startswith("_lower_")
 
 
+def test_a_kernel_is_compiled_again_if_a_constant_of_another_folder_changes(monkeypatch, tmp_path):
+    """Machine code contains constants. Kernels of English words get their hashes' factor from a module of another folder."""
+    english, shared = tmp_path / "english", tmp_path / "comparable_characters.py"
+    shutil.copytree(machine_code.HERE / "english", english, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("compiled.py", shared.name):
+        shutil.copy(machine_code.HERE / name, tmp_path)
+    monkeypatch.setattr(machine_code, "HERE", tmp_path)
+    machine_code.modules_digest.cache_clear()
+    before = machine_code.modules_digest(english)
+    shared.write_text(shared.read_text().replace("0x9E3779B97F4A7C15", "0x9E3779B97F4A7C17"))
+    machine_code.modules_digest.cache_clear()
+    assert machine_code.modules_digest(english) != before
+    machine_code.modules_digest.cache_clear()
+    found = [re.findall(r"heliostat\.curation(?: import |\.)(\w+)", path.read_text()) for path in english.glob("*.py")]
+    imported = {name for names in found for name in names}
+    assert {f"{name}.py" for name in imported - {"english"}} == {*machine_code.SHARED}
+
+
+def test_other_threads_can_import_scipy_while_numba_is_imported():
+    """Numba doesn't see SciPy. But a thread of a task or a notebook may import it at the same time."""
+    code = """
+import threading
+from heliostat.curation import compiled
+errors = []
+def other():
+    try:
+        import scipy
+    except ImportError as e:
+        errors.append(e)
+with compiled._hidden("scipy"):
+    try:
+        import scipy
+        raise AssertionError("not hidden")
+    except ImportError:
+        pass
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+import scipy
+assert not errors, errors
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_node_without_a_writable_folder_compiles_without_a_cache(monkeypatch):
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
     assert kernel()(21) == 42
@@ -314,6 +360,27 @@ def test_the_driver_knows_without_numba_whether_this_machine_has_machine_code(mo
     assert not machine_code.is_missing()
     monkeypatch.setattr(machine_code, "modules_digest", lambda folder: "of a newer version")
     assert machine_code.is_missing()
+
+
+def test_the_driver_finds_machine_code_in_the_folder_for_caches(monkeypatch, tmp_path):
+    """The package's folder may be read-only. A container may run as a user that has no home, or that can't read it."""
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(machine_code, "modules_digest", lambda folder: "of a newer version")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert machine_code.is_missing()
+    (tmp_path / "numba" / "english_0").mkdir(parents=True)
+    (tmp_path / "numba" / "english_0" / "words._words_of a newer version-1.py312.nbc").touch()
+    assert not machine_code.is_missing()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert machine_code.is_missing()
+    monkeypatch.setattr(Path, "rglob", _forbidden)
+    assert machine_code.is_missing()
+
+
+def _forbidden(*_):
+    raise PermissionError(errno.EACCES, "Permission denied")
 
 
 def test_a_process_that_cannot_take_the_lock_compiles_after_a_deadline(monkeypatch, tmp_path):

@@ -218,6 +218,18 @@ def test_length():
         Length(min_chars=5, max_chars=3)
 
 
+def test_a_stage_of_a_user_may_have_other_values_than_numbers_in_its_keys():
+    """The rule that a minimum isn't above the maximum is for numbers."""
+
+    class Dated(Stage):
+        min_date: str = "2020-01-01"
+        max_date: str | None = "1999-01-01"
+        min_parts: list[int] = [1]
+        max_parts: int = 3
+
+    assert Dated().min_date == "2020-01-01"
+
+
 SOURCE = "def add(first, second):\n    return first + second\n" * 5
 
 

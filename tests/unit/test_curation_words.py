@@ -6,6 +6,7 @@ import unicodedata
 
 import pytest
 import regex
+from heliostat.curation.chain import BATCH
 from heliostat.curation.english import words
 from heliostat.curation.english.characters import (
     ALPHABETIC,
@@ -185,10 +186,19 @@ def test_the_words_of_a_text_are_split_once_for_all_filters_in_a_row(monkeypatch
             seen = recent.spoken(text, code_points(text))
             assert all((a == b).all() for a, b in zip(seen, spoken, strict=True))
     assert split == list(map(len, texts))
-    for text in ("a" * (words.REMEMBERED + 1), "b " * (words.REMEMBERED // 2), "c"):
+    for text in ("a" * (words.REMEMBERED_CHARS + 1), "b " * (words.REMEMBERED_CHARS // 2), "c"):
         recent.spoken(text, code_points(text))
-        assert sum(map(len, recent._words)) <= words.REMEMBERED
+        assert sum(map(len, recent._words)) <= words.REMEMBERED_CHARS
     assert list(recent._words) == ["c"]
+
+
+def test_the_words_of_only_a_few_short_texts_stay_in_memory():
+    """Each text takes 0.6 KB in addition to its words: 200,000 texts of 8 characters took 126 MiB, twice the smallest
+    memory_limit."""
+    recent = words.RecentWords()
+    for text in map(str, range(1000)):
+        recent.spoken(text, code_points(text))
+        assert text in recent._words and len(recent._words) <= 2 * BATCH
 
 
 @pytest.mark.parametrize(

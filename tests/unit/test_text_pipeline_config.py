@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from heliostat.curation.prepare import load, prepare
-from heliostat.curation.text import tokens
+from heliostat.curation.text import sources, tokens
 from heliostat.errors import ConfigError
 
 END = "<|endoftext|>"
@@ -148,3 +148,10 @@ def test_quickstart_is_valid():
     pipeline.check()
     paths = {f.path for f in pipeline.inputs()}
     assert "json/decoder.py" in paths and not {"encodings/cp037.py", "pydoc_data/topics.py", "html/entities.py"} & paths
+
+
+def test_a_glob_may_have_a_colon(tmp_path, monkeypatch):
+    """Inputs that heliostat makes, such as python:stdlib, have a colon, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "de:a.txt").write_text("text")
+    assert [file.path for file in sources.listing("de:*.txt")] == ["de:a.txt"]

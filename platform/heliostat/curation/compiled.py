@@ -10,7 +10,8 @@ for caches. If neither is writable, each process compiles. Importing Numba takes
 when it processes the first document, and `heliostat check` never imports it.
 
 Numba looks only at the kernel's own file to decide whether the cached code is up to date. But a kernel also depends on other
-kernels, and on constants. So the cache's key contains a digest of all modules in the kernel's folder, and of this one.
+kernels, and on constants. So the cache's key contains a digest of all modules in the kernel's folder, and of those that all
+folders share.
 
 Numba numbers the files of a cache, and lists them in an index. If two processes compile at once, the index can then list the
 machine code of one signature under another, until someone deletes the cache. So each file is named after its signature here.
@@ -25,10 +26,12 @@ import hashlib
 import logging
 import pickle
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -42,17 +45,25 @@ from heliostat.tasks import cpu_time
 require("curation", "numba", what="this stage")
 
 
+class _Hiding(MetaPathFinder):
+    def __init__(self, name: str) -> None:
+        self.name, self.thread = name, threading.get_ident()
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == self.name and threading.get_ident() == self.thread:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+
+
 @contextmanager
 def _hidden(name: str) -> Iterator[None]:
-    """Hides a module from the imports in the block, unless the process has already imported the module."""
-    hides = name not in sys.modules
-    if hides:
-        cast(Any, sys.modules)[name] = None
+    """Hides a module from the imports in the block, unless the process has already imported the module. Other threads can import
+    it meanwhile."""
+    hiding = _Hiding(name)
+    sys.meta_path.insert(0, hiding)
     try:
         yield
     finally:
-        if hides:
-            del sys.modules[name]
+        sys.meta_path.remove(hiding)
 
 
 with cpu_time.loading(), _hidden("scipy"), suppress(ImportError):

@@ -172,7 +172,7 @@ class Stage(Strict):
         for low in (name for name in type(self).model_fields if name.startswith("min_")):
             high = low.replace("min_", "max_", 1)
             least, most = getattr(self, low), getattr(self, high) if high in type(self).model_fields else None
-            if least is not None and most is not None and least > most:
+            if isinstance(least, int | float) and isinstance(most, int | float) and least > most:
                 raise ValueError(f"{low} {least:,} is above {high} {most:,}. Lower {low}, or raise {high}")
         return self
 

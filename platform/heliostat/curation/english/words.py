@@ -17,7 +17,8 @@ from heliostat.curation.english.rules import EXCEPTIONS, LONGEST, UNITS
 from heliostat.curation.english.splitting import exception, split
 
 BLOCK = 1 << 16  # words that are split at once
-REMEMBERED = 1 << 21  # maximum characters of the texts whose words stay in memory; twice a batch's (`curation.chain`)
+# maximum texts whose words stay in memory, and their characters; twice a batch's (`curation.chain`)
+REMEMBERED, REMEMBERED_CHARS = 128, 1 << 21
 IS_SYMBOL, HAS_LETTER = 1, 2  # facts about a word, as bits
 
 
@@ -46,9 +47,9 @@ class RecentWords:
         if (known := self._words.get(text)) is not None:
             return known
         words = Spoken(*(values.copy() for values in spoken(codes)))  # not views of arrays that have room for every character
-        if self._chars + len(text) > REMEMBERED:
+        if len(self._words) == REMEMBERED or self._chars + len(text) > REMEMBERED_CHARS:
             self._words, self._chars = {}, 0
-        if len(text) <= REMEMBERED:
+        if len(text) <= REMEMBERED_CHARS:
             self._words[text], self._chars = words, self._chars + len(text)
         return words
 

@@ -94,7 +94,7 @@ def root(uri: str) -> Location:
 
 def require_built_in(uri: str, built_in: list[str]) -> None:
     """Raises ConfigError if an input has the form of those that heliostat makes (`python:stdlib`), but isn't in `built_in`."""
-    if re.match(r"(?!file:)[a-z]+:(?!//)", uri) and uri not in built_in:
+    if re.match(r"(?!file:)[a-z]+:(?!//)", split_glob(uri)[0]) and uri not in built_in:
         raise ConfigError(f"input: {uri!r} isn't an input that heliostat makes{nearest(uri, built_in)}")
 
 
