@@ -20,6 +20,7 @@ from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.dispatchers import DispatchedTasks, Dispatchers
 from heliostat.tasks.flow import Flow, Task, execute_all
 from heliostat.tasks.work import Work
+from ray.experimental.internal_kv import _internal_kv_list
 
 from tests.waiting import until
 
@@ -61,6 +62,22 @@ def test_every_task_has_one_record_and_failed_tasks_run_again(flow, tmp_path):
     assert [(record["number"], record["owners"]) for record in records] == [(n, ["a", "b"]) for n in range(COUNT)]
     runs = Counter({int(path.name): path.stat().st_size for path in (tmp_path / "ran").iterdir()})
     assert len(runs) == COUNT and runs[17] == runs[18] == 2 and flow.done == {"some": COUNT}
+
+
+def nothing(folder: Location, number: int) -> dict[str, object]:
+    return {"number": number}
+
+
+def test_a_dispatcher_stores_the_function_of_its_tasks_once(flow):
+    """With one remote function per batch, Ray stores thousands, each worker loads most of them, and Ray never forgets them."""
+    before = _remote_functions()
+    assert len(flow.all("some", nothing, (Task(f"{n:032}", {"number": n}) for n in range(COUNT)))) == COUNT
+    assert len(flow.all("others", nothing, (Task(f"{n:032}", {"number": n}) for n in range(COUNT)))) == COUNT
+    assert 1 <= len(_remote_functions() - before) <= len(flow.cluster.dispatchers.actors)
+
+
+def _remote_functions() -> set[bytes]:
+    return {key for key in _internal_kv_list(b"", namespace=b"fun") if b"RemoteFunction" in key}
 
 
 def slow(folder: Location, number: int, ran: str) -> dict[str, object]:

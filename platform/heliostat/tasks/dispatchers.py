@@ -60,11 +60,13 @@ class Dispatcher:
     def __init__(self) -> None:
         self.running: dict[Any, int] = {}
         self.failed: list[tuple[int, Result]] = []  # calls that couldn't start
+        self.remotes: dict[Any, Any] = {}  # Ray stores each remote function, and workers load it, so batches share one
         self.lock = threading.Lock()
 
     def begin(self, kind: TaskKind, arguments: tuple[Any, ...], calls: list[SentCall]) -> None:
         """Starts some calls of one kind."""
         tasks = RayTasks(kind)
+        tasks.remote = self.remotes.setdefault(kind.execute, tasks.remote)
         for call in calls:
             try:
                 reference = tasks.begin(arguments, call.tasks, call.shared, call.cpus, call.memory, call.backup)
