@@ -160,3 +160,15 @@ def test_calls_are_withdrawn_and_ended(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("cpus", "count"), [(1, 0), (1999, 0), (2000, 2), (16_000, 16), (1_000_000, 16)])
 def test_only_large_clusters_have_dispatchers(cpus, count):
     assert dispatchers.needed(cpus) == count
+
+
+def touch(folder: Location, number: int, ran: str) -> dict[str, object]:
+    Path(ran, str(number)).touch()
+    return {"number": number}
+
+
+def test_tasks_that_start_ahead_run_before_their_records_are_needed(flow, tmp_path):
+    """The driver sends several calls at once, but not later than when all tasks have started."""
+    records = flow.ahead("some", touch, (Task(f"{n:032}", {"number": n, "ran": str(tmp_path)}) for n in range(3)))
+    until(lambda: all((tmp_path / str(n)).exists() for n in range(3)), "the tasks run")
+    assert [record["number"] for record in records()] == [0, 1, 2]

@@ -233,16 +233,21 @@ class DispatchedTasks:
     def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
               backup: bool = False) -> Any:  # fmt: skip
         if arguments != self.arguments:
-            self._send()
+            self.send()
             self.arguments = arguments
         number = next(self.dispatchers.numbers)
         self.waiting.append(SentCall(number, sent(tasks), shared, cpus, memory, backup))
         if len(self.waiting) >= BATCH:
-            self._send()
+            self.send()
         return number
 
+    def send(self) -> None:
+        if self.waiting:
+            self.dispatchers.send(self, self.arguments, self.waiting)
+            self.waiting = []
+
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
-        self._send()
+        self.send()
         if not self.new:
             self.dispatchers.receive(wait_s)
         references, self.new = self.new, []
@@ -255,14 +260,9 @@ class DispatchedTasks:
         return result if isinstance(result, list) else ray.get(result)
 
     def withdraw(self, references: list[Any]) -> list[Any]:
-        self._send()
+        self.send()
         return self.dispatchers.withdraw(references)
 
     def end(self, references: list[Any]) -> int:
-        self._send()
+        self.send()
         return self.dispatchers.end(references)
-
-    def _send(self) -> None:
-        if self.waiting:
-            self.dispatchers.send(self, self.arguments, self.waiting)
-            self.waiting = []
