@@ -15,11 +15,12 @@ import ray
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
-from heliostat.tasks import crew, dispatchers
+from heliostat.tasks import crew, dispatchers, ray_tasks
 from heliostat.tasks.clusters import TaskKind
-from heliostat.tasks.dispatchers import DispatchedTasks, Dispatchers
+from heliostat.tasks.dispatchers import DispatchedTasks, Dispatcher, Dispatchers
 from heliostat.tasks.flow import Flow, Task, execute_all
 from heliostat.tasks.work import Work
+from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_list
 
 from tests.waiting import until
@@ -154,6 +155,46 @@ def test_calls_are_withdrawn_and_ended(tmp_path, monkeypatch):
     until(lambda: all((tmp_path / str(n)).exists() for n in range(2)), "two tasks run")
     assert executor.withdraw(numbers[2:]) == numbers[2:]
     assert executor.end(numbers) == 0
+    sender.close()
+
+
+def test_canceled_calls_do_not_end_as_failed_calls(tmp_path):
+    """While a dispatcher cancels calls, its other thread waits for the same calls. If that thread returned a canceled call, the
+    driver would log a failed task, and count the failure."""
+    sender = Dispatchers(1, {})
+    executor = DispatchedTasks(TaskKind("some", execute_all, hang), sender)
+    most, work = int(ray.cluster_resources()["CPU"]), (Work(Location(str(tmp_path))), "run", "some")
+    numbers = [
+        executor.start(work, [Task(f"{n:032}", {"number": n, "ran": str(tmp_path)})], {}, 10 * most, None) for n in range(COUNT)
+    ]
+    assert executor.ended(numbers, 0.1) == [] and sorted(executor.withdraw(numbers)) == numbers
+    assert executor.ended(numbers, 2.0) == []
+    sender.close()
+
+
+class SlowDispatcher(Dispatcher):
+    """Withdraws calls too late."""
+
+    def withdraw(self, numbers: list[int]) -> list[int]:
+        time.sleep(3.0)
+        return super().withdraw(numbers)
+
+
+def test_calls_of_a_dispatcher_that_answers_too_late_run_again(tmp_path, monkeypatch, caplog):
+    """The late dispatcher forgets the calls that it withdraws. The driver would wait for these calls forever."""
+    monkeypatch.setattr(dispatchers, "Dispatcher", SlowDispatcher)
+    sender = Dispatchers(1, {})
+    executor = DispatchedTasks(TaskKind("some", execute_all, hang), sender)
+    most, work = int(ray.cluster_resources()["CPU"]), (Work(Location(str(tmp_path))), "run", "some")
+    numbers = [executor.start(work, [Task(f"{n:032}", {"number": n, "ran": ""})], {}, 10 * most, None) for n in range(3)]
+    until(lambda: executor.ended(numbers, 0.1) == [] and not sender.sent, "the dispatcher has the calls")
+    monkeypatch.setattr(dispatchers, "ANSWER_S", 0.5)
+    assert executor.withdraw(numbers) == [] and "didn't answer within" in caplog.text
+    assert sorted(executor.ended(numbers, 10.0)) == numbers
+    for number in numbers:
+        with pytest.raises(RayError) as error:
+            executor.records(number)
+        assert ray_tasks.is_lost(error.value)
     sender.close()
 
 
