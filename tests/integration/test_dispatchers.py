@@ -15,11 +15,13 @@ import ray
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.storage.retries import Backoff
-from heliostat.tasks import crew, dispatchers
+from heliostat.tasks import crew, dispatchers, ray_tasks
 from heliostat.tasks.clusters import TaskKind
-from heliostat.tasks.dispatchers import DispatchedTasks, Dispatchers
+from heliostat.tasks.dispatchers import DispatchedTasks, Dispatcher, Dispatchers
 from heliostat.tasks.flow import Flow, Task, execute_all
 from heliostat.tasks.work import Work
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import _internal_kv_list
 
 from tests.waiting import until
 
@@ -61,6 +63,22 @@ def test_every_task_has_one_record_and_failed_tasks_run_again(flow, tmp_path):
     assert [(record["number"], record["owners"]) for record in records] == [(n, ["a", "b"]) for n in range(COUNT)]
     runs = Counter({int(path.name): path.stat().st_size for path in (tmp_path / "ran").iterdir()})
     assert len(runs) == COUNT and runs[17] == runs[18] == 2 and flow.done == {"some": COUNT}
+
+
+def nothing(folder: Location, number: int) -> dict[str, object]:
+    return {"number": number}
+
+
+def test_a_dispatcher_stores_the_function_of_its_tasks_once(flow):
+    """With one remote function per batch, Ray stores thousands, each worker loads most of them, and Ray never forgets them."""
+    before = _remote_functions()
+    assert len(flow.all("some", nothing, (Task(f"{n:032}", {"number": n}) for n in range(COUNT)))) == COUNT
+    assert len(flow.all("others", nothing, (Task(f"{n:032}", {"number": n}) for n in range(COUNT)))) == COUNT
+    assert 1 <= len(_remote_functions() - before) <= len(flow.cluster.dispatchers.actors)
+
+
+def _remote_functions() -> set[bytes]:
+    return {key for key in _internal_kv_list(b"", namespace=b"fun") if b"RemoteFunction" in key}
 
 
 def slow(folder: Location, number: int, ran: str) -> dict[str, object]:
@@ -140,6 +158,58 @@ def test_calls_are_withdrawn_and_ended(tmp_path, monkeypatch):
     sender.close()
 
 
+def test_canceled_calls_do_not_end_as_failed_calls(tmp_path):
+    """While a dispatcher cancels calls, its other thread waits for the same calls. If that thread returned a canceled call, the
+    driver would log a failed task, and count the failure."""
+    sender = Dispatchers(1, {})
+    executor = DispatchedTasks(TaskKind("some", execute_all, hang), sender)
+    most, work = int(ray.cluster_resources()["CPU"]), (Work(Location(str(tmp_path))), "run", "some")
+    numbers = [
+        executor.start(work, [Task(f"{n:032}", {"number": n, "ran": str(tmp_path)})], {}, 10 * most, None) for n in range(COUNT)
+    ]
+    assert executor.ended(numbers, 0.1) == [] and sorted(executor.withdraw(numbers)) == numbers
+    assert executor.ended(numbers, 2.0) == []
+    sender.close()
+
+
+class SlowDispatcher(Dispatcher):
+    """Withdraws calls too late."""
+
+    def withdraw(self, numbers: list[int]) -> list[int]:
+        time.sleep(3.0)
+        return super().withdraw(numbers)
+
+
+def test_calls_of_a_dispatcher_that_answers_too_late_run_again(tmp_path, monkeypatch, caplog):
+    """The late dispatcher forgets the calls that it withdraws. The driver would wait for these calls forever."""
+    monkeypatch.setattr(dispatchers, "Dispatcher", SlowDispatcher)
+    sender = Dispatchers(1, {})
+    executor = DispatchedTasks(TaskKind("some", execute_all, hang), sender)
+    most, work = int(ray.cluster_resources()["CPU"]), (Work(Location(str(tmp_path))), "run", "some")
+    numbers = [executor.start(work, [Task(f"{n:032}", {"number": n, "ran": ""})], {}, 10 * most, None) for n in range(3)]
+    until(lambda: executor.ended(numbers, 0.1) == [] and not sender.sent, "the dispatcher has the calls")
+    monkeypatch.setattr(dispatchers, "ANSWER_S", 0.5)
+    assert executor.withdraw(numbers) == [] and "didn't answer within" in caplog.text
+    assert sorted(executor.ended(numbers, 10.0)) == numbers
+    for number in numbers:
+        with pytest.raises(RayError) as error:
+            executor.records(number)
+        assert ray_tasks.is_lost(error.value)
+    sender.close()
+
+
 @pytest.mark.parametrize(("cpus", "count"), [(1, 0), (1999, 0), (2000, 2), (16_000, 16), (1_000_000, 16)])
 def test_only_large_clusters_have_dispatchers(cpus, count):
     assert dispatchers.needed(cpus) == count
+
+
+def touch(folder: Location, number: int, ran: str) -> dict[str, object]:
+    Path(ran, str(number)).touch()
+    return {"number": number}
+
+
+def test_tasks_that_start_ahead_run_before_their_records_are_needed(flow, tmp_path):
+    """The driver sends several calls at once, but not later than when all tasks have started."""
+    records = flow.ahead("some", touch, (Task(f"{n:032}", {"number": n, "ran": str(tmp_path)}) for n in range(3)))
+    until(lambda: all((tmp_path / str(n)).exists() for n in range(3)), "the tasks run")
+    assert [record["number"] for record in records()] == [0, 1, 2]

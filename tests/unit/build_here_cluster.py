@@ -43,6 +43,9 @@ class HereExecutor:
         self.results[number := len(self.results)] = self.kind.execute(*arguments, self.kind.function, sent, **shared)
         return number
 
+    def send(self) -> None:
+        pass
+
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         return references
 

@@ -72,6 +72,9 @@ class Executor(Protocol):
         """Starts a call that runs tasks one after another, and returns its reference. `arguments`: the arguments of `execute`
         before the tasks; `backup`: whether the call repeats a call that still runs, and so needs another node."""
 
+    def send(self) -> None:
+        """Sends the calls that wait until several calls can be sent at once."""
+
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         """Waits up to `wait_s` seconds for a call to end; returns the references of all calls that have ended."""
 

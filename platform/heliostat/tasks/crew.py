@@ -116,6 +116,7 @@ class Crew:
         for group in self.groups.values() if not self.stopped else ():
             self._call(Call(group, self.cpus))
         self.groups.clear()
+        self.executor.send()
 
     def start(self, started: Started) -> None:
         """Starts a task alone. If the task waited for a copy that failed, raises the copy's error."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from heliostat.tasks import ray_tasks
 from heliostat.tasks.clusters import Task, TaskKind
@@ -60,11 +60,13 @@ class Dispatcher:
     def __init__(self) -> None:
         self.running: dict[Any, int] = {}
         self.failed: list[tuple[int, Result]] = []  # calls that couldn't start
+        self.remotes: dict[Any, Any] = {}  # Ray stores each remote function, and workers load it, so batches share one
         self.lock = threading.Lock()
 
     def begin(self, kind: TaskKind, arguments: tuple[Any, ...], calls: list[SentCall]) -> None:
         """Starts some calls of one kind."""
         tasks = RayTasks(kind)
+        tasks.remote = self.remotes.setdefault(kind.execute, tasks.remote)
         for call in calls:
             try:
                 reference = tasks.begin(arguments, call.tasks, call.shared, call.cpus, call.memory, call.backup)
@@ -90,7 +92,11 @@ class Dispatcher:
 
     def withdraw(self, numbers: list[int]) -> list[int]:
         """Cancels those of the calls that haven't ended, and returns their numbers."""
-        return [number for _, number in self._popped(ray_tasks.withdrawn(self._references(numbers)))]
+        calls = dict(self._popped(self._references(numbers)))  # so that `ended` doesn't return a canceled call as a failed one
+        withdrawn = [calls.pop(reference) for reference in ray_tasks.withdrawn(list(calls))]
+        with self.lock:
+            self.running |= calls
+        return withdrawn
 
     def end(self, numbers: list[int]) -> int:
         """Ends calls. Returns the number of calls that didn't end in time."""
@@ -125,7 +131,9 @@ class Dispatchers:
         actor_class: Any = ray.remote(Dispatcher)
         self.actor = actor_class.options(**options, label_selector=dict(labels) or None)
         self.actors: list[Any] = [self.actor.remote() for _ in range(count)]
-        self.polls = {actor.ended.remote(POLL_S): place for place, actor in enumerate(self.actors)}
+        self.polls: dict[Any, int] = {}
+        for place in range(count):
+            self._poll(place)
         self.numbers, self.turn = itertools.count(), 0
         self.owners: dict[int, tuple[int, DispatchedTasks]] = {}  # of each call under way: the dispatcher's place, the executor
         self.sent: dict[Any, list[int]] = {}  # batches that a dispatcher hasn't confirmed
@@ -143,14 +151,15 @@ class Dispatchers:
         if not ray.wait(polls, num_returns=1, timeout=wait_s)[0]:
             return
         for poll in ray.wait(polls, num_returns=len(polls), timeout=0)[0]:
-            place = self.polls.pop(poll)
+            place = self.polls[poll]
             try:
                 results = ray.get(poll)
             except RayError as e:
                 self._replace(place, e)
             else:
+                del self.polls[poll]
+                self._poll(place)
                 self._give(results)
-            self.polls[self.actors[place].ended.remote(POLL_S)] = place
         self._check_sent(0.0)
 
     def withdraw(self, numbers: list[int]) -> list[int]:
@@ -180,33 +189,43 @@ class Dispatchers:
         for number in numbers:
             if number in self.owners:
                 of_places[self.owners[number][0]].append(number)
-        answers = [getattr(self.actors[place], method).remote(own) for place, own in of_places.items()]
-        answered, silent = ray.wait(answers, num_returns=len(answers), timeout=ANSWER_S) if answers else ([], [])
-        if silent:
-            log.warning("%d dispatchers didn't answer within %.0f s", len(silent), ANSWER_S)
-        for answer in answered:
+        until = time.monotonic() + ANSWER_S
+        answers = {getattr(self.actors[place], method).remote(own): place for place, own in of_places.items()}
+        for answer, place in answers.items():
             try:
-                yield ray.get(answer)
-            except RayError as e:  # the dispatcher died, and its calls with it
-                log.debug("a dispatcher died (%s)", e)
+                yield ray.get(answer, timeout=max(0.0, until - time.monotonic()))
+            except RayError as e:  # it may have canceled some of the calls, and then forgets them
+                self._replace(place, e)
 
     def _check_sent(self, wait_s: float) -> None:
-        """Gives the error of a batch that a dispatcher couldn't read to the batch's calls."""
+        """Gives the error of a batch that a dispatcher couldn't read to the batch's calls. Replaces dispatchers that haven't
+        confirmed a batch after `wait_s` seconds, unless this is 0."""
         batches = list(self.sent)
-        for batch in ray.wait(batches, num_returns=len(batches), timeout=wait_s)[0] if batches else []:
+        confirmed, silent = ray.wait(batches, num_returns=len(batches), timeout=wait_s) if batches else ([], [])
+        for batch in confirmed:
             numbers = self.sent.pop(batch)
             try:
                 ray.get(batch)
             except Exception as e:  # noqa: BLE001 (raised for each call)
                 self._give((number, e) for number in numbers)
+        late = {self.owners[number][0] for batch in silent for number in self.sent[batch] if number in self.owners}
+        for place in late if wait_s else ():
+            self._replace(place, GetTimeoutError("a dispatcher didn't confirm its calls"))
+
+    def _poll(self, place: int) -> None:
+        self.polls[self.actors[place].ended.remote(POLL_S)] = place
 
     def _replace(self, place: int, error: RayError) -> None:
-        """Starts another dispatcher in the place of a dead one, and gives the error to the calls of the dead one."""
-        log.warning("a dispatcher died. Starting another one, and running its tasks again")
+        """Starts another dispatcher in the place of one that died or didn't answer, and gives the error to the calls of the
+        latter."""
+        problem = f"didn't answer within {ANSWER_S:.0f} s" if isinstance(error, GetTimeoutError) else "died"
+        log.warning("a dispatcher %s. Starting another one", problem)
         log.debug("%s", error)
         self._give([(number, error) for number, (of_call, _) in self.owners.items() if of_call == place])
-        ray.kill(self.actors[place])  # if only its answer was lost
+        ray.kill(self.actors[place])  # it may be alive
         self.actors[place] = self.actor.remote()
+        self.polls = {poll: of_poll for poll, of_poll in self.polls.items() if of_poll != place}
+        self._poll(place)
 
     def _give(self, results: Iterable[tuple[int, Result]]) -> None:
         for number, result in results:
@@ -231,16 +250,21 @@ class DispatchedTasks:
     def start(self, arguments: tuple[Any, ...], tasks: list[Task], shared: Mapping[str, object], cpus: int, memory: int | None,
               backup: bool = False) -> Any:  # fmt: skip
         if arguments != self.arguments:
-            self._send()
+            self.send()
             self.arguments = arguments
         number = next(self.dispatchers.numbers)
         self.waiting.append(SentCall(number, sent(tasks), shared, cpus, memory, backup))
         if len(self.waiting) >= BATCH:
-            self._send()
+            self.send()
         return number
 
+    def send(self) -> None:
+        if self.waiting:
+            self.dispatchers.send(self, self.arguments, self.waiting)
+            self.waiting = []
+
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
-        self._send()
+        self.send()
         if not self.new:
             self.dispatchers.receive(wait_s)
         references, self.new = self.new, []
@@ -253,14 +277,9 @@ class DispatchedTasks:
         return result if isinstance(result, list) else ray.get(result)
 
     def withdraw(self, references: list[Any]) -> list[Any]:
-        self._send()
+        self.send()
         return self.dispatchers.withdraw(references)
 
     def end(self, references: list[Any]) -> int:
-        self._send()
+        self.send()
         return self.dispatchers.end(references)
-
-    def _send(self) -> None:
-        if self.waiting:
-            self.dispatchers.send(self, self.arguments, self.waiting)
-            self.waiting = []

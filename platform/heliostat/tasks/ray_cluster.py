@@ -66,6 +66,9 @@ class RayActors:
               backup: bool = False) -> Any:  # fmt: skip
         return self.pool.remote(*arguments, self.kind.function, sent(tasks), **shared)
 
+    def send(self) -> None:
+        """Does nothing: each call is sent when it starts."""
+
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         return ended(references, wait_s)
 

@@ -37,6 +37,9 @@ class RayTasks:
         options |= {"scheduling_strategy": "SPREAD"} if backup else {}
         return self.remote.options(max_retries=0, **options).remote(*arguments, self.kind.function, tasks, **shared)
 
+    def send(self) -> None:
+        """Does nothing: each call is sent when it starts."""
+
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         return ended(references, wait_s)
 

@@ -52,6 +52,9 @@ class _Measuring:
         self.tasks[reference] = tasks
         return reference
 
+    def send(self) -> None:
+        self.executor.send()
+
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         return self.executor.ended(references, wait_s)
 

@@ -260,6 +260,9 @@ class VirtualExecutor:
             at = end
         return records, at
 
+    def send(self) -> None:
+        """Does nothing: each call is sent when it starts."""
+
     def ended(self, references: list[Any], wait_s: float) -> list[Any]:
         cluster, ended = self.cluster, list[Any]()
         with cluster.simulating():
