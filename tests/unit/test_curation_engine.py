@@ -7,12 +7,14 @@ from typing import ClassVar
 
 import pytest
 from heliostat.curation import chain, engine, registry, tally
+from heliostat.curation.pieces import FilePart
 from heliostat.curation.segment import load
 from heliostat.curation.stage import Document, GlobalStage, Outcome, Stage
 from heliostat.errors import HeliostatError
 from heliostat.storage.locations import Location
+from heliostat.tasks import libraries
 from heliostat.tasks.flow import execute
-from heliostat.tasks.work import Work
+from heliostat.tasks.work import Work, key
 
 from tests.unit.build_curation import KilledError, curate, left, left_out, spelled
 
@@ -104,6 +106,20 @@ def test_stages_run_in_their_order(tmp_path):
         ["Longer", "Longer"], ["MinHash"], ["Upper"]]  # fmt: skip
     assert all(issubclass(type(part[0][1]), GlobalStage) == (n == 1) for n, part in enumerate(
         engine.segments([registry.parse(e) for e in PIPELINE])))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "again"),
+    [("a.jsonl.gz", "in", False), ("a.warc", "in", False), ("a.warc.gz", "in", True), ("", "in/a.wet.gz", True)],
+)
+def test_an_interrupted_run_reads_archives_again_after_their_reader_changed(path, source, again):
+    """Earlier versions dropped pages at the end of a block. The records of their other tasks are still valid."""
+    part = FilePart(path, 9, 9)
+    stages = engine.StageEngine(None, None, [source], 1 << 30)
+    (task,) = stages._over_pieces([[part]], [], True)
+    versions = libraries.versions(libraries.READING)
+    before = key("read", [source], versions, [], stages.run_bytes, True, [part.identity])
+    assert (before in (task.key, task.before)) != again
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import struct
 
 import pyarrow as pa
 import pytest
-from heliostat.curation.readers import KINDS, REASONS, Limits, read, suffix_of
+from heliostat.curation.readers import KINDS, REASONS, Limits, read, records, suffix_of
 from heliostat.curation.stage import Document, Dropped
 
 from tests.seeds import every_seed
@@ -132,6 +132,18 @@ def test_no_page_is_lost_whose_member_begins_at_the_end_of_a_block(zeros):
     first = gzip.compress(ONE) + bytes(zeros)
     for InBlocks.most in range(len(first) - 4, len(first) + 4):
         assert brief(read("a.warc.gz", InBlocks(first + gzip.compress(TWO)), LIMITS)) == [b"<p>one</p>", b"<p>two</p>"]
+
+
+@pytest.mark.parametrize("behind", range(11))
+def test_no_page_with_a_wrong_checksum_is_kept(behind):
+    """A gzip member is decompressed in pieces. Its checksum may be in another piece than the end of the page."""
+    page = random.Random(0).randbytes(records.PACKED)
+    size = records.PACKED + behind - (len(gzip.compress(record("http://x/", page[:16_000]))) - 16_000)
+    member = bytearray(gzip.compress(record("http://x/", page[:size])))
+    assert len(member) == records.PACKED + behind
+    assert brief(items("a.warc.gz", bytes(member) + gzip.compress(TWO)))[1] == b"<p>two</p>"
+    member[200] ^= 1  # in a block that isn't compressed, which only the checksum protects
+    assert brief(items("a.warc.gz", bytes(member) + gzip.compress(TWO))) == ["corrupt", b"<p>two</p>"]
 
 
 def test_every_cut_of_an_archive_ends_with_what_was_cut():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any, TypeVar
 
-from heliostat.curation import gpus, recording, segment, tally
+from heliostat.curation import gpus, readers, recording, segment, tally
 from heliostat.curation.chain import Entry
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
@@ -169,12 +169,13 @@ class StageEngine:
 
     def _over_pieces(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool) -> Iterator[Task]:
         follows, read = [s.follows() for s in stages], libraries.versions(libraries.READING)
-        entries, more = list[Entry](), recording.arguments(self.every)
+        entries, more, input = list[Entry](), recording.arguments(self.every), str(self.identity[0]) if self.identity else ""
         warm = {"warm": True} if self.warm else {}
         for piece in pieces:
             entries = entries or self._entries(stages)
+            revised = [(part.path, count) for part in piece if (count := readers.revision(part.path or input))]
             follows_from, before = (
-                key("read", self.identity, read, follows, self.run_bytes, explained, identities, *more.items())
+                key("read", self.identity, read, follows, self.run_bytes, explained, identities, *more.items(), *revised)
                 for identities in ([part.identity for part in piece], [part.identity_by_time for part in piece])
             )
             yield Task(follows_from, {"piece": piece, "source": self.source, "stages": entries, "run_bytes": self.run_bytes,

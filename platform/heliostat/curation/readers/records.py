@@ -66,9 +66,9 @@ class Archive:
             if not (said.isascii() and said.isdigit() and len(said) < 19):
                 raise Broken(place, "truncated", "no length is said that can be")
             block, size = self._block(place, int(said), most)
-            self._current = ""
             if not self._ends():
                 raise Broken(place, "corrupt", "the record does not end where it says")
+            self._current = ""
             yield WarcRecord(place, headers, block, size)
 
     @property
@@ -108,12 +108,18 @@ class Archive:
         return b"".join(pieces) if declared <= most else None, size
 
     def _ends(self) -> bool:
-        """Checks whether the current record is complete: line ends, or the end of the gzip member, must follow."""
+        """Checks whether the current record is complete: line ends, or the end of the gzip member, must follow. After the last
+        record of a member, reads the member's checksum, too."""
         if self._packed and self._decoder is None and len(self._plain) == self._used:
             return True
         if self._packed:
-            while self._decoder is not None and len(self._plain) - self._used < len(BLANK) and self._unpack():
-                pass
+            while self._decoder is not None and (ready := len(self._plain) - self._used) <= len(BLANK):
+                try:
+                    self._unpack()
+                except Broken as e:
+                    if ready < len(BLANK) or e.reason == "corrupt":
+                        raise
+                    break  # only the checksum is cut off
         else:
             self._fill(len(BLANK))
         rest = self._plain[self._used : self._used + len(BLANK)]
