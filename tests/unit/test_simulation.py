@@ -13,7 +13,7 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile
 from heliostat.curation.simulation import simulate, tables
 from heliostat.curation.simulation.measuring import MeasuringCluster
-from heliostat.curation.simulation.profile import SURVEY_BYTES_PER_S, Profile, Scaling, Sizes, synthesized
+from heliostat.curation.simulation.profile import STAR_ROUNDS, SURVEY_BYTES_PER_S, Profile, Scaling, Sizes, synthesized
 from heliostat.curation.simulation.requests import MOST_S, Requests
 from heliostat.curation.simulation.virtual_cluster import AWAY_S, SimulatedFaults, VirtualCluster, VirtualExecutor
 from heliostat.curation.text import ahead, packing
@@ -27,7 +27,7 @@ from heliostat.tasks import crew, dispatchers, merging, spill
 from heliostat.tasks import flow as flows
 from heliostat.tasks.clusters import CountedTasks, Task, TaskKind
 from heliostat.tasks.flow import Flow
-from heliostat.tasks.spill import SpilledRun
+from heliostat.tasks.spill import SpilledRun, named
 from heliostat.tasks.work import Work, key
 
 from tests.unit.command_line import run
@@ -135,6 +135,21 @@ def test_each_run_has_its_own_list_of_repeated_texts(sizes):
     record = synthesized(TaskKind("copies", print, exact.copies), 0, task, Sizes().read(task), profile, Sizes())
     assert len(set(record["copies"])) == (8 if sizes else 1) and len(record["copies"]) == 8
     assert sum(spill.size_of(name) for name in record["files"]) == 4 * sum(sizes)
+
+
+@pytest.mark.parametrize("measured", [1, 2, 5, 7])
+def test_the_simulated_rounds_of_stars_end_with_a_list_of_the_members(tmp_path, measured):
+    """Only the last round of the sample has this list, and a sample may need more rounds than are simulated for a small one."""
+    profile, kind = Profile(), "minhash-0-stars"
+    for call in range(measured):
+        members = named(b"members", ".parquet") if call + 1 == measured else None
+        edges = [named(f"edges {call}".encode(), ".parquet")]
+        record = {"edges_files": edges, "edges": 9, "unsettled": int(members is None), "members": members, "seconds": 1.0}
+        profile.add(kind, profile.begin(kind), 1000, record | {"files": edges})
+    flow = Flow(Work(Location(str(tmp_path))))
+    flow.cluster = VirtualCluster(1, 4, GB, profile, NONE)
+    names, rounds = components.stars(flow, "minhash-0", [named(b"edges", ".parquet")], 4, 1000)
+    assert all(names) and rounds == max(measured, STAR_ROUNDS)
 
 
 def test_documents_are_sent_as_compressed_as_they_are_stored():

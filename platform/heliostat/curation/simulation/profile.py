@@ -234,8 +234,8 @@ def synthesized(kind: TaskKind, call: int, task: Task, read: int, profile: Profi
     if "shards" in record:
         plan = sizes.plan(task)
         record["shards"] = _shards(like.record["shards"], task, read, plan.chunk_tokens if plan else 1)
-    if "unsettled" in record:  # a small sample needs only one round
-        record |= {"unsettled": int(call + 1 < STAR_ROUNDS)}
+    if "unsettled" in record:  # a small sample needs few rounds; only the records of its last round list the clusters' members
+        record |= {"unsettled": int(call + 1 < max(STAR_ROUNDS, profile.calls[kind.name]))}
     if "part" in task.arguments and "begin" in record:
         record["begin"] = f"{spill.share(task.arguments['part'], task.arguments['parts'])[0]:x}"
     return record
