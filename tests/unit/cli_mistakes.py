@@ -34,6 +34,7 @@ OPTIONS = [
     (["train", J, "--output_dir", "x"], "--output_dir", "--set storage=VALUE"),
     (["plan", J, "--gpus", "8"], "--gpus", "--set workers.gpus=VALUE"),
     (["data", "prepare", P, "--out", "x"], "--out", "--set output=VALUE"),
+    (["data", "prepare", P, "--keep-work"], "--keep-work", "--set keep_work=VALUE"),
     (["run", "list", "--tracking-uri", "x"], "--tracking-uri", "Did you mean --mlflow?"),
     (["model", "generate", "m", "--max-new-tokens", "5"], "--max-new-tokens", "Did you mean --max-tokens?"),
     (["model", "export", "r", "--output", "x"], "--output", "Did you mean --out?"),

@@ -15,11 +15,12 @@ from tests.unit.command_line import NAMES, run
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_option_and_argument_has_help(name):
-    """A command has a sentence, and each parameter has words."""
+    """A command has a sentence, and each parameter has words, without brackets, which help pages drop as markup."""
     command = NAMES[name]
     assert command.help and len(command.help.split()) >= 3
     bare = [p.name for p in command.params if not getattr(p, "help", None)]
     assert not bare, f"{name}: no help for {bare}"
+    assert not [p.name for p in command.params if "[" in p.help]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -257,6 +257,7 @@ def test_two_digits(value, text):
     ({"min_words": 3}, "stage: required key missing. Write stage: NAME"),
     ({"minhash": {"bands": 3}}, "stage: required key missing. Write stage: minhash"),
     (3, "Write {stage: NAME, KEY: VALUE}"),
+    ("minhash", "expected a mapping, got 'minhash'. Write {stage: minhash}"),
     ({"stage": "longer", "min_word": 3}, "longer: min_word: unknown key. Did you mean 'min_words'"),
     ({"stage": "longer", "min_words": "x"}, "longer: min_words: expected an integer, got 'x'. Write min_words: INTEGER"),
 ])  # fmt: skip

@@ -33,10 +33,10 @@ def test_a_line_says_what_is_done_and_when_the_rest_will_be():
     clock = Clock()
     progress = Progress(clock=clock)
     progress.found("read", [{"runs": [["old", 50, 1]]}], [3_000_000] * 4 + [6_000_000], whole=False)
-    assert told(progress, clock, 2) == "read 2/6+ tasks  1 of them done before  150 documents  1.5 MB/s"
+    assert told(progress, clock, 2) == "read 2/6+ tasks  150 documents  1.5 MB/s  1 of them done before"
     progress.found("read", [], [], whole=True)
-    assert told(progress, clock, 2) == "read 3/6 tasks  1 of them done before  250 documents  1.5 MB/s  ETA 8 s"
-    assert told(progress, clock, 2).endswith("1.5 MB/s  ETA 6 s")
+    assert told(progress, clock, 2) == "read 3/6 tasks  250 documents  1.5 MB/s  ETA 8 s  1 of them done before"
+    assert told(progress, clock, 2).endswith("1.5 MB/s  ETA 6 s  1 of them done before")
 
 
 def test_tasks_that_read_nothing_are_estimated_by_their_number():
@@ -92,6 +92,15 @@ def test_a_terminal_shows_one_live_line_and_no_log(caplog):
     out = io.StringIO()
     assert shown(Console(file=out, force_terminal=True, width=80), False, caplog) == []
     assert "at 40" in out.getvalue() and "\x1b[2J" not in out.getvalue()
+
+
+def test_a_long_line_is_cut_at_the_end_of_the_terminal():
+    """The live line stays one line, and the least important values are cut."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80)
+    with PipelineWatch(console, "preparing fineweb", quiet=False) as watch:
+        watch.show("read", "read 2/9 tasks  99 documents  0.1 MB/s  ETA 4 min 3 s  1 of them done before")
+    assert "ETA 4 min 3 s  1 …" in out.getvalue()
 
 
 def test_json_shows_nothing(caplog):

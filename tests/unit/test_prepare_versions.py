@@ -150,6 +150,7 @@ def test_a_prepare_that_fails_or_is_interrupted_leaves_the_dataset_as_it_was(mak
     assert make()["up_to_date"] and make()["digest"] == made["digest"]
     if fault == "interrupt":
         assert "interrupted; removing the files of this run" in caplog.text
+        assert "continues from the finished tasks" in caplog.text
 
 
 def test_a_prepare_that_is_killed_costs_nothing_and_what_it_left_goes_later(make, tmp_path, monkeypatch):

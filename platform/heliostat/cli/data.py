@@ -59,12 +59,13 @@ def prepare(
             "--cluster",
             "-c",
             metavar="NODESxCPUS",
-            help="With --simulate: the simulated nodes, and the CPUs of each [default: 500x32]",
+            help="With --simulate: the simulated nodes, and the CPUs of each",
+            show_default="500x32",
         ),
     ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Make a dataset: run a pipeline on Ray Data. Does nothing if the dataset is up to date."""
+    """Make a dataset: run a pipeline on Ray. Does nothing if the dataset is up to date."""
     from heliostat.curation.prepare import prepare as run
     from heliostat.curation.prepare_report import explain
 

@@ -31,7 +31,9 @@ OF_JOB = {  # option of another tool -> the job key with the same meaning
 OF_PIPELINE = {
     **dict.fromkeys(("--output", "--output-dir", "--out", "-o"), "output"),
     **dict.fromkeys(("--input", "--data", "--dataset", "-i"), "input"),
-    "--tokenizer": "tokenizer", "--vocab-size": "tokenizer.vocab_size", "--name": "name",
+    **dict.fromkeys(("--keep-work", "--keep_work"), "keep_work"),
+    **dict.fromkeys(("--memory-limit", "--memory_limit", "--memory"), "memory_limit"),
+    "--work": "work", "--tokenizer": "tokenizer", "--vocab-size": "tokenizer.vocab_size", "--name": "name",
 }  # fmt: skip
 
 

@@ -267,4 +267,4 @@ def log_dropped(dropped: Counter[str], examples: dict[str, list[str]], meanings:
                  for number, stage in enumerate(stages) for reason, what in stage.reasons.items()}  # fmt: skip
     known = meanings | of_stages
     for reason, count in sorted(dropped.items()):
-        log.warning("dropped %d: %s, for example %s", count, known.get(reason, reason), sources.examples(examples[reason]))
+        log.warning("dropped %s: %s, for example %s", f"{count:,}", known.get(reason, reason), sources.examples(examples[reason]))

@@ -160,9 +160,9 @@ class Prediction:
         kept, notes = self.funnel[SHARD]["kept"], list[str]()
         for name, share in self.repeated.items():
             if share.high - share.low > 0.01:
-                notes.append(f"{name}: {share.seen:.1%} of the sample's documents are duplicates. The whole input has a "
-                    f"larger share: {share.expected:.1%} are expected, and {share.low:.1%} to {share.high:.1%} are "
-                    "possible")  # fmt: skip
+                notes.append(f"{name}: {share.seen:.1%} of the sample's documents are duplicates. Of the whole input, "
+                    f"{share.expected:.1%} are expected, and {share.low:.1%} to {share.high:.1%} are possible, because a "
+                    "sample has only some of the copies")  # fmt: skip
         for number, stage in enumerate(self.stages):
             if isinstance(stage, GlobalStage) and (name := tally.label(number, stage)) not in self.repeated:
                 notes.append(

@@ -295,7 +295,8 @@ def _start_ray(pipeline: Pipeline) -> None:
 def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:
     """Removes the files of this run that no version of the dataset uses. If removing these files fails, logs that a later run
     removes them."""
-    log.warning("%s: %s; removing the files of this run. The dataset stays as it was before", output,
+    log.warning("%s: %s; removing the files of this run. The dataset stays as it was before, and the next `heliostat data "
+                "prepare` continues from the finished tasks", output,
                 "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
     try:
         needed = set[str]().union(*(versions.paths(version) for _, version in versions.all_versions(output)))
@@ -372,8 +373,8 @@ def _report(
     meta = dataset.meta
     if pruned.until is not None:
         until = datetime.fromtimestamp(pruned.until).isoformat(" ", "minutes")
-        log.info(("%s: heliostat keeps %d replaced versions, because runs may read them. The first `heliostat data prepare` "
-            "after %s removes the newest of these versions (keep_days)"), dataset.location, pruned.kept, until)  # fmt: skip
+        log.info(("%s: heliostat keeps %s, because runs may read replaced versions. The first `heliostat data prepare` after %s "
+            "removes the newest one (keep_days)"), dataset.location, plural(pruned.kept, "replaced version"), until)  # fmt: skip
     return {
         "dataset": str(dataset.location),
         "digest": dataset.digest,

@@ -49,6 +49,8 @@ def parse(raw: object) -> Stage:
         return raw
     if isinstance(raw, dict) and "stage" not in raw:
         raise ValueError(absent("stage", next((key for key in raw if key in names()), "NAME")))
+    if isinstance(raw, str):
+        raise ValueError(f"expected a mapping, got {brief(repr(raw))}. Write {{stage: {brief(raw)}}}")
     if not isinstance(raw, dict) or not isinstance(raw["stage"], str):
         raise ValueError(f"{raw!r} isn't a stage. Write {{stage: NAME, KEY: VALUE}}")
     cls = find(raw["stage"])

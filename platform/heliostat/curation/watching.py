@@ -16,6 +16,7 @@ from heliostat.text import printable
 log = logging.getLogger(__name__)
 
 LOG_S = 15.0  # seconds between log lines
+SPINNER = 3  # columns of the spinner in front of the live line, and one free column
 
 
 class PipelineWatch:
@@ -23,6 +24,7 @@ class PipelineWatch:
 
     def __init__(self, console: Console, doing: str, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.doing, self.quiet, self.clock, self.logged = printable(doing), quiet, clock, clock()
+        self.console = console
         live = console.is_terminal and not quiet
         self._status: Status | None = console.status(Text(self.doing)) if live else None
 
@@ -37,7 +39,9 @@ class PipelineWatch:
 
     def show(self, kind: str, line: str) -> None:
         if self._status:
-            self._status.update(Text(f"{self.doing}: {line}", no_wrap=True, overflow="ellipsis"))
+            text = Text(f"{self.doing}: {line}")
+            text.truncate(self.console.width - SPINNER, overflow="ellipsis")  # rich wraps it, also with `no_wrap`
+            self._status.update(text)
         elif not self.quiet and self.clock() - self.logged >= LOG_S:
             self.logged = self.clock()
             log.info("%s: %s", self.doing, line)

@@ -90,9 +90,9 @@ def line(kind: str, at: KindProgress, now: float) -> str:
     seconds, left = now - at.began, at.left(now)
     parts = [
         f"{kind} {at.kept + at.done:,}/{at.total:,}{'' if at.whole else '+'} tasks",
-        f"{at.kept:,} of them done before" if at.kept else "",
         f"{at.documents:,} documents" if at.documents else "",
         f"{at.bytes / seconds / 1e6:,.1f} MB/s" if at.bytes and seconds > 0 else "",
         f"ETA {duration(left)}" if left else "",
+        f"{at.kept:,} of them done before" if at.kept else "",
     ]
     return "  ".join(part for part in parts if part)

@@ -30,6 +30,9 @@ from heliostat.storage.locations import Location
 from heliostat.tasks.clusters import Cluster
 from heliostat.tasks.ray_cluster import RayCluster
 from heliostat.tasks.work import Work
+from heliostat.text import plural
+
+log = logging.getLogger(__name__)
 
 MOST_FILES = 1_000_000  # input files of a simulation; more would be larger instead
 SEGMENTS = 100  # folders of a simulated input, as in a crawl of Common Crawl
@@ -90,6 +93,9 @@ def simulated(pipeline: TextPipeline | ImagePipeline, folder: Location, inputs: 
     predicted = pipeline.predict(folder, inputs, fraction, measuring)
     if isinstance(pipeline, ImagePipeline) and pipeline.fetch:
         measuring.profile.web = web_model(pipeline.fetch, measuring.profile, work, sum(file.bytes for file in larger))
+    if pipeline._watch:
+        pipeline._watch.doing = f"simulating {pipeline.name}"
+    log.info("simulating %s bytes in %s on %s CPUs", f"{size:,}", plural(len(larger), "file"), f"{nodes[0] * nodes[1]:,}")
     virtual = VirtualCluster(*nodes, nodes[1] * MEMORY_EACH, measuring.profile, faults or SimulatedFaults())
     before = psutil.Process().memory_info().rss
     making = pipeline.making(pipeline.flow(Work(work.location), virtual), folder.join("simulated"))
