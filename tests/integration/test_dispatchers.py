@@ -19,6 +19,7 @@ from heliostat.tasks import crew, dispatchers, ray_tasks
 from heliostat.tasks.clusters import TaskKind
 from heliostat.tasks.dispatchers import DispatchedTasks, Dispatcher, Dispatchers
 from heliostat.tasks.flow import Flow, Task, execute_all
+from heliostat.tasks.ray_tasks import RayTasks
 from heliostat.tasks.work import Work
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_list
@@ -170,6 +171,24 @@ def test_canceled_calls_do_not_end_as_failed_calls(tmp_path):
     assert executor.ended(numbers, 0.1) == [] and sorted(executor.withdraw(numbers)) == numbers
     assert executor.ended(numbers, 2.0) == []
     sender.close()
+
+
+def test_a_cluster_that_grows_during_a_run_ends_the_repeated_calls_of_both_sizes(tmp_path, monkeypatch):
+    """The driver starts the tasks of a small cluster itself, and dispatchers start those of a large one. Before, the command
+    ended with a TypeError of Ray after all its work, and its dispatchers continued."""
+    monkeypatch.setattr(ray_tasks, "ENDING_S", 0.1)
+    kind, work = TaskKind("some", execute_all, hang), (Work(Location(str(tmp_path))), "run", "some")
+    with Flow(Work(Location(str(tmp_path / "work")))) as flow:
+        for number in range(2):
+            executor = flow.cluster.executor(kind)
+            task = Task(f"{number:032}", {"number": number, "ran": str(tmp_path)})
+            flow.repeated.append((executor, executor.start(work, [task], {}, 1, None)))
+            executor.send()
+            monkeypatch.setattr(dispatchers, "CPUS_EACH", 1)
+        assert isinstance(flow.repeated[0][0], RayTasks) and isinstance(executor, DispatchedTasks)
+        until(lambda: all((tmp_path / str(n)).exists() for n in range(2)), "both run")
+    assert flow.cluster.dispatchers is None and not flow.repeated
+    until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "no task runs")
 
 
 class SlowDispatcher(Dispatcher):

@@ -210,12 +210,17 @@ class Flow:
         """Ends the tasks that have started ahead, and whose records nothing waits for. Waits for the calls that still run
         although their tasks are finished, and cancels them after some seconds. A call that continues writes no record after the
         work folder is removed (`execute`)."""
-        for running in self.early:
-            running.close()
-        self.early.clear()
-        left = self.repeated[0][0].end([reference for _, reference in self.repeated]) if self.repeated else 0
-        self.repeated.clear()
-        self.cluster.close()
+        repeated = dict[type, tuple[Executor, list[Any]]]()
+        for executor, reference in self.repeated:  # while a cluster grows, it gets dispatchers, whose references are numbers
+            repeated.setdefault(type(reference), (executor, []))[1].append(reference)
+        try:
+            for running in self.early:
+                running.close()
+            left = sum(executor.end(references) for executor, references in repeated.values())
+        finally:
+            self.early.clear()
+            self.repeated.clear()
+            self.cluster.close()
         if left:
             log.warning("%d canceled Ray tasks still run. List them with: ray list tasks", left)
 
