@@ -2,7 +2,10 @@
 
 import io
 import logging
+from types import SimpleNamespace
 
+import pytest
+from heliostat.curation import prepare
 from heliostat.curation.watching import PipelineWatch
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import BATCH, Task
@@ -106,3 +109,14 @@ def test_a_long_line_is_cut_at_the_end_of_the_terminal():
 def test_json_shows_nothing(caplog):
     out = io.StringIO()
     assert shown(Console(file=out, force_terminal=True), True, caplog) == [] and not out.getvalue()
+
+
+@pytest.mark.parametrize(("cores", "cpus"), [(64, 64), (2, 4), (None, 4)])
+def test_a_private_ray_has_all_cpus_of_the_machine(monkeypatch, cores, cpus):
+    """A machine with few CPUs has four logical ones, because tasks often wait for storage."""
+    counts = list[int]()
+    monkeypatch.setattr(prepare.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(prepare, "connect", lambda cpus: counts.append(cpus))
+    monkeypatch.setattr(prepare.private_ray, "ahead", lambda *given: None)
+    prepare._start_ray(SimpleNamespace(ray_data=False))
+    assert counts == [cpus]

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ log = logging.getLogger(__name__)
 
 LISTED = "quarantine.parquet"  # the newest version's list of dropped documents, with the reasons
 DAY_S = 86_400
-CPUS = 4  # logical CPUs: the tasks often wait for storage
+CPUS = 4  # minimum of logical CPUs: the tasks often wait for storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,9 +286,9 @@ def _start_ray(pipeline: Pipeline) -> None:
     module = type(pipeline).__module__
     if any("numba" in stage.needs for stage in getattr(pipeline, "stages", ())) and machine_code.is_missing():
         log.info("compiling the text filters when the first task uses them: about 10 s, once per machine")
-    needed = private_ray.TASKS if pipeline.ray_data else ()
-    private_ray.ahead(0, [*needed, *([module] if module.startswith("heliostat.") else [])])
-    connect(cpus=CPUS)
+    modules = [module] if module.startswith("heliostat.") else []
+    private_ray.ahead(0, [*(private_ray.TASKS if pipeline.ray_data else ()), *modules])
+    connect(cpus=max(CPUS, os.cpu_count() or 1))
     if pipeline.ray_data:
         _keep_to(pipeline.labels)
 
