@@ -273,7 +273,7 @@ class DispatchedTasks:
     def records(self, reference: Any) -> list[dict[str, Any]]:
         result = self.results.pop(reference)
         if isinstance(result, Exception):
-            raise result
+            raise result.with_traceback(None)  # the calls of a dead dispatcher share the error
         return result if isinstance(result, list) else ray.get(result)
 
     def withdraw(self, references: list[Any]) -> list[Any]:
@@ -281,5 +281,5 @@ class DispatchedTasks:
         return self.dispatchers.withdraw(references)
 
     def end(self, references: list[Any]) -> int:
-        self.send()
+        self.waiting.clear()
         return self.dispatchers.end(references)
