@@ -370,7 +370,7 @@ def test_a_list_that_cannot_be_read_or_has_no_urls_is_one_error(tmp_path, server
     with pytest.raises(ConfigError, match=r"input: a\.jsonl: can't read this file"):
         prepared(keys(tmp_path))
     (tmp_path / "none").mkdir()
-    with pytest.raises(ConfigError, match=r"no such file"):
+    with pytest.raises(ConfigError, match=r"the folder is empty\. fetch reads lists of URLs"):
         Here.model_validate(keys(tmp_path) | {"input": str(tmp_path / "none")}).inputs()
 
 

@@ -80,12 +80,12 @@ def test_files_are_read_where_the_pipeline_has_the_stage(tmp_path, caplog):
         keys = {"name": "x", "input": str(folder), "output": str(tmp_path / "out"), "tokenizer": {"vocab_size": 300}}
         return [f.path for f in TextPipeline(**keys, stages=[*stages]).inputs()]
 
-    with pytest.raises(ConfigError, match=r"only 3 PDFs\. Put {stage: pdf} first"):
+    with pytest.raises(ConfigError, match=r"contains only PDFs \(3 files\)\. Put {stage: pdf} first"):
         files({"stage": "length", "min_chars": 1})
     (folder / "c.txt").write_text("c")
     with caplog.at_level(logging.WARNING):
         assert files({"stage": "length", "min_chars": 1}) == ["c.txt"]
-    assert "skipping 3 PDFs. To read these files, put {stage: pdf}" in caplog.text
+    assert "skipping PDFs (3 files). To read these files, put {stage: pdf}" in caplog.text
     assert files({"stage": "pdf"}) == ["a.pdf", "b.PDF.gz", "c.txt", "locked.pdf"]
     source = TextSource(str(folder), TextRules())
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any, TypeVar
 
-from heliostat.curation import gpus, readers, recording, segment, tally
+from heliostat.curation import gpus, recording, segment, tally
 from heliostat.curation.chain import Entry
-from heliostat.curation.pieces import FilePart
+from heliostat.curation.pieces import FilePart, revision
 from heliostat.curation.segment import EXAMPLES, DocumentSource, SpilledRun
 from heliostat.curation.stage import GlobalStage, Stage
 from heliostat.curation.streamed import StreamPart, StreamPlan
@@ -173,7 +173,7 @@ class StageEngine:
         warm = {"warm": True} if self.warm else {}
         for piece in pieces:
             entries = entries or self._entries(stages)
-            revised = [(part.path, count) for part in piece if (count := readers.revision(part.path or input))]
+            revised = [(part.path, count) for part in piece if (count := revision(part.path or input))]
             follows_from, before = (
                 key("read", self.identity, read, follows, self.run_bytes, explained, identities, *more.items(), *revised)
                 for identities in ([part.identity for part in piece], [part.identity_by_time for part in piece])

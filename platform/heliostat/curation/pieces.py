@@ -14,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+REREAD = ".warc.gz", ".wet.gz", ".wat.gz"  # endings of files whose earlier reader dropped pages at the end of a block
 FILE_BYTES = 4096  # cost of opening a file, as a number of bytes that is added to its size
 MOST_FILES = 2000  # maximum files of a piece
 LEAST, MOST = 1 << 20, 128 << 20  # minimum and maximum bytes of a piece
@@ -130,3 +131,8 @@ def ranges(bytes: int, target: int) -> list[tuple[int, int]]:
     ranges stay the same."""
     count = max(1, (bytes + target // 2) // target)
     return [(i * target, (i + 1) * target if i + 1 < count else bytes) for i in range(count)]
+
+
+def revision(path: str) -> int:
+    """Returns how often a change of the reader gave other documents for the same file. The file's tasks then run again."""
+    return int(path.lower().endswith(REREAD))

@@ -89,11 +89,6 @@ def framed(path: str) -> bool:
     return (kind.number == "line" and codec in survey.MAGIC) or (kind.number == "byte" and codec == "gz")
 
 
-def revision(path: str) -> int:
-    """Returns how often a change of the reader gave other documents for the same file. The file's tasks then run again."""
-    return 1 if framed(path) and numbered(path) == "byte" else 0  # pages at the end of a block were dropped
-
-
 def surveyed(path: str, stream: BinaryIO, part: FilePart, target: int, limit: int) -> Survey:
     """Finds the places in a range of a `framed` file at which tasks can begin to read, about every `target` compressed bytes.
     `limit`: the maximum decompressed bytes; a survey that exceeds this limit has no end."""

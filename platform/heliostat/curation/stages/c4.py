@@ -29,7 +29,7 @@ class C4(Stage):
         "lorem_ipsum": "a line with `lorem ipsum`",
         "curly_bracket": "a line with a curly bracket",
     }
-    limits: ClassVar = {"few_sentences": ("sentences", "min_sentences", "fewer sentences in the kept lines than {}")}
+    limits: ClassVar = {"few_sentences": ("sentences", "min_sentences", "fewer sentences in the lines that stay than {}")}
 
     terminal_marks: bool = True
     """Removes lines that don't end with a terminal punctuation mark."""

@@ -54,7 +54,7 @@ class Code(Stage):
         "minified": "a name that says it is minified",
         "other_language": "a language that is not in `languages`",
         "many_lines": "more lines than max_lines",
-        "long_lines": "a larger mean line length than max_mean_line",
+        "long_lines": "lines that are longer in the mean than max_mean_line",
         "long_line": "a line that is longer than max_line (max_text_line of HTML, JSON, Markdown and the like)",
         "few_letters": "a smaller share of letters and digits than min_alphanumeric",
         "encoded": "encoded data in a run of more than max_encoded_run characters, or more than max_encoded of them",

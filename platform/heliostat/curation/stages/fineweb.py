@@ -30,9 +30,9 @@ class FineWeb(Stage):
         "few_terminal_marks": ("terminal_lines", "min_terminal_lines", "a smaller share of lines with a terminal mark than {}"),
         "short_lines": ("short_lines", "max_short_lines", "a larger share of short lines than {}"),
         "duplicate_chars": (
-            "duplicate_chars", "max_duplicate_chars", "a larger share of characters in duplicate lines than {}",
+            "duplicate_chars", "max_duplicate_chars", "a larger share of characters in lines that were there before than {}",
         ),
-        "line_ends": ("line_ends", "max_line_ends", "more line ends per word than {}"),
+        "line_ends": ("line_ends", "max_line_ends", "more line ends a word than {}"),
     }  # fmt: skip
 
     min_terminal_lines: Float = Field(0.12, ge=0, le=1)

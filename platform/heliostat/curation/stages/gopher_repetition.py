@@ -31,15 +31,14 @@ class GopherRepetition(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"empty": "no character in it"}
     limits: ClassVar = {
-        "paragraphs": ("paragraphs", "max_duplicate_paragraphs", "a larger share of duplicate paragraphs than {}"),
-        "paragraph_chars": ("paragraph_chars", "max_duplicate_paragraph_chars",
-                            "a larger share of characters in duplicate paragraphs than {}"),
-        "lines": ("lines", "max_duplicate_lines", "a larger share of duplicate lines than {}"),
-        "line_chars": ("line_chars", "max_duplicate_line_chars", "a larger share of characters in duplicate lines than {}"),
+        "paragraphs": ("paragraphs", "max_duplicate_paragraphs", "more paragraphs that were there before than {}"),
+        "paragraph_chars": ("paragraph_chars", "max_duplicate_paragraph_chars", "more characters in such paragraphs than {}"),
+        "lines": ("lines", "max_duplicate_lines", "more lines that were there before than {}"),
+        "line_chars": ("line_chars", "max_duplicate_line_chars", "more characters in such lines than {}"),
         **{f"top_{n}_grams": (f"top_{n}_grams", f"max_top_{n}_grams",
-                              f"a larger share of characters in the most frequent {n}-gram than {{}}") for n in TOP},
+                              f"the most frequent {n}-gram takes more characters than {{}}") for n in TOP},
         **{f"{n}_grams": (f"{n}_grams", f"max_duplicate_{n}_grams",
-                          f"a larger share of characters in duplicate {n}-grams than {{}}") for n in DUPLICATE},
+                          f"more characters in {n}-grams that were there before than {{}}") for n in DUPLICATE},
     }  # fmt: skip
 
     max_duplicate_lines: Share = 0.3

@@ -43,7 +43,7 @@ class MinHash(GlobalStage):
     compares: ClassVar = ("column", "within")
     needs: ClassVar = ("curation", "numba", "rensa")
     libraries: ClassVar[tuple[str, ...]] = ("regex", "rensa")
-    reasons: ClassVar = {"near_duplicate": "mostly the same words as the kept document"}
+    reasons: ClassVar = {"near_duplicate": "much like another document, which stays"}
 
     bands: int = Field(14, ge=1, le=1000)
     """Number of bands of a signature. Two documents with an equal band are candidates."""

@@ -39,7 +39,7 @@ VECTORS = 16  # a file of vectors has up to `memory_limit` / VECTORS bytes: it i
 
 class Semantic(scoring.NamesModel, GlobalStage):
     compares: ClassVar = ("column",)
-    reasons: ClassVar = {"near_duplicate": "almost the same meaning as the kept document"}
+    reasons: ClassVar = {"near_duplicate": "means much the same as another document, which stays"}
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
 
     min_similarity: Float = Field(0.95, gt=0, lt=1)
